@@ -1,0 +1,7 @@
+"""``python -m dist_vpt`` is ``dist-vpt``."""
+
+import sys
+
+from dist_vpt.cli import main
+
+sys.exit(main())

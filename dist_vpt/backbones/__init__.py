@@ -1,0 +1,1 @@
+"""Backbones: frozen timm transformers, described and built here and nowhere else."""

@@ -1,0 +1,153 @@
+"""Describe and build a backbone. The only place that creates timm models."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import safe_open
+from timm.models.vision_transformer import VisionTransformer
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.recipe import BackboneRecipe
+from dist_vpt.backbones.weights import Difference, load_into, read_tensors
+from dist_vpt.errors import UserError, WeightsError, nearest
+
+DEMO = Path(__file__).parent / "demo" / "demo.safetensors"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What weights want of their images; known without building the model."""
+
+    image_size: int  # pixels
+    mean: tuple[float, float, float]  # of pixels in [0, 1]
+    std: tuple[float, float, float]
+    interpolation: str
+
+
+def describe(recipe: BackboneRecipe) -> Description:
+    """The preprocessing that the backbone's weights were trained with."""
+    if recipe.name == "demo":
+        wants = _demo_metadata()["preprocessing"]
+        return Description(wants["image_size"], tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"])
+    cfg = timm.get_pretrained_cfg(_known(recipe.name))
+    if cfg is None:
+        raise UserError(f"backbone.name = {recipe.name}: timm has no preprocessing for it; name its weights' tag")
+    interpolation = cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bicubic"
+    return Description(cfg.input_size[-1], tuple(cfg.mean), tuple(cfg.std), interpolation)
+
+
+def build(
+    recipe: BackboneRecipe,
+    *,
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+) -> tuple[Backbone, Difference]:
+    """Build the backbone, load its weights and hold them in ``dtype``, frozen and in eval mode.
+
+    Returns the backbone and the proven difference between its tensors and the file's. Raises WeightsError where
+    they differ and ``recipe.load`` is strict, UserError for a model that is not a ViT or an image size that the
+    patches do not divide.
+    """
+    vit = _create(recipe, image_size)
+    difference = _load(vit, recipe)
+    backbone = Backbone(vit, mean=mean, std=std, stochastic=recipe.drop_path > 0)
+    backbone.requires_grad_(False)
+    return backbone.hold_in(dtype), difference
+
+
+def _create(recipe: BackboneRecipe, image_size: int) -> VisionTransformer:
+    if recipe.name == "demo":
+        architecture = _demo_metadata()["architecture"] | {
+            "img_size": image_size,
+            "drop_path_rate": recipe.drop_path,
+        }
+        if recipe.pool is not None:
+            architecture["global_pool"] = recipe.pool
+        _check_patches(image_size, architecture["patch_size"])
+        return VisionTransformer(**architecture)
+    options: dict[str, Any] = {"num_classes": 0, "img_size": image_size, "drop_path_rate": recipe.drop_path}
+    if recipe.pool is not None:
+        options["global_pool"] = recipe.pool
+    name = _known(recipe.name)
+    try:
+        vit = timm.create_model(name, pretrained=False, **options)
+    except (TypeError, AssertionError) as error:
+        raise UserError(f"backbone.name = {recipe.name}, image size {image_size}: timm refuses: {error}") from error
+    if not isinstance(vit, VisionTransformer):
+        raise UserError(
+            f"backbone.name = {recipe.name} is a {type(vit).__name__}; this version tunes timm's VisionTransformer "
+            "models (vit_*, deit3_*, ...): choose one of `timm.list_models('vit_*')`"
+        )
+    _check_patches(image_size, vit.patch_embed.patch_size[0])
+    return vit
+
+
+def _load(vit: VisionTransformer, recipe: BackboneRecipe) -> Difference:
+    if recipe.weights == "random":
+        return Difference()
+    if recipe.weights != "pretrained":
+        return load_into(vit, Path(recipe.weights), lenient=recipe.load == "lenient")
+    if recipe.name == "demo":
+        return load_into(vit, DEMO, lenient=False)
+    return load_into(vit, _from_hub(recipe.name), lenient=recipe.load == "lenient")
+
+
+def _from_hub(name: str) -> Path:
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise WeightsError(
+            f"backbone.name = {name}: timm has no pretrained weights for it; add a tag "
+            f"({', '.join(timm.list_pretrained(name + '.*')[:6]) or 'none is known'}) or give backbone.weights=FILE"
+        )
+    try:
+        if cfg.hf_hub_id:
+            from huggingface_hub import hf_hub_download
+
+            names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+            for filename in names[:-1]:
+                try:
+                    return Path(hf_hub_download(cfg.hf_hub_id, filename))
+                except FileNotFoundError:  # an older repository without safetensors
+                    continue
+            return Path(hf_hub_download(cfg.hf_hub_id, names[-1]))
+        from timm.models._hub import download_cached_file
+
+        return Path(download_cached_file(cfg.url, check_hash=False))
+    except Exception as error:  # the hub's errors come in many types; all mean that there are no weights
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"backbone.name = {name}: its weights could not be fetched ({reason}); "
+            "download them elsewhere and give backbone.weights=FILE"
+        ) from error
+
+
+def _known(name: str) -> str:
+    if not timm.is_model(name):
+        raise UserError(
+            f"backbone.name = {name}: not a timm model; {nearest(name, ['demo', *timm.list_models('*vit*')])}"
+        )
+    return name
+
+
+def _check_patches(image_size: int, patch_size: int) -> None:
+    if image_size % patch_size:
+        lower = image_size // patch_size * patch_size
+        raise UserError(
+            f"image size {image_size}: must be a multiple of the patch size {patch_size}; "
+            f"use data.image_size={lower or patch_size} or {lower + patch_size}"
+        )
+
+
+def _demo_metadata() -> dict[str, Any]:
+    with safe_open(DEMO, "pt") as file:
+        metadata = file.metadata()
+    return {key: json.loads(metadata[key]) for key in ("architecture", "preprocessing")}
+
+
+__all__ = ["DEMO", "Description", "build", "describe", "read_tensors"]

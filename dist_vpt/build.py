@@ -1,0 +1,93 @@
+"""From a recipe to the parts of a run: splits, view, backbone with its method."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_vpt.backbones.build import Description, build, describe
+from dist_vpt.backbones.weights import Difference
+from dist_vpt.data import open_splits
+from dist_vpt.data.loaders import EvalBatches
+from dist_vpt.data.recipe import DataRecipe
+from dist_vpt.data.splits import Splits
+from dist_vpt.data.tasks import resolve
+from dist_vpt.data.transforms import View
+from dist_vpt.memory import apply_checkpointing
+from dist_vpt.methods import Method, attach
+from dist_vpt.recipe import Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe is made of, before any device or process is involved."""
+
+    splits: Splits
+    view: View
+    method: Method
+    difference: Difference  # between the backbone's tensors and its file's
+    data: DataRecipe
+    eval_batch_size: int
+
+    def feeding(self, rank: int, world: int) -> dict[str, Any]:
+        """How images reach a process: what training and evaluation batches have in common."""
+        return {
+            "rank": rank,
+            "world": world,
+            "workers": self.data.workers,
+            "bad_images": self.data.bad_images,
+            "max_megapixels": self.data.max_megapixels,
+            "cache": resolve(self.data).cache,
+        }
+
+    def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
+        """Batches that show every image of a split once, over all processes."""
+        return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **self.feeding(rank, world))
+
+
+def assemble(recipe: Recipe) -> Parts:
+    """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
+    wants = describe(recipe.backbone)
+    splits = open_splits(recipe.data)
+    method, difference = make_method(recipe, wants, len(splits.classes))
+    view = make_view(recipe.data, wants)
+    return Parts(splits, view, method, difference, recipe.data, recipe.train.eval_batch_size)
+
+
+def make_view(data: DataRecipe, wants: Description) -> View:
+    """How images are shown: what the weights want, where the recipe says nothing else."""
+    task = resolve(data)
+    return View(
+        image_size=data.image_size or wants.image_size,
+        interpolation=data.interpolation or wants.interpolation,
+        resize=task.resize,
+        augment=task.augment,
+    )
+
+
+def make_method(recipe: Recipe, wants: Description, classes: int) -> tuple[Method, Difference]:
+    """The frozen backbone with the method attached, and the difference from its weight file."""
+    torch.manual_seed(recipe.seed)
+    backbone, difference = build(
+        recipe.backbone,
+        image_size=recipe.data.image_size or wants.image_size,
+        mean=recipe.data.mean or wants.mean,
+        std=recipe.data.std or wants.std,
+        dtype=getattr(torch, recipe.backbone.dtype) if recipe.backbone.dtype else DTYPES[recipe.runtime.precision],
+    )
+    torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
+    method = attach(recipe.method, backbone, classes)
+    apply_checkpointing(backbone, recipe.runtime.checkpointing)
+    return method, difference
+
+
+def class_weights(kind: str, labels: np.ndarray, classes: int) -> Tensor:
+    """Weight of each class in the loss from the real counts of ``labels``, float32 [K]; the mean over images is 1."""
+    counts = np.bincount(labels, minlength=classes).astype(np.float64)
+    power = {"none": 0.0, "inv": 1.0, "inv_sqrt": 0.5}[kind]
+    weights = np.where(counts > 0, np.maximum(counts, 1) ** -power, 0.0)
+    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()

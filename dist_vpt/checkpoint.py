@@ -1,0 +1,203 @@
+"""Adapters (trained tensors alone) and resume states, written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dist_vpt.errors import RunFolderError, WeightsError
+from dist_vpt.methods import Method
+from dist_vpt.runfolder import RunFolder, write_atomically
+from dist_vpt.strategy import strategy
+
+KEPT = 2  # saved states in a run folder
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+    """Have whole parameters at hand where ZeRO-3 holds shards; with ``write``, main's values go to all."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+        yield
+
+
+def collect(method: Method) -> dict[str, Tensor]:
+    """The trained tensors, whole and on the CPU. A collective call under ZeRO-3."""
+    named = dict(method.trainable())
+    with gathered(named.values()):
+        tensors = {name: p.detach().float().cpu().clone() for name, p in named.items()}
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    assert not empty, f"gathered tensors are empty: {empty}"
+    return tensors
+
+
+def restore(method: Method, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy trained tensors into the method, proving that names and shapes are exactly its own."""
+    named = dict(method.trainable())
+    missing, unexpected = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
+    if missing or unexpected:
+        raise WeightsError(
+            f"{source}: not adapters of this recipe (missing: {missing or 'none'}; unexpected: {unexpected or 'none'})"
+        )
+    with gathered(named.values(), write=True), torch.no_grad():
+        for name, parameter in named.items():
+            if parameter.shape != tensors[name].shape:
+                raise WeightsError(
+                    f"{source}: {name} has shape {tuple(tensors[name].shape)}, this recipe's {tuple(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def write_adapters(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a .safetensors file of trained tensors with what is needed to use it (recipe, classes) in its head."""
+    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in facts.items()}
+    write_atomically(path, save(dict(tensors), metadata))
+
+
+def read_adapters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Trained tensors and facts of an adapter file. Raises WeightsError for a missing or damaged one."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no adapters here; the run has not ended, or this is not a run folder")
+    try:
+        with safe_open(path, "pt") as file:
+            facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: damaged adapters ({error}); train again or restore the file") from error
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything but tensors that a resumed run needs to go on as if never stopped.
+
+    Random state needs no keeping: data order, augmentation and dropout are functions of (seed, step, process).
+    """
+
+    epoch: int = 0  # the one under way
+    step: int = 0  # optimiser steps done in it
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: loss, correct, images
+    best: dict[str, Any] = field(default_factory=dict)  # epoch and scores of the best validation
+    last: dict[str, Any] = field(default_factory=dict)
+    without_rise: int = 0  # evaluations since the best one
+    metrics_bytes: int = 0  # length of metrics.jsonl
+    seconds: float = 0.0  # of training so far, over all sessions
+    images: int = 0  # trained on so far
+    ended: bool = False  # early stopping ended it
+
+
+class States:
+    """state/step-N: tensors and progress at a step, the newest two kept.
+
+    A state is written under a hidden name, synchronised, and renamed last: a kill at any moment leaves the states
+    before it intact.
+    """
+
+    def __init__(self, folder: RunFolder, accelerator: Accelerator):
+        self.folder, self.accelerator = folder, accelerator
+
+    def newest(self) -> Path | None:
+        """The newest complete state."""
+        found = sorted(self.folder.state.glob("step-*/state.json")) if self.folder.state.is_dir() else []
+        return found[-1].parent if found else None
+
+    def save(self, model: nn.Module, method: Method, optimizer: Any, progress: Progress, step: int) -> None:
+        """Save at a step boundary. A collective call."""
+        accelerator, name = self.accelerator, f"step-{step:08d}"
+        temporary = self.folder.state / f".{name}.tmp"
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        if accelerator.state.deepspeed_plugin is not None:
+            model.save_checkpoint(str(temporary), tag="deepspeed", exclude_frozen_parameters=True)
+        elif accelerator.is_main_process:
+            torch.save(
+                {
+                    "trained": collect(method),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": _scaler(accelerator),
+                },
+                temporary / "tensors.pt",
+            )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if self.folder.best.exists():
+                _link(self.folder.best, temporary / "best.safetensors")
+            facts = {
+                "strategy": strategy(accelerator),
+                "processes": accelerator.num_processes,
+                **asdict(progress),
+            }
+            write_atomically(temporary / "state.json", json.dumps(facts, indent=1) + "\n")
+            for path in [*temporary.rglob("*"), temporary]:
+                _sync(path)
+            shutil.rmtree(self.folder.state / name, ignore_errors=True)
+            os.replace(temporary, self.folder.state / name)
+            _sync(self.folder.state)
+            for old in sorted(self.folder.state.glob("step-*"))[:-KEPT]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def load(self, path: Path, model: nn.Module, method: Method, optimizer: Any) -> Progress:
+        """Go back to a saved state. A collective call. Raises RunFolderError for another strategy's or a damaged one."""
+        facts = json.loads((path / "state.json").read_text())
+        saved = (facts.pop("strategy"), facts.pop("processes"))
+        here = (strategy(self.accelerator), self.accelerator.num_processes)
+        deepspeed = self.accelerator.state.deepspeed_plugin is not None
+        # Without DeepSpeed every process holds everything, so that any number of them can go on.
+        if saved != here and (deepspeed or saved[0].startswith("zero")):
+            raise RunFolderError(
+                f"{path}: saved by {saved[1]} processes with {saved[0]}, now {here[1]} with {here[0]}; "
+                "DeepSpeed's states are sharded: start again the way it was saved"
+            )
+        try:
+            if deepspeed:
+                model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+            else:
+                tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)
+                restore(method, tensors["trained"], path)
+                optimizer.load_state_dict(tensors["optimizer"])
+                if self.accelerator.scaler is not None and tensors["scaler"]:
+                    self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        except (OSError, RuntimeError, EOFError, KeyError) as error:
+            raise RunFolderError(
+                f"{path}: damaged state ({error}); remove this folder to go on from the one before"
+            ) from error
+        if self.accelerator.is_main_process and (path / "best.safetensors").exists():
+            self.folder.best.unlink(missing_ok=True)
+            _link(path / "best.safetensors", self.folder.best)
+        return Progress(**facts)
+
+
+def _scaler(accelerator: Accelerator) -> dict[str, Any]:
+    return accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # file systems without hard links
+        shutil.copy2(source, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,114 @@
+"""``dist-vpt``: thin sub-commands. Torch is imported by the one that runs, not by ``--help``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dist_vpt import __version__
+from dist_vpt.errors import UserError
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a sub-command; returns the exit code."""
+    arguments = _parser().parse_args(words)
+    return guarded(lambda: arguments.call(arguments), debug=arguments.debug)
+
+
+def guarded(call: Callable[[], Any], *, debug: bool) -> int:
+    """Run ``call``; a user's mistake becomes one message and its exit code, everything else keeps its traceback."""
+    try:
+        call()
+    except UserError as error:
+        if debug:
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'[process {rank}] '}error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (held to the end of the process)
+        return 141
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-vpt", description="Tune frozen vision transformers: pay only for what you tune."
+    )
+    parser.add_argument("--version", action="version", version=f"dist-vpt {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    recipe_help = "recipe files, merged in order, and a.b=c overrides"
+
+    train = commands.add_parser("train", parents=[common], help="train on this process (several: accelerate launch)")
+    train.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
+    train.set_defaults(call=_train)
+
+    evaluate = commands.add_parser("eval", parents=[common], help="score a run's adapters again")
+    evaluate.add_argument("run", metavar="RUN", help="a run folder")
+    evaluate.add_argument("--split", choices=("train", "val", "trainval", "test"), default="test")
+    evaluate.add_argument(
+        "--adapters", choices=("last", "best"), default="last", help="of the last epoch, or the best on val"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as data.root=... or runtime.device=cpu")
+    evaluate.set_defaults(call=_eval)
+
+    predict = commands.add_parser("predict", parents=[common], help="classify images with a run's adapters")
+    predict.add_argument("run", metavar="RUN", help="a run folder")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    predict.add_argument("--adapters", choices=("last", "best"), default="last")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes shown per image (default 5)")
+    predict.add_argument("--out", metavar="FILE", help="a .csv or .json file; default: CSV on the terminal")
+    predict.set_defaults(call=_predict)
+
+    recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
+    kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
+    show = kinds.add_parser("show", parents=[common], help="print the resolved recipe")
+    show.add_argument("recipe", nargs="*", metavar="RECIPE|a.b=c", help=recipe_help)
+    show.set_defaults(call=_show)
+    schema = kinds.add_parser("schema", parents=[common], help="print the JSON Schema of recipe files")
+    schema.set_defaults(call=_schema)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from dist_vpt.recipe import load_recipe, split_arguments
+    from dist_vpt.train import run
+
+    run(load_recipe(*split_arguments(arguments.recipe)))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from dist_vpt.predict import score
+
+    score(arguments.run, arguments.split, arguments.adapters, arguments.overrides)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from dist_vpt.predict import predict
+
+    predict(arguments.run, arguments.images, arguments.adapters, arguments.top, arguments.out)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from dist_vpt.recipe import load_recipe, split_arguments
+
+    print(load_recipe(*split_arguments(arguments.recipe)).to_yaml(), end="")
+
+
+def _schema(arguments: argparse.Namespace) -> None:
+    from dist_vpt.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""Batches: the same global batches whatever the number of processes, workers or accumulated micro-batches.
+
+n examples of the split, b images of a micro-batch, S image side. The order of an epoch is a pure function of
+(seed, epoch), and optimiser step s takes places s * batch_size onwards of it, so a run can stop after any
+step and go on elsewhere.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader
+
+from dist_vpt.data.splits import Split, shuffled
+from dist_vpt.data.tasks import Cache
+from dist_vpt.data.transforms import View
+from dist_vpt.errors import DataError, UserError
+
+BadImages = Literal["fail", "skip"]
+
+# Pixels by image, None for one that is skipped, and the names of those newly found unreadable.
+Found = tuple[list[np.ndarray | None], list[str]]
+
+PADDING = -1  # the index of a place in a batch that holds no example
+FILL_CHUNK = 32  # images per request while a cache is filled
+
+
+class Batch(TypedDict):
+    """A micro-batch on one process."""
+
+    images: torch.Tensor  # uint8 [b, 3, S, S]
+    labels: torch.Tensor  # int64 [b]
+    weight: torch.Tensor  # float32 [b]: 1 for an example, 0 for padding and for a skipped image
+    index: torch.Tensor  # int64 [b]: place in the split, -1 for padding
+
+
+class TrainBatches:
+    """Shuffled batches for training; nothing is dropped, the last global batch of an epoch is smaller."""
+
+    def __init__(
+        self,
+        split: Split,
+        view: View,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        bad_images: BadImages = "fail",
+        max_megapixels: float = 178.0,
+        cache: Cache = "none",
+    ):
+        """``batch_size`` images per optimiser step: ``world`` processes of ``accumulate`` micro-batches."""
+        parts = world * accumulate
+        if batch_size < 1 or batch_size % parts:
+            lower = batch_size // parts * parts
+            sizes = f"{lower} or {lower + parts}" if lower > 0 else f"{parts}"
+            raise UserError(
+                f"batch_size {batch_size}: must be a multiple of {parts} = {world} processes x {accumulate} "
+                f"accumulated micro-batches; take {sizes}"
+            )
+        self.batch_size = batch_size
+        self.steps_per_epoch = -(-len(split) // batch_size)
+        self._n, self._seed = len(split), seed
+        self._accumulate, self._rank, self._world = accumulate, rank, world
+        pictures = _Pictures(split, view, True, bad_images, max_megapixels)
+        self._feed = _Feed(_Batches(pictures, seed), workers, cache, range(len(split)), world)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    @property
+    def skipped(self) -> set[str]:
+        """Files that this process could not read so far (``bad_images="skip"``)."""
+        return self._feed.skipped
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """For each optimiser step from ``start_step`` on, its micro-batches on this process.
+
+        Starting another epoch ends the one before.
+        """
+        parts = self._world * self._accumulate
+        order = shuffled(self._n, self._seed, epoch)
+        requests = []
+        for step in range(start_step, self.steps_per_epoch):
+            indices = _padded(order[step * self.batch_size : (step + 1) * self.batch_size], parts)
+            # Dealt like cards, so that padding is spread over processes and micro-batches.
+            for micro in range(self._accumulate):
+                requests.append((epoch, indices[micro * self._world + self._rank :: parts]))
+        batches = self._feed(requests)
+        for _ in range(start_step, self.steps_per_epoch):
+            yield [next(batches) for _ in range(self._accumulate)]
+
+    def close(self) -> None:
+        """End the worker processes; a later epoch starts them anew."""
+        self._feed.close()
+
+
+class EvalBatches:
+    """Every example of a split once, in the split's order, dealt to the processes in turn."""
+
+    def __init__(
+        self,
+        split: Split,
+        view: View,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        bad_images: BadImages = "fail",
+        max_megapixels: float = 178.0,
+        cache: Cache = "none",
+    ):
+        """``batch_size`` images per batch and process; all processes yield equally many and equally large."""
+        if batch_size < 1:
+            raise UserError(f"batch_size {batch_size}: must be at least 1")
+        self._indices = _padded(np.arange(len(split)), world)[rank::world]
+        self._starts = range(0, len(self._indices), batch_size)
+        self._batch_size = batch_size
+        pictures = _Pictures(split, view, False, bad_images, max_megapixels)
+        mine = [int(i) for i in self._indices if i != PADDING]
+        self._feed = _Feed(_Batches(pictures, 0), workers, cache, mine, world)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def skipped(self) -> set[str]:
+        """Files that this process could not read so far (``bad_images="skip"``)."""
+        return self._feed.skipped
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._feed([(0, self._indices[start : start + self._batch_size]) for start in self._starts])
+
+    def close(self) -> None:
+        """End the worker processes; a later pass starts them anew."""
+        self._feed.close()
+
+
+def _padded(indices: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(indices, (0, -len(indices) % multiple), constant_values=PADDING)
+
+
+@dataclass
+class _Pictures:
+    """The unchanging pixels of some images, and the files that could not be read."""
+
+    split: Split
+    view: View
+    train: bool
+    bad_images: BadImages
+    max_megapixels: float
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found | DataError:
+        """A DataError is returned, not raised: torch would turn it into a traceback in a string."""
+        pixels: list[np.ndarray | None] = []
+        unreadable = []
+        for i in indices:
+            try:
+                pixels.append(self.view.fixed(self.split.read(int(i), self.max_megapixels), self.train))
+            except DataError as error:
+                if self.bad_images == "fail":
+                    return error
+                unreadable.append(self.split.where(int(i)))
+                pixels.append(None)
+        return pixels, unreadable
+
+
+@dataclass
+class _Cached:
+    """What _Pictures gave for every image this process needs."""
+
+    pixels: dict[int, np.ndarray | None]
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found:
+        return [self.pixels[int(i)] for i in indices], []
+
+
+@dataclass
+class _Batches:
+    """Micro-batches by (epoch, indices)."""
+
+    pictures: _Pictures
+    seed: int
+    cached: _Cached | None = None
+
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> tuple[Batch, list[str]] | DataError:
+        epoch, index_b = request
+        split, view, train = self.pictures.split, self.pictures.view, self.pictures.train
+        size = view.image_size
+        images_b3SS = np.zeros((len(index_b), 3, size, size), np.uint8)
+        labels_b = np.zeros(len(index_b), np.int64)
+        weight_b = np.zeros(len(index_b), np.float32)
+        places = np.flatnonzero(index_b != PADDING)
+        found = (self.cached or self.pictures)[index_b[places]]
+        if isinstance(found, DataError):
+            return found
+        pixels, unreadable = found
+        for place, pixels_HW3 in zip(places, pixels, strict=True):
+            i = int(index_b[place])
+            labels_b[place] = split.labels[i]
+            if pixels_HW3 is not None:
+                pixels_SS3 = view.varied(pixels_HW3, train, self.seed, epoch, i)
+                images_b3SS[place] = pixels_SS3.transpose(2, 0, 1)
+                weight_b[place] = 1
+        batch = Batch(
+            images=torch.from_numpy(images_b3SS),
+            labels=torch.from_numpy(labels_b),
+            weight=torch.from_numpy(weight_b),
+            index=torch.from_numpy(index_b.astype(np.int64)),
+        )
+        return batch, unreadable
+
+
+class _Feed:
+    """Asks for batches, through worker processes or a cache, and raises what went wrong there."""
+
+    def __init__(self, batches: _Batches, workers: int, cache: Cache, needed: Sequence[int], world: int):
+        self.skipped: set[str] = set()
+        self._batches, self._workers, self._cache = batches, workers, cache
+        self._needed, self._world = needed, world
+        self._pool: _Pool | None = None
+        self._pass = 0
+
+    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        self._pass += 1
+        this_pass = self._pass
+        if self._cache == "memory" and self._batches.cached is None:
+            self._batches.cached = self._filled()
+        if self._pool is None:
+            self._pool = _Pool(self._batches, 0 if self._cache == "memory" else self._workers)
+        try:
+            for batch, unreadable in self._pool(requests):
+                self.skipped.update(unreadable)
+                yield batch
+                if self._pass != this_pass:
+                    raise RuntimeError("a later pass over these batches was started, which ended this one")
+        except DataError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._pool = None
+
+    def _filled(self) -> _Cached:
+        pictures = self._batches.pictures
+        _check_memory(pictures, len(self._needed), self._world)
+        chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
+        pixels: dict[int, np.ndarray | None] = {}
+        for chunk, (found, unreadable) in zip(chunks, _Pool(pictures, self._workers)(chunks), strict=True):
+            pixels.update(zip(chunk, found, strict=True))
+            self.skipped.update(unreadable)
+        return _Cached(pixels)
+
+
+class _Pool:
+    """A dataset's answers to a list of requests, in order, from ``workers`` processes that stay alive."""
+
+    def __init__(self, dataset: Any, workers: int):
+        self._requests: list = []
+        self._loader: DataLoader = DataLoader(
+            dataset,
+            sampler=_Sequence(self),
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=_forkserver() if workers else None,
+            generator=torch.Generator(),  # of its own, or each pass would draw from the global one
+        )
+
+    def __call__(self, requests: list) -> Iterator[Any]:
+        self._requests = requests
+        try:
+            for answer in self._loader:
+                if isinstance(answer, DataError):
+                    raise answer
+                yield answer
+        except (RuntimeError, OSError, EOFError) as error:
+            if "in DataLoader worker process" in str(error) or not self._loader.num_workers:
+                raise  # raised by our own code in a worker: a bug, with its traceback
+            raise DataError(
+                f"a process that loads images died ({type(error).__name__}: {str(error).strip()}); mostly "
+                f"memory or shared memory (/dev/shm) ran out: lower data.workers, or enlarge /dev/shm"
+            ) from error
+
+
+@dataclass
+class _Sequence:
+    pool: _Pool
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.pool._requests)
+
+    def __len__(self) -> int:
+        return len(self.pool._requests)
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
+
+
+def _forkserver() -> Any:
+    """Workers are forked from a server that has imported this module and nothing of the training process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _check_memory(pictures: _Pictures, images: int, world: int) -> None:
+    view = pictures.view
+    cropped_later = pictures.train and view.augment == "fgvc"
+    # Before a random crop the shorter side is known and the longer is not: take pictures of 3:2.
+    pixels = view.shorter_side**2 * 1.5 if cropped_later else view.image_size**2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    needed, available = images * pixels * 3 * processes, psutil.virtual_memory().available
+    if needed > available:
+        raise DataError(
+            f"data.cache: memory needs {needed / 2**30:.1f} GiB for {images} images of {view.image_size} px "
+            f"on {processes} processes of this machine, and {available / 2**30:.1f} GiB are free; "
+            f"set data.cache: none"
+        )

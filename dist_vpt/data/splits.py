@@ -1,0 +1,174 @@
+"""A dataset's splits: labels in memory, images read one by one. n examples, k of a class."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from dist_vpt.data.recipe import DataRecipe
+from dist_vpt.errors import DataError, nearest
+
+Picture = Image.Image | np.ndarray  # RGB, or uint8 [height, width, 3]
+
+
+class Source(Protocol):
+    """Where the images of a split lie. It is sent to worker processes: it holds paths, not open files."""
+
+    def read(self, i: int, max_megapixels: float) -> Picture: ...
+
+    def where(self, i: int) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images under one name."""
+
+    name: str
+    labels: np.ndarray  # int64 [n]
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int, max_megapixels: float = 178.0) -> Picture:
+        """The i-th image, or a DataError that names it."""
+        return self.source.read(i, max_megapixels)
+
+    def where(self, i: int) -> str:
+        """The file or record of the i-th image, for messages."""
+        return self.source.where(i)
+
+    def subset(self, name: str, rows: np.ndarray) -> "Split":
+        return Split(name, self.labels[rows], _Rows(self.source, rows))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The four splits of a task. ``missing`` says of a split that is None why, and what to do about it."""
+
+    classes: tuple[str, ...]
+    train: Split
+    val: Split | None
+    trainval: Split
+    test: Split | None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Split:
+        names = ("train", "val", "trainval", "test")
+        if name not in names:
+            raise DataError(f"split {name!r}: there is no such split; {nearest(name, names)}")
+        split = getattr(self, name)
+        if split is None:
+            raise DataError(f"split {name!r} is missing: {self.missing.get(name, 'the dataset has none')}")
+        return split
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Images that are in memory already."""
+
+    pixels: np.ndarray  # uint8 [n, height, width, 3]
+    name: str  # of the dataset, for messages
+
+    def read(self, i: int, max_megapixels: float) -> np.ndarray:
+        return self.pixels[i]
+
+    def where(self, i: int) -> str:
+        return f"{self.name} record {i}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    source: Source
+    rows: np.ndarray
+
+    def read(self, i: int, max_megapixels: float) -> Picture:
+        return self.source.read(int(self.rows[i]), max_megapixels)
+
+    def where(self, i: int) -> str:
+        return self.source.where(int(self.rows[i]))
+
+
+@dataclass(frozen=True, eq=False)
+class _Joined:
+    first: Split
+    second: Split
+
+    def _at(self, i: int) -> tuple[Split, int]:
+        return (self.first, i) if i < len(self.first) else (self.second, i - len(self.first))
+
+    def read(self, i: int, max_megapixels: float) -> Picture:
+        split, i = self._at(i)
+        return split.read(i, max_megapixels)
+
+    def where(self, i: int) -> str:
+        split, i = self._at(i)
+        return split.where(i)
+
+
+def join(name: str, first: Split, second: Split) -> Split:
+    """The images of the first split, then those of the second."""
+    return Split(name, np.concatenate([first.labels, second.labels]), _Joined(first, second))
+
+
+def shuffled(n: int, *key: int) -> np.ndarray:
+    """A permutation of range(n), a pure function of the key on every machine and numpy version."""
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
+
+
+def carve(labels: np.ndarray, count: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows kept and ``count`` rows carved, each class in proportion and never its last image; both sorted.
+
+    Fewer than ``count`` are carved where the classes are too small to give so many.
+    """
+    order = shuffled(len(labels), *key)
+    rows_of_class = [order[labels[order] == k] for k in np.unique(labels)]
+    sizes = np.array([len(rows) for rows in rows_of_class])
+    wanted = count * sizes / len(labels)
+    quota = np.minimum(np.floor(wanted).astype(np.int64), sizes - 1)
+    for k in np.argsort(quota - wanted, kind="stable"):  # what rounding left, to the largest remainders
+        if quota.sum() < count and quota[k] < sizes[k] - 1:
+            quota[k] += 1
+    carved = np.sort(np.concatenate([rows[:q] for rows, q in zip(rows_of_class, quota, strict=True)]))
+    return np.setdiff1d(np.arange(len(labels)), carved), carved
+
+
+def complete(
+    recipe: DataRecipe,
+    classes: tuple[str, ...],
+    train: Split,
+    val: Split | None,
+    test: Split | None,
+    *,
+    carve_test: bool = True,
+    missing: Mapping[str, str] | None = None,
+) -> Splits:
+    """The four splits from what a storage brings: a val or test that it lacks is carved from train."""
+    every = len(train)
+    if test is None and carve_test:
+        train, test = _carve_fraction(train, "test", recipe.test_fraction, every, recipe.split_seed)
+    if val is None:
+        trainval = replace(train, name="trainval")
+        train, val = _carve_fraction(train, "val", recipe.val_fraction, every, recipe.split_seed)
+    else:
+        trainval = join("trainval", train, val)
+    return Splits(classes, train, val, trainval, test, missing or {})
+
+
+def _carve_fraction(split: Split, name: str, fraction: float, every: int, seed: int) -> tuple[Split, Split]:
+    kept_rows, carved_rows = carve(split.labels, round(fraction * every), seed)
+    if not len(carved_rows):
+        raise DataError(
+            f"{split.where(0)} and the rest of split {split.name!r}: {name}_fraction {fraction:g} of {every} "
+            f"images carves none, as every class keeps one; raise data.{name}_fraction or add images"
+        )
+    return split.subset(split.name, kept_rows), split.subset(name, carved_rows)
+
+
+def class_order(ids: Iterable[str]) -> tuple[str, ...]:
+    """Class ids by value where all are whole numbers, by letters otherwise."""
+    unique = set(ids)
+    return tuple(sorted(unique, key=int if all(re.fullmatch(r"-?\d+", k) for k in unique) else None))

@@ -1,0 +1,48 @@
+"""What the user can mend. Everything else is a bug and keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input or a refused request: the message names the place, the value, the rule and the fix.
+
+    The command line prints the message alone (a traceback with ``--debug``) and exits with ``exit_code``.
+    """
+
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    """One or more mistakes in a recipe, all of them in the message."""
+
+
+class DataError(UserError):
+    """A file, label, split or image that breaks the rules of its storage format."""
+
+
+class WeightsError(UserError):
+    """Weights that are missing, unreadable or of another architecture."""
+
+
+class RunFolderError(UserError):
+    """A run folder that is in use, belongs to another recipe, or is damaged."""
+
+
+class RunFailed(UserError):
+    """Training cannot go on (a loss that is not finite); the run is marked as failed."""
+
+    exit_code = 3
+
+
+class Interrupted(UserError):
+    """The run was told to stop, has saved its state and can be resumed (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint that ends a message about an unknown name: the nearest valid one, or all of them."""
+    valid = sorted(str(v) for v in valid)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"

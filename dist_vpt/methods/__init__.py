@@ -1,0 +1,27 @@
+"""Methods: what is trained. A new one is a file beside this one and a row in this table."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.methods.base import Method
+from dist_vpt.methods.full import Full, FullRecipe
+from dist_vpt.methods.linear import Linear, LinearRecipe
+from dist_vpt.methods.vpt import VPT, VPTRecipe
+
+METHODS: dict[str, type[Method]] = {
+    "vpt": VPT,
+    "linear": Linear,
+    "full": Full,
+}
+
+MethodRecipe = Annotated[VPTRecipe | LinearRecipe | FullRecipe, Field(discriminator="name")]
+
+
+def attach(recipe: MethodRecipe, backbone: Backbone, classes: int) -> Method:
+    """Attach the method that the recipe names to a backbone; what is trainable is float32 from here on."""
+    return METHODS[recipe.name](recipe, backbone, classes)
+
+
+__all__ = ["METHODS", "Method", "MethodRecipe", "attach"]

@@ -1,0 +1,31 @@
+"""Full fine-tuning: every weight is trained. The baseline that the others are measured against."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.methods.base import Method, MethodSettings
+
+
+class FullRecipe(MethodSettings):
+    """All weights and a linear head."""
+
+    name: Literal["full"] = "full"
+
+
+class Full(Method):
+    """Weights are held and updated in float32 and computed in the recipe's precision (autocast)."""
+
+    trains_backbone = True
+
+    def __init__(self, recipe: FullRecipe, backbone: Backbone, classes: int):
+        compute = backbone.dtype
+        super().__init__(backbone.hold_in(torch.float32), classes)
+        self.compute = compute
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        with torch.autocast(images_B3SS.device.type, self.compute, enabled=self.compute != torch.float32):
+            features_BD = self.backbone.pool(self.backbone(images_B3SS))
+        return self.classify(features_BD)

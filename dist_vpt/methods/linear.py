@@ -1,0 +1,27 @@
+"""Linear probing: a linear head on the frozen backbone's features. A reader."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.methods.base import MethodSettings, Reader
+
+
+class LinearRecipe(MethodSettings):
+    """A linear head on frozen features."""
+
+    name: Literal["linear"] = "linear"
+
+
+class Linear(Reader):
+    """K x (D + 1) trained numbers; the backbone's pooled features are all that it reads."""
+
+    def __init__(self, recipe: LinearRecipe, backbone: Backbone, classes: int):
+        super().__init__(backbone, classes)
+
+    def observe(self, images_B3SS: Tensor) -> Tensor:
+        return self.backbone.pool(self.backbone(images_B3SS))
+
+    def read(self, observed: Tensor) -> Tensor:
+        return self.classify(observed)

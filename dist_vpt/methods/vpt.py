@@ -1,0 +1,94 @@
+"""Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119). A writer.
+
+B batch, N tokens, P prompts, D width, d width of a prompt before its projection, L blocks, R prefix tokens.
+"""
+
+import math
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.errors import UserError
+from dist_vpt.methods.base import Method, MethodSettings
+
+
+class VPTRecipe(MethodSettings):
+    """Prompt tokens between the prefix tokens and the patches, shallow or deep."""
+
+    name: Literal["vpt"] = "vpt"
+    prompts: int = Field(10, ge=1, description="P: prompt tokens of a prompted block")
+    deep: bool = Field(
+        True, description="true: fresh prompts before every prompted block; false: before the first alone"
+    )
+    layers: int | None = Field(None, ge=1, description="deep: how many blocks are prompted; null: all of them")
+    end: Literal["first", "last"] = Field(
+        "first", description="deep: whether `layers` counts from the first or the last block"
+    )
+    shared: bool = Field(False, description="deep: one set of prompts for all prompted blocks after the first of them")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the prompts, drawn for every image")
+    projection: int | None = Field(
+        None, ge=1, description="d: width of the prompts before a learned d -> D projection; null: none"
+    )
+    pooling: Literal["original", "img_pool", "prompt_pool", "imgprompt_pool"] = Field(
+        "original",
+        description="what the head reads: the weights' own pooling, or the mean of patches, prompts or both",
+    )
+
+    @model_validator(mode="after")
+    def _deep_options(self) -> Self:
+        if not self.deep and (self.layers is not None or self.shared or self.end != "first"):
+            raise ValueError("layers, end and shared belong to deep prompts; set deep=true or leave them out")
+        return self
+
+
+class VPT(Method):
+    """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two)."""
+
+    def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int):
+        super().__init__(backbone, classes)
+        self.recipe = recipe
+        self.set_of_block = _schedule(recipe, len(backbone.blocks))
+        width = recipe.projection or backbone.width
+        bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + width))  # xavier-uniform, of a patch's pixels
+        sets = max(self.set_of_block.values()) + 1
+        self.prompts = nn.Parameter(torch.empty(sets, recipe.prompts, width).uniform_(-bound, bound))
+        self.projection: nn.Module = nn.Identity()
+        if recipe.projection:
+            self.projection = nn.Linear(width, backbone.width)
+            nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
+            nn.init.zeros_(self.projection.bias)
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        tokens_BND = self.backbone.embed(images_B3SS)
+        prompts = [self.projection(prompts_PD) for prompts_PD in self.prompts.unbind()]
+        present = 0  # prompt tokens in the stream
+        for number, block in enumerate(self.backbone.blocks):
+            if number in self.set_of_block:
+                tokens_BND = self._write(tokens_BND, prompts[self.set_of_block[number]], present)
+                present = self.recipe.prompts
+            tokens_BND = self.backbone.run_block(block, tokens_BND)
+        return self.classify(self.backbone.pool(self.backbone.norm(tokens_BND), self.recipe.pooling, present))
+
+    def _write(self, tokens_BND: Tensor, prompts_PD: Tensor, present: int) -> Tensor:
+        """Put prompts after the prefix tokens, in the place of the ``present`` ones that are there."""
+        prefix = self.backbone.prefix
+        prompts_BPD = F.dropout(prompts_PD.expand(len(tokens_BND), -1, -1), self.recipe.dropout, self.training)
+        return torch.cat(
+            [tokens_BND[:, :prefix], prompts_BPD.to(tokens_BND.dtype), tokens_BND[:, prefix + present :]],
+            dim=1,
+        )
+
+
+def _schedule(recipe: VPTRecipe, blocks: int) -> dict[int, int]:
+    """Block number -> number of the prompt set that is written before it."""
+    if not recipe.deep:
+        return {0: 0}
+    layers = blocks if recipe.layers is None else recipe.layers
+    if layers > blocks:
+        raise UserError(f"method.layers = {layers}: the backbone has {blocks} blocks; use at most that many")
+    first = 0 if recipe.end == "first" else blocks - layers
+    return {first + i: min(i, 1) if recipe.shared else i for i in range(layers)}

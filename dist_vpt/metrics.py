@@ -1,0 +1,68 @@
+"""Scores of a split, summed over processes by torchmetrics: every example counts once.
+
+B batch, K classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix
+
+TOP5_FROM = 6  # with five classes or fewer top-5 says nothing
+MISTAKES_KEPT = 16  # for the panel of wrongly classified images
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image that was classified wrongly."""
+
+    index: int  # in its split
+    label: int
+    predicted: int
+    probability: float  # of the predicted class
+
+
+class Scores:
+    """Loss, top-1, top-5, per-class mean accuracy and (two classes) ROC-AUC, in percent but for the loss."""
+
+    def __init__(self, classes: int, device: torch.device, *, confusion: bool = False):
+        metrics: dict[str, Any] = {
+            "top1": MulticlassAccuracy(classes, average="micro"),
+            "per_class": MulticlassAccuracy(classes, average="macro"),
+        }
+        if classes >= TOP5_FROM:
+            metrics["top5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
+        if classes == 2:
+            metrics["auroc"] = MulticlassAUROC(classes, average="macro", thresholds=None)
+        if confusion:
+            metrics["confusion"] = MulticlassConfusionMatrix(classes)
+        self.scores = MetricCollection(metrics, compute_groups=False).to(device)
+        self.loss = MeanMetric().to(device)
+        self.mistakes: list[Mistake] = []
+
+    def update(self, logits_BK: Tensor, labels_B: Tensor, counts_B: Tensor, index_B: Tensor) -> None:
+        """Add a batch; examples with count 0 (padding, skipped images) are left out."""
+        real = counts_B > 0
+        logits_BK, labels_B, index_B = logits_BK[real], labels_B[real], index_B[real]
+        if not len(labels_B):
+            return
+        probabilities_BK = logits_BK.float().softmax(1)
+        self.scores.update(probabilities_BK, labels_B)
+        self.loss.update(F.cross_entropy(logits_BK.float(), labels_B, reduction="none"))
+        if len(self.mistakes) < MISTAKES_KEPT:
+            best, predicted = probabilities_BK.max(1)
+            for i in (predicted != labels_B).nonzero().flatten().tolist():
+                self.mistakes.append(Mistake(int(index_B[i]), int(labels_B[i]), int(predicted[i]), float(best[i])))
+
+    def compute(self) -> dict[str, float]:
+        """The scores over all processes; a collective call."""
+        values = {k: v for k, v in self.scores.compute().items() if k != "confusion"}
+        return {"loss": float(self.loss.compute())} | {k: 100 * float(v) for k, v in sorted(values.items())}
+
+    def confusion(self) -> Tensor:
+        """Rows are labels, columns predictions, [K, K]; a collective call."""
+        return self.scores["confusion"].compute()

@@ -1,0 +1,229 @@
+"""What a run shows: a bar on a terminal, lines in train.log, metrics.jsonl, curves and pictures in trackers.
+
+K classes, S image side.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dist_vpt.data.splits import Split
+from dist_vpt.data.transforms import View
+from dist_vpt.metrics import Mistake
+from dist_vpt.recipe import Recipe
+from dist_vpt.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dist_vpt import checkpoint, engine
+
+MIB = 2**20
+WARM_UP = 3  # steps left out of the speed: first calls allocate, compile and start workers
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has held, in MiB: the GPU's allocations, or the resident set on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / MIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (MIB if sys.platform == "darwin" else 1024)
+
+
+class Monitor:
+    """Speaks on the main process, is silent on the others."""
+
+    def __init__(self, recipe: Recipe, accelerator: "Accelerator", folder: RunFolder):
+        self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
+        self.main = accelerator.is_main_process
+        self.console = Console(stderr=False, highlight=False)
+        self.bar: Progress | None = None
+        self.started: tuple[float, int] | None = None  # clock and images when the speed's counting began
+        self.steps = 0
+
+    def start(self, headline: list[str], progress: "checkpoint.Progress", total_steps: int, done_steps: int) -> None:
+        """Open log and trackers; show what is about to be trained."""
+        if not self.main:
+            self.accelerator.init_trackers("tb")
+            return
+        if self.folder.metrics.exists():  # a resumed run writes the epochs after its state again
+            os.truncate(self.folder.metrics, min(progress.metrics_bytes, self.folder.metrics.stat().st_size))
+        for line in headline:
+            self.line(line)
+        names = self.recipe.run.trackers
+        options = {"tensorboard": {"purge_step": done_steps + 1}} if "tensorboard" in names else {}
+        if "wandb" in names:
+            options["wandb"] = {"name": self.folder.path.name, "dir": str(self.folder.path)}
+        self.accelerator.init_trackers("tb", config=_hparams(self.recipe), init_kwargs=options)
+        writer = self._writer()
+        if writer is not None:
+            writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", global_step=done_steps)
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, text="")
+        self.total_steps = total_steps
+
+    def step(self, number: int, step: "engine.Step", progress: "checkpoint.Progress", *, logged: bool) -> None:
+        """Called after each optimiser step; ``logged`` ones go to the log and the trackers."""
+        if not self.main:
+            return
+        self.steps += 1
+        if self.steps == WARM_UP:
+            self.started = (time.monotonic(), progress.images)
+        text = self._text(number, step, progress)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=number, text=text, description=f"epoch {progress.epoch + 1}")
+        if logged:
+            self.line(f"step {number}/{self.total_steps}  epoch {progress.epoch + 1}  {text}", show=self.bar is None)
+            self._track(
+                {
+                    "train/loss": step.loss,
+                    "train/top1": 100 * step.correct / max(step.images, 1),
+                    "train/lr": step.lr,
+                    "train/images_per_s": self.images_per_s(progress),
+                    "train/memory_mib": peak_memory_mib(),
+                    "norm/gradient": step.gradient_norm,
+                    "norm/parameter": step.parameter_norm,
+                    "norm/update": step.update_norm,
+                },
+                number,
+            )
+
+    def scores(self, epoch: int, step: int, split: str, scores: dict[str, float]) -> None:
+        """One line an epoch and split."""
+        if not self.main:
+            return
+        with open(self.folder.metrics, "a") as file:
+            file.write(json.dumps({"epoch": epoch, "step": step, "split": split, **scores}) + "\n")
+        shown = "  ".join(
+            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in scores.items()
+        )
+        self.line(f"epoch {epoch + 1}/{self.recipe.train.epochs}  {split:5}  {shown}")
+        self._track({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
+
+    def pictures(
+        self,
+        step: int,
+        confusion_KK: np.ndarray,
+        mistakes: list[Mistake],
+        split: Split,
+        view: View,
+        classes: tuple[str, ...],
+    ) -> None:
+        """A confusion matrix and a panel of wrongly classified test images, for TensorBoard."""
+        writer = self._writer() if self.main else None
+        if writer is None:
+            return
+        writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
+        if mistakes:
+            writer.add_figure("test/mistakes", mistakes_figure(mistakes, split, view, classes), global_step=step)
+        writer.flush()
+
+    def line(self, text: str, *, show: bool = True) -> None:
+        """A plain line in train.log, shown on the terminal as well unless the bar tells it."""
+        if not self.main:
+            return
+        with open(self.folder.log, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        if show:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """End the bar and the trackers."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        self.accelerator.end_training()
+
+    def images_per_s(self, progress: "checkpoint.Progress") -> float:
+        """Over all processes, since the first steps of this session, evaluations included."""
+        if self.started is None or progress.images == self.started[1]:
+            return progress.images / progress.seconds if progress.seconds else 0.0
+        return (progress.images - self.started[1]) / (time.monotonic() - self.started[0])
+
+    def _text(self, number: int, step: "engine.Step", progress: "checkpoint.Progress") -> str:
+        speed = self.images_per_s(progress)
+        left = (self.total_steps - number) * self.recipe.train.batch_size / speed if speed else 0
+        return (
+            f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
+            f"{speed:.1f} images/s  {peak_memory_mib():.0f} MiB  {_clock(left)} left"
+        )
+
+    def _track(self, values: dict[str, float | None], step: int) -> None:
+        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+    def _writer(self) -> Any:
+        found = [tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
+        return found[0].tracker if found else None
+
+
+def confusion_figure(confusion_KK: np.ndarray, classes: tuple[str, ...]) -> Any:
+    """Rows are labels, columns predictions; counts are written where they can be read."""
+    from matplotlib.figure import Figure
+
+    number = len(classes)
+    side = min(4 + 0.28 * number, 24)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    shares = confusion_KK / np.maximum(confusion_KK.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the label's images")
+    axes.set(xlabel="predicted", ylabel="label", title="Confusion matrix, test split")
+    if number <= 60:
+        axes.set_xticks(range(number), classes, rotation=90, fontsize=7)
+        axes.set_yticks(range(number), classes, fontsize=7)
+    if number <= 30:
+        for (row, column), count in np.ndenumerate(confusion_KK):
+            if count:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, int(count), ha="center", va="center", fontsize=6, color=color)
+    return figure
+
+
+def mistakes_figure(mistakes: list[Mistake], split: Split, view: View, classes: tuple[str, ...]) -> Any:
+    """Wrongly classified images with label, prediction and its probability."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(mistakes))
+    rows = -(-len(mistakes) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, mistake in zip(figure.axes, mistakes, strict=False):
+        axes.imshow(view.eval(split.read(mistake.index)).permute(1, 2, 0).numpy())
+        axes.set_title(
+            f"{classes[mistake.label]}\nread as {classes[mistake.predicted]} ({mistake.probability:.0%})",
+            fontsize=8,
+        )
+    return figure
+
+
+def _hparams(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as flat names and plain values, as TensorBoard's hparams want them."""
+    flat: dict[str, Any] = {}
+
+    def add(value: Any, at: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(inner, f"{at}.{key}" if at else key)
+        else:
+            flat[at] = value if isinstance(value, (int, float, bool, str)) else json.dumps(value)
+
+    add(recipe.model_dump(mode="json"), "")
+    return flat
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

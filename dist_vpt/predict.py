@@ -1,0 +1,131 @@
+"""What a run's adapters are good for: scoring a split again, and classifying images.
+
+B batch, K classes.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dist_vpt.backbones.build import describe
+from dist_vpt.build import assemble, make_method, make_view
+from dist_vpt.checkpoint import read_adapters, restore
+from dist_vpt.data.images import decode
+from dist_vpt.engine import evaluate
+from dist_vpt.errors import UserError
+from dist_vpt.recipe import Recipe
+from dist_vpt.runfolder import RunFolder, write_atomically
+from dist_vpt.strategy import make_accelerator
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+
+
+def score(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it."""
+    folder = RunFolder(run)
+    recipe = folder.load(overrides)
+    parts = assemble(recipe)
+    path = folder.best if adapters == "best" else folder.adapters
+    restore(parts.method, read_adapters(path)[0], path)
+    accelerator = make_accelerator(recipe)
+    model = accelerator.prepare_model(parts.method, evaluation_mode=True)
+    batches = parts.evaluation(split, accelerator.process_index, accelerator.num_processes)
+    scores = evaluate(accelerator, model, batches, len(parts.splits.classes)).compute()
+    if accelerator.is_main_process:
+        reported = _reported(folder, adapters).get(split, {})
+        table = Table(title=f"{run}: {split} split, {adapters} adapters, {len(parts.splits[split]):,} images")
+        for column in ("score", "now", "reported by the run"):
+            table.add_column(column, justify="left" if column == "score" else "right")
+        for name, value in scores.items():
+            table.add_row(name, f"{value:.4f}", f"{reported[name]:.4f}" if name in reported else "-")
+        Console().print(table)
+    accelerator.end_training()
+    return scores
+
+
+def predict(
+    run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
+) -> list[dict[str, Any]]:
+    """Classify image files: for each, class names and probabilities, the likeliest first; as CSV or JSON."""
+    if top < 1:
+        raise UserError(f"--top {top}: must be at least 1")
+    if out and Path(out).suffix not in (".csv", ".json"):
+        raise UserError(f"--out {out}: must end in .csv or .json")
+    folder = RunFolder(run)
+    path = folder.best if adapters == "best" else folder.adapters
+    recipe, files = folder.load(), _image_files(images)
+    tensors, facts = read_adapters(path)
+    classes = facts["classes"]
+    wants = describe(recipe.backbone)
+    method, _ = make_method(recipe, wants, len(classes))
+    restore(method, tensors, path)
+    device = _device(recipe)
+    method.to(device).eval()
+    view = make_view(recipe.data, wants)
+    rows = []
+    for start in range(0, len(files), recipe.train.eval_batch_size):
+        some = files[start : start + recipe.train.eval_batch_size]
+        batch = torch.stack([view.eval(decode(file, str(file), recipe.data.max_megapixels)) for file in some])
+        with torch.no_grad():
+            probabilities_BK = method(batch.to(device)).float().softmax(1).cpu()
+        for file, row in zip(some, probabilities_BK, strict=True):
+            values, indices = row.topk(min(top, len(classes)))
+            best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+            rows.append(
+                {
+                    "image": str(file),
+                    "predictions": [{"class": c, "probability": round(p, 6)} for c, p in best],
+                }
+            )
+    _write(rows, out)
+    return rows
+
+
+def _write(rows: list[dict[str, Any]], out: str | None) -> None:
+    if out and out.endswith(".json"):
+        write_atomically(Path(out), json.dumps(rows, indent=1) + "\n")
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "probability"])
+    for row in rows:
+        for rank, prediction in enumerate(row["predictions"], 1):
+            writer.writerow([row["image"], rank, prediction["class"], prediction["probability"]])
+    if out:
+        write_atomically(Path(out), text.getvalue())
+    else:
+        sys.stdout.write(text.getvalue())
+
+
+def _image_files(images: Sequence[str]) -> list[Path]:
+    files: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            inside = sorted(p for p in image.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise UserError(f"{image}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
+            files += inside
+        elif image.is_file():
+            files.append(image)
+        else:
+            raise UserError(f"{image}: no such file or folder")
+    return files
+
+
+def _device(recipe: Recipe) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator if accelerator is not None and recipe.runtime.device == "auto" else torch.device("cpu")
+
+
+def _reported(folder: RunFolder, adapters: str) -> dict[str, Any]:
+    if not folder.result.is_file():
+        return {}
+    return json.loads(folder.result.read_text())[adapters] or {}

@@ -1,0 +1,336 @@
+"""The recipe: one typed description of a whole run, from YAML files and ``a.b=c`` overrides."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_vpt.backbones.recipe import BackboneRecipe
+from dist_vpt.data.recipe import DataRecipe
+from dist_vpt.errors import RecipeError, nearest
+from dist_vpt.methods import MethodRecipe
+from dist_vpt.methods.vpt import VPTRecipe
+from dist_vpt.optim import OptimRecipe
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EarlyStopRecipe(Section):
+    """Stop when the validation accuracy no longer rises."""
+
+    patience: int = Field(10, ge=1, description="evaluations without a rise before training stops")
+    min_delta: float = Field(0.0, ge=0, description="a rise counts above this many points of percent")
+
+
+class TrainRecipe(Section):
+    """The loop: epochs, batch and loss."""
+
+    epochs: int = Field(100, ge=1, description="passes over the training split")
+    batch_size: int = Field(64, ge=1, description="GLOBAL batch: images per optimiser step over all processes")
+    accumulate: int = Field(1, ge=1, description="micro-batches that a process computes one after the other per step")
+    eval_batch_size: int = Field(128, ge=1, description="images per process and evaluation step")
+    eval_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    class_weights: Literal["none", "inv", "inv_sqrt"] = Field(
+        "none",
+        description="weight of a class in the loss: 1, 1/count or 1/sqrt(count), scaled to a mean of 1 per image",
+    )
+    early_stop: EarlyStopRecipe | None = Field(None, description="stop early on the validation split; null: never")
+    test: bool = Field(True, description="score the test split once, after training")
+
+
+class RuntimeRecipe(Section):
+    """Where and how numbers are computed."""
+
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of activations and frozen weights; what is trained is always float32"
+    )
+    checkpointing: Literal["none", "block"] = Field(
+        "none", description="block: keep only each block's input for backward and compute the block again"
+    )
+    deterministic: bool = Field(False, description="deterministic kernels alone: equal to the last bit, and slower")
+
+
+class RunRecipe(Section):
+    """The run folder, resuming, logging."""
+
+    dir: str | None = Field(None, min_length=1, description="the run folder; null: runs/<name of the recipe file>")
+    resume: Literal["never", "auto"] = Field(
+        "never",
+        description="auto: go on from the newest state in the folder, if there is one; never: refuse a used folder",
+    )
+    save_every: int | None = Field(None, ge=1, description="steps between saved states; null: at the end of each epoch")
+    log_every: int = Field(10, ge=1, description="steps between log lines and TensorBoard scalars")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="where curves are sent")
+    timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others before it gives up")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0, description="of initialisation, data order, augmentation and dropout")
+    data: DataRecipe = Field(default_factory=DataRecipe, description="task, format and preprocessing")
+    backbone: BackboneRecipe = Field(default_factory=BackboneRecipe, description="the frozen transformer")
+    method: MethodRecipe = Field(default_factory=VPTRecipe, description="what is trained")
+    optim: OptimRecipe = Field(default_factory=OptimRecipe, description="optimiser and schedule")
+    train: TrainRecipe = Field(default_factory=TrainRecipe, description="the loop")
+    runtime: RuntimeRecipe = Field(default_factory=RuntimeRecipe, description="device, precision, memory")
+    run: RunRecipe = Field(default_factory=RunRecipe, description="the run folder")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below train.epochs = {self.train.epochs}"
+            )
+        if self.train.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate = {self.train.accumulate}: must divide train.batch_size = {self.train.batch_size}"
+            )
+        if self.train.early_stop and self.data.train_on == "trainval":
+            raise ValueError("train.early_stop needs a validation split: set data.train_on=train or early_stop=null")
+        if self.backbone.drop_path > 0 and self.runtime.checkpointing == "none" and self.method.name == "linear":
+            raise ValueError("backbone.drop_path > 0 means nothing for a reader: set it to 0")
+        if self.method.name == "full" and self.backbone.dtype not in (None, "float32"):
+            raise ValueError(
+                f"backbone.dtype = {self.backbone.dtype}: method full holds its weights in float32; "
+                "set runtime.precision for the computation"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every key spelled out; loading it gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+Path_ = tuple[str | int, ...]  # a key's place: ("optim", "lr")
+
+
+@dataclass
+class _Draft:
+    """Plain data merged so far, and where each key was said last."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    said: dict[Path_, str] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
+
+    def put(self, values: Mapping[str, Any], places: Mapping[Path_, str], at: Path_ = ()) -> None:
+        into = self._mapping(at)
+        # Another method has other settings: what earlier files said of the old one does not carry over.
+        if at == ("method",) and "name" in values and into.get("name", values["name"]) != values["name"]:
+            into.clear()
+        for key, value in values.items():
+            path = (*at, key)
+            self.said[path] = places.get(path, places.get(at, ""))
+            if isinstance(value, Mapping) and value:
+                if not isinstance(into.get(key), dict):
+                    into[key] = {}
+                self.put(value, places, path)
+            else:
+                into[key] = value
+
+    def _mapping(self, at: Path_) -> dict[str, Any]:
+        into = self.data
+        for key in at:
+            into = into[key]  # type: ignore[index]
+        return into
+
+
+def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
+    """Merge recipe files in order (each on top of its own ``base:`` files), then ``a.b=c`` overrides.
+
+    Raises RecipeError with all mistakes, each with its file and line, key, value, rule and fix.
+    """
+    draft = _Draft(data={"method": {"name": "vpt"}})  # a method without a name is the default one
+    for file in files:
+        _read(Path(file), draft, asked_by="command line", open_files=())
+    for override in overrides:
+        _override(override, draft)
+    try:
+        recipe = Recipe.model_validate(draft.data)
+    except ValidationError as error:
+        draft.mistakes += [_explain(e, draft) for e in error.errors()]
+    if draft.mistakes:
+        unique = list(dict.fromkeys(draft.mistakes))
+        count = "1 mistake" if len(unique) == 1 else f"{len(unique)} mistakes"
+        raise RecipeError("\n".join([f"{count} in the recipe:", *(f"  {m}" for m in unique)]))
+    if recipe.run.dir is None:
+        name = "-".join(Path(file).stem for file in files) or "default"
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
+    return recipe
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line words -> recipe files and ``a.b=c`` overrides."""
+    overrides = [word for word in arguments if re.match(r"[A-Za-z_][\w.]*=", word)]
+    return [word for word in arguments if word not in overrides], overrides
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON Schema of recipe files, for editors."""
+    schema = Recipe.model_json_schema()
+    base = {
+        "description": "recipe files to inherit from, relative to this one; later ones win, this file over all",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    schema["properties"] = {"base": base, **schema["properties"]}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """``key: old -> new`` for every key of two recipes that differs."""
+
+    def flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from flat(inner, f"{at}.{key}" if at else key)
+        else:
+            yield at, value
+
+    before, after = dict(flat(old.model_dump(mode="json"))), dict(flat(new.model_dump(mode="json")))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read(file: Path, draft: _Draft, asked_by: str, open_files: tuple[Path, ...]) -> None:
+    if file in open_files:
+        draft.mistakes.append(f"{asked_by}: base: {file} inherits from itself; remove one of the two")
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, _Loader)
+        content = yaml.load(text, _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such recipe file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        siblings = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        hint = f"; {nearest(str(file), siblings)}" if siblings else ""
+        draft.mistakes.append(f"{asked_by}: {file}: {reason}{hint}")
+        return
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        draft.mistakes.append(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}; mend the syntax")
+        return
+    if content is None:
+        return
+    if not isinstance(content, dict):
+        draft.mistakes.append(f"{file}:1: a recipe is a mapping of keys to values, not a {type(content).__name__}")
+        return
+    places = dict(_places(node, file))
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        draft.mistakes.append(f"{places[('base',)]}: base = {bases!r}: must be a list of recipe files")
+        bases = []
+    for base in bases:
+        _read(file.parent / base, draft, asked_by=places[("base",)], open_files=(*open_files, file))
+    draft.put(content, places)
+
+
+def _places(node: yaml.Node | None, file: Path, at: Path_ = ()) -> Iterator[tuple[Path_, str]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*at, key.value)
+            yield path, f"{file}:{key.start_mark.line + 1}"
+            yield from _places(value, file, path)
+
+
+def _override(text: str, draft: _Draft) -> None:
+    dotted, _, raw = text.partition("=")
+    keys = dotted.split(".")
+    try:
+        value = yaml.load(raw, _Loader)
+    except yaml.YAMLError:
+        draft.mistakes.append(f"command line: {text}: the value is not valid YAML; quote it")
+        return
+    nested: Any = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    places: dict[Path_, str] = {tuple(keys[: i + 1]): "command line" for i in range(len(keys))}
+    draft.put(nested, places)
+
+
+def _explain(error: Any, draft: _Draft) -> str:
+    """One mistake: place: key = value: rule; fix."""
+    loc: Path_ = error["loc"]
+    model, path = _model_at(loc)
+    key = ".".join(map(str, path))
+    place = next((draft.said[path[:n]] for n in range(len(path), 0, -1) if path[:n] in draft.said), "recipe")
+    kind, context = error["type"], error.get("ctx", {})
+    value = error["input"]
+    if kind == "extra_forbidden":
+        names = list(model.model_fields) if model else []
+        return f"{place}: {key} = {value!r}: unknown key; {nearest(str(path[-1]), names)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        name = value.get("name") if isinstance(value, dict) else value
+        tags = re.findall(r"'(\w+)'", str(context.get("expected_tags", ""))) or [
+            tag for member in _union_members(Recipe.model_fields["method"].annotation) for tag in _tag(member)
+        ]
+        place = draft.said.get((*path, "name"), place)
+        return f"{place}: {key}.name = {name!r}: not a method; {nearest(str(name), tags)}"
+    if kind == "value_error":  # a rule over several keys: its own message names keys and fix
+        message = str(context.get("error", error["msg"]))
+        if not key:
+            mentioned = [p for p in draft.said if len(p) > 1 and ".".join(map(str, p)) in message]
+            place = ", ".join(dict.fromkeys(draft.said[p] for p in mentioned)) or "recipe"
+            return f"{place}: {message}"
+        return f"{place}: {key}: {message}"
+    if kind == "literal_error":
+        expected = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        return f"{place}: {key} = {value!r}: must be one of its choices; {nearest(str(value), expected)}"
+    rule = error["msg"][0].lower() + error["msg"][1:]
+    return f"{place}: {key} = {value!r}: {rule}; mend the value"
+
+
+def _model_at(loc: Path_) -> tuple[type[BaseModel] | None, Path_]:
+    """The model that holds the last key of a pydantic location, and the location without union tags."""
+    model: type[BaseModel] | None = Recipe
+    path: list[str | int] = []
+    pending: dict[str, type[BaseModel]] = {}
+    for i, key in enumerate(loc):
+        if pending and key in pending:  # a discriminator's tag, not a key of the recipe
+            model, pending = pending[str(key)], {}
+            continue
+        path.append(key)
+        if i == len(loc) - 1 or model is None:
+            break
+        info = model.model_fields.get(str(key))
+        members = list(_union_members(info.annotation)) if info else []
+        pending = {tag: member for member in members for tag in _tag(member)} if len(members) > 1 else {}
+        model = members[0] if members else None
+    return model, tuple(path)
+
+
+def _union_members(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is not None or isinstance(annotation, type(Union[int, str])):  # noqa: UP007
+        for part in get_args(annotation):
+            yield from _union_members(part)
+
+
+def _tag(model: type[BaseModel]) -> tuple[str, ...]:
+    name = model.model_fields.get("name")
+    return get_args(name.annotation) if name and get_origin(name.annotation) is Literal else ()

@@ -1,0 +1,189 @@
+"""The run folder: who may write in it, and what lies where."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dist_vpt.errors import RunFolderError
+from dist_vpt.recipe import Recipe, differences, load_recipe
+
+VERSIONS_OF = (
+    "dist-vpt",
+    "torch",
+    "timm",
+    "accelerate",
+    "deepspeed",
+    "numpy",
+    "pydantic",
+    "torchmetrics",
+    "safetensors",
+)
+MAY_CHANGE = (
+    "run.",
+    "data.workers",
+    "train.eval_batch_size",
+    "runtime.device",
+)  # a resumed run's numbers stay equal
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, also through a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, state/ and tb/."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe, self.info, self.result = (
+            self.path / "recipe.yaml",
+            self.path / "run.json",
+            self.path / "result.json",
+        )
+        self.metrics, self.log, self.state = (
+            self.path / "metrics.jsonl",
+            self.path / "train.log",
+            self.path / "state",
+        )
+        self.adapters, self.best = self.path / "adapters.safetensors", self.path / "best.safetensors"
+
+    def load(self, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe that the run was started with, with overrides on top."""
+        if not self.recipe.is_file():
+            raise RunFolderError(f"{self.path}: not a run folder (no recipe.yaml); name a folder that `train` wrote")
+        return load_recipe([self.recipe], overrides)
+
+    def status(self) -> dict[str, Any]:
+        """run.json, or nothing before the run began."""
+        return json.loads(self.info.read_text()) if self.info.is_file() else {}
+
+    @contextmanager
+    def claimed(self, recipe: Recipe, *, write: bool) -> Iterator[bool]:
+        """Hold the folder for one run; yields whether the run in it is done already.
+
+        Only the main process (``write``) locks and writes. Raises RunFolderError where another run is at work in the
+        folder, where it holds another recipe's run or, with run.resume=never, any run, and where it is no run folder.
+        """
+        if not write:
+            yield self.status().get("status") == "done"
+            return
+        with self._locked():
+            self._admit(recipe)
+            if self.status().get("status") == "done":
+                yield True
+                return
+            write_atomically(self.recipe, recipe.to_yaml())
+            self.mark("running", started=self.status().get("started") or _now(), **_provenance())
+            try:
+                yield False
+            except BaseException as error:
+                interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
+                self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
+                raise
+
+    def mark(self, status: str, **facts: Any) -> None:
+        """Set the run's status and facts in run.json."""
+        kept = {k: v for k, v in self.status().items() if k != "reason"}
+        content = {**kept, **facts, "status": status, "updated": _now()}
+        write_atomically(self.info, json.dumps(content, indent=1) + "\n")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunFolderError(
+                    f"{self.path}: another run is at work here ({lock.read().strip() or 'unknown process'}); "
+                    "wait for its end or choose another run.dir"
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            yield
+
+    def _admit(self, recipe: Recipe) -> None:
+        found = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
+        if not found:
+            return
+        if not self.recipe.is_file():
+            raise RunFolderError(
+                f"{self.path}: holds files ({', '.join(found[:3])}) but no run; choose another run.dir"
+            )
+        status = self.status().get("status")
+        if status == "failed" and not self.state.exists() and not self.adapters.exists():
+            for name in found:  # a run that failed before it saved anything leaves nothing to lose
+                shutil.rmtree(self.path / name) if (self.path / name).is_dir() else (self.path / name).unlink()
+            return
+        if recipe.run.resume == "never":
+            raise RunFolderError(
+                f"{self.path}: holds a run already (status: {status}); "
+                "use run.resume=auto to go on with it, or choose another run.dir"
+            )
+        changed = [d for d in differences(self.load(), recipe) if not d.startswith(MAY_CHANGE)]
+        if changed:
+            raise RunFolderError(
+                f"{self.path}: holds the run of another recipe; choose another run.dir, or undo:\n"
+                + "\n".join(f"  {change}" for change in changed)
+            )
+
+
+def _now() -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The revision of the source this package runs from, with ``+changes`` where files differ from it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+
+    try:
+        if not git("ls-files", Path(__file__).name).strip():  # installed inside somebody else's repository
+            return None
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "git": git_revision(),
+        "versions": versions(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }

@@ -1,0 +1,100 @@
+"""One process or many: the Accelerator of a recipe, and a method wrapped for DDP or a DeepSpeed ZeRO stage."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from dist_vpt.errors import UserError
+from dist_vpt.methods import Method
+from dist_vpt.optim import build_optimizer
+from dist_vpt.recipe import Recipe
+
+OURS = (
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "amp",
+    "torch_autocast",
+)  # what the recipe says, not DeepSpeed's file
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """An Accelerator for this process, its DeepSpeed configuration filled in from the recipe."""
+    cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
+    if recipe.runtime.precision == "fp16" and cpu:
+        raise UserError("runtime.precision = fp16: needs a GPU (gradients are scaled there); use bf16 or fp32 on a CPU")
+    # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
+    backend = "gloo" if cpu and "RANK" in os.environ else None
+    accelerator = Accelerator(
+        cpu=recipe.runtime.device == "cpu",
+        # Frozen weights are held in the recipe's precision and need no autocast; fp16 needs its gradient scaler.
+        mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
+        gradient_accumulation_steps=recipe.train.accumulate,
+        log_with=list(recipe.run.trackers) or None,
+        project_dir=recipe.run.dir,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=recipe.run.timeout_minutes)),
+            AutocastKwargs(enabled=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"{started} processes were started, but Accelerate sees {accelerator.num_processes}; "
+            "start them with `accelerate launch` (launch/accelerate/ has a file for each strategy)"
+        )
+    if accelerator.state.deepspeed_plugin is not None:
+        _fill_deepspeed(accelerator, recipe)
+    if recipe.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return accelerator
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """single, ddp, or zero0 to zero3."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"zero{plugin.zero_stage}"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
+    """The method wrapped for the strategy, and an optimiser over what it trains."""
+    frozen = [name for name, p in method.named_parameters() if not p.requires_grad]
+    # Every process reads the same frozen weights from the same file: DDP need not even broadcast them once.
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        method, [*frozen, *(name for name, _ in method.named_buffers())]
+    )
+    model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
+    return model, optimizer
+
+
+def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Put the recipe's numbers into DeepSpeed's configuration; refuse what contradicts the recipe."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    for key in OURS:
+        said = config.get(key)
+        if key == "fp16" and recipe.runtime.precision == "fp16":
+            continue  # Accelerate itself wrote it
+        if said and not (isinstance(said, dict) and said.get("enabled") in (False, "auto")):
+            raise UserError(
+                f"DeepSpeed configuration: {key} = {said}: the recipe says that (optim, runtime.precision); remove it"
+            )
+    micro = recipe.train.batch_size // (accelerator.num_processes * recipe.train.accumulate)
+    config["train_micro_batch_size_per_gpu"] = micro
+    config["gradient_accumulation_steps"] = recipe.train.accumulate
+    config["train_batch_size"] = micro * accelerator.num_processes * recipe.train.accumulate
+    # "auto" would become 1.0, and Accelerate's own clipping does nothing under DeepSpeed.
+    config["gradient_clipping"] = recipe.optim.clip_norm or 0.0
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False  # its own Adam has other numerics than the recipe's optimiser
+    config.setdefault("steps_per_print", 10**9)

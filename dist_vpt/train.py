@@ -1,0 +1,192 @@
+"""``accelerate launch -m dist_vpt.train RECIPE... a.b=c``: parse, build, fit, conclude."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from dist_vpt.cli import guarded
+from dist_vpt.recipe import Recipe, load_recipe, split_arguments
+
+if TYPE_CHECKING:
+    from dist_vpt.engine import Training
+
+
+def main(words: list[str] | None = None) -> int:
+    """Train as the recipe says; returns the exit code."""
+    words = sys.argv[1:] if words is None else words
+    files, overrides = split_arguments([word for word in words if word != "--debug"])
+    return guarded(lambda: run(load_recipe(files, overrides)), debug="--debug" in words)
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """One run from a recipe to its result, on this process and those started beside it."""
+    from dist_vpt.build import assemble
+    from dist_vpt.engine import fit
+    from dist_vpt.runfolder import RunFolder
+    from dist_vpt.strategy import make_accelerator
+
+    parts = assemble(recipe)  # before any process waits for another: mistakes in data and weights show at once
+    folder = RunFolder(str(recipe.run.dir))
+    accelerator = make_accelerator(recipe)
+    try:
+        with folder.claimed(recipe, write=accelerator.is_main_process) as done:
+            accelerator.wait_for_everyone()  # until main has the folder
+            if done:
+                accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
+                return json.loads(folder.result.read_text())
+            training = _set_up(recipe, parts, accelerator, folder)
+            try:
+                fit(training)
+                return _conclude(training, parts)
+            finally:
+                training.monitor.close()
+    finally:
+        accelerator.end_training()
+
+
+def _set_up(recipe: Recipe, parts: Any, accelerator: Any, folder: Any) -> "Training":
+    from dist_vpt.build import class_weights
+    from dist_vpt.checkpoint import Progress, States
+    from dist_vpt.data.loaders import TrainBatches
+    from dist_vpt.engine import Training
+    from dist_vpt.monitor import Monitor
+    from dist_vpt.strategy import prepare, strategy
+
+    split = parts.splits[recipe.data.train_on]
+    train = TrainBatches(
+        split,
+        parts.view,
+        batch_size=recipe.train.batch_size,
+        accumulate=recipe.train.accumulate,
+        seed=recipe.seed,
+        **parts.feeding(accelerator.process_index, accelerator.num_processes),
+    )
+    weights = class_weights(recipe.train.class_weights, split.labels, len(parts.splits.classes))
+    total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
+    trained = sum(p.numel() for _, p in parts.method.trainable())
+    model, optimizer = prepare(recipe, accelerator, parts.method)
+    states, progress = States(folder, accelerator), Progress()
+    newest = states.newest()
+    if newest is not None:
+        progress = states.load(newest, model, parts.method, optimizer)
+    training = Training(
+        recipe=recipe,
+        accelerator=accelerator,
+        method=parts.method,
+        model=model,
+        optimizer=optimizer,
+        train=train,
+        val=parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
+        if recipe.data.train_on == "train" and parts.splits.val
+        else None,
+        class_weights=weights.to(accelerator.device),
+        folder=folder,
+        states=states,
+        monitor=Monitor(recipe, accelerator, folder),
+        facts={"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)},
+        progress=progress,
+        parameters={"trained": trained, "total": total},
+    )
+    headline = [
+        f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
+        f"({100 * trained / total:.2f} %)",
+        f"{recipe.data.task}: {len(split):,} images of {len(parts.splits.classes)} classes at {parts.view.image_size} px; "
+        f"{recipe.train.epochs} epochs of {train.steps_per_epoch} steps of {recipe.train.batch_size} images",
+        f"{strategy(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, {recipe.runtime.precision}; "
+        f"run folder {folder.path}",
+    ]
+    if parts.difference:
+        headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
+    if newest is not None:
+        headline.append(f"resumed from {newest} at step {training.step}")
+    training.monitor.start(headline, progress, recipe.train.epochs * train.steps_per_epoch, training.step)
+    return training
+
+
+def _conclude(t: "Training", parts: Any) -> dict[str, Any]:
+    """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
+    from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
+    from dist_vpt.engine import evaluate
+    from dist_vpt.monitor import peak_memory_mib
+    from dist_vpt.runfolder import versions, write_atomically
+    from dist_vpt.strategy import strategy
+
+    main, progress, classes = t.accelerator.is_main_process, t.progress, parts.splits.classes
+    tensors = collect(t.method)
+    if main:
+        write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
+    last, best = dict(progress.last), dict(progress.best) or None
+    skipped = set(t.train.skipped) | (t.val.skipped if t.val else set())
+    if t.recipe.train.test:
+        test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
+        scores = evaluate(t.accelerator, t.model, test, len(classes), confusion=True)
+        last["test"] = scores.compute()
+        t.monitor.scores(last["epoch"], t.step, "test", last["test"])
+        t.monitor.pictures(
+            t.step,
+            scores.confusion().cpu().numpy(),
+            scores.mistakes,
+            parts.splits["test"],
+            parts.view,
+            classes,
+        )
+        if best and best["epoch"] == last["epoch"]:
+            best["test"] = last["test"]
+        elif best:
+            restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
+            best["test"] = evaluate(t.accelerator, t.model, test, len(classes)).compute()
+        skipped |= test.skipped
+    result = {
+        "last": last,
+        "best": best,
+        "seconds": round(progress.seconds, 3),
+        "images_per_s": round(t.monitor.images_per_s(progress), 2),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+        "parameters": t.parameters,
+        "skipped_images": sorted(skipped),
+        "device": device_name(t.accelerator.device),
+        "processes": t.accelerator.num_processes,
+        "strategy": strategy(t.accelerator),
+        "precision": t.recipe.runtime.precision,
+        "seed": t.recipe.seed,
+        "versions": versions(),
+    }
+    if main:
+        write_atomically(t.folder.result, json.dumps(result, indent=1) + "\n")
+        t.folder.mark("done")
+        t.monitor.line(_summary(result, t))
+    t.accelerator.wait_for_everyone()
+    return result
+
+
+def device_name(device: Any) -> str:
+    """The GPU's name, or the processor's model."""
+    import platform
+    from pathlib import Path
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _summary(result: dict[str, Any], t: "Training") -> str:
+    last, best = result["last"], result["best"]
+    parts = [f"done in {result['seconds']:.1f} s ({result['images_per_s']:.0f} images/s)"]
+    if "test" in last:
+        parts.append(f"test top1 {last['test']['top1']:.2f} % after the last epoch")
+    if best and "test" in best:
+        parts.append(f"{best['test']['top1']:.2f} % with the best epoch on val ({best['epoch'] + 1})")
+    if result["skipped_images"]:
+        parts.append(f"{len(result['skipped_images'])} unreadable images skipped")
+    return "; ".join(parts) + f"\n{t.folder.result}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

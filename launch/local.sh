@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train on the devices of this machine:  launch/local.sh [STRATEGY] [PROCESSES] RECIPE... a.b=c
+#   launch/local.sh configs/quickstart.yaml                  one process per GPU (one without GPUs), DDP
+#   launch/local.sh zero3 4 configs/quickstart.yaml          four processes, ZeRO-3
+# STRATEGY: ddp (default), zero1, zero2, zero3, zero3_offload: a file in launch/accelerate. Without a GPU the
+# processes compute on the CPU. Everything after STRATEGY and PROCESSES goes to dist_vpt.train.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+strategy=ddp
+if [ $# -gt 0 ] && [ -f "launch/accelerate/$1.yaml" ]; then strategy=$1; shift; fi
+python=python
+[ -x .venv/bin/python ] && python=.venv/bin/python
+gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
+processes=$((gpus > 0 ? gpus : 1))
+if [ $# -gt 0 ] && [[ $1 =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
+if [ $# -eq 0 ]; then sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+if [ "$gpus" -gt 0 ] && [ "$processes" -gt "$gpus" ]; then
+  echo "local.sh: $processes processes were asked for, but this machine has $gpus devices" >&2; exit 2
+fi
+# DeepSpeed would be switched off by --cpu; DDP needs to be told where there is no GPU.
+if [ "$gpus" -eq 0 ] && [ "$strategy" = ddp ]; then export ACCELERATE_USE_CPU=true; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / processes > 0 ? $(nproc) / processes : 1 ))}
+exec "$python" -m accelerate.commands.launch --config_file "launch/accelerate/$strategy.yaml" \
+  --num_processes "$processes" --main_process_port "${MASTER_PORT:-0}" -m dist_vpt.train "$@"
