@@ -13,7 +13,12 @@ from dist_vpt.errors import UserError
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit code."""
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments, more = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in more) or (more and "rest" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:  # argparse takes no words of a list after an option
+        getattr(arguments, arguments.rest).extend(more)
     return guarded(lambda: arguments.call(arguments), debug=arguments.debug)
 
 
@@ -21,6 +26,7 @@ def guarded(call: Callable[[], Any], *, debug: bool) -> int:
     """Run ``call``; a user's mistake becomes one message and its exit code, everything else keeps its traceback."""
     try:
         call()
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             raise
@@ -50,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", parents=[common], help="train on this process (several: accelerate launch)")
     train.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
-    train.set_defaults(call=_train)
+    train.set_defaults(call=_train, rest="recipe")
 
     evaluate = commands.add_parser("eval", parents=[common], help="score a run's adapters again")
     evaluate.add_argument("run", metavar="RUN", help="a run folder")
@@ -59,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapters", choices=("last", "best"), default="last", help="of the last epoch, or the best on val"
     )
     evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as data.root=... or runtime.device=cpu")
-    evaluate.set_defaults(call=_eval)
+    evaluate.set_defaults(call=_eval, rest="overrides")
 
     predict = commands.add_parser("predict", parents=[common], help="classify images with a run's adapters")
     predict.add_argument("run", metavar="RUN", help="a run folder")
@@ -67,13 +73,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--adapters", choices=("last", "best"), default="last")
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes shown per image (default 5)")
     predict.add_argument("--out", metavar="FILE", help="a .csv or .json file; default: CSV on the terminal")
-    predict.set_defaults(call=_predict)
+    predict.set_defaults(call=_predict, rest="images")
 
     recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
     kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
     show = kinds.add_parser("show", parents=[common], help="print the resolved recipe")
     show.add_argument("recipe", nargs="*", metavar="RECIPE|a.b=c", help=recipe_help)
-    show.set_defaults(call=_show)
+    show.set_defaults(call=_show, rest="recipe")
     schema = kinds.add_parser("schema", parents=[common], help="print the JSON Schema of recipe files")
     schema.set_defaults(call=_schema)
     return parser

@@ -53,6 +53,13 @@ class Training:
         """Optimiser steps done since the start of the run."""
         return self.progress.epoch * self.train.steps_per_epoch + self.progress.step
 
+    def close(self) -> None:
+        """End the workers that load images, the bar and the trackers."""
+        self.train.close()
+        if self.val is not None:
+            self.val.close()
+        self.monitor.close()
+
 
 @dataclass(frozen=True)
 class Step:

@@ -10,7 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassConfusionMatrix
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassStatScores,
+)
 
 TOP5_FROM = 6  # with five classes or fewer top-5 says nothing
 MISTAKES_KEPT = 16  # for the panel of wrongly classified images
@@ -32,7 +37,7 @@ class Scores:
     def __init__(self, classes: int, device: torch.device, *, confusion: bool = False):
         metrics: dict[str, Any] = {
             "top1": MulticlassAccuracy(classes, average="micro"),
-            "per_class": MulticlassAccuracy(classes, average="macro"),
+            "per_class": MulticlassStatScores(classes, average="none"),
         }
         if classes >= TOP5_FROM:
             metrics["top5"] = MulticlassAccuracy(classes, average="micro", top_k=5)
@@ -53,14 +58,18 @@ class Scores:
         probabilities_BK = logits_BK.float().softmax(1)
         self.scores.update(probabilities_BK, labels_B)
         self.loss.update(F.cross_entropy(logits_BK.float(), labels_B, reduction="none"))
-        if len(self.mistakes) < MISTAKES_KEPT:
+        room = MISTAKES_KEPT - len(self.mistakes)
+        if room:
             best, predicted = probabilities_BK.max(1)
-            for i in (predicted != labels_B).nonzero().flatten().tolist():
+            for i in (predicted != labels_B).nonzero().flatten()[:room].tolist():
                 self.mistakes.append(Mistake(int(index_B[i]), int(labels_B[i]), int(predicted[i]), float(best[i])))
 
     def compute(self) -> dict[str, float]:
         """The scores over all processes; a collective call."""
         values = {k: v for k, v in self.scores.compute().items() if k != "confusion"}
+        right_K, _, _, _, images_K = values["per_class"].unbind(1)
+        # Over the classes that the split has: torchmetrics' macro average counts one that is only predicted as 0.
+        values["per_class"] = (right_K / images_K)[images_K > 0].mean()
         return {"loss": float(self.loss.compute())} | {k: 100 * float(v) for k, v in sorted(values.items())}
 
     def confusion(self) -> Tensor:

@@ -111,7 +111,7 @@ class Monitor:
         self.line(f"epoch {epoch + 1}/{self.recipe.train.epochs}  {split:5}  {shown}")
         self._track({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
 
-    def pictures(
+    def pictures(  # noqa: PLR0917 (a table of what is drawn)
         self,
         step: int,
         confusion_KK: np.ndarray,

@@ -1,7 +1,7 @@
 """Optimisers whose settings do what they say, and the schedule as a pure function of the step."""
 
 import math
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,10 +11,13 @@ if TYPE_CHECKING:
     from dist_vpt.methods import Method
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimRecipe(BaseModel):
     """Optimiser, learning rate and its schedule."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: Literal["sgd", "adam", "adamw"] = Field(
         "sgd", description="sgd and adam add weight decay to the gradient (L2), adamw decouples it"
@@ -24,7 +27,7 @@ class OptimRecipe(BaseModel):
     weight_decay: float = Field(1e-4, ge=0, description="decay of weights and prompts; biases and norms have none")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd's momentum")
     nesterov: bool = Field(False, description="sgd: Nesterov momentum")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adam, adamw: decay of the first and second moment")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adam, adamw: decay of the first and second moment")
     eps: float = Field(1e-8, gt=0, description="adam, adamw: added to the denominator")
     clip_norm: float | None = Field(None, gt=0, description="the largest global gradient norm; null: no clipping")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after warm-up: cosine to 0, or constant")
@@ -36,10 +39,11 @@ class OptimRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("betas must lie in [0, 1)")
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov needs name=sgd and momentum above 0")
+            raise ValueError(
+                f"nesterov = true: with name = {self.name} and momentum = {self.momentum} there is no momentum to look "
+                "ahead with; set name=sgd and momentum above 0, or nesterov=false"
+            )
         return self
 
     def peak_lr(self, batch_size: int) -> float:

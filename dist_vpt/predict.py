@@ -18,14 +18,13 @@ from rich.table import Table
 from dist_vpt.backbones.build import describe
 from dist_vpt.build import assemble, make_method, make_view
 from dist_vpt.checkpoint import read_adapters, restore
+from dist_vpt.data.image_folder import EXTENSIONS
 from dist_vpt.data.images import decode
 from dist_vpt.engine import evaluate
 from dist_vpt.errors import UserError
 from dist_vpt.recipe import Recipe
-from dist_vpt.runfolder import RunFolder, write_atomically
+from dist_vpt.runfolder import RunFolder, read_json, write_atomically
 from dist_vpt.strategy import make_accelerator
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
 
 def score(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, float]:
@@ -34,11 +33,15 @@ def score(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) ->
     recipe = folder.load(overrides)
     parts = assemble(recipe)
     path = folder.best if adapters == "best" else folder.adapters
-    restore(parts.method, read_adapters(path)[0], path)
+    tensors, facts = read_adapters(path)
+    restore(parts.method, tensors, path)
+    if list(parts.splits.classes) != facts["classes"]:
+        raise UserError(f"{run}: was trained on other classes than {recipe.data.task} has here; mend data.root")
     accelerator = make_accelerator(recipe)
     model = accelerator.prepare_model(parts.method, evaluation_mode=True)
     batches = parts.evaluation(split, accelerator.process_index, accelerator.num_processes)
     scores = evaluate(accelerator, model, batches, len(parts.splits.classes)).compute()
+    batches.close()
     if accelerator.is_main_process:
         reported = _reported(folder, adapters).get(split, {})
         table = Table(title=f"{run}: {split} split, {adapters} adapters, {len(parts.splits[split]):,} images")
@@ -59,6 +62,8 @@ def predict(
         raise UserError(f"--top {top}: must be at least 1")
     if out and Path(out).suffix not in (".csv", ".json"):
         raise UserError(f"--out {out}: must end in .csv or .json")
+    if out and not Path(out).parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
     folder = RunFolder(run)
     path = folder.best if adapters == "best" else folder.adapters
     recipe, files = folder.load(), _image_files(images)
@@ -109,9 +114,9 @@ def _image_files(images: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for image in map(Path, images):
         if image.is_dir():
-            inside = sorted(p for p in image.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = sorted(p for p in image.rglob("[!.]*") if p.suffix.lower() in EXTENSIONS)
             if not inside:
-                raise UserError(f"{image}: no images in this folder ({', '.join(sorted(SUFFIXES))})")
+                raise UserError(f"{image}: no images in this folder ({', '.join(sorted(EXTENSIONS))})")
             files += inside
         elif image.is_file():
             files.append(image)
@@ -128,4 +133,4 @@ def _device(recipe: Recipe) -> torch.device:
 def _reported(folder: RunFolder, adapters: str) -> dict[str, Any]:
     if not folder.result.is_file():
         return {}
-    return json.loads(folder.result.read_text())[adapters] or {}
+    return read_json(folder.result)[adapters] or {}

@@ -1,5 +1,6 @@
 """The recipe: one typed description of a whole run, from YAML files and ``a.b=c`` overrides."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from dist_vpt.optim import OptimRecipe
 class Section(BaseModel):
     """A part of the recipe: frozen, and unknown keys are mistakes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EarlyStopRecipe(Section):
@@ -77,7 +78,7 @@ class RunRecipe(Section):
 class Recipe(Section):
     """A whole run."""
 
-    seed: int = Field(0, ge=0, description="of initialisation, data order, augmentation and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, data order, augmentation and dropout")
     data: DataRecipe = Field(default_factory=DataRecipe, description="task, format and preprocessing")
     backbone: BackboneRecipe = Field(default_factory=BackboneRecipe, description="the frozen transformer")
     method: MethodRecipe = Field(default_factory=VPTRecipe, description="what is trained")
@@ -88,31 +89,39 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        if self.optim.warmup_epochs >= self.train.epochs:
-            raise ValueError(
-                f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below train.epochs = {self.train.epochs}"
-            )
-        if self.train.batch_size % self.train.accumulate:
-            raise ValueError(
-                f"train.accumulate = {self.train.accumulate}: must divide train.batch_size = {self.train.batch_size}"
-            )
-        if self.train.early_stop and self.data.train_on == "trainval":
-            raise ValueError("train.early_stop needs a validation split: set data.train_on=train or early_stop=null")
-        if self.backbone.drop_path > 0 and self.runtime.checkpointing == "none" and self.method.name == "linear":
-            raise ValueError("backbone.drop_path > 0 means nothing for a reader: set it to 0")
-        if self.method.name == "full" and self.backbone.dtype not in (None, "float32"):
-            raise ValueError(
-                f"backbone.dtype = {self.backbone.dtype}: method full holds its weights in float32; "
-                "set runtime.precision for the computation"
-            )
+        mistakes = list(self._mistakes())
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
+
+    def _mistakes(self) -> Iterator[str]:
+        if self.optim.warmup_epochs >= self.train.epochs:
+            yield f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below train.epochs = {self.train.epochs}"
+        if self.train.batch_size % self.train.accumulate:
+            yield f"train.accumulate = {self.train.accumulate}: must divide train.batch_size = {self.train.batch_size}"
+        if self.train.early_stop and self.data.train_on == "trainval":
+            yield (
+                "train.early_stop needs a validation split, and data.train_on = trainval leaves none: "
+                "set data.train_on=train or train.early_stop=null"
+            )
+        if self.backbone.drop_path > 0 and self.method.name == "linear":
+            yield (
+                f"backbone.drop_path = {self.backbone.drop_path}: method.name = linear trains nothing in the backbone; "
+                "set backbone.drop_path=0"
+            )
+        if self.method.name == "full" and self.backbone.dtype not in (None, "float32"):
+            yield (
+                f"backbone.dtype = {self.backbone.dtype}: method.name = full holds its weights in float32; "
+                "set backbone.dtype=null, and runtime.precision for the computation"
+            )
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out; loading it gives an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=110)
 
 
 Path_ = tuple[str | int, ...]  # a key's place: ("optim", "lr")
+COMMAND_LINE = "command line"  # where an override was said
 
 
 @dataclass
@@ -127,11 +136,12 @@ class _Draft:
         into = self._mapping(at)
         # Another method has other settings: what earlier files said of the old one does not carry over.
         if at == ("method",) and "name" in values and into.get("name", values["name"]) != values["name"]:
-            into.clear()
+            for key in [key for key in into if self.said.get((*at, key)) != COMMAND_LINE]:
+                del into[key]
         for key, value in values.items():
             path = (*at, key)
             self.said[path] = places.get(path, places.get(at, ""))
-            if isinstance(value, Mapping) and value:
+            if isinstance(value, Mapping):
                 if not isinstance(into.get(key), dict):
                     into[key] = {}
                 self.put(value, places, path)
@@ -152,13 +162,13 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     """
     draft = _Draft(data={"method": {"name": "vpt"}})  # a method without a name is the default one
     for file in files:
-        _read(Path(file), draft, asked_by="command line", open_files=())
+        _read(Path(file), draft, asked_by=COMMAND_LINE, open_files=())
     for override in overrides:
         _override(override, draft)
-    try:
-        recipe = Recipe.model_validate(draft.data)
+    try:  # through JSON, where strict types (no "3" and no true for a number) still let a list be a tuple
+        recipe = Recipe.model_validate_json(json.dumps(draft.data, default=str), strict=True)
     except ValidationError as error:
-        draft.mistakes += [_explain(e, draft) for e in error.errors()]
+        draft.mistakes += [mistake for e in error.errors() for mistake in _explain(e, draft)]
     if draft.mistakes:
         unique = list(dict.fromkeys(draft.mistakes))
         count = "1 mistake" if len(unique) == 1 else f"{len(unique)} mistakes"
@@ -206,16 +216,35 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3)."""
+    """Safe YAML whose keys are strings, each said once; 1e-3 is a number (YAML 1.1 wants 1.0e-3), a date a string."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        said: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != YAML_TAG + "merge":
+                key.tag = YAML_TAG + "str"
+                if key.value in said:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is said twice", key.start_mark)
+                said.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that _Loader would read as numbers."""
+
+
+YAML_TAG = "tag:yaml.org,2002:"
+SHORT_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != YAML_TAG + "timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(YAML_TAG + "float", SHORT_FLOAT, list("-+0123456789."))
+_Dumper.add_implicit_resolver(YAML_TAG + "float", SHORT_FLOAT, list("-+0123456789."))
 
 
 def _read(file: Path, draft: _Draft, asked_by: str, open_files: tuple[Path, ...]) -> None:
-    if file in open_files:
+    if file.resolve() in open_files:
         draft.mistakes.append(f"{asked_by}: base: {file} inherits from itself; remove one of the two")
         return
     try:
@@ -233,19 +262,26 @@ def _read(file: Path, draft: _Draft, asked_by: str, open_files: tuple[Path, ...]
         line = f":{mark.line + 1}" if mark else ""
         draft.mistakes.append(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}; mend the syntax")
         return
+    except ValueError as error:  # a tag that its value contradicts: !!int x
+        draft.mistakes.append(f"{file}: not valid YAML: {error}; mend the syntax")
+        return
     if content is None:
         return
     if not isinstance(content, dict):
-        draft.mistakes.append(f"{file}:1: a recipe is a mapping of keys to values, not a {type(content).__name__}")
+        draft.mistakes.append(
+            f"{file}:1: a recipe is a mapping of keys to values, not a {type(content).__name__}; write key: value"
+        )
         return
     places = dict(_places(node, file))
     bases = content.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        draft.mistakes.append(f"{places[('base',)]}: base = {bases!r}: must be a list of recipe files")
+        draft.mistakes.append(
+            f"{places[('base',)]}: base = {bases!r}: must be a recipe file or a list of them; mend it"
+        )
         bases = []
     for base in bases:
-        _read(file.parent / base, draft, asked_by=places[("base",)], open_files=(*open_files, file))
+        _read(file.parent / base, draft, asked_by=places[("base",)], open_files=(*open_files, file.resolve()))
     draft.put(content, places)
 
 
@@ -262,18 +298,18 @@ def _override(text: str, draft: _Draft) -> None:
     keys = dotted.split(".")
     try:
         value = yaml.load(raw, _Loader)
-    except yaml.YAMLError:
-        draft.mistakes.append(f"command line: {text}: the value is not valid YAML; quote it")
+    except (yaml.YAMLError, ValueError):
+        draft.mistakes.append(f"{COMMAND_LINE}: {text}: the value is not valid YAML; quote it")
         return
     nested: Any = value
     for key in reversed(keys):
         nested = {key: nested}
-    places: dict[Path_, str] = {tuple(keys[: i + 1]): "command line" for i in range(len(keys))}
+    places: dict[Path_, str] = {tuple(keys[: i + 1]): COMMAND_LINE for i in range(len(keys))}
     draft.put(nested, places)
 
 
-def _explain(error: Any, draft: _Draft) -> str:
-    """One mistake: place: key = value: rule; fix."""
+def _explain(error: Any, draft: _Draft) -> list[str]:
+    """Mistakes, one but for rules over several keys, as place: key = value: rule; fix."""
     loc: Path_ = error["loc"]
     model, path = _model_at(loc)
     key = ".".join(map(str, path))
@@ -281,27 +317,31 @@ def _explain(error: Any, draft: _Draft) -> str:
     kind, context = error["type"], error.get("ctx", {})
     value = error["input"]
     if kind == "extra_forbidden":
-        names = list(model.model_fields) if model else []
-        return f"{place}: {key} = {value!r}: unknown key; {nearest(str(path[-1]), names)}"
+        names = [*(model.model_fields if model else ()), *(("base",) if model is Recipe else ())]
+        return [f"{place}: {key} = {value!r}: unknown key; {nearest(str(path[-1]), names)}"]
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name") if isinstance(value, dict) else value
         tags = re.findall(r"'(\w+)'", str(context.get("expected_tags", ""))) or [
             tag for member in _union_members(Recipe.model_fields["method"].annotation) for tag in _tag(member)
         ]
         place = draft.said.get((*path, "name"), place)
-        return f"{place}: {key}.name = {name!r}: not a method; {nearest(str(name), tags)}"
+        return [f"{place}: {key}.name = {name!r}: not a method; {nearest(str(name), tags)}"]
     if kind == "value_error":  # a rule over several keys: its own message names keys and fix
-        message = str(context.get("error", error["msg"]))
-        if not key:
-            mentioned = [p for p in draft.said if len(p) > 1 and ".".join(map(str, p)) in message]
-            place = ", ".join(dict.fromkeys(draft.said[p] for p in mentioned)) or "recipe"
-            return f"{place}: {message}"
-        return f"{place}: {key}: {message}"
+        messages = str(context.get("error", error["msg"])).split("\n")
+        if key:
+            return [f"{place}: {key}: {message}" for message in messages]
+        return [f"{_said_of(message, draft)}: {message}" for message in messages]
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        return f"{place}: {key} = {value!r}: must be one of its choices; {nearest(str(value), expected)}"
+        return [f"{place}: {key} = {value!r}: must be one of its choices; {nearest(str(value), expected)}"]
     rule = error["msg"][0].lower() + error["msg"][1:]
-    return f"{place}: {key} = {value!r}: {rule}; mend the value"
+    return [f"{place}: {key} = {value!r}: {rule}; mend the value"]
+
+
+def _said_of(message: str, draft: _Draft) -> str:
+    """Where the keys that a message mentions were said."""
+    mentioned = [path for path in draft.said if len(path) > 1 and ".".join(map(str, path)) in message]
+    return ", ".join(dict.fromkeys(draft.said[path] for path in mentioned)) or "recipe"
 
 
 def _model_at(loc: Path_) -> tuple[type[BaseModel] | None, Path_]:

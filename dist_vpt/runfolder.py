@@ -28,6 +28,19 @@ VERSIONS_OF = (
     "torchmetrics",
     "safetensors",
 )
+# What a run writes; nothing else in its folder is ever removed. The recipe is last: it makes the folder a run's.
+OURS = (
+    "run.json",
+    "result.json",
+    "metrics.jsonl",
+    "train.log",
+    "state",
+    "adapters.safetensors",
+    "best.safetensors",
+    "tb",
+    "wandb",
+    "recipe.yaml",
+)
 MAY_CHANGE = (
     "run.",
     "data.workers",
@@ -40,11 +53,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all, also through a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class RunFolder:
@@ -72,7 +89,7 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """run.json, or nothing before the run began."""
-        return json.loads(self.info.read_text()) if self.info.is_file() else {}
+        return read_json(self.info) if self.info.is_file() else {}
 
     @contextmanager
     def claimed(self, recipe: Recipe, *, write: bool) -> Iterator[bool]:
@@ -106,8 +123,13 @@ class RunFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as lock:
+        self._refuse_foreign()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed by the with below)
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: cannot be a run folder ({error}); choose another run.dir") from error
+        with file as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -122,17 +144,14 @@ class RunFolder:
             yield
 
     def _admit(self, recipe: Recipe) -> None:
-        found = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
-        if not found:
+        if not self._found():
             return
-        if not self.recipe.is_file():
-            raise RunFolderError(
-                f"{self.path}: holds files ({', '.join(found[:3])}) but no run; choose another run.dir"
-            )
+        self._refuse_foreign()
         status = self.status().get("status")
-        if status == "failed" and not self.state.exists() and not self.adapters.exists():
-            for name in found:  # a run that failed before it saved anything leaves nothing to lose
-                shutil.rmtree(self.path / name) if (self.path / name).is_dir() else (self.path / name).unlink()
+        if status == "failed" and not any(path.exists() for path in (self.state, self.adapters, self.best)):
+            for name in OURS:  # a run that failed before it saved anything leaves nothing to lose
+                path = self.path / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
         if recipe.run.resume == "never":
             raise RunFolderError(
@@ -145,6 +164,27 @@ class RunFolder:
                 f"{self.path}: holds the run of another recipe; choose another run.dir, or undo:\n"
                 + "\n".join(f"  {change}" for change in changed)
             )
+
+    def _found(self) -> list[str]:
+        """Names of the files here, but for the lock and what a killed process was about to write."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p.name for p in self.path.iterdir() if p.name != ".lock" and p.suffix != ".tmp")
+
+    def _refuse_foreign(self) -> None:
+        found = self._found()
+        if found and not self.recipe.is_file():
+            raise RunFolderError(
+                f"{self.path}: holds files ({', '.join(found[:3])}) but no run; choose another run.dir"
+            )
+
+
+def read_json(path: Path) -> Any:
+    """A file of a run folder. Raises RunFolderError for a damaged one."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"{path}: damaged ({error}); restore the file or start the run again") from error
 
 
 def _now() -> str:

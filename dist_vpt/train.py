@@ -5,20 +5,27 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dist_vpt.cli import guarded
-from dist_vpt.recipe import Recipe, load_recipe, split_arguments
 
+# Nothing heavy up here: the workers that load images import this module again, as their main one.
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dist_vpt.build import Parts
     from dist_vpt.engine import Training
+    from dist_vpt.recipe import Recipe
+    from dist_vpt.runfolder import RunFolder
 
 
 def main(words: list[str] | None = None) -> int:
     """Train as the recipe says; returns the exit code."""
+    from dist_vpt.recipe import load_recipe, split_arguments
+
     words = sys.argv[1:] if words is None else words
     files, overrides = split_arguments([word for word in words if word != "--debug"])
     return guarded(lambda: run(load_recipe(files, overrides)), debug="--debug" in words)
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
+def run(recipe: "Recipe") -> dict[str, Any]:
     """One run from a recipe to its result, on this process and those started beside it."""
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
@@ -39,12 +46,12 @@ def run(recipe: Recipe) -> dict[str, Any]:
                 fit(training)
                 return _conclude(training, parts)
             finally:
-                training.monitor.close()
+                training.close()
     finally:
         accelerator.end_training()
 
 
-def _set_up(recipe: Recipe, parts: Any, accelerator: Any, folder: Any) -> "Training":
+def _set_up(recipe: "Recipe", parts: "Parts", accelerator: "Accelerator", folder: "RunFolder") -> "Training":
     from dist_vpt.build import class_weights
     from dist_vpt.checkpoint import Progress, States
     from dist_vpt.data.loaders import TrainBatches
@@ -103,7 +110,7 @@ def _set_up(recipe: Recipe, parts: Any, accelerator: Any, folder: Any) -> "Train
     return training
 
 
-def _conclude(t: "Training", parts: Any) -> dict[str, Any]:
+def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
     from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
     from dist_vpt.engine import evaluate
@@ -136,6 +143,7 @@ def _conclude(t: "Training", parts: Any) -> dict[str, Any]:
             restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
             best["test"] = evaluate(t.accelerator, t.model, test, len(classes)).compute()
         skipped |= test.skipped
+        test.close()
     result = {
         "last": last,
         "best": best,

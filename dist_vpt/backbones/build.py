@@ -16,6 +16,10 @@ from dist_vpt.backbones.weights import Difference, load_into, read_tensors
 from dist_vpt.errors import UserError, WeightsError, nearest
 
 DEMO = Path(__file__).parent / "demo" / "demo.safetensors"
+SUPPORTED = (
+    "this version tunes timm's VisionTransformer models (vit_*, deit3_*, ...): "
+    "choose one of `timm.list_models('vit_*')`"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ def build(
     """
     vit = _create(recipe, image_size)
     difference = _load(vit, recipe)
+    if recipe.pool is not None:  # after loading: a timm model built for another pooling has other norms
+        try:
+            vit.reset_classifier(0, recipe.pool)
+        except AssertionError as error:
+            raise UserError(f"backbone.pool = {recipe.pool}: timm refuses: {error} Choose another pool") from error
     backbone = Backbone(vit, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
     return backbone.hold_in(dtype), difference
@@ -67,23 +76,18 @@ def _create(recipe: BackboneRecipe, image_size: int) -> VisionTransformer:
             "img_size": image_size,
             "drop_path_rate": recipe.drop_path,
         }
-        if recipe.pool is not None:
-            architecture["global_pool"] = recipe.pool
         _check_patches(image_size, architecture["patch_size"])
         return VisionTransformer(**architecture)
     options: dict[str, Any] = {"num_classes": 0, "img_size": image_size, "drop_path_rate": recipe.drop_path}
-    if recipe.pool is not None:
-        options["global_pool"] = recipe.pool
     name = _known(recipe.name)
     try:
         vit = timm.create_model(name, pretrained=False, **options)
     except (TypeError, AssertionError) as error:
-        raise UserError(f"backbone.name = {recipe.name}, image size {image_size}: timm refuses: {error}") from error
-    if not isinstance(vit, VisionTransformer):
         raise UserError(
-            f"backbone.name = {recipe.name} is a {type(vit).__name__}; this version tunes timm's VisionTransformer "
-            "models (vit_*, deit3_*, ...): choose one of `timm.list_models('vit_*')`"
-        )
+            f"backbone.name = {recipe.name}, image size {image_size}: timm refuses: {error}; {SUPPORTED}"
+        ) from error
+    if type(vit) is not VisionTransformer:  # a subclass (the distilled DeiT) has another stem and head
+        raise UserError(f"backbone.name = {recipe.name} is a {type(vit).__name__}; {SUPPORTED}")
     _check_patches(image_size, vit.patch_embed.patch_size[0])
     return vit
 
@@ -108,12 +112,13 @@ def _from_hub(name: str) -> Path:
     try:
         if cfg.hf_hub_id:
             from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError
 
             names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
             for filename in names[:-1]:
                 try:
                     return Path(hf_hub_download(cfg.hf_hub_id, filename))
-                except FileNotFoundError:  # an older repository without safetensors
+                except EntryNotFoundError:  # an older repository without safetensors
                     continue
             return Path(hf_hub_download(cfg.hf_hub_id, names[-1]))
         from timm.models._hub import download_cached_file
@@ -132,15 +137,19 @@ def _known(name: str) -> str:
         raise UserError(
             f"backbone.name = {name}: not a timm model; {nearest(name, ['demo', *timm.list_models('*vit*')])}"
         )
+    architecture, _, tag = name.partition(".")
+    tags = {known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", include_tags=True)}
+    if tag and tag not in tags:
+        raise UserError(f"backbone.name = {name}: timm has no weights {tag!r} for it; {nearest(tag, tags)}")
     return name
 
 
 def _check_patches(image_size: int, patch_size: int) -> None:
     if image_size % patch_size:
         lower = image_size // patch_size * patch_size
+        sizes = f"{lower} or {lower + patch_size}" if lower else str(patch_size)
         raise UserError(
-            f"image size {image_size}: must be a multiple of the patch size {patch_size}; "
-            f"use data.image_size={lower or patch_size} or {lower + patch_size}"
+            f"image size {image_size}: must be a multiple of the patch size {patch_size}; use data.image_size={sizes}"
         )
 
 

@@ -62,8 +62,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a safetensors file ({error}); download it again") from error
     except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a file that is not theirs
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path}: not a file of plain tensors ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            f"{path}: not a file of plain tensors ({reason}). "
             "Pickled objects are never executed: convert the weights to .safetensors where you trust them"
         ) from error
 
@@ -95,6 +96,10 @@ def load_into(vit: VisionTransformer, path: Path, *, lenient: bool) -> Differenc
     offered = {n: t for n, t in converted.items() if n not in classifier}
     shared = own.keys() & offered.keys()
     mismatched = {n for n in shared if own[n].shape != offered[n].shape}
+    kernel, patches = "patch_embed.proj.weight", tensors.get("patch_embed.proj.weight")
+    if patches is not None and patches.ndim == 4 and patches.shape[2:] != own[kernel].shape[2:]:
+        mismatched.add(kernel)  # timm has resampled it, but patches of another size are another architecture
+        offered[kernel] = patches
     difference = Difference(
         missing=tuple(sorted(own.keys() - offered.keys())),
         unexpected=tuple(sorted(offered.keys() - own.keys())),
@@ -116,9 +121,15 @@ def load_into(vit: VisionTransformer, path: Path, *, lenient: bool) -> Differenc
 
 def _load_npz(vit: VisionTransformer, path: Path, tensors: dict[str, Tensor]) -> Difference:
     """JAX weights through timm's own loader; proven by filling the model with NaN first."""
-    if "Transformer/encoderblock_0/LayerNorm_0/scale" not in tensors and "embedding/kernel" not in tensors:
+    if "embedding/kernel" not in tensors:
         raise WeightsError(
             f"{path}: not a JAX vision transformer (no 'embedding/kernel' among its {len(tensors)} arrays)"
+        )
+    patch, own_patch = tuple(tensors["embedding/kernel"].shape[:2]), tuple(vit.patch_embed.proj.weight.shape[2:])
+    if patch != own_patch:  # timm would resample them
+        raise WeightsError(
+            f"{path}: not weights of this architecture: its patches are of {patch} pixels, not of {own_patch}; "
+            "mend backbone.name"
         )
     with torch.no_grad():
         for tensor in vit.state_dict().values():

@@ -44,9 +44,7 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: is not JSON ({error.msg}); mend the file") from None
     if not isinstance(parsed, tuple):
-        raise DataError(
-            f"{file}: holds a {type(parsed).__name__}; an object of 'relative/path': class id is needed"
-        )
+        raise DataError(f"{file}: holds a {type(parsed).__name__}; an object of 'relative/path': class id is needed")
     return list(parsed)
 
 

@@ -57,9 +57,7 @@ class Folder:
         """The path from the root on; ValueError(value, rule and fix) where it leads nowhere or out of it."""
         parts = PurePosixPath(path).parts
         if path.startswith(("/", "\\")) or ".." in parts:
-            raise ValueError(
-                f"path {path!r} leaves the dataset's folder; give it relative to the folder, without '..'"
-            )
+            raise ValueError(f"path {path!r} leaves the dataset's folder; give it relative to the folder, without '..'")
         for start in self._below:
             inner = str(PurePosixPath(start, *parts))
             folder, name = os.path.split(inner)

@@ -52,8 +52,6 @@ def open_splits(recipe: DataRecipe, task: Task) -> Splits:
     for name, part in parts.items():
         hidden = np.flatnonzero(labels[name] < 0)
         place = f"{recipe.root} split {name!r}"
-        if not len(labels[name]):
-            raise DataError(f"{place}: holds no record; choose another with data.hf.splits")
         if len(hidden):
             missing[name] = f"{place} record {hidden[0]} has label -1, so its labels are hidden"
             continue
@@ -63,9 +61,7 @@ def open_splits(recipe: DataRecipe, task: Task) -> Splits:
         found[name] = Split(name, labels[name], HfSource(column, image, place))
     for name in ("train", "val"):
         if name in missing:
-            raise DataError(
-                f"{missing[name]}; choose a split with labels with data.hf.splits: {{{name}: ...}}"
-            )
+            raise DataError(f"{missing[name]}; choose a split with labels with data.hf.splits: {{{name}: ...}}")
     return complete(
         recipe,
         classes,
@@ -134,9 +130,7 @@ def _column(recipe: DataRecipe, role: str, asked: str | None, kind: type, featur
     return columns[0]
 
 
-def _labels(
-    recipe: DataRecipe, parts: dict[str, Any], column: str
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _labels(recipe: DataRecipe, parts: dict[str, Any], column: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Labels int64 [n] of each split, and the class names: a ClassLabel's, or the values found in train."""
     values = {name: _values(f"{recipe.root} split {name!r}", part, column) for name, part in parts.items()}
     declared = {name: getattr(part.features[column], "names", None) for name, part in parts.items()}

@@ -12,9 +12,7 @@ from dist_vpt.errors import DataError
 _opening = threading.Lock()
 
 
-def decode(
-    source: str | Path | bytes, where: str, max_megapixels: float = 178.0, upright: bool = False
-) -> Image.Image:
+def decode(source: str | Path | bytes, where: str, max_megapixels: float = 178.0, upright: bool = False) -> Image.Image:
     """The RGB picture in a file or in encoded bytes; ``where`` names it in messages.
 
     ``upright`` turns the picture as its EXIF orientation says; the published VTAB and FGVC loaders do not.

@@ -99,7 +99,7 @@ class TrainBatches:
             yield [next(batches) for _ in range(self._accumulate)]
 
     def close(self) -> None:
-        """End the worker processes; a later epoch starts them anew."""
+        """End the worker processes at once; a later epoch starts them anew."""
         self._feed.close()
 
 
@@ -141,7 +141,7 @@ class EvalBatches:
         return self._feed([(0, self._indices[start : start + self._batch_size]) for start in self._starts])
 
     def close(self) -> None:
-        """End the worker processes; a later pass starts them anew."""
+        """End the worker processes at once; a later pass starts them anew."""
         self._feed.close()
 
 
@@ -227,7 +227,7 @@ class _Feed:
         self.skipped: set[str] = set()
         self._batches, self._workers, self._cache = batches, workers, cache
         self._needed, self._world = needed, world
-        self._pool: _Pool | None = None
+        self._pool = _Pool(batches, 0 if cache == "memory" else workers)
         self._pass = 0
 
     def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
@@ -235,29 +235,25 @@ class _Feed:
         this_pass = self._pass
         if self._cache == "memory" and self._batches.cached is None:
             self._batches.cached = self._filled()
-        if self._pool is None:
-            self._pool = _Pool(self._batches, 0 if self._cache == "memory" else self._workers)
-        try:
-            for batch, unreadable in self._pool(requests):
-                self.skipped.update(unreadable)
-                yield batch
-                if self._pass != this_pass:
-                    raise RuntimeError("a later pass over these batches was started, which ended this one")
-        except DataError:
-            self.close()
-            raise
+        for batch, unreadable in self._pool(requests):
+            self.skipped.update(unreadable)
+            yield batch
+            if self._pass != this_pass:
+                raise RuntimeError("a later pass over these batches was started, which ended this one")
 
     def close(self) -> None:
-        self._pool = None
+        self._pool.close()
 
     def _filled(self) -> _Cached:
         pictures = self._batches.pictures
         _check_memory(pictures, len(self._needed), self._world)
         chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
         pixels: dict[int, np.ndarray | None] = {}
-        for chunk, (found, unreadable) in zip(chunks, _Pool(pictures, self._workers)(chunks), strict=True):
+        pool = _Pool(pictures, self._workers)
+        for chunk, (found, unreadable) in zip(chunks, pool(chunks), strict=True):
             pixels.update(zip(chunk, found, strict=True))
             self.skipped.update(unreadable)
+        pool.close()
         return _Cached(pixels)
 
 
@@ -265,10 +261,10 @@ class _Pool:
     """A dataset's answers to a list of requests, in order, from ``workers`` processes that stay alive."""
 
     def __init__(self, dataset: Any, workers: int):
-        self._requests: list = []
+        self._requests: list = []  # read by the loader anew for each pass
         self._loader: DataLoader = DataLoader(
             dataset,
-            sampler=_Sequence(self),
+            sampler=self._requests,
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=workers,
@@ -279,30 +275,28 @@ class _Pool:
         )
 
     def __call__(self, requests: list) -> Iterator[Any]:
-        self._requests = requests
+        self._requests[:] = requests
         try:
             for answer in self._loader:
                 if isinstance(answer, DataError):
                     raise answer
                 yield answer
-        except (RuntimeError, OSError, EOFError) as error:
-            if "in DataLoader worker process" in str(error) or not self._loader.num_workers:
-                raise  # raised by our own code in a worker: a bug, with its traceback
+        except Exception as error:
+            self.close()
+            lost = isinstance(error, (RuntimeError, OSError, EOFError)) and self._loader.num_workers
+            if not lost or "in DataLoader worker process" in str(error):
+                raise  # a DataError, or raised by our own code: a bug, with its traceback
             raise DataError(
                 f"a process that loads images died ({type(error).__name__}: {str(error).strip()}); mostly "
                 f"memory or shared memory (/dev/shm) ran out: lower data.workers, or enlarge /dev/shm"
             ) from error
 
-
-@dataclass
-class _Sequence:
-    pool: _Pool
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.pool._requests)
-
-    def __len__(self) -> int:
-        return len(self.pool._requests)
+    def close(self) -> None:
+        """End the workers now: left to the garbage collector, torch can wait five seconds for each."""
+        iterator: Any = self._loader._iterator  # None unless workers are alive
+        if iterator is not None:
+            self._loader._iterator = None
+            iterator._shutdown_workers()
 
 
 def _unchanged(answer: Any) -> Any:

@@ -13,9 +13,7 @@ READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf")
 READS_TEST_FRACTION = ("image_folder", "hf")
 
 Channels = tuple[float, float, float]
-PositiveChannels = tuple[
-    Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-]
+PositiveChannels = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 
 
 class HfRecipe(BaseModel):
@@ -23,16 +21,10 @@ class HfRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    config: str | None = Field(
-        default=None, description="configuration (subset) of a hub dataset; none: its default"
-    )
-    revision: str | None = Field(
-        default=None, description="branch, tag or commit of a hub dataset; none: its newest"
-    )
+    config: str | None = Field(default=None, description="configuration (subset) of a hub dataset; none: its default")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset; none: its newest")
     image: str | None = Field(default=None, description="column of the images; none: the only Image column")
-    label: str | None = Field(
-        default=None, description="column of the labels; none: the only ClassLabel column"
-    )
+    label: str | None = Field(default=None, description="column of the labels; none: the only ClassLabel column")
     splits: dict[Literal["train", "val", "test"], str] = Field(
         default_factory=dict,
         description="our split name to theirs, e.g. {val: 'train[90%:]'}; empty: train, validation and test",
@@ -44,19 +36,13 @@ class DataRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    task: str = Field(
-        default="digits", description="a known task, or any name where format and root are given"
-    )
-    format: Format | None = Field(
-        default=None, description="how the dataset is stored; none: the task's own format"
-    )
+    task: str = Field(default="digits", description="a known task, or any name where format and root are given")
+    format: Format | None = Field(default=None, description="how the dataset is stored; none: the task's own format")
     root: str | None = Field(
         default=None,
         description="folder of the dataset, relative to the working directory; hf: a folder or a hub id",
     )
-    train_on: Literal["train", "trainval"] = Field(
-        default="train", description="the split that is trained on"
-    )
+    train_on: Literal["train", "trainval"] = Field(default="train", description="the split that is trained on")
     val_fraction: float = Field(
         default=0.1,
         gt=0,
@@ -101,9 +87,7 @@ class DataRecipe(BaseModel):
         default="fail",
         description="skip: an unreadable image counts nothing and is reported; fail: it stops the run",
     )
-    max_megapixels: float = Field(
-        default=178.0, gt=0, description="largest image that is decoded, in million pixels"
-    )
+    max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfRecipe = Field(default=HfRecipe(), description="what only a HuggingFace dataset needs")
 
     @model_validator(mode="after")
@@ -132,7 +116,7 @@ class DataRecipe(BaseModel):
             value = getattr(self, name)
             if storage not in readers and value != fields[name].default:
                 yield f"{name} {value}: format {storage!r} brings its own splits; remove {name}"
-        if self.val_fraction + self.test_fraction >= 1:
+        if storage in READS_TEST_FRACTION and self.val_fraction + self.test_fraction >= 1:
             yield (
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
                 f"their sum must be below 1 to leave images for train; lower one"

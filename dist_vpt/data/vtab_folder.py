@@ -53,9 +53,7 @@ def _class_names(file: Path, task: Task) -> tuple[str, ...] | None:
     return names
 
 
-def _read_list(
-    name: str, file: Path, folder: Folder, names: tuple[str, ...] | None, mistakes: Mistakes
-) -> Split:
+def _read_list(name: str, file: Path, folder: Folder, names: tuple[str, ...] | None, mistakes: Mistakes) -> Split:
     files, labels = [], []
     lines = read_text(file).splitlines()
     if not any(line.strip() for line in lines):

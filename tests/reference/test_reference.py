@@ -252,8 +252,7 @@ def test_vpt_equals_timm_layers_with_autograd(batch, rng, *, name, variant, proj
     if pair is not None:
         expected |= {"projection.weight": pair[0].grad, "projection.bias": pair[1].grad}
     expected |= {
-        key: torch.zeros_like(param) if param.grad is None else param.grad
-        for key, param in model.named_parameters()
+        key: torch.zeros_like(param) if param.grad is None else param.grad for key, param in model.named_parameters()
     }
     assert result.grads.keys() == expected.keys()
     for key, grad in expected.items():
@@ -291,10 +290,7 @@ def assert_slope(loss, tensor, grad, rng, entries):
         *[("registers", "deep", False, pooling, False) for pooling in vit.POOLINGS],
         *[("avg_fc_norm", "first_2", True, pooling, False) for pooling in vit.POOLINGS],
         ("avg_no_class", "last_2", False, "original", False),
-        *[
-            (name, None, False, "original", True)
-            for name in ("plain", "everything", "avg_no_class_registers")
-        ],
+        *[(name, None, False, "original", True) for name in ("plain", "everything", "avg_no_class_registers")],
         ("everything", "deep", True, "imgprompt_pool", True),
     ],
 )
@@ -317,15 +313,11 @@ def test_gradients_equal_finite_differences(batch, rng, *, name, variant, projec
 
     trained = {"head.weight": head["head_weight"], "head.bias": head["head_bias"]}
     trained |= {} if prompts is None else {f"prompts.{i}": v for i, v in enumerate(prompts.values)}
-    trained |= (
-        {} if projection is None else {"projection.weight": projection[0], "projection.bias": projection[1]}
-    )
+    trained |= {} if projection is None else {"projection.weight": projection[0], "projection.bias": projection[1]}
     trained |= weights if full else {}
     assert grads.keys() == trained.keys()
     for key, tensor in trained.items():
-        assert_slope(
-            lambda: vit.loss_only(*arguments, **options), tensor, grads[key], rng, entries=1 if full else 4
-        )
+        assert_slope(lambda: vit.loss_only(*arguments, **options), tensor, grads[key], rng, entries=1 if full else 4)
 
 
 @pytest.mark.parametrize("function", ["norm", "gelu", "cross_entropy"])
@@ -390,9 +382,7 @@ def test_first_all_and_last_all_are_deep(batch, rng):
     values = list(rng.normal(size=(DEPTH, PROMPTS, WIDTH)))
     first, last = run(batch, vit.deep_first(values)), run(batch, vit.deep_last(values, DEPTH))
     np.testing.assert_array_equal(first.logits, last.logits)
-    np.testing.assert_array_equal(
-        run(batch, vit.deep_first(values, drop_after_last=True)).logits, first.logits
-    )
+    np.testing.assert_array_equal(run(batch, vit.deep_first(values, drop_after_last=True)).logits, first.logits)
 
 
 def test_identity_projection_changes_nothing(batch, rng):
@@ -432,9 +422,7 @@ def test_schedule_at_points_known_by_heart():
     assert schedule.multiplier(0, 10, 100) == 0
     assert schedule.multiplier(2.5, 10, 100) == 0.25
     assert schedule.multiplier(10, 10, 100) == 1
-    assert schedule.multiplier(40, 10, 100) == pytest.approx(
-        0.75, abs=1e-15
-    )  # a third of the way: cos 60 degrees
+    assert schedule.multiplier(40, 10, 100) == pytest.approx(0.75, abs=1e-15)  # a third of the way: cos 60 degrees
     assert schedule.multiplier(55, 10, 100) == pytest.approx(0.5, abs=1e-15)
     assert schedule.multiplier(100, 10, 100) == 0
     assert schedule.multiplier(0, 0, 3) == 1

@@ -138,9 +138,7 @@ def forward_backward(
     pooling: see `pool_forward`. smoothing and example_weight: see `cross_entropy`.
     backbone_grads: True for full fine-tuning.
     """
-    features_BD, cache = features_forward(
-        weights, config, images_u8, prompts, projection=projection, pooling=pooling
-    )
+    features_BD, cache = features_forward(weights, config, images_u8, prompts, projection=projection, pooling=pooling)
     logits_BK, head_cache = linear_forward(features_BD, _f64(head_weight), _f64(head_bias))
     loss, dlogits_BK = cross_entropy(logits_BK, labels, smoothing=smoothing, example_weight=example_weight)
 
@@ -165,9 +163,7 @@ def loss_only(
     example_weight: Array | None = None,
 ) -> float:
     """The loss of `forward_backward` without the backward pass."""
-    features_BD, _ = features_forward(
-        weights, config, images_u8, prompts, projection=projection, pooling=pooling
-    )
+    features_BD, _ = features_forward(weights, config, images_u8, prompts, projection=projection, pooling=pooling)
     logits_BK, _ = linear_forward(features_BD, _f64(head_weight), _f64(head_bias))
     return cross_entropy(logits_BK, labels, smoothing=smoothing, example_weight=example_weight)[0]
 
@@ -175,9 +171,7 @@ def loss_only(
 def normalise_images(images_u8: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """uint8 pixels to (x / 255 - mean) / std, per channel."""
     if images_u8.dtype != np.uint8:
-        raise ValueError(
-            f"images have dtype {images_u8.dtype}; pass uint8 pixels, normalisation happens here"
-        )
+        raise ValueError(f"images have dtype {images_u8.dtype}; pass uint8 pixels, normalisation happens here")
     mean_C11 = np.asarray(mean, np.float64)[:, None, None]
     std_C11 = np.asarray(std, np.float64)[:, None, None]
     return (images_u8.astype(np.float64) / 255.0 - mean_C11) / std_C11
@@ -286,14 +280,10 @@ def _prompt_before(block: int, prompts: Prompts, inserted: Sequence[Array], widt
     return None
 
 
-def place_prompts_forward(
-    x_BND: Array, prompt_PD: Array, num_prefix: int, num_old: int
-) -> tuple[Array, Cache]:
+def place_prompts_forward(x_BND: Array, prompt_PD: Array, num_prefix: int, num_old: int) -> tuple[Array, Cache]:
     """Replace the `num_old` tokens after the prefix by the prompt, the same for all images."""
     if prompt_PD.shape[1] != x_BND.shape[2]:
-        raise ValueError(
-            f"prompt width {prompt_PD.shape[1]} is not the backbone's {x_BND.shape[2]}; pass a projection"
-        )
+        raise ValueError(f"prompt width {prompt_PD.shape[1]} is not the backbone's {x_BND.shape[2]}; pass a projection")
     prompt_BPD = np.broadcast_to(prompt_PD, (len(x_BND), *prompt_PD.shape))
     prefix_BRD, patches_BMD = x_BND[:, :num_prefix], x_BND[:, num_prefix + num_old :]
     out_BND = np.concatenate([prefix_BRD, prompt_BPD, patches_BMD], axis=1)
@@ -331,9 +321,7 @@ def embed_forward(images_BCSS: Array, w: Weights, config: Config) -> tuple[Array
     weight_DCGG = w["patch_embed.proj.weight"]
     side = config.patch_size
     if weight_DCGG.shape[2:] != (side, side):
-        raise ValueError(
-            f"patch_size {side} does not fit patch_embed.proj.weight of shape {weight_DCGG.shape}"
-        )
+        raise ValueError(f"patch_size {side} does not fit patch_embed.proj.weight of shape {weight_DCGG.shape}")
     B, _, height, width = images_BCSS.shape
 
     # Patches are numbered row by row; a patch is flattened channel first, as the convolution's kernel is.
@@ -470,9 +458,7 @@ def attention_forward(x_BND: Array, w: Weights, config: Config) -> tuple[Array, 
     E = D // config.num_heads
     scale = 1.0 / math.sqrt(E)
 
-    qkv_BNX, qkv_cache = linear_forward(
-        x_BND, w["qkv.weight"], w.get("qkv.bias")
-    )  # X = 3 * D: all q, all k, all v
+    qkv_BNX, qkv_cache = linear_forward(x_BND, w["qkv.weight"], w.get("qkv.bias"))  # X = 3 * D: all q, all k, all v
     head_outputs, head_caches = [], []
     for head in range(config.num_heads):
         columns = [slice(part * D + head * E, part * D + (head + 1) * E) for part in range(3)]
@@ -482,9 +468,7 @@ def attention_forward(x_BND: Array, w: Weights, config: Config) -> tuple[Array, 
         prob_BNN = softmax(scale * q_BNE @ k_BNE.transpose(0, 2, 1))
         head_outputs.append(prob_BNN @ v_BNE)
         head_caches.append((columns, q_BNE, k_BNE, v_BNE, q_cache, k_cache, prob_BNN))
-    out_BND, proj_cache = linear_forward(
-        np.concatenate(head_outputs, axis=2), w["proj.weight"], w.get("proj.bias")
-    )
+    out_BND, proj_cache = linear_forward(np.concatenate(head_outputs, axis=2), w["proj.weight"], w.get("proj.bias"))
     return out_BND, (scale, qkv_cache, qkv_BNX.shape, head_caches, proj_cache)
 
 
@@ -615,9 +599,7 @@ def cross_entropy(
     B, K = logits_BK.shape
     weight_B = np.ones(B) if example_weight is None else _f64(example_weight)
     if weight_B.shape != (B,) or weight_B.sum() <= 0:
-        raise ValueError(
-            f"example_weight of shape {weight_B.shape}, sum {weight_B.sum()}; need ({B},), sum > 0"
-        )
+        raise ValueError(f"example_weight of shape {weight_B.shape}, sum {weight_B.sum()}; need ({B},), sum > 0")
     share_B1 = (weight_B / weight_B.sum())[:, None]
 
     target_BK = np.full((B, K), smoothing / K)

@@ -25,10 +25,12 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+IMAGE_PIXELS = 32
+CHANNELS = 3
 ARCHITECTURE = {
-    "img_size": 32,
+    "img_size": IMAGE_PIXELS,
     "patch_size": 4,
-    "in_chans": 3,
+    "in_chans": CHANNELS,
     "num_classes": 0,
     "embed_dim": 128,
     "depth": 6,
@@ -36,7 +38,7 @@ ARCHITECTURE = {
     "class_token": True,
     "global_pool": "token",
 }
-PREPROCESSING = {"image_size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+PREPROCESSING = {"image_size": IMAGE_PIXELS, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
 
 # One word, one class: characters that differ only in size, or look the same in many fonts, share a word.
 # No digit is among them.
@@ -53,9 +55,9 @@ NOT_LETTERS = {"D050000L", "Standard Symbols PS", "Linux Biolinum Keyboard O"}  
 BANK_PIXELS = 48  # side of a stored glyph
 GLYPH_PIXELS = 40  # its longer side
 STYLES_PER_FAMILY = 6  # so that a family with fifty files does not outvote the others
-BATCH = 256
-PEAK_RATE = 1.5e-3
-WARMUP = 150
+BATCH = 64
+PEAK_RATE = 1e-3
+WARMUP = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ def uniform(rng: torch.Generator, low: float, high: float, *shape: int) -> Tenso
 
 def distort(glyphs_B: Tensor, rng: torch.Generator) -> Tensor:
     """uint8 glyphs -> normalised images (B, C, 32, 32): stroke, shape, resolution, contrast, noise."""
-    batch, size = len(glyphs_B), ARCHITECTURE["img_size"]
+    batch, size = len(glyphs_B), IMAGE_PIXELS
     ink = glyphs_B[:, None].float() / 255
     heavier, lighter = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)
     stroke = uniform(rng, -0.8, 1, batch, 1, 1, 1)
@@ -160,7 +162,7 @@ def distort(glyphs_B: Tensor, rng: torch.Generator) -> Tensor:
     ink = ink * uniform(rng, 0.6, 1, batch, 1, 1, 1) + uniform(rng, 0, 0.1, batch, 1, 1, 1)
     ink = ink + uniform(rng, 0, 0.06, batch, 1, 1, 1) * torch.randn(ink.shape, generator=rng)
     ink = ink.clamp(0, 1)
-    return ((ink - 0.5) / 0.5).expand(-1, ARCHITECTURE["in_chans"], -1, -1)
+    return ((ink - 0.5) / 0.5).expand(-1, CHANNELS, -1, -1)
 
 
 def build() -> tuple[VisionTransformer, nn.Linear]:
@@ -191,7 +193,7 @@ def train(bank: Bank, steps: int, rng: torch.Generator) -> tuple[VisionTransform
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 250 == 0 or step == steps - 1:
             print(f"step {step:5d}  loss {loss:.3f}  {time.perf_counter() - started:.0f} s", flush=True)
     return backbone, head
 
@@ -214,20 +216,14 @@ def save(backbone: VisionTransformer, out: Path) -> None:
         "made_by": "python -m dist_vpt.backbones.demo.pretrain",
         "licence": "Apache-2.0",
     }
-    save_file(
-        {name: value.half().contiguous() for name, value in backbone.state_dict().items()}, out, metadata
-    )
+    save_file({name: value.half().contiguous() for name, value in backbone.state_dict().items()}, out, metadata)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--fonts", type=Path, nargs="+", required=True, help="folders searched for .ttf and .otf"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fonts", type=Path, nargs="+", required=True, help="folders searched for .ttf and .otf")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=1800, help=f"optimiser steps, of {BATCH} glyphs each")
+    parser.add_argument("--steps", type=int, default=5000, help=f"optimiser steps, of {BATCH} glyphs each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

@@ -1,0 +1,55 @@
+"""What all tests share: no network, one thread, a fresh Accelerate for each test, tiny backbones, one tiny run."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state in classes: what one test set is not the next one's."""
+    yield
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+        state.PartialState._reset_state()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Writes a text file below tmp_path."""
+
+    def write_file(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def tiny_vit() -> Callable[..., VisionTransformer]:
+    """Makes random ViTs: 2 blocks of width 8 on 4 x 4 patches of 4 pixels, but for what is said otherwise."""
+
+    def make(seed: int = 0, **changes: object) -> VisionTransformer:
+        torch.manual_seed(seed)
+        shape = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 0}
+        vit = VisionTransformer(**(shape | changes))  # type: ignore[arg-type]
+        with torch.no_grad():
+            for parameter in vit.parameters():
+                parameter.normal_()
+        return vit
+
+    return make

@@ -1,0 +1,38 @@
+"""Small datasets on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_vpt.data import DataRecipe, Splits, open_splits
+
+SaveImage = Callable[..., Path]
+
+
+@pytest.fixture
+def save_image() -> SaveImage:
+    """Writes an image file of one grey value per pixel column, and the folders above it."""
+
+    def save(path: Path, value: int = 0, size: tuple[int, int] = (12, 10)) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        width, height = size
+        pixels = np.full((height, width, 3), value, np.uint8)
+        pixels[:, :, 1] = np.arange(width)
+        Image.fromarray(pixels).save(path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Callable[..., Splits]:
+    """Opens tmp_path in a format."""
+
+    def open_as(storage: str, **settings) -> Splits:
+        settings = {"task": "mine", "format": storage, "root": str(tmp_path), **settings}
+        return open_splits(DataRecipe(**settings))
+
+    return open_as

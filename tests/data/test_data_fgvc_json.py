@@ -1,0 +1,107 @@
+"""FGVC folders: what is read and every mistake that is told."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from dist_vpt.errors import DataError
+
+
+def grey(split, i):
+    return int(np.asarray(split.read(i))[0, 0, 0])
+
+
+@pytest.fixture
+def write(tmp_path, save_image):
+    """Writes the json files and an image for each of their paths."""
+
+    def write_all(below="images", **splits):
+        for name, entries in splits.items():
+            for value, path in enumerate(entries):
+                save_image(tmp_path / below / path, value)
+            (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+
+    return write_all
+
+
+def refused(opened, message):
+    with pytest.raises(DataError) as caught:
+        opened("fgvc_json")
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+TRAIN = {"x/a.png": 10, "x/b.png": 9, "y/c.png": 200}
+
+
+@pytest.mark.parametrize("below", ["", "images", "Images"])
+def test_labels_are_ranked_on_train_for_every_split(write, opened, below):
+    write(below, train=TRAIN, val={"v.png": 200}, test={"t.png": 10, "u.png": 200})
+    splits = opened("fgvc_json")
+    assert splits.classes == ("9", "10", "200")
+    assert splits.train.labels.tolist() == [1, 0, 2]
+    assert splits.val.labels.tolist() == [2]
+    assert splits.test.labels.tolist() == [1, 2]
+    assert splits.trainval.labels.tolist() == [1, 0, 2, 2]
+    assert [grey(splits.train, i) for i in range(3)] == [0, 1, 2]
+
+
+def test_ids_may_be_text(write, opened):
+    write(train={"a.png": "wren", "b.png": "owl"}, val={"c.png": "wren"}, test={"d.png": "owl"})
+    splits = opened("fgvc_json")
+    assert splits.classes == ("owl", "wren")
+    assert splits.test.labels.tolist() == [0]
+
+
+def test_val_is_carved_where_it_is_missing(write, opened):
+    train = {f"{i}.png": i % 2 for i in range(40)}
+    write(train=train, test={"0.png": 0})
+    splits = opened("fgvc_json", val_fraction=0.2)
+    assert (len(splits.train), len(splits.val), len(splits.trainval)) == (32, 8, 40)
+    assert np.bincount(splits.val.labels).tolist() == [4, 4]
+    names = [{split.where(i) for i in range(len(split))} for split in (splits.train, splits.val)]
+    assert not names[0] & names[1]
+    other = opened("fgvc_json", val_fraction=0.2, split_seed=1).val
+    assert {other.where(i) for i in range(8)} != names[1]
+
+
+def test_test_is_needed_only_when_asked_for(write, opened):
+    write(train=TRAIN, val={"v.png": 200})
+    with pytest.raises(DataError, match=r"'test' is missing: there is no .*test\.json; add it"):
+        opened("fgvc_json")["test"]
+
+
+def test_train_is_needed(write, opened):
+    write(test=TRAIN)
+    refused(opened, r"train\.json: there is no such file, and the format needs it; add it")
+
+
+def test_id_without_a_training_image(write, opened):
+    write(train=TRAIN, val={"v.png": 20})
+    refused(opened, r"val\.json: 'v.png': class id 20 has no image in train; did you mean '200'\?")
+
+
+@pytest.mark.parametrize("value", [1.5, None, True, [1], {"a": 1}])
+def test_id_that_is_no_id(write, opened, value):
+    write(train={"a.png": value})
+    refused(opened, r"train\.json: 'a.png': class id .* is neither a whole number nor text; mend it")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a.png": 1,\n "b.png" 2}', r"train\.json:2: is not JSON \(Expecting ':' delimiter\); mend the file"),
+        ("[1]", "holds a list; an object of 'relative.path': class id is needed"),
+        ("3", "holds a int; an object"),
+        ("{}", "train.json: holds no image; a 'relative/path': class id is needed"),
+        ('{"a.png": 1, "a.png": 2}', "train.json: 'a.png': occurs twice; remove one"),
+        ('{"gone.png": 1}', "train.json: 'gone.png': there is no file 'gone.png' in .*; restore it"),
+        ('{"": 1}', "train.json: '': there is no file ''"),
+        ('{"../a.png": 1}', "train.json: '../a.png': path '../a.png' leaves the dataset's folder"),
+    ],
+)
+def test_bad_file(write, opened, tmp_path, text, says):
+    write(val={"a.png": 1})
+    (tmp_path / "train.json").write_text(text)
+    refused(opened, says)

@@ -1,0 +1,99 @@
+"""The data recipe's rules and what a task makes of it."""
+
+import subprocess
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from dist_vpt.data import FORMATS, TASKS, DataRecipe, Splits, Task, open_splits, resolve
+from dist_vpt.data.tasks import FORMAT_TASKS
+from dist_vpt.errors import DataError
+
+OWN = {"task": "mine", "root": "somewhere"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"task": "digit"}, "task 'digit' is not a known task \\(did you mean 'digits'\\?\\).*give format and root"),
+        ({"task": "mine", "format": "hf"}, "root is missing: format 'hf' needs the folder of the dataset; set root"),
+        ({"root": "x"}, "root 'x': digits come with scikit-learn; remove root or set format"),
+        ({"mean": (0.5, 0.5, 0.5)}, "mean and std go together"),
+        ({"mean": (0.5, 0.5, 0.5), "std": (1, 0, 1)}, "std.1\n.*greater than 0"),
+        ({"val_fraction": 0.3}, "val_fraction 0.3: format 'digits' brings its own splits; remove val_fraction"),
+        ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' brings"),
+        (
+            {**OWN, "format": "image_folder", "val_fraction": 0.5, "test_fraction": 0.5},
+            "val_fraction 0.5 \\+ test_fraction 0.5: their sum must be below 1",
+        ),
+        ({"hf": {"image": "x"}}, "hf: only format 'hf' reads it and the format is 'digits'"),
+        ({"hf": {"colour": "x"}}, "hf.colour\n.*not permitted"),
+        ({"batch": 3}, "batch\n.*not permitted"),
+        ({"image_size": 4}, "image_size\n.*greater than or equal to 8"),
+        ({"workers": -1}, "workers\n.*greater than or equal to 0"),
+        ({"max_megapixels": 0}, "max_megapixels\n.*greater than 0"),
+        ({"bad_images": "ignore"}, "bad_images\n.*'fail' or 'skip'"),
+    ],
+)
+def test_mistake_is_told(settings, says):
+    with pytest.raises(ValidationError, match=says):
+        DataRecipe(**settings)
+
+
+def test_fraction_that_is_not_read_does_not_count():
+    assert DataRecipe(**OWN, format="fgvc_json", val_fraction=0.9).val_fraction == 0.9
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(ValidationError) as caught:
+        DataRecipe(root="x", mean=(0, 0, 0), val_fraction=0.2)
+    assert all(word in str(caught.value) for word in ("root 'x'", "mean and std", "val_fraction 0.2"))
+
+
+def test_dumped_recipe_loads_again():
+    recipe = DataRecipe(task="mine", format="hf", root="x", hf={"splits": {"val": "train[:5]"}})
+    assert DataRecipe(**recipe.model_dump()) == recipe
+    assert DataRecipe(**DataRecipe().model_dump()) == DataRecipe()
+
+
+def test_every_field_is_described():
+    for model in (DataRecipe, type(DataRecipe().hf)):
+        assert all(field.description for field in model.model_fields.values())
+
+
+def test_row_gives_what_the_recipe_leaves_open():
+    assert resolve(DataRecipe()) == TASKS["digits"]
+    assert resolve(DataRecipe(cache="none", resize="crop")) == Task(
+        name="digits", format="digits", classes=10, resize="crop", cache="none"
+    )
+
+
+def test_format_gives_it_for_a_free_name():
+    def of(storage):
+        task = resolve(DataRecipe(**OWN, format=storage))
+        assert (task.name, task.format, task.classes) == ("mine", storage, None)
+        return task.resize, task.augment, task.cache
+
+    assert of("vtab_folder") == ("squash", "none", "none")
+    assert of("fgvc_json") == ("crop", "fgvc", "none")
+    assert of("image_folder") == of("hf") == ("crop", "none", "none")
+
+
+def test_every_format_can_be_opened_and_has_defaults():
+    assert FORMATS.keys() == FORMAT_TASKS.keys()
+
+
+def test_number_of_classes_must_be_the_tasks(monkeypatch):
+    monkeypatch.setitem(TASKS, "digits", Task(name="digits", format="digits", classes=11))
+    with pytest.raises(DataError, match="digits: 10 classes, but task 'digits' has 11; complete the dataset"):
+        open_splits(DataRecipe())
+
+
+def test_recipe_and_table_need_no_torch():
+    code = "import sys, dist_vpt.data; assert 'torch' not in sys.modules and 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_digits_are_opened():
+    assert isinstance(open_splits(DataRecipe()), Splits)

@@ -1,0 +1,38 @@
+"""Tiny backbones with every seam that timm's ViTs have."""
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from dist_vpt.backbones.backbone import Backbone
+
+MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
+SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
+KINDS: dict[str, dict[str, Any]] = {
+    "class_token": {},
+    "registers": {"reg_tokens": 2, "qk_norm": True, "init_values": 0.5, "no_embed_class": True},
+    "no_class_token": {"class_token": False, "global_pool": "avg"},
+    "mean_pooled": {"global_pool": "avg", "pre_norm": True},
+}
+
+
+def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer:
+    """A tiny ViT whose every weight is random: timm's zero biases and unit scales would hide mistakes."""
+    torch.manual_seed(0)
+    vit = VisionTransformer(**(SHAPE | KINDS[kind] | changes))
+    with torch.no_grad():
+        for name, parameter in vit.named_parameters():
+            noise = torch.randn_like(parameter) * 0.3
+            parameter.copy_(1 + noise if parameter.ndim == 1 and "bias" not in name else noise)
+    return vit
+
+
+def make_backbone(kind: str = "class_token", *, stochastic: bool = False, **changes: Any) -> Backbone:
+    return Backbone(make_vit(kind, **changes), mean=MEAN, std=STD, stochastic=stochastic).requires_grad_(False)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

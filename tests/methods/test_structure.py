@@ -1,0 +1,172 @@
+"""What is trained, what is frozen, and how a method starts."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+
+from dist_vpt.errors import UserError
+from dist_vpt.memory import apply_checkpointing
+from dist_vpt.methods import METHODS, Method, MethodRecipe, attach
+from dist_vpt.methods.base import Reader
+from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
+from tests.methods.conftest import make_backbone
+
+HEAD = {"head.weight", "head.bias"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "linear": {"name": "linear"},
+    "full": {"name": "full"},
+    "vpt shallow": {"name": "vpt", "deep": False},
+    "vpt deep": {"name": "vpt"},
+    "vpt projected": {"name": "vpt", "projection": 4},
+    "vpt shared": {"name": "vpt", "shared": True},
+}
+TRAINED = {
+    "linear": HEAD,
+    "full": HEAD | {f"backbone.{name}" for name, _ in make_backbone().named_parameters()},
+    "vpt shallow": HEAD | {"prompts"},
+    "vpt deep": HEAD | {"prompts"},
+    "vpt projected": HEAD | {"prompts", "projection.weight", "projection.bias"},
+    "vpt shared": HEAD | {"prompts"},
+}
+
+
+def make(settings: dict[str, Any], **backbone: Any) -> Method:
+    torch.manual_seed(0)
+    return attach(TypeAdapter(MethodRecipe).validate_python(settings), make_backbone(**backbone), classes=5)
+
+
+def loss_of(method: Method, images: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(method(images), torch.arange(len(images)))
+
+
+def test_every_method_is_tested() -> None:
+    assert {settings["name"] for settings in SETTINGS.values()} == set(METHODS)
+    assert SETTINGS.keys() == TRAINED.keys()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_trained_names(name: str) -> None:
+    assert {n for n, _ in make(SETTINGS[name]).trainable()} == TRAINED[name]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_steps_change_what_is_trained_and_nothing_else(name: str, optimizer: str, images: torch.Tensor) -> None:
+    method = make(SETTINGS[name])
+    before = copy.deepcopy(method.state_dict())
+    steps = build_optimizer(OptimRecipe(name=optimizer, weight_decay=0.01), method)
+    set_lr(steps, 0.01)
+    for _ in range(2):
+        method.train()
+        loss_of(method, images).backward()
+        steps.step()
+        steps.zero_grad()
+    for key, tensor in method.state_dict().items():
+        assert torch.equal(tensor, before[key]) == (key not in TRAINED[name]), key
+    assert {key for key in before if key not in dict(method.named_buffers())} >= TRAINED[name]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_checkpointing_changes_nothing(settings: dict[str, Any], images: torch.Tensor) -> None:
+    plain, checkpointed = make(settings), make(settings)
+    apply_checkpointing(checkpointed.backbone, "block")
+    losses = []
+    for method in (plain, checkpointed):
+        method.train()
+        torch.manual_seed(1)
+        losses.append(loss_of(method, images))
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    for (name, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+def test_checkpointing_saves_less(images: torch.Tensor) -> None:
+    def saved(policy: str) -> int:
+        method = make({"name": "vpt"})
+        apply_checkpointing(method.backbone, policy)
+        count = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss_of(method, images)
+        return count
+
+    assert saved("block") < saved("none") / 2
+
+
+@pytest.mark.parametrize("name", [n for n, s in SETTINGS.items() if issubclass(METHODS[s["name"]], Reader)])
+def test_a_reader_keeps_nothing_of_the_backbone(name: str, images: torch.Tensor) -> None:
+    method = make(SETTINGS[name])
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        loss_of(method, images).backward()
+    assert saved
+    assert all(shape in {(3, 16), (5, 16), (16, 5), (3, 5), (3,), ()} for shape in saved), saved
+
+
+def test_the_backbone_stays_in_eval_mode() -> None:
+    method = make({"name": "vpt"}).train()
+    assert method.training
+    assert not any(module.training for module in method.backbone.modules())
+
+
+def test_stochastic_depth_trains_in_train_mode_alone(images: torch.Tensor) -> None:
+    method = make({"name": "full"}, drop_path_rate=0.9, stochastic=True)
+    method.train()
+    torch.manual_seed(0)
+    first = method(images)
+    assert not torch.equal(first, method(images))
+    method.eval()
+    assert torch.equal(method(images), method(images))
+
+
+def test_prompt_dropout_is_drawn_per_image_and_off_in_eval(images: torch.Tensor) -> None:
+    same = images[:1].expand(3, -1, -1, -1)
+    method = make({"name": "vpt", "dropout": 0.5})
+    method.train()
+    rows = method(same)
+    assert not torch.allclose(rows[0], rows[1])
+    method.eval()
+    rows = method(same)
+    assert torch.allclose(rows[0], rows[1], atol=1e-6)
+
+
+def test_prompts_start_as_published() -> None:
+    backbone = make_backbone(embed_dim=64, num_heads=2)
+    method = attach(TypeAdapter(MethodRecipe).validate_python({"name": "vpt", "prompts": 50}), backbone, 5)
+    bound = math.sqrt(6 / (3 * 8 * 8 + 64))
+    assert method.prompts.shape == (3, 50, 64)
+    assert bound * 0.99 < method.prompts.abs().max() <= bound
+    assert abs(float(method.prompts.detach().std()) / (bound / math.sqrt(3)) - 1) < 0.02
+    assert torch.all(method.head.bias == -math.log(99.0))
+    assert abs(float(method.head.weight.detach().std()) / math.sqrt(2 / 5) - 1) < 0.2
+
+
+def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    backbone = make_backbone().hold_in(torch.bfloat16)
+    method = attach(TypeAdapter(MethodRecipe).validate_python({"name": "vpt"}), backbone, 5)
+    assert {p.dtype for _, p in method.trainable()} == {torch.float32}
+    assert {p.dtype for p in method.backbone.parameters()} == {torch.bfloat16}
+    assert backbone.mean.dtype == torch.float32
+    assert method(images).dtype == torch.float32
+
+
+def test_more_layers_than_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match=r"method.layers = 4: the backbone has 3 blocks"):
+        make({"name": "vpt", "layers": 4})
+
+
+def test_deep_options_without_deep_are_refused() -> None:
+    with pytest.raises(ValidationError, match="belong to deep prompts"):
+        make({"name": "vpt", "deep": False, "layers": 2})

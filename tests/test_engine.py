@@ -1,0 +1,209 @@
+"""One step and one run: equal however the batch is split, stopped where it must stop, resumed to the last bit."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_vpt import engine
+from dist_vpt.build import class_weights
+from dist_vpt.errors import Interrupted, RunFailed, UserError
+from dist_vpt.recipe import load_recipe
+from dist_vpt.train import run
+from tests.running import TINY, metrics, train
+
+LEARNS = ("optim.name=adamw", "optim.lr=0.05", "train.batch_size=50")
+
+
+def losses(folder: Path, split: str = "train") -> list[float]:
+    return [line["loss"] for line in metrics(folder) if line["split"] == split]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", *LEARNS, "train.epochs=4")
+    folder = tmp_path / "run"
+    assert losses(folder)[-1] < losses(folder)[0]
+    assert result == json.loads((folder / "result.json").read_text())
+    assert result["last"]["epoch"] == 3
+    assert result["last"]["test"]["top1"] > 50
+    assert result["parameters"]["trained"] == sum(
+        math.prod(shape) for shape in ((10, 128), (10,), (6, 2, 128))
+    )
+    assert result["seconds"] > 0
+    assert result["images_per_s"] > 0
+    assert result["peak_memory_mib"] > 0
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"recipe.yaml", "run.json", "metrics.jsonl", "result.json", "adapters.safetensors", "state", "tb"}
+    assert len(list((folder / "state").glob("step-*"))) == 2
+    assert (folder / "adapters.safetensors").stat().st_size < 20_000
+    again = train(tmp_path / "run", *LEARNS, "train.epochs=4", "run.resume=auto")
+    assert again == result
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("train.accumulate=2",), ("train.accumulate=5",), ("runtime.checkpointing=block",), ("data.cache=none",)],
+    ids=lambda change: change[0],
+)
+def test_how_the_batch_is_computed_changes_no_loss(change: tuple[str, ...], tmp_path: Path) -> None:
+    options = ("train.batch_size=60", "train.label_smoothing=0.1", "train.class_weights=inv", "train.epochs=2")
+    train(tmp_path / "a", *options)
+    train(tmp_path / "b", *options, *change)
+    for split in ("train", "val", "test"):
+        assert losses(tmp_path / "a", split) == pytest.approx(losses(tmp_path / "b", split), abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_interrupted_and_resumed_equals_uninterrupted(optimizer: str, dropout: float, tmp_path: Path) -> None:
+    options = ("runtime.deterministic=true", f"optim.name={optimizer}", "optim.lr=0.1", f"method.dropout={dropout}",
+               "train.epochs=3", "train.batch_size=250")  # fmt: skip
+    train(tmp_path / "whole", *options)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 6"):
+        _interrupt_at(6, patch)  # of 12: in the middle of the second epoch
+        train(tmp_path / "parts", *options)
+    assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "interrupted"
+    train(tmp_path / "parts", *options, "run.resume=auto")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert _bytes(tmp_path / "whole" / "adapters.safetensors") == _bytes(tmp_path / "parts" / "adapters.safetensors")
+    for name in ("last", "best"):
+        results = [json.loads((tmp_path / x / "result.json").read_text())[name] for x in ("whole", "parts")]
+        assert results[0] == results[1]
+
+
+def test_resuming_with_another_recipe_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    with pytest.raises(UserError, match=r"another recipe.*\n  optim.lr: 0.1 -> 0.2"):
+        train(tmp_path / "run", "optim.lr=0.2", "run.resume=auto")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison_at, seen = 3, []
+    step = engine.train_step
+
+    def poisoned(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+        if t.step == poison_at:
+            seen.append(t.method.prompts.detach().clone())
+            with torch.no_grad():
+                t.method.head.weight[0, 0] = float("nan")
+            try:
+                return step(t, *args, **kwargs)
+            finally:
+                seen.append(t.method.prompts.detach().clone())
+        return step(t, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "train_step", poisoned)
+    with pytest.raises(RunFailed, match="the loss is nan at step 3"):
+        train(tmp_path / "run", "train.batch_size=100")
+    assert torch.equal(*seen)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["status"] == "failed"
+    assert "step 3" in info["reason"]
+    assert not (tmp_path / "run" / "result.json").exists()
+    monkeypatch.undo()
+    train(tmp_path / "run", "train.batch_size=100")  # nothing was saved, so that the folder may be used again
+
+
+def test_gradient_clipping_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With plain SGD an update is lr times the gradient, and the gradient's norm is at most clip_norm."""
+    updates = []
+    step = engine.train_step
+
+    def watched(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+        done = step(t, *args, **{**kwargs, "norms": True})
+        updates.append((done.gradient_norm, done.update_norm / done.lr))
+        return done
+
+    monkeypatch.setattr(engine, "train_step", watched)
+    train(tmp_path / "run", "optim.clip_norm=0.5", "optim.momentum=0", "optim.weight_decay=0", "optim.schedule=constant")
+    assert all(norm > 0.5 for norm, _ in updates)
+    assert all(clipped == pytest.approx(0.5, rel=1e-3) for _, clipped in updates)
+
+
+def test_early_stopping(tmp_path: Path) -> None:
+    result = train(
+        tmp_path / "run", "train.epochs=30", "optim.lr=1e-9", "train.early_stop.patience=2", "train.batch_size=500"
+    )
+    assert result["best"]["epoch"] == 0
+    assert result["last"]["epoch"] == 2
+    assert result["best"]["test"]["top1"] == pytest.approx(result["last"]["test"]["top1"])
+
+
+def test_the_best_epoch_is_scored_with_its_own_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that gets worse after its first epoch keeps that epoch's adapters and their test score."""
+    step = engine.train_step
+
+    def spoiled(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+        done = step(t, *args, **kwargs)
+        if t.progress.epoch == 1:
+            with torch.no_grad():
+                t.method.head.weight.zero_()
+        return done
+
+    monkeypatch.setattr(engine, "train_step", spoiled)
+    result = train(tmp_path / "run", *LEARNS, "train.epochs=2")
+    assert result["best"]["epoch"] == 0
+    assert result["best"]["test"]["top1"] > 40 > result["last"]["test"]["top1"]
+    from dist_vpt.predict import score
+
+    assert score(str(tmp_path / "run"), "test", "best") == result["best"]["test"]
+    assert score(str(tmp_path / "run"), "test", "last") == result["last"]["test"]
+
+
+def test_trainval_has_no_validation_and_no_best_epoch(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", "data.train_on=trainval")
+    assert result["best"] is None
+    assert not losses(tmp_path / "run", "val")
+    assert len(losses(tmp_path / "run", "test")) == 1
+
+
+def test_class_weights_come_from_real_counts() -> None:
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2]).numpy()
+    inverse = class_weights("inv", labels, 4).double()
+    assert inverse[:3] / inverse[0] == pytest.approx([1, 2, 6])
+    assert float(inverse[torch.tensor(labels)].mean()) == pytest.approx(1)
+    root = class_weights("inv_sqrt", labels, 4).double()
+    assert root[:3] / root[0] == pytest.approx([1, math.sqrt(2), math.sqrt(6)])
+    assert torch.equal(class_weights("none", labels, 3), torch.ones(3))
+    assert inverse[3] == 0
+
+
+def test_seeds_of_neighbouring_steps_differ() -> None:
+    seeds = {engine._fold(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 800
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_signals_are_handed_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    train(tmp_path / "run")
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+
+
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
+    recipe = load_recipe([], [*TINY, "runtime.precision=fp16", "runtime.device=cpu", f"run.dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match="fp16: needs a GPU"):
+        run(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def _interrupt_at(number: int, patch: pytest.MonkeyPatch) -> None:
+    step = engine.train_step
+
+    def counted(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+        if t.step == number - 1:
+            signal.raise_signal(signal.SIGUSR1)
+        return step(t, *args, **kwargs)
+
+    patch.setattr(engine, "train_step", counted)
+
+
+def _bytes(path: Path) -> dict[str, list[float]]:
+    from dist_vpt.checkpoint import read_adapters
+
+    return {name: tensor.flatten().tolist() for name, tensor in read_adapters(path)[0].items()}
