@@ -15,7 +15,7 @@ from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import resolve
 from dist_vpt.data.transforms import View
-from dist_vpt.memory import apply_checkpointing
+from dist_vpt.memory import apply_attention, apply_checkpointing
 from dist_vpt.methods import Method, attach
 from dist_vpt.recipe import Recipe
 
@@ -82,6 +82,7 @@ def make_method(recipe: Recipe, wants: Description, classes: int) -> tuple[Metho
     torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
     method = attach(recipe.method, backbone, classes)
     apply_checkpointing(backbone, recipe.runtime.checkpointing)
+    apply_attention(backbone, recipe.runtime.attention)
     return method, difference
 
 

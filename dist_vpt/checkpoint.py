@@ -115,7 +115,7 @@ class States:
         found = sorted(self.folder.state.glob("step-*/state.json")) if self.folder.state.is_dir() else []
         return found[-1].parent if found else None
 
-    def save(self, model: nn.Module, method: Method, optimizer: Any, progress: Progress, step: int) -> None:
+    def save(self, model: Any, method: Method, optimizer: Any, progress: Progress, step: int) -> None:
         """Save at a step boundary. A collective call."""
         accelerator, name = self.accelerator, f"step-{step:08d}"
         temporary = self.folder.state / f".{name}.tmp"
@@ -153,8 +153,11 @@ class States:
                 shutil.rmtree(old)
         accelerator.wait_for_everyone()
 
-    def load(self, path: Path, model: nn.Module, method: Method, optimizer: Any) -> Progress:
-        """Go back to a saved state. A collective call. Raises RunFolderError for another strategy's or a damaged one."""
+    def load(self, path: Path, model: Any, method: Method, optimizer: Any) -> Progress:
+        """Go back to a saved state. A collective call.
+
+        Raises RunFolderError for a state of another strategy and for a damaged one.
+        """
         facts = json.loads((path / "state.json").read_text())
         saved = (facts.pop("strategy"), facts.pop("processes"))
         here = (strategy(self.accelerator), self.accelerator.num_processes)

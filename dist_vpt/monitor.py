@@ -59,7 +59,9 @@ class Monitor:
         for line in headline:
             self.line(line)
         names = self.recipe.run.trackers
-        options = {"tensorboard": {"purge_step": done_steps + 1}} if "tensorboard" in names else {}
+        options: dict[str, dict[str, Any]] = (
+            {"tensorboard": {"purge_step": done_steps + 1}} if "tensorboard" in names else {}
+        )
         if "wandb" in names:
             options["wandb"] = {"name": self.folder.path.name, "dir": str(self.folder.path)}
         self.accelerator.init_trackers("tb", config=_hparams(self.recipe), init_kwargs=options)
@@ -186,7 +188,7 @@ def confusion_figure(confusion_KK: np.ndarray, classes: tuple[str, ...]) -> Any:
         for (row, column), count in np.ndenumerate(confusion_KK):
             if count:
                 color = "white" if shares[row, column] > 0.5 else "black"
-                axes.text(column, row, int(count), ha="center", va="center", fontsize=6, color=color)
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=6, color=color)
     return figure
 
 

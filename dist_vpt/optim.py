@@ -66,7 +66,8 @@ def build_optimizer(recipe: OptimRecipe, method: "Method") -> "Optimizer":
     """An optimiser over the method's trainable parameters alone; biases and norm scales are not decayed."""
     import torch
 
-    decayed, exempt = [], []
+    decayed: list[torch.nn.Parameter] = []
+    exempt: list[torch.nn.Parameter] = []
     for _, parameter in method.trainable():
         (decayed if parameter.ndim > 1 else exempt).append(parameter)
     groups = [

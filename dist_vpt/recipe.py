@@ -58,6 +58,9 @@ class RuntimeRecipe(Section):
     checkpointing: Literal["none", "block"] = Field(
         "none", description="block: keep only each block's input for backward and compute the block again"
     )
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="sdpa: torch's fused kernels; eager: plain, quicker on a CPU with few tokens"
+    )
     deterministic: bool = Field(False, description="deterministic kernels alone: equal to the last bit, and slower")
 
 

@@ -97,9 +97,11 @@ def _set_up(recipe: "Recipe", parts: "Parts", accelerator: "Accelerator", folder
     headline = [
         f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
         f"({100 * trained / total:.2f} %)",
-        f"{recipe.data.task}: {len(split):,} images of {len(parts.splits.classes)} classes at {parts.view.image_size} px; "
+        f"{recipe.data.task}: {len(split):,} images of {len(parts.splits.classes)} classes "
+        f"at {parts.view.image_size} px; "
         f"{recipe.train.epochs} epochs of {train.steps_per_epoch} steps of {recipe.train.batch_size} images",
-        f"{strategy(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, {recipe.runtime.precision}; "
+        f"{strategy(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
+        f"{recipe.runtime.precision}; "
         f"run folder {folder.path}",
     ]
     if parts.difference:

@@ -1,22 +1,24 @@
-"""Small runs for tests: the demo backbone on digits, seconds each."""
+"""Small runs for tests: the demo backbone on digits, a second each."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from dist_vpt.recipe import load_recipe
 from dist_vpt.train import run
 
+ROOT = Path(__file__).parents[1]
 TINY = [
     "data.workers=0",
     "data.image_size=8",
-    "method.prompts=2",
     "optim.lr=0.1",
     "train.epochs=1",
     "train.batch_size=200",
@@ -24,35 +26,70 @@ TINY = [
 ]
 
 
+def words(folder: Path, *overrides: str) -> list[str]:
+    """The overrides of a tiny run."""
+    prompts = [] if any(word.startswith("method.name=") for word in overrides) else ["method.prompts=2"]
+    return [*TINY, *prompts, f"run.dir={folder}", *overrides]
+
+
 def train(folder: Path, *overrides: str) -> dict[str, Any]:
     """One run in this process."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state(*([True] if state is AcceleratorState else []))
-    return run(load_recipe([], [*TINY, f"run.dir={folder}", *overrides]))
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    return run(load_recipe([], words(folder, *overrides)))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def launch(strategy: str, folder: Path, *overrides: str, port: int = 0, **options: Any) -> subprocess.Popen[str]:
-    """A run on two processes: ``ddp``, or ``zeroN`` with the repository's or an equal DeepSpeed file."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    words += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+def step_losses(folder: Path) -> list[float]:
+    """The loss of every step, from TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def start(strategy: str, folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run on two processes, started as the README says: launch/local.sh, or accelerate with one of our files."""
+    rest = words(folder, *overrides)
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
     if strategy == "ddp":
-        words += ["--multi_gpu"]
-        environment["ACCELERATE_USE_CPU"] = "true"
+        command = [str(ROOT / "launch" / "local.sh"), "ddp", "2", *rest]
+    elif strategy == "zero0":  # no file of ours: DeepSpeed without sharding is for comparison alone
+        config = folder.parent / "zero0.json"
+        config.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+        options = ["--use_deepspeed", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [*accelerate, *options, "--deepspeed_config_file", str(config), "-m", "dist_vpt.train", *rest]
     else:
-        words += ["--use_deepspeed", "--deepspeed_config_file", str(_deepspeed_file(strategy, folder))]
-    words += ["-m", "dist_vpt.train", *TINY, f"run.dir={folder}", *overrides]
+        file = "accelerate_config.yaml" if strategy == "zero2" else f"launch/accelerate/{strategy}.yaml"
+        command = [*accelerate, "--config_file", file, "-m", "dist_vpt.train", *rest]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # local.sh and DeepSpeed look things up
     return subprocess.Popen(
-        words, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 300) -> str:
-    """Wait for a run; its output. Ends the whole process group where it hangs."""
+def finish(process: subprocess.Popen[str], seconds: float = 400) -> str:
+    """Wait for a run and give its output. Ends its whole process group where it hangs."""
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -62,10 +99,22 @@ def finish(process: subprocess.Popen[str], seconds: float = 300) -> str:
     return output
 
 
-def _deepspeed_file(strategy: str, folder: Path) -> Path:
-    given = Path(__file__).parents[1] / "launch" / "accelerate" / f"{strategy}.json"
-    if given.exists():
-        return given
-    path = folder.parent / f"{strategy}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": int(strategy.removeprefix("zero"))}}))
-    return path
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes below a launcher."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    return [p for p in found if "RANK" in _environment(p) and "dist_vpt.train" in " ".join(p.cmdline())]
+
+
+def wait_for(condition: Any, seconds: float = 300) -> None:
+    """Poll until a condition holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}

@@ -30,9 +30,7 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     assert result == json.loads((folder / "result.json").read_text())
     assert result["last"]["epoch"] == 3
     assert result["last"]["test"]["top1"] > 50
-    assert result["parameters"]["trained"] == sum(
-        math.prod(shape) for shape in ((10, 128), (10,), (6, 2, 128))
-    )
+    assert result["parameters"]["trained"] == sum(math.prod(shape) for shape in ((10, 128), (10,), (6, 2, 128)))
     assert result["seconds"] > 0
     assert result["images_per_s"] > 0
     assert result["peak_memory_mib"] > 0
@@ -64,9 +62,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(optimizer: str, dropout: f
     options = ("runtime.deterministic=true", f"optim.name={optimizer}", "optim.lr=0.1", f"method.dropout={dropout}",
                "train.epochs=3", "train.batch_size=250")  # fmt: skip
     train(tmp_path / "whole", *options)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="stopped at step 6"):
+    with pytest.MonkeyPatch.context() as patch:
         _interrupt_at(6, patch)  # of 12: in the middle of the second epoch
-        train(tmp_path / "parts", *options)
+        with pytest.raises(Interrupted, match="stopped at step 6"):
+            train(tmp_path / "parts", *options)
     assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "interrupted"
     train(tmp_path / "parts", *options, "run.resume=auto")
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
@@ -120,7 +119,9 @@ def test_gradient_clipping_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return done
 
     monkeypatch.setattr(engine, "train_step", watched)
-    train(tmp_path / "run", "optim.clip_norm=0.5", "optim.momentum=0", "optim.weight_decay=0", "optim.schedule=constant")
+    train(
+        tmp_path / "run", "optim.clip_norm=0.5", "optim.momentum=0", "optim.weight_decay=0", "optim.schedule=constant"
+    )
     assert all(norm > 0.5 for norm, _ in updates)
     assert all(clipped == pytest.approx(0.5, rel=1e-3) for _, clipped in updates)
 

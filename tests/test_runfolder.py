@@ -66,7 +66,7 @@ def test_a_new_folder_gets_the_recipe_and_where_it_came_from(folder: RunFolder) 
         said = folder.status()
         assert said["status"] == "running"
         assert said["pid"] == os.getpid()
-        assert said["versions"]["torch"] == torch.__version__
+        assert said["versions"] == versions()
         assert said["git"] == git_revision()
         assert said["command"]
         assert said["started"] == said["updated"]
@@ -100,7 +100,8 @@ def test_a_used_folder_is_refused(folder: RunFolder, status: str) -> None:
 
 
 def test_a_used_folder_goes_on_with_auto(folder: RunFolder) -> None:
-    use(folder, then=Interrupted("told to stop"))
+    with pytest.raises(Interrupted):
+        use(folder, then=Interrupted("told to stop"))
     assert folder.status()["reason"] == "told to stop"
     started = folder.status()["started"]
     with folder.claimed(recipe(folder, "run.resume=auto"), write=True) as done:
@@ -284,7 +285,7 @@ def test_what_a_killed_write_left_does_not_make_a_folder_foreign(folder: RunFold
 def test_versions() -> None:
     found = versions()
     assert found["python"] == platform.python_version()
-    assert found["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["torch"])  # which may add the build, as in +cpu
     assert found["dist-vpt"] == __version__
     assert set(found) == {"python", *runfolder.VERSIONS_OF}
 

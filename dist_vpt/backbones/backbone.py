@@ -27,6 +27,9 @@ class Backbone(nn.Module):
     the module's own call (which is what DeepSpeed's ZeRO-3 gathers sharded weights at).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, vit: VisionTransformer, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool):
         super().__init__()
         self.width = vit.embed_dim

@@ -143,7 +143,9 @@ def _load_npz(vit: VisionTransformer, path: Path, tensors: dict[str, Tensor]) ->
         raise WeightsError(f"{path}: not weights of this architecture:\n{Difference(missing=missing)}")
     blocks = {name.split("/")[1] for name in tensors if name.startswith("Transformer/encoderblock_")}
     if len(blocks) != len(vit.blocks):
-        raise WeightsError(f"{path}: has {len(blocks)} blocks, the architecture {len(vit.blocks)}; mend backbone.name")
+        raise WeightsError(
+            f"{path}: not weights of this architecture: {len(blocks)} blocks, not {len(vit.blocks)}; mend backbone.name"
+        )
     return Difference()
 
 

@@ -1,6 +1,7 @@
 """Methods: what is trained. A new one is a file beside this one and a row in this table."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -10,7 +11,7 @@ from dist_vpt.methods.full import Full, FullRecipe
 from dist_vpt.methods.linear import Linear, LinearRecipe
 from dist_vpt.methods.vpt import VPT, VPTRecipe
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, Callable[[Any, Backbone, int], Method]] = {
     "vpt": VPT,
     "linear": Linear,
     "full": Full,

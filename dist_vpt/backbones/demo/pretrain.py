@@ -25,7 +25,7 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-IMAGE_PIXELS = 32
+IMAGE_PIXELS = 24
 CHANNELS = 3
 ARCHITECTURE = {
     "img_size": IMAGE_PIXELS,
@@ -131,7 +131,7 @@ def uniform(rng: torch.Generator, low: float, high: float, *shape: int) -> Tenso
 
 
 def distort(glyphs_B: Tensor, rng: torch.Generator) -> Tensor:
-    """uint8 glyphs -> normalised images (B, C, 32, 32): stroke, shape, resolution, contrast, noise."""
+    """uint8 glyphs -> normalised images (B, C, 24, 24): stroke, shape, resolution, contrast, noise."""
     batch, size = len(glyphs_B), IMAGE_PIXELS
     ink = glyphs_B[:, None].float() / 255
     heavier, lighter = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)
@@ -167,7 +167,7 @@ def distort(glyphs_B: Tensor, rng: torch.Generator) -> Tensor:
 
 def build() -> tuple[VisionTransformer, nn.Linear]:
     backbone = VisionTransformer(**ARCHITECTURE)
-    waves = build_sincos2d_pos_embed([8, 8], backbone.embed_dim)  # learns sooner than from noise
+    waves = build_sincos2d_pos_embed([6, 6], backbone.embed_dim)  # learns sooner than from noise
     backbone.pos_embed.data[0, 1:].copy_(0.5 * waves)
     for block in backbone.blocks:
         block.attn.fused_attn = False  # three times as fast in bfloat16 on a CPU with this few tokens

@@ -1,0 +1,230 @@
+"""The command line: its words, its exit codes, what it prints, and what it does not import."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dist_vpt import __version__, cli
+from dist_vpt.cli import guarded, main
+from dist_vpt.errors import Interrupted, RunFailed, UserError
+from dist_vpt.recipe import json_schema, load_recipe
+
+# Every sub-command with its arguments. A change here is a change of what users type.
+COMMANDS = {
+    "dist-vpt": {"--help", "--version"},
+    "dist-vpt train": {"--help", "--debug", "RECIPE|a.b=c +"},
+    "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
+    "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
+    "dist-vpt recipe": {"--help"},
+    "dist-vpt recipe show": {"--help", "--debug", "RECIPE|a.b=c *"},
+    "dist-vpt recipe schema": {"--help", "--debug"},
+}
+CHOICES = {"--split": ("train", "val", "trainval", "test"), "--adapters": ("last", "best")}
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=120)
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _parsers(inner)
+
+
+def test_sub_commands_and_options() -> None:
+    found: dict[str, set[str]] = {}
+    for parser in _parsers(cli._parser()):
+        words = set()
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                continue
+            if action.option_strings:
+                words.add(max(action.option_strings, key=len))
+                assert action.choices is None or tuple(action.choices) == CHOICES[action.option_strings[0]]
+            else:
+                words.add(f"{action.metavar} {action.nargs}" if action.nargs else str(action.metavar))
+            assert action.help or action.option_strings[0] in CHOICES
+        found[parser.prog] = words
+    assert found == COMMANDS
+
+
+def test_importing_the_package_and_asking_for_help_imports_no_torch() -> None:
+    code = """
+import contextlib, sys
+import dist_vpt.cli
+for words in (["--help"], ["train", "--help"], ["recipe", "show", "--help"], ["--version"], ["nonsense"]):
+    with contextlib.suppress(SystemExit):
+        dist_vpt.cli.main(words)
+heavy = {"torch", "timm", "numpy", "accelerate", "pydantic", "torchmetrics"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "usage: dist-vpt" in done.stdout
+
+
+def test_python_m_is_the_command() -> None:
+    done = python("-m", "dist_vpt", "--version")
+    assert (done.returncode, done.stdout) == (0, f"dist-vpt {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["nonsense"],
+        ["train"],
+        ["train", "--nonsense"],
+        ["train", "a.yaml", "--nonsense", "x=1"],
+        ["eval"],
+        ["eval", "run", "--split", "nonsense"],
+        ["eval", "run", "--adapters", "worst"],
+        ["predict", "run"],
+        ["predict", "run", "image", "--top", "many"],
+        ["recipe"],
+        ["recipe", "schema", "more"],
+    ],
+    ids=" ".join,
+)
+def test_words_that_make_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: dist-vpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "files_and_overrides"),
+    [
+        (["train", "a.yaml", "x=1"], ["a.yaml", "x=1"]),
+        (["train", "--debug", "a.yaml", "x=1"], ["a.yaml", "x=1"]),
+        (["train", "a.yaml", "--debug", "x=1", "y=2"], ["a.yaml", "x=1", "y=2"]),
+        (["train", "a.yaml", "x=1", "--debug"], ["a.yaml", "x=1"]),
+    ],
+)
+def test_train_passes_recipe_words_on(
+    words: list[str], files_and_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "_train", lambda arguments: seen.append(arguments.recipe))
+    assert main(words) == 0
+    assert seen == [files_and_overrides]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "run", "x=1", "y=2", "--split", "val"],
+        ["eval", "run", "--split", "val", "x=1", "y=2"],
+        ["eval", "--split", "val", "run", "x=1", "y=2"],
+        ["eval", "run", "x=1", "--split", "val", "y=2"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_of_eval_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr("dist_vpt.predict.score", lambda *arguments: seen.append(arguments))
+    assert main(words) == 0
+    assert seen == [("run", "val", "last", ["x=1", "y=2"])]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["predict", "run", "a.png", "b.png", "--top", "3"],
+        ["predict", "run", "a.png", "--top", "3", "b.png"],
+        ["predict", "--top", "3", "run", "a.png", "b.png"],
+    ],
+    ids=" ".join,
+)
+def test_images_of_predict_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr("dist_vpt.predict.predict", lambda *arguments: seen.append(arguments))
+    assert main(words) == 0
+    assert seen == [("run", ["a.png", "b.png"], "last", 3, None)]
+
+
+def test_recipe_show_prints_the_resolved_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seed: 3")
+    assert main(["recipe", "show", str(file), "optim.lr=1e-3"]) == 0
+    said = yaml.safe_load(capsys.readouterr().out)
+    assert (said["seed"], said["optim"]["lr"], said["run"]["dir"]) == (3, 0.001, "runs/a")
+    assert main(["recipe", "show"]) == 0
+    assert capsys.readouterr().out == load_recipe([]).to_yaml()
+
+
+def test_recipe_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(json_schema()))
+
+
+# Exit codes and tracebacks
+
+
+def _raising(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("mend it"), 2), (RunFailed("mend it"), 3), (Interrupted("mend it"), 75)]
+)
+def test_a_users_mistake_is_one_message(
+    error: UserError, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert guarded(lambda: _raising(error), debug=False) == code
+    assert capsys.readouterr().err == "error: mend it\n"
+    with pytest.raises(type(error)):
+        guarded(lambda: _raising(error), debug=True)
+    monkeypatch.setenv("RANK", "3")
+    guarded(lambda: _raising(error), debug=False)
+    assert capsys.readouterr().err == "[process 3] error: mend it\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda: 1 / 0, debug=False)
+
+
+def test_control_c(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda: _raising(KeyboardInterrupt()), debug=False) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(KeyboardInterrupt):
+        guarded(lambda: _raising(KeyboardInterrupt()), debug=True)
+
+
+def test_tracebacks_are_for_debug() -> None:
+    quiet = python("-m", "dist_vpt", "recipe", "show", "nix.yaml")
+    assert quiet.returncode == 2
+    assert quiet.stdout == ""
+    assert "command line: nix.yaml: no such recipe file" in quiet.stderr
+    assert "Traceback" not in quiet.stderr
+    loud = python("-m", "dist_vpt", "recipe", "show", "nix.yaml", "--debug")
+    assert loud.returncode == 1
+    assert "Traceback" in loud.stderr
+    assert "command line: nix.yaml: no such recipe file" in loud.stderr
+
+
+def test_a_reader_that_has_gone_is_no_mistake() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_vpt", "recipe", "schema"],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
