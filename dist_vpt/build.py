@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_vpt.backbones.build import Description, build, describe
 from dist_vpt.backbones.weights import Difference
 from dist_vpt.data import open_splits
-from dist_vpt.data.loaders import EvalBatches
+from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import resolve
@@ -44,6 +44,17 @@ class Parts:
             "cache": resolve(self.data).cache,
         }
 
+    def training(self, recipe: Recipe, rank: int, world: int) -> TrainBatches:
+        """Shuffled batches of the split that the recipe trains on. Raises UserError where ``world`` does not fit."""
+        return TrainBatches(
+            self.splits[recipe.data.train_on],
+            self.view,
+            batch_size=recipe.train.batch_size,
+            accumulate=recipe.train.accumulate,
+            seed=recipe.seed,
+            **self.feeding(rank, world),
+        )
+
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
         """Batches that show every image of a split once, over all processes."""
         return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **self.feeding(rank, world))
@@ -53,6 +64,8 @@ def assemble(recipe: Recipe) -> Parts:
     """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
     wants = describe(recipe.backbone)
     splits = open_splits(recipe.data)
+    if recipe.train.test:
+        splits["test"]  # a missing one is told now, not after hours of training
     method, difference = make_method(recipe, wants, len(splits.classes))
     view = make_view(recipe.data, wants)
     return Parts(splits, view, method, difference, recipe.data, recipe.train.eval_batch_size)
@@ -77,10 +90,9 @@ def make_method(recipe: Recipe, wants: Description, classes: int) -> tuple[Metho
         image_size=recipe.data.image_size or wants.image_size,
         mean=recipe.data.mean or wants.mean,
         std=recipe.data.std or wants.std,
-        dtype=getattr(torch, recipe.backbone.dtype) if recipe.backbone.dtype else DTYPES[recipe.runtime.precision],
     )
     torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
-    method = attach(recipe.method, backbone, classes)
+    method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     apply_checkpointing(backbone, recipe.runtime.checkpointing)
     apply_attention(backbone, recipe.runtime.attention)
     return method, difference

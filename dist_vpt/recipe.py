@@ -112,11 +112,6 @@ class Recipe(Section):
                 f"backbone.drop_path = {self.backbone.drop_path}: method.name = linear trains nothing in the backbone; "
                 "set backbone.drop_path=0"
             )
-        if self.method.name == "full" and self.backbone.dtype not in (None, "float32"):
-            yield (
-                f"backbone.dtype = {self.backbone.dtype}: method.name = full holds its weights in float32; "
-                "set backbone.dtype=null, and runtime.precision for the computation"
-            )
 
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out; loading it gives an equal recipe."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dist_vpt.build import Parts
+    from dist_vpt.data.loaders import TrainBatches
     from dist_vpt.engine import Training
     from dist_vpt.recipe import Recipe
     from dist_vpt.runfolder import RunFolder
@@ -36,12 +37,13 @@ def run(recipe: "Recipe") -> dict[str, Any]:
     folder = RunFolder(str(recipe.run.dir))
     accelerator = make_accelerator(recipe)
     try:
+        train = parts.training(recipe, accelerator.process_index, accelerator.num_processes)
         with folder.claimed(recipe, write=accelerator.is_main_process) as done:
             accelerator.wait_for_everyone()  # until main has the folder
             if done:
                 accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
                 return json.loads(folder.result.read_text())
-            training = _set_up(recipe, parts, accelerator, folder)
+            training = _set_up(recipe, parts, train, accelerator, folder)
             try:
                 fit(training)
                 return _conclude(training, parts)
@@ -51,23 +53,16 @@ def run(recipe: "Recipe") -> dict[str, Any]:
         accelerator.end_training()
 
 
-def _set_up(recipe: "Recipe", parts: "Parts", accelerator: "Accelerator", folder: "RunFolder") -> "Training":
+def _set_up(
+    recipe: "Recipe", parts: "Parts", train: "TrainBatches", accelerator: "Accelerator", folder: "RunFolder"
+) -> "Training":
     from dist_vpt.build import class_weights
     from dist_vpt.checkpoint import Progress, States
-    from dist_vpt.data.loaders import TrainBatches
     from dist_vpt.engine import Training
     from dist_vpt.monitor import Monitor
     from dist_vpt.strategy import prepare, strategy
 
     split = parts.splits[recipe.data.train_on]
-    train = TrainBatches(
-        split,
-        parts.view,
-        batch_size=recipe.train.batch_size,
-        accumulate=recipe.train.accumulate,
-        seed=recipe.seed,
-        **parts.feeding(accelerator.process_index, accelerator.num_processes),
-    )
     weights = class_weights(recipe.train.class_weights, split.labels, len(parts.splits.classes))
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
     trained = sum(p.numel() for _, p in parts.method.trainable())

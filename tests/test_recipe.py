@@ -16,7 +16,7 @@ from dist_vpt.methods.vpt import VPTRecipe
 from dist_vpt.recipe import Recipe, differences, json_schema, load_recipe, split_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPE_FILES = 5
+RECIPE_FILES = 17
 Write = Callable[[str, str], Path]
 
 
@@ -330,12 +330,11 @@ def test_each_beta_has_its_bound() -> None:
             ["backbone.drop_path=0.1", "method.name=linear", "runtime.checkpointing=block"],
             "backbone.drop_path = 0.1: method.name = linear trains",
         ),
-        (["backbone.dtype=bfloat16", "method.name=full"], "backbone.dtype = bfloat16: method.name = full holds"),
         (["optim.nesterov=true", "optim.name=adam"], "optim: nesterov = true: with name = adam"),
         (["optim.nesterov=true", "optim.momentum=0"], "optim: nesterov = true: with name = sgd and momentum = 0.0"),
-        (["method.deep=false", "method.layers=2"], "method: layers, end and shared belong to deep prompts"),
-        (["method.deep=false", "method.shared=true"], "method: layers, end and shared belong to deep prompts"),
-        (["method.deep=false", "method.end=last"], "method: layers, end and shared belong to deep prompts"),
+        (["method.deep=false", "method.layers=2"], "these belong to deep prompts"),
+        (["method.deep=false", "method.shared=true"], "these belong to deep prompts"),
+        (["method.deep=false", "method.end=last"], "these belong to deep prompts"),
         (["data.root=x"], "digits come with scikit-learn"),
         (["data.task=nothing"], "nothing"),
         (["data.mean=[0, 0, 0]"], "mean and std go together"),
@@ -354,8 +353,6 @@ def test_rules_over_several_keys(overrides: list[str], rule: str) -> None:
         ["train.batch_size=9", "train.accumulate=3"],
         ["train.early_stop={}"],
         ["backbone.drop_path=0.1"],
-        ["backbone.dtype=float32", "method.name=full"],
-        ["backbone.dtype=bfloat16"],
         ["optim.nesterov=true"],
         ["method.layers=2", "method.end=last", "method.shared=true"],
         ["data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"],
@@ -535,7 +532,7 @@ def test_every_recipe_in_configs_loads() -> None:
     files = sorted(CONFIGS.glob("**/*.yaml"))
     assert len(files) == RECIPE_FILES
     for file in files:
-        recipe = load_recipe([file])
+        recipe = load_recipe([file], ["data.root=somewhere"] if file.parent.name == "data" else [])
         assert math.isfinite(recipe.optim.peak_lr(recipe.train.batch_size))
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors import safe_open
 from timm.models.vision_transformer import VisionTransformer
 
@@ -50,9 +49,8 @@ def build(
     image_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-    dtype: torch.dtype,
 ) -> tuple[Backbone, Difference]:
-    """Build the backbone, load its weights and hold them in ``dtype``, frozen and in eval mode.
+    """Build the backbone, load its weights; frozen, in float32 and in eval mode.
 
     Returns the backbone and the proven difference between its tensors and the file's. Raises WeightsError where
     they differ and ``recipe.load`` is strict, UserError for a model that is not a ViT or an image size that the
@@ -67,7 +65,7 @@ def build(
             raise UserError(f"backbone.pool = {recipe.pool}: timm refuses: {error} Choose another pool") from error
     backbone = Backbone(vit, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
-    return backbone.hold_in(dtype), difference
+    return backbone, difference
 
 
 def _create(recipe: BackboneRecipe, image_size: int) -> VisionTransformer:

@@ -1,4 +1,4 @@
-"""What a recipe says of the backbone. Free of torch, so that a recipe is checked in no time."""
+"""What a recipe says of the backbone."""
 
 from typing import Literal
 
@@ -25,9 +25,6 @@ class BackboneRecipe(BaseModel):
     pool: Literal["token", "avg"] | None = Field(
         None,
         description="what 'original' pooling means: class token or mean of the patches; null: the weights' own",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="the dtype that frozen weights are held in; null: the one of runtime.precision"
     )
     drop_path: float = Field(
         0.0,

@@ -1,4 +1,4 @@
-"""1,797 handwritten digits that come with scikit-learn: the dataset of the quick start and of tests."""
+"""1,797 handwritten digits that come with scikit-learn, as dark ink on white paper: for the quick start and tests."""
 
 import numpy as np
 
@@ -13,8 +13,8 @@ def open_splits(recipe: DataRecipe, task: Task) -> Splits:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
-    pixels = np.repeat(grey[..., None], 3, axis=-1)
+    paper = np.rint(255 - digits.images * (255 / 16)).astype(np.uint8)  # ink 0..16 -> dark on white, 255..0
+    pixels = np.repeat(paper[..., None], 3, axis=-1)
     every = Split("every", digits.target.astype(np.int64), ArraySource(pixels, "digits"))
     trainval_rows, test_rows = carve(every.labels, TEST, recipe.split_seed)
     trainval = every.subset("trainval", trainval_rows)

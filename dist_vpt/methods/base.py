@@ -30,12 +30,15 @@ class MethodSettings(BaseModel):
 class Method(nn.Module):
     """Images [B, 3, S, S] (uint8) -> logits [B, K] (float32)."""
 
-    # Whether the backbone's own weights are trained: they are then held in float32 and computed under autocast.
+    # Whether the backbone's own weights are trained: they then stay float32 and are computed under autocast.
     trains_backbone: ClassVar[bool] = False
 
-    def __init__(self, backbone: Backbone, classes: int):
+    def __init__(self, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__()
         self.backbone = backbone.requires_grad_(self.trains_backbone)
+        if not self.trains_backbone:
+            backbone.hold_in(compute)
+        self.compute = compute
         self.head = classification_head(backbone.width, classes)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
@@ -12,7 +13,7 @@ from dist_vpt.methods.base import Method, MethodSettings
 class FullRecipe(MethodSettings):
     """All weights and a linear head."""
 
-    name: Literal["full"] = "full"
+    name: Literal["full"] = Field("full", description="full fine-tuning")
 
 
 class Full(Method):
@@ -20,10 +21,8 @@ class Full(Method):
 
     trains_backbone = True
 
-    def __init__(self, recipe: FullRecipe, backbone: Backbone, classes: int):
-        compute = backbone.dtype
-        super().__init__(backbone.hold_in(torch.float32), classes)
-        self.compute = compute
+    def __init__(self, recipe: FullRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        super().__init__(backbone, classes, compute)
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         with torch.autocast(images_B3SS.device.type, self.compute, enabled=self.compute != torch.float32):

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
@@ -11,14 +13,14 @@ from dist_vpt.methods.base import MethodSettings, Reader
 class LinearRecipe(MethodSettings):
     """A linear head on frozen features."""
 
-    name: Literal["linear"] = "linear"
+    name: Literal["linear"] = Field("linear", description="linear probing")
 
 
 class Linear(Reader):
     """K x (D + 1) trained numbers; the backbone's pooled features are all that it reads."""
 
-    def __init__(self, recipe: LinearRecipe, backbone: Backbone, classes: int):
-        super().__init__(backbone, classes)
+    def __init__(self, recipe: LinearRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        super().__init__(backbone, classes, compute)
 
     def observe(self, images_B3SS: Tensor) -> Tensor:
         return self.backbone.pool(self.backbone(images_B3SS))

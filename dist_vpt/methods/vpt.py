@@ -19,7 +19,7 @@ from dist_vpt.methods.base import Method, MethodSettings
 class VPTRecipe(MethodSettings):
     """Prompt tokens between the prefix tokens and the patches, shallow or deep."""
 
-    name: Literal["vpt"] = "vpt"
+    name: Literal["vpt"] = Field("vpt", description="Visual Prompt Tuning")
     prompts: int = Field(10, ge=1, description="P: prompt tokens of a prompted block")
     deep: bool = Field(
         True, description="true: fresh prompts before every prompted block; false: before the first alone"
@@ -41,15 +41,18 @@ class VPTRecipe(MethodSettings):
     @model_validator(mode="after")
     def _deep_options(self) -> Self:
         if not self.deep and (self.layers is not None or self.shared or self.end != "first"):
-            raise ValueError("layers, end and shared belong to deep prompts; set deep=true or leave them out")
+            raise ValueError(
+                f"deep = false with layers = {self.layers}, end = {self.end}, shared = {self.shared}: these belong to "
+                "deep prompts; set deep=true or leave them out"
+            )
         return self
 
 
 class VPT(Method):
     """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two)."""
 
-    def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int):
-        super().__init__(backbone, classes)
+    def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        super().__init__(backbone, classes, compute)
         self.recipe = recipe
         self.set_of_block = _schedule(recipe, len(backbone.blocks))
         width = recipe.projection or backbone.width

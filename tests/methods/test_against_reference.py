@@ -99,7 +99,7 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, np.ndarray], 
 def make(settings: dict[str, Any], kind: str, dtype: torch.dtype = torch.float32) -> Method:
     torch.manual_seed(3)
     recipe = TypeAdapter(MethodRecipe).validate_python(settings)
-    method = attach(recipe, make_backbone(kind).hold_in(dtype), classes=4)
+    method = attach(recipe, make_backbone(kind), 4, dtype)
     with torch.no_grad():  # start away from the initialisation's tiny prompts and constant bias
         for _, parameter in method.trainable():
             if not method.trains_backbone:
@@ -147,6 +147,6 @@ def test_linear(kind: str, images: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", ["class_token", "registers", "no_class_token", "mean_pooled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_full(kind: str, dtype: torch.dtype, images: torch.Tensor) -> None:
-    method = make({"name": "full"}, kind)
-    method.compute = dtype  # the weights stay float32; bf16 computes under autocast
+    method = make({"name": "full"}, kind, dtype)  # the weights stay float32; bf16 computes under autocast
+    assert {p.dtype for p in method.parameters()} == {torch.float32}
     check(method, expected(method, kind, images, None), images, dtype)

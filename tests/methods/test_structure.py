@@ -154,8 +154,8 @@ def test_prompts_start_as_published() -> None:
 
 def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor) -> None:
     torch.manual_seed(0)
-    backbone = make_backbone().hold_in(torch.bfloat16)
-    method = attach(TypeAdapter(MethodRecipe).validate_python({"name": "vpt"}), backbone, 5)
+    backbone = make_backbone()
+    method = attach(TypeAdapter(MethodRecipe).validate_python({"name": "vpt"}), backbone, 5, torch.bfloat16)
     assert {p.dtype for _, p in method.trainable()} == {torch.float32}
     assert {p.dtype for p in method.backbone.parameters()} == {torch.bfloat16}
     assert backbone.mean.dtype == torch.float32

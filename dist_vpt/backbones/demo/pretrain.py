@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fonts", type=Path, nargs="+", required=True, help="folders searched for .ttf and .otf")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=5000, help=f"optimiser steps, of {BATCH} glyphs each")
+    parser.add_argument("--steps", type=int, default=7000, help=f"optimiser steps, of {BATCH} glyphs each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
