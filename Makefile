@@ -1,9 +1,9 @@
 # make quickstart: set up .venv and watch VPT tune a small pretrained ViT to handwritten digits.
 # make test:       set up .venv, check style and types, run the tests with coverage.
-PYTHON ?= $(firstword $(shell command -v python3.13 python3.12 python3.11 python3))
+# The first of these that runs and is new enough (a name alone may be a version manager's empty shim).
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
-# CPU threads of a training process; on two cores one process takes both.
-export TOKENIZERS_PARALLELISM := false
 
 .PHONY: quickstart test lint setup benchmark clean
 
@@ -26,8 +26,7 @@ benchmark: .venv/.installed
 	$(BIN)/python benchmarks/step.py configs/method/vpt_deep.yaml runtime.precision=bf16
 
 .venv/.made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
 

@@ -44,12 +44,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dist_vpt.agreement import StopSignal
 from dist_vpt.backbones.build import Description, describe
 from dist_vpt.build import DTYPES, make_method
 from dist_vpt.checkpoint import Progress
 from dist_vpt.cli import guarded
 from dist_vpt.data.loaders import Batch
-from dist_vpt.engine import StopSignal, Training, train_step
+from dist_vpt.engine import Training, train_step
 from dist_vpt.errors import UserError
 from dist_vpt.methods import Method
 from dist_vpt.monitor import MIB, peak_memory_mib
@@ -153,6 +154,7 @@ def make_training(recipe: Recipe, wants: Description, classes: int) -> Training:
         facts={},
         progress=Progress(),
         parameters=parameters,
+        stop=StopSignal(),  # never entered: signals keep their meaning
     )
 
 
@@ -224,12 +226,11 @@ def model_flops(recipe: Recipe, wants: Description, classes: int) -> int:
 def time_steps(training: Training, batches: list[Batch], repeats: int) -> float:
     """Median seconds of the engine's step over ``repeats`` of them, after warm-up."""
     device = training.accelerator.device
-    stop = StopSignal()  # never entered: signals keep their meaning
 
     def step() -> float:
         _synchronise(device)
         began = time.perf_counter()
-        train_step(training, batches, stop, norms=False)
+        train_step(training, batches, norms=False)
         _synchronise(device)
         training.progress.step += 1
         return time.perf_counter() - began

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from dist_vpt.errors import RunFolderError, WeightsError
 from dist_vpt.methods import Method
-from dist_vpt.runfolder import RunFolder, write_atomically
+from dist_vpt.runfolder import RunFolder, read_json, write_atomically
 from dist_vpt.strategy import strategy
 
 KEPT = 2  # saved states in a run folder
@@ -93,11 +94,19 @@ class Progress:
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: loss, correct, images
     best: dict[str, Any] = field(default_factory=dict)  # epoch and scores of the best validation
     last: dict[str, Any] = field(default_factory=dict)
-    without_rise: int = 0  # evaluations since the best one
+    without_rise: int = 0  # evaluations since the last rise by early stopping's min_delta
+    to_beat: float = -1.0  # accuracy at that rise
+    skipped: list[str] = field(default_factory=list)  # files that could not be read
     metrics_bytes: int = 0  # length of metrics.jsonl
     seconds: float = 0.0  # of training so far, over all sessions
     images: int = 0  # trained on so far
     ended: bool = False  # early stopping ended it
+
+    def count(self, loss: float, correct: float, images: float) -> None:
+        """One more step is done: its mean loss and its images, all and those classified rightly."""
+        self.step += 1
+        self.images += int(images)
+        self.sums = [self.sums[0] + loss * images, self.sums[1] + correct, self.sums[2] + images]
 
 
 class States:
@@ -120,11 +129,15 @@ class States:
         accelerator, name = self.accelerator, f"step-{step:08d}"
         temporary = self.folder.state / f".{name}.tmp"
         if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in self.folder.state.glob(".*.tmp"):  # of a save that was killed
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         accelerator.wait_for_everyone()
         if accelerator.state.deepspeed_plugin is not None:
             model.save_checkpoint(str(temporary), tag="deepspeed", exclude_frozen_parameters=True)
+            tensors = collect(method)
+            if accelerator.is_main_process:
+                write_adapters(temporary / "trained.safetensors", tensors, {})
         elif accelerator.is_main_process:
             torch.save(
                 {
@@ -158,7 +171,7 @@ class States:
 
         Raises RunFolderError for a state of another strategy and for a damaged one.
         """
-        facts = json.loads((path / "state.json").read_text())
+        facts = read_json(path / "state.json")
         saved = (facts.pop("strategy"), facts.pop("processes"))
         here = (strategy(self.accelerator), self.accelerator.num_processes)
         deepspeed = self.accelerator.state.deepspeed_plugin is not None
@@ -170,21 +183,34 @@ class States:
             )
         try:
             if deepspeed:
-                model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+                loaded, _ = model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
+                if loaded is None:
+                    raise OSError("DeepSpeed finds no checkpoint in it")
+                # Loaded leniently, since frozen weights are not in it: prove that all the rest came back.
+                saved_tensors, _ = read_adapters(path / "trained.safetensors")
+                found = collect(method)
+                wrong = [name for name in found if not torch.equal(found[name], saved_tensors[name])]
+                if wrong:
+                    raise OSError(f"after loading, {wrong} differ from what was saved")
             else:
                 tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)
                 restore(method, tensors["trained"], path)
                 optimizer.load_state_dict(tensors["optimizer"])
                 if self.accelerator.scaler is not None and tensors["scaler"]:
                     self.accelerator.scaler.load_state_dict(tensors["scaler"])
-        except (OSError, RuntimeError, EOFError, KeyError) as error:
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, AssertionError, UnpicklingError) as error:
             raise RunFolderError(
                 f"{path}: damaged state ({error}); remove this folder to go on from the one before"
             ) from error
         if self.accelerator.is_main_process and (path / "best.safetensors").exists():
             self.folder.best.unlink(missing_ok=True)
             _link(path / "best.safetensors", self.folder.best)
-        return Progress(**facts)
+        try:
+            return Progress(**facts)
+        except TypeError as error:
+            raise RunFolderError(
+                f"{path}: saved by another version of dist_vpt ({error}); start the run again"
+            ) from error
 
 
 def _scaler(accelerator: Accelerator) -> dict[str, Any]:

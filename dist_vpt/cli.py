@@ -31,6 +31,8 @@ def guarded(call: Callable[[], Any], *, debug: bool) -> int:
         if debug:
             raise
         rank = os.environ.get("RANK", "0")
+        if error.shared and rank != "0":
+            return error.exit_code
         print(f"{'' if rank == '0' else f'[process {rank}] '}error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:

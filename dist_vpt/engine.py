@@ -7,20 +7,21 @@ are summed and divided by the weight of the global batch, so that a step is the 
 """
 
 import math
-import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from dist_vpt.agreement import StopSignal, agree, fail_together, total
 from dist_vpt.checkpoint import Progress, States, collect, write_adapters
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.errors import Interrupted, RunFailed
+from dist_vpt.errors import DataError, Interrupted, RunFailed
 from dist_vpt.methods import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
@@ -47,11 +48,17 @@ class Training:
     facts: dict[str, Any]  # written into the head of adapter files
     progress: Progress
     parameters: dict[str, int]  # trained, total
+    stop: StopSignal
 
     @property
     def step(self) -> int:
         """Optimiser steps done since the start of the run."""
         return self.progress.epoch * self.train.steps_per_epoch + self.progress.step
+
+    def skipped(self) -> set[str]:
+        """Files that any process could not read so far. A collective call."""
+        found = self.train.skipped | (self.val.skipped if self.val else set())
+        return set(gather_object(sorted(found)))
 
     def close(self) -> None:
         """End the workers that load images, the bar and the trackers."""
@@ -74,30 +81,29 @@ class Step:
     update_norm: float | None
 
 
-def train_step(t: Training, batches: list[Batch], stop: "StopSignal", *, norms: bool) -> Step:
+def train_step(t: Training, fetched: list[Batch] | DataError, *, norms: bool) -> Step:
     """One optimiser step on this process's micro-batches of one global batch. A collective call."""
-    accelerator, recipe, device = t.accelerator, t.recipe, t.accelerator.device
+    accelerator, recipe = t.accelerator, t.recipe
     lr = recipe.optim.peak_lr(recipe.train.batch_size)
     lr *= multiplier(recipe.optim, t.step, t.train.steps_per_epoch, recipe.train.epochs)
     set_lr(t.optimizer, lr)
     torch.manual_seed(_fold(recipe.seed, t.step, accelerator.process_index))  # dropout: a function of the step
-    moved = [_to(batch, device) for batch in batches]
-    weights = [t.class_weights[batch["labels"]] * batch["weight"] for batch in moved]
-    local = torch.stack([torch.stack([w.sum() for w in weights]).sum(), stop.tensor(device)])
-    weight, stop.seen = accelerator.reduce(local, "sum").tolist()
-    scale = accelerator.num_processes * recipe.train.accumulate / max(weight, 1e-12)
-    sums, gradient_norm, before = torch.zeros(3, device=device, dtype=torch.float64), None, None
-    for batch, weights_B in zip(moved, weights, strict=True):
+    batches = [] if isinstance(fetched, DataError) else [_to(batch, accelerator.device) for batch in fetched]
+    weights = [t.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
+    weight = _global_weight(t, weights, fetched)
+    scale = accelerator.num_processes * recipe.train.accumulate / weight
+    sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
+    for batch, weights_B in zip(batches, weights, strict=True):
         with accelerator.accumulate(t.model):
-            logits_BK = t.model(batch["images"])
+            logits_BK, labels_B = t.model(batch["images"]), batch["labels"]
             losses_B = F.cross_entropy(
-                logits_BK, batch["labels"], reduction="none", label_smoothing=recipe.train.label_smoothing
+                logits_BK, labels_B, reduction="none", label_smoothing=recipe.train.label_smoothing
             )
             loss = (losses_B * weights_B).sum()
-            right = ((logits_BK.argmax(1) == batch["labels"]) * batch["weight"]).sum()
-            seen = accelerator.reduce(torch.stack([loss.detach(), right, batch["weight"].sum()]).double(), "sum")
-            _check_finite("loss", float(seen[0]), t)  # before backward: DeepSpeed's backward also steps
-            sums += seen
+            right = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
+            seen = total(accelerator, loss.detach(), right, batch["weight"].sum())
+            _check_finite("loss", seen[0], t)  # before backward: DeepSpeed's backward also steps
+            sums = [a + b for a, b in zip(sums, seen, strict=True)]
             if norms and accelerator.sync_gradients:
                 before = _trained_shards(t.method)
             accelerator.backward(loss * scale)
@@ -106,15 +112,7 @@ def train_step(t: Training, batches: list[Batch], stop: "StopSignal", *, norms: 
             t.optimizer.step()
             t.optimizer.zero_grad()
     parameter_norm, update_norm = _norms(t, before) if before is not None else (None, None)
-    return Step(
-        float(sums[0]) / max(weight, 1e-12),
-        float(sums[1]),
-        float(sums[2]),
-        lr,
-        gradient_norm,
-        parameter_norm,
-        update_norm,
-    )
+    return Step(sums[0] / weight, sums[1], sums[2], lr, gradient_norm, parameter_norm, update_norm)
 
 
 def fit(t: Training) -> None:
@@ -123,69 +121,73 @@ def fit(t: Training) -> None:
     Raises RunFailed for a loss that is not finite and Interrupted, with the state saved, after SIGTERM or SIGUSR1.
     """
     recipe, progress, began = t.recipe, t.progress, time.monotonic() - t.progress.seconds
-    with StopSignal() as stop:
-        while progress.epoch < recipe.train.epochs and not progress.ended:
-            t.model.train()
-            for batches in t.train.epoch(progress.epoch, progress.step):
-                logged = (t.step + 1) % recipe.run.log_every == 0
-                step = train_step(t, batches, stop, norms=logged)
-                progress.step += 1
-                progress.images += int(step.images)
-                progress.sums = [
-                    progress.sums[0] + step.loss * step.images,
-                    progress.sums[1] + step.correct,
-                    progress.sums[2] + step.images,
-                ]
-                progress.seconds = time.monotonic() - began
-                t.monitor.step(t.step, step, progress, logged=logged)
-                within = progress.step < t.train.steps_per_epoch
-                every = recipe.run.save_every
-                if stop.seen or (every and within and t.step % every == 0):
-                    _save(t)
-                if stop.seen:
-                    raise Interrupted(
-                        f"{t.folder.path}: stopped at step {t.step} with its state saved; run.resume=auto goes on"
-                    )
-            _end_epoch(t)
+    while progress.epoch < recipe.train.epochs and not progress.ended:
+        t.model.train()
+        batches = t.train.epoch(progress.epoch, progress.step)
+        while progress.step < t.train.steps_per_epoch:
+            logged = (t.step + 1) % recipe.run.log_every == 0
+            step = train_step(t, _fetch(batches), norms=logged)
+            progress.count(step.loss, step.correct, step.images)
             progress.seconds = time.monotonic() - began
-            over = progress.ended or progress.epoch == recipe.train.epochs
-            if over or not recipe.run.save_every or t.step % recipe.run.save_every == 0:
+            t.monitor.step(t.step, step, progress, logged=logged)
+            within = progress.step < t.train.steps_per_epoch
+            if t.stop.agreed or (within and recipe.run.save_every and t.step % recipe.run.save_every == 0):
                 _save(t)
+            if t.stop.agreed:
+                raise Interrupted(
+                    f"{t.folder.path}: stopped at step {t.step} with its state saved; run.resume=auto goes on"
+                )
+        _end_epoch(t)
+        progress.seconds = time.monotonic() - began
+        over = progress.ended or progress.epoch == recipe.train.epochs
+        if over or not recipe.run.save_every or t.step % recipe.run.save_every == 0:
+            _save(t)
 
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Accelerator, model: nn.Module, batches: EvalBatches, classes: int, *, confusion: bool = False
+def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: EvalBatches,
+    classes: int,
+    confusion: bool = False,
+    stop: StopSignal | None = None,
 ) -> Scores:
-    """Score a split, every example once over all processes. A collective call."""
+    """Score a split, every example once over all processes. A collective call.
+
+    Raises a process's DataError on all of them, and Interrupted where ``stop`` was asked.
+    """
     model.eval()
     scores = Scores(classes, accelerator.device, confusion=confusion)
-    for cpu_batch in batches:
-        batch = _to(cpu_batch, accelerator.device)
+    unread = iter(batches)
+    for _ in range(len(batches)):
+        fetched = _fetch(unread)
+        error = fetched if isinstance(fetched, DataError) else None
+        agree(accelerator, error, stop)
+        if stop is not None and stop.agreed:
+            raise Interrupted("stopped while scoring a split; the trained state is saved, run.resume=auto goes on")
+        assert not isinstance(fetched, DataError)
+        batch = _to(fetched, accelerator.device)
         scores.update(model(batch["images"]), batch["labels"], batch["weight"], batch["index"])
     return scores
 
 
-class StopSignal:
-    """SIGTERM and SIGUSR1 ask for a stop at the next step boundary, where all processes agree on it."""
+def _fetch(batches: Iterator[Any]) -> Any:
+    """The next batch, or as a value the error that all processes are to be told of."""
+    try:
+        return next(batches)
+    except DataError as error:
+        return error
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.seen: float = 0.0  # how many processes were asked, after the last agreement
 
-    def __enter__(self) -> "StopSignal":
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.asked = True
-
-        self.previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def tensor(self, device: torch.device) -> Tensor:
-        return torch.tensor(float(self.asked), device=device)
+def _global_weight(t: Training, weights: list[Tensor], fetched: list[Batch] | DataError) -> float:
+    """The loss weight of the global batch; here all processes also learn of errors and of a stop that was asked."""
+    local = torch.stack([w.sum() for w in weights]).sum() if weights else 0.0
+    weight, failed, stopped = total(t.accelerator, local, isinstance(fetched, DataError), t.stop.asked)
+    if failed:
+        fail_together(t.accelerator, fetched if isinstance(fetched, DataError) else None)
+    t.stop.agreed = stopped > 0
+    return max(weight, 1e-12)  # a batch of skipped images alone has none, and its loss is 0
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -245,27 +247,30 @@ def _end_epoch(t: Training) -> None:
     recipe, progress = t.recipe, t.progress
     loss, correct, images = progress.sums
     images = max(images, 1.0)
-    epoch = progress.epoch
+    epoch = progress.epoch + 1  # as people count
     t.monitor.scores(epoch, t.step, "train", {"loss": loss / images, "top1": 100 * correct / images})
-    progress.epoch, progress.step, progress.sums = epoch + 1, 0, [0.0, 0.0, 0.0]
+    progress.epoch, progress.step, progress.sums = epoch, 0, [0.0, 0.0, 0.0]
     final = progress.epoch == recipe.train.epochs
     if t.val is not None and (final or progress.epoch % recipe.train.eval_every == 0):
         scores = evaluate(t.accelerator, t.model, t.val, len(t.class_weights)).compute()
         t.monitor.scores(epoch, t.step, "val", scores)
         progress.last = {"epoch": epoch, "val": scores}
-        stopping = recipe.train.early_stop
-        if not progress.best or scores["top1"] > progress.best["val"]["top1"] + (stopping.min_delta if stopping else 0):
-            progress.best, progress.without_rise = {"epoch": epoch, "val": scores}, 0
+        if not progress.best or scores["top1"] > progress.best["val"]["top1"]:
+            progress.best = {"epoch": epoch, "val": scores}
             tensors = collect(t.method)
             if t.accelerator.is_main_process:
                 write_adapters(t.folder.best, tensors, t.facts | {"epoch": epoch})
-        else:
-            progress.without_rise += 1
-        progress.ended = stopping is not None and progress.without_rise >= stopping.patience
+        stopping = recipe.train.early_stop
+        if stopping is not None:
+            rose = scores["top1"] > progress.to_beat + stopping.min_delta
+            progress.to_beat = scores["top1"] if rose else progress.to_beat
+            progress.without_rise = 0 if rose else progress.without_rise + 1
+            progress.ended = progress.without_rise >= stopping.patience
     else:
         progress.last = {"epoch": epoch}
 
 
 def _save(t: Training) -> None:
+    t.progress.skipped = sorted(set(t.progress.skipped) | t.skipped())
     t.progress.metrics_bytes = t.folder.metrics.stat().st_size if t.folder.metrics.exists() else 0
     t.states.save(t.model, t.method, t.optimizer, t.progress, t.step)

@@ -11,6 +11,7 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+    shared = False  # whether every process raises it, so that the first one alone need tell it
 
 
 class RecipeError(UserError):

@@ -17,6 +17,8 @@ from torchmetrics.classification import (
     MulticlassStatScores,
 )
 
+from dist_vpt.errors import DataError
+
 TOP5_FROM = 6  # with five classes or fewer top-5 says nothing
 MISTAKES_KEPT = 16  # for the panel of wrongly classified images
 
@@ -46,6 +48,9 @@ class Scores:
         if confusion:
             metrics["confusion"] = MulticlassConfusionMatrix(classes)
         self.scores = MetricCollection(metrics, compute_groups=False).to(device)
+        if classes == 2:  # torchmetrics cannot gather from a process that has seen no example
+            self.scores["auroc"].preds.append(torch.empty(0, 2, device=device))
+            self.scores["auroc"].target.append(torch.empty(0, dtype=torch.long, device=device))
         self.loss = MeanMetric().to(device)
         self.mistakes: list[Mistake] = []
 
@@ -67,6 +72,8 @@ class Scores:
     def compute(self) -> dict[str, float]:
         """The scores over all processes; a collective call."""
         values = {k: v for k, v in self.scores.compute().items() if k != "confusion"}
+        if not values["per_class"].any():
+            raise DataError("there is no readable image in the split; mend its files, or data.root")
         right_K, _, _, _, images_K = values["per_class"].unbind(1)
         # Over the classes that the split has: torchmetrics' macro average counts one that is only predicted as 0.
         values["per_class"] = (right_K / images_K)[images_K > 0].mean()

@@ -3,7 +3,9 @@
 K classes, S image side.
 """
 
+import hashlib
 import json
+import math
 import os
 import resource
 import sys
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import LoggerType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -52,7 +55,7 @@ class Monitor:
     def start(self, headline: list[str], progress: "checkpoint.Progress", total_steps: int, done_steps: int) -> None:
         """Open log and trackers; show what is about to be trained."""
         if not self.main:
-            self.accelerator.init_trackers("tb")
+            self._start_trackers({})
             return
         if self.folder.metrics.exists():  # a resumed run writes the epochs after its state again
             os.truncate(self.folder.metrics, min(progress.metrics_bytes, self.folder.metrics.stat().st_size))
@@ -63,8 +66,11 @@ class Monitor:
             {"tensorboard": {"purge_step": done_steps + 1}} if "tensorboard" in names else {}
         )
         if "wandb" in names:
-            options["wandb"] = {"name": self.folder.path.name, "dir": str(self.folder.path)}
-        self.accelerator.init_trackers("tb", config=_hparams(self.recipe), init_kwargs=options)
+            started = f"{self.folder.path.resolve()} {self.folder.status().get('started')}"
+            run_id = hashlib.sha256(started.encode()).hexdigest()[:16]  # a resumed run goes on with its curves
+            options["wandb"] = {"name": self.folder.path.name, "dir": str(self.folder.path), "id": run_id}
+            options["wandb"]["resume"] = "allow"
+        self._start_trackers(options)
         writer = self._writer()
         if writer is not None:
             writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", global_step=done_steps)
@@ -74,6 +80,16 @@ class Monitor:
             self.bar.start()
             self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, text="")
         self.total_steps = total_steps
+
+    def _start_trackers(self, options: dict[str, dict[str, Any]]) -> None:
+        """One after the other: Accelerate's one name is TensorBoard's folder and W&B's project."""
+        trackers = []
+        for name, project in (("tensorboard", "tb"), ("wandb", "dist_vpt")):
+            if name in self.recipe.run.trackers:
+                self.accelerator.log_with = [LoggerType(name)]
+                self.accelerator.init_trackers(project, config=_hparams(self.recipe), init_kwargs=options)
+                trackers += self.accelerator.trackers
+        self.accelerator.trackers = trackers
 
     def step(self, number: int, step: "engine.Step", progress: "checkpoint.Progress", *, logged: bool) -> None:
         """Called after each optimiser step; ``logged`` ones go to the log and the trackers."""
@@ -110,7 +126,7 @@ class Monitor:
         shown = "  ".join(
             f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in scores.items()
         )
-        self.line(f"epoch {epoch + 1}/{self.recipe.train.epochs}  {split:5}  {shown}")
+        self.line(f"epoch {epoch}/{self.recipe.train.epochs}  {split:5}  {shown}")
         self._track({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
 
     def pictures(  # noqa: PLR0917 (a table of what is drawn)
@@ -202,7 +218,7 @@ def mistakes_figure(mistakes: list[Mistake], split: Split, view: View, classes: 
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, mistake in zip(figure.axes, mistakes, strict=False):
-        axes.imshow(view.eval(split.read(mistake.index)).permute(1, 2, 0).numpy())
+        axes.imshow(view.eval(split.read(mistake.index, max_megapixels=math.inf)).permute(1, 2, 0).numpy())
         axes.set_title(
             f"{classes[mistake.label]}\nread as {classes[mistake.predicted]} ({mistake.probability:.0%})",
             fontsize=8,

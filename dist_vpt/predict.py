@@ -18,6 +18,7 @@ from rich.table import Table
 from dist_vpt.backbones.build import describe
 from dist_vpt.build import assemble, make_method, make_view
 from dist_vpt.checkpoint import read_adapters, restore
+from dist_vpt.data import resolve
 from dist_vpt.data.image_folder import EXTENSIONS
 from dist_vpt.data.images import decode
 from dist_vpt.engine import evaluate
@@ -74,11 +75,13 @@ def predict(
     restore(method, tensors, path)
     device = _device(recipe)
     method.to(device).eval()
-    view = make_view(recipe.data, wants)
+    view, upright = make_view(recipe.data, wants), resolve(recipe.data).upright
     rows = []
     for start in range(0, len(files), recipe.train.eval_batch_size):
         some = files[start : start + recipe.train.eval_batch_size]
-        batch = torch.stack([view.eval(decode(file, str(file), recipe.data.max_megapixels)) for file in some])
+        batch = torch.stack(
+            [view.eval(decode(file, str(file), recipe.data.max_megapixels, upright=upright)) for file in some]
+        )
         with torch.no_grad():
             probabilities_BK = method(batch.to(device)).float().softmax(1).cpu()
         for file, row in zip(some, probabilities_BK, strict=True):

@@ -1,5 +1,6 @@
 """The recipe: one typed description of a whole run, from YAML files and ``a.b=c`` overrides."""
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +114,12 @@ class Recipe(Section):
                 "set backbone.drop_path=0"
             )
 
+        if self.runtime.checkpointing != "none" and self.method.name == "linear":
+            yield (
+                f"runtime.checkpointing = {self.runtime.checkpointing}: method.name = linear keeps nothing of the "
+                "backbone for backward; set runtime.checkpointing=none"
+            )
+
     def to_yaml(self) -> str:
         """The resolved recipe, every key spelled out; loading it gives an equal recipe."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=110)
@@ -163,10 +170,11 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         _read(Path(file), draft, asked_by=COMMAND_LINE, open_files=())
     for override in overrides:
         _override(override, draft)
-    try:  # through JSON, where strict types (no "3" and no true for a number) still let a list be a tuple
-        recipe = Recipe.model_validate_json(json.dumps(draft.data, default=str), strict=True)
+    try:
+        recipe = _validated(draft.data)
     except ValidationError as error:
         draft.mistakes += [mistake for e in error.errors() for mistake in _explain(e, draft)]
+        draft.mistakes += _broken_rules(draft, error)
     if draft.mistakes:
         unique = list(dict.fromkeys(draft.mistakes))
         count = "1 mistake" if len(unique) == 1 else f"{len(unique)} mistakes"
@@ -175,6 +183,29 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         name = "-".join(Path(file).stem for file in files) or "default"
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
     return recipe
+
+
+def _validated(data: dict[str, Any]) -> Recipe:
+    # Through JSON, where strict types (no "3" and no true for a number) still let a list be a tuple.
+    return Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
+
+
+def _broken_rules(draft: _Draft, error: ValidationError) -> list[str]:
+    """Rules over several sections that are broken beside wrong keys, which keep pydantic from looking at them."""
+    data, wrong = copy.deepcopy(draft.data), []
+    for e in error.errors():
+        _, path = _model_at(e["loc"])
+        into: Any = data
+        for key in path[:-1]:
+            into = into.get(key, {}) if isinstance(into, dict) else {}
+        if path and isinstance(into, dict) and into.pop(path[-1], None) is not None:
+            wrong.append(".".join(map(str, path)))
+    try:
+        _validated(data)
+    except ValidationError as again:
+        rules = [mistake for e in again.errors() if not e["loc"] for mistake in _explain(e, draft)]
+        return [rule for rule in rules if not any(key in rule for key in wrong)]  # of a default that nobody chose
+    return []
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -45,7 +45,6 @@ MAY_CHANGE = (
     "run.",
     "data.workers",
     "train.eval_batch_size",
-    "runtime.device",
 )  # a resumed run's numbers stay equal
 
 
@@ -92,15 +91,12 @@ class RunFolder:
         return read_json(self.info) if self.info.is_file() else {}
 
     @contextmanager
-    def claimed(self, recipe: Recipe, *, write: bool) -> Iterator[bool]:
-        """Hold the folder for one run; yields whether the run in it is done already.
+    def claimed(self, recipe: Recipe) -> Iterator[bool]:
+        """Hold the folder for one run, on the main process; yields whether the run in it is done already.
 
-        Only the main process (``write``) locks and writes. Raises RunFolderError where another run is at work in the
-        folder, where it holds another recipe's run or, with run.resume=never, any run, and where it is no run folder.
+        Raises RunFolderError where another run is at work in the folder, where it holds another recipe's run or, with
+        run.resume=never, any run, and where it is no run folder.
         """
-        if not write:
-            yield self.status().get("status") == "done"
-            return
         with self._locked():
             self._admit(recipe)
             if self.status().get("status") == "done":
@@ -112,7 +108,8 @@ class RunFolder:
                 yield False
             except BaseException as error:
                 interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
-                self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
+                if self.status().get("status") != "done":  # a picture drawn after the result takes nothing back
+                    self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
                 raise
 
     def mark(self, status: str, **facts: Any) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
+    if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
+        raise UserError("run.trackers: wandb is not installed; pip install 'dist-vpt[wandb]', or leave it out")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         raise UserError(
@@ -52,6 +55,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     if accelerator.state.deepspeed_plugin is not None:
         _fill_deepspeed(accelerator, recipe)
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto "
+            "(without a GPU that is the CPU), or start with launch/accelerate/ddp.yaml"
+        )
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -80,11 +88,13 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
 
 def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
     """Put the recipe's numbers into DeepSpeed's configuration; refuse what contradicts the recipe."""
+    if recipe.runtime.precision == "fp16":
+        raise UserError(
+            "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP"
+        )
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     for key in OURS:
         said = config.get(key)
-        if key == "fp16" and recipe.runtime.precision == "fp16":
-            continue  # Accelerate itself wrote it
         if said and not (isinstance(said, dict) and said.get("enabled") in (False, "auto")):
             raise UserError(
                 f"DeepSpeed configuration: {key} = {said}: the recipe says that (optim, runtime.precision); remove it"

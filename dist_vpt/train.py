@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from dist_vpt.cli import guarded
@@ -10,6 +11,7 @@ from dist_vpt.cli import guarded
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dist_vpt.agreement import StopSignal
     from dist_vpt.build import Parts
     from dist_vpt.data.loaders import TrainBatches
     from dist_vpt.engine import Training
@@ -28,34 +30,54 @@ def main(words: list[str] | None = None) -> int:
 
 def run(recipe: "Recipe") -> dict[str, Any]:
     """One run from a recipe to its result, on this process and those started beside it."""
+    from dist_vpt.agreement import StopSignal
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
-    from dist_vpt.runfolder import RunFolder
+    from dist_vpt.runfolder import RunFolder, read_json
     from dist_vpt.strategy import make_accelerator
 
     parts = assemble(recipe)  # before any process waits for another: mistakes in data and weights show at once
     folder = RunFolder(str(recipe.run.dir))
-    accelerator = make_accelerator(recipe)
-    try:
+    with StopSignal() as stop, ExitStack() as leaving:
+        accelerator = make_accelerator(recipe)
+        leaving.callback(accelerator.end_training)
         train = parts.training(recipe, accelerator.process_index, accelerator.num_processes)
-        with folder.claimed(recipe, write=accelerator.is_main_process) as done:
-            accelerator.wait_for_everyone()  # until main has the folder
-            if done:
-                accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
-                return json.loads(folder.result.read_text())
-            training = _set_up(recipe, parts, train, accelerator, folder)
-            try:
-                fit(training)
-                return _conclude(training, parts)
-            finally:
-                training.close()
-    finally:
-        accelerator.end_training()
+        if _claim(folder, recipe, accelerator, leaving):
+            accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
+            return read_json(folder.result)
+        training = _set_up(recipe, parts, train, accelerator, folder, stop)
+        leaving.callback(training.close)
+        fit(training)
+        return _conclude(training, parts)
 
 
-def _set_up(
-    recipe: "Recipe", parts: "Parts", train: "TrainBatches", accelerator: "Accelerator", folder: "RunFolder"
+def _claim(folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", leaving: ExitStack) -> bool:
+    """Main holds the folder for the run, or all processes fail with its reason; whether the run is done already."""
+    from accelerate.utils import broadcast_object_list
+
+    from dist_vpt.agreement import agree
+    from dist_vpt.errors import UserError
+
+    done, refused = False, None
+    if accelerator.is_main_process:
+        try:
+            done = leaving.enter_context(folder.claimed(recipe))
+        except UserError as error:
+            refused = error
+    agree(accelerator, refused)
+    return broadcast_object_list([done])[0]
+
+
+def _set_up(  # noqa: PLR0917 (what a Training is made of)
+    recipe: "Recipe",
+    parts: "Parts",
+    train: "TrainBatches",
+    accelerator: "Accelerator",
+    folder: "RunFolder",
+    stop: "StopSignal",
 ) -> "Training":
+    from accelerate.utils import broadcast_object_list
+
     from dist_vpt.build import class_weights
     from dist_vpt.checkpoint import Progress, States
     from dist_vpt.engine import Training
@@ -68,7 +90,7 @@ def _set_up(
     trained = sum(p.numel() for _, p in parts.method.trainable())
     model, optimizer = prepare(recipe, accelerator, parts.method)
     states, progress = States(folder, accelerator), Progress()
-    newest = states.newest()
+    newest = broadcast_object_list([states.newest()])[0]  # main's: another node may see an older folder
     if newest is not None:
         progress = states.load(newest, model, parts.method, optimizer)
     training = Training(
@@ -88,6 +110,7 @@ def _set_up(
         facts={"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)},
         progress=progress,
         parameters={"trained": trained, "total": total},
+        stop=stop,
     )
     headline = [
         f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
@@ -109,6 +132,8 @@ def _set_up(
 
 def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
+    from accelerate.utils import gather_object
+
     from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
     from dist_vpt.engine import evaluate
     from dist_vpt.monitor import peak_memory_mib
@@ -116,36 +141,28 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     from dist_vpt.strategy import strategy
 
     main, progress, classes = t.accelerator.is_main_process, t.progress, parts.splits.classes
-    tensors = collect(t.method)
+    images_per_s = t.monitor.images_per_s(progress)
+    tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
     if main:
         write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
-    last, best = dict(progress.last), dict(progress.best) or None
-    skipped = set(t.train.skipped) | (t.val.skipped if t.val else set())
+    last, best, scores = dict(progress.last), dict(progress.best) or None, None
     if t.recipe.train.test:
         test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
-        scores = evaluate(t.accelerator, t.model, test, len(classes), confusion=True)
+        scores = evaluate(t.accelerator, t.model, test, len(classes), confusion=True, stop=t.stop)
         last["test"] = scores.compute()
         t.monitor.scores(last["epoch"], t.step, "test", last["test"])
-        t.monitor.pictures(
-            t.step,
-            scores.confusion().cpu().numpy(),
-            scores.mistakes,
-            parts.splits["test"],
-            parts.view,
-            classes,
-        )
         if best and best["epoch"] == last["epoch"]:
             best["test"] = last["test"]
         elif best:
             restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
-            best["test"] = evaluate(t.accelerator, t.model, test, len(classes)).compute()
-        skipped |= test.skipped
+            best["test"] = evaluate(t.accelerator, t.model, test, len(classes), stop=t.stop).compute()
+        skipped |= set(gather_object(sorted(test.skipped)))
         test.close()
     result = {
         "last": last,
         "best": best,
         "seconds": round(progress.seconds, 3),
-        "images_per_s": round(t.monitor.images_per_s(progress), 2),
+        "images_per_s": round(images_per_s, 2),
         "peak_memory_mib": round(peak_memory_mib(), 1),
         "parameters": t.parameters,
         "skipped_images": sorted(skipped),
@@ -160,6 +177,9 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
         write_atomically(t.folder.result, json.dumps(result, indent=1) + "\n")
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
+    if scores is not None:  # last: a picture that cannot be drawn must not cost a finished run its result
+        confusion_KK = scores.confusion().cpu().numpy()
+        t.monitor.pictures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
     t.accelerator.wait_for_everyone()
     return result
 
@@ -187,7 +207,7 @@ def _summary(result: dict[str, Any], t: "Training") -> str:
     if "test" in last:
         parts.append(f"test top1 {last['test']['top1']:.2f} % after the last epoch")
     if best and "test" in best:
-        parts.append(f"{best['test']['top1']:.2f} % with the best epoch on val ({best['epoch'] + 1})")
+        parts.append(f"{best['test']['top1']:.2f} % with the best epoch on val ({best['epoch']})")
     if result["skipped_images"]:
         parts.append(f"{len(result['skipped_images'])} unreadable images skipped")
     return "; ".join(parts) + f"\n{t.folder.result}"

@@ -5,11 +5,11 @@
 # STRATEGY: ddp (default), zero1, zero2, zero3, zero3_offload: a file in launch/accelerate. Without a GPU the
 # processes compute on the CPU. Everything after STRATEGY and PROCESSES goes to dist_vpt.train.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 strategy=ddp
-if [ $# -gt 0 ] && [ -f "launch/accelerate/$1.yaml" ]; then strategy=$1; shift; fi
+if [ $# -gt 0 ] && [ -f "$root/launch/accelerate/$1.yaml" ]; then strategy=$1; shift; fi
 python=python
-[ -x .venv/bin/python ] && python=.venv/bin/python
+[ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python
 gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
 processes=$((gpus > 0 ? gpus : 1))
 if [ $# -gt 0 ] && [[ $1 =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
@@ -20,5 +20,7 @@ fi
 # DeepSpeed would be switched off by --cpu; DDP needs to be told where there is no GPU.
 if [ "$gpus" -eq 0 ] && [ "$strategy" = ddp ]; then export ACCELERATE_USE_CPU=true; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / processes > 0 ? $(nproc) / processes : 1 ))}
-exec "$python" -m accelerate.commands.launch --config_file "launch/accelerate/$strategy.yaml" \
+sharding=()
+if [ "$strategy" != ddp ]; then sharding=(--deepspeed_config_file "$root/launch/accelerate/$strategy.json"); fi
+exec "$python" -m accelerate.commands.launch --config_file "$root/launch/accelerate/$strategy.yaml" "${sharding[@]}" \
   --num_processes "$processes" --main_process_port "${MASTER_PORT:-0}" -m dist_vpt.train "$@"

@@ -66,7 +66,7 @@ def test_the_log_tells_the_run(folder: Path) -> None:
     )
     assert steps == [("2", "1"), ("4", "1"), ("6", "2"), ("8", "2"), ("10", "2")]
     for line in metrics(folder):
-        assert f"epoch {line['epoch'] + 1}/2  {line['split']:5}  loss {line['loss']:.4f}  " in text
+        assert f"epoch {line['epoch']}/2  {line['split']:5}  loss {line['loss']:.4f}  " in text
     assert "done in " in text
     assert lines[-1] == str(folder / "result.json")
 

@@ -22,7 +22,7 @@ HOLDER = """
 import sys
 from dist_vpt.recipe import load_recipe
 from dist_vpt.runfolder import RunFolder
-with RunFolder(sys.argv[1]).claimed(load_recipe([], ["run.dir=" + sys.argv[1]]), write=True):
+with RunFolder(sys.argv[1]).claimed(load_recipe([], ["run.dir=" + sys.argv[1]])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def use(folder: RunFolder, *overrides: str, then: BaseException | None = None, status: str = "done") -> None:
     """A run in the folder, to its end or to an error."""
-    with folder.claimed(recipe(folder, *overrides), write=True) as done:
+    with folder.claimed(recipe(folder, *overrides)) as done:
         assert not done
         if then is not None:
             raise then
@@ -54,14 +54,14 @@ def use(folder: RunFolder, *overrides: str, then: BaseException | None = None, s
 def refused(folder: RunFolder, *overrides: str) -> str:
     """The message of a refusal, which leaves the folder as it was."""
     before = files(folder.path)
-    with pytest.raises(RunFolderError) as caught, folder.claimed(recipe(folder, *overrides), write=True):
+    with pytest.raises(RunFolderError) as caught, folder.claimed(recipe(folder, *overrides)):
         pytest.fail("the folder was given away")
     assert files(folder.path) == before
     return str(caught.value)
 
 
 def test_a_new_folder_gets_the_recipe_and_where_it_came_from(folder: RunFolder) -> None:
-    with folder.claimed(recipe(folder, "optim.lr=0.3"), write=True) as done:
+    with folder.claimed(recipe(folder, "optim.lr=0.3")) as done:
         assert not done
         said = folder.status()
         assert said["status"] == "running"
@@ -82,15 +82,6 @@ def test_an_empty_folder_may_be_used(folder: RunFolder) -> None:
     use(folder)
 
 
-def test_a_process_that_only_looks_writes_nothing(folder: RunFolder) -> None:
-    with folder.claimed(recipe(folder), write=False) as done:
-        assert not done
-    assert not folder.path.exists()
-    use(folder)
-    with folder.claimed(recipe(folder), write=False) as done:
-        assert done
-
-
 @pytest.mark.parametrize("status", ["done", "running", "interrupted"])
 def test_a_used_folder_is_refused(folder: RunFolder, status: str) -> None:
     use(folder, status=status)
@@ -104,7 +95,7 @@ def test_a_used_folder_goes_on_with_auto(folder: RunFolder) -> None:
         use(folder, then=Interrupted("told to stop"))
     assert folder.status()["reason"] == "told to stop"
     started = folder.status()["started"]
-    with folder.claimed(recipe(folder, "run.resume=auto"), write=True) as done:
+    with folder.claimed(recipe(folder, "run.resume=auto")) as done:
         assert not done
         assert folder.status()["status"] == "running"
         assert folder.status()["started"] == started
@@ -114,7 +105,7 @@ def test_a_used_folder_goes_on_with_auto(folder: RunFolder) -> None:
 def test_a_finished_run_is_done_with_auto(folder: RunFolder) -> None:
     use(folder)
     before = files(folder.path)
-    with folder.claimed(recipe(folder, "run.resume=auto"), write=True) as done:
+    with folder.claimed(recipe(folder, "run.resume=auto")) as done:
         assert done
     assert files(folder.path) == before
 
@@ -131,7 +122,6 @@ def test_another_recipes_run_is_refused_and_the_difference_named(folder: RunFold
 
 @pytest.mark.parametrize(
     "change",
-    ["data.workers=3", "train.eval_batch_size=7", "runtime.device=cpu", "run.log_every=3", "run.timeout_minutes=1"],
 )
 def test_what_changes_no_number_may_differ(folder: RunFolder, change: str) -> None:
     use(folder, status="interrupted")

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.recipe import BackboneRecipe
-from dist_vpt.backbones.weights import Difference, load_into, read_tensors
+from dist_vpt.backbones.weights import Difference, load_into
 from dist_vpt.errors import UserError, WeightsError, nearest
 
 DEMO = Path(__file__).parent / "demo" / "demo.safetensors"
@@ -157,4 +157,4 @@ def _demo_metadata() -> dict[str, Any]:
     return {key: json.loads(metadata[key]) for key in ("architecture", "preprocessing")}
 
 
-__all__ = ["DEMO", "Description", "build", "describe", "read_tensors"]
+__all__ = ["DEMO", "Description", "build", "describe"]

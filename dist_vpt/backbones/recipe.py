@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class BackboneRecipe(BaseModel):
     """A frozen timm transformer and where its weights come from."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field("demo", description="a timm model name (a ViT), or 'demo': the small ViT in this package")
     weights: str = Field(

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+import numpy as np
+
 from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Split, Splits
 from dist_vpt.data.tasks import TASKS, Format, Task, resolve
@@ -28,5 +30,12 @@ def open_splits(recipe: DataRecipe) -> Splits:
         raise DataError(
             f"{recipe.root or task.name}: {len(splits.classes)} classes, but task {task.name!r} has "
             f"{task.classes}; complete the dataset, or give it a task name of its own"
+        )
+    absent = np.setdiff1d(np.arange(len(splits.classes)), splits[recipe.train_on].labels)
+    if len(absent) and recipe.absent_classes == "fail":
+        names = ", ".join(splits.classes[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
+        raise DataError(
+            f"{recipe.root or task.name}: {len(absent)} of {len(splits.classes)} classes have no image in split "
+            f"{recipe.train_on!r} ({names}); complete it, or accept that with data.absent_classes=allow"
         )
     return splits

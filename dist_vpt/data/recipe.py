@@ -19,7 +19,7 @@ PositiveChannels = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(g
 class HfRecipe(BaseModel):
     """What only a HuggingFace dataset needs to be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     config: str | None = Field(default=None, description="configuration (subset) of a hub dataset; none: its default")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset; none: its newest")
@@ -34,7 +34,7 @@ class HfRecipe(BaseModel):
 class DataRecipe(BaseModel):
     """A task, its storage and its view."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     task: str = Field(default="digits", description="a known task, or any name where format and root are given")
     format: Format | None = Field(default=None, description="how the dataset is stored; none: the task's own format")
@@ -86,6 +86,9 @@ class DataRecipe(BaseModel):
     bad_images: Literal["fail", "skip"] = Field(
         default="fail",
         description="skip: an unreadable image counts nothing and is reported; fail: it stops the run",
+    )
+    absent_classes: Literal["fail", "allow"] = Field(
+        "fail", description="allow: classes without an image in the split that is trained on"
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfRecipe = Field(default=HfRecipe(), description="what only a HuggingFace dataset needs")

@@ -21,11 +21,10 @@ class Task:
     name: str  # the row's name, or the recipe's free one
     format: Format  # how the dataset is stored
     classes: int | None = None  # number of classes the storage must have; None: whatever it has
-    group: str | None = None  # group of a benchmark over which accuracies are averaged
-    metric: Literal["accuracy"] = "accuracy"  # what is reported
     resize: Resize = "crop"  # squash to a square, or shorter side and centre crop
     augment: Augment = "none"  # fgvc: random crop and flip in training
     cache: Cache = "none"  # memory: decode and resize each image once per process
+    upright: bool = False  # turned by its EXIF orientation; the published loaders of VTAB and FGVC do not
 
 
 TASKS: dict[str, Task] = {
@@ -37,8 +36,8 @@ FORMAT_TASKS: dict[Format, Task] = {
     "digits": Task(name="", format="digits", classes=10, resize="squash", cache="memory"),
     "vtab_folder": Task(name="", format="vtab_folder", resize="squash"),
     "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc"),
-    "image_folder": Task(name="", format="image_folder"),
-    "hf": Task(name="", format="hf"),
+    "image_folder": Task(name="", format="image_folder", upright=True),
+    "hf": Task(name="", format="hf", upright=True),
 }
 
 

@@ -24,7 +24,7 @@ from dist_vpt.backbones.backbone import Backbone
 class MethodSettings(BaseModel):
     """What every method's part of the recipe shares."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Method(nn.Module):

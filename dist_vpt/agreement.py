@@ -1,0 +1,54 @@
+"""What all processes decide together: to stop on a signal, and to fail with the error that one of them met."""
+
+import signal
+from types import FrameType
+from typing import NoReturn
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from dist_vpt.errors import UserError
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask for a stop; it is made where all processes have agreed on it."""
+
+    def __init__(self) -> None:
+        self.asked = False  # of this process
+        self.agreed = False  # by all of them
+
+    def __enter__(self) -> "StopSignal":
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+
+        self.previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def total(accelerator: Accelerator, *numbers: float | torch.Tensor) -> list[float]:
+    """Sums over all processes. A collective call."""
+    numbers_on_device = [torch.as_tensor(number, dtype=torch.float32, device=accelerator.device) for number in numbers]
+    return accelerator.reduce(torch.stack(numbers_on_device), "sum").tolist()
+
+
+def agree(accelerator: Accelerator, error: UserError | None, stop: StopSignal | None = None) -> None:
+    """Go on only if no process met an error; else raise it on all of them. A collective call."""
+    failed, stopped = total(accelerator, error is not None, stop is not None and stop.asked)
+    if failed:
+        fail_together(accelerator, error)
+    if stop is not None:
+        stop.agreed = stopped > 0
+
+
+def fail_together(accelerator: Accelerator, error: UserError | None) -> NoReturn:
+    """Raise the first process's error on every process. A collective call."""
+    if accelerator.num_processes > 1:
+        error = next(e for e in gather_object([error]) if e is not None)
+    assert error is not None
+    error.shared = True  # one process's telling is enough
+    raise error
