@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dist_vpt.checkpoint import read_adapters
 from dist_vpt.predict import score
@@ -90,3 +91,27 @@ def test_a_batch_that_the_processes_do_not_divide(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert "batch_size 61: must be a multiple of 2" in output
     assert not (tmp_path / "run" / "state").exists()
+
+
+def test_an_unreadable_image_on_one_process_is_told_once_and_by_name(tmp_path: Path) -> None:
+    images = tmp_path / "data" / "images"
+    images.mkdir(parents=True)
+    lines = []
+    for i in range(40):
+        Image.new("RGB", (8, 8), (6 * i, 0, 0)).save(images / f"{i}.png")
+        lines.append(f"images/{i}.png {i % 2}\n")
+    for name in ("train800", "val200", "train800val200", "test"):
+        (tmp_path / "data" / f"{name}.txt").write_text("".join(lines))
+    (images / "7.png").write_bytes((images / "7.png").read_bytes()[:40])
+    options = ("data.task=mine", "data.format=vtab_folder", f"data.root={tmp_path / 'data'}", "train.batch_size=4")
+    process = start("ddp", tmp_path / "run", *options)
+    output = finish(process)
+    assert process.returncode != 0
+    ours = output.split("ChildFailedError")[0]
+    assert ours.count("error: ") == 1, output[-3000:]
+    assert "7.png" in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
+    process = start("ddp", tmp_path / "other", *options, "data.bad_images=skip")
+    output = finish(process)
+    assert process.returncode == 0, output[-3000:]
+    skipped = json.loads((tmp_path / "other" / "result.json").read_text())["skipped_images"]
+    assert [Path(name).name for name in skipped] == ["7.png"]

@@ -208,3 +208,52 @@ def _bytes(path: Path) -> dict[str, list[float]]:
     from dist_vpt.checkpoint import read_adapters
 
     return {name: tensor.flatten().tolist() for name, tensor in read_adapters(path)[0].items()}
+
+
+def test_a_signal_during_the_last_scoring_keeps_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dist_vpt.data.loaders import EvalBatches
+
+    batches = EvalBatches.__iter__
+
+    def signalled(self: EvalBatches) -> Any:
+        if len(self) == 5:  # 597 images of the test split, 128 at a time
+            signal.raise_signal(signal.SIGTERM)
+        return batches(self)
+
+    monkeypatch.setattr(EvalBatches, "__iter__", signalled)
+    with pytest.raises(Interrupted, match="stopped while scoring"):
+        train(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    monkeypatch.undo()
+    steps = []
+    monkeypatch.setattr(engine, "train_step", lambda *args, **kwargs: steps.append(args))
+    result = train(tmp_path / "run", "run.resume=auto")
+    assert not steps
+    assert "test" in result["last"]
+
+
+def test_missing_wandb_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wandb is not installed; pip install"):
+        train(tmp_path / "run", "run.trackers=[tensorboard,wandb]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the wandb package that writes down how it is called."""
+    package = tmp_path / "site" / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "calls = []\nclass Run:\n    name = 'x'\n    def log(self, values, **k): calls.append(('log', values))\n"
+        "    def finish(self): calls.append(('finish',))\n    def __getattr__(self, n): return lambda *a, **k: None\n"
+        "def init(**options):\n    calls.append(('init', options))\n    return Run()\n"
+        "class config:\n    update = staticmethod(lambda *a, **k: None)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    train(tmp_path / "run", "run.trackers=[tensorboard,wandb]")
+    import wandb
+
+    (_, options), *rest = wandb.calls
+    assert options["project"] == "dist_vpt"
+    assert (options["name"], options["resume"], len(options["id"])) == ("run", "allow", 16)
+    assert any("train/loss" in call[1] for call in rest if call[0] == "log")
+    assert list((tmp_path / "run" / "tb").glob("events*"))

@@ -6,6 +6,7 @@ import torch
 from sklearn.metrics import confusion_matrix, roc_auc_score
 from torch import Tensor
 
+from dist_vpt.errors import DataError
 from dist_vpt.metrics import MISTAKES_KEPT, Scores
 
 CPU = torch.device("cpu")
@@ -120,3 +121,11 @@ def test_low_precision_logits_are_scored_in_float32() -> None:
     logits_NK, labels_N = draw(40, 8)
     low_NK = logits_NK.bfloat16()
     assert scored(low_NK, labels_N).compute() == scored(low_NK.float(), labels_N).compute()
+
+
+def test_a_split_without_a_readable_image_is_an_error() -> None:
+    for classes in (2, 3):
+        scores = Scores(classes, torch.device("cpu"))
+        scores.update(torch.zeros(2, classes), torch.zeros(2, dtype=torch.long), torch.zeros(2), torch.arange(2))
+        with pytest.raises(DataError, match="no readable image"):
+            scores.compute()

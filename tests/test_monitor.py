@@ -45,7 +45,7 @@ def series(events: EventAccumulator, tag: str) -> dict[int, float]:
 def test_metrics_has_a_line_for_each_epoch_and_split(folder: Path) -> None:
     lines = metrics(folder)
     places = [(line["epoch"], line["step"], line["split"]) for line in lines]
-    assert places == [(0, 5, "train"), (0, 5, "val"), (1, 10, "train"), (1, 10, "val"), (1, 10, "test")]
+    assert places == [(1, 5, "train"), (1, 5, "val"), (2, 10, "train"), (2, 10, "val"), (2, 10, "test")]
     result = json.loads((folder / "result.json").read_text())
     scores = {k: v for k, v in lines[-1].items() if k not in ("epoch", "step", "split")}
     assert scores == result["last"]["test"]

@@ -37,7 +37,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pictures")
     (path / "inner").mkdir()
     for i, image in enumerate(load_digits().images[:DIGITS]):
-        pixels = np.rint(image * (255 / 16)).astype(np.uint8)
+        pixels = np.rint(255 - image * (255 / 16)).astype(np.uint8)
         suffix = (".png", ".PNG", ".bmp")[i % 3]
         Image.fromarray(pixels).save(path / ("inner" if i > 8 else "") / f"{i:02}{suffix}")
     (path / "notes.txt").write_text("no image")
