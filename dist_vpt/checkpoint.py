@@ -73,7 +73,9 @@ def write_adapters(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str
 def read_adapters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trained tensors and facts of an adapter file. Raises WeightsError for a missing or damaged one."""
     if not path.is_file():
-        raise WeightsError(f"{path}: no adapters here; the run has not ended, or this is not a run folder")
+        raise WeightsError(
+            f"{path}: no adapters here; the run has not ended, had no validation split to find a best epoch on, or this is no run"
+        )
     try:
         with safe_open(path, "pt") as file:
             facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items() if key != "format"}

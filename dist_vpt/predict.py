@@ -22,7 +22,7 @@ from dist_vpt.data import resolve
 from dist_vpt.data.image_folder import EXTENSIONS
 from dist_vpt.data.images import decode
 from dist_vpt.engine import evaluate
-from dist_vpt.errors import UserError
+from dist_vpt.errors import UserError, WeightsError
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import RunFolder, read_json, write_atomically
 from dist_vpt.strategy import make_accelerator
@@ -36,7 +36,7 @@ def score(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) ->
     path = folder.best if adapters == "best" else folder.adapters
     tensors, facts = read_adapters(path)
     restore(parts.method, tensors, path)
-    if list(parts.splits.classes) != facts["classes"]:
+    if list(parts.splits.classes) != _classes(facts, path):
         raise UserError(f"{run}: was trained on other classes than {recipe.data.task} has here; mend data.root")
     accelerator = make_accelerator(recipe)
     model = accelerator.prepare_model(parts.method, evaluation_mode=True)
@@ -69,7 +69,7 @@ def predict(
     path = folder.best if adapters == "best" else folder.adapters
     recipe, files = folder.load(), _image_files(images)
     tensors, facts = read_adapters(path)
-    classes = facts["classes"]
+    classes = _classes(facts, path)
     wants = describe(recipe.backbone)
     method, _ = make_method(recipe, wants, len(classes))
     restore(method, tensors, path)
@@ -126,6 +126,12 @@ def _image_files(images: Sequence[str]) -> list[Path]:
         else:
             raise UserError(f"{image}: no such file or folder")
     return files
+
+
+def _classes(facts: dict[str, Any], path: Path) -> list[str]:
+    if "classes" not in facts:
+        raise WeightsError(f"{path}: names no classes, so that a run did not write it; restore the run's own file")
+    return facts["classes"]
 
 
 def _device(recipe: Recipe) -> torch.device:
