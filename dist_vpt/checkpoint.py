@@ -74,7 +74,8 @@ def read_adapters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trained tensors and facts of an adapter file. Raises WeightsError for a missing or damaged one."""
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no adapters here; the run has not ended, had no validation split to find a best epoch on, or this is no run"
+            f"{path}: no adapters here; the run has not ended, had no validation split to find a best epoch on, "
+            "or this is not a run folder"
         )
     try:
         with safe_open(path, "pt") as file:
