@@ -71,9 +71,9 @@ class Scores:
 
     def compute(self) -> dict[str, float]:
         """The scores over all processes; a collective call."""
-        values = {k: v for k, v in self.scores.compute().items() if k != "confusion"}
-        if not values["per_class"].any():
+        if not self.scores["per_class"].compute().any():
             raise DataError("there is no readable image in the split; mend its files, or data.root")
+        values = {k: v for k, v in self.scores.compute().items() if k != "confusion"}
         right_K, _, _, _, images_K = values["per_class"].unbind(1)
         # Over the classes that the split has: torchmetrics' macro average counts one that is only predicted as 0.
         values["per_class"] = (right_K / images_K)[images_K > 0].mean()
