@@ -189,7 +189,7 @@ def confusion_figure(confusion_KK: np.ndarray, classes: tuple[str, ...]) -> Any:
     """Rows are labels, columns predictions; counts are written where they can be read."""
     from matplotlib.figure import Figure
 
-    number = len(classes)
+    classes, number = _plain(classes), len(classes)
     side = min(4 + 0.28 * number, 24)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
@@ -212,7 +212,7 @@ def mistakes_figure(mistakes: list[Mistake], split: Split, view: View, classes: 
     """Wrongly classified images with label, prediction and its probability."""
     from matplotlib.figure import Figure
 
-    columns = min(4, len(mistakes))
+    classes, columns = _plain(classes), min(4, len(mistakes))
     rows = -(-len(mistakes) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
@@ -224,6 +224,11 @@ def mistakes_figure(mistakes: list[Mistake], split: Split, view: View, classes: 
             fontsize=8,
         )
     return figure
+
+
+def _plain(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Class names that matplotlib does not read as formulas."""
+    return tuple(name.replace("$", r"\$") for name in classes)
 
 
 def _hparams(recipe: Recipe) -> dict[str, Any]:

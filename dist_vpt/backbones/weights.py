@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a safetensors file ({error}); download it again") from error
     except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a file that is not theirs
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Torch's own words on a pickle advise to load it all the same: they are left out.
+        reason = "a pickle" if isinstance(error, UnpicklingError) else str(error).split("\n")[0] or type(error).__name__
         raise WeightsError(
             f"{path}: not a file of plain tensors ({reason}). "
             "Pickled objects are never executed: convert the weights to .safetensors where you trust them"
