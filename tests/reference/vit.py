@@ -416,10 +416,10 @@ def pool_backward(dpooled_BD: Array, cache: Cache) -> Array:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def block_forward(x_BND: Array, w: Weights, config: Config) -> tuple[Array, Cache]:
-    """x' = x + ls1(attn(norm1(x))), then x' + ls2(mlp(norm2(x')))."""
+def block_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None) -> tuple[Array, Cache]:
+    """x' = x + ls1(attn(norm1(x))), then x' + ls2(mlp(norm2(x'))). mask_NN: see `attention_forward`."""
     normed_BND, norm1_cache = norm_forward(x_BND, w["norm1.weight"], w["norm1.bias"], config.eps)
-    attended_BND, attn_cache = attention_forward(normed_BND, _local(w, "attn."), config)
+    attended_BND, attn_cache = attention_forward(normed_BND, _local(w, "attn."), config, mask_NN)
     scaled_BND, ls1_cache = layer_scale_forward(attended_BND, w.get("ls1.gamma"))
     middle_BND = x_BND + scaled_BND
 
@@ -450,8 +450,11 @@ def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Arra
     return dmiddle_BND + dbranch_BND, grads
 
 
-def attention_forward(x_BND: Array, w: Weights, config: Config) -> tuple[Array, Cache]:
-    """Softmax attention, one head after the other; q_norm and k_norm act on E and serve all heads."""
+def attention_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None) -> tuple[Array, Cache]:
+    """Softmax attention, one head after the other; q_norm and k_norm act on E and serve all heads.
+
+    mask_NN (row: who asks, column: who is asked) is added to the scores: 0, or -inf where it may not look.
+    """
     D = x_BND.shape[2]
     if D % config.num_heads:
         raise ValueError(f"width {D} is not divisible by num_heads {config.num_heads}")
@@ -465,7 +468,8 @@ def attention_forward(x_BND: Array, w: Weights, config: Config) -> tuple[Array, 
         q_BNE, k_BNE, v_BNE = (qkv_BNX[:, :, column] for column in columns)
         q_BNE, q_cache = optional_norm_forward(q_BNE, w, "q_norm", config.eps)
         k_BNE, k_cache = optional_norm_forward(k_BNE, w, "k_norm", config.eps)
-        prob_BNN = softmax(scale * q_BNE @ k_BNE.transpose(0, 2, 1))
+        score_BNN = scale * q_BNE @ k_BNE.transpose(0, 2, 1)
+        prob_BNN = softmax(score_BNN if mask_NN is None else score_BNN + mask_NN)
         head_outputs.append(prob_BNN @ v_BNE)
         head_caches.append((columns, q_BNE, k_BNE, v_BNE, q_cache, k_cache, prob_BNN))
     out_BND, proj_cache = linear_forward(np.concatenate(head_outputs, axis=2), w["proj.weight"], w.get("proj.bias"))
