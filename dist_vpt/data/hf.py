@@ -37,6 +37,9 @@ class HfSource:
         path = stored and stored["path"]
         return f"{self.name} record {i}" + (f" ({path})" if path else "")
 
+    def identity(self, i: int) -> str:
+        return f"{self.dataset._fingerprint} {i}"
+
 
 def open_splits(recipe: DataRecipe, task: Task) -> Splits:
     try:
@@ -141,7 +144,15 @@ def _labels(recipe: DataRecipe, parts: dict[str, Any], column: str) -> tuple[dic
                 f"save all splits with the same ClassLabel"
             )
     if declared["train"] is not None:
-        return {name: np.array(part, np.int64) for name, part in values.items()}, tuple(declared["train"])
+        numbers = {name: np.array(part, np.int64) for name, part in values.items()}
+        for name, labels in numbers.items():
+            outside = np.flatnonzero(labels >= len(declared["train"]))
+            if len(outside):
+                raise DataError(
+                    f"{recipe.root} split {name!r} record {outside[0]}: {column} {labels[outside[0]]} must be below "
+                    f"{len(declared['train'])}, the number of its classes; mend the record"
+                )
+        return numbers, tuple(declared["train"])
     classes = class_order(map(str, values["train"]))
     label_of = {value: k for k, value in enumerate(classes)}
     labels = {name: np.empty(len(part), np.int64) for name, part in values.items()}

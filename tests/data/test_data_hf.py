@@ -57,6 +57,13 @@ def test_saved_splits(tmp_path, opened):
     assert splits.train.read(0).mode == "RGB"
 
 
+def test_a_label_beyond_the_classes(tmp_path, opened):
+    stored = part([1, 2], [0, 1])
+    table = stored.data.table.set_column(1, "kind", [[0, 2]])  # the library checks labels only when it encodes them
+    save(tmp_path, train=datasets.Dataset(table, info=stored.info), test=part([1], [0]))
+    refused(opened, "split 'train' record 1: kind 2 must be below 2, the number of its classes; mend the record")
+
+
 def test_missing_splits_are_carved(tmp_path, opened):
     part(list(range(40)), [0, 1] * 20).save_to_disk(tmp_path)
     splits = opened("hf", val_fraction=0.1, test_fraction=0.2)
