@@ -1,12 +1,15 @@
 """From a recipe to the parts of a run: splits, view, backbone with its method."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.build import Description, build, describe
 from dist_vpt.backbones.weights import Difference
 from dist_vpt.data import open_splits
@@ -15,9 +18,11 @@ from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import resolve
 from dist_vpt.data.transforms import View
+from dist_vpt.errors import UserError
 from dist_vpt.memory import apply_attention, apply_checkpointing
-from dist_vpt.methods import Method, attach
+from dist_vpt.methods import Method, Reader, attach
 from dist_vpt.recipe import Recipe
+from dist_vpt.stream_cache import open_streams
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,13 +56,43 @@ class Parts:
             self.view,
             batch_size=recipe.train.batch_size,
             accumulate=recipe.train.accumulate,
-            seed=recipe.seed,
+            seed=recipe.seed if recipe.train.order_seed is None else recipe.train.order_seed,
             **self.feeding(rank, world),
         )
 
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
         """Batches that show every image of a split once, over all processes."""
         return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **self.feeding(rank, world))
+
+    def use_cached_stream(
+        self, recipe: Recipe, accelerator: Accelerator, train: TrainBatches, val: EvalBatches | None
+    ) -> str:
+        """For a reader, have batches come from a cache of the frozen stream as the recipe says; a line tells it.
+
+        A collective call. The backbone must be on its device.
+        """
+        if not isinstance(self.method, Reader):
+            return ""
+        wanted = {recipe.data.train_on: train} | ({"val": val} if val is not None else {})
+        if self.view.augment != "none":
+            if recipe.stream.cache not in ("auto", "none"):
+                raise UserError(
+                    f"stream.cache = {recipe.stream.cache}: data.augment = {self.view.augment} shows each image "
+                    "otherwise in every epoch; set stream.cache=auto (which keeps val alone) or data.augment=none"
+                )
+            del wanted[recipe.data.train_on]
+        feeds, line = open_streams(
+            recipe.stream,
+            self.method.backbone,
+            self.method.reads,
+            self.view,
+            {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
+            accelerator,
+            passes=recipe.train.epochs,
+        )
+        for name, feed in feeds.items():
+            wanted[name].use(feed)
+        return line
 
 
 def assemble(recipe: Recipe) -> Parts:
@@ -96,6 +131,14 @@ def make_method(recipe: Recipe, wants: Description, classes: int) -> tuple[Metho
     apply_checkpointing(backbone, recipe.runtime.checkpointing)
     apply_attention(backbone, recipe.runtime.attention)
     return method, difference
+
+
+def make_trial(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:
+    """Another reader on a backbone that has one already, starting as it would alone."""
+    torch.manual_seed(recipe.seed)
+    reader = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
+    assert isinstance(reader, Reader)
+    return reader
 
 
 def class_weights(kind: str, labels: np.ndarray, classes: int) -> Tensor:

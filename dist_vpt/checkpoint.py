@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_vpt.errors import RunFolderError, WeightsError
 from dist_vpt.methods import Method
+from dist_vpt.recipe import EarlyStopRecipe
 from dist_vpt.runfolder import RunFolder, read_json, write_atomically
 from dist_vpt.strategy import strategy
 
@@ -25,7 +26,7 @@ KEPT = 2  # saved states in a run folder
 
 
 @contextmanager
-def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
     """Have whole parameters at hand where ZeRO-3 holds shards; with ``write``, main's values go to all."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
@@ -38,30 +39,37 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Iter
 
 
 def collect(method: Method) -> dict[str, Tensor]:
-    """The trained tensors, whole and on the CPU. A collective call under ZeRO-3."""
-    named = dict(method.trainable())
+    """The adapters' tensors, whole and on the CPU. A collective call under ZeRO-3."""
+    named = dict(method.adapter_tensors())
     with gathered(named.values()):
-        tensors = {name: p.detach().float().cpu().clone() for name, p in named.items()}
+        tensors = {
+            name: (t.detach().float() if t.is_floating_point() else t).cpu().clone() for name, t in named.items()
+        }
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     assert not empty, f"gathered tensors are empty: {empty}"
     return tensors
 
 
 def restore(method: Method, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy trained tensors into the method, proving that names and shapes are exactly its own."""
-    named = dict(method.trainable())
+    """Copy the adapters' tensors into the method, proving that names and shapes are exactly its own.
+
+    Raises WeightsError where they are not, and where an index is not made of whole numbers.
+    """
+    named = dict(method.adapter_tensors())
     missing, unexpected = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
     if missing or unexpected:
         raise WeightsError(
             f"{source}: not adapters of this recipe (missing: {missing or 'none'}; unexpected: {unexpected or 'none'})"
         )
     with gathered(named.values(), write=True), torch.no_grad():
-        for name, parameter in named.items():
-            if parameter.shape != tensors[name].shape:
+        for name, tensor in named.items():
+            if tensor.shape != tensors[name].shape:
                 raise WeightsError(
-                    f"{source}: {name} has shape {tuple(tensors[name].shape)}, this recipe's {tuple(parameter.shape)}"
+                    f"{source}: {name} has shape {tuple(tensors[name].shape)}, this recipe's {tuple(tensor.shape)}"
                 )
-            parameter.copy_(tensors[name])
+            if not tensor.is_floating_point() and tensor.dtype != tensors[name].dtype:
+                raise WeightsError(f"{source}: {name} is {tensors[name].dtype}, this recipe's {tensor.dtype}")
+            tensor.copy_(tensors[name])
 
 
 def write_adapters(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -110,6 +118,27 @@ class Progress:
         self.step += 1
         self.images += int(images)
         self.sums = [self.sums[0] + loss * images, self.sums[1] + correct, self.sums[2] + images]
+
+    def end_epoch(self) -> dict[str, float]:
+        """The epoch under way is over: its loss and accuracy on the training split."""
+        loss, correct, images = self.sums
+        scores = {"loss": loss / max(images, 1.0), "top1": 100 * correct / max(images, 1.0)}
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
+        self.last = {"epoch": self.epoch, "train": scores}  # epochs as people count
+        return scores
+
+    def scored(self, scores: dict[str, float], stopping: EarlyStopRecipe | None) -> bool:
+        """The epoch that just ended was scored on val: whether it is the best; early stopping is decided here."""
+        self.last["val"] = scores
+        best = not self.best or scores["top1"] > self.best["val"]["top1"]
+        if best:
+            self.best = self.last
+        if stopping is not None:
+            rose = scores["top1"] > self.to_beat + stopping.min_delta
+            self.to_beat = scores["top1"] if rose else self.to_beat
+            self.without_rise = 0 if rose else self.without_rise + 1
+            self.ended = self.without_rise >= stopping.patience
+        return best
 
 
 class States:

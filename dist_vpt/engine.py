@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from dist_vpt.agreement import StopSignal, agree, fail_together, total
@@ -87,13 +87,13 @@ def train_step(t: Training, fetched: list[Batch] | DataError, *, norms: bool) ->
     lr = recipe.optim.peak_lr(recipe.train.batch_size)
     lr *= multiplier(recipe.optim, t.step, t.train.steps_per_epoch, recipe.train.epochs)
     set_lr(t.optimizer, lr)
-    torch.manual_seed(_fold(recipe.seed, t.step, accelerator.process_index))  # dropout: a function of the step
     batches = [] if isinstance(fetched, DataError) else [_to(batch, accelerator.device) for batch in fetched]
     weights = [t.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
-    weight = _global_weight(t, weights, fetched)
+    weight = global_weight(accelerator, t.stop, weights, fetched)
     scale = accelerator.num_processes * recipe.train.accumulate / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
-    for batch, weights_B in zip(batches, weights, strict=True):
+    for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
+        torch.manual_seed(fold(recipe.seed, t.step, accelerator.process_index, micro))  # dropout: no state to save
         with accelerator.accumulate(t.model):
             logits_BK, labels_B = t.model(batch["images"]), batch["labels"]
             losses_B = F.cross_entropy(
@@ -126,7 +126,7 @@ def fit(t: Training) -> None:
         batches = t.train.epoch(progress.epoch, progress.step)
         while progress.step < t.train.steps_per_epoch:
             logged = (t.step + 1) % recipe.run.log_every == 0
-            step = train_step(t, _fetch(batches), norms=logged)
+            step = train_step(t, fetch(batches), norms=logged)
             progress.count(step.loss, step.correct, step.images)
             progress.seconds = time.monotonic() - began
             t.monitor.step(t.step, step, progress, logged=logged)
@@ -161,7 +161,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     scores = Scores(classes, accelerator.device, confusion=confusion)
     unread = iter(batches)
     for _ in range(len(batches)):
-        fetched = _fetch(unread)
+        fetched = fetch(unread)
         error = fetched if isinstance(fetched, DataError) else None
         agree(accelerator, error, stop)
         if stop is not None and stop.agreed:
@@ -172,7 +172,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     return scores
 
 
-def _fetch(batches: Iterator[Any]) -> Any:
+def fetch(batches: Iterator[Any]) -> Any:
     """The next batch, or as a value the error that all processes are to be told of."""
     try:
         return next(batches)
@@ -180,21 +180,23 @@ def _fetch(batches: Iterator[Any]) -> Any:
         return error
 
 
-def _global_weight(t: Training, weights: list[Tensor], fetched: list[Batch] | DataError) -> float:
+def global_weight(
+    accelerator: Accelerator, stop: StopSignal, weights: list[Tensor], fetched: list[Batch] | DataError
+) -> float:
     """The loss weight of the global batch; here all processes also learn of errors and of a stop that was asked."""
     local = torch.stack([w.sum() for w in weights]).sum() if weights else 0.0
-    weight, failed, stopped = total(t.accelerator, local, isinstance(fetched, DataError), t.stop.asked)
+    weight, failed, stopped = total(accelerator, local, isinstance(fetched, DataError), stop.asked)
     if failed:
-        fail_together(t.accelerator, fetched if isinstance(fetched, DataError) else None)
-    t.stop.agreed = stopped > 0
+        fail_together(accelerator, fetched if isinstance(fetched, DataError) else None)
+    stop.agreed = stopped > 0
     return max(weight, 1e-12)  # a batch of skipped images alone has none, and its loss is 0
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}  # type: ignore[return-value, attr-defined]
+    return send_to_device(batch, device, non_blocking=True)
 
 
-def _fold(*numbers: int) -> int:
+def fold(*numbers: int) -> int:
     """A seed from several numbers (64-bit FNV-1a): neighbours in any of them give unrelated seeds."""
     folded = 0xCBF29CE484222325
     for number in numbers:
@@ -245,29 +247,17 @@ def _norms(t: Training, before: list[Tensor]) -> tuple[float, float]:
 def _end_epoch(t: Training) -> None:
     """Metrics, best epoch and early stopping at the end of an epoch."""
     recipe, progress = t.recipe, t.progress
-    loss, correct, images = progress.sums
-    images = max(images, 1.0)
-    epoch = progress.epoch + 1  # as people count
-    t.monitor.scores(epoch, t.step, "train", {"loss": loss / images, "top1": 100 * correct / images})
-    progress.epoch, progress.step, progress.sums = epoch, 0, [0.0, 0.0, 0.0]
+    trained = progress.end_epoch()
+    epoch = progress.epoch
+    t.monitor.scores(epoch, t.step, "train", trained)
     final = progress.epoch == recipe.train.epochs
     if t.val is not None and (final or progress.epoch % recipe.train.eval_every == 0):
         scores = evaluate(t.accelerator, t.model, t.val, len(t.class_weights)).compute()
         t.monitor.scores(epoch, t.step, "val", scores)
-        progress.last = {"epoch": epoch, "val": scores}
-        if not progress.best or scores["top1"] > progress.best["val"]["top1"]:
-            progress.best = {"epoch": epoch, "val": scores}
+        if progress.scored(scores, recipe.train.early_stop):
             tensors = collect(t.method)
             if t.accelerator.is_main_process:
                 write_adapters(t.folder.best, tensors, t.facts | {"epoch": epoch})
-        stopping = recipe.train.early_stop
-        if stopping is not None:
-            rose = scores["top1"] > progress.to_beat + stopping.min_delta
-            progress.to_beat = scores["top1"] if rose else progress.to_beat
-            progress.without_rise = 0 if rose else progress.without_rise + 1
-            progress.ended = progress.without_rise >= stopping.patience
-    else:
-        progress.last = {"epoch": epoch}
 
 
 def _save(t: Training) -> None:

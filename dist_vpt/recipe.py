@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dist_vpt.backbones.recipe import BackboneRecipe
 from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.errors import RecipeError, nearest
-from dist_vpt.methods import MethodRecipe
+from dist_vpt.frozen_stream import StreamRecipe
+from dist_vpt.methods import MethodRecipe, is_reader
 from dist_vpt.methods.vpt import VPTRecipe
 from dist_vpt.optim import OptimRecipe
 
@@ -44,6 +45,9 @@ class TrainRecipe(Section):
     class_weights: Literal["none", "inv", "inv_sqrt"] = Field(
         "none",
         description="weight of a class in the loss: 1, 1/count or 1/sqrt(count), scaled to a mean of 1 per image",
+    )
+    order_seed: int | None = Field(
+        None, ge=0, lt=2**63, description="of data order and augmentation alone; null: the recipe's seed"
     )
     early_stop: EarlyStopRecipe | None = Field(None, description="stop early on the validation split; null: never")
     test: bool = Field(True, description="score the test split once, after training")
@@ -79,6 +83,42 @@ class RunRecipe(Section):
     timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others before it gives up")
 
 
+class SweepRecipe(Section):
+    """What `dist-vpt sweep` tries; `train` does not read it."""
+
+    grid: dict[str, Any] = Field(
+        {"optim": {"lr": [1.0, 0.5, 0.25, 0.1, 0.05], "weight_decay": [1e-2, 1e-3, 1e-4, 0.0]}},
+        description="recipe keys, each with a list of values: every combination is one trial on train, and the best on "
+        "val after its last epoch is chosen (VQT's published grid unless said otherwise)",
+    )
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
+        (42, 44, 82, 100, 800), min_length=1, description="the chosen setting is trained on trainval with each of them"
+    )
+    split: Literal["trials", "batch"] = Field(
+        "trials", description="what several processes share: the trials, each on its own, or every batch"
+    )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        def check(values: Any, at: str) -> Iterator[str]:
+            if isinstance(values, dict) and values:
+                for key, inner in values.items():
+                    yield from check(inner, f"{at}.{key}")
+            elif not isinstance(values, list) or not values:
+                yield f"{at} = {values!r}: must be a list with at least one value"
+            elif any(isinstance(value, (list, dict)) for value in values) or len(set(values)) < len(values):
+                yield f"{at} = {values!r}: must be plain values, each said once"
+            if at in ("grid.seed", "grid.sweep", "grid.run", "grid.data.train_on"):
+                yield f"{at}: is the sweep's own; leave it out"
+
+        mistakes = list(check(self.grid, "grid"))
+        if len(set(self.seeds)) < len(self.seeds):
+            mistakes.append(f"seeds = {list(self.seeds)}: each once")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -86,10 +126,12 @@ class Recipe(Section):
     data: DataRecipe = Field(default_factory=DataRecipe, description="task, format and preprocessing")
     backbone: BackboneRecipe = Field(default_factory=BackboneRecipe, description="the frozen transformer")
     method: MethodRecipe = Field(default_factory=VPTRecipe, description="what is trained")
+    stream: StreamRecipe = Field(default_factory=StreamRecipe, description="where readers keep the frozen stream")
     optim: OptimRecipe = Field(default_factory=OptimRecipe, description="optimiser and schedule")
     train: TrainRecipe = Field(default_factory=TrainRecipe, description="the loop")
     runtime: RuntimeRecipe = Field(default_factory=RuntimeRecipe, description="device, precision, memory")
     run: RunRecipe = Field(default_factory=RunRecipe, description="the run folder")
+    sweep: SweepRecipe = Field(default_factory=SweepRecipe, description="what `dist-vpt sweep` tries")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -108,16 +150,18 @@ class Recipe(Section):
                 "train.early_stop needs a validation split, and data.train_on = trainval leaves none: "
                 "set data.train_on=train or train.early_stop=null"
             )
-        if self.backbone.drop_path > 0 and self.method.name == "linear":
+        method = f"method.name = {self.method.name}"
+        if self.stream != StreamRecipe() and not is_reader(self.method):
+            yield f"stream: {method} changes the image's tokens, so that no frozen stream is kept; leave stream out"
+        if self.backbone.drop_path > 0 and is_reader(self.method):
             yield (
-                f"backbone.drop_path = {self.backbone.drop_path}: method.name = linear trains nothing in the backbone; "
+                f"backbone.drop_path = {self.backbone.drop_path}: {method} trains nothing in the backbone; "
                 "set backbone.drop_path=0"
             )
-
-        if self.runtime.checkpointing != "none" and self.method.name == "linear":
+        if self.runtime.checkpointing != "none" and is_reader(self.method):
             yield (
-                f"runtime.checkpointing = {self.runtime.checkpointing}: method.name = linear keeps nothing of the "
-                "backbone for backward; set runtime.checkpointing=none"
+                f"runtime.checkpointing = {self.runtime.checkpointing}: {method} keeps nothing of the backbone for "
+                "backward; set runtime.checkpointing=none"
             )
 
     def to_yaml(self) -> str:
@@ -183,6 +227,15 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         name = "-".join(Path(file).stem for file in files) or "default"
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
     return recipe
+
+
+def load_recipe_from(data: dict[str, Any]) -> Recipe:
+    """A recipe from the plain data of another one (``model_dump``). Raises RecipeError."""
+    try:
+        return _validated(data)
+    except ValidationError as error:
+        found = [f"{'.'.join(str(k) for k in e['loc']) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        raise RecipeError("; ".join(found)) from error
 
 
 def _validated(data: dict[str, Any]) -> Recipe:
@@ -325,6 +378,11 @@ def _places(node: yaml.Node | None, file: Path, at: Path_ = ()) -> Iterator[tupl
 def _override(text: str, draft: _Draft) -> None:
     dotted, _, raw = text.partition("=")
     keys = dotted.split(".")
+    if dotted == "base":
+        draft.mistakes.append(
+            f"{COMMAND_LINE}: {text}: base belongs into a recipe file; give {raw} as a word of its own"
+        )
+        return
     try:
         value = yaml.load(raw, _Loader)
     except (yaml.YAMLError, ValueError):

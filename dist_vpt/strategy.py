@@ -11,7 +11,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, Init
 from torch import nn
 
 from dist_vpt.errors import UserError
-from dist_vpt.methods import Method
+from dist_vpt.methods import Method, Reader
 from dist_vpt.optim import build_optimizer
 from dist_vpt.recipe import Recipe
 
@@ -77,6 +77,11 @@ def strategy(accelerator: Accelerator) -> str:
 
 def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
     """The method wrapped for the strategy, and an optimiser over what it trains."""
+    if strategy(accelerator) == "zero3" and isinstance(method, Reader) and method.reads.blocks:
+        raise UserError(
+            f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
+            "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)"
+        )
     frozen = [name for name, p in method.named_parameters() if not p.requires_grad]
     # Every process reads the same frozen weights from the same file: DDP need not even broadcast them once.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(

@@ -93,6 +93,10 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     newest = broadcast_object_list([states.newest()])[0]  # main's: another node may see an older folder
     if newest is not None:
         progress = states.load(newest, model, parts.method, optimizer)
+    val = None
+    if recipe.data.train_on == "train" and parts.splits.val:
+        val = parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
+    stream = parts.use_cached_stream(recipe, accelerator, train, val)
     training = Training(
         recipe=recipe,
         accelerator=accelerator,
@@ -100,9 +104,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         model=model,
         optimizer=optimizer,
         train=train,
-        val=parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
-        if recipe.data.train_on == "train" and parts.splits.val
-        else None,
+        val=val,
         class_weights=weights.to(accelerator.device),
         folder=folder,
         states=states,
@@ -122,6 +124,8 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         f"{recipe.runtime.precision}; "
         f"run folder {folder.path}",
     ]
+    if stream:
+        headline.append(stream)
     if parts.difference:
         headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
     if newest is not None:

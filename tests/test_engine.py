@@ -175,7 +175,7 @@ def test_class_weights_come_from_real_counts() -> None:
 
 
 def test_seeds_of_neighbouring_steps_differ() -> None:
-    seeds = {engine._fold(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
+    seeds = {engine.fold(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
     assert len(seeds) == 800
     assert all(0 <= seed < 2**63 for seed in seeds)
 

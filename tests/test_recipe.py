@@ -16,7 +16,7 @@ from dist_vpt.methods.vpt import VPTRecipe
 from dist_vpt.recipe import Recipe, differences, json_schema, load_recipe, split_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPE_FILES = 17
+RECIPE_FILES = 21
 Write = Callable[[str, str], Path]
 
 
@@ -56,6 +56,11 @@ def test_bases_are_relative_to_the_file_that_names_them(write: Write, monkeypatc
     monkeypatch.chdir("/")
     recipe = load_recipe([file])
     assert (recipe.seed, recipe.optim.lr) == (5, 0.5)
+
+
+def test_base_is_no_override() -> None:
+    (mistake,) = refused("base=a.yaml")
+    assert mistake == "command line: base=a.yaml: base belongs into a recipe file; give a.yaml as a word of its own"
 
 
 def test_two_files_may_share_a_base(write: Write) -> None:
@@ -229,7 +234,7 @@ def test_files_and_overrides_are_told_apart(words: list[str], files: list[str], 
         ("optim.lr: 3", "1: optim.lr = 3: unknown key; did you mean 'optim'?"),
         (
             "on: 3",
-            "1: on = 3: unknown key; valid: backbone, base, data, method, optim, run, runtime, seed, train",
+            "1: on = 3: unknown key; valid: backbone, base, data, method, optim, run, runtime, seed, stream, sweep, train",
         ),
     ],
 )
@@ -252,8 +257,8 @@ def test_an_unknown_key_and_the_nearest_name_at_every_level(text: str, mistake: 
         ("train: {early_stop: 3}", "train.early_stop = 3: input should be an object"),
         ("method: linear", "method = 'linear': input should be an object"),
         ("method: null", "method = None: input should be an object"),
-        ("method: {name: vtp}", "method.name = 'vtp': not a method; did you mean 'vpt'?"),
-        ("method: {name: 3}", "method.name = 3: not a method; valid: full, linear, vpt"),
+        ("method: {name: vppt}", "method.name = 'vppt': not a method; did you mean 'vpt'?"),
+        ("method: {name: 3}", "method.name = 3: not a method; valid: full, linear, mlp, vpt, vqt"),
         ("method: {prompts: []}", "method.prompts = []: input should be a valid integer"),
         ("optim: {lr: fast}", "optim.lr = 'fast': input should be a valid number"),
         ("optim: {name: adamm}", "optim.name = 'adamm': must be one of its choices; did you mean 'adam'?"),
@@ -504,7 +509,7 @@ def test_the_schema_names_every_key() -> None:
     resolved = load_recipe([], ["train.early_stop={}"])
     sections = [s for _, s in resolved if hasattr(s, "model_fields")]
     sections += [resolved.data.hf, resolved.train.early_stop, LinearRecipe()]
-    assert len(sections) == 10
+    assert len(sections) == 12
     for section in sections:
         assert named[type(section).__name__] == set(type(section).model_fields)
     assert all(model.get("additionalProperties") is False for model in _objects(schema))

@@ -65,13 +65,18 @@ class Backbone(nn.Module):
         return self
 
     @property
+    def tokens(self) -> int:
+        """N: tokens of an image without prompts."""
+        return self.prefix + self.patches
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
     def embed(self, images_B3SS: Tensor) -> Tensor:
         """Images as uint8 (or floats of the same range) -> tokens before the first block, [B, N, D]."""
         # In float32 until normalised: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
-        return self.stem(((images_B3SS.float() - self.mean) / self.std).to(self.dtype))
+        return self.stem(((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """The frozen stream's end: tokens after the final norm, [B, N, D]."""

@@ -27,6 +27,10 @@ class FileSource:
     def where(self, i: int) -> str:
         return str(self.root / self.files[i])
 
+    def identity(self, i: int) -> str:
+        found = (self.root / self.files[i]).stat()
+        return f"{self.files[i]} {found.st_size} {found.st_mtime_ns} {self.upright}"
+
 
 class Mistakes:
     """Collects what is wrong with a dataset, so that one message tells it all."""

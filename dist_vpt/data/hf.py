@@ -145,11 +145,11 @@ def _labels(recipe: DataRecipe, parts: dict[str, Any], column: str) -> tuple[dic
             )
     if declared["train"] is not None:
         numbers = {name: np.array(part, np.int64) for name, part in values.items()}
-        for name, labels in numbers.items():
-            outside = np.flatnonzero(labels >= len(declared["train"]))
+        for name, numbers_n in numbers.items():
+            outside = np.flatnonzero(numbers_n >= len(declared["train"]))
             if len(outside):
                 raise DataError(
-                    f"{recipe.root} split {name!r} record {outside[0]}: {column} {labels[outside[0]]} must be below "
+                    f"{recipe.root} split {name!r} record {outside[0]}: {column} {numbers_n[outside[0]]} must be below "
                     f"{len(declared['train'])}, the number of its classes; mend the record"
                 )
         return numbers, tuple(declared["train"])

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 import psutil
@@ -33,10 +33,20 @@ FILL_CHUNK = 32  # images per request while a cache is filled
 class Batch(TypedDict):
     """A micro-batch on one process."""
 
-    images: torch.Tensor  # uint8 [b, 3, S, S]
+    images: Any  # uint8 [b, 3, S, S], or out of a cache what the frozen stream holds of them
     labels: torch.Tensor  # int64 [b]
     weight: torch.Tensor  # float32 [b]: 1 for an example, 0 for padding and for a skipped image
     index: torch.Tensor  # int64 [b]: place in the split, -1 for padding
+
+
+class Feed(Protocol):
+    """Where batches come from: images that are decoded, or a cache of what the frozen backbone makes of them."""
+
+    skipped: set[str]  # files that could not be read so far
+
+    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
 
 
 class TrainBatches:
@@ -71,7 +81,7 @@ class TrainBatches:
         self._n, self._seed = len(split), seed
         self._accumulate, self._rank, self._world = accumulate, rank, world
         pictures = _Pictures(split, view, True, bad_images, max_megapixels)
-        self._feed = _Feed(_Batches(pictures, seed), workers, cache, range(len(split)), world)
+        self._feed: Feed = _Feed(_Batches(pictures, seed), workers, cache, range(len(split)), world)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -97,6 +107,11 @@ class TrainBatches:
         batches = self._feed(requests)
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._accumulate)]
+
+    def use(self, feed: Feed) -> None:
+        """Take the same batches from another feed from now on."""
+        self._feed.close()
+        self._feed = feed
 
     def close(self) -> None:
         """End the worker processes at once; a later epoch starts them anew."""
@@ -127,7 +142,7 @@ class EvalBatches:
         self._batch_size = batch_size
         pictures = _Pictures(split, view, False, bad_images, max_megapixels)
         mine = [int(i) for i in self._indices if i != PADDING]
-        self._feed = _Feed(_Batches(pictures, 0), workers, cache, mine, world)
+        self._feed: Feed = _Feed(_Batches(pictures, 0), workers, cache, mine, world)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -139,6 +154,11 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         return self._feed([(0, self._indices[start : start + self._batch_size]) for start in self._starts])
+
+    def use(self, feed: Feed) -> None:
+        """Take the same batches from another feed from now on."""
+        self._feed.close()
+        self._feed = feed
 
     def close(self) -> None:
         """End the worker processes at once; a later pass starts them anew."""

@@ -1,5 +1,6 @@
 """A dataset's splits: labels in memory, images read one by one. n examples, k of a class."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,10 @@ class Source(Protocol):
     def read(self, i: int, max_megapixels: float) -> Picture: ...
 
     def where(self, i: int) -> str: ...
+
+    def identity(self, i: int) -> str:
+        """What changes when the image does."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +84,9 @@ class ArraySource:
     def where(self, i: int) -> str:
         return f"{self.name} record {i}"
 
+    def identity(self, i: int) -> str:
+        return hashlib.sha256(self.pixels[i].tobytes()).hexdigest()
+
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
@@ -90,6 +98,9 @@ class _Rows:
 
     def where(self, i: int) -> str:
         return self.source.where(int(self.rows[i]))
+
+    def identity(self, i: int) -> str:
+        return self.source.identity(int(self.rows[i]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +118,10 @@ class _Joined:
     def where(self, i: int) -> str:
         split, i = self._at(i)
         return split.where(i)
+
+    def identity(self, i: int) -> str:
+        split, i = self._at(i)
+        return split.source.identity(i)
 
 
 def join(name: str, first: Split, second: Split) -> Split:

@@ -7,18 +7,22 @@ import torch
 from pydantic import Field
 
 from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.methods.base import Method
+from dist_vpt.methods.base import Method, Reader
 from dist_vpt.methods.full import Full, FullRecipe
 from dist_vpt.methods.linear import Linear, LinearRecipe
+from dist_vpt.methods.mlp import MLP, MLPRecipe
 from dist_vpt.methods.vpt import VPT, VPTRecipe
+from dist_vpt.methods.vqt import VQT, VQTRecipe
 
-METHODS: dict[str, Callable[[Any, Backbone, int, torch.dtype], Method]] = {
+METHODS: dict[str, type[Method]] = {
     "vpt": VPT,
+    "vqt": VQT,
     "linear": Linear,
+    "mlp": MLP,
     "full": Full,
 }
 
-MethodRecipe = Annotated[VPTRecipe | LinearRecipe | FullRecipe, Field(discriminator="name")]
+MethodRecipe = Annotated[VPTRecipe | VQTRecipe | LinearRecipe | MLPRecipe | FullRecipe, Field(discriminator="name")]
 
 
 def attach(recipe: MethodRecipe, backbone: Backbone, classes: int, compute: torch.dtype = torch.float32) -> Method:
@@ -26,7 +30,13 @@ def attach(recipe: MethodRecipe, backbone: Backbone, classes: int, compute: torc
 
     What is trained stays float32; frozen weights are held in ``compute`` from here on.
     """
-    return METHODS[recipe.name](recipe, backbone, classes, compute)
+    make: Callable[[Any, Backbone, int, torch.dtype], Method] = METHODS[recipe.name]  # type: ignore[assignment]
+    return make(recipe, backbone, classes, compute)
 
 
-__all__ = ["METHODS", "Method", "MethodRecipe", "attach"]
+def is_reader(recipe: MethodRecipe) -> bool:
+    """Whether the method only reads the frozen stream."""
+    return issubclass(METHODS[recipe.name], Reader)
+
+
+__all__ = ["METHODS", "Method", "MethodRecipe", "Reader", "attach", "is_reader"]

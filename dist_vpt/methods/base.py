@@ -1,24 +1,26 @@
 """The contract between a method and everything else.
 
-B batch, S image side, N tokens, D width, K classes.
+B batch, S image side, N tokens, D width, F features, K classes, T trials.
 
 A method owns a backbone and what is trained. It is called with images and gives logits; which of its parameters
 are trainable is decided here by structure: the backbone's are frozen, the method's own are not.
 
 - A **writer** changes what the blocks compute, so gradients flow through them: it overrides ``forward``.
-- A **reader** only reads what the frozen backbone computes anyway: it says what it needs of the stream
-  (``observe``, always without autograd) and what it makes of that (``read``).
+- A **reader** only reads what the frozen backbone computes anyway: it says what it reads of the frozen stream
+  (``reads``) and what it makes of that (``read``). The stream runs without autograd, may come from a cache, and
+  serves any number of readers at once (``read_many``).
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.frozen_stream import Observed, Reads, observe
 
 
 class MethodSettings(BaseModel):
@@ -33,43 +35,64 @@ class Method(nn.Module):
     # Whether the backbone's own weights are trained: they then stay float32 and are computed under autocast.
     trains_backbone: ClassVar[bool] = False
 
-    def __init__(self, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, backbone: Backbone, classes: int, compute: torch.dtype, features: int | None = None):
+        """``features``: what the head reads of an image, D unless given."""
         super().__init__()
         self.backbone = backbone.requires_grad_(self.trains_backbone)
         if not self.trains_backbone:
             backbone.hold_in(compute)
         self.compute = compute
-        self.head = classification_head(backbone.width, classes)
+        self.head: nn.Module = classification_head(features or backbone.width, classes)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimiser gets and an adapter file holds."""
+        """Names and parameters that the optimiser gets."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def classify(self, features_BD: Tensor) -> Tensor:
-        """The head in float32 whatever the backbone's dtype: it is tiny, and its loss is what is minimised."""
-        return self.head(features_BD.float())
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors that an adapter file holds: what is trained, and what was chosen and goes with it."""
+        yield from self.trainable()
+
+    def classify(self, features_BF: Tensor) -> Tensor:
+        """The head in its own float32 whatever the backbone's dtype: it is tiny, and its loss is what is minimised."""
+        return self.head(features_BF.to(next(self.head.parameters()).dtype))
 
 
 class Reader(Method):
     """A method that never changes the image's tokens: the backbone runs without autograd."""
 
-    def observe(self, images_B3SS: Tensor) -> Any:
-        """What the method needs of the frozen stream; runs without autograd."""
+    @property
+    def reads(self) -> Reads:
+        """What is read of the frozen stream besides the pooled features."""
+        return Reads()
+
+    def read(self, observed: Observed) -> Tensor:
+        """Logits [B, K] from what the stream holds of B images."""
         raise NotImplementedError
 
-    def read(self, observed: Any) -> Tensor:
-        """Logits [B, K] from what was observed."""
-        raise NotImplementedError
+    @classmethod
+    def read_many(
+        cls, readers: Sequence["Reader"], observed: Observed, seeds: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """Logits [B, K] of T readers from one reading of the stream, each as it would compute them alone.
 
-    def forward(self, images_B3SS: Tensor) -> Tensor:
-        with torch.no_grad():
-            observed = self.observe(images_B3SS)
-        return self.read(observed)
+        ``seeds`` are those of the readers' random draws (dropout).
+        """
+        logits = []
+        for t, reader in enumerate(readers):
+            if seeds is not None:
+                torch.manual_seed(seeds[t])
+            logits.append(reader.read(observed))
+        return logits
+
+    def forward(self, images: Tensor | Observed) -> Tensor:
+        if not isinstance(images, Observed):
+            images = observe(self.backbone, images, self.reads)
+        return self.read(images)
 
 
-def classification_head(width: int, classes: int) -> nn.Linear:
+def classification_head(features: int, classes: int) -> nn.Linear:
     """The head of VPT's published set-up: kaiming-normal (fan-out) weight; bias -log(99), a prior of 0.01 a class."""
-    head = nn.Linear(width, classes)
+    head = nn.Linear(features, classes)
     nn.init.kaiming_normal_(head.weight, mode="fan_out")
     nn.init.constant_(head.bias, -math.log(99.0))
     return head

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.frozen_stream import Observed
 from dist_vpt.methods.base import MethodSettings, Reader
 
 
@@ -22,8 +23,5 @@ class Linear(Reader):
     def __init__(self, recipe: LinearRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
 
-    def observe(self, images_B3SS: Tensor) -> Tensor:
-        return self.backbone.pool(self.backbone(images_B3SS))
-
-    def read(self, observed: Tensor) -> Tensor:
-        return self.classify(observed)
+    def read(self, observed: Observed) -> Tensor:
+        return self.classify(observed.pooled)

@@ -24,6 +24,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vpt deep": {"name": "vpt"},
     "vpt projected": {"name": "vpt", "projection": 4},
     "vpt shared": {"name": "vpt", "shared": True},
+    "vqt": {"name": "vqt", "queries": 2},
+    "vqt weighted": {"name": "vqt", "queries": 2, "pooling": "weighted", "blocks": (1, 2)},
+    "mlp": {"name": "mlp", "layers": 3, "width": 8},
+    "mlp of one layer": {"name": "mlp", "layers": 1},
 }
 TRAINED = {
     "linear": HEAD,
@@ -32,6 +36,10 @@ TRAINED = {
     "vpt deep": HEAD | {"prompts"},
     "vpt projected": HEAD | {"prompts", "projection.weight", "projection.bias"},
     "vpt shared": HEAD | {"prompts"},
+    "vqt": HEAD | {"queries"},
+    "vqt weighted": HEAD | {"queries", "pool_weights"},
+    "mlp": {f"head.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")},
+    "mlp of one layer": {"head.0.weight", "head.0.bias"},
 }
 
 
@@ -104,14 +112,26 @@ def test_checkpointing_saves_less(images: torch.Tensor) -> None:
     assert saved("block") < saved("none") / 2
 
 
-@pytest.mark.parametrize("name", [n for n, s in SETTINGS.items() if issubclass(METHODS[s["name"]], Reader)])
-def test_a_reader_keeps_nothing_of_the_backbone(name: str, images: torch.Tensor) -> None:
+@pytest.mark.parametrize("name", ["linear", "mlp of one layer"])
+def test_a_head_keeps_nothing_of_the_backbone(name: str, images: torch.Tensor) -> None:
     method = make(SETTINGS[name])
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         loss_of(method, images).backward()
     assert saved
     assert all(shape in {(3, 16), (5, 16), (16, 5), (3, 5), (3,), ()} for shape in saved), saved
+
+
+@pytest.mark.parametrize("name", [n for n, s in SETTINGS.items() if issubclass(METHODS[s["name"]], Reader)])
+def test_a_reader_sees_the_stream_without_autograd(name: str, images: torch.Tensor) -> None:
+    method = make(SETTINGS[name])
+    asked: list[bool] = []
+    for block in method.backbone.blocks:
+        block.register_forward_hook(
+            lambda _, inputs, output: asked.append(output.requires_grad or inputs[0].requires_grad)
+        )
+    loss_of(method, images).backward()
+    assert asked == [False] * 3
 
 
 def test_the_backbone_stays_in_eval_mode() -> None:

@@ -1,0 +1,98 @@
+"""A block of timm's VisionTransformer opened at its seams, for methods that read or extend a block from outside.
+
+B images, N tokens, D width, H heads, E = D / H.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from dist_vpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Seams:
+    """The parts of a pre-norm block: x' = x + ls1(attn(norm1(x))), then x' + ls2(mlp(norm2(x')))."""
+
+    norm1: nn.Module
+    qkv: nn.Linear
+    heads: int
+    scale: float  # of the scores, 1 / sqrt(E)
+    q_norm: nn.Module  # identities where the backbone has no qk-norm
+    k_norm: Any
+    attn_norm: nn.Module
+    proj: nn.Module
+    ls1: nn.Module  # identities where the backbone has no LayerScale
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+
+    def project(self, part: int, tokens_XD: Tensor) -> Tensor:
+        """Queries (part 0), keys (1) or values (2) of tokens [..., D], by heads: [..., H, E]."""
+        weight_ED, bias_E = self.weights(part)
+        return nn.functional.linear(tokens_XD, weight_ED, bias_E).unflatten(-1, (self.heads, -1))
+
+    def weights(self, part: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [H * E, D] and bias [H * E] of queries (0), keys (1) or values (2)."""
+        bias = self.qkv.bias
+        return self.qkv.weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
+
+
+def open_block(module: nn.Module, number: int) -> Seams:
+    """The seams of a block. Raises UserError where it computes something else than a plain pre-norm block."""
+    block: Any = module
+    if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
+        attention = type(getattr(block, "attn", block)).__name__
+        raise UserError(
+            f"block {number} of the backbone is a {type(block).__name__} with {attention}: its inside can be read only "
+            "where it is timm's plain pre-norm Block; choose another backbone, or method.name=linear"
+        )
+    attn = block.attn
+    return Seams(
+        norm1=block.norm1,
+        qkv=attn.qkv,
+        heads=attn.num_heads,
+        scale=attn.scale,
+        q_norm=attn.q_norm,
+        k_norm=attn.k_norm,
+        attn_norm=attn.norm,
+        proj=attn.proj,
+        ls1=block.ls1,
+        norm2=block.norm2,
+        mlp=block.mlp,
+        ls2=block.ls2,
+    )
+
+
+def has_key_norm(seams: Seams) -> bool:
+    """Whether keys are normalised by heads (qk-norm)."""
+    return not isinstance(seams.k_norm, nn.Identity)
+
+
+def centres(norm: nn.Module) -> bool:
+    """Whether a norm of keys subtracts their mean (LayerNorm) or not (RMSNorm). Raises UserError for other norms."""
+    if isinstance(norm, nn.LayerNorm):
+        return True
+    if "rms" in type(norm).__name__.lower():
+        return False
+    raise UserError(
+        f"the backbone normalises keys by {type(norm).__name__}: only LayerNorm and RMSNorm have the absorbed form; "
+        "set method.form=projected"
+    )
+
+
+def key_scale(seams: Seams, normed_BND: Tensor) -> Tensor:
+    """1 / standard deviation (RMSNorm: 1 / root mean square) of each token's key by heads, [B, N, H]."""
+    keys_BNHE = widened(seams.project(1, normed_BND))
+    if centres(seams.k_norm):
+        keys_BNHE = keys_BNHE - keys_BNHE.mean(-1, keepdim=True)
+    return (keys_BNHE.square().mean(-1) + seams.k_norm.eps).rsqrt().to(normed_BND.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Half precision as float32, in which softmax and norms are computed; others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,65 @@
+"""The frozen stream: what readers see of a frozen backbone, block by block, computed without autograd.
+
+B images, N tokens, D width, H heads.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.seams import key_scale, open_block
+
+
+class StreamRecipe(BaseModel):
+    """Where a reader's frozen stream is kept between epochs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    cache: Literal["auto", "none", "device", "memory", "disk"] = Field(
+        "auto",
+        description="none: computed anew for each batch; device, memory, disk: computed once and kept on the "
+        "accelerator, in host memory, or in stream.dir; auto: the first of device, memory and (with stream.dir) disk "
+        "that it fits in, else none",
+    )
+    dir: str | None = Field(None, min_length=1, description="folder of the cache files; they serve later runs too")
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> Self:
+        if self.cache == "disk" and self.dir is None:
+            raise ValueError("cache = disk: needs a folder for its files; set stream.dir")
+        return self
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a reader asks of the stream besides the pooled features."""
+
+    blocks: tuple[int, ...] = ()  # whose normalised inputs it reads, rising
+    key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
+
+
+class Observed(NamedTuple):
+    """What the frozen stream holds of some images, in the backbone's dtype."""
+
+    pooled: Tensor  # [B, D]: the weights' own pooling of the last block's normalised tokens
+    normed: tuple[Tensor, ...] = ()  # [B, N, D] for each block that is read: what its attention sees
+    key_scales: tuple[Tensor, ...] = ()  # [B, N, H] for each of them; empty unless asked for
+
+
+@torch.no_grad()
+def observe(backbone: Backbone, images_B3SS: Tensor, reads: Reads) -> Observed:
+    """Run the frozen backbone on images (uint8 [B, 3, S, S]) and keep what is read of it."""
+    tokens_BND = backbone.embed(images_B3SS)
+    normed, scales = [], []
+    for number, block in enumerate(backbone.blocks):
+        if number in reads.blocks:
+            seams = open_block(block, number)
+            normed.append(seams.norm1(tokens_BND))
+            if reads.key_scales:
+                scales.append(key_scale(seams, normed[-1]))
+        tokens_BND = backbone.run_block(block, tokens_BND)
+    return Observed(backbone.pool(backbone.norm(tokens_BND)), tuple(normed), tuple(scales))

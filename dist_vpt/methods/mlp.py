@@ -1,0 +1,39 @@
+"""A multilayer perceptron on the frozen backbone's features (a baseline of VPT's tables). A reader."""
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.frozen_stream import Observed
+from dist_vpt.methods.base import MethodSettings, Reader
+
+
+class MLPRecipe(MethodSettings):
+    """Linear layers with GELU and dropout between them, on frozen features."""
+
+    name: Literal["mlp"] = Field("mlp", description="a multilayer perceptron as the head")
+    layers: int = Field(3, ge=1, description="linear layers; 1 is linear probing")
+    width: int | None = Field(None, ge=1, description="of the hidden layers; null: the backbone's width")
+    dropout: float = Field(0.0, ge=0, lt=1, description="after each hidden layer")
+
+
+class MLP(Reader):
+    """Hidden layers D -> width -> ... -> width (kaiming-normal), then the head that every method has."""
+
+    def __init__(self, recipe: MLPRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        width = recipe.width or backbone.width
+        super().__init__(backbone, classes, compute, features=width if recipe.layers > 1 else None)
+        hidden: list[nn.Module] = []
+        for before, after in pairwise([backbone.width, *[width] * (recipe.layers - 1)]):
+            layer = nn.Linear(before, after)
+            nn.init.kaiming_normal_(layer.weight, mode="fan_in")
+            nn.init.zeros_(layer.bias)
+            hidden += [layer, nn.GELU(), nn.Dropout(recipe.dropout)]
+        self.head = nn.Sequential(*hidden, self.head)
+
+    def read(self, observed: Observed) -> Tensor:
+        return self.classify(observed.pooled)

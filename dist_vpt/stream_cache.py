@@ -1,0 +1,456 @@
+"""The frozen stream of a split, computed once: held in memory, on the accelerator, or in files.
+
+n images of the split, B of a batch, N tokens, D width, H heads, L blocks that are read.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from dist_vpt.agreement import agree
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
+from dist_vpt.data.splits import Split
+from dist_vpt.data.transforms import View
+from dist_vpt.errors import DataError, UserError
+from dist_vpt.frozen_stream import Observed, Reads, StreamRecipe, observe
+from dist_vpt.runfolder import write_atomically
+
+Place = Literal["none", "device", "memory", "disk"]
+
+ROOM = 0.8  # share of the free memory or disk that a cache may take
+FORMAT = 1  # of the files
+CHUNK = 2**26  # bytes per read while files are checked
+
+
+@dataclass(frozen=True)
+class StreamCache:
+    """What the stream holds of all images of a split."""
+
+    pooled_nD: Tensor
+    normed: tuple[Tensor, ...]  # by block, [n, N, D]
+    key_scales: tuple[Tensor, ...]  # by block, [n, N, H]
+    readable_n: np.ndarray  # false for images that were skipped
+
+    def __getitem__(self, index_B: Tensor) -> Observed:
+        """The rows of some images, in the order asked for."""
+        index_B = index_B.to(self.pooled_nD.device)
+
+        def rows(kept: Tensor) -> Tensor:
+            found = kept.index_select(0, index_B)
+            return found.pin_memory() if found.device.type == "cpu" and torch.cuda.is_available() else found
+
+        return Observed(rows(self.pooled_nD), tuple(map(rows, self.normed)), tuple(map(rows, self.key_scales)))
+
+
+class StreamFeed:
+    """Gives batches out of a cache, where loaders would decode images."""
+
+    def __init__(self, cache: StreamCache, labels_n: np.ndarray, skipped: set[str]):
+        self.cache, self.labels_n, self.skipped = cache, labels_n, skipped
+
+    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        for _, index_b in requests:
+            real_b = index_b != PADDING
+            rows_b = np.where(real_b, index_b, 0).astype(np.int64)
+            yield Batch(
+                images=self.cache[torch.from_numpy(rows_b)],
+                labels=torch.from_numpy(np.where(real_b, self.labels_n[rows_b], 0)),
+                weight=torch.from_numpy((real_b & self.cache.readable_n[rows_b]).astype(np.float32)),
+                index=torch.from_numpy(index_b.astype(np.int64)),
+            )
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
+    recipe: StreamRecipe,
+    backbone: Backbone,
+    reads: Reads,
+    view: View,
+    sources: Mapping[str, tuple[Split, Callable[[int, int], EvalBatches]]],
+    accelerator: Accelerator,
+    *,
+    passes: int,
+) -> tuple[dict[str, StreamFeed], str]:
+    """Feeds by name for the splits whose stream is kept, and a line that says where, or why not.
+
+    ``sources``: name -> split, and what gives process (rank, world) its share of the images once. ``passes``: how
+    often they are read; a stream that is read once is not kept. A collective call. Raises UserError on all processes
+    where the recipe asks for a cache that cannot be.
+    """
+    needed = nbytes(backbone, reads, sum(len(split) for split, _ in sources.values()))
+    asked = StreamRecipe(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
+    error: UserError | None = None
+    place, line, feeds = cast(Place, "none"), "", {}
+
+    @cache
+    def facts(name: str) -> dict[str, Any]:
+        return identity(sources[name][0], view, backbone, reads)
+
+    def new() -> int:
+        """Bytes of files that are not there and not begun."""
+        folders = {name: _folder(recipe, facts(name)) for name in sources}
+        images = sum(len(sources[name][0]) for name, folder in folders.items() if not _begun(folder))
+        return nbytes(backbone, reads, images)
+
+    try:
+        with _told():
+            place, line = choose(asked, needed, accelerator.device, new, sharded=_sharded(backbone))
+    except UserError as refused:
+        error = refused
+    agree(accelerator, error)
+    place = broadcast_object_list([place])[0]  # main's: free memory moves while processes look at it
+    for name, (split, make_batches) in sources.items() if place != "none" else ():
+        try:
+            if place == "disk":
+                with _told():
+                    folder, verify = _folder(recipe, facts(name)), accelerator.is_local_main_process
+                    kept, skipped = on_disk(
+                        folder, facts(name), backbone, reads, make_batches, accelerator.device, verify=verify
+                    )
+            else:
+                with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
+                    kept = fill(backbone, reads, batches, split, accelerator, place)
+                skipped = batches.skipped
+            feeds[name] = StreamFeed(kept, split.labels, skipped)
+        except UserError as failed:
+            error = failed
+        agree(accelerator, error)
+    return feeds, line + (f" ({', '.join(feeds)})" if feeds else "")
+
+
+def shapes(backbone: Backbone, reads: Reads, images: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each array of a cache."""
+    found: dict[str, tuple[int, ...]] = {"pooled": (images, backbone.width)}
+    for number in reads.blocks:
+        found[f"normed-{number:02d}"] = (images, backbone.tokens, backbone.width)
+        if reads.key_scales:
+            heads = backbone.blocks[number].attn.num_heads
+            found[f"key-scales-{number:02d}"] = (images, backbone.tokens, heads)
+    return found
+
+
+def nbytes(backbone: Backbone, reads: Reads, images: int) -> int:
+    """Size of the frozen stream of some images, bytes."""
+    numbers = sum(int(np.prod(shape)) for shape in shapes(backbone, reads, images).values())
+    return numbers * backbone.dtype.itemsize
+
+
+def choose(
+    recipe: StreamRecipe, needed: int, device: torch.device, new: Callable[[], int], *, sharded: bool = False
+) -> tuple[Place, str]:
+    """Where a stream of ``needed`` bytes goes, and a line that says so with the numbers.
+
+    ``new``: how many of them stream.dir does not hold yet. ``sharded``: no process can run the backbone by itself.
+    Raises UserError where the recipe names a place in which it does not fit.
+    """
+    if recipe.cache == "none":
+        return "none", "frozen stream: live, computed for each batch"
+    if recipe.cache == "disk" and sharded:
+        raise UserError(
+            "stream.cache = disk: one process writes the files, and under ZeRO-3 none can run the backbone by itself; "
+            "set stream.cache=memory, or start with launch/accelerate/ddp.yaml"
+        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free: dict[Place, tuple[float, str]] = {}
+    if device.type == "cuda":
+        free["device"] = (torch.cuda.mem_get_info(device)[0] * ROOM, "on the accelerator")
+    shared = f" for each of {processes} processes" if processes > 1 else ""
+    free["memory"] = (psutil.virtual_memory().available * ROOM / processes, f"in memory{shared}")
+    if recipe.dir is not None and not sharded:
+        free["disk"] = (shutil.disk_usage(_existing(Path(recipe.dir))).free * ROOM, f"in {recipe.dir}")
+    need = f"the frozen stream takes {needed / 2**30:.2f} GiB"
+    tried = [f"{room / 2**30:.2f} GiB may be used {where}" for room, where in free.values()]
+    if recipe.cache == "auto":
+        for place, (room, where) in free.items():
+            if needed <= room or (place == "disk" and new() <= room):
+                return place, f"frozen stream: cached {where}, {needed / 2**30:.2f} GiB"
+        return "none", f"frozen stream: live, since {need} and {'; '.join(tried)}"
+    asked: Place = "memory" if recipe.cache == "device" and "device" not in free else recipe.cache
+    room, where = free[asked]
+    if needed > room and not (asked == "disk" and new() <= room):
+        fix = "make room there, choose another stream.dir" if asked == "disk" else "lower data.image_size"
+        raise UserError(
+            f"stream.cache = {recipe.cache}: {need}, and {room / 2**30:.2f} GiB may be used {where}; {fix}, "
+            "set runtime.precision=bf16 or stream.cache=auto"
+        )
+    return asked, f"frozen stream: cached {where}, {needed / 2**30:.2f} GiB"
+
+
+def fill(  # noqa: PLR0917 (what is computed, of what, where it goes)
+    backbone: Backbone, reads: Reads, batches: EvalBatches, split: Split, accelerator: Accelerator, place: Place
+) -> StreamCache:
+    """Compute the stream of a split and hold it in memory. A collective call: processes share the work."""
+    device = accelerator.device if place == "device" else torch.device("cpu")
+    arrays = {
+        name: torch.empty(shape, dtype=backbone.dtype, device=device)
+        for name, shape in shapes(backbone, reads, len(split)).items()
+    }
+    readable_n = np.zeros(len(split), bool)
+    unread = iter(batches)
+    for _ in range(len(batches)):
+        batch = _next(unread, accelerator)
+        observed = observe(backbone, batch["images"].to(accelerator.device), reads)
+        index_B, weight_B = batch["index"], batch["weight"]
+        if accelerator.num_processes > 1:
+            observed, index_B, weight_B = accelerator.gather(
+                (observed, index_B.to(accelerator.device), weight_B.to(accelerator.device))
+            )
+        _write(arrays, reads, observed, index_B)
+        real_B = (index_B != PADDING).cpu()
+        readable_n[index_B.cpu()[real_B].numpy()] = weight_B.cpu()[real_B].numpy() > 0
+    return _cache(arrays, readable_n, reads)
+
+
+def on_disk(  # noqa: PLR0917 (what is computed, of what, where it goes)
+    folder: Path,
+    facts: dict[str, Any],
+    backbone: Backbone,
+    reads: Reads,
+    make_batches: Callable[[int, int], EvalBatches],
+    device: torch.device,
+    *,
+    verify: bool = True,
+) -> tuple[StreamCache, set[str]]:
+    """The stream of a split in memory-mapped files in ``folder``, built by the first process that needs it.
+
+    Returns it with the files that could not be read. ``verify``: read the files whole and compare their checksums.
+    Raises DataError for a cache that is damaged or was made of something else, and where there is no room for a new
+    one.
+    """
+    wanted = shapes(backbone, reads, facts["count"])
+    if not folder.exists():  # one that is there is whole, and may be read where nothing may be written
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if not folder.exists():
+                with closing(make_batches(0, 1)) as batches:
+                    _build(folder, facts, wanted, backbone, reads, batches, device)
+    return _opened(folder, facts, wanted, backbone.dtype, reads, verify)
+
+
+def identity(split: Split, view: View, backbone: Backbone, reads: Reads) -> dict[str, Any]:
+    """What a cache depends on: backbone, preprocessing, the split's images and labels, and the dtype."""
+    model, weights, images = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    model.update(repr((backbone, backbone.own_pool.keywords)).encode())
+    for module in backbone.modules():  # what their repr leaves out
+        model.update(f"{getattr(module, 'num_heads', '')} {getattr(module, 'fused_attn', '')}\n".encode())
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for i in range(len(split)):
+        images.update(f"{split.source.identity(i)} {split.labels[i]}\n".encode())
+    return {
+        "format": FORMAT,
+        "model": model.hexdigest(),
+        "weights": weights.hexdigest(),
+        "view": asdict(view),
+        "split": split.name,
+        "count": len(split),
+        "images": images.hexdigest(),
+        "dtype": str(backbone.dtype),
+        "blocks": list(reads.blocks),
+        "key_scales": reads.key_scales,
+    }
+
+
+def _next(batches: Iterator[Batch], accelerator: Accelerator) -> Batch:
+    """The next batch, or on all processes the error that one of them met."""
+    try:
+        batch, error = next(batches), None
+    except DataError as failed:
+        batch, error = None, failed
+    agree(accelerator, error)
+    assert batch is not None
+    return batch
+
+
+def _write(arrays: dict[str, Tensor], reads: Reads, observed: Observed, index_B: Tensor) -> None:
+    real_B = index_B != PADDING
+
+    def put(name: str, rows: Tensor) -> None:
+        kept = arrays[name]
+        kept[index_B[real_B].to(kept.device)] = rows[real_B.to(rows.device)].to(kept.device)
+
+    put("pooled", observed.pooled)
+    for i, number in enumerate(reads.blocks):
+        put(f"normed-{number:02d}", observed.normed[i])
+        if reads.key_scales:
+            put(f"key-scales-{number:02d}", observed.key_scales[i])
+
+
+def _cache(arrays: dict[str, Tensor], readable_n: np.ndarray, reads: Reads) -> StreamCache:
+    return StreamCache(
+        arrays["pooled"],
+        tuple(arrays[f"normed-{number:02d}"] for number in reads.blocks),
+        tuple(arrays[f"key-scales-{number:02d}"] for number in reads.blocks) if reads.key_scales else (),
+        readable_n,
+    )
+
+
+def _build(  # noqa: PLR0917 (as on_disk)
+    target: Path,
+    facts: dict[str, Any],
+    wanted: dict[str, tuple[int, ...]],
+    backbone: Backbone,
+    reads: Reads,
+    batches: EvalBatches,
+    device: torch.device,
+) -> None:
+    temporary = _unfinished(target)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed: we hold the lock
+    temporary.mkdir()
+    try:
+        arrays = {name: _mapped(temporary / f"{name}.bin", wanted[name], backbone.dtype, new=True) for name in wanted}
+        readable_n = np.zeros(facts["count"], bool)
+        for batch in batches:
+            _write(arrays, reads, observe(backbone, batch["images"].to(device), reads), batch["index"])
+            real_B = batch["index"] != PADDING
+            readable_n[batch["index"][real_B].numpy()] = batch["weight"][real_B].numpy() > 0
+        del arrays
+        for name in wanted:
+            _sync(temporary / f"{name}.bin")
+        content: dict[str, Any] = {
+            "facts": facts,
+            "checksums": {name: _checksum(temporary / f"{name}.bin") for name in wanted},
+            "unreadable": np.flatnonzero(~readable_n).tolist(),
+            "skipped": sorted(batches.skipped),
+        }
+        content["checksum"] = _own_checksum(content)
+        write_atomically(temporary / "stream.json", json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _opened(  # noqa: PLR0917 (as on_disk)
+    target: Path,
+    facts: dict[str, Any],
+    wanted: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    reads: Reads,
+    verify: bool,
+) -> tuple[StreamCache, set[str]]:
+    remedy = "remove this folder, and it is built anew"
+    try:
+        content = json.loads((target / "stream.json").read_text())
+        stored, whole = content["facts"], content.pop("checksum") == _own_checksum(content)
+        changed = [key for key in sorted({*facts, *stored}) if facts.get(key) != stored.get(key)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{target}: not a complete stream cache ({reason}); {remedy}") from error
+    if changed:
+        said = ", ".join(f"{key} {stored.get(key)!r}, now {facts.get(key)!r}" for key in changed)
+        raise DataError(f"{target}: stale stream cache, made of something else ({said}); {remedy}")
+    if not whole:
+        raise DataError(f"{target / 'stream.json'}: damaged stream cache, its content was changed; {remedy}")
+    for name, shape in wanted.items():
+        file = target / f"{name}.bin"
+        size = int(np.prod(shape)) * dtype.itemsize
+        found = file.stat().st_size if file.is_file() else 0
+        if found != size:
+            raise DataError(f"{file}: damaged stream cache, {found} bytes where {size} were written; {remedy}")
+        if verify and _checksum(file) != content["checksums"][name]:
+            raise DataError(f"{file}: damaged stream cache, its checksum differs from stream.json's; {remedy}")
+    arrays = {name: _mapped(target / f"{name}.bin", shape, dtype, new=False) for name, shape in wanted.items()}
+    readable_n = np.ones(facts["count"], bool)
+    readable_n[content["unreadable"]] = False
+    return _cache(arrays, readable_n, reads), set(content["skipped"])
+
+
+def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, new: bool) -> Tensor:
+    """A file as a tensor: written by a build, and read-only ever after (files may be larger than the memory)."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    if new:
+        try:
+            with open(file, "wb") as made:
+                os.posix_fallocate(made.fileno(), 0, size)  # a full disk is met here, not as a crash while writing
+        except OSError as error:
+            raise DataError(
+                f"{file}: {size / 2**30:.2f} GiB cannot be written there ({error.strerror}); make room, choose another "
+                "stream.dir or set stream.cache=auto"
+            ) from error
+    mapped = np.memmap(file, np.uint8, mode="r+" if new else "r")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")  # nothing of ours writes there
+        return torch.from_numpy(mapped).view(dtype).view(shape)
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as read:
+        while chunk := read.read(CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _own_checksum(content: dict[str, Any]) -> int:
+    """Of stream.json, but for the checksum in it."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb+") as written:
+        os.fsync(written.fileno())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait for the others that build the same cache."""
+    with open(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong with files as a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the stream cache: {error}; mend this file or folder or its rights, or choose another stream.dir"
+        ) from error
+
+
+def _folder(recipe: StreamRecipe, facts: dict[str, Any]) -> Path:
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
+    return Path(str(recipe.dir)).expanduser() / f"{facts['split']}-{key}"
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a cache is there, or is being written (or was: the next build takes its room)."""
+    return folder.exists() or _unfinished(folder).exists()
+
+
+def _sharded(backbone: Backbone) -> bool:
+    """Whether ZeRO-3 spreads the weights over the processes."""
+    return any(hasattr(parameter, "ds_id") for parameter in backbone.parameters())
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -1,0 +1,653 @@
+"""Caches of the frozen stream: equal to live, for one process and many, and never trusted blindly.
+
+Processes are forked here where they need no launcher: a fork has imported everything already.
+"""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+
+from dist_vpt import engine, stream_cache
+from dist_vpt import strategy as strategy_module
+from dist_vpt import train as train_module
+from dist_vpt.build import Parts, assemble
+from dist_vpt.cli import main
+from dist_vpt.data.loaders import PADDING
+from dist_vpt.errors import RecipeError, UserError
+from dist_vpt.frozen_stream import Reads, StreamRecipe, observe
+from dist_vpt.methods import Reader, base
+from dist_vpt.recipe import load_recipe
+from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
+from tests.running import finish, metrics, start, train, words
+
+FAST = ("run.trackers=[]", "train.test=false", "train.eval_batch_size=96")
+# 1,000 images in batches of 300: the last one is smaller.
+UNEVEN = (*FAST, "train.epochs=2", "train.batch_size=300", "optim.lr=0.5")
+READERS = {
+    "linear": ("method.name=linear",),
+    "mlp": ("method.name=mlp", "method.dropout=0.2"),
+    "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1"),
+}
+GIB = 2**30
+
+
+@dataclass
+class Outcome:
+    """What a run tells."""
+
+    losses: list[float]  # of every step
+    metrics: list[dict[str, Any]]
+    live: int  # images that went through the backbone for a batch, not for a cache
+    line: str  # of train.log, about the stream
+    result: dict[str, Any]
+
+
+def run(folder: Path, *overrides: str) -> Outcome:
+    losses: list[float] = []
+    live: list[int] = []
+    step = engine.train_step
+
+    def told(*args: Any, **kwargs: Any) -> engine.Step:
+        done = step(*args, **kwargs)
+        losses.append(done.loss)
+        return done
+
+    def counted(backbone: Any, images: torch.Tensor, reads: Reads) -> Any:
+        live.append(len(images))
+        return observe(backbone, images, reads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "train_step", told)
+        patch.setattr(base, "observe", counted)
+        result = train(folder, *overrides)
+    line = next(line for line in (folder / "train.log").read_text().splitlines() if "frozen stream" in line)
+    return Outcome(losses, metrics(folder), sum(live), line, result)
+
+
+def assert_equal(found: Outcome, wanted: Outcome, tolerance: float = 0) -> None:
+    assert len(wanted.losses) > 1
+    assert found.losses == pytest.approx(wanted.losses, rel=tolerance, abs=0)
+    assert scores(found.metrics) == pytest.approx(scores(wanted.metrics), rel=tolerance, abs=0)
+
+
+def scores(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """All numbers of metrics.jsonl by name."""
+    numbers = ("loss", "top1", "top5", "per_class")
+    return {f"{one['split']} {one['epoch']} {name}": one[name] for one in lines for name in numbers if name in one}
+
+
+def parts_of(*overrides: str) -> Parts:
+    method = () if any(word.startswith("method.name=") for word in overrides) else ("method.name=vqt",)
+    return assemble(load_recipe([], words(Path("nowhere"), *method, *overrides)))
+
+
+def facts_of(parts: Parts, split: str = "train") -> dict[str, Any]:
+    assert isinstance(parts.method, Reader)
+    return identity(parts.splits[split], parts.view, parts.method.backbone, parts.method.reads)
+
+
+def cache_of(folder: Path, parts: Parts, split: str = "train") -> StreamCache:
+    """The cache of a split below a folder, built or opened."""
+    assert isinstance(parts.method, Reader)
+    facts = facts_of(parts, split)
+    target = stream_cache._folder(StreamRecipe(cache="disk", dir=str(folder)), facts)
+    device = torch.device("cpu")
+    backbone, batches = parts.method.backbone, partial(parts.evaluation, split)
+    return on_disk(target, facts, backbone, parts.method.reads, batches, device)[0]
+
+
+def in_memory(parts: Parts, split: str = "train") -> StreamCache:
+    assert isinstance(parts.method, Reader)
+    backbone, batches = parts.method.backbone, parts.evaluation(split, 0, 1)
+    return fill(backbone, parts.method.reads, batches, parts.splits[split], Accelerator(cpu=True), "memory")
+
+
+def tensors(cache: StreamCache) -> list[torch.Tensor]:
+    return [cache.pooled_nD, *cache.normed, *cache.key_scales]
+
+
+def folders(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.iterdir() if path.is_dir())
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def pictures(folder: Path, *, broken: Callable[[int], bool] = lambda i: False) -> tuple[str, ...]:
+    """Overrides for 60 small images in two classes, with seeded splits."""
+    for i in range(60):
+        path = folder / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (4 * i, 200 * (i % 2), 0)).save(path)
+        if broken(i):
+            path.write_bytes(path.read_bytes()[:40])
+    return ("data.task=mine", "data.format=image_folder", f"data.root={folder}", "train.batch_size=16")
+
+
+def forked(count: int, work: Callable[[int], Any], seconds: float = 60) -> list[int | None]:
+    """Exit codes of ``work(rank)`` in processes forked from this one."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+        process.join()
+    assert not hung, "hung"
+    return [process.exitcode for process in processes]
+
+
+def two_processes(folder: Path, *overrides: str, before: Callable[[int], None] = lambda rank: None) -> list[int | None]:
+    """Exit codes of a run on two forked processes, with ``before(rank)`` called first."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+
+    def work(rank: int) -> None:
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=f"{port}", ACCELERATE_USE_CPU="true")
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+        before(rank)
+        sys.exit(train_module.main(words(folder, *overrides)))
+
+    return forked(2, work)
+
+
+def message(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+    """What a user reads of a run that is refused."""
+    capsys.readouterr()
+    assert main(["train", *words(folder, *overrides)]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ")
+    assert "Traceback" not in told.err
+    return told.err
+
+
+@pytest.mark.parametrize(
+    ("reader", "precision"), [("linear", "fp32"), ("mlp", "fp32"), ("vqt", "fp32"), ("vqt", "bf16")]
+)
+def test_cached_equals_live(reader: str, precision: str, tmp_path: Path) -> None:
+    """Of places with the same rows to the last bit; of live batches to rounding, since theirs are of another size."""
+    options = (*UNEVEN, *READERS[reader], f"runtime.precision={precision}")
+    live = run(tmp_path / "live", *options, "stream.cache=none")
+    assert live.live == 2 * (1000 + 200)
+    assert "live" in live.line
+    memory = run(tmp_path / "memory", *options, "stream.cache=memory")
+    assert memory.live == 0  # val comes out of the cache too
+    assert "in memory" in memory.line
+    assert "(train, val)" in memory.line
+    assert_equal(memory, live, 1e-6 if precision == "fp32" else 1e-3)
+    disk = (*options, "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
+    for name in ("built", "opened"):
+        found = run(tmp_path / name, *disk)
+        assert found.live == 0
+        assert f"in {tmp_path / 'cache'}" in found.line
+        assert_equal(found, memory)
+    assert [path.name.split("-")[0] for path in folders(tmp_path / "cache")] == ["train", "val"]
+
+
+def test_unreadable_images_are_skipped_and_reported_alike(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
+    options = (*data, *READERS["linear"], "data.bad_images=skip", "train.epochs=2", "run.trackers=[]")
+    cache = f"stream.dir={tmp_path / 'cache'}"
+    live = run(tmp_path / "live", *options, "stream.cache=none")
+    assert 5 < len(live.result["skipped_images"]) < 10
+    for name, more in {"memory": (), "disk": (cache,), "again": (cache,)}.items():
+        found = run(tmp_path / name, *options, f"stream.cache={'disk' if more else 'memory'}", *more)
+        assert_equal(found, live, 1e-6)
+        assert found.result["skipped_images"] == live.result["skipped_images"]
+
+
+def test_what_is_augmented_stays_live(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = (*UNEVEN, *READERS["linear"], "data.augment=fgvc")
+    live = run(tmp_path / "live", *options, "stream.cache=none")
+    kept = run(tmp_path / "auto", *options, f"stream.dir={tmp_path / 'cache'}")
+    assert kept.live == 2 * 1000
+    assert "in memory" in kept.line
+    assert kept.line.endswith("(val)")
+    assert_equal(kept, live, 1e-6)
+    for place in ("memory", "disk"):
+        told = message(capsys, tmp_path / place, *options, f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
+        assert f"stream.cache = {place}: data.augment = fgvc shows each image otherwise" in told
+        assert "set stream.cache=auto (which keeps val alone) or data.augment=none" in told
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_stream_that_is_read_once_is_not_kept(tmp_path: Path) -> None:
+    once = run(tmp_path / "run", *FAST, *READERS["linear"])
+    assert once.live == 1000 + 200
+    assert "live" in once.line
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_two_processes_equal_one(place: str, tmp_path: Path) -> None:
+    options = ("train.epochs=2", "train.batch_size=60", "train.test=false", *READERS["vqt"][:2])
+    alone = run(tmp_path / "alone", *options, "stream.cache=none")
+    cache = tmp_path / "cache"
+    process = start("ddp", tmp_path / "two", *options, f"stream.cache={place}", f"stream.dir={cache}")
+    output = finish(process)
+    assert process.returncode == 0, output[-3000:]
+    assert scores(metrics(tmp_path / "two")) == pytest.approx(scores(alone.metrics), abs=1e-4)
+    log = (tmp_path / "two" / "train.log").read_text()
+    assert (f"in {cache}" if place == "disk" else "in memory for each of 2 processes") in log
+    if place == "disk":
+        assert len(folders(cache)) == 2
+        assert torch.equal(cache_of(cache, parts_of("method.queries=2")).pooled_nD, in_memory(parts_of()).pooled_nD)
+
+
+def test_two_processes_with_bf16_and_skipped_images(tmp_path: Path) -> None:
+    """All that a cache holds goes between processes while it is filled."""
+    data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
+    options = (*data, *READERS["vqt"][:2], "data.bad_images=skip", "train.epochs=2", "run.trackers=[]")
+    options = (*options, "runtime.precision=bf16", "optim.lr=0.05", "train.eval_batch_size=4")
+    alone = run(tmp_path / "alone", *options, "stream.cache=memory")
+    assert two_processes(tmp_path / "two", *options, "stream.cache=memory") == [0, 0]
+    assert scores(metrics(tmp_path / "two")) == pytest.approx(scores(alone.metrics), rel=1e-2)
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert result["skipped_images"] == alone.result["skipped_images"]
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_an_unreadable_image_on_one_process_ends_both(place: str, tmp_path: Path) -> None:
+    data = pictures(tmp_path / "data", broken=lambda i: i == 37)
+    more = (*data, *READERS["linear"], f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
+    assert two_processes(tmp_path / "run", *more) == [2, 2]
+    assert "37.png" in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
+    assert not (tmp_path / "cache").exists() or not folders(tmp_path / "cache")
+
+
+def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
+    """A process that is short of memory, and one whose folder cannot be written, while the other one could go on."""
+
+    def short(rank: int) -> None:
+        available = rank and 0
+        if rank == 1:
+            stream_cache.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=available))
+
+    options = (*UNEVEN, *READERS["linear"])
+    assert two_processes(tmp_path / "short", *options, "stream.cache=memory", before=short) == [2, 2]
+    assert "0.00 GiB may be used in memory" in json.loads((tmp_path / "short" / "run.json").read_text())["reason"]
+
+    def full(rank: int) -> None:
+        if rank == 1:
+            stream_cache._opened = _no_room
+
+    disk = ("stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
+    assert two_processes(tmp_path / "full", *options, *disk, before=full) == [2, 2]
+    assert "No space left" in json.loads((tmp_path / "full" / "run.json").read_text())["reason"]
+
+
+def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of(*FAST)
+    gate = multiprocessing.get_context("fork").Barrier(3)
+    build, built = stream_cache._build, tmp_path / "built"
+
+    def counted(*args: Any) -> None:
+        with open(built, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        build(*args)
+
+    def work(rank: int) -> None:
+        gate.wait()
+        torch.save(tensors(cache_of(tmp_path / "cache", parts)), tmp_path / f"{rank}.pt")
+
+    monkeypatch.setattr(stream_cache, "_build", counted)
+    assert forked(3, work) == [0, 0, 0]
+    assert len(built.read_text().splitlines()) == 1
+    assert len(folders(tmp_path / "cache")) == 1
+    wanted = tensors(in_memory(parts))
+    for rank in range(3):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert len(found) == len(wanted) == 7
+        assert all(map(torch.equal, found, wanted))
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = parts_of(*FAST)
+    calls: list[int] = []
+
+    def killed(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return observe(*args)
+
+    monkeypatch.setattr(stream_cache, "observe", killed)
+    assert forked(1, lambda rank: cache_of(tmp_path, parts)) == [-signal.SIGKILL]
+    assert [path.suffix for path in folders(tmp_path)] == [".tmp"]
+    monkeypatch.undo()
+    assert all(map(torch.equal, tensors(cache_of(tmp_path, parts)), tensors(in_memory(parts))))
+    assert [path.suffix for path in folders(tmp_path)] == [""]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the caches of a linear run's train and val."""
+    folder = tmp_path_factory.mktemp("whole") / "cache"
+    train(folder.parent / "run", *FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={folder}")
+    return folder
+
+
+def truncated(cache: Path) -> None:
+    os.truncate(cache / "pooled.bin", 1000)
+
+
+def flipped(cache: Path) -> None:
+    content = bytearray((cache / "pooled.bin").read_bytes())
+    content[12345] ^= 1
+    (cache / "pooled.bin").write_bytes(content)
+
+
+def without_array(cache: Path) -> None:
+    (cache / "pooled.bin").unlink()
+
+
+def without_json(cache: Path) -> None:
+    (cache / "stream.json").unlink()
+
+
+def half_json(cache: Path) -> None:
+    os.truncate(cache / "stream.json", 100)
+
+
+def other_json(cache: Path) -> None:
+    (cache / "stream.json").write_text('{"facts": [], "checksum": 0}')
+
+
+def edited(key: str, value: Any) -> Callable[[Path], None]:
+    def edit(cache: Path) -> None:
+        content = json.loads((cache / "stream.json").read_text())
+        (content["facts"] if key in content["facts"] else content)[key] = value
+        (cache / "stream.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def of_val(cache: Path) -> None:
+    shutil.rmtree(cache)
+    val = next(path for path in folders(cache.parent) if path.name.startswith("val"))
+    val.rename(cache)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncated, "pooled.bin: damaged stream cache, 1000 bytes where 512000 were written"),
+        (flipped, "pooled.bin: damaged stream cache, its checksum differs from stream.json's"),
+        (without_array, "pooled.bin: damaged stream cache, 0 bytes where 512000 were written"),
+        (without_json, "not a complete stream cache (FileNotFoundError"),
+        (half_json, "not a complete stream cache (JSONDecodeError"),
+        (other_json, "not a complete stream cache (AttributeError"),
+        (edited("unreadable", [5]), "stream.json: damaged stream cache, its content was changed"),
+        (edited("format", 0), "stale stream cache, made of something else (format 0, now 1)"),
+        (edited("dtype", "torch.float16"), "(dtype 'torch.float16', now 'torch.float32')"),
+        (of_val, "split 'val', now 'train'"),
+    ],
+    ids=["truncated", "flipped", "no array", "no json", "half a json", "another json", "edited", "format", "dtype",
+         "renamed"],
+)  # fmt: skip
+def test_a_damaged_or_stale_cache_is_refused(
+    damage: Callable[[Path], None], reason: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caches = tmp_path / "cache"
+    shutil.copytree(whole, caches)
+    cache = next(path for path in folders(caches) if path.name.startswith("train"))
+    damage(cache)
+    before = snapshot(caches)
+    options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={caches}")
+    told = message(capsys, tmp_path / "run", *options)
+    assert str(cache) in told
+    assert reason in told
+    assert "remove this folder, and it is built anew" in told
+    assert snapshot(caches) == before
+    shutil.rmtree(cache)
+    train(tmp_path / "run", *options)
+    assert (cache / "pooled.bin").read_bytes() == (whole / cache.name / "pooled.bin").read_bytes()
+
+
+def test_a_run_changes_nothing_in_a_cache(whole: Path, tmp_path: Path) -> None:
+    for lock in whole.glob("*.lock"):
+        lock.unlink()
+    before = snapshot(whole)
+    train(tmp_path / "run", *UNEVEN, *READERS["linear"], "stream.cache=disk", f"stream.dir={whole}")
+    assert snapshot(whole) == before  # no lock either: it may lie where nothing can be written
+    cache = cache_of(whole, parts_of(*READERS["linear"]))
+    mapped = [line.split()[1] for line in Path("/proc/self/maps").read_text().splitlines() if str(whole) in line]
+    assert mapped
+    assert all(rights.startswith("r--") for rights in mapped)
+    del cache
+    assert str(whole) not in Path("/proc/self/maps").read_text()
+
+
+def test_what_makes_another_cache(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "data")
+    parts = parts_of(*data)
+    same = parts_of(*data, "optim.lr=3", "seed=5", "train.batch_size=30", "data.workers=1", "data.cache=memory")
+    before = facts_of(parts)
+    assert before == facts_of(same)
+    other = {
+        "split": facts_of(parts, "val"),
+        "trainval": facts_of(parts, "trainval"),
+        "dtype": facts_of(parts_of(*data, "runtime.precision=bf16")),
+        "image size": facts_of(parts_of(*data, "data.image_size=12")),
+        "kernel": facts_of(parts_of(*data, "data.interpolation=bilinear")),
+        "mean": facts_of(parts_of(*data, "data.mean=[0.4,0.5,0.5]", "data.std=[0.5,0.5,0.5]")),
+        "split seed": facts_of(parts_of(*data, "data.split_seed=1")),
+        "blocks": facts_of(parts_of(*data, "method.blocks=[0,1]")),
+        "method": facts_of(parts_of(*data, "method.name=linear")),
+        "attention": facts_of(parts_of(*data, "runtime.attention=eager")),
+    }
+    labels = replace(parts.splits["train"], labels=1 - parts.splits["train"].labels)
+    other["labels"] = identity(labels, parts.view, parts.method.backbone, parts.method.reads)  # type: ignore[attr-defined]
+    attention: Any = parts.method.backbone.blocks[2].attn
+    attention.num_heads *= 2
+    other["heads"] = facts_of(parts)
+    attention.num_heads //= 2
+    with torch.no_grad():
+        next(parts.method.backbone.blocks[5].parameters())[0] += 0.5
+    other["weights"] = facts_of(parts)
+    file = Path(parts.splits["train"].where(3))
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    other["image file"] = facts_of(same)
+    keys = {json.dumps(facts, sort_keys=True) for facts in (before, *other.values())}
+    assert len(keys) == 1 + len(other)
+    assert facts_of(parts_of(*data)) == facts_of(same)
+
+
+def test_arrays_are_known_by_their_pixels() -> None:
+    one, two = parts_of(), parts_of()
+    assert facts_of(one) == facts_of(two)
+    two.splits["train"].read(7)[0, 0] ^= 1  # type: ignore[index,operator]
+    assert facts_of(one) != facts_of(two)
+    assert facts_of(one, "val") == facts_of(two, "val")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gpu", "memory", "disk", "place"),
+    [
+        ({}, 2.0, 2.0, 2.0, "device"),
+        ({}, 1.0, 2.0, 2.0, "memory"),
+        ({}, 1.0, 1.0, 2.0, "disk"),
+        ({}, 1.0, 1.0, 1.0, "none"),
+        ({"dir": None}, 1.0, 1.0, 2.0, "none"),
+        ({}, None, 2.0, 2.0, "memory"),
+        ({"cache": "device"}, None, 2.0, 2.0, "memory"),
+        ({"cache": "disk"}, 2.0, 2.0, 2.0, "disk"),
+        ({"cache": "none"}, 2.0, 2.0, 2.0, "none"),
+    ],
+)
+def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
+    recipe: dict[str, Any],
+    gpu: float | None,
+    memory: float,
+    disk: float,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1 GiB fits into 2 GiB, and into no 1 GiB: room is left for others."""
+    _free(monkeypatch, memory, disk)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int((gpu or 0) * GIB), 80 * GIB))
+    asked = StreamRecipe(**{"dir": str(tmp_path / "not" / "there"), **recipe})
+    found, line = choose(asked, GIB, torch.device("cpu" if gpu is None else "cuda"), lambda: GIB)
+    assert found == place
+    assert line.startswith("frozen stream: " + ("live" if place == "none" else "cached "))
+    if place == "none" and asked.cache == "auto":
+        assert "since the frozen stream takes 1.00 GiB and 0.80 GiB may be used on the accelerator; 0.80 GiB" in line
+
+
+def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    _free(monkeypatch, 4.0, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    place, line = choose(StreamRecipe(), GIB, torch.device("cpu"), lambda: GIB)
+    assert place == "none"
+    assert "0.80 GiB may be used in memory for each of 4 processes" in line
+
+
+def test_files_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "data.cache=none")
+    _free(monkeypatch, 0, 8.0)
+    built = run(tmp_path / "built", *options)
+    assert f"in {tmp_path / 'cache'}" in built.line
+    _free(monkeypatch, 0, 0)
+    assert_equal(run(tmp_path / "opened", *options), built)
+    assert_equal(run(tmp_path / "asked", *options, "stream.cache=disk"), built)
+    val = next(path for path in folders(tmp_path / "cache") if path.name.startswith("val"))
+    val.rename(val.with_name(f".{val.name}.tmp"))  # as a killed build leaves it: the next one takes its room
+    assert_equal(run(tmp_path / "begun", *options), built)
+
+
+def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "data.cache=none")
+    live = run(tmp_path / "none", *options, "stream.cache=none")
+    _free(monkeypatch, 0, 0)
+    monkeypatch.setattr(stream_cache, "observe", None)
+    for asked, where in {"memory": "in memory", "device": "in memory", "disk": f"in {tmp_path}/cache"}.items():
+        told = message(capsys, tmp_path / asked, *options, f"stream.cache={asked}")
+        assert f"stream.cache = {asked}: the frozen stream takes 0.00 GiB, and 0.00 GiB may be used {where}; " in told
+        assert "stream.cache=auto" in told
+    assert not (tmp_path / "cache").exists()
+    found = run(tmp_path / "auto", *options)
+    assert "live, since the frozen stream takes 0.00 GiB and 0.00 GiB may be used in memory; " in found.line
+    assert f"0.00 GiB may be used in {tmp_path}/cache" in found.line
+    assert_equal(found, live)
+
+
+def test_a_disk_that_fills_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", _no_room)
+    options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
+    told = message(capsys, tmp_path / "run", *options)
+    assert "pooled.bin: 0.00 GiB cannot be written there (No space left on device); make room" in told
+    assert not folders(tmp_path / "cache")
+    monkeypatch.undo()
+    train(tmp_path / "run", *options)
+
+
+def test_a_folder_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'file'}")
+    told = message(capsys, tmp_path / "run", *options)
+    assert f"{tmp_path / 'file'}" in told
+    assert "choose another stream.dir" in told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mistake"),
+    [
+        (("method.name=vpt", "stream.cache=memory"), "method.name = vpt changes the image's tokens"),
+        (("method.name=full", "stream.dir=cache"), "method.name = full changes the image's tokens"),
+        (("method.name=linear", "stream.cache=disk"), "cache = disk: needs a folder for its files; set stream.dir"),
+        (("method.name=linear", "stream.cache=ram"), "stream.cache = 'ram'"),
+    ],
+)
+def test_recipes_that_contradict_themselves(overrides: tuple[str, ...], mistake: str) -> None:
+    with pytest.raises(RecipeError, match=mistake):
+        load_recipe([], overrides)
+
+
+def test_padding_has_no_weight() -> None:
+    cache = StreamCache(
+        torch.arange(8.0).view(4, 2), (torch.arange(24.0).view(4, 3, 2),), (), np.array([True, True, False, True])
+    )
+    feed = StreamFeed(cache, np.array([5, 6, 7, 8]), {"x.png"})
+    first, second = feed([(0, np.array([3, PADDING, 1])), (0, np.array([2, PADDING, PADDING]))])
+    assert first["weight"].tolist() == [1, 0, 1]
+    assert first["index"].tolist() == [3, PADDING, 1]
+    assert first["labels"].tolist() == [8, 0, 6]
+    assert torch.equal(first["images"].pooled[[0, 2]], cache.pooled_nD[[3, 1]])
+    assert torch.equal(first["images"].normed[0][[0, 2]], cache.normed[0][[3, 1]])
+    assert first["images"].key_scales == ()
+    assert second["weight"].tolist() == [0, 0, 0]
+    assert second["labels"].tolist() == [7, 0, 0]
+    assert feed.skipped == {"x.png"}
+
+
+def test_the_size_of_a_stream_is_what_it_holds() -> None:
+    parts = parts_of("runtime.precision=bf16", "method.blocks=[1,4]")
+    assert isinstance(parts.method, Reader)
+    held = sum(tensor.nbytes for tensor in tensors(in_memory(parts, "val")))
+    assert held == nbytes(parts.method.backbone, parts.method.reads, 200)
+
+
+def test_what_zero3_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strategy_module, "strategy", lambda accelerator: "zero3")
+    with pytest.raises(UserError, match=r"method.name = vqt: .* ZeRO-3 .* start with launch/accelerate/ddp.yaml"):
+        train(tmp_path / "vqt", *FAST, *READERS["vqt"])
+    train(tmp_path / "linear", *FAST, *READERS["linear"])
+    recipe = StreamRecipe(cache="disk", dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"ZeRO-3 .* set stream.cache=memory, or start with launch/accelerate/ddp.yaml"):
+        choose(recipe, 0, torch.device("cpu"), lambda: 0, sharded=True)
+    _free(monkeypatch, 0, 8.0)
+    assert choose(StreamRecipe(dir=str(tmp_path)), 1, torch.device("cpu"), lambda: 1, sharded=True)[0] == "none"
+
+
+@pytest.mark.distributed
+def test_zero3_with_a_cache(tmp_path: Path) -> None:
+    options = ("train.epochs=2", "train.batch_size=60", "train.test=false", *READERS["linear"])
+    alone = run(tmp_path / "alone", *options, "stream.cache=none")
+    process = start("zero3", tmp_path / "two", *options, "stream.cache=memory")
+    output = finish(process)
+    assert process.returncode == 0, output[-3000:]
+    assert scores(metrics(tmp_path / "two")) == pytest.approx(scores(alone.metrics), abs=1e-4)
+
+
+def _free(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float) -> None:
+    """Pretend so many GiB are free."""
+    monkeypatch.setattr(stream_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory * GIB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk * GIB))
+
+
+def _no_room(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
