@@ -1,0 +1,406 @@
+"""``dist-vpt sweep``: a grid trained on train and chosen on val, then some seeds of the chosen setting on trainval.
+
+A reader's trials are trained together, in one pass over the frozen stream; a writer's one after the other, each as a
+run of its own. Several processes share the trials (``sweep.split=trials``: each is on its own and tells its results
+through the sweep's folder) or the batches (``sweep.split=batch``).
+
+    RUN/recipe.yaml, run.json     the sweep's recipe and status
+    RUN/trials/NNN.json           one trial of the grid: its setting, its recipe, last and best epoch on val
+    RUN/seeds/SEED/               one run on trainval: adapters and result.json, as `train` writes them
+    RUN/sweep.json, heatmap.png   the table, the choice, mean and standard deviation on test
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+
+from dist_vpt.agreement import StopSignal
+from dist_vpt.checkpoint import collect, write_adapters
+from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError
+from dist_vpt.methods import is_reader
+from dist_vpt.monitor import peak_memory_mib
+from dist_vpt.recipe import Recipe, SweepRecipe, differences, load_recipe_from
+from dist_vpt.runfolder import RunFolder, read_json, versions, write_atomically
+from dist_vpt.strategy import make_accelerator
+from dist_vpt.train import device_name, run
+from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
+
+POLL_SECONDS = 0.5
+# What launchers tell a process of the others; a process that trains trials of its own must not see it.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial: its place in the table, what it sets, its whole recipe, where its outcome goes."""
+
+    number: int
+    setting: dict[str, Any]
+    recipe: Recipe
+    outcome: Path
+
+
+def sweep(recipe: Recipe) -> dict[str, Any]:
+    """Run or go on with a sweep; returns the content of sweep.json on the first process, {} on the others."""
+    recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if recipe.sweep.split == "trials":
+        _alone()
+    folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
+    grid = grid_jobs(recipe, folder.path)
+    with StopSignal() as stop, ExitStack() as leaving:
+        if rank == 0 and leaving.enter_context(folder.claimed(recipe)):
+            _print(read_json(folder.path / "sweep.json"), folder.path, console)
+            return read_json(folder.path / "sweep.json")
+        worker = _Worker(recipe, folder, rank, world, stop, console)
+        began = time.monotonic()
+        worker.work(grid)
+        outcomes = worker.wait_for(grid)
+        chosen = choose(grid, outcomes)
+        finals = seed_jobs(recipe, folder.path, chosen)
+        worker.work(finals)
+        results = worker.wait_for(finals)
+        if rank:
+            return {}
+        return _conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - began, console)
+
+
+def grid_jobs(recipe: Recipe, folder: Path) -> list[Job]:
+    """A trial for every point of the grid. Raises RecipeError where a value is not one that its key takes."""
+    axes = list(_leaves(recipe.sweep.grid))
+    jobs, mistakes = [], []
+    for number, values in enumerate(itertools.product(*(values for _, values in axes))):
+        setting = {key: value for (key, _), value in zip(axes, values, strict=True)}
+        fixed = {"data.train_on": "train", "train.test": False, "run.dir": str(folder / "trials" / f"{number:03d}")}
+        try:
+            trial = _with(recipe, {**setting, **fixed})
+        except RecipeError as error:
+            mistakes.append(f"{_said(setting)}: {error}")
+            continue
+        jobs.append(Job(number, setting, trial, folder / "trials" / f"{number:03d}.json"))
+    if mistakes:
+        raise RecipeError("sweep.grid: " + "\n".join(dict.fromkeys(mistakes)))
+    return jobs
+
+
+def seed_jobs(recipe: Recipe, folder: Path, chosen: Job) -> list[Job]:
+    """The chosen setting on trainval, once for each seed."""
+    jobs = []
+    for number, seed in enumerate(recipe.sweep.seeds):
+        where = folder / "seeds" / str(seed)
+        fixed = {"seed": seed, "data.train_on": "trainval", "train.early_stop": None, "run.dir": str(where)}
+        trial = _with(recipe, {**chosen.setting, **fixed, "train.test": True})
+        jobs.append(Job(number, {"seed": seed}, trial, folder / "seeds" / f"{seed}.json"))
+    return jobs
+
+
+def choose(jobs: Sequence[Job], outcomes: Sequence[dict[str, Any]]) -> Job:
+    """The trial with the best accuracy on val after its last epoch; ties go to the smaller learning rate."""
+    alive = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if not outcome["diverged"]]
+    if not alive:
+        raise RunFailed("every trial of the grid diverged; lower sweep.grid.optim.lr or set optim.clip_norm")
+    return min(alive, key=lambda found: (-found[1]["last"]["val"]["top1"], found[0].recipe.optim.lr, found[0].number))[
+        0
+    ]
+
+
+class _Worker:
+    """What one process does of a sweep."""
+
+    def __init__(  # noqa: PLR0917 (a sweep as one process sees it)
+        self, recipe: Recipe, folder: RunFolder, rank: int, world: int, stop: StopSignal, console: Console
+    ):
+        self.recipe, self.folder, self.stop, self.console = recipe, folder, stop, console
+        shared = recipe.sweep.split == "batch"
+        self.first, (self.rank, self.world) = rank == 0, (0, 1) if shared else (rank, world)
+        self.accelerator: Accelerator | None = None
+
+    def work(self, jobs: Sequence[Job]) -> None:
+        """Do this process's share of the jobs that have no outcome yet."""
+        todo = [job for job in jobs if not self._done(job)][self.rank :: self.world]
+        if is_reader(self.recipe.method):
+            for together in _passes(todo):
+                self._train_together(together)
+            return
+        for job in todo:
+            self._train_alone(job)
+
+    def wait_for(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """The outcomes of all jobs, those of other processes included."""
+        waiting = True
+        while missing := [job for job in jobs if not self._done(job)]:
+            if self.stop.asked:
+                raise Interrupted(f"{self.folder.path}: stopped; the same command goes on")
+            if waiting:
+                self._show(f"waiting for {len(missing)} trials of other processes")
+                waiting = False
+            time.sleep(POLL_SECONDS)
+        return [read_json(job.outcome) for job in jobs]
+
+    def _done(self, job: Job) -> bool:
+        if not job.outcome.is_file():
+            return False
+        stored = load_recipe_from(read_json(job.outcome)["recipe"])
+        changed = [line for line in differences(stored, job.recipe) if not line.startswith("run.")]
+        if changed:
+            raise RunFolderError(f"{job.outcome}: is of another trial ({'; '.join(changed)}); choose another run.dir")
+        return True
+
+    def _train_together(self, jobs: Sequence[Job]) -> None:
+        if self.accelerator is None:
+            self.accelerator = make_accelerator(self.recipe)
+            if self.accelerator.state.deepspeed_plugin is not None:
+                raise UserError("a reader's sweep shares one small model: start it with launch/accelerate/ddp.yaml")
+        name = hashlib.sha256("\n".join(job.recipe.to_yaml() for job in jobs).encode()).hexdigest()[:16]
+        state = self.folder.path / f".pass-{name}.pt"
+        recipes = [job.recipe for job in jobs]
+        self._show(f"{len(jobs)} trials in one pass: {_said(jobs[0].setting)} to {_said(jobs[-1].setting)}")
+        p = make_pass(recipes, self.accelerator, self.stop, state, self._show)
+        try:
+            fit_trials(p)
+            scored = [t for t in p.trials if not t.diverged] if recipes[0].train.test else []
+            tests = [scores.compute() for scores in (score_trials(p, scored, "test") if scored else [])]
+        finally:
+            p.close()
+        for trial, test in zip(scored, tests, strict=True):
+            trial.progress.last["test"] = test
+        if self.accelerator.is_main_process:
+            for job, trial in zip(jobs, p.trials, strict=True):
+                if recipes[0].train.test and not trial.diverged:
+                    self._write_run(job, trial, p.parts.splits.classes, p.seconds / len(jobs))
+                self._tell(job, trial.progress.last, trial.progress.best, trial.diverged, p.seconds / len(jobs))
+            state.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+
+    def _write_run(self, job: Job, trial: Trial, classes: tuple[str, ...], seconds: float) -> None:
+        """A trial as the run folder that `train` would have written of it, for eval, predict and compress."""
+        assert self.accelerator is not None
+        folder, tensors = RunFolder(str(job.recipe.run.dir)), collect(trial.reader)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        facts = {"recipe": job.recipe.model_dump(mode="json"), "classes": list(classes)}
+        write_adapters(folder.adapters, tensors, {**facts, "epoch": trial.progress.last["epoch"]})
+        result = {
+            "last": trial.progress.last,
+            "best": trial.progress.best or None,
+            "seconds": round(seconds, 3),
+            "images_per_s": round(trial.progress.images / seconds, 2) if seconds else 0.0,
+            "peak_memory_mib": round(peak_memory_mib(), 1),
+            "parameters": {
+                "trained": sum(p.numel() for _, p in trial.reader.trainable()),
+                "total": sum(p.numel() for p in trial.reader.parameters()),
+            },
+            "device": device_name(self.accelerator.device),
+            "processes": self.accelerator.num_processes,
+            "precision": job.recipe.runtime.precision,
+            "seed": job.recipe.seed,
+            "versions": versions(),
+        }
+        write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
+        write_atomically(folder.recipe, job.recipe.to_yaml())
+        folder.mark("done")
+
+    def _train_alone(self, job: Job) -> None:
+        try:
+            result = run(job.recipe)
+        except RunFailed as failed:
+            self._tell(job, {}, {}, str(failed), 0.0)
+            return
+        self._tell(job, result["last"], result["best"] or {}, "", result["seconds"])
+
+    def _tell(self, job: Job, last: dict[str, Any], best: dict[str, Any], diverged: str, seconds: float) -> None:
+        outcome = {
+            "setting": job.setting,
+            "last": last,
+            "best": best or None,
+            "diverged": diverged or None,
+            "seconds": round(seconds, 3),
+            "recipe": job.recipe.model_dump(mode="json"),
+        }
+        job.outcome.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.outcome, json.dumps(outcome, indent=1) + "\n")
+
+    def _show(self, text: str) -> None:
+        if self.first and text:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+
+def heatmap_figure(jobs: Sequence[Job], outcomes: Sequence[dict[str, Any]], chosen: Job) -> Any:
+    """Accuracy on val over the grid's first two keys that vary; over further keys, the best of each cell."""
+    from matplotlib.figure import Figure
+
+    keys = [key for key in jobs[0].setting if len({repr(job.setting[key]) for job in jobs}) > 1]
+    keys = (keys + [key for key in jobs[0].setting if key not in keys])[:2]
+    values = [list(dict.fromkeys(job.setting[key] for job in jobs)) for key in keys]
+    values += [[None]] * (2 - len(keys))
+    rows, columns = values
+    best: dict[tuple[int, int], float | None] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        cell = [where.index(job.setting[key]) for key, where in zip(keys, values, strict=False)] + [0, 0]
+        top1 = None if outcome["diverged"] else outcome["last"]["val"]["top1"]
+        before = best.get((cell[0], cell[1]))
+        best[cell[0], cell[1]] = max((v for v in (before, top1) if v is not None), default=None)
+        if job is chosen:
+            marked = (cell[0], cell[1])
+    figure = Figure(figsize=(2.2 + 1.1 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    shown = [[best.get((r, c)) for c in range(len(columns))] for r in range(len(rows))]
+    numbers = [[float("nan") if v is None else v for v in row] for row in shown]
+    image = axes.imshow(numbers, cmap="viridis", aspect="auto")
+    figure.colorbar(image, ax=axes, label="val top-1, last epoch (%)")
+    axes.set_xticks(range(len(columns)), map(_short, columns))
+    axes.set_yticks(range(len(rows)), map(_short, rows))
+    axes.set(ylabel=keys[0], xlabel=keys[1] if len(keys) > 1 else "", title="Trials (chosen one framed)")
+    low, high = image.get_clim()
+    for r, row in enumerate(shown):
+        for c, value in enumerate(row):
+            dark = value is not None and value < (low + high) / 2
+            text = "diverged" if value is None else f"{value:.1f}"
+            axes.text(c, r, text, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((marked[1] - 0.5, marked[0] - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
+    return figure
+
+
+def _conclude(  # noqa: PLR0917 (all that a sweep found)
+    folder: RunFolder,
+    recipe: Recipe,
+    grid: Sequence[Job],
+    outcomes: Sequence[dict[str, Any]],
+    chosen: Job,
+    results: Sequence[dict[str, Any]],
+    seconds: float,
+    console: Console,
+) -> dict[str, Any]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    tests = {str(r["setting"]["seed"]): r["last"].get("test") for r in results}
+    scores = [test for test in tests.values() if test]
+    names = scores[0].keys() if scores else []
+    trained = sum(o["seconds"] for o in [*outcomes, *results])
+    content: dict[str, Any] = {
+        "chosen": chosen.setting,
+        "test": {name: _spread([score[name] for score in scores]) for name in names},
+        "seeds": tests,
+        "trials": [
+            {"number": job.number, **{key: outcome[key] for key in ("setting", "last", "best", "diverged", "seconds")}}
+            for job, outcome in zip(grid, outcomes, strict=True)
+        ],
+        "seconds": {"of this session": round(seconds, 1), "training": round(trained, 1)},
+        "versions": versions(),
+    }
+    figure = heatmap_figure(grid, outcomes, chosen)
+    figure.savefig(folder.path / "heatmap.png", dpi=120)
+    if "tensorboard" in recipe.run.trackers:
+        with SummaryWriter(str(folder.path / "tb")) as writer:
+            writer.add_figure("sweep/val_top1", figure)
+            for name, spread in content["test"].items():
+                writer.add_scalar(f"test/{name}_mean", spread["mean"], 0)
+                writer.add_scalar(f"test/{name}_std", spread["std"], 0)
+    write_atomically(folder.path / "sweep.json", json.dumps(content, indent=1) + "\n")
+    folder.mark("done")
+    _print(content, folder.path, console)
+    return content
+
+
+def _print(content: dict[str, Any], folder: Path, console: Console) -> None:
+    table = Table(title=f"{folder}: trials, trained on train and scored on val (top-1, %)")
+    keys = list(content["chosen"])
+    for column in (*keys, "last epoch", "best epoch", "at epoch", "chosen"):
+        table.add_column(column, justify="right")
+    for trial in content["trials"]:
+        setting = [_short(trial["setting"][key]) for key in keys]
+        if trial["diverged"]:
+            table.add_row(*setting, "diverged", "", "", "")
+            continue
+        last, best = trial["last"]["val"]["top1"], trial["best"]
+        mark = "*" if trial["setting"] == content["chosen"] else ""
+        table.add_row(*setting, f"{last:.2f}", f"{best['val']['top1']:.2f}", str(best["epoch"]), mark)
+    console.print(table)
+    top1 = content["test"].get("top1")
+    if top1:
+        console.print(
+            f"test top1 {top1['mean']:.2f} ± {top1['std']:.2f} % over {len(top1['values'])} seeds on trainval "
+            f"({_said(content['chosen'])})",
+            markup=False,
+        )
+    console.print(str(folder / "sweep.json"), markup=False, soft_wrap=True)
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation (n - 1) over seeds."""
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "values": list(values),
+    }
+
+
+def _passes(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that can be trained together: those whose recipes differ in MAY_DIFFER alone."""
+    passes: list[list[Job]] = []
+    for job in jobs:
+        for together in passes:
+            changed = [line.split(":")[0] for line in differences(together[0].recipe, job.recipe)]
+            if all(key in MAY_DIFFER for key in changed):
+                together.append(job)
+                break
+        else:
+            passes.append([job])
+    return passes
+
+
+def _with(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with keys set, without its sweep, its data order fixed to what all trials share."""
+    data = recipe.model_dump(mode="json")
+    data["sweep"] = SweepRecipe().model_dump(mode="json")
+    order = recipe.seed if recipe.train.order_seed is None else recipe.train.order_seed
+    for key, value in {"train.order_seed": order, **values}.items():
+        into, *_ = (data,)
+        *path, name = key.split(".")
+        for part in path:
+            into = into.get(part, {}) if isinstance(into, dict) else {}
+        if name not in into:
+            raise RecipeError(f"{key}: there is no such key; take one that `dist-vpt recipe show` prints")
+        into[name] = value
+    return load_recipe_from(data)
+
+
+def _leaves(grid: dict[str, Any], at: str = "") -> Iterator[tuple[str, list[Any]]]:
+    for key, value in grid.items():
+        path = f"{at}.{key}" if at else key
+        if isinstance(value, dict):
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _said(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in setting.items())
+
+
+def _alone() -> None:
+    """Make this process one of its own, on the device that its launcher meant for it."""
+    if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
+    elif "LOCAL_RANK" in os.environ:
+        visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ["LOCAL_RANK"]) % len(visible)]
+    for name in [*LAUNCHED, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
+        os.environ.pop(name, None)

@@ -1,0 +1,322 @@
+"""Many trials of a reader in one pass over the frozen stream, each what it would be alone.
+
+B images of a micro-batch, n of a split, K classes, T trials.
+
+A trial has a recipe, an initialisation, an optimiser, clipping and an end of its own; the data order, the stream and
+the loop are shared. The loss is the sum of the trials' losses, so that each one's gradient is exactly its own.
+"""
+
+import io
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from dist_vpt.agreement import StopSignal, agree
+from dist_vpt.build import Parts, assemble, class_weights, make_trial
+from dist_vpt.checkpoint import Progress, collect, restore
+from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
+from dist_vpt.engine import fetch, fold, global_weight
+from dist_vpt.errors import DataError, Interrupted, RunFolderError
+from dist_vpt.frozen_stream import Observed, observe
+from dist_vpt.methods import Reader
+from dist_vpt.metrics import Scores
+from dist_vpt.optim import build_optimizer, multiplier, set_lr
+from dist_vpt.recipe import Recipe
+from dist_vpt.runfolder import write_atomically
+
+SAVE_SECONDS = 30.0  # at least so long between saved states of a pass
+MAY_DIFFER = ("seed", "optim.lr", "optim.weight_decay", "method.dropout", "method.queries", "run.dir")
+
+
+@dataclass
+class Trial:
+    """One setting of a sweep."""
+
+    recipe: Recipe
+    reader: Reader
+    optimizer: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+    diverged: str = ""  # why it was ended
+    best: dict[str, Tensor] = field(default_factory=dict)  # trained tensors of the best epoch on val
+
+    @property
+    def running(self) -> bool:
+        return not self.diverged and not self.progress.ended
+
+
+@dataclass
+class Pass:
+    """Trials that are trained together, and what they share."""
+
+    trials: list[Trial]
+    parts: Parts
+    accelerator: Accelerator
+    train: TrainBatches
+    val: EvalBatches | None
+    class_weights: Tensor  # [K]
+    stop: StopSignal
+    state: Path  # file of the pass's state while it is under way
+    show: Callable[[str], None]
+    epoch: int = 0
+    step: int = 0  # of the epoch
+    seconds: float = 0.0
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the first trial; all have it in common but for MAY_DIFFER."""
+        return self.trials[0].recipe
+
+    @property
+    def running(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.running]
+
+    def close(self) -> None:
+        """End the workers that load images."""
+        self.train.close()
+        if self.val is not None:
+            self.val.close()
+
+
+def make_pass(
+    recipes: Sequence[Recipe], accelerator: Accelerator, stop: StopSignal, state: Path, show: Callable[[str], None]
+) -> Pass:
+    """Build the trials of ``recipes`` on one frozen backbone, cache its stream as they say, go back to ``state``.
+
+    A collective call of the accelerator's processes. Raises UserError as a single run would.
+    """
+    recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
+    parts = assemble(recipe)
+    train = parts.training(recipe, rank, world)
+    val = parts.evaluation("val", rank, world) if recipe.data.train_on == "train" else None
+    first = parts.method.to(accelerator.device)
+    assert isinstance(first, Reader)
+    readers = [first, *(make_trial(each, first.backbone, len(parts.splits.classes)) for each in recipes[1:])]
+    trials = [
+        Trial(each, reader.to(accelerator.device), build_optimizer(each.optim, reader))
+        for each, reader in zip(recipes, readers, strict=True)
+    ]
+    labels = parts.splits[recipe.data.train_on].labels
+    weights_K = class_weights(recipe.train.class_weights, labels, len(parts.splits.classes)).to(accelerator.device)
+    made = Pass(trials, parts, accelerator, train, val, weights_K, stop, state, show)
+    show(parts.use_cached_stream(recipe, accelerator, train, val))
+    if state.is_file():
+        _load(made)
+        show(f"resumed from {state} at epoch {made.epoch + 1}")
+    return made
+
+
+def step_trials(p: Pass, fetched: list[Batch] | DataError) -> None:
+    """One optimiser step of every running trial on one global batch. A collective call."""
+    recipe, accelerator, running = p.recipe, p.accelerator, p.running
+    number = p.epoch * p.train.steps_per_epoch + p.step
+    batches = [] if isinstance(fetched, DataError) else [send_to_device(b, accelerator.device) for b in fetched]
+    weights = [p.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
+    weight = global_weight(accelerator, p.stop, weights, fetched)
+    sums = torch.zeros(len(running), 2)  # loss and right answers of each trial
+    images = 0.0
+    for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
+        seeds = [fold(t.recipe.seed, number, accelerator.process_index, micro) for t in running]
+        logits = read(running, _observed(p, batch), seeds)
+        labels_B, smoothing = batch["labels"], recipe.train.label_smoothing
+        losses_T = torch.stack(
+            [
+                (F.cross_entropy(each_BK, labels_B, reduction="none", label_smoothing=smoothing) * weights_B).sum()
+                for each_BK in logits
+            ]
+        )
+        right_T = torch.stack([((each_BK.argmax(1) == labels_B) * batch["weight"]).sum() for each_BK in logits])
+        told = torch.cat([losses_T.detach(), right_T, batch["weight"].sum()[None]])
+        told = accelerator.reduce(told, "sum").cpu()
+        sums += told[:-1].view(2, -1).T
+        images += float(told[-1])
+        for t, trial in enumerate(running):
+            _check_finite(trial, "loss", float(told[t]), number)
+        alive = torch.tensor([trial.running for trial in running], device=losses_T.device)
+        if alive.any():  # what is not finite stays in its own trial, whose gradient nobody asks for
+            (losses_T[alive].sum() / weight).backward()
+    _sum_gradients(p, running)
+    for t, trial in enumerate(running):
+        if trial.running:
+            _update(p, trial, number)
+        trial.optimizer.zero_grad()
+        if trial.running:
+            trial.progress.count(float(sums[t, 0]) / weight, float(sums[t, 1]), images)
+
+
+def fit_trials(p: Pass) -> None:
+    """Train to the end; each trial is scored on val (if there is one) after the epochs that the recipe says.
+
+    Raises Interrupted, with the state saved, after SIGTERM or SIGUSR1.
+    """
+    recipe, began, saved = p.recipe, time.monotonic() - p.seconds, time.monotonic()
+    while p.epoch < recipe.train.epochs and p.running:
+        for trial in p.trials:
+            trial.reader.train()
+        batches = p.train.epoch(p.epoch, p.step)
+        while p.step < p.train.steps_per_epoch:
+            step_trials(p, fetch(batches))
+            p.step += 1
+            if p.stop.agreed:
+                p.seconds = time.monotonic() - began
+                _save(p)
+                raise Interrupted(f"{p.state}: stopped with the state saved; the same command goes on")
+        _end_epoch(p)
+        p.seconds = time.monotonic() - began
+        over = p.epoch == recipe.train.epochs or not p.running
+        if over or time.monotonic() - saved > SAVE_SECONDS:
+            _save(p)
+            saved = time.monotonic()
+
+
+@torch.no_grad()
+def score_trials(p: Pass, trials: Sequence[Trial], split: str) -> list[Scores]:
+    """Stream a split once through the backbone and score it with all trials. A collective call."""
+    batches = p.parts.evaluation(split, p.accelerator.process_index, p.accelerator.num_processes)
+    scores = [Scores(len(p.parts.splits.classes), p.accelerator.device) for _ in trials]
+    try:
+        for batch, logits in _passed(p, trials, batches):
+            if p.stop.agreed:  # only between training and its result: training's end is saved
+                raise Interrupted(f"{p.state}: stopped while {split} was scored; the same command goes on")
+            for score, each_BK in zip(scores, logits, strict=True):
+                score.update(each_BK, batch["labels"], batch["weight"], batch["index"])
+    finally:
+        batches.close()
+    return scores
+
+
+def read(trials: Sequence[Trial], observed: Observed, seeds: Sequence[int] | None = None) -> list[Tensor]:
+    """Logits [B, K] of each trial."""
+    readers = [trial.reader for trial in trials]
+    return type(readers[0]).read_many(readers, observed, seeds)
+
+
+def _observed(p: Pass, batch: Batch) -> Observed:
+    images, reader = batch["images"], p.trials[0].reader
+    return images if isinstance(images, Observed) else observe(reader.backbone, images, reader.reads)
+
+
+def _passed(p: Pass, trials: Sequence[Trial], batches: EvalBatches) -> Any:
+    """Each batch of a split with the logits of every trial."""
+    for trial in trials:
+        trial.reader.eval()
+    unread = iter(batches)
+    for _ in range(len(batches)):
+        fetched = fetch(unread)
+        agree(p.accelerator, fetched if isinstance(fetched, DataError) else None, p.stop)
+        batch = send_to_device(fetched, p.accelerator.device)
+        yield batch, read(trials, _observed(p, batch))
+
+
+def _check_finite(trial: Trial, name: str, value: float, step: int) -> None:
+    if not math.isfinite(value) and not trial.diverged:
+        trial.diverged = f"the {name} was {value} at step {step}"
+
+
+def _sum_gradients(p: Pass, running: Sequence[Trial]) -> None:
+    """Gradients over all processes, in one message."""
+    if p.accelerator.num_processes == 1:
+        return
+    gradients = [
+        q.grad for trial in running if trial.running for _, q in trial.reader.trainable() if q.grad is not None
+    ]
+    if not gradients:
+        return
+    flat = p.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def _update(p: Pass, trial: Trial, step: int) -> None:
+    """Clip and step one trial as it would be alone."""
+    recipe = trial.recipe
+    lr = recipe.optim.peak_lr(recipe.train.batch_size)
+    set_lr(trial.optimizer, lr * multiplier(recipe.optim, step, p.train.steps_per_epoch, recipe.train.epochs))
+    parameters = [parameter for _, parameter in trial.reader.trainable()]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.clip_norm or math.inf)
+    _check_finite(trial, "gradient norm", float(norm), step)
+    if trial.running:
+        trial.optimizer.step()
+
+
+def _end_epoch(p: Pass) -> None:
+    p.epoch, p.step = p.epoch + 1, 0
+    ended = p.running
+    for trial in ended:
+        trial.progress.end_epoch()
+    final, recipe = p.epoch == p.recipe.train.epochs, p.recipe
+    if p.val is None or not ended or not (final or p.epoch % recipe.train.eval_every == 0):
+        return
+    for trial, scores in zip(ended, _quick_scores(p, ended, p.val), strict=True):
+        if trial.progress.scored(scores, recipe.train.early_stop):
+            trial.best = collect(trial.reader)
+    top1 = [trial.progress.last["val"]["top1"] for trial in ended]
+    p.show(
+        f"epoch {p.epoch}/{recipe.train.epochs}  val top1 of {len(top1)} trials: {min(top1):.2f} to {max(top1):.2f} %"
+    )
+
+
+@torch.no_grad()
+def _quick_scores(p: Pass, trials: Sequence[Trial], batches: EvalBatches) -> list[dict[str, float]]:
+    """Loss and top-1 of each trial; all other scores are for the end."""
+    sums_3T = torch.zeros(3, len(trials), device=p.accelerator.device)
+    for batch, logits in _passed(p, trials, batches):
+        logits_TBK, labels_B, counts_B = torch.stack(logits), batch["labels"], batch["weight"]
+        labels_TB = labels_B.expand(len(trials), -1)
+        losses_TB = F.cross_entropy(logits_TBK.flatten(0, 1), labels_TB.flatten(), reduction="none").view_as(labels_TB)
+        sums_3T[0] += (losses_TB.nan_to_num(0) * counts_B).sum(1)
+        sums_3T[1] += ((logits_TBK.argmax(2) == labels_B) * counts_B).sum(1)
+        sums_3T[2] += counts_B.sum()
+    loss_T, right_T, images_T = p.accelerator.reduce(sums_3T, "sum").tolist()
+    if not images_T[0]:
+        raise DataError("there is no readable image in the val split; mend its files, or data.root")
+    return [
+        {"loss": loss / images, "top1": 100 * right / images}
+        for loss, right, images in zip(loss_T, right_T, images_T, strict=True)
+    ]
+
+
+def _save(p: Pass) -> None:
+    if not p.accelerator.is_main_process:
+        return
+    content = {
+        "epoch": p.epoch,
+        "step": p.step,
+        "seconds": p.seconds,
+        "recipes": [trial.recipe.to_yaml() for trial in p.trials],
+        "trials": [
+            {
+                "trained": collect(trial.reader),
+                "optimizer": trial.optimizer.state_dict(),
+                "progress": asdict(trial.progress),
+                "diverged": trial.diverged,
+                "best": trial.best,
+            }
+            for trial in p.trials
+        ],
+    }
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_atomically(p.state, file.getvalue())
+
+
+def _load(p: Pass) -> None:
+    try:
+        content = torch.load(p.state, map_location="cpu", weights_only=True)
+        if content["recipes"] != [trial.recipe.to_yaml() for trial in p.trials]:
+            raise ValueError("it is of other trials")
+        for trial, saved in zip(p.trials, content["trials"], strict=True):
+            restore(trial.reader, saved["trained"], p.state)
+            trial.optimizer.load_state_dict(saved["optimizer"])
+            trial.progress, trial.diverged, trial.best = Progress(**saved["progress"]), saved["diverged"], saved["best"]
+        p.epoch, p.step, p.seconds = content["epoch"], content["step"], content["seconds"]
+    except Exception as error:  # torch.load's errors come in many types; all mean that the file is no state of ours
+        raise RunFolderError(f"{p.state}: damaged state ({error}); remove it to train its trials anew") from error

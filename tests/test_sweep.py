@@ -1,0 +1,240 @@
+"""`dist-vpt sweep`: the grid is chosen on val, the seeds are scored on test, and a kill loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_vpt.cli import main
+from dist_vpt.errors import RecipeError, RunFailed
+from dist_vpt.recipe import Recipe, load_recipe
+from dist_vpt.sweep import Job, choose, grid_jobs
+from tests.running import ROOT, finish, wait_for, words
+
+GRID = ["sweep.grid.optim.lr=[0.5, 0.1, 0.02]", "sweep.grid.optim.weight_decay=[0.01, 0.0]", "sweep.seeds=[42, 44]"]
+READER = ["method.name=linear", "train.epochs=2", *GRID]
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    return ["sweep", *words(folder, *overrides)]
+
+
+def swept(folder: Path, *overrides: str) -> dict[str, Any]:
+    assert main(command(folder, *overrides)) == 0
+    return json.loads((folder / "sweep.json").read_text())
+
+
+def without_times(content: dict[str, Any]) -> dict[str, Any]:
+    content = json.loads(json.dumps(content))
+    content.pop("seconds")
+    for trial in content["trials"]:
+        trial.pop("seconds")
+    return content
+
+
+def test_a_reader_is_swept_in_one_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweep"
+    content = swept(folder, *READER)
+    shown = capsys.readouterr().out
+    assert "6 trials in one pass" in shown
+    assert "2 trials in one pass" in shown
+    assert len(content["trials"]) == 6
+    best = max(trial["last"]["val"]["top1"] for trial in content["trials"])
+    chosen = next(t for t in content["trials"] if t["setting"] == content["chosen"])
+    assert chosen["last"]["val"]["top1"] == best
+    assert all("test" not in trial["last"] for trial in content["trials"])  # the test split never chooses
+    tests = [content["seeds"][seed]["top1"] for seed in ("42", "44")]
+    assert content["test"]["top1"]["values"] == tests
+    assert content["test"]["top1"]["mean"] == pytest.approx(sum(tests) / 2)
+    assert content["test"]["top1"]["std"] == pytest.approx(abs(tests[0] - tests[1]) / 2**0.5)
+    assert (folder / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((folder / "tb").glob("events*"))
+    assert not list(folder.glob(".pass-*"))
+
+
+def test_a_seed_is_a_run_that_eval_and_predict_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = swept(tmp_path / "sweep", *READER)
+    run = tmp_path / "sweep" / "seeds" / "42"
+    capsys.readouterr()
+    assert main(["eval", str(run)]) == 0
+    found = next(line for line in capsys.readouterr().out.splitlines() if "top1" in line)
+    numbers = [float(word) for word in found.replace("│", " ").split() if word.replace(".", "").isdigit()]
+    assert numbers == [pytest.approx(content["seeds"]["42"]["top1"], abs=1e-3)] * 2
+    recipe = load_recipe([run / "recipe.yaml"])
+    assert (recipe.seed, recipe.data.train_on) == (42, "trainval")
+    assert recipe.optim.lr == content["chosen"]["optim.lr"]
+
+
+def test_the_same_command_again_shows_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = swept(tmp_path / "sweep", *READER)
+    capsys.readouterr()
+    again = swept(tmp_path / "sweep", *READER)
+    assert again == first
+    shown = capsys.readouterr().out
+    assert "in one pass" not in shown
+    assert "over 2 seeds on trainval" in shown
+
+
+def test_another_grid_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swept(tmp_path / "sweep", *READER)
+    assert main(command(tmp_path / "sweep", *READER, "optim.clip_norm=1")) == 2
+    assert "holds the run of another recipe" in capsys.readouterr().err
+
+
+def test_a_trial_alone_is_the_trial_of_the_sweep(tmp_path: Path) -> None:
+    content = swept(tmp_path / "sweep", *READER)
+    stored = json.loads((tmp_path / "sweep" / "trials" / "002.json").read_text())
+    file = tmp_path / "trial.yaml"
+    file.write_text(json.dumps(stored["recipe"]))
+    assert main(["train", str(file), f"run.dir={tmp_path / 'alone'}"]) == 0
+    alone = json.loads((tmp_path / "alone" / "result.json").read_text())
+    assert alone["last"]["val"]["loss"] == pytest.approx(content["trials"][2]["last"]["val"]["loss"], rel=1e-5)
+
+
+def test_writers_are_swept_one_after_the_other(tmp_path: Path) -> None:
+    grid = ["sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42]"]
+    content = swept(tmp_path / "sweep", "train.epochs=1", *grid)
+    assert len(content["trials"]) == 2
+    assert content["test"]["top1"]["std"] == 0
+    for run in ("trials/000", "trials/001", "seeds/42"):
+        assert json.loads((tmp_path / "sweep" / run / "run.json").read_text())["status"] == "done"
+    assert "test" not in json.loads((tmp_path / "sweep" / "trials" / "000" / "result.json").read_text())["last"]
+
+
+def test_grids_over_other_keys_are_passes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ["sweep.grid.optim.name=[sgd, adam]", "sweep.grid.method.queries=[1, 2]", "sweep.seeds=[42]"]
+    content = swept(tmp_path / "sweep", "method.name=vqt", *grid)
+    assert capsys.readouterr().out.count("2 trials in one pass") == 2
+    assert {(t["setting"]["optim.name"], t["setting"]["method.queries"]) for t in content["trials"]} == {
+        (name, queries) for name in ("sgd", "adam") for queries in (1, 2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sweep.grid.optim.lrr=[1]", "optim.lrr: there is no such key"),
+        ("sweep.grid.optim.lr=[0.1, -1]", "optim.lr=-1"),
+        ("sweep.grid.optim.lr=[]", "grid.optim.lr = []: must be a list with at least one value"),
+        ("sweep.grid.optim.lr=0.1", "grid.optim.lr = 0.1: must be a list"),
+        ("sweep.grid.optim.lr=[0.1, 0.1]", "each said once"),
+        ("sweep.grid.seed=[1, 2]", "grid.seed: is the sweep's own"),
+        ("sweep.seeds=[1, 1]", "seeds = [1, 1]: each once"),
+    ],
+)
+def test_bad_grids_are_refused(override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(tmp_path / "sweep", "method.name=linear", override)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def jobs(tmp_path: Path, *overrides: str) -> tuple[Recipe, list[Job]]:
+    recipe = load_recipe([], words(tmp_path, *READER, *overrides))
+    return recipe, grid_jobs(recipe, tmp_path)
+
+
+def outcomes(top1: Sequence[float | None]) -> list[dict[str, Any]]:
+    return [
+        {"diverged": "the loss was nan"} if v is None else {"diverged": None, "last": {"val": {"top1": v}}}
+        for v in top1
+    ]
+
+
+def test_ties_go_to_the_smaller_learning_rate(tmp_path: Path) -> None:
+    _, six = jobs(tmp_path)
+    assert [job.setting["optim.lr"] for job in six] == [0.5, 0.5, 0.1, 0.1, 0.02, 0.02]
+    assert choose(six, outcomes([80, 70, 80, 80, 79, None])) is six[2]
+    with pytest.raises(RunFailed, match="every trial of the grid diverged"):
+        choose(six, outcomes([None] * 6))
+
+
+def test_a_grid_that_breaks_a_rule_names_the_trial(tmp_path: Path) -> None:
+    recipe = load_recipe([], words(tmp_path, "sweep.grid.optim.warmup_epochs=[0, 5]"))
+    with pytest.raises(RecipeError, match=r"optim.warmup_epochs=5: .*must be below train.epochs"):
+        grid_jobs(recipe, tmp_path)
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_vpt", *command(folder, *overrides)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("method", ["method.name=vqt", "method.name=vpt"])
+def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path: Path) -> None:
+    grid = ["train.epochs=3", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42, 44]", method]
+    whole = swept(tmp_path / "whole", *grid)
+    moments = ("trials/000.json", "seeds/42.json") if method.endswith("vpt") else ("run.json", "seeds/44.json")
+    for moment in moments:
+        process = start(tmp_path / "killed", *grid)
+        wait_for(lambda moment=moment: (tmp_path / "killed" / moment).exists())
+        process.kill()
+        finish(process)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*/*.json")}
+    again = start(tmp_path / "killed", *grid)
+    output = finish(again)
+    assert again.returncode == 0, output
+    assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was trained twice
+    killed = json.loads((tmp_path / "killed" / "sweep.json").read_text())
+    assert without_times(killed)["trials"] == without_times(whole)["trials"]
+    assert killed["seeds"] == whole["seeds"]
+
+
+def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    grid = ["method.name=vqt", "train.epochs=2000", "sweep.seeds=[42]", *GRID[:1]]
+    process = start(tmp_path / "sweep", *grid)
+    wait_for((tmp_path / "sweep" / "run.json").exists)
+    process.send_signal(signal.SIGTERM)
+    output = finish(process)
+    assert process.returncode == 75, output
+    assert json.loads((tmp_path / "sweep" / "run.json").read_text())["status"] == "interrupted"
+    assert list((tmp_path / "sweep").glob(".pass-*.pt"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("split", ["trials", "batch"])
+def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
+    grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", *GRID]
+    one = swept(tmp_path / "one", *grid)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/ddp.yaml", "--num_processes", "2"]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            *launch,
+            "--main_process_port",
+            "0",
+            "-m",
+            "dist_vpt",
+            *command(tmp_path / "two", *grid),
+            f"sweep.split={split}",
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "ACCELERATE_USE_CPU": "true"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    output = finish(process)
+    assert process.returncode == 0, output
+    two = json.loads((tmp_path / "two" / "sweep.json").read_text())
+    assert two["chosen"] == one["chosen"]
+    for a, b in zip(one["trials"], two["trials"], strict=True):
+        assert a["setting"] == b["setting"]
+        assert a["last"]["train"]["loss"] == pytest.approx(b["last"]["train"]["loss"], rel=1e-4)
+        assert a["last"]["val"]["loss"] == pytest.approx(b["last"]["val"]["loss"], rel=1e-4)
+    assert two["test"]["loss"]["mean"] == pytest.approx(one["test"]["loss"]["mean"], rel=1e-4)

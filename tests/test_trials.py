@@ -1,0 +1,169 @@
+"""Trials in one pass: each is what it would be alone, whatever the others do."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_vpt.agreement import StopSignal
+from dist_vpt.checkpoint import collect
+from dist_vpt.errors import Interrupted, RunFolderError
+from dist_vpt.recipe import Recipe, load_recipe
+from dist_vpt.strategy import make_accelerator
+from dist_vpt.trials import Pass, fit_trials, make_pass, score_trials
+from tests.running import metrics, train, words
+
+# 50 steps: 5 epochs of 10 steps.
+COMMON = ["train.batch_size=100", "train.epochs=5", "train.order_seed=11", "optim.warmup_epochs=1"]
+QUIET = ["run.log_every=50", "run.trackers=[]"]
+
+
+def settings(method: str, optimizer: str, trials: int) -> list[list[str]]:
+    """Trials that differ in all that trials may differ in."""
+    each = []
+    for t in range(trials):
+        words = [
+            f"method.name={method}",
+            f"optim.name={optimizer}",
+            f"optim.lr={(0.5, 0.1, 0.02, 0.01)[t % 4]}",
+            f"optim.weight_decay={(0.0, 0.01)[t % 2]}",
+            f"optim.clip_norm={1.0 if optimizer == 'sgd' else 'null'}",
+            f"seed={t}",
+        ]
+        if method == "vqt":
+            words += ["method.blocks=[1, 4]", f"method.queries={1 + t % 3}", f"method.dropout={(0.0, 0.2)[t % 5 == 1]}"]
+        each.append([*COMMON, *words])
+    return each
+
+
+def recipes(tmp_path: Path, each: Sequence[Sequence[str]]) -> list[Recipe]:
+    return [load_recipe([], words(tmp_path / f"alone-{t}", *some)) for t, some in enumerate(each)]
+
+
+def make(tmp_path: Path, each: Sequence[Sequence[str]], show: Callable[[str], None] = lambda _: None) -> Pass:
+    tmp_path.mkdir(exist_ok=True)
+    some = recipes(tmp_path, each)
+    return make_pass(some, make_accelerator(some[0]), StopSignal(), tmp_path / "pass.pt", show)
+
+
+def fitted(tmp_path: Path, each: Sequence[Sequence[str]]) -> Pass:
+    made = make(tmp_path, each)
+    fit_trials(made)
+    made.close()
+    return made
+
+
+def losses(folder: Path, split: str) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if line["split"] == split]
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer", "trials"),
+    [("vqt", "adam", 20), ("vqt", "sgd", 4), ("vqt", "adamw", 4), ("linear", "sgd", 4), ("mlp", "adam", 3)],
+)
+def test_trials_together_are_what_they_are_alone(method: str, optimizer: str, trials: int, tmp_path: Path) -> None:
+    each = settings(method, optimizer, trials)
+    together = fitted(tmp_path, each)
+    tests = [scores.compute() for scores in score_trials(together, together.trials, "test")]
+    for t, some in enumerate(each):
+        folder = tmp_path / f"alone-{t}"
+        result = train(folder, *some, *QUIET)
+        trial = together.trials[t]
+        assert trial.progress.last["train"]["loss"] == pytest.approx(losses(folder, "train")[-1], rel=1e-5)
+        assert trial.progress.last["val"]["loss"] == pytest.approx(losses(folder, "val")[-1], rel=1e-5)
+        assert trial.progress.last["val"]["top1"] == pytest.approx(result["last"]["val"]["top1"], abs=1e-4)
+        assert tests[t]["loss"] == pytest.approx(result["last"]["test"]["loss"], rel=1e-5)
+        assert tests[t]["top1"] == pytest.approx(result["last"]["test"]["top1"], abs=1e-4)
+        assert trial.progress.images == 5000
+
+
+def test_live_equals_cached(tmp_path: Path) -> None:
+    each = settings("vqt", "adam", 3)
+    cached = fitted(tmp_path / "a", [[*some, "stream.cache=memory"] for some in each])
+    live = fitted(tmp_path / "b", [[*some, "stream.cache=none"] for some in each])
+    for a, b in zip(cached.trials, live.trials, strict=True):
+        assert a.progress.last["val"]["loss"] == pytest.approx(b.progress.last["val"]["loss"], rel=1e-5)
+
+
+def test_accumulated_micro_batches_equal_whole_batches(tmp_path: Path) -> None:
+    each = [[w for w in some if "dropout" not in w] for some in settings("vqt", "adam", 3)]
+    whole = fitted(tmp_path / "a", each)
+    parts = fitted(tmp_path / "b", [[*some, "train.accumulate=4"] for some in each])
+    for a, b in zip(whole.trials, parts.trials, strict=True):
+        assert a.progress.last["val"]["loss"] == pytest.approx(b.progress.last["val"]["loss"], rel=1e-4)
+
+
+def test_a_diverging_trial_is_marked_and_touches_no_other(tmp_path: Path) -> None:
+    each = settings("vqt", "sgd", 3)
+    each = [[w for w in some if "clip_norm" not in w] for some in each]
+    wild = [*each[1], "optim.lr=1e30", "optim.scale_lr=false", "optim.warmup_epochs=0"]
+    wild = [w for w in wild if w != "optim.warmup_epochs=1"]
+    calm = [[*some[:-1], some[-1]] for some in (each[0], each[2])]
+    for some in calm:
+        some += ["optim.scale_lr=false", "optim.warmup_epochs=0"]
+    mixed = fitted(tmp_path / "a", [calm[0], wild, calm[1]])
+    alone = fitted(tmp_path / "b", calm)
+    assert "at step" in mixed.trials[1].diverged
+    assert not mixed.trials[1].running
+    for a, b in zip((mixed.trials[0], mixed.trials[2]), alone.trials, strict=True):
+        assert not a.diverged
+        assert a.progress.last["val"]["loss"] == pytest.approx(b.progress.last["val"]["loss"], rel=1e-5)
+        for name, tensor in collect(a.reader).items():
+            assert torch.allclose(tensor, collect(b.reader)[name], atol=1e-5)
+
+
+def test_trials_stop_early_each_on_its_own(tmp_path: Path) -> None:
+    slow = [*settings("linear", "sgd", 1)[0], "train.early_stop.patience=1", "train.early_stop.min_delta=5"]
+    slow = [word for word in slow if not word.startswith("optim.lr")]
+    stopped = fitted(tmp_path, [[*slow, "optim.lr=1e-9"], [*slow, "optim.lr=0.05"]])
+    first, second = stopped.trials
+    assert first.progress.ended
+    assert first.progress.last["epoch"] == 2  # the first evaluation always rises, the second did not
+    assert second.progress.last["epoch"] > first.progress.last["epoch"]
+
+
+def test_the_best_epoch_is_kept_beside_the_last(tmp_path: Path) -> None:
+    done = fitted(tmp_path, settings("linear", "sgd", 2))
+    for trial in done.trials:
+        assert trial.progress.best["val"]["top1"] >= trial.progress.last["val"]["top1"]
+        assert trial.best.keys() == collect(trial.reader).keys()
+
+
+def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    each = settings("vqt", "adam", 3)
+    whole = fitted(tmp_path / "a", each)
+
+    interrupted = make(tmp_path / "b", each)
+    next_batches = interrupted.train.epoch
+
+    def asks_to_stop(epoch: int, step: int = 0) -> Any:
+        for number, batches in enumerate(next_batches(epoch, step)):
+            interrupted.stop.asked = epoch == 2 and number == 4
+            yield batches
+
+    interrupted.train.epoch = asks_to_stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="stopped with the state saved"):
+        fit_trials(interrupted)
+    interrupted.close()
+    said: list[str] = []
+    resumed = make(tmp_path / "b", each, said.append)
+    assert any("resumed from" in line and "epoch 3" in line for line in said)
+    assert (resumed.epoch, resumed.step) == (2, 5)
+    fit_trials(resumed)
+    resumed.close()
+    for a, b in zip(whole.trials, resumed.trials, strict=True):
+        assert a.progress.last == b.progress.last
+        for name, tensor in collect(a.reader).items():
+            assert torch.equal(tensor, collect(b.reader)[name])
+
+
+def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> None:
+    each = settings("linear", "sgd", 2)
+    fitted(tmp_path, each)
+    with pytest.raises(RunFolderError, match=r"pass.pt: damaged state \(it is of other trials\)"):
+        make(tmp_path, list(reversed(each)))
+    (tmp_path / "pass.pt").write_bytes(b"PK\x03\x04 not a state")
+    with pytest.raises(RunFolderError, match=r"damaged state .* remove it to train its trials anew"):
+        make(tmp_path, each)
