@@ -60,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
     train.set_defaults(call=_train, rest="recipe")
 
+    sweep = commands.add_parser("sweep", parents=[common], help="try a grid on val, then seeds of the best on test")
+    sweep.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
+    sweep.set_defaults(call=_sweep, rest="recipe")
+
     evaluate = commands.add_parser("eval", parents=[common], help="score a run's adapters again")
     evaluate.add_argument("run", metavar="RUN", help="a run folder")
     evaluate.add_argument("--split", choices=("train", "val", "trainval", "test"), default="test")
@@ -76,6 +80,25 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes shown per image (default 5)")
     predict.add_argument("--out", metavar="FILE", help="a .csv or .json file; default: CSV on the terminal")
     predict.set_defaults(call=_predict, rest="images")
+
+    compress = commands.add_parser(
+        "compress", parents=[common], help="leave the worst features of a vqt run's head out"
+    )
+    compress.add_argument("run", metavar="RUN", help="a run folder of method vqt")
+    compress.add_argument(
+        "--keep", nargs="+", required=True, metavar="SHARE", help="shares of the features to keep, such as 0.7 0.5"
+    )
+    compress.add_argument(
+        "--mode",
+        choices=("compress", "featselect", "finetune"),
+        default="featselect",
+        help="the group lasso's head cut down, a new head on what is kept (default), or then the queries too",
+    )
+    compress.add_argument("--adapters", choices=("last", "best"), default="last")
+    compress.add_argument("--lasso", type=float, default=1e-4, metavar="C", help="weight of the group lasso (1e-4)")
+    compress.add_argument("--out", metavar="DIR", help="where the smaller runs go; default: RUN/compressed")
+    compress.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as optim.lr=... or train.epochs=...")
+    compress.set_defaults(call=_compress, rest="overrides")
 
     recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
     kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
@@ -94,6 +117,13 @@ def _train(arguments: argparse.Namespace) -> None:
     run(load_recipe(*split_arguments(arguments.recipe)))
 
 
+def _sweep(arguments: argparse.Namespace) -> None:
+    from dist_vpt.recipe import load_recipe, split_arguments
+    from dist_vpt.sweep import sweep
+
+    sweep(load_recipe(*split_arguments(arguments.recipe)))
+
+
 def _eval(arguments: argparse.Namespace) -> None:
     from dist_vpt.predict import score
 
@@ -104,6 +134,15 @@ def _predict(arguments: argparse.Namespace) -> None:
     from dist_vpt.predict import predict
 
     predict(arguments.run, arguments.images, arguments.adapters, arguments.top, arguments.out)
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    from dist_vpt.compress import compress
+    from dist_vpt.recipe import split_arguments
+
+    shares, overrides = split_arguments(arguments.keep)  # argparse gives --keep all words that follow it
+    overrides += arguments.overrides
+    compress(arguments.run, shares, arguments.mode, arguments.adapters, arguments.lasso, arguments.out, overrides)
 
 
 def _show(arguments: argparse.Namespace) -> None:

@@ -20,13 +20,21 @@ from dist_vpt.recipe import json_schema, load_recipe
 COMMANDS = {
     "dist-vpt": {"--help", "--version"},
     "dist-vpt train": {"--help", "--debug", "RECIPE|a.b=c +"},
+    "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +"},
     "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
     "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
+    "dist-vpt compress": {
+        *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
+    },
     "dist-vpt recipe": {"--help"},
     "dist-vpt recipe show": {"--help", "--debug", "RECIPE|a.b=c *"},
     "dist-vpt recipe schema": {"--help", "--debug"},
 }
-CHOICES = {"--split": ("train", "val", "trainval", "test"), "--adapters": ("last", "best")}
+CHOICES = {
+    "--split": ("train", "val", "trainval", "test"),
+    "--adapters": ("last", "best"),
+    "--mode": ("compress", "featselect", "finetune"),
+}
 
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
@@ -91,6 +99,9 @@ def test_python_m_is_the_command() -> None:
         ["eval", "run", "--adapters", "worst"],
         ["predict", "run"],
         ["predict", "run", "image", "--top", "many"],
+        ["compress", "run"],
+        ["compress", "run", "--keep", "0.5", "--mode", "nonsense"],
+        ["compress", "run", "--keep", "0.5", "--lasso", "much"],
         ["recipe"],
         ["recipe", "schema", "more"],
     ],
@@ -152,6 +163,22 @@ def test_images_of_predict_may_stand_anywhere(words: list[str], monkeypatch: pyt
     monkeypatch.setattr("dist_vpt.predict.predict", lambda *arguments: seen.append(arguments))
     assert main(words) == 0
     assert seen == [("run", ["a.png", "b.png"], "last", 3, None)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["compress", "run", "--keep", "0.7", "0.5", "x=1", "y=2"],
+        ["compress", "run", "x=1", "--keep", "0.7", "0.5", "--mode", "featselect", "y=2"],
+        ["compress", "run", "x=1", "y=2", "--keep", "0.7", "0.5"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_of_compress_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr("dist_vpt.compress.compress", lambda *arguments: seen.append(arguments))
+    assert main(words) == 0
+    assert seen == [("run", ["0.7", "0.5"], "featselect", "last", 1e-4, None, ["x=1", "y=2"])]
 
 
 def test_recipe_show_prints_the_resolved_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

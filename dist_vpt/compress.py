@@ -1,0 +1,543 @@
+"""``dist-vpt compress``: a VQT run's head on fewer of its features.
+
+B images of a batch, n of a split, F features that the run's queries find, K classes.
+
+With fixed queries the features of all images are one fixed matrix for each split, [n, F]: it is computed once, as
+evaluation shows the images (no augmentation, no dropout), and no head that is trained on it asks the backbone again.
+
+- ``compress``: a fresh head on all features, its loss raised by a group lasso, c * sum over f of ||W[:, f]||_2. The
+  norms are the features' scores; the head itself is then cut to the best ones.
+- ``featselect``: a fresh head on the best features alone.
+- ``finetune``: from there on head and queries together, on the frozen stream.
+
+What becomes smaller is the head, and nothing else: all queries are kept and computed, since a block's features are
+brought to length 1 together. A kept feature takes 4 K bytes in the adapter file and 8 more for its number.
+
+    RUN/compressed/MODE-KEEP/        one fraction: a run folder, as `train` writes it
+    RUN/compressed/MODE-curve.*      accuracy against the fraction kept (json, png)
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from dist_vpt.agreement import StopSignal
+from dist_vpt.build import Parts, assemble, class_weights, make_trial
+from dist_vpt.checkpoint import Progress, collect, read_adapters, restore, write_adapters
+from dist_vpt.data.loaders import EvalBatches, TrainBatches
+from dist_vpt.data.splits import Split
+from dist_vpt.errors import RunFailed, RunFolderError, UserError
+from dist_vpt.frozen_stream import observe
+from dist_vpt.methods.vqt import VQT, VQTRecipe
+from dist_vpt.metrics import Scores
+from dist_vpt.monitor import peak_memory_mib
+from dist_vpt.optim import build_optimizer, multiplier, set_lr
+from dist_vpt.recipe import Recipe, differences
+from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
+from dist_vpt.strategy import make_accelerator
+from dist_vpt.stream_cache import ROOM, StreamCache, StreamFeed
+from dist_vpt.train import device_name
+from dist_vpt.trials import fit_trials, make_pass, score_trials
+
+Mode = Literal["compress", "featselect", "finetune"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run that is compressed."""
+
+    recipe: Recipe
+    adapters: Path
+    tensors: dict[str, Tensor]
+    classes: tuple[str, ...]
+    scored: str  # the split that accuracies are of
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fraction: its recipe, its run folder, and what it is made of besides."""
+
+    keep: float
+    features: int  # that are kept
+    recipe: Recipe
+    folder: RunFolder
+    made_of: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Features:
+    """A run's features of all images, in batches that hold them as what was pooled, [B, F]."""
+
+    source: Source
+    method: VQT  # the run's own
+    train: TrainBatches
+    val: EvalBatches | None
+    scored: EvalBatches
+    class_weights: Tensor  # [K]
+    skipped: set[str]  # files that could not be read
+
+    @property
+    def device(self) -> torch.device:
+        return self.class_weights.device
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The adapters of one fraction, and how they came about."""
+
+    tensors: dict[str, Tensor]
+    last: dict[str, Any]  # epoch and scores
+    best: dict[str, Any]  # of the best epoch on val; empty without val
+    best_tensors: dict[str, Tensor]
+    seconds: float
+    images: int  # trained on
+
+
+def compress(  # noqa: PLR0917 (the options of the command)
+    run: str,
+    keep: Sequence[str | float],
+    mode: Mode = "featselect",
+    adapters: str = "last",
+    lasso: float = 1e-4,
+    out: str | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Compress a run to each fraction of ``keep`` that is not there yet; returns the content of MODE-curve.json.
+
+    Raises UserError for a run that is not VQT's, for adapters, data or fractions that do not fit, and where a folder
+    holds another compression; RunFailed for a loss that is not finite.
+    """
+    fractions, console = _fractions(keep), Console(highlight=False)
+    if not 0 <= lasso < math.inf:
+        raise UserError(f"--lasso {lasso}: must be a number from 0 on; the published one is 1e-4")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("compress: works on one process; start it without accelerate launch")
+    source, parts, method = open_run(run, adapters, overrides)
+    into = Path(out) if out is not None else Path(run) / "compressed"
+    made_of = {"mode": mode, "lasso": lasso, "sha256": hashlib.sha256(source.adapters.read_bytes()).hexdigest()}
+    job_of = partial(_job, source.recipe, method.all_features, into, made_of)
+    jobs = [job_of(fraction) for fraction in fractions]
+    todo = [job for job in jobs if not _is_done(job)]
+    if todo:
+        with ExitStack() as leaving:
+            accelerator = make_accelerator(source.recipe)
+            leaving.callback(accelerator.end_training)
+            for job in todo:
+                leaving.enter_context(job.folder.claimed(job.recipe))
+            features = fix_features(source, parts, method, accelerator)
+            uncompressed = {
+                "split": source.scored,
+                "features": method.all_features,
+                "bytes": source.adapters.stat().st_size,
+                **score(features, method, features.scored),
+            }
+            show = partial(console.print, markup=False, soft_wrap=True)
+            show(f"{method.all_features:,} features of each image, from fixed queries")
+            if parts.view.augment != "none":
+                show(f"images are shown to heads as to evaluation: without data.augment = {parts.view.augment}")
+            if mode == "finetune":
+                made = _finetuned(todo, features, lasso, accelerator, show)
+            else:
+                made = _on_features(mode, todo, features, lasso, show)
+            for job, trained in made:  # each is written before the next one is begun
+                _write_run(job, trained, features, uncompressed, accelerator)
+    return _conclude(into, jobs, job_of, console)
+
+
+def open_run(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Source, Parts, VQT]:
+    """A VQT run with its adapters in place. Raises UserError where it is none, or is not of this data."""
+    folder = RunFolder(run)
+    recipe = folder.load(overrides)
+    if folder.load().method.name != "vqt" or not isinstance(recipe.method, VQTRecipe):
+        name = folder.load().method.name
+        raise UserError(
+            f"{run}: method.name = {name}: only a vqt run has features to choose among; name one, and leave its method"
+        )
+    if recipe.method.keep is not None:
+        raise UserError(
+            f"{run}: method.keep = {recipe.method.keep}: is compressed already; name the run that it was made from"
+        )
+    path = folder.best if adapters == "best" else folder.adapters
+    tensors, facts = read_adapters(path)
+    parts = assemble(recipe)
+    assert isinstance(parts.method, VQT)
+    if list(parts.splits.classes) != facts.get("classes"):
+        raise UserError(f"{run}: was trained on other classes than {recipe.data.task} has here; mend data.root")
+    restore(parts.method, tensors, path)
+    scored = "test" if recipe.train.test else "val"
+    if scored == "val" and recipe.data.train_on != "train":
+        raise UserError(
+            "train.test = false: with data.train_on = trainval nothing is left to score; set train.test=true"
+        )
+    parts.splits[scored]  # a missing one is told now
+    return Source(recipe, path, tensors, parts.splits.classes, scored), parts, parts.method
+
+
+def fix_features(source: Source, parts: Parts, method: VQT, accelerator: Accelerator) -> Features:
+    """The features of the splits that are trained on and scored, each image computed once.
+
+    Raises UserError where memory does not hold them, DataError for an image that cannot be read.
+    """
+    recipe, device = source.recipe, accelerator.device
+    has_val = recipe.data.train_on == "train" and parts.splits.val is not None
+    names = dict.fromkeys([recipe.data.train_on, *(["val"] if has_val else []), source.scored])
+    needed = sum(len(parts.splits[name]) for name in names) * method.all_features * 4
+    free = psutil.virtual_memory().available * ROOM
+    if needed > free:
+        raise UserError(
+            f"compress: the features take {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB of memory may be used; "
+            "free some, or leave the test split out with train.test=false"
+        )
+    method.to(device).eval()
+    feeds = {name: _feed(method, parts.evaluation(name, 0, 1), parts.splits[name], device) for name in names}
+
+    def evaluation(name: str) -> EvalBatches:
+        batches = parts.evaluation(name, 0, 1)
+        batches.use(feeds[name])
+        return batches
+
+    # Micro-batches are for memory, and a head needs none: one after the other or not, the sum is the same.
+    whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"accumulate": 1})})
+    train = parts.training(whole, 0, 1)
+    train.use(feeds[recipe.data.train_on])
+    labels_n = parts.splits[recipe.data.train_on].labels
+    return Features(
+        source=source,
+        method=method,
+        train=train,
+        val=evaluation("val") if has_val else None,
+        scored=evaluation(source.scored),
+        class_weights=class_weights(recipe.train.class_weights, labels_n, len(source.classes)).to(device),
+        skipped={file for feed in feeds.values() for file in feed.skipped},
+    )
+
+
+@torch.no_grad()
+def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device) -> StreamFeed:
+    features_nF = torch.empty(len(split), method.all_features)
+    readable_n = np.zeros(len(split), bool)
+    try:
+        for batch in batches:
+            observed = observe(method.backbone, batch["images"].to(device), method.reads)
+            features_nF[batch["index"]] = method.features(observed).cpu()
+            readable_n[batch["index"].numpy()] = batch["weight"].numpy() > 0
+    finally:
+        batches.close()
+    return StreamFeed(StreamCache(features_nF, (), (), readable_n), split.labels, batches.skipped)
+
+
+def group_lasso(weight_KF: Tensor) -> Tensor:
+    """The sum over features f of ||W[:, f]||_2; the gradient of a norm that is 0 is taken as 0."""
+    return torch.linalg.vector_norm(weight_KF, dim=0).sum()
+
+
+def head_loss(  # noqa: PLR0917 (what the loss is made of)
+    logits_BK: Tensor, labels_B: Tensor, weights_B: Tensor, smoothing: float, weight_KF: Tensor, lasso: float
+) -> Tensor:
+    """The engine's loss of a batch, its mean weighted by ``weights_B``, and the group lasso on top."""
+    losses_B = F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=smoothing)
+    loss = (losses_B * weights_B).sum() / weights_B.sum().clamp(min=1e-12)
+    return loss + lasso * group_lasso(weight_KF) if lasso else loss
+
+
+def best_features(weight_KF: Tensor, number: int) -> Tensor:
+    """The features with the largest ||W[:, f]||_2, rising, int64 [number]; of equals the first."""
+    norms_F = torch.linalg.vector_norm(weight_KF.detach(), dim=0)
+    return norms_F.argsort(descending=True, stable=True)[:number].sort().values.cpu()
+
+
+def fresh_head(f: Features, recipe: Recipe, kept: Tensor | None = None) -> VQT:
+    """A reader with the run's queries and a new head, seeded by the recipe, on all features or the kept ones."""
+    reader = make_trial(recipe, f.method.backbone, len(f.source.classes))
+    assert isinstance(reader, VQT)
+    head = {name for name, _ in reader.head.named_parameters(prefix="head")}
+    queries = {name: tensor for name, tensor in f.source.tensors.items() if name not in head}
+    chosen = {} if kept is None else {"kept": kept}
+    restore(reader, {**collect(reader), **queries, **chosen}, f.source.adapters)
+    return reader.to(f.device).eval()
+
+
+def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
+    """Train a reader's head on the features as the recipe says; the best epoch is kept and early stopping obeyed.
+
+    Raises RunFailed for a loss that is not finite.
+    """
+    recipe, began = f.source.recipe, time.monotonic()
+    progress, best_tensors = Progress(), {}
+    # Nothing leads from fixed features to the queries: they get no gradient, and the optimiser passes them over.
+    optimizer = build_optimizer(recipe.optim, reader)
+    lr, steps = recipe.optim.peak_lr(recipe.train.batch_size), f.train.steps_per_epoch
+    while progress.epoch < recipe.train.epochs and not progress.ended:
+        for (fetched,) in f.train.epoch(progress.epoch):
+            number = progress.epoch * steps + progress.step
+            set_lr(optimizer, lr * multiplier(recipe.optim, number, steps, recipe.train.epochs))
+            batch = send_to_device(fetched, f.device)
+            labels_B, counts_B = batch["labels"], batch["weight"]
+            logits_BK = reader.classify(batch["images"].pooled)
+            weights_B = f.class_weights[labels_B] * counts_B
+            loss = head_loss(logits_BK, labels_B, weights_B, recipe.train.label_smoothing, _weight(reader), lasso)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(reader.head.parameters(), recipe.optim.clip_norm or math.inf)
+            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                raise RunFailed(
+                    f"compress: the loss is {loss.item()} and its gradient's norm {norm.item()} at step {number}; "
+                    "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            right = ((logits_BK.argmax(1) == labels_B) * counts_B).sum()
+            progress.count(loss.item(), right.item(), counts_B.sum().item())
+        progress.end_epoch()
+        due = progress.epoch == recipe.train.epochs or progress.epoch % recipe.train.eval_every == 0
+        if f.val is not None and due and progress.scored(score(f, reader, f.val), recipe.train.early_stop):
+            best_tensors = collect(reader)
+    seconds = time.monotonic() - began
+    return Trained(collect(reader), progress.last, progress.best, best_tensors, seconds, progress.images)
+
+
+@torch.no_grad()
+def score(f: Features, reader: VQT, batches: EvalBatches) -> dict[str, float]:
+    """Scores of a reader's head on the features of a split."""
+    scores = Scores(len(f.source.classes), f.device)
+    for fetched in batches:
+        batch = send_to_device(fetched, f.device)
+        logits_BK = reader.classify(batch["images"].pooled)
+        scores.update(logits_BK, batch["labels"], batch["weight"], batch["index"])
+    return scores.compute()
+
+
+def _on_features(
+    mode: Mode, jobs: Sequence[Job], f: Features, lasso: float, show: Callable[[str], None]
+) -> Iterator[tuple[Job, Trained]]:
+    """Each job with what `compress` or `featselect` makes of it. The backbone is not asked."""
+    everything = fresh_head(f, f.source.recipe)
+    scoring = train_head(f, everything, lasso)
+    show(f"group lasso of weight {lasso:g}: {scoring.last['epoch']} epochs in {scoring.seconds:.1f} s")
+    for job in jobs:
+        kept = best_features(_weight(everything), job.features)
+        reader = fresh_head(f, job.recipe, kept)
+        if mode == "compress":
+            cut = {
+                **collect(reader),
+                "head.weight": scoring.tensors["head.weight"][:, kept],
+                "head.bias": scoring.tensors["head.bias"],
+            }
+            restore(reader, cut, job.folder.path)
+            last = {"epoch": scoring.last["epoch"]}
+            if f.val is not None:
+                last["val"] = score(f, reader, f.val)
+            trained = Trained(cut, last, {}, {}, scoring.seconds, scoring.images)
+        else:
+            trained = train_head(f, reader)
+        trained.last[f.source.scored] = score(f, reader, f.scored)
+        yield job, trained
+
+
+def _finetuned(
+    jobs: Sequence[Job], f: Features, lasso: float, accelerator: Accelerator, show: Callable[[str], None]
+) -> Iterator[tuple[Job, Trained]]:
+    """Each job with queries and head trained on from `featselect`'s, all in one pass over the frozen stream.
+
+    Raises Interrupted, with the state saved, after SIGTERM or SIGUSR1.
+    """
+    starts = [trained.tensors for _, trained in _on_features("featselect", jobs, f, lasso, show)]
+    recipes = [job.recipe for job in jobs]
+    name = hashlib.sha256(json.dumps([jobs[0].made_of, *(recipe.to_yaml() for recipe in recipes)]).encode())
+    state = jobs[0].folder.path.parent / f".finetune-{name.hexdigest()[:16]}.pt"
+    with StopSignal() as stop:
+        p = make_pass(recipes, accelerator, stop, state, show)
+        try:
+            if (p.epoch, p.step) == (0, 0):
+                for trial, tensors in zip(p.trials, starts, strict=True):
+                    restore(trial.reader, tensors, state)
+            fit_trials(p)
+            alive = [(job, trial) for job, trial in zip(jobs, p.trials, strict=True) if not trial.diverged]
+            if f.source.scored == "test" and alive:
+                for (_, trial), scores in zip(alive, score_trials(p, [t for _, t in alive], "test"), strict=True):
+                    trial.progress.last["test"] = scores.compute()
+        finally:
+            p.close()
+    for job, trial in alive:
+        progress, seconds = trial.progress, p.seconds / len(jobs)
+        yield job, Trained(collect(trial.reader), progress.last, progress.best, trial.best, seconds, progress.images)
+    state.unlink(missing_ok=True)
+    if len(alive) < len(jobs):
+        said = "; ".join(
+            f"{job.folder.path}: {t.diverged}" for job, t in zip(jobs, p.trials, strict=True) if t.diverged
+        )
+        raise RunFailed(f"{said}; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm")
+
+
+def _write_run(job: Job, trained: Trained, f: Features, uncompressed: dict[str, Any], accelerator: Accelerator) -> None:
+    """A fraction as the run folder that `train` would have written of it, for eval and predict."""
+    folder, facts = job.folder, {"recipe": job.recipe.model_dump(mode="json"), "classes": list(f.source.classes)}
+    write_adapters(folder.adapters, trained.tensors, facts | {"epoch": trained.last["epoch"]})
+    if trained.best_tensors:
+        write_adapters(folder.best, trained.best_tensors, facts | {"epoch": trained.best["epoch"]})
+    own = sum(t.numel() for t in trained.tensors.values() if t.is_floating_point())
+    result = {
+        "last": trained.last,
+        "best": trained.best or None,
+        "compression": {
+            **job.made_of,
+            "source": str(f.source.adapters),
+            "keep": job.keep,
+            "features": job.features,
+            "bytes": folder.adapters.stat().st_size,
+            "uncompressed": uncompressed,
+        },
+        "seconds": round(trained.seconds, 3),
+        "images_per_s": round(trained.images / max(trained.seconds, 1e-9), 2),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+        "parameters": {"trained": own, "total": own + sum(p.numel() for p in f.method.backbone.parameters())},
+        "skipped_images": sorted(f.skipped),
+        "device": device_name(accelerator.device),
+        "processes": 1,
+        "precision": job.recipe.runtime.precision,
+        "seed": job.recipe.seed,
+        "versions": versions(),
+    }
+    write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
+    folder.mark("done")
+
+
+def curve_figure(curve: dict[str, Any]) -> Any:
+    """Accuracy against the share of features kept, beside the uncompressed run's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes, points = figure.subplots(), curve["points"]
+    axes.plot([100 * p["keep"] for p in points], [p["top1"] for p in points], "o-", label=curve["mode"])
+    axes.axhline(curve["uncompressed"]["top1"], linestyle="--", color="gray", label="uncompressed")
+    axes.set(xlabel="features kept (%)", ylabel=f"{curve['split']} top-1 (%)", title=f"{curve['mode']} of a VQT head")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _job(recipe: Recipe, features: int, into: Path, made_of: dict[str, Any], keep: float) -> Job:
+    assert isinstance(recipe.method, VQTRecipe)
+    kept, path = max(1, round(keep * features)), into / f"{made_of['mode']}-{keep}"
+    method = recipe.method.model_copy(update={"keep": kept})
+    run = recipe.run.model_copy(update={"dir": str(path), "resume": "auto"})
+    return Job(keep, kept, recipe.model_copy(update={"method": method, "run": run}), RunFolder(path), made_of)
+
+
+def _is_done(job: Job) -> bool:
+    """Whether a fraction is there. Raises RunFolderError where its folder holds something else."""
+    folder = job.folder
+    if folder.status().get("status") != "done":
+        return False
+    absent = [path.name for path in (folder.result, folder.adapters) if not path.is_file()]
+    if absent:
+        raise RunFolderError(f"{folder.path}: is done, but {' and '.join(absent)} is missing; remove this folder")
+    changed = _changes(job)
+    if changed:
+        raise RunFolderError(
+            f"{folder.path}: holds another compression; choose another --out, remove this folder, or undo:\n"
+            + "\n".join(f"  {change}" for change in changed)
+        )
+    return True
+
+
+def _changes(job: Job) -> list[str]:
+    """What a job differs in from the run that lies in its folder."""
+    found = read_json(job.folder.result).get("compression", {})
+    changed = [f"{key}: {found.get(key)} -> {value}" for key, value in job.made_of.items() if found.get(key) != value]
+    return changed + [d for d in differences(job.folder.load(), job.recipe) if not d.startswith(MAY_CHANGE)]
+
+
+def _conclude(into: Path, jobs: Sequence[Job], job_of: Callable[[float], Job], console: Console) -> dict[str, Any]:
+    """Write and show the curve through these fractions and those that were made alike before."""
+    mode, every = jobs[0].made_of["mode"], {job.keep: job for job in jobs}
+    for file in into.glob(f"{mode}-*/result.json"):
+        keep = read_json(file).get("compression", {}).get("keep")
+        if keep is not None and keep not in every:
+            job = job_of(keep)
+            if job.folder.result == file and job.folder.status().get("status") == "done" and not _changes(job):
+                every[keep] = job
+    runs = [(str(job.folder.path), read_json(job.folder.result)) for _, job in sorted(every.items(), reverse=True)]
+    uncompressed = runs[0][1]["compression"]["uncompressed"]
+    curve = {
+        **jobs[0].made_of,
+        "split": uncompressed["split"],
+        "uncompressed": uncompressed,
+        "points": [
+            {
+                **{key: result["compression"][key] for key in ("keep", "features", "bytes")},
+                **result["last"][uncompressed["split"]],
+                "run": path,
+            }
+            for path, result in runs
+        ],
+    }
+    picture = io.BytesIO()
+    curve_figure(curve).savefig(picture, format="png", dpi=120)
+    write_atomically(into / f"{mode}-curve.png", picture.getvalue())
+    write_atomically(into / f"{mode}-curve.json", json.dumps(curve, indent=1) + "\n")
+    _print(curve, console)
+    console.print(str(into / f"{mode}-curve.json"), markup=False, soft_wrap=True)
+    return curve
+
+
+def _print(curve: dict[str, Any], console: Console) -> None:
+    whole = curve["uncompressed"]
+    table = Table(title=f"{curve['mode']}: {curve['split']} top-1 by the share of features kept")
+    for column in ("kept", "features", "size, KiB", "size, %", "top-1, %", "difference"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        "uncompressed", f"{whole['features']:,}", f"{whole['bytes'] / 1024:.1f}", "", f"{whole['top1']:.2f}", ""
+    )
+    for point in curve["points"]:
+        table.add_row(
+            str(point["keep"]),
+            f"{point['features']:,}",
+            f"{point['bytes'] / 1024:.1f}",
+            f"{100 * point['bytes'] / whole['bytes']:.0f}",
+            f"{point['top1']:.2f}",
+            f"{point['top1'] - whole['top1']:+.2f}",
+        )
+    console.print(table)
+
+
+def _fractions(words: Sequence[str | float]) -> list[float]:
+    """Shares of the features, the largest first, each once. Raises UserError for what is none."""
+    fractions, wrong = set(), []
+    for word in words:
+        try:
+            fraction = float(word)
+        except ValueError:
+            fraction = math.nan
+        if 0 < fraction <= 1:
+            fractions.add(fraction)
+        else:
+            wrong.append(str(word))
+    if wrong or not fractions:
+        raise UserError(
+            f"--keep {' '.join(wrong)}: must be shares of the features, above 0 and at most 1, such as --keep 0.7 0.5"
+        )
+    return sorted(fractions, reverse=True)
+
+
+def _weight(reader: VQT) -> Tensor:
+    assert isinstance(reader.head, nn.Linear)
+    return reader.head.weight
