@@ -4,7 +4,7 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
-# Test files are shared out over so many processes; each computes with one thread.
+# Tests are shared out over so many processes, each of which computes with one thread.
 WORKERS ?= 2
 
 .PHONY: quickstart test lint setup benchmark clean
@@ -14,7 +14,7 @@ quickstart: .venv/.installed
 
 test: .venv/.installed-dev lint
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report= $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report= $(TESTS)
 	@$(BIN)/coverage report --fail-under=$(if $(TESTS),0,90) --skip-covered
 
 lint: .venv/.installed-dev

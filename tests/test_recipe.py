@@ -234,7 +234,8 @@ def test_files_and_overrides_are_told_apart(words: list[str], files: list[str], 
         ("optim.lr: 3", "1: optim.lr = 3: unknown key; did you mean 'optim'?"),
         (
             "on: 3",
-            "1: on = 3: unknown key; valid: backbone, base, data, method, optim, run, runtime, seed, stream, sweep, train",
+            "1: on = 3: unknown key; "
+            "valid: backbone, base, data, method, optim, run, runtime, seed, stream, sweep, train",
         ),
     ],
 )

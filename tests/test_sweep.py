@@ -175,9 +175,9 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("method", ["method.name=vqt", "method.name=vpt"])
 def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path: Path) -> None:
-    grid = ["train.epochs=3", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42, 44]", method]
+    grid = ["train.epochs=2", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42, 44]", "run.trackers=[]", method]
     whole = swept(tmp_path / "whole", *grid)
-    moments = ("trials/000.json", "seeds/42.json") if method.endswith("vpt") else ("run.json", "seeds/44.json")
+    moments = ("trials/000.json",) if method.endswith("vpt") else ("run.json", "seeds/44.json")
     for moment in moments:
         process = start(tmp_path / "killed", *grid)
         wait_for(lambda moment=moment: (tmp_path / "killed" / moment).exists())
@@ -207,7 +207,7 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("split", ["trials", "batch"])
 def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
-    grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", *GRID]
+    grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
     one = swept(tmp_path / "one", *grid)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     launch = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/ddp.yaml", "--num_processes", "2"]
