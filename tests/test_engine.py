@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +239,9 @@ def test_missing_wandb_is_told_before_anything_is_written(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A stand-in for the wandb package that writes down how it is called."""
+    request.addfinalizer(lambda: sys.modules.pop("wandb", None))  # other tests are to miss the package
     package = tmp_path / "site" / "wandb"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(

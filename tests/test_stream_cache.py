@@ -11,7 +11,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,8 @@ from dist_vpt.frozen_stream import Reads, StreamRecipe, observe
 from dist_vpt.methods import Reader, base
 from dist_vpt.recipe import load_recipe
 from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
-from tests.running import finish, metrics, start, train, words
+from tests.methods.conftest import make_backbone
+from tests.running import ROOT, metrics, train, words
 
 FAST = ("run.trackers=[]", "train.test=false", "train.eval_batch_size=96")
 # 1,000 images in batches of 300: the last one is smaller.
@@ -47,6 +48,15 @@ READERS = {
     "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1"),
 }
 GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu() -> Iterator[None]:
+    """A forked process cannot use a GPU that its parent has used."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.accelerator, "is_available", lambda: False)
+        yield
 
 
 @dataclass
@@ -144,7 +154,7 @@ def pictures(folder: Path, *, broken: Callable[[int], bool] = lambda i: False) -
     return ("data.task=mine", "data.format=image_folder", f"data.root={folder}", "train.batch_size=16")
 
 
-def forked(count: int, work: Callable[[int], Any], seconds: float = 60) -> list[int | None]:
+def forked(count: int, work: Callable[[int], Any], seconds: float = 300) -> list[int | None]:
     """Exit codes of ``work(rank)`` in processes forked from this one."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
@@ -160,7 +170,9 @@ def forked(count: int, work: Callable[[int], Any], seconds: float = 60) -> list[
     return [process.exitcode for process in processes]
 
 
-def two_processes(folder: Path, *overrides: str, before: Callable[[int], None] = lambda rank: None) -> list[int | None]:
+def two_processes(
+    folder: Path, *overrides: str, before: Callable[[int], None] = lambda rank: None, **environment: str
+) -> list[int | None]:
     """Exit codes of a run on two forked processes, with ``before(rank)`` called first."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
@@ -168,7 +180,9 @@ def two_processes(folder: Path, *overrides: str, before: Callable[[int], None] =
 
     def work(rank: int) -> None:
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=f"{port}", ACCELERATE_USE_CPU="true")
+        os.environ.update(
+            MASTER_ADDR="localhost", MASTER_PORT=f"{port}", **(environment or {"ACCELERATE_USE_CPU": "true"})
+        )
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
@@ -192,7 +206,8 @@ def message(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -
     ("reader", "precision"), [("linear", "fp32"), ("mlp", "fp32"), ("vqt", "fp32"), ("vqt", "bf16")]
 )
 def test_cached_equals_live(reader: str, precision: str, tmp_path: Path) -> None:
-    """Of places with the same rows to the last bit; of live batches to rounding, since theirs are of another size."""
+    """The places hold the same rows to the last bit. Live batches are of other sizes than those that fill a cache, and
+    threads may share a matrix product otherwise: equal to the last bit on one thread of a CPU, else to rounding."""
     options = (*UNEVEN, *READERS[reader], f"runtime.precision={precision}")
     live = run(tmp_path / "live", *options, "stream.cache=none")
     assert live.live == 2 * (1000 + 200)
@@ -244,21 +259,18 @@ def test_a_stream_that_is_read_once_is_not_kept(tmp_path: Path) -> None:
     assert "live" in once.line
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_two_processes_equal_one(place: str, tmp_path: Path) -> None:
-    options = ("train.epochs=2", "train.batch_size=60", "train.test=false", *READERS["vqt"][:2])
+@pytest.mark.parametrize(("reader", "place"), [("linear", "memory"), ("vqt", "memory"), ("vqt", "disk")])
+def test_two_processes_equal_one(reader: str, place: str, tmp_path: Path) -> None:
+    options = (*FAST, "train.epochs=2", "train.batch_size=60", *READERS[reader][:2])
     alone = run(tmp_path / "alone", *options, "stream.cache=none")
     cache = tmp_path / "cache"
-    process = start("ddp", tmp_path / "two", *options, f"stream.cache={place}", f"stream.dir={cache}")
-    output = finish(process)
-    assert process.returncode == 0, output[-3000:]
+    assert two_processes(tmp_path / "two", *options, f"stream.cache={place}", f"stream.dir={cache}") == [0, 0]
     assert scores(metrics(tmp_path / "two")) == pytest.approx(scores(alone.metrics), abs=1e-4)
     log = (tmp_path / "two" / "train.log").read_text()
-    assert (f"in {cache}" if place == "disk" else "in memory for each of 2 processes") in log
+    assert ("cached in memory for each of 2 processes" if place == "memory" else f"cached in {cache}") in log
     if place == "disk":
         assert len(folders(cache)) == 2
-        assert torch.equal(cache_of(cache, parts_of("method.queries=2")).pooled_nD, in_memory(parts_of()).pooled_nD)
+        assert all(map(torch.equal, tensors(cache_of(cache, parts_of())), tensors(in_memory(parts_of()))))
 
 
 def test_two_processes_with_bf16_and_skipped_images(tmp_path: Path) -> None:
@@ -614,6 +626,25 @@ def test_padding_has_no_weight() -> None:
     assert feed.skipped == {"x.png"}
 
 
+def test_scales_of_keys_are_kept_too(tmp_path: Path) -> None:
+    parts = parts_of("data.image_size=16")
+    backbone, reads, batches = (
+        make_backbone("registers"),
+        Reads((0, 2), key_scales=True),
+        partial(parts.evaluation, "val"),
+    )
+    facts = identity(parts.splits["val"], parts.view, backbone, reads)
+    memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory")
+    disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"))
+    images = torch.cat([batch["images"] for batch in batches(0, 1)])
+    wanted = observe(backbone, images, reads)
+    for cache in (memory, disk):
+        found = cache[torch.arange(200)]
+        assert len(found.normed) == len(found.key_scales) == 2
+        for a, b in zip(tensors(cache), (wanted.pooled, *wanted.normed, *wanted.key_scales), strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_the_size_of_a_stream_is_what_it_holds() -> None:
     parts = parts_of("runtime.precision=bf16", "method.blocks=[1,4]")
     assert isinstance(parts.method, Reader)
@@ -634,12 +665,27 @@ def test_what_zero3_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.distributed
-def test_zero3_with_a_cache(tmp_path: Path) -> None:
-    options = ("train.epochs=2", "train.batch_size=60", "train.test=false", *READERS["linear"])
+def test_zero3(tmp_path: Path) -> None:
+    """The backbone is sharded; its stream is computed live for what is augmented, and once for val."""
+    options = (*FAST, "train.epochs=2", "train.batch_size=250", "method.name=mlp", "data.augment=fgvc")
     alone = run(tmp_path / "alone", *options, "stream.cache=none")
-    process = start("zero3", tmp_path / "two", *options, "stream.cache=memory")
-    output = finish(process)
-    assert process.returncode == 0, output[-3000:]
+    import deepspeed  # noqa: F401 (once, before the processes are forked)
+
+    config = json.loads((ROOT / "launch" / "accelerate" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or the demo backbone would stay whole
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    found = two_processes(
+        tmp_path / "two",
+        *options,
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # DeepSpeed looks for ninja
+        DS_ACCELERATOR="cpu",
+        ACCELERATE_USE_DEEPSPEED="true",
+        ACCELERATE_DEEPSPEED_CONFIG_FILE=str(tmp_path / "zero3.json"),
+    )
+    assert found == [0, 0]
+    log = (tmp_path / "two" / "train.log").read_text()
+    assert "zero3 on 2 x " in log
+    assert "cached in memory for each of 2 processes, 0.00 GiB (val)" in log
     assert scores(metrics(tmp_path / "two")) == pytest.approx(scores(alone.metrics), abs=1e-4)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -160,8 +161,8 @@ def test_a_grid_that_breaks_a_rule_names_the_trial(tmp_path: Path) -> None:
         grid_jobs(recipe, tmp_path)
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start(folder: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
     return subprocess.Popen(
         [sys.executable, "-m", "dist_vpt", *command(folder, *overrides)],
         cwd=ROOT,
@@ -209,28 +210,24 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
 def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
     one = swept(tmp_path / "one", *grid)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/ddp.yaml", "--num_processes", "2"]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            *launch,
-            "--main_process_port",
-            "0",
-            "-m",
-            "dist_vpt",
-            *command(tmp_path / "two", *grid),
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    here = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        start(
+            tmp_path / "two",
+            *grid,
             f"sweep.split={split}",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "ACCELERATE_USE_CPU": "true"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    output = finish(process)
-    assert process.returncode == 0, output
+            ACCELERATE_USE_CPU="true",
+            RANK=rank,
+            LOCAL_RANK=rank,
+            **here,
+        )
+        for rank in ("0", "1")
+    ]
+    outputs = [finish(process) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     two = json.loads((tmp_path / "two" / "sweep.json").read_text())
     assert two["chosen"] == one["chosen"]
     for a, b in zip(one["trials"], two["trials"], strict=True):
