@@ -98,13 +98,13 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
     rate = matmul_rate(device, DTYPES[recipe.runtime.precision])
     images_per_s = recipe.train.batch_size / seconds
     return {
-        "step_ms": _rounded(seconds * 1e3),
-        "images_per_s": _rounded(images_per_s),
+        "step_ms": rounded(seconds * 1e3),
+        "images_per_s": rounded(images_per_s),
         "saved_for_backward_mib": round(saved / MIB, 3),
         "peak_mib": round(peak, 1),
         "model_flops": flops,
-        "matmul_tflops": _rounded(rate / 1e12),
-        "utilisation": _rounded(flops * images_per_s / rate),
+        "matmul_tflops": rounded(rate / 1e12),
+        "utilisation": rounded(flops * images_per_s / rate),
         "method": recipe.method.name,
         "method_settings": recipe.method.model_dump(mode="json", exclude={"name"}),
         "backbone": recipe.backbone.name,
@@ -119,11 +119,7 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         "parameters": training.parameters,
         "device": device_name(device),
         "device_type": device.type,
-        "machine": {
-            "cpu": device_name(torch.device("cpu")).rpartition(", ")[0],
-            "threads": torch.get_num_threads(),
-            "load": load,
-        },
+        "machine": machine(load),
         "versions": versions(),
     }
 
@@ -182,7 +178,7 @@ def micro_batch_loss(model: nn.Module, recipe: Recipe, batch: Batch) -> Tensor:
     return (losses_B * batch["weight"]).sum() / len(losses_B)
 
 
-def saved_for_backward(method: nn.Module, loss: Callable[[], Tensor]) -> int:
+def saved_for_backward(method: nn.Module, loss: Callable[[], Any]) -> int:
     """Bytes that autograd holds after ``loss()``, without parameters and buffers of ``method``."""
     with saved_storages(method) as saved:
         loss()
@@ -228,10 +224,10 @@ def time_steps(training: Training, batches: list[Batch], repeats: int) -> float:
     device = training.accelerator.device
 
     def step() -> float:
-        _synchronise(device)
+        synchronise(device)
         began = time.perf_counter()
         train_step(training, batches, norms=False)
-        _synchronise(device)
+        synchronise(device)
         training.progress.step += 1
         return time.perf_counter() - began
 
@@ -248,44 +244,54 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")
     for _ in range(1 + repeats):
-        _synchronise(device)
+        synchronise(device)
         began = time.perf_counter()
         torch.mm(left, right)
-        _synchronise(device)
+        synchronise(device)
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * side**3 / fastest
 
 
 def file_name(result: dict[str, Any]) -> str:
     """``step-METHOD-BACKBONE-bBATCH-PRECISION-POLICY-DEVICE.json``."""
+    words = ["step", result["method"], result["backbone"], f"b{result['batch']}", result["precision"]]
+    return name_on_device([*words, result["checkpointing"]], result)
+
+
+def name_on_device(words: list[str], result: dict[str, Any]) -> str:
+    """``WORDS-DEVICE.json``."""
     device = "cpu" if result["device_type"] == "cpu" else result["device"].lower()
-    words = [
-        "step",
-        result["method"],
-        result["backbone"],
-        f"b{result['batch']}",
-        result["precision"],
-        result["checkpointing"],
-        device,
-    ]
-    return re.sub(r"[^\w.-]+", "-", "-".join(words)) + ".json"
+    return re.sub(r"[^\w.-]+", "-", "-".join([*words, device])) + ".json"
 
 
-def _rounded(value: float) -> float:
+def machine(load: float) -> dict[str, Any]:
+    """What a time depends on besides the device."""
+    return {
+        "cpu": device_name(torch.device("cpu")).rpartition(", ")[0],
+        "threads": torch.get_num_threads(),
+        "load": load,
+    }
+
+
+def rounded(value: float) -> float:
+    """Five digits: more are noise."""
     return float(f"{value:.5g}")
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def _parser() -> argparse.ArgumentParser:
-    def count(text: str) -> int:
-        if not text.isdigit() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
-        return int(text)
+def count(text: str) -> int:
+    """An option's whole number."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least 1")
+    return int(text)
 
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks/step.py", description="Speed, memory and utilisation of one training step."
     )

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dist_vpt.agreement import StopSignal, agree
 from dist_vpt.build import Parts, assemble, class_weights, make_trial
@@ -125,15 +126,9 @@ def step_trials(p: Pass, fetched: list[Batch] | DataError) -> None:
     images = 0.0
     for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
         seeds = [fold(t.recipe.seed, number, accelerator.process_index, micro) for t in running]
-        logits = read(running, _observed(p, batch), seeds)
-        labels_B, smoothing = batch["labels"], recipe.train.label_smoothing
-        losses_T = torch.stack(
-            [
-                (F.cross_entropy(each_BK, labels_B, reduction="none", label_smoothing=smoothing) * weights_B).sum()
-                for each_BK in logits
-            ]
-        )
-        right_T = torch.stack([((each_BK.argmax(1) == labels_B) * batch["weight"]).sum() for each_BK in logits])
+        logits_TBK = torch.stack(read(running, _observed(p, batch), seeds))
+        losses_TB, right_TB = _losses(logits_TBK, batch["labels"], recipe.train.label_smoothing)
+        losses_T, right_T = (losses_TB * weights_B).sum(1), (right_TB * batch["weight"]).sum(1)
         told = torch.cat([losses_T.detach(), right_T, batch["weight"].sum()[None]])
         told = accelerator.reduce(told, "sum").cpu()
         sums += told[:-1].view(2, -1).T
@@ -144,9 +139,8 @@ def step_trials(p: Pass, fetched: list[Batch] | DataError) -> None:
         if alive.any():  # what is not finite stays in its own trial, whose gradient nobody asks for
             (losses_T[alive].sum() / weight).backward()
     _sum_gradients(p, running)
+    _update(p, number)
     for t, trial in enumerate(running):
-        if trial.running:
-            _update(p, trial, number)
         trial.optimizer.zero_grad()
         if trial.running:
             trial.progress.count(float(sums[t, 0]) / weight, float(sums[t, 1]), images)
@@ -199,6 +193,13 @@ def read(trials: Sequence[Trial], observed: Observed, seeds: Sequence[int] | Non
     return type(readers[0]).read_many(readers, observed, seeds)
 
 
+def _losses(logits_TBK: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Loss of each image in each trial, and whether it is right, [T, B]."""
+    labels_TB = labels_B.expand(len(logits_TBK), -1)
+    losses = F.cross_entropy(logits_TBK.flatten(0, 1), labels_TB.flatten(), reduction="none", label_smoothing=smoothing)
+    return losses.view_as(labels_TB), logits_TBK.argmax(2) == labels_B
+
+
 def _observed(p: Pass, batch: Batch) -> Observed:
     images, reader = batch["images"], p.trials[0].reader
     return images if isinstance(images, Observed) else observe(reader.backbone, images, reader.reads)
@@ -235,15 +236,21 @@ def _sum_gradients(p: Pass, running: Sequence[Trial]) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def _update(p: Pass, trial: Trial, step: int) -> None:
-    """Clip and step one trial as it would be alone."""
-    recipe = trial.recipe
-    lr = recipe.optim.peak_lr(recipe.train.batch_size)
-    set_lr(trial.optimizer, lr * multiplier(recipe.optim, step, p.train.steps_per_epoch, recipe.train.epochs))
-    parameters = [parameter for _, parameter in trial.reader.trainable()]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.optim.clip_norm or math.inf)
-    _check_finite(trial, "gradient norm", float(norm), step)
-    if trial.running:
+def _update(p: Pass, step: int) -> None:
+    """Clip and step each trial as it would be alone."""
+    trials, optim, train = p.running, p.recipe.optim, p.recipe.train
+    if not trials:
+        return
+    share = multiplier(optim, step, p.train.steps_per_epoch, train.epochs)
+    parameters = [[parameter for _, parameter in trial.reader.trainable()] for trial in trials]
+    norms_T = torch.stack([get_total_norm([q.grad for q in each if q.grad is not None]) for each in parameters])
+    for trial, each, norm, told in zip(trials, parameters, norms_T, norms_T.tolist(), strict=True):
+        _check_finite(trial, "gradient norm", told, step)
+        if not trial.running:
+            continue
+        if optim.clip_norm is not None:
+            clip_grads_with_norm_(each, optim.clip_norm, norm)
+        set_lr(trial.optimizer, trial.recipe.optim.peak_lr(train.batch_size) * share)
         trial.optimizer.step()
 
 
@@ -269,11 +276,10 @@ def _quick_scores(p: Pass, trials: Sequence[Trial], batches: EvalBatches) -> lis
     """Loss and top-1 of each trial; all other scores are for the end."""
     sums_3T = torch.zeros(3, len(trials), device=p.accelerator.device)
     for batch, logits in _passed(p, trials, batches):
-        logits_TBK, labels_B, counts_B = torch.stack(logits), batch["labels"], batch["weight"]
-        labels_TB = labels_B.expand(len(trials), -1)
-        losses_TB = F.cross_entropy(logits_TBK.flatten(0, 1), labels_TB.flatten(), reduction="none").view_as(labels_TB)
+        losses_TB, right_TB = _losses(torch.stack(logits), batch["labels"])
+        counts_B = batch["weight"]
         sums_3T[0] += (losses_TB.nan_to_num(0) * counts_B).sum(1)
-        sums_3T[1] += ((logits_TBK.argmax(2) == labels_B) * counts_B).sum(1)
+        sums_3T[1] += (right_TB * counts_B).sum(1)
         sums_3T[2] += counts_B.sum()
     loss_T, right_T, images_T = p.accelerator.reduce(sums_3T, "sum").tolist()
     if not images_T[0]:

@@ -146,16 +146,16 @@ class VQT(Reader):
             asked = [queries.expand(len(observed.pooled), -1, -1, -1) for queries in asked]
         queries_LQD = torch.cat(asked, dim=-2)
         sizes = [reader.recipe.queries for reader in readers]
-        found: list[list[Tensor]] = [[] for _ in readers]  # by reader and block, [B, Q_t, D]
-        for i, number in enumerate(first.blocks):
+        form, answers = first._form(observed, sum(sizes)), []
+        for i, (number, z_QD) in enumerate(zip(first.blocks, queries_LQD.unbind(-3), strict=True)):
             seams = open_block(first.backbone.blocks[number], number)
             scale_BNH = observed.key_scales[i] if observed.key_scales else None
-            answers_BQD = answer(
-                seams, queries_LQD[..., i, :, :], observed.normed[i], scale_BNH, first._form(observed, sum(sizes))
-            )
-            for mine, answer_BQD in zip(found, answers_BQD.split(sizes, dim=1), strict=True):
-                mine.append(answer_BQD)
-        return [reader._features(observed.pooled, mine) for reader, mine in zip(readers, found, strict=True)]
+            answers.append(answer(seams, z_QD, observed.normed[i], scale_BNH, form))
+        answers_BLQD = torch.stack(answers, dim=1).to(queries_LQD.dtype)
+        return [
+            reader._features(observed.pooled, mine_BLQD)
+            for reader, mine_BLQD in zip(readers, answers_BLQD.split(sizes, dim=2), strict=True)
+        ]
 
     def _dropped(self, images: int) -> Tensor:
         if not (self.training and self.recipe.dropout):
@@ -168,20 +168,16 @@ class VQT(Reader):
         heads = open_block(self.backbone.blocks[self.blocks[0]], self.blocks[0]).heads
         return cheaper_form(queries, heads, self.backbone.width)
 
-    def _features(self, pooled_BD: Tensor, answers: list[Tensor]) -> Tensor:
+    def _features(self, pooled_BD: Tensor, answers_BLQD: Tensor) -> Tensor:
         """The backbone's features and each block's, brought to length 1, side by side: [B, F]."""
-        dtype = self.queries.dtype
-        groups = [pooled_BD.to(dtype)]
-        for i, answer_BQD in enumerate(answers):
-            if self.recipe.pooling == "mean":
-                groups.append(answer_BQD.to(dtype).mean(1))
-            elif self.recipe.pooling == "weighted":
-                groups.append((answer_BQD.to(dtype) * self.pool_weights[i, :, None]).sum(1))
-            else:
-                groups.append(answer_BQD.to(dtype).flatten(1))
+        if self.recipe.pooling == "mean":
+            answers_BLQD = answers_BLQD.mean(2, keepdim=True)
+        elif self.recipe.pooling == "weighted":
+            answers_BLQD = (answers_BLQD * self.pool_weights[..., None]).sum(2, keepdim=True)
+        kinds = [pooled_BD.to(answers_BLQD.dtype).unsqueeze(1), answers_BLQD.flatten(2)]  # one group, and L of them
         if self.recipe.normalise:
-            groups = [F.normalize(group, dim=1) for group in groups]
-        return torch.cat(groups, dim=1)
+            kinds = [F.normalize(groups, dim=2) for groups in kinds]
+        return torch.cat([groups.flatten(1) for groups in kinds], dim=1)
 
 
 def cheaper_form(queries: int, heads: int, width: int) -> str:
@@ -215,14 +211,14 @@ def _attend_absorbed(seams: Seams, q_QHE: Tensor, n_BND: Tensor, scale_BNH: Tens
         scores_BNX = n_BND @ u_XD.transpose(1, 2)
     else:
         scores_BNX = (n_BND.flatten(0, 1) @ u_XD.T).unflatten(0, n_BND.shape[:2])
-    scores_BNX = widened(scores_BNX)
     if has_key_norm(seams):
         assert scale_BNH is not None
+        scores_BNX = widened(scores_BNX)
         if bias_E is not None:  # does not cancel: each token's scale multiplies it
             of_bias_QH = (q_QHE * bias_E.unflatten(0, (heads, -1))).sum(-1)
             scores_BNX = scores_BNX + of_bias_QH.flatten(-2).unsqueeze(-2)
         scores_BNX = (scores_BNX.unflatten(2, (-1, heads)) * widened(scale_BNH).unsqueeze(2)).flatten(2)
-    p_BNX = scores_BNX.softmax(dim=1).to(n_BND.dtype)
+    p_BNX = scores_BNX.softmax(dim=1).to(n_BND.dtype)  # of half precision: float32 inside, and nothing wider is kept
     c_BXD = p_BNX.transpose(1, 2) @ n_BND
     weight_ED, bias_E = seams.weights(2)
     c_HYD = c_BXD.unflatten(1, (-1, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # Y = B * Q
@@ -236,5 +232,4 @@ def _attend_projected(seams: Seams, q_QHE: Tensor, n_BND: Tensor, _: Tensor | No
         k_BHNE = seams.k_norm(seams.project(1, n_BND)).transpose(1, 2)
         v_BHNE = seams.project(2, n_BND).transpose(1, 2)
     scores_BHQN = q_QHE.transpose(-3, -2) @ k_BHNE.transpose(2, 3)
-    p_BHQN = widened(scores_BHQN).softmax(dim=-1).to(n_BND.dtype)
-    return (p_BHQN @ v_BHNE).transpose(1, 2)
+    return (scores_BHQN.softmax(dim=-1) @ v_BHNE).transpose(1, 2)

@@ -1,0 +1,433 @@
+"""Time of VQT's training step as published, and on the frozen stream: live, cached, shared by many trials.
+
+B images of a batch, n images of the cache, S image side, K classes, T trials.
+
+    python benchmarks/sweep.py [RECIPE...] a.b=c ... [--trials T] [--images N] [--published-batch M] [--out DIR]
+
+The recipe's words go on top of benchmarks/sweep.yaml. One process measures all ways on the same images, weights and
+threads, in turns, in float32 and with the frozen weights and the stream in bfloat16:
+
+- ``published``: queries and image tokens in one autograd graph (published_vqt.py), in micro-batches of
+  ``--published-batch``.
+- ``split``: the package's VQT from pixels: the frozen stream without autograd, then what the queries read of it.
+- ``cached``: the same from a cache of the frozen stream; taking a random batch's rows out of it is part of the time.
+- ``cached_trials``: T trials of their own initialisation and optimiser in one pass over such a batch.
+
+A step is forward, loss, backward and update of a batch; all but the published way are the step of ``dist-vpt sweep``.
+Before anything is timed all ways must give the same logits. The last line of the output is one JSON object, which
+also goes to a file in ``--out``; numbers are by way and precision:
+
+- ``seconds_per_image_and_trial``: median wall-clock time of a step / (B x trials).
+- ``ratio_split``, ``ratio_cached``, ``ratio_cached_trials``: time of the published way in float32 / time of this one.
+- ``ratio_..._same_precision``: time of the published way in the same precision / time of this one.
+- ``saved_for_backward_mib``: per image and trial, counted as in step.py, what is read of the cache included.
+- ``floor``: for the cached ways one read of a batch's rows at the measured memory bandwidth (a large copy), and the
+  matrix products of a step at the measured rate, one after the other; ``time_over_floor`` is time / that.
+- ``attention``: the kernel of the blocks, live and published alike: the quicker one in each precision.
+- ``logits_difference``: the largest to the published way's, relative to its largest logit (biases left out).
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from published_vqt import PublishedVQT
+from step import (
+    LR,
+    RESULTS,
+    count,
+    machine,
+    matmul_rate,
+    name_on_device,
+    rounded,
+    saved_for_backward,
+    synchronise,
+    synthetic_batches,
+)
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dist_vpt.agreement import StopSignal
+from dist_vpt.backbones.build import describe
+from dist_vpt.build import DTYPES, make_method, make_trial
+from dist_vpt.cli import guarded
+from dist_vpt.data.loaders import Batch
+from dist_vpt.errors import RunFailed, UserError
+from dist_vpt.frozen_stream import StreamRecipe, observe
+from dist_vpt.methods.vqt import VQT
+from dist_vpt.monitor import MIB
+from dist_vpt.optim import build_optimizer, set_lr
+from dist_vpt.recipe import Recipe, load_recipe, split_arguments
+from dist_vpt.runfolder import versions, write_atomically
+from dist_vpt.strategy import make_accelerator
+from dist_vpt.stream_cache import StreamCache, nbytes
+from dist_vpt.train import device_name
+from dist_vpt.trials import Pass, Trial, step_trials
+
+DEFAULTS = Path(__file__).with_suffix(".yaml")
+WAYS = ("split", "cached", "cached_trials")
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of logits, relative; half precision rounds in every block
+FILL_BATCH = 16  # images of the stream computed at once
+# The quicker kernel for the blocks, live and published alike; on GPUs it is sdpa in both.
+CPU_ATTENTION = {"fp32": "sdpa", "bf16": "eager"}
+COPY_BYTES = {"cpu": 2**28}  # elsewhere 2^32
+Numbers = dict[str, dict[str, float]]  # by way and precision
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train in one precision."""
+
+    step: Callable[[], None]  # forward, loss, backward and update of a batch
+    divisor: int  # images x trials of a step
+    saved: float  # MiB that autograd holds for backward, per image and trial
+    reads: int = 0  # bytes of the cache that a step reads
+
+
+def main(words: list[str] | None = None) -> int:
+    """Benchmark one recipe, print its JSON and write its file; returns the exit code."""
+    arguments = _parser().parse_intermixed_args(words)
+
+    def call() -> None:
+        files, overrides = split_arguments(arguments.recipe)
+        result = benchmark(load_recipe([DEFAULTS, *files], overrides), arguments)
+        file = Path(arguments.out) / file_name(result)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(result, indent=1) + "\n")
+        print(f"written to {file}")
+        print(json.dumps(result), flush=True)
+
+    return guarded(call, debug=arguments.debug)
+
+
+def benchmark(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    """All numbers of one recipe."""
+    load = round(os.getloadavg()[0], 1)
+    _check(recipe)
+    recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})})
+    accelerator = make_accelerator(recipe)
+    device, batch = accelerator.device, recipe.train.batch_size
+    images = options.images or max(batch, 32 if device.type == "cpu" else 1000)
+    if images < batch:
+        raise UserError(f"--images {images}: must be at least a batch, {batch}; raise it or lower train.batch_size")
+    micro = min(batch, options.published_batch)
+    photos = synthetic_batches(_with_batch(recipe, images), describe(recipe.backbone), options.classes)[0]
+    ways: dict[str, dict[str, Way]] = {name: {} for name in ("published", *WAYS)}
+    differences: Numbers = {name: {} for name in WAYS}
+    for precision in TOLERANCE:
+        bench = make_bench(recipe, precision, options, photos, accelerator)
+        for name, difference in bench.logits_differences(photos["images"][:micro].to(device)).items():
+            differences[name][precision] = rounded(difference)
+        for name, way in bench.ways(photos, batch, micro).items():
+            ways[name][precision] = way
+    seconds = time_in_turns(ways, device, options.repeats)
+    return {
+        "seconds_per_image_and_trial": _rounded(seconds),
+        **ratios(seconds),
+        "saved_for_backward_mib": {name: {p: round(w.saved, 3) for p, w in by.items()} for name, by in ways.items()},
+        "floor": floor(ways, seconds, device),
+        "logits_difference": differences,
+        "method": recipe.method.name,
+        "method_settings": recipe.method.model_dump(mode="json", exclude={"name"}),
+        "queries": cast(Any, recipe.method).queries,
+        "trials": options.trials,
+        "backbone": recipe.backbone.name,
+        "image_size": photos["images"].shape[-1],
+        "attention": attention(device),
+        "classes": options.classes,
+        "batch": batch,
+        "published_batch": micro,
+        "images": images,
+        "cache": "device" if options.device_cache else "memory",
+        "optimizer": recipe.optim.name,
+        "repeats": options.repeats,
+        "device": device_name(device),
+        "device_type": device.type,
+        "machine": machine(load),
+        "versions": versions(),
+    }
+
+
+@dataclass
+class Bench:
+    """Everything that is trained in one precision, on one frozen backbone."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    published: PublishedVQT
+    readers: list[VQT]
+    cache: StreamCache
+
+    def logits_differences(self, images_B3SS: Tensor) -> dict[str, float]:
+        """Of the first trial's logits in each way from the published way's. Raises RunFailed where they disagree."""
+        first, index_B = self.readers[0], torch.arange(len(images_B3SS))
+        with torch.no_grad():
+            torch.manual_seed(self.recipe.seed)  # dropout draws alike
+            wanted_BK = self.published(images_B3SS)
+            cached = send_to_device(self.cache[index_B], self.accelerator.device)
+            seeds = [self.recipe.seed] * len(self.readers)
+            found = {
+                "split": first.read_many([first], observe(first.backbone, images_B3SS, first.reads), seeds[:1])[0],
+                "cached": first.read_many([first], cached, seeds[:1])[0],
+                "cached_trials": first.read_many(self.readers, cached, seeds)[0],
+            }
+        scale = (wanted_BK - cast(nn.Linear, self.published.head).bias.detach()).abs().max()
+        precision = self.recipe.runtime.precision
+        differences = {name: float((each_BK - wanted_BK).abs().max() / scale) for name, each_BK in found.items()}
+        wrong = [f"{name} {value:.1e}" for name, value in differences.items() if not value <= TOLERANCE[precision]]
+        if wrong:
+            raise RunFailed(
+                f"logits in {precision} differ from the published way's by {', '.join(wrong)} of the largest, and "
+                f"{TOLERANCE[precision]:.0e} is allowed: nothing was timed; mend what differs first"
+            )
+        return differences
+
+    def ways(self, photos: Batch, batch: int, micro: int) -> dict[str, Way]:
+        """What is timed, each way with its own optimisers."""
+        from_cache = Batch(images=self.cache, labels=photos["labels"], weight=photos["weight"], index=photos["index"])
+        one, many = self.readers[:1], self.readers
+        reads = nbytes(one[0].backbone, one[0].reads, batch)
+        return {
+            "published": self._published(photos, batch, micro),
+            "split": self._trials(one, photos, batch, 0),
+            "cached": self._trials(one, from_cache, batch, reads),
+            "cached_trials": self._trials(many, from_cache, batch, reads),
+        }
+
+    def _published(self, photos: Batch, batch: int, micro: int) -> Way:
+        optimizer = build_optimizer(self.recipe.optim, self.published)
+        set_lr(optimizer, LR)
+        smoothing, draw = self.recipe.train.label_smoothing, random_batches(photos, batch)
+
+        def loss(some: Batch) -> Tensor:
+            images, labels_B = (x.to(self.accelerator.device) for x in (some["images"], some["labels"]))
+            logits_BK = self.published(images)
+            return F.cross_entropy(logits_BK, labels_B, reduction="sum", label_smoothing=smoothing) / batch
+
+        def step() -> None:
+            some = draw()
+            for index_B in torch.arange(batch).split(micro):
+                loss(rows(some, index_B)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        first = rows(photos, torch.arange(micro))
+        saved = saved_for_backward(self.published, lambda: loss(first))
+        return Way(step, batch, saved / MIB / micro)
+
+    def _trials(self, readers: list[VQT], kept: Batch, batch: int, reads: int) -> Way:
+        trials = [
+            Trial(_with_seed(self.recipe, t), reader, build_optimizer(self.recipe.optim, reader))
+            for t, reader in enumerate(readers)
+        ]
+        nowhere = cast(Any, None)
+        p = Pass(
+            trials=trials,
+            parts=nowhere,
+            accelerator=self.accelerator,
+            train=cast(Any, SimpleNamespace(steps_per_epoch=sys.maxsize)),  # all that the step asks of it
+            val=None,
+            class_weights=torch.ones(cast(nn.Linear, readers[0].head).out_features, device=self.accelerator.device),
+            stop=StopSignal(),  # never entered: signals keep their meaning
+            state=nowhere,
+            show=nowhere,
+        )
+        draw = random_batches(kept, batch)
+
+        def step() -> None:
+            step_trials(p, [draw()])
+            p.step += 1
+
+        saved = saved_for_backward(nn.ModuleList(readers), step)
+        return Way(step, batch * len(trials), saved / MIB / batch / len(trials), reads)
+
+
+def make_bench(
+    recipe: Recipe, precision: str, options: argparse.Namespace, photos: Batch, accelerator: Accelerator
+) -> Bench:
+    """Build the published way and all trials on one backbone, and compute the frozen stream of all images."""
+    own = {"precision": precision, "attention": attention(accelerator.device)[precision]}
+    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=own)})
+    method, _ = make_method(recipe, describe(recipe.backbone), options.classes)
+    first = cast(VQT, method.to(accelerator.device))
+    others = [
+        cast(VQT, make_trial(_with_seed(recipe, t), first.backbone, options.classes).to(accelerator.device))
+        for t in range(1, options.trials)
+    ]
+    torch.manual_seed(recipe.seed)
+    published = PublishedVQT(cast(Any, recipe.method), first.backbone, options.classes, DTYPES[precision])
+    place = accelerator.device if options.device_cache else torch.device("cpu")
+    cache = make_cache(first, photos["images"], accelerator.device, place)
+    for method in (first, *others, published):
+        method.train()
+    return Bench(recipe, accelerator, published.to(accelerator.device), [first, *others], cache)
+
+
+def make_cache(reader: VQT, images_n3SS: Tensor, device: torch.device, place: torch.device) -> StreamCache:
+    """The frozen stream of all images, computed on ``device`` and held in ``place``."""
+    parts = []
+    for images_B3SS in images_n3SS.split(FILL_BATCH):
+        observed = observe(reader.backbone, images_B3SS.to(device), reader.reads)
+        parts.append(send_to_device(observed, place))
+    pooled, normed, key_scales = zip(*parts, strict=True)
+
+    def joined(blocks: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, ...]:
+        return tuple(torch.cat(block) for block in zip(*blocks, strict=True))
+
+    return StreamCache(torch.cat(pooled), joined(normed), joined(key_scales), np.ones(len(images_n3SS), bool))
+
+
+def random_batches(kept: Batch, batch: int) -> Callable[[], Batch]:
+    """Draws a batch of what is kept of all images: their pixels, or a cache's rows."""
+    noise = torch.Generator().manual_seed(0)
+    return lambda: rows(kept, torch.randperm(len(kept["labels"]), generator=noise)[:batch])
+
+
+def rows(kept: Batch, index_B: Tensor) -> Batch:
+    """Some of the images."""
+    return Batch(
+        images=kept["images"][index_B],
+        labels=kept["labels"][index_B],
+        weight=kept["weight"][index_B],
+        index=kept["index"][index_B],
+    )
+
+
+def time_in_turns(ways: dict[str, dict[str, Way]], device: torch.device, repeats: int) -> Numbers:
+    """Median seconds per image and trial of each way, after a first step that is not counted.
+
+    Each repeat takes one step of every way, so that what else the machine does meets all of them.
+    """
+    taken: dict[str, dict[str, list[float]]] = {name: {p: [] for p in by} for name, by in ways.items()}
+    for _ in range(1 + repeats):
+        for name, by_precision in ways.items():
+            for precision, way in by_precision.items():
+                synchronise(device)
+                began = time.perf_counter()
+                way.step()
+                synchronise(device)
+                taken[name][precision].append((time.perf_counter() - began) / way.divisor)
+    return {name: {p: statistics.median(times[1:]) for p, times in by.items()} for name, by in taken.items()}
+
+
+def ratios(seconds: Numbers) -> Numbers:
+    """How many times faster than the published way in float32, and than the published way in the same precision."""
+    published = seconds["published"]
+    against_float32 = {
+        f"ratio_{name}": {p: rounded(published["fp32"] / own) for p, own in seconds[name].items()} for name in WAYS
+    }
+    return against_float32 | {
+        f"ratio_{name}_same_precision": {p: rounded(published[p] / own) for p, own in seconds[name].items()}
+        for name in WAYS
+    }
+
+
+def floor(ways: dict[str, dict[str, Way]], seconds: Numbers, device: torch.device) -> dict[str, Any]:
+    """What the cached ways cannot be faster than on this device, and how far they are from it."""
+    bandwidth = memory_rate(device)
+    rates = {precision: matmul_rate(device, DTYPES[precision]) for precision in TOLERANCE}
+    floors: Numbers = {}
+    for name in ("cached", "cached_trials"):
+        floors[name] = {}
+        for precision, way in ways[name].items():
+            with FlopCounterMode(display=False) as counter:
+                way.step()
+            least = way.reads / bandwidth + counter.get_total_flops() / rates[precision]
+            floors[name][precision] = least / way.divisor
+    over = {name: {p: seconds[name][p] / least for p, least in by.items()} for name, by in floors.items()}
+    return {
+        "memory_gb_per_s": rounded(bandwidth / 1e9),
+        "matmul_tflops": {precision: rounded(rate / 1e12) for precision, rate in rates.items()},
+        "seconds_per_image_and_trial": _rounded(floors),
+        "time_over_floor": _rounded(over),
+    }
+
+
+def memory_rate(device: torch.device, repeats: int = 5) -> float:
+    """Bytes per second, read and written, of one large copy, the fastest of ``repeats``."""
+    source = torch.zeros(COPY_BYTES.get(device.type, 2**32), dtype=torch.uint8, device=device)
+    target, fastest = torch.zeros_like(source), math.inf
+    for _ in range(1 + repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        synchronise(device)
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * source.nbytes / fastest
+
+
+def attention(device: torch.device) -> dict[str, str]:
+    """The kernel by precision."""
+    return CPU_ATTENTION if device.type == "cpu" else dict.fromkeys(CPU_ATTENTION, "sdpa")
+
+
+def file_name(result: dict[str, Any]) -> str:
+    """``sweep-vqt-BACKBONE-qQUERIES-bBATCH-tTRIALS-DEVICE.json``."""
+    sizes = [f"q{result['queries']}", f"b{result['batch']}", f"t{result['trials']}"]
+    return name_on_device(["sweep", result["method"], result["backbone"], *sizes], result)
+
+
+def _check(recipe: Recipe) -> None:
+    """Raises UserError for what this benchmark sets itself, or does not measure."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("benchmarks/sweep.py measures one process; start it with `python`, not with a launcher")
+    wrong = []
+    if recipe.method.name != "vqt":
+        wrong.append(f"method.name = {recipe.method.name}: only vqt has a published way to be measured against")
+    if recipe.runtime.precision != "fp32":
+        wrong.append(f"runtime.precision = {recipe.runtime.precision}: both are measured; leave it out")
+    if recipe.runtime.attention != "sdpa":
+        wrong.append(f"runtime.attention = {recipe.runtime.attention}: the quicker kernel is used; leave it out")
+    if recipe.train.accumulate != 1:
+        wrong.append(f"train.accumulate = {recipe.train.accumulate}: must be 1 here; use --published-batch")
+    if recipe.stream != StreamRecipe():
+        wrong.append("stream: live and cached are both measured; leave it out (--device-cache is for GPUs)")
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def _with_batch(recipe: Recipe, batch: int) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": batch})})
+
+
+def _with_seed(recipe: Recipe, trial: int) -> Recipe:
+    return recipe.model_copy(update={"seed": recipe.seed + trial})
+
+
+def _rounded(numbers: Numbers) -> Numbers:
+    return {name: {p: rounded(value) for p, value in by.items()} for name, by in numbers.items()}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/sweep.py", description="VQT's training step as published, and on the frozen stream."
+    )
+    add = parser.add_argument
+    add("recipe", nargs="*", metavar="RECIPE|a.b=c", help="recipe files, and a.b=c overrides")
+    add("--trials", type=count, default=20, metavar="T", help="trials of one pass (default 20)")
+    add("--classes", type=count, default=100, metavar="K", help="classes of the head (default 100)")
+    add("--images", type=count, metavar="N", help="images in the cache (default 32, on a GPU 1000; at least a batch)")
+    add("--repeats", type=count, default=5, metavar="N", help="timed steps of each way (default 5)")
+    add("--published-batch", type=count, default=16, metavar="M", help="micro-batch of the published way (default 16)")
+    add("--device-cache", action="store_true", help="keep the cache on the GPU instead of in host memory")
+    add("--out", default=str(RESULTS), metavar="DIR", help="where the JSON file goes")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
