@@ -18,7 +18,9 @@ class PublishedVQT(VQT):
     def forward(self, images_B3SS: Tensor) -> Tensor:  # type: ignore[override]
         tokens_BND = self.backbone.embed(images_B3SS)
         images, tokens = tokens_BND.shape[:2]
-        queries_BLQD = self._dropped(images).expand(images, -1, -1, -1).to(tokens_BND.dtype)
+        mask_BLQD = self.mask(images)
+        queries_BLQD = self.queries.expand(images, -1, -1, -1) if mask_BLQD is None else self.queries * mask_BLQD
+        queries_BLQD = queries_BLQD.to(tokens_BND.dtype)
         mask_AA = query_mask(tokens, queries_BLQD.shape[2]).to(tokens_BND)
         answers = []
         for number, block in enumerate(self.backbone.blocks):
@@ -28,8 +30,7 @@ class PublishedVQT(VQT):
             joined_BAD = torch.cat([tokens_BND, queries_BLQD[:, self.blocks.index(number)]], dim=1)
             tokens_BND, answer_BQD = block(joined_BAD, attn_mask=mask_AA).tensor_split([tokens], dim=1)
             answers.append(answer_BQD)
-        answers_BLQD = torch.stack(answers, dim=1).to(self.queries.dtype)
-        return self.classify(self._features(self.backbone.pool(self.backbone.norm(tokens_BND)), answers_BLQD))
+        return self.classify(self._features(self.backbone.pool(self.backbone.norm(tokens_BND)), answers))
 
 
 def query_mask(tokens: int, queries: int) -> Tensor:

@@ -57,25 +57,12 @@ def step_losses(folder: Path) -> list[float]:
 def start(strategy: str, folder: Path, *overrides: str) -> subprocess.Popen[str]:
     """A run on two processes, started as the README says: launch/local.sh, or accelerate with one of our files."""
     rest = words(folder, *overrides)
-    accelerate = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        "0",
-    ]
     if strategy == "ddp":
         command = [str(ROOT / "launch" / "local.sh"), "ddp", "2", *rest]
-    elif strategy == "zero0":  # no file of ours: DeepSpeed without sharding is for comparison alone
-        config = folder.parent / "zero0.json"
-        config.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-        options = ["--use_deepspeed", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command = [*accelerate, *options, "--deepspeed_config_file", str(config), "-m", "dist_vpt.train", *rest]
     else:
         file = "accelerate_config.yaml" if strategy == "zero2" else f"launch/accelerate/{strategy}.yaml"
-        command = [*accelerate, "--config_file", file, "-m", "dist_vpt.train", *rest]
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+        command = [*launch, "--main_process_port", "0", "--config_file", file, "-m", "dist_vpt.train", *rest]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # local.sh and DeepSpeed look things up
     return subprocess.Popen(
         command,

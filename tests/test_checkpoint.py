@@ -2,66 +2,53 @@
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dist_vpt import checkpoint
 from dist_vpt.checkpoint import read_adapters, restore, write_adapters
 from dist_vpt.errors import RunFolderError, WeightsError
 from dist_vpt.methods import attach
 from dist_vpt.methods.vpt import VPTRecipe
+from tests.forks import command
 from tests.methods.conftest import make_backbone
 from tests.running import metrics, train, words
 
 OPTIONS = ("train.batch_size=250", "train.epochs=3", "run.save_every=1", "runtime.deterministic=true")
 
-# Kill the process, as a power cut or an out-of-memory killer would, at a point of its fourth save.
-KILLER = """
-    import os, signal, sys
-    import torch
-    from dist_vpt import checkpoint
-    point, saves = sys.argv[1], 0
 
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill_at(point: str) -> None:
+    """Let this process kill itself, as a power cut or the system would, at a point of its fourth save."""
+    saves = 0
 
-    def counted(original, when):
-        def call(*args, **kwargs):
-            global saves
-            if when == "tensors":
-                saves += 1
+    def counted(original: Callable[..., Any], when: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal saves
+            saves += when == "tensors"
             if saves == 4 and when == point:
                 if when == "tensors":
-                    with open(args[1], "wb") as file:
-                        file.write(b"half a file")
-                die()
+                    args[1].write_bytes(b"half a file")
+                os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
+
         return call
 
     torch.save = counted(torch.save, "tensors")
     checkpoint.write_atomically = counted(checkpoint.write_atomically, "json")
     checkpoint.os.replace = counted(os.replace, "rename")
     checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree, "prune")
-    from dist_vpt.cli import main
-    sys.exit(main(["train", *sys.argv[2:]]))
-"""
 
 
 @pytest.mark.parametrize("point", ["tensors", "json", "rename", "prune"])
 def test_a_kill_during_a_save_loses_at_most_that_save(point: str, tmp_path: Path) -> None:
     train(tmp_path / "whole", *OPTIONS)
     folder = tmp_path / "run"
-    killed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLER), point, *words(folder, *OPTIONS)],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    killed = command(["train", *words(folder, *OPTIONS)], tmp_path / "told.txt", before=lambda rank: kill_at(point))
+    assert killed.finish() == [-signal.SIGKILL], killed.output
     names = sorted(path.name for path in (folder / "state").glob("step-*"))
     assert names[-1] in ("step-00000003", "step-00000004")
     assert not (folder / "result.json").exists()

@@ -6,16 +6,39 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from dist_vpt.checkpoint import read_adapters
 from dist_vpt.predict import score
-from tests.running import finish, metrics, start, step_losses, train, wait_for, workers_of
+from tests.forks import Forks, command
+from tests.running import ROOT, finish, metrics, start, step_losses, train, wait_for, words, workers_of
 
 pytestmark = pytest.mark.distributed
-STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
+LAUNCHED = ("ddp", "zero2", "zero3")  # as the README says; their files differ from the others' by a name alone
+STRATEGIES = (*LAUNCHED, "zero0", "zero1", "zero3_offload")
 # 1,000 images in batches of 60: the 17th is smaller and shared unevenly. Clipping and class weights span processes.
 OPTIONS = ("train.batch_size=60", "train.epochs=2", "optim.clip_norm=1", "train.class_weights=inv", "method.prompts=3")
+
+
+def forked(strategy: str, folder: Path, *overrides: str) -> Forks:
+    """A run on two processes without a launcher."""
+    file = ROOT / "launch" / "accelerate" / f"{strategy}.json"
+    if strategy == "zero0":  # no file of ours: DeepSpeed without sharding is for comparison alone
+        file = folder.parent / "zero0.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    told = folder.parent / f"{folder.name}.txt"
+    return command(["train", *words(folder, *overrides)], told, "ddp" if strategy == "ddp" else str(file))
+
+
+def test_what_accelerate_is_told_differs_by_a_name() -> None:
+    """So that what is launched below stands for all."""
+    for strategy in ("zero1", "zero2", "zero3_offload"):
+        path = ROOT / "launch" / "accelerate" / f"{strategy}.yaml"
+        told, of_zero3 = (yaml.safe_load(file.read_text()) for file in (path, path.with_name("zero3.yaml")))
+        assert told["deepspeed_config"].pop("deepspeed_config_file") == f"launch/accelerate/{strategy}.json"
+        of_zero3["deepspeed_config"].pop("deepspeed_config_file")
+        assert told == of_zero3
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +52,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_equal_one(strategy: str, alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = ("train.accumulate=3",) if strategy in ("ddp", "zero2", "zero3") else ()
-    process = start(strategy, folder, *OPTIONS, *more)
-    output = finish(process)
-    assert process.returncode == 0, output[-3000:]
+    if strategy in LAUNCHED:
+        process = start(strategy, folder, *OPTIONS, *more)
+        output = finish(process)
+        assert process.returncode == 0, output[-3000:]
+    else:
+        forks = forked(strategy, folder, *OPTIONS, *more)
+        assert forks.finish() == [0, 0], forks.output[-3000:]
     one, two = step_losses(alone), step_losses(folder)
     assert len(one) == len(two) == 34
     assert two == pytest.approx(one, abs=1e-4)
@@ -55,21 +82,27 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(strategy: str, tmp_path:
     options = (*OPTIONS, "optim.name=adamw", "optim.lr=0.01", "train.epochs=3")
     train(tmp_path / "whole", *options)
     folder = tmp_path / "run"
-    process = start(strategy, folder, *options)
     log = folder / "train.log"
-    wait_for(lambda: (log.exists() and "step 3/" in log.read_text()) or process.poll() is not None)
-    workers_of(process)[-1].send_signal(signal.SIGUSR1)
-    output = finish(process)
-    assert process.returncode != 0
+    if strategy == "ddp":  # below a launcher
+        process = start(strategy, folder, *options)
+        wait_for(lambda: (log.exists() and "step 3/" in log.read_text()) or process.poll() is not None)
+        workers_of(process)[-1].send_signal(signal.SIGUSR1)
+        output = finish(process)
+        assert process.returncode != 0
+    else:
+        forks = forked(strategy, folder, *options)
+        wait_for(lambda: (log.exists() and "step 3/" in log.read_text()) or not forks.running)
+        forks.send(signal.SIGUSR1, rank=1)
+        assert forks.finish() == [75, 75], forks.output[-3000:]
+        output = forks.output
     assert "stopped at step" in output
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     if strategy == "ddp":
         train(folder, *options, "run.resume=auto")
     else:
-        process = start(strategy, folder, *options, "run.resume=auto")
-        output = finish(process)
-        assert process.returncode == 0, output[-3000:]
-        assert "resumed from" in output
+        forks = forked(strategy, folder, *options, "run.resume=auto")
+        assert forks.finish() == [0, 0], forks.output[-3000:]
+        assert "resumed from" in forks.output
     assert len(metrics(folder)) == len(metrics(tmp_path / "whole"))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(folder), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
@@ -79,17 +112,15 @@ def test_zero3_trains_everything_with_checkpointing(tmp_path: Path) -> None:
     """Sharded weights gathered again in backward, for every weight of the backbone."""
     options = ("method.name=full", "optim.name=adamw", "optim.lr=1e-3", "train.batch_size=100", "optim.clip_norm=1")
     train(tmp_path / "alone", *options)
-    process = start("zero3", tmp_path / "run", *options, "runtime.checkpointing=block")
-    output = finish(process)
-    assert process.returncode == 0, output[-3000:]
+    forks = forked("zero3", tmp_path / "run", *options, "runtime.checkpointing=block")
+    assert forks.finish() == [0, 0], forks.output[-3000:]
     assert step_losses(tmp_path / "run") == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4)
 
 
 def test_a_batch_that_the_processes_do_not_divide(tmp_path: Path) -> None:
-    process = start("ddp", tmp_path / "run", "train.batch_size=61")
-    output = finish(process)
-    assert process.returncode != 0
-    assert "batch_size 61: must be a multiple of 2" in output
+    forks = forked("ddp", tmp_path / "run", "train.batch_size=61")
+    assert forks.finish() == [2, 2]
+    assert "batch_size 61: must be a multiple of 2" in forks.output
     assert not (tmp_path / "run" / "state").exists()
 
 
@@ -104,14 +135,11 @@ def test_an_unreadable_image_on_one_process_is_told_once_and_by_name(tmp_path: P
         (tmp_path / "data" / f"{name}.txt").write_text("".join(lines))
     (images / "7.png").write_bytes((images / "7.png").read_bytes()[:40])
     options = ("data.task=mine", "data.format=vtab_folder", f"data.root={tmp_path / 'data'}", "train.batch_size=4")
-    process = start("ddp", tmp_path / "run", *options)
-    output = finish(process)
-    assert process.returncode != 0
-    ours = output.split("ChildFailedError")[0]
-    assert ours.count("error: ") == 1, output[-3000:]
+    forks = forked("ddp", tmp_path / "run", *options)
+    assert forks.finish() == [2, 2]
+    assert forks.output.count("error: ") == 1, forks.output[-3000:]
     assert "7.png" in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
-    process = start("ddp", tmp_path / "other", *options, "data.bad_images=skip")
-    output = finish(process)
-    assert process.returncode == 0, output[-3000:]
+    forks = forked("ddp", tmp_path / "other", *options, "data.bad_images=skip")
+    assert forks.finish() == [0, 0], forks.output[-3000:]
     skipped = json.loads((tmp_path / "other" / "result.json").read_text())["skipped_images"]
     assert [Path(name).name for name in skipped] == ["7.png"]

@@ -1,17 +1,11 @@
-"""Caches of the frozen stream: equal to live, for one process and many, and never trusted blindly.
-
-Processes are forked here where they need no launcher: a fork has imported everything already.
-"""
+"""Caches of the frozen stream: equal to live, for one process and many, and never trusted blindly."""
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +16,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from dist_vpt import engine, stream_cache
 from dist_vpt import strategy as strategy_module
-from dist_vpt import train as train_module
 from dist_vpt.build import Parts, assemble
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import PADDING
@@ -36,6 +28,7 @@ from dist_vpt.frozen_stream import Reads, StreamRecipe, observe
 from dist_vpt.methods import Reader, base
 from dist_vpt.recipe import load_recipe
 from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
+from tests.forks import FORK, Forks, command
 from tests.methods.conftest import make_backbone
 from tests.running import ROOT, metrics, train, words
 
@@ -48,15 +41,6 @@ READERS = {
     "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1"),
 }
 GIB = 2**30
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu() -> Iterator[None]:
-    """A forked process cannot use a GPU that its parent has used."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.accelerator, "is_available", lambda: False)
-        yield
 
 
 @dataclass
@@ -154,42 +138,11 @@ def pictures(folder: Path, *, broken: Callable[[int], bool] = lambda i: False) -
     return ("data.task=mine", "data.format=image_folder", f"data.root={folder}", "train.batch_size=16")
 
 
-def forked(count: int, work: Callable[[int], Any], seconds: float = 300) -> list[int | None]:
-    """Exit codes of ``work(rank)`` in processes forked from this one."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(seconds)
-    hung = [process for process in processes if process.is_alive()]
-    for process in hung:
-        process.kill()
-        process.join()
-    assert not hung, "hung"
-    return [process.exitcode for process in processes]
-
-
 def two_processes(
-    folder: Path, *overrides: str, before: Callable[[int], None] = lambda rank: None, **environment: str
+    folder: Path, *overrides: str, strategy: str = "ddp", before: Callable[[int], None] = lambda rank: None
 ) -> list[int | None]:
     """Exit codes of a run on two forked processes, with ``before(rank)`` called first."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-
-    def work(rank: int) -> None:
-        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-        os.environ.update(
-            MASTER_ADDR="localhost", MASTER_PORT=f"{port}", **(environment or {"ACCELERATE_USE_CPU": "true"})
-        )
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
-        before(rank)
-        sys.exit(train_module.main(words(folder, *overrides)))
-
-    return forked(2, work)
+    return command(["train", *words(folder, *overrides)], Path(f"{folder}.txt"), strategy, before).finish()
 
 
 def message(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
@@ -317,7 +270,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
 
 def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(*FAST)
-    gate = multiprocessing.get_context("fork").Barrier(3)
+    gate = FORK.Barrier(3)
     build, built = stream_cache._build, tmp_path / "built"
 
     def counted(*args: Any) -> None:
@@ -330,7 +283,7 @@ def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytes
         torch.save(tensors(cache_of(tmp_path / "cache", parts)), tmp_path / f"{rank}.pt")
 
     monkeypatch.setattr(stream_cache, "_build", counted)
-    assert forked(3, work) == [0, 0, 0]
+    assert Forks(3, work).finish() == [0, 0, 0]
     assert len(built.read_text().splitlines()) == 1
     assert len(folders(tmp_path / "cache")) == 1
     wanted = tensors(in_memory(parts))
@@ -353,7 +306,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
         return observe(*args)
 
     monkeypatch.setattr(stream_cache, "observe", killed)
-    assert forked(1, lambda rank: cache_of(tmp_path, parts)) == [-signal.SIGKILL]
+    assert Forks(1, lambda rank: cache_of(tmp_path, parts)).finish() == [-signal.SIGKILL]
     assert [path.suffix for path in folders(tmp_path)] == [".tmp"]
     monkeypatch.undo()
     assert all(map(torch.equal, tensors(cache_of(tmp_path, parts)), tensors(in_memory(parts))))
@@ -669,20 +622,10 @@ def test_zero3(tmp_path: Path) -> None:
     """The backbone is sharded; its stream is computed live for what is augmented, and once for val."""
     options = (*FAST, "train.epochs=2", "train.batch_size=250", "method.name=mlp", "data.augment=fgvc")
     alone = run(tmp_path / "alone", *options, "stream.cache=none")
-    import deepspeed  # noqa: F401 (once, before the processes are forked)
-
     config = json.loads((ROOT / "launch" / "accelerate" / "zero3.json").read_text())
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or the demo backbone would stay whole
     (tmp_path / "zero3.json").write_text(json.dumps(config))
-    found = two_processes(
-        tmp_path / "two",
-        *options,
-        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # DeepSpeed looks for ninja
-        DS_ACCELERATOR="cpu",
-        ACCELERATE_USE_DEEPSPEED="true",
-        ACCELERATE_DEEPSPEED_CONFIG_FILE=str(tmp_path / "zero3.json"),
-    )
-    assert found == [0, 0]
+    assert two_processes(tmp_path / "two", *options, strategy=str(tmp_path / "zero3.json")) == [0, 0]
     log = (tmp_path / "two" / "train.log").read_text()
     assert "zero3 on 2 x " in log
     assert "cached in memory for each of 2 processes, 0.00 GiB (val)" in log

@@ -1,11 +1,7 @@
 """`dist-vpt sweep`: the grid is chosen on val, the seeds are scored on test, and a kill loses nothing."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,9 @@ from dist_vpt.cli import main
 from dist_vpt.errors import RecipeError, RunFailed
 from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.sweep import Job, choose, grid_jobs
-from tests.running import ROOT, finish, wait_for, words
+from tests.forks import Forks
+from tests.forks import command as forked
+from tests.running import wait_for, words
 
 GRID = ["sweep.grid.optim.lr=[0.5, 0.1, 0.02]", "sweep.grid.optim.weight_decay=[0.01, 0.0]", "sweep.seeds=[42, 44]"]
 READER = ["method.name=linear", "train.epochs=2", *GRID]
@@ -161,17 +159,8 @@ def test_a_grid_that_breaks_a_rule_names_the_trial(tmp_path: Path) -> None:
         grid_jobs(recipe, tmp_path)
 
 
-def start(folder: Path, *overrides: str, **variables: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | variables
-    return subprocess.Popen(
-        [sys.executable, "-m", "dist_vpt", *command(folder, *overrides)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+def start(folder: Path, *overrides: str, strategy: str = "single") -> Forks:
+    return forked(command(folder, *overrides), Path(f"{folder}.txt"), strategy)
 
 
 @pytest.mark.parametrize("method", ["method.name=vqt", "method.name=vpt"])
@@ -180,14 +169,13 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
     whole = swept(tmp_path / "whole", *grid)
     moments = ("trials/000.json",) if method.endswith("vpt") else ("run.json", "seeds/44.json")
     for moment in moments:
-        process = start(tmp_path / "killed", *grid)
+        forks = start(tmp_path / "killed", *grid)
         wait_for(lambda moment=moment: (tmp_path / "killed" / moment).exists())
-        process.kill()
-        finish(process)
+        forks.send(signal.SIGKILL)
+        assert forks.finish() == [-signal.SIGKILL], forks.output
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*/*.json")}
     again = start(tmp_path / "killed", *grid)
-    output = finish(again)
-    assert again.returncode == 0, output
+    assert again.finish() == [0], again.output
     assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was trained twice
     killed = json.loads((tmp_path / "killed" / "sweep.json").read_text())
     assert without_times(killed)["trials"] == without_times(whole)["trials"]
@@ -196,11 +184,10 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
 
 def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=2000", "sweep.seeds=[42]", *GRID[:1]]
-    process = start(tmp_path / "sweep", *grid)
+    forks = start(tmp_path / "sweep", *grid)
     wait_for((tmp_path / "sweep" / "run.json").exists)
-    process.send_signal(signal.SIGTERM)
-    output = finish(process)
-    assert process.returncode == 75, output
+    forks.send(signal.SIGTERM)
+    assert forks.finish() == [75], forks.output
     assert json.loads((tmp_path / "sweep" / "run.json").read_text())["status"] == "interrupted"
     assert list((tmp_path / "sweep").glob(".pass-*.pt"))
 
@@ -210,24 +197,8 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
 def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
     one = swept(tmp_path / "one", *grid)
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    here = {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    processes = [
-        start(
-            tmp_path / "two",
-            *grid,
-            f"sweep.split={split}",
-            ACCELERATE_USE_CPU="true",
-            RANK=rank,
-            LOCAL_RANK=rank,
-            **here,
-        )
-        for rank in ("0", "1")
-    ]
-    outputs = [finish(process) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    forks = start(tmp_path / "two", *grid, f"sweep.split={split}", strategy="ddp")
+    assert forks.finish() == [0, 0], forks.output
     two = json.loads((tmp_path / "two" / "sweep.json").read_text())
     assert two["chosen"] == one["chosen"]
     for a, b in zip(one["trials"], two["trials"], strict=True):

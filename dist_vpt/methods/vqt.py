@@ -20,7 +20,8 @@ The head may read some of the features alone (``keep``): which ones is an index 
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, Self
+from itertools import groupby
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -137,30 +138,35 @@ class VQT(Reader):
     ) -> list[Tensor]:
         """The features [B, F] of each reader, from one reading of the stream."""
         first = readers[0]
-        asked = []  # queries of each reader, [L, Q_t, D] or with dropout [B, L, Q_t, D]
-        for t, reader in enumerate(readers):
-            if seeds is not None:
-                torch.manual_seed(seeds[t])
-            asked.append(reader._dropped(len(observed.pooled)))
-        if any(queries.ndim == 4 for queries in asked):
-            asked = [queries.expand(len(observed.pooled), -1, -1, -1) for queries in asked]
-        queries_LQD = torch.cat(asked, dim=-2)
+        runs = []  # of readers one after the other that drop alike: queries [T, L, Q, D], mask [B, L, Q, D] or None
+        told = zip(readers, seeds if seeds is not None else [None] * len(readers), strict=True)
+        for (seed, *_), run in groupby(told, key=_draws):
+            if seed is not None:
+                torch.manual_seed(seed)
+            alike = [reader for reader, _ in run]
+            mask_BLQD = alike[0].mask(len(observed.pooled))
+            runs.append((torch.stack([reader.queries for reader in alike]), mask_BLQD))
         sizes = [reader.recipe.queries for reader in readers]
-        form, answers = first._form(observed, sum(sizes)), []
-        for i, (number, z_QD) in enumerate(zip(first.blocks, queries_LQD.unbind(-3), strict=True)):
+        form = first._form(observed, sum(sizes))
+        answers = []  # for each block one of each reader, [B, Q_t, D]; never all in one tensor, which would be large
+        for i, number in enumerate(first.blocks):
+            z_QD = _asked(runs, i)
             seams = open_block(first.backbone.blocks[number], number)
             scale_BNH = observed.key_scales[i] if observed.key_scales else None
-            answers.append(answer(seams, z_QD, observed.normed[i], scale_BNH, form))
-        answers_BLQD = torch.stack(answers, dim=1).to(queries_LQD.dtype)
+            answers.append(answer(seams, z_QD, observed.normed[i], scale_BNH, form).split(sizes, dim=1))
         return [
-            reader._features(observed.pooled, mine_BLQD)
-            for reader, mine_BLQD in zip(readers, answers_BLQD.split(sizes, dim=2), strict=True)
+            reader._features(observed.pooled, mine)
+            for reader, mine in zip(readers, zip(*answers, strict=True), strict=True)
         ]
 
-    def _dropped(self, images: int) -> Tensor:
-        if not (self.training and self.recipe.dropout):
-            return self.queries
-        return F.dropout(self.queries.expand(images, -1, -1, -1), self.recipe.dropout)
+    @property
+    def _dropout(self) -> float:
+        return self.recipe.dropout if self.training else 0.0
+
+    def mask(self, images: int) -> Tensor | None:
+        """Factors of the queries [B, L, Q, D], 0 or 1 / (1 - dropout), drawn anew; None: nothing is dropped."""
+        ones_LQD = torch.ones_like(self.queries)
+        return F.dropout(ones_LQD.repeat(images, 1, 1, 1), self._dropout) if self._dropout else None
 
     def _form(self, observed: Observed, queries: int) -> str:
         if self.recipe.form != "auto":
@@ -168,16 +174,29 @@ class VQT(Reader):
         heads = open_block(self.backbone.blocks[self.blocks[0]], self.blocks[0]).heads
         return cheaper_form(queries, heads, self.backbone.width)
 
-    def _features(self, pooled_BD: Tensor, answers_BLQD: Tensor) -> Tensor:
-        """The backbone's features and each block's, brought to length 1, side by side: [B, F]."""
+    def _features(self, pooled_BD: Tensor, answers: Sequence[Tensor]) -> Tensor:
+        """The backbone's features and those of each block's answers [B, Q, D], each brought to length 1: [B, F].
+
+        In as few passes over these numbers as can be: with many trials they are what a step's time goes to.
+        """
+        dtype, depth = self.queries.dtype, len(answers)
+        groups = [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(answers)]
+        features_BF = torch.cat([pooled_BD.to(dtype), *groups], dim=1)  # of half precision: widened on the way
+        if not self.recipe.normalise:
+            return features_BF
+        pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one first, then as many of each block
+        norms_BC = torch.linalg.vector_norm(pieces_BCD, dim=2)
+        of_blocks_BLP = norms_BC[:, 1:].unflatten(1, (depth, -1))
+        lengths_BLP = torch.linalg.vector_norm(of_blocks_BLP, dim=2, keepdim=True).expand_as(of_blocks_BLP)
+        lengths_BC = torch.cat([norms_BC[:, :1], lengths_BLP.flatten(1)], dim=1)
+        return (pieces_BCD * lengths_BC.clamp_min(1e-12).reciprocal().unsqueeze(2)).flatten(1)
+
+    def _pool(self, i: int, z_BQD: Tensor) -> Tensor:
         if self.recipe.pooling == "mean":
-            answers_BLQD = answers_BLQD.mean(2, keepdim=True)
-        elif self.recipe.pooling == "weighted":
-            answers_BLQD = (answers_BLQD * self.pool_weights[..., None]).sum(2, keepdim=True)
-        kinds = [pooled_BD.to(answers_BLQD.dtype).unsqueeze(1), answers_BLQD.flatten(2)]  # one group, and L of them
-        if self.recipe.normalise:
-            kinds = [F.normalize(groups, dim=2) for groups in kinds]
-        return torch.cat([groups.flatten(1) for groups in kinds], dim=1)
+            return z_BQD.mean(1, keepdim=True, dtype=self.queries.dtype)
+        if self.recipe.pooling == "weighted":
+            return (z_BQD * self.pool_weights[i].unsqueeze(1)).sum(1, keepdim=True)
+        return z_BQD
 
 
 def cheaper_form(queries: int, heads: int, width: int) -> str:
@@ -187,6 +206,25 @@ def cheaper_form(queries: int, heads: int, width: int) -> str:
     projected ones 2 D Q each way, and 2 D^2 for keys and values, which need no backward.
     """
     return "absorbed" if 4 * heads * queries < 2 * width + 4 * queries else "projected"
+
+
+def _draws(told: tuple[VQT, int | None]) -> tuple[int | None, float, int]:
+    """What is equal for readers that drop alike."""
+    reader, seed = told
+    return seed if reader._dropout else None, reader._dropout, reader.recipe.queries
+
+
+def _asked(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
+    """Queries of the i-th block that is read, of all readers side by side: [Q, D], or with dropout [B, Q, D]."""
+    images = {len(mask_BLQD) for _, mask_BLQD in runs if mask_BLQD is not None}
+    pieces = []
+    for queries_TLQD, mask_BLQD in runs:
+        z_TQD = queries_TLQD[:, i]
+        if mask_BLQD is not None:
+            pieces.append((z_TQD * mask_BLQD[:, None, i]).flatten(1, 2))
+        else:
+            pieces.append(z_TQD.flatten(0, 1).expand(*images, -1, -1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
 
 def answer(seams: Seams, z_QD: Tensor, normed_BND: Tensor, key_scale_BNH: Tensor | None, form: str) -> Tensor:
@@ -201,30 +239,56 @@ def answer(seams: Seams, z_QD: Tensor, normed_BND: Tensor, key_scale_BNH: Tensor
 
 def _attend_absorbed(seams: Seams, q_QHE: Tensor, n_BND: Tensor, scale_BNH: Tensor | None) -> Tensor:
     weight_ED, bias_E = seams.weights(1)
-    heads, images, per_image = seams.heads, len(n_BND), q_QHE.ndim == 4
+    heads, per_image = seams.heads, q_QHE.ndim == 4
     if has_key_norm(seams):  # its scale of the channels goes to the query, its mean's removal too (that is symmetric)
         q_QHE = q_QHE * seams.k_norm.weight if seams.k_norm.weight is not None else q_QHE
         q_QHE = q_QHE - q_QHE.mean(-1, keepdim=True) if centres(seams.k_norm) else q_QHE
-    u_QHD = torch.einsum("...qhe,hed->...qhd", q_QHE, weight_ED.unflatten(0, (heads, -1)))
+    u_QHD = _HeadLinear.apply(q_QHE, weight_ED.unflatten(0, (heads, -1)))
     u_XD = u_QHD.flatten(-3, -2)  # X = Q * H
     if per_image:
-        scores_BNX = n_BND @ u_XD.transpose(1, 2)
-    else:
-        scores_BNX = (n_BND.flatten(0, 1) @ u_XD.T).unflatten(0, n_BND.shape[:2])
+        scores_BXN = u_XD @ n_BND.transpose(1, 2)
+    else:  # one matrix product of all tokens
+        scores_BXN = (n_BND.flatten(0, 1) @ u_XD.T).unflatten(0, n_BND.shape[:2]).transpose(1, 2)
     if has_key_norm(seams):
         assert scale_BNH is not None
-        scores_BNX = widened(scores_BNX)
+        scores_BXN = widened(scores_BXN)
         if bias_E is not None:  # does not cancel: each token's scale multiplies it
             of_bias_QH = (q_QHE * bias_E.unflatten(0, (heads, -1))).sum(-1)
-            scores_BNX = scores_BNX + of_bias_QH.flatten(-2).unsqueeze(-2)
-        scores_BNX = (scores_BNX.unflatten(2, (-1, heads)) * widened(scale_BNH).unsqueeze(2)).flatten(2)
-    p_BNX = scores_BNX.softmax(dim=1).to(n_BND.dtype)  # of half precision: float32 inside, and nothing wider is kept
-    c_BXD = p_BNX.transpose(1, 2) @ n_BND
+            scores_BXN = scores_BXN + of_bias_QH.flatten(-2).unsqueeze(-1)
+        scale_BHN = widened(scale_BNH).transpose(1, 2)
+        scores_BXN = (scores_BXN.unflatten(1, (-1, heads)) * scale_BHN.unsqueeze(1)).flatten(1, 2)
+    p_BXN = scores_BXN.softmax(dim=-1).to(n_BND.dtype)  # of half precision: float32 inside, and nothing wider is kept
+    c_BQHD = (p_BXN @ n_BND).unflatten(1, (-1, heads))
     weight_ED, bias_E = seams.weights(2)
-    c_HYD = c_BXD.unflatten(1, (-1, heads)).permute(2, 0, 1, 3).flatten(1, 2)  # Y = B * Q
-    a_HYE = c_HYD @ weight_ED.unflatten(0, (heads, -1)).transpose(1, 2)
-    a_BQHE = a_HYE.unflatten(1, (images, -1)).permute(1, 2, 0, 3)
+    a_BQHE = _HeadLinear.apply(c_BQHD, weight_ED.unflatten(0, (heads, -1)).transpose(1, 2))
     return a_BQHE if bias_E is None else a_BQHE + bias_E.unflatten(0, (heads, -1))
+
+
+class _HeadLinear(torch.autograd.Function):
+    """x [..., H, I] times frozen weights [H, I, O], head by head: [..., H, O].
+
+    torch's own ways go through a layout with the heads first, and copy these large tensors there and back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_HIO: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_HIO)
+        return _per_head(x, weight_HIO)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight_HIO,) = ctx.saved_tensors
+        return _per_head(gradients[0], weight_HIO.transpose(1, 2)), None
+
+
+def _per_head(x: Tensor, weight_HIO: Tensor) -> Tensor:
+    if x.device.type != "cpu":  # where a launch costs more than a copy
+        return torch.einsum("...hi,hio->...ho", x, weight_HIO)
+    x_YHI = x.flatten(0, -3)
+    out_YHO = x.new_empty(*x_YHI.shape[:2], weight_HIO.shape[2])
+    for h, weight_IO in enumerate(weight_HIO):
+        torch.mm(x_YHI[:, h], weight_IO, out=out_YHO[:, h])
+    return out_YHO.unflatten(0, x.shape[:-2])
 
 
 def _attend_projected(seams: Seams, q_QHE: Tensor, n_BND: Tensor, _: Tensor | None) -> Tensor:

@@ -1,0 +1,107 @@
+"""Runs in processes forked from the tests' own: what they import is there already, which a launcher has to do anew.
+
+Launchers are tested in test_distributed.py; here two processes are told what they would have told them.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from dist_vpt.cli import main
+
+ROOT = Path(__file__).parents[1]
+FORK = multiprocessing.get_context("fork")
+
+
+class Forks:
+    """``work(rank)`` in ``count`` processes, under way from the start on."""
+
+    def __init__(self, count: int, work: Callable[[int], Any], told: Path | None = None):
+        self.told = told  # file of what all of them print; None: where the tests print
+        self.processes = [FORK.Process(target=self._work, args=(work, rank)) for rank in range(count)]
+        for process in self.processes:
+            process.start()
+
+    def _work(self, work: Callable[[int], Any], rank: int) -> None:
+        # A forked process cannot use a GPU that its parent has used.
+        torch.cuda.is_available = torch.accelerator.is_available = lambda: False
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+        if self.told is not None:
+            file = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        code = work(rank)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+
+    @property
+    def running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def send(self, signal: int, rank: int = 0) -> None:
+        """A signal to one of them."""
+        number = self.processes[rank].pid
+        assert number is not None
+        os.kill(number, signal)
+
+    def finish(self, seconds: float = 400) -> list[int | None]:
+        """Their exit codes. Ends them all where one hangs."""
+        for process in self.processes:
+            process.join(seconds)
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+            process.join()
+        assert not hung, f"hung:\n{self.output[-3000:]}"
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def output(self) -> str:
+        return self.told.read_text() if self.told is not None and self.told.exists() else ""
+
+
+def command(
+    words: list[str], told: Path, strategy: str = "single", before: Callable[[int], None] = lambda rank: None
+) -> Forks:
+    """`dist-vpt` with ``words`` on one process (``single``), or on two: ``ddp``, or a DeepSpeed configuration's file.
+
+    ``before(rank)`` is called first.
+    """
+    count = 1 if strategy == "single" else 2
+    variables = {} if strategy == "single" else _told_by_a_launcher(strategy)
+
+    def work(rank: int) -> int:
+        os.environ.update(variables)
+        if count > 1:
+            os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
+        before(rank)
+        return main(words)
+
+    return Forks(count, work, told)
+
+
+def _told_by_a_launcher(strategy: str) -> dict[str, str]:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+    if strategy == "ddp":
+        return variables | {"ACCELERATE_USE_CPU": "true"}
+    import deepspeed  # noqa: F401 (once, before the processes are forked)
+
+    return variables | {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": strategy,
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # DeepSpeed looks for ninja
+    }
