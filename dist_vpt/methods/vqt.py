@@ -24,7 +24,6 @@ from itertools import groupby
 from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -165,8 +164,10 @@ class VQT(Reader):
 
     def mask(self, images: int) -> Tensor | None:
         """Factors of the queries [B, L, Q, D], 0 or 1 / (1 - dropout), drawn anew; None: nothing is dropped."""
-        ones_LQD = torch.ones_like(self.queries)
-        return F.dropout(ones_LQD.repeat(images, 1, 1, 1), self._dropout) if self._dropout else None
+        if not self._dropout:
+            return None
+        kept_BLQD = torch.rand(images, *self.queries.shape, device=self.queries.device) >= self._dropout
+        return kept_BLQD.to(self.queries.dtype) / (1 - self._dropout)
 
     def _form(self, observed: Observed, queries: int) -> str:
         if self.recipe.form != "auto":
@@ -179,17 +180,14 @@ class VQT(Reader):
 
         In as few passes over these numbers as can be: with many trials they are what a step's time goes to.
         """
-        dtype, depth = self.queries.dtype, len(answers)
         groups = [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(answers)]
-        features_BF = torch.cat([pooled_BD.to(dtype), *groups], dim=1)  # of half precision: widened on the way
+        features_BF = torch.cat(
+            [pooled_BD.to(self.queries.dtype), *groups], dim=1
+        )  # of half precision: widened on the way
         if not self.recipe.normalise:
             return features_BF
         pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one first, then as many of each block
-        norms_BC = torch.linalg.vector_norm(pieces_BCD, dim=2)
-        of_blocks_BLP = norms_BC[:, 1:].unflatten(1, (depth, -1))
-        lengths_BLP = torch.linalg.vector_norm(of_blocks_BLP, dim=2, keepdim=True).expand_as(of_blocks_BLP)
-        lengths_BC = torch.cat([norms_BC[:, :1], lengths_BLP.flatten(1)], dim=1)
-        return (pieces_BCD * lengths_BC.clamp_min(1e-12).reciprocal().unsqueeze(2)).flatten(1)
+        return _UnitLength.apply(pieces_BCD, len(answers)).flatten(1)
 
     def _pool(self, i: int, z_BQD: Tensor) -> Tensor:
         if self.recipe.pooling == "mean":
@@ -206,6 +204,34 @@ def cheaper_form(queries: int, heads: int, width: int) -> str:
     projected ones 2 D Q each way, and 2 D^2 for keys and values, which need no backward.
     """
     return "absorbed" if 4 * heads * queries < 2 * width + 4 * queries else "projected"
+
+
+class _UnitLength(torch.autograd.Function):
+    """x [B, 1 + L P, D] in groups brought to length 1: the first row is a group, then P rows each.
+
+    y = x / |x|, dx = (dy - y (y . dy)) / |x|: half the passes of what autograd makes of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCD: Tensor, groups: int) -> Tensor:
+        ctx.groups = groups
+        squares_BC = torch.linalg.vector_norm(x_BCD, dim=2).square()
+        over_BC1 = _group_sums(squares_BC, groups).sqrt().clamp_min(1e-12).reciprocal().unsqueeze(2)
+        y_BCD = x_BCD * over_BC1
+        ctx.save_for_backward(y_BCD, over_BC1)
+        return y_BCD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        y_BCD, over_BC1 = ctx.saved_tensors
+        along_BC = _group_sums((gradients[0] * y_BCD).sum(2), ctx.groups)
+        return torch.addcmul(gradients[0], y_BCD, along_BC.unsqueeze(2), value=-1).mul_(over_BC1), None
+
+
+def _group_sums(x_BC: Tensor, groups: int) -> Tensor:
+    """Each number's group's sum in its place."""
+    sums_BLP = x_BC[:, 1:].unflatten(1, (groups, -1)).sum(2, keepdim=True).expand(-1, -1, (x_BC.shape[1] - 1) // groups)
+    return torch.cat([x_BC[:, :1], sums_BLP.flatten(1)], dim=1)
 
 
 def _draws(told: tuple[VQT, int | None]) -> tuple[int | None, float, int]:

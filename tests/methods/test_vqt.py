@@ -128,7 +128,8 @@ def test_options_equal_the_joint_form(settings: dict[str, Any], form: str, image
 def test_dropout_equals_the_joint_form(which: str, form: str, images: torch.Tensor) -> None:
     method = make(torch.float64, which, queries=3, form=form, dropout=0.3)
     torch.manual_seed(5)
-    factors = F.dropout(torch.ones(3, 3, 3, 16, dtype=torch.float64), 0.3)
+    factors = method.train().mask(3)
+    assert factors is not None
     wanted = vqt.forward_backward_vqt(
         {name: tensor.double().numpy() for name, tensor in make_vit(**BACKBONES[which]).state_dict().items()},
         vit.Config(num_heads=2, patch_size=8, mean=MEAN, std=STD),
@@ -139,12 +140,25 @@ def test_dropout_equals_the_joint_form(which: str, form: str, images: torch.Tens
         head=[(method.head.weight.detach().numpy(), method.head.bias.detach().numpy())],
     )
     torch.manual_seed(5)
-    logits = method.train()(images)
+    logits = method(images)
     F.cross_entropy(logits, LABELS).backward()
     assert_close(logits, wanted.logits, "logits")
     assert_close(method.queries.grad, wanted.grads["queries"], "queries")
     method.eval()
     assert not torch.allclose(method(images), logits)
+
+
+def test_what_dropout_draws() -> None:
+    """One number in five is dropped, on its own, and the others keep the expected sum."""
+    method = make(torch.float64, "plain", queries=3, dropout=0.2)
+    factors = method.train().mask(400)
+    assert factors is not None
+    assert factors.shape == (400, *method.queries.shape)
+    assert factors.unique().tolist() == [0.0, 1.25]
+    spread = (0.8 * 0.2 / factors.numel()) ** 0.5
+    assert abs(float((factors > 0).double().mean()) - 0.8) < 5 * spread
+    assert (factors[0] != factors[1]).any()
+    assert method.eval().mask(400) is None
 
 
 @pytest.mark.parametrize("which", ["plain", "qk-norm, LayerScale, registers"])
