@@ -166,6 +166,7 @@ def compress(  # noqa: PLR0917 (the options of the command)
 def open_run(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Source, Parts, VQT]:
     """A VQT run with its adapters in place. Raises UserError where it is none, or is not of this data."""
     folder = RunFolder(run)
+    folder.refuse_sweep()
     recipe = folder.load(overrides)
     if folder.load().method.name != "vqt" or not isinstance(recipe.method, VQTRecipe):
         name = folder.load().method.name

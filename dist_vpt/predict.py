@@ -31,6 +31,7 @@ from dist_vpt.strategy import make_accelerator
 def score(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it."""
     folder = RunFolder(run)
+    folder.refuse_sweep()
     recipe = folder.load(overrides)
     parts = assemble(recipe)
     path = folder.best if adapters == "best" else folder.adapters
@@ -66,6 +67,7 @@ def predict(
     if out and not Path(out).parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
     folder = RunFolder(run)
+    folder.refuse_sweep()
     path = folder.best if adapters == "best" else folder.adapters
     recipe, files = folder.load(), _image_files(images)
     tensors, facts = read_adapters(path)

@@ -108,7 +108,7 @@ class SweepRecipe(Section):
                 yield f"{at} = {values!r}: must be a list with at least one value"
             elif any(isinstance(value, (list, dict)) for value in values) or len(set(values)) < len(values):
                 yield f"{at} = {values!r}: must be plain values, each said once"
-            if at in ("grid.seed", "grid.sweep", "grid.run", "grid.data.train_on"):
+            if at in ("grid.seed", "grid.sweep", "grid.run", "grid.data.train_on", "grid.train.test"):
                 yield f"{at}: is the sweep's own; leave it out"
 
         mistakes = list(check(self.grid, "grid"))

@@ -91,19 +91,19 @@ class RunFolder:
         return read_json(self.info) if self.info.is_file() else {}
 
     @contextmanager
-    def claimed(self, recipe: Recipe) -> Iterator[bool]:
-        """Hold the folder for one run, on the main process; yields whether the run in it is done already.
+    def claimed(self, recipe: Recipe, kind: str = "run") -> Iterator[bool]:
+        """Hold the folder for one run or sweep, on the main process; yields whether what is in it is done already.
 
         Raises RunFolderError where another run is at work in the folder, where it holds another recipe's run or, with
         run.resume=never, any run, and where it is no run folder.
         """
         with self._locked():
-            self._admit(recipe)
+            self._admit(recipe, kind)
             if self.status().get("status") == "done":
                 yield True
                 return
             write_atomically(self.recipe, recipe.to_yaml())
-            self.mark("running", started=self.status().get("started") or _now(), **_provenance())
+            self.mark("running", kind=kind, started=self.status().get("started") or _now(), **_provenance())
             try:
                 yield False
             except BaseException as error:
@@ -140,7 +140,20 @@ class RunFolder:
             lock.flush()
             yield
 
-    def _admit(self, recipe: Recipe) -> None:
+    def refuse_sweep(self) -> None:
+        """Raises RunFolderError where the folder holds a sweep, and a run is meant."""
+        if self.status().get("kind") == "sweep":
+            raise RunFolderError(f"{self.path}: is a sweep; name one of its runs, such as {self.path}/seeds/SEED")
+
+    def holds(self, recipe: Recipe) -> bool:
+        """Whether the folder is claimed for this recipe, by whatever process."""
+        begun = self.status().get("status") in ("running", "done") and self.recipe.is_file()
+        return begun and not self._changed(recipe)
+
+    def _changed(self, recipe: Recipe) -> list[str]:
+        return [d for d in differences(self.load(), recipe) if not d.startswith(MAY_CHANGE)]
+
+    def _admit(self, recipe: Recipe, kind: str) -> None:
         if not self._found():
             return
         self._refuse_foreign()
@@ -150,12 +163,15 @@ class RunFolder:
                 path = self.path / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
+        found = self.status().get("kind", kind)
+        if found != kind:
+            raise RunFolderError(f"{self.path}: holds a {found}, not a {kind}; choose another run.dir")
         if recipe.run.resume == "never":
             raise RunFolderError(
                 f"{self.path}: holds a run already (status: {status}); "
                 "use run.resume=auto to go on with it, or choose another run.dir"
             )
-        changed = [d for d in differences(self.load(), recipe) if not d.startswith(MAY_CHANGE)]
+        changed = self._changed(recipe)
         if changed:
             raise RunFolderError(
                 f"{self.path}: holds the run of another recipe; choose another run.dir, or undo:\n"

@@ -13,6 +13,7 @@ through the sweep's folder) or the batches (``sweep.split=batch``).
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from dist_vpt.agreement import StopSignal
 from dist_vpt.checkpoint import collect, write_adapters
-from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError
+from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.methods import is_reader
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, load_recipe_from
@@ -61,9 +62,11 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
     with StopSignal() as stop, ExitStack() as leaving:
-        if rank == 0 and leaving.enter_context(folder.claimed(recipe)):
+        if rank == 0 and leaving.enter_context(folder.claimed(recipe, kind="sweep")):
             _print(read_json(folder.path / "sweep.json"), folder.path, console)
             return read_json(folder.path / "sweep.json")
+        if rank:
+            _wait_for_claim(folder, recipe, stop)
         worker = _Worker(recipe, folder, rank, world, stop, console)
         began = time.monotonic()
         worker.work(grid)
@@ -80,6 +83,9 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
 def grid_jobs(recipe: Recipe, folder: Path) -> list[Job]:
     """A trial for every point of the grid. Raises RecipeError where a value is not one that its key takes."""
     axes = list(_leaves(recipe.sweep.grid))
+    unknown = [said for key, _ in axes if (said := _unknown(recipe.model_dump(mode="json"), key))]
+    if unknown:
+        raise RecipeError("\n".join(f"sweep.grid.{said}" for said in unknown))
     jobs, mistakes = [], []
     for number, values in enumerate(itertools.product(*(values for _, values in axes))):
         setting = {key: value for (key, _), value in zip(axes, values, strict=True)}
@@ -128,14 +134,15 @@ class _Worker:
         self.accelerator: Accelerator | None = None
 
     def work(self, jobs: Sequence[Job]) -> None:
-        """Do this process's share of the jobs that have no outcome yet."""
-        todo = [job for job in jobs if not self._done(job)][self.rank :: self.world]
+        """Do what has no outcome yet of this process's share, which does not depend on when it looks."""
+        mine = jobs[self.rank :: self.world]
         if is_reader(self.recipe.method):
-            for together in _passes(todo):
+            for together in _passes(mine):
                 self._train_together(together)
             return
-        for job in todo:
-            self._train_alone(job)
+        for job in mine:
+            if not self._done(job):
+                self._train_alone(job)
 
     def wait_for(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """The outcomes of all jobs, those of other processes included."""
@@ -159,12 +166,17 @@ class _Worker:
         return True
 
     def _train_together(self, jobs: Sequence[Job]) -> None:
+        untold = [job.number for job in jobs if not self._done(job)]
+        if not untold:
+            return
+        state = self._state_of(jobs)
+        if not state.is_file():  # of a pass that was killed after its end, whose outcomes are partly told, there is one
+            jobs = [job for job in jobs if job.number in untold]
+            state = self._state_of(jobs)
         if self.accelerator is None:
             self.accelerator = make_accelerator(self.recipe)
             if self.accelerator.state.deepspeed_plugin is not None:
                 raise UserError("a reader's sweep shares one small model: start it with launch/accelerate/ddp.yaml")
-        name = hashlib.sha256("\n".join(job.recipe.to_yaml() for job in jobs).encode()).hexdigest()[:16]
-        state = self.folder.path / f".pass-{name}.pt"
         recipes = [job.recipe for job in jobs]
         self._show(f"{len(jobs)} trials in one pass: {_said(jobs[0].setting)} to {_said(jobs[-1].setting)}")
         p = make_pass(recipes, self.accelerator, self.stop, state, self._show)
@@ -176,13 +188,22 @@ class _Worker:
             p.close()
         for trial, test in zip(scored, tests, strict=True):
             trial.progress.last["test"] = test
+            if not math.isfinite(test["loss"]):
+                trial.diverged = f"the loss on test was {test['loss']}"
         if self.accelerator.is_main_process:
             for job, trial in zip(jobs, p.trials, strict=True):
+                if job.number not in untold:
+                    continue
                 if recipes[0].train.test and not trial.diverged:
                     self._write_run(job, trial, p.parts.splits.classes, p.seconds / len(jobs))
                 self._tell(job, trial.progress.last, trial.progress.best, trial.diverged, p.seconds / len(jobs))
             state.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
+
+    def _state_of(self, jobs: Sequence[Job]) -> Path:
+        """Where a pass of these jobs keeps its state while it is under way."""
+        name = hashlib.sha256("\n".join(job.recipe.to_yaml() for job in jobs).encode()).hexdigest()[:16]
+        return self.folder.path / f".pass-{name}.pt"
 
     def _write_run(self, job: Job, trial: Trial, classes: tuple[str, ...], seconds: float) -> None:
         """A trial as the run folder that `train` would have written of it, for eval, predict and compress."""
@@ -286,14 +307,20 @@ def _conclude(  # noqa: PLR0917 (all that a sweep found)
 ) -> dict[str, Any]:
     from torch.utils.tensorboard import SummaryWriter
 
-    tests = {str(r["setting"]["seed"]): r["last"].get("test") for r in results}
+    lost = {str(r["setting"]["seed"]): r["diverged"] for r in results if r["diverged"]}
+    tests = {str(r["setting"]["seed"]): None if r["diverged"] else r["last"]["test"] for r in results}
     scores = [test for test in tests.values() if test]
-    names = scores[0].keys() if scores else []
+    if not scores:
+        raise RunFailed(
+            f"all seeds of the chosen setting diverged ({_said(chosen.setting)}: {next(iter(lost.values()))}); "
+            "choose another run.dir, and smaller values of sweep.grid.optim.lr or an optim.clip_norm"
+        )
     trained = sum(o["seconds"] for o in [*outcomes, *results])
     content: dict[str, Any] = {
         "chosen": chosen.setting,
-        "test": {name: _spread([score[name] for score in scores]) for name in names},
+        "test": {name: _spread([score[name] for score in scores]) for name in scores[0]},
         "seeds": tests,
+        "diverged_seeds": lost,
         "trials": [
             {"number": job.number, **{key: outcome[key] for key in ("setting", "last", "best", "diverged", "seconds")}}
             for job, outcome in zip(grid, outcomes, strict=True)
@@ -310,6 +337,8 @@ def _conclude(  # noqa: PLR0917 (all that a sweep found)
                 writer.add_scalar(f"test/{name}_mean", spread["mean"], 0)
                 writer.add_scalar(f"test/{name}_std", spread["std"], 0)
     write_atomically(folder.path / "sweep.json", json.dumps(content, indent=1) + "\n")
+    for left in folder.path.glob(".pass-*.pt"):  # of passes that were divided among another number of processes
+        left.unlink()
     folder.mark("done")
     _print(content, folder.path, console)
     return content
@@ -336,6 +365,8 @@ def _print(content: dict[str, Any], folder: Path, console: Console) -> None:
             f"({_said(content['chosen'])})",
             markup=False,
         )
+    for seed, reason in content["diverged_seeds"].items():
+        console.print(f"left out of that mean: seed {seed} diverged ({reason})", markup=False, soft_wrap=True)
     console.print(str(folder / "sweep.json"), markup=False, soft_wrap=True)
 
 
@@ -371,11 +402,35 @@ def _with(recipe: Recipe, values: dict[str, Any]) -> Recipe:
         into, *_ = (data,)
         *path, name = key.split(".")
         for part in path:
-            into = into.get(part, {}) if isinstance(into, dict) else {}
-        if name not in into:
-            raise RecipeError(f"{key}: there is no such key; take one that `dist-vpt recipe show` prints")
+            into = into[part]
         into[name] = value
     return load_recipe_from(data)
+
+
+def _unknown(data: dict[str, Any], key: str) -> str:
+    """What is wrong with a recipe's key; nothing where there is nothing."""
+    into: Any = data
+    for part in key.split("."):
+        if not isinstance(into, dict) or part not in into:
+            return f"{key}: there is no such key; " + (
+                nearest(part, into) if isinstance(into, dict) else "leave it out"
+            )
+        into = into[part]
+    return ""
+
+
+def _wait_for_claim(folder: RunFolder, recipe: Recipe, stop: StopSignal) -> None:
+    """Until the first process has claimed the folder. Others that would start before it might be in a wrong one."""
+    deadline = time.monotonic() + 60 * recipe.run.timeout_minutes
+    while not folder.holds(recipe):
+        if stop.asked:
+            raise Interrupted(f"{folder.path}: stopped; the same command goes on")
+        if time.monotonic() > deadline:
+            raise RunFolderError(
+                f"{folder.path}: the first process has not begun this sweep in {recipe.run.timeout_minutes} minutes; "
+                "see what it says, or whether the folder is shared by all nodes"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def _leaves(grid: dict[str, Any], at: str = "") -> Iterator[tuple[str, list[Any]]]:

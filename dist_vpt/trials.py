@@ -26,7 +26,7 @@ from dist_vpt.build import Parts, assemble, class_weights, make_trial
 from dist_vpt.checkpoint import Progress, collect, restore
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.engine import fetch, fold, global_weight
-from dist_vpt.errors import DataError, Interrupted, RunFolderError
+from dist_vpt.errors import DataError, Interrupted, RunFolderError, UserError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods import Reader
 from dist_vpt.metrics import Scores
@@ -94,6 +94,10 @@ def make_pass(
 
     A collective call of the accelerator's processes. Raises UserError as a single run would.
     """
+    if recipes[0].runtime.precision == "fp16":
+        raise UserError(
+            "runtime.precision = fp16: trials of one pass would need a gradient scale each; use bf16 or fp32"
+        )
     recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
     parts = assemble(recipe)
     train = parts.training(recipe, rank, world)
@@ -156,7 +160,7 @@ def fit_trials(p: Pass) -> None:
         for trial in p.trials:
             trial.reader.train()
         batches = p.train.epoch(p.epoch, p.step)
-        while p.step < p.train.steps_per_epoch:
+        while p.step < p.train.steps_per_epoch and p.running:
             step_trials(p, fetch(batches))
             p.step += 1
             if p.stop.agreed:
@@ -263,12 +267,12 @@ def _end_epoch(p: Pass) -> None:
     if p.val is None or not ended or not (final or p.epoch % recipe.train.eval_every == 0):
         return
     for trial, scores in zip(ended, _quick_scores(p, ended, p.val), strict=True):
-        if trial.progress.scored(scores, recipe.train.early_stop):
+        _check_finite(trial, "loss on val", scores["loss"], p.epoch * p.train.steps_per_epoch)
+        if trial.running and trial.progress.scored(scores, recipe.train.early_stop):
             trial.best = collect(trial.reader)
-    top1 = [trial.progress.last["val"]["top1"] for trial in ended]
-    p.show(
-        f"epoch {p.epoch}/{recipe.train.epochs}  val top1 of {len(top1)} trials: {min(top1):.2f} to {max(top1):.2f} %"
-    )
+    top1 = [trial.progress.last["val"]["top1"] for trial in ended if not trial.diverged]
+    shown = f"{min(top1):.2f} to {max(top1):.2f} %" if top1 else "all diverged"
+    p.show(f"epoch {p.epoch}/{recipe.train.epochs}  val top1 of {len(top1)} trials: {shown}")
 
 
 @torch.no_grad()
@@ -278,7 +282,7 @@ def _quick_scores(p: Pass, trials: Sequence[Trial], batches: EvalBatches) -> lis
     for batch, logits in _passed(p, trials, batches):
         losses_TB, right_TB = _losses(torch.stack(logits), batch["labels"])
         counts_B = batch["weight"]
-        sums_3T[0] += (losses_TB.nan_to_num(0) * counts_B).sum(1)
+        sums_3T[0] += torch.where(counts_B > 0, losses_TB * counts_B, 0.0).sum(1)
         sums_3T[1] += (right_TB * counts_B).sum(1)
         sums_3T[2] += counts_B.sum()
     loss_T, right_T, images_T = p.accelerator.reduce(sums_3T, "sum").tolist()

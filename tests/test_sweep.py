@@ -1,16 +1,23 @@
 """`dist-vpt sweep`: the grid is chosen on val, the seeds are scored on test, and a kill loses nothing."""
 
 import json
+import os
 import signal
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from dist_vpt import sweep as sweep_module
+from dist_vpt import trials as trials_module
 from dist_vpt.cli import main
 from dist_vpt.errors import RecipeError, RunFailed
 from dist_vpt.recipe import Recipe, load_recipe
+from dist_vpt.runfolder import read_json
 from dist_vpt.sweep import Job, choose, grid_jobs
 from tests.forks import Forks
 from tests.forks import command as forked
@@ -159,8 +166,10 @@ def test_a_grid_that_breaks_a_rule_names_the_trial(tmp_path: Path) -> None:
         grid_jobs(recipe, tmp_path)
 
 
-def start(folder: Path, *overrides: str, strategy: str = "single") -> Forks:
-    return forked(command(folder, *overrides), Path(f"{folder}.txt"), strategy)
+def start(
+    folder: Path, *overrides: str, strategy: str = "single", before: Callable[[int], None] = lambda rank: None
+) -> Forks:
+    return forked(command(folder, *overrides), Path(f"{folder}.txt"), strategy, before)
 
 
 @pytest.mark.parametrize("method", ["method.name=vqt", "method.name=vpt"])
@@ -206,3 +215,105 @@ def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None
         assert a["last"]["train"]["loss"] == pytest.approx(b["last"]["train"]["loss"], rel=1e-4)
         assert a["last"]["val"]["loss"] == pytest.approx(b["last"]["val"]["loss"], rel=1e-4)
     assert two["test"]["loss"]["mean"] == pytest.approx(one["test"]["loss"]["mean"], rel=1e-4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_process_that_starts_late_finds_its_share(late: int, tmp_path: Path) -> None:
+    """Neither takes what the other has done for a change of its share, nor a folder that nobody has claimed."""
+    folder = tmp_path / "sweep"
+
+    def before(rank: int) -> None:
+        if rank == late == 1:
+            wait_for((folder / "trials" / "004.json").exists)
+        elif rank == late:
+            time.sleep(3)
+
+    forks = start(folder, *READER, "run.trackers=[]", strategy="ddp", before=before)
+    assert forks.finish(120) == [0, 0], forks.output
+    assert len(json.loads((folder / "sweep.json").read_text())["trials"]) == 6
+
+
+def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
+    def before(_: int) -> None:
+        tell, told = sweep_module._Worker._tell, []
+
+        def counted(*args: Any) -> None:
+            tell(*args)
+            told.append(1)
+            if len(told) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sweep_module._Worker._tell = counted  # type: ignore[method-assign]
+
+    killed = start(tmp_path / "sweep", *READER, "run.trackers=[]", before=before)
+    assert killed.finish() == [-signal.SIGKILL], killed.output
+    assert len(list((tmp_path / "sweep" / "trials").iterdir())) == 2
+    again = forked(command(tmp_path / "sweep", *READER, "run.trackers=[]"), tmp_path / "again.txt")
+    assert again.finish() == [0], again.output
+    assert "resumed from" in again.output
+    assert "epoch 1/2" not in again.output.split("trials in one pass: seed=")[0]  # none trained twice
+    assert not list((tmp_path / "sweep").glob(".pass-*"))
+
+
+def test_every_trial_diverges_within_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = command(tmp_path / "sweep", "method.name=linear", "train.epochs=2", "sweep.grid.optim.lr=[1e38, 1e37]")
+    words += ["train.batch_size=50", "optim.name=sgd"]
+    for _ in range(2):  # the second time from the outcomes
+        assert main(words) == 3
+        assert "every trial of the grid diverged; lower sweep.grid.optim.lr" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = trials_module.read
+
+    def spoiled(trials: Sequence[Any], *args: Any) -> list[torch.Tensor]:
+        logits = read(trials, *args)
+        return logits if torch.is_grad_enabled() else [logits[0] * float("nan"), *logits[1:]]
+
+    monkeypatch.setattr(trials_module, "read", spoiled)
+    monkeypatch.setattr(sweep_module._Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])
+    with pytest.raises(RunFailed, match=r"all seeds of the chosen setting diverged .*loss on test was nan"):
+        sweep_module.sweep(load_recipe([], words(tmp_path, *READER, "train.epochs=1", "sweep.seeds=[42]")))
+    first, *others = (read_json(tmp_path / "trials" / f"{n:03d}.json") for n in range(6))
+    assert first["diverged"].startswith("the loss on val was nan")
+    assert all(other["diverged"] is None for other in others)
+
+
+def test_a_diverged_seed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    score = sweep_module.score_trials
+
+    def spoiled(*args: Any) -> list[Any]:
+        _, *others = score(*args)
+        return [SimpleNamespace(compute=lambda: {"loss": float("inf"), "top1": 99.0}), *others]
+
+    monkeypatch.setattr(sweep_module, "score_trials", spoiled)
+    content = swept(tmp_path / "sweep", *READER)
+    assert content["diverged_seeds"] == {"42": "the loss on test was inf"}
+    assert content["seeds"]["42"] is None
+    assert len(content["test"]["top1"]["values"]) == 1
+    assert "left out of that mean: seed 42 diverged" in capsys.readouterr().out
+
+
+def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swept(tmp_path / "sweep", *READER)
+    assert main(["train", *words(tmp_path / "sweep", *READER, "run.resume=auto")]) == 2
+    assert "holds a sweep, not a run; choose another run.dir" in capsys.readouterr().err
+    assert main(["train", *words(tmp_path / "run", *READER)]) == 0
+    assert main(command(tmp_path / "run", *READER)) == 2
+    assert "holds a run, not a sweep" in capsys.readouterr().err
+    sweep = str(tmp_path / "sweep")
+    for asked in (["compress", sweep, "--keep", "0.5"], ["eval", sweep], ["predict", sweep, "x.png"]):
+        assert main(asked) == 2
+        assert "is a sweep; name one of its runs" in capsys.readouterr().err
+
+
+def test_unknown_keys_of_the_grid_are_told_once(tmp_path: Path) -> None:
+    recipe = load_recipe([], words(tmp_path, "sweep.grid.optim.lrr=[1.0, 2.0]", "sweep.grid.seeed=[1, 2]"))
+    with pytest.raises(RecipeError) as caught:
+        grid_jobs(recipe, tmp_path)
+    lines = str(caught.value).splitlines()
+    assert [line for line in lines if "lrr" in line] == [
+        "sweep.grid.optim.lrr: there is no such key; did you mean 'lr'?"
+    ]
+    assert "sweep.grid.seeed: there is no such key; did you mean 'seed'?" in lines

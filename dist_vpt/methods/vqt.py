@@ -26,6 +26,7 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.seams import Seams, centres, has_key_norm, open_block, widened
@@ -222,7 +223,8 @@ class _UnitLength(torch.autograd.Function):
         return y_BCD
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         y_BCD, over_BC1 = ctx.saved_tensors
         along_BC = _group_sums((gradients[0] * y_BCD).sum(2), ctx.groups)
         return torch.addcmul(gradients[0], y_BCD, along_BC.unsqueeze(2), value=-1).mul_(over_BC1), None
@@ -302,7 +304,8 @@ class _HeadLinear(torch.autograd.Function):
         return _per_head(x, weight_HIO)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (weight_HIO,) = ctx.saved_tensors
         return _per_head(gradients[0], weight_HIO.transpose(1, 2)), None
 
