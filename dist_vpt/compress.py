@@ -133,6 +133,9 @@ def compress(  # noqa: PLR0917 (the options of the command)
         raise UserError("compress: works on one process; start it without accelerate launch")
     source, parts, method = open_run(run, adapters, overrides)
     into = Path(out) if out is not None else Path(run) / "compressed"
+    there = next(path for path in (into, *into.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--out {into}: {there} is a file; name a folder")
     made_of = {"mode": mode, "lasso": lasso, "sha256": hashlib.sha256(source.adapters.read_bytes()).hexdigest()}
     job_of = partial(_job, source.recipe, method.all_features, into, made_of)
     jobs = [job_of(fraction) for fraction in fractions]
@@ -365,11 +368,8 @@ def _finetuned(
     name = hashlib.sha256(json.dumps([jobs[0].made_of, *(recipe.to_yaml() for recipe in recipes)]).encode())
     state = jobs[0].folder.path.parent / f".finetune-{name.hexdigest()[:16]}.pt"
     with StopSignal() as stop:
-        p = make_pass(recipes, accelerator, stop, state, show)
+        p = make_pass(recipes, accelerator, stop, state, show, starts)
         try:
-            if (p.epoch, p.step) == (0, 0):
-                for trial, tensors in zip(p.trials, starts, strict=True):
-                    restore(trial.reader, tensors, state)
             fit_trials(p)
             alive = [(job, trial) for job, trial in zip(jobs, p.trials, strict=True) if not trial.diverged]
             if f.source.scored == "test" and alive:

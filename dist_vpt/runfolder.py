@@ -145,9 +145,10 @@ class RunFolder:
         if self.status().get("kind") == "sweep":
             raise RunFolderError(f"{self.path}: is a sweep; name one of its runs, such as {self.path}/seeds/SEED")
 
-    def holds(self, recipe: Recipe) -> bool:
-        """Whether the folder is claimed for this recipe, by whatever process."""
-        begun = self.status().get("status") in ("running", "done") and self.recipe.is_file()
+    def holds(self, recipe: Recipe, kind: str) -> bool:
+        """Whether the folder is claimed for this recipe's run or sweep, by whatever process."""
+        status = self.status()
+        begun = status.get("status") in ("running", "done") and status.get("kind") == kind and self.recipe.is_file()
         return begun and not self._changed(recipe)
 
     def _changed(self, recipe: Recipe) -> list[str]:

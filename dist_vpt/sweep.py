@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.agreement import StopSignal
+from dist_vpt.build import assemble
 from dist_vpt.checkpoint import collect, write_adapters
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.methods import is_reader
@@ -61,6 +62,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         _alone()
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
+    if rank == 0:  # mistakes in data and weights show before anything is written
+        assemble(grid[0].recipe).method.train()
     with StopSignal() as stop, ExitStack() as leaving:
         if rank == 0 and leaving.enter_context(folder.claimed(recipe, kind="sweep")):
             _print(read_json(folder.path / "sweep.json"), folder.path, console)
@@ -412,9 +415,8 @@ def _unknown(data: dict[str, Any], key: str) -> str:
     into: Any = data
     for part in key.split("."):
         if not isinstance(into, dict) or part not in into:
-            return f"{key}: there is no such key; " + (
-                nearest(part, into) if isinstance(into, dict) else "leave it out"
-            )
+            hint = nearest(part, into) if isinstance(into, dict) else "leave it out"
+            return f"{key}: there is no such key; {hint}"
         into = into[part]
     return ""
 
@@ -422,7 +424,7 @@ def _unknown(data: dict[str, Any], key: str) -> str:
 def _wait_for_claim(folder: RunFolder, recipe: Recipe, stop: StopSignal) -> None:
     """Until the first process has claimed the folder. Others that would start before it might be in a wrong one."""
     deadline = time.monotonic() + 60 * recipe.run.timeout_minutes
-    while not folder.holds(recipe):
+    while not folder.holds(recipe, "sweep"):
         if stop.asked:
             raise Interrupted(f"{folder.path}: stopped; the same command goes on")
         if time.monotonic() > deadline:

@@ -42,6 +42,7 @@ def run(recipe: "Recipe") -> dict[str, Any]:
         accelerator = make_accelerator(recipe)
         leaving.callback(accelerator.end_training)
         train = parts.training(recipe, accelerator.process_index, accelerator.num_processes)
+        parts.method.train()  # a method that cannot be trained from here says so before anything is written
         if _claim(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
             return read_json(folder.result)

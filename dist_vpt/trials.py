@@ -87,12 +87,18 @@ class Pass:
             self.val.close()
 
 
-def make_pass(
-    recipes: Sequence[Recipe], accelerator: Accelerator, stop: StopSignal, state: Path, show: Callable[[str], None]
+def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
+    recipes: Sequence[Recipe],
+    accelerator: Accelerator,
+    stop: StopSignal,
+    state: Path,
+    show: Callable[[str], None],
+    starts: Sequence[dict[str, Tensor]] | None = None,
 ) -> Pass:
     """Build the trials of ``recipes`` on one frozen backbone, cache its stream as they say, go back to ``state``.
 
-    A collective call of the accelerator's processes. Raises UserError as a single run would.
+    Trials begin with the tensors of ``starts``, where given. A collective call of the accelerator's processes.
+    Raises UserError as a single run would.
     """
     if recipes[0].runtime.precision == "fp16":
         raise UserError(
@@ -109,6 +115,10 @@ def make_pass(
         Trial(each, reader.to(accelerator.device), build_optimizer(each.optim, reader))
         for each, reader in zip(recipes, readers, strict=True)
     ]
+    for trial, tensors in zip(trials, starts or [], strict=starts is not None):
+        restore(trial.reader, tensors, state)
+    for trial in trials:
+        trial.reader.train()  # what cannot be trained says so before the stream is computed
     labels = parts.splits[recipe.data.train_on].labels
     weights_K = class_weights(recipe.train.class_weights, labels, len(parts.splits.classes)).to(accelerator.device)
     made = Pass(trials, parts, accelerator, train, val, weights_K, stop, state, show)

@@ -26,6 +26,15 @@ def fresh_accelerate() -> Iterator[None]:
         state.PartialState._reset_state()
 
 
+@pytest.fixture(scope="module")
+def on_the_cpu() -> Iterator[None]:
+    """Hides the GPU from this process and those that it forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.accelerator, "is_available", lambda: False)
+        yield
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, str], Path]:
     """Writes a text file below tmp_path."""

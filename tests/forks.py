@@ -1,6 +1,7 @@
 """Runs in processes forked from the tests' own: what they import is there already, which a launcher has to do anew.
 
-Launchers are tested in test_distributed.py; here two processes are told what they would have told them.
+Launchers are tested in test_distributed.py; here two processes are told what they would have told them. Tests that
+fork use the fixture on_the_cpu: a forked process cannot use a GPU that its parent has used.
 """
 
 import multiprocessing
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from dist_vpt.cli import main
@@ -30,8 +30,6 @@ class Forks:
             process.start()
 
     def _work(self, work: Callable[[int], Any], rank: int) -> None:
-        # A forked process cannot use a GPU that its parent has used.
-        torch.cuda.is_available = torch.accelerator.is_available = lambda: False
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()

@@ -18,6 +18,7 @@ from tests.forks import command
 from tests.methods.conftest import make_backbone
 from tests.running import metrics, train, words
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 OPTIONS = ("train.batch_size=250", "train.epochs=3", "run.save_every=1", "runtime.deterministic=true")
 
 

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from timm.models.vision_transformer import Block
 
 from dist_vpt import compress as module
-from dist_vpt.build import assemble
+from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
 from dist_vpt.cli import main
 from dist_vpt.compress import best_features, compress, group_lasso, head_loss
@@ -29,7 +29,7 @@ from dist_vpt.predict import predict, score
 from dist_vpt.recipe import load_recipe
 from dist_vpt.runfolder import RunFolder
 from tests.methods.conftest import make_backbone
-from tests.running import train
+from tests.running import train, words
 
 FEATURES = 128 * 3  # the demo backbone's width, of its own features and of two blocks with a query each
 RUN = (
@@ -586,9 +586,22 @@ def test_an_index_that_names_no_features_is_told_before_it_is_used(kept: list[in
             method.train(mode)
 
 
-def test_a_recipe_that_keeps_features_cannot_be_trained_afresh(tmp_path: Path) -> None:
+def test_a_recipe_that_keeps_features_cannot_be_trained_afresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Parts, "use_cached_stream", lambda *_: pytest.fail("computed"))
     with pytest.raises(UserError, match=r"method.keep = 7: adapters must name the kept features"):
         train(tmp_path / "run", *RUN, "method.keep=7")
+    assert not (tmp_path / "run").exists()
+    assert main(["sweep", *words(tmp_path / "sweep", *RUN, "method.keep=7")]) == 2
+    assert "method.keep = 7: adapters must name the kept features" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_file_where_compressions_should_go(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["compress", str(source), "--keep", "0.5", "--out", str(tmp_path / "file" / "x")]) == 2
+    assert f"{tmp_path / 'file'} is a file; name a folder" in capsys.readouterr().err
 
 
 def test_more_features_than_there_are() -> None:

@@ -14,7 +14,7 @@ from dist_vpt.predict import score
 from tests.forks import Forks, command
 from tests.running import ROOT, finish, metrics, start, step_losses, train, wait_for, words, workers_of
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
 LAUNCHED = ("ddp", "zero2", "zero3")  # as the README says; their files differ from the others' by a name alone
 STRATEGIES = (*LAUNCHED, "zero0", "zero1", "zero3_offload")
 # 1,000 images in batches of 60: the 17th is smaller and shared unevenly. Clipping and class weights span processes.

@@ -32,6 +32,7 @@ from tests.forks import FORK, Forks, command
 from tests.methods.conftest import make_backbone
 from tests.running import ROOT, metrics, train, words
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 FAST = ("run.trackers=[]", "train.test=false", "train.eval_batch_size=96")
 # 1,000 images in batches of 300: the last one is smaller.
 UNEVEN = (*FAST, "train.epochs=2", "train.batch_size=300", "optim.lr=0.5")

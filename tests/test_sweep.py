@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,12 +21,14 @@ from dist_vpt.errors import RecipeError, RunFailed
 from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.runfolder import read_json
 from dist_vpt.sweep import Job, choose, grid_jobs
-from tests.forks import Forks
+from tests.forks import ROOT, Forks
 from tests.forks import command as forked
 from tests.running import wait_for, words
 
 GRID = ["sweep.grid.optim.lr=[0.5, 0.1, 0.02]", "sweep.grid.optim.weight_decay=[0.01, 0.0]", "sweep.seeds=[42, 44]"]
 READER = ["method.name=linear", "train.epochs=2", *GRID]
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
@@ -131,6 +135,8 @@ def test_grids_over_other_keys_are_passes_of_their_own(tmp_path: Path, capsys: p
         ("sweep.grid.optim.lr=0.1", "grid.optim.lr = 0.1: must be a list"),
         ("sweep.grid.optim.lr=[0.1, 0.1]", "each said once"),
         ("sweep.grid.seed=[1, 2]", "grid.seed: is the sweep's own"),
+        ("sweep.grid.train.test=[true, false]", "grid.train.test: is the sweep's own"),
+        ("backbone.weights=missing.safetensors", "missing.safetensors: no such weights file"),
         ("sweep.seeds=[1, 1]", "seeds = [1, 1]: each once"),
     ],
 )
@@ -206,8 +212,22 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
 def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
     one = swept(tmp_path / "one", *grid)
-    forks = start(tmp_path / "two", *grid, f"sweep.split={split}", strategy="ddp")
-    assert forks.finish() == [0, 0], forks.output
+    words = command(tmp_path / "two", *grid, f"sweep.split={split}")
+    if split == "trials":  # below a launcher, as the README says
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/ddp.yaml"]
+        done = subprocess.run(
+            [*launch, "--num_processes", "2", "--main_process_port", "0", "-m", "dist_vpt", *words],
+            cwd=ROOT,
+            env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        forks = forked(words, tmp_path / "two.txt", "ddp")
+        assert forks.finish() == [0, 0], forks.output
     two = json.loads((tmp_path / "two" / "sweep.json").read_text())
     assert two["chosen"] == one["chosen"]
     for a, b in zip(one["trials"], two["trials"], strict=True):

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dist_vpt.agreement import StopSignal
 from dist_vpt.checkpoint import collect
-from dist_vpt.errors import Interrupted, RunFolderError
+from dist_vpt.errors import Interrupted, RunFolderError, UserError
 from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.trials import Pass, fit_trials, make_pass, score_trials
@@ -167,3 +168,9 @@ def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> 
     (tmp_path / "pass.pt").write_bytes(b"PK\x03\x04 not a state")
     with pytest.raises(RunFolderError, match=r"damaged state .* remove it to train its trials anew"):
         make(tmp_path, each)
+
+
+def test_half_precision_without_a_gradient_scale_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe([], words(tmp_path, "method.name=linear", "runtime.precision=fp16"))
+    with pytest.raises(UserError, match=r"runtime.precision = fp16: .* use bf16 or fp32"):
+        make_pass([recipe], Accelerator(cpu=True), StopSignal(), tmp_path / "pass.pt", print)

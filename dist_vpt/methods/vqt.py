@@ -136,7 +136,10 @@ class VQT(Reader):
     def features_of_many(
         cls, readers: Sequence["VQT"], observed: Observed, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """The features [B, F] of each reader, from one reading of the stream."""
+        """The features [B, F] of each reader, from one reading of the stream.
+
+        Readers that are neighbours and equal in seed, dropout and queries drop alike, also without ``seeds``.
+        """
         first = readers[0]
         runs = []  # of readers one after the other that drop alike: queries [T, L, Q, D], mask [B, L, Q, D] or None
         told = zip(readers, seeds if seeds is not None else [None] * len(readers), strict=True)
@@ -179,12 +182,11 @@ class VQT(Reader):
     def _features(self, pooled_BD: Tensor, answers: Sequence[Tensor]) -> Tensor:
         """The backbone's features and those of each block's answers [B, Q, D], each brought to length 1: [B, F].
 
-        In as few passes over these numbers as can be: with many trials they are what a step's time goes to.
+        In as few passes over these numbers as can be: with many trials they are a large part of a step's time.
         """
-        groups = [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(answers)]
-        features_BF = torch.cat(
-            [pooled_BD.to(self.queries.dtype), *groups], dim=1
-        )  # of half precision: widened on the way
+        groups = [pooled_BD.to(self.queries.dtype)]
+        groups += [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(answers)]
+        features_BF = torch.cat(groups, dim=1)  # widens answers of half precision on the way
         if not self.recipe.normalise:
             return features_BF
         pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one first, then as many of each block
