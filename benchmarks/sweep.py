@@ -67,7 +67,7 @@ from dist_vpt.build import DTYPES, make_method, make_trial
 from dist_vpt.cli import guarded
 from dist_vpt.data.loaders import Batch
 from dist_vpt.errors import RunFailed, UserError
-from dist_vpt.frozen_stream import StreamRecipe, observe
+from dist_vpt.frozen_stream import Observed, StreamRecipe, observe
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.monitor import MIB
 from dist_vpt.optim import build_optimizer, set_lr
@@ -200,7 +200,7 @@ class Bench:
         """What is timed, each way with its own optimisers."""
         from_cache = Batch(images=self.cache, labels=photos["labels"], weight=photos["weight"], index=photos["index"])
         one, many = self.readers[:1], self.readers
-        reads = nbytes(one[0].backbone, one[0].reads, batch)
+        reads = nbytes(one[0].backbone, one[0].keeps, batch)
         return {
             "published": self._published(photos, batch, micro),
             "split": self._trials(one, photos, batch, 0),
@@ -281,14 +281,14 @@ def make_cache(reader: VQT, images_n3SS: Tensor, device: torch.device, place: to
     """The frozen stream of all images, computed on ``device`` and held in ``place``."""
     parts = []
     for images_B3SS in images_n3SS.split(FILL_BATCH):
-        observed = observe(reader.backbone, images_B3SS.to(device), reader.reads)
+        observed = observe(reader.backbone, images_B3SS.to(device), reader.keeps)
         parts.append(send_to_device(observed, place))
-    pooled, normed, key_scales = zip(*parts, strict=True)
+    pooled, *fields = zip(*parts, strict=True)
 
     def joined(blocks: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, ...]:
         return tuple(torch.cat(block) for block in zip(*blocks, strict=True))
 
-    return StreamCache(torch.cat(pooled), joined(normed), joined(key_scales), np.ones(len(images_n3SS), bool))
+    return StreamCache(Observed(torch.cat(pooled), *map(joined, fields)), np.ones(len(images_n3SS), bool))
 
 
 def random_batches(kept: Batch, batch: int) -> Callable[[], Batch]:

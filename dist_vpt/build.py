@@ -84,7 +84,7 @@ class Parts:
         feeds, line = open_streams(
             recipe.stream,
             self.method.backbone,
-            self.method.reads,
+            (self.method.keeps, self.method.reads),
             self.view,
             {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
             accelerator,

@@ -46,7 +46,7 @@ from dist_vpt.checkpoint import Progress, collect, read_adapters, restore, write
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.errors import RunFailed, RunFolderError, UserError
-from dist_vpt.frozen_stream import observe
+from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.vqt import VQT, VQTRecipe
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import peak_memory_mib
@@ -246,7 +246,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device)
             readable_n[batch["index"].numpy()] = batch["weight"].numpy() > 0
     finally:
         batches.close()
-    return StreamFeed(StreamCache(features_nF, (), (), readable_n), split.labels, batches.skipped)
+    return StreamFeed(StreamCache(Observed(features_nF), readable_n), split.labels, batches.skipped)
 
 
 def group_lasso(weight_KF: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The frozen stream: what readers see of a frozen backbone, block by block, computed without autograd.
 
-B images, N tokens, D width, H heads.
+B images, N tokens, D width, H heads, E = D / H.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import key_scale, open_block
+from dist_vpt.backbones.seams import key_scale, keys_and_values, open_block
 
 
 class StreamRecipe(BaseModel):
@@ -40,6 +40,14 @@ class Reads:
 
     blocks: tuple[int, ...] = ()  # whose normalised inputs it reads, rising
     key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
+    keys: bool = False  # keys and values in place of the two: twice the bytes, and nothing left to project
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of Observed that hold something for each block."""
+        if self.keys:
+            return ("keys", "values")
+        return ("normed", "key_scales") if self.key_scales else ("normed",)
 
 
 class Observed(NamedTuple):
@@ -48,18 +56,27 @@ class Observed(NamedTuple):
     pooled: Tensor  # [B, D]: the weights' own pooling of the last block's normalised tokens
     normed: tuple[Tensor, ...] = ()  # [B, N, D] for each block that is read: what its attention sees
     key_scales: tuple[Tensor, ...] = ()  # [B, N, H] for each of them; empty unless asked for
+    keys: tuple[Tensor, ...] = ()  # [B, H, N, E], and of values, in place of the two above where asked for
+    values: tuple[Tensor, ...] = ()
 
 
 @torch.no_grad()
 def observe(backbone: Backbone, images_B3SS: Tensor, reads: Reads) -> Observed:
     """Run the frozen backbone on images (uint8 [B, 3, S, S]) and keep what is read of it."""
     tokens_BND = backbone.embed(images_B3SS)
-    normed, scales = [], []
+    normed, scales, keys, values = [], [], [], []
     for number, block in enumerate(backbone.blocks):
         if number in reads.blocks:
             seams = open_block(block, number)
-            normed.append(seams.norm1(tokens_BND))
-            if reads.key_scales:
-                scales.append(key_scale(seams, normed[-1]))
+            normed_BND = seams.norm1(tokens_BND)
+            if reads.keys:
+                keys_BHNE, values_BHNE = keys_and_values(seams, normed_BND)
+                keys.append(keys_BHNE)
+                values.append(values_BHNE)
+            else:
+                normed.append(normed_BND)
+                if reads.key_scales:
+                    scales.append(key_scale(seams, normed_BND))
         tokens_BND = backbone.run_block(block, tokens_BND)
-    return Observed(backbone.pool(backbone.norm(tokens_BND)), tuple(normed), tuple(scales))
+    pooled_BD = backbone.pool(backbone.norm(tokens_BND))
+    return Observed(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values))

@@ -1,6 +1,6 @@
 """The frozen stream of a split, computed once: held in memory, on the accelerator, or in files.
 
-n images of the split, B of a batch, N tokens, D width, H heads, L blocks that are read.
+n images of the split, B of a batch, N tokens, D width, H heads, E = D / H, L blocks that are read.
 """
 
 import fcntl
@@ -36,7 +36,7 @@ from dist_vpt.runfolder import write_atomically
 Place = Literal["none", "device", "memory", "disk"]
 
 ROOM = 0.8  # share of the free memory or disk that a cache may take
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files
 CHUNK = 2**26  # bytes per read while files are checked
 
 
@@ -44,20 +44,19 @@ CHUNK = 2**26  # bytes per read while files are checked
 class StreamCache:
     """What the stream holds of all images of a split."""
 
-    pooled_nD: Tensor
-    normed: tuple[Tensor, ...]  # by block, [n, N, D]
-    key_scales: tuple[Tensor, ...]  # by block, [n, N, H]
+    kept: Observed  # of n images
     readable_n: np.ndarray  # false for images that were skipped
 
     def __getitem__(self, index_B: Tensor) -> Observed:
         """The rows of some images, in the order asked for."""
-        index_B = index_B.to(self.pooled_nD.device)
+        index_B = index_B.to(self.kept.pooled.device)
 
         def rows(kept: Tensor) -> Tensor:
             found = kept.index_select(0, index_B)
             return found.pin_memory() if found.device.type == "cpu" and torch.cuda.is_available() else found
 
-        return Observed(rows(self.pooled_nD), tuple(map(rows, self.normed)), tuple(map(rows, self.key_scales)))
+        pooled_nD, *blocks = self.kept
+        return Observed(rows(pooled_nD), *(tuple(map(rows, each)) for each in blocks))
 
 
 class StreamFeed:
@@ -84,7 +83,7 @@ class StreamFeed:
 def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     recipe: StreamRecipe,
     backbone: Backbone,
-    reads: Reads,
+    wanted: tuple[Reads, Reads],
     view: View,
     sources: Mapping[str, tuple[Split, Callable[[int, int], EvalBatches]]],
     accelerator: Accelerator,
@@ -93,32 +92,35 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
 ) -> tuple[dict[str, StreamFeed], str]:
     """Feeds by name for the splits whose stream is kept, and a line that says where, or why not.
 
+    ``wanted``: what is kept in memory or on the accelerator if there is room for it, and what is kept else.
     ``sources``: name -> split, and what gives process (rank, world) its share of the images once. ``passes``: how
     often they are read; a stream that is read once is not kept. A collective call. Raises UserError on all processes
     where the recipe asks for a cache that cannot be.
     """
-    needed = nbytes(backbone, reads, sum(len(split) for split, _ in sources.values()))
+    images = sum(len(split) for split, _ in sources.values())
     asked = StreamRecipe(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
     error: UserError | None = None
-    place, line, feeds = cast(Place, "none"), "", {}
+    place, first, line, feeds = cast(Place, "none"), False, "", {}
 
     @cache
     def facts(name: str) -> dict[str, Any]:
-        return identity(sources[name][0], view, backbone, reads)
+        return identity(sources[name][0], view, backbone, wanted[1])
 
     def new() -> int:
         """Bytes of files that are not there and not begun."""
         folders = {name: _folder(recipe, facts(name)) for name in sources}
         images = sum(len(sources[name][0]) for name, folder in folders.items() if not _begun(folder))
-        return nbytes(backbone, reads, images)
+        return nbytes(backbone, wanted[1], images)
 
+    needed = (nbytes(backbone, wanted[0], images), nbytes(backbone, wanted[1], images))
     try:
         with _told():
-            place, line = choose(asked, needed, accelerator.device, new, sharded=_sharded(backbone))
+            place, first, line = choose(asked, needed, accelerator.device, new, sharded=_sharded(backbone))
     except UserError as refused:
         error = refused
     agree(accelerator, error)
-    place = broadcast_object_list([place])[0]  # main's: free memory moves while processes look at it
+    place, first = broadcast_object_list([place, first])  # main's: free memory moves while processes look at it
+    reads = wanted[0] if first else wanted[1]
     for name, (split, make_batches) in sources.items() if place != "none" else ():
         try:
             if place == "disk":
@@ -142,11 +144,20 @@ def shapes(backbone: Backbone, reads: Reads, images: int) -> dict[str, tuple[int
     """Name -> shape of each array of a cache."""
     found: dict[str, tuple[int, ...]] = {"pooled": (images, backbone.width)}
     for number in reads.blocks:
-        found[f"normed-{number:02d}"] = (images, backbone.tokens, backbone.width)
-        if reads.key_scales:
-            heads = backbone.blocks[number].attn.num_heads
-            found[f"key-scales-{number:02d}"] = (images, backbone.tokens, heads)
+        heads = backbone.blocks[number].attn.num_heads
+        of_heads = (images, heads, backbone.tokens, backbone.width // heads)
+        shape: dict[str, tuple[int, ...]] = {
+            "normed": (images, backbone.tokens, backbone.width),
+            "key_scales": (images, backbone.tokens, heads),
+            "keys": of_heads,
+            "values": of_heads,
+        }
+        found |= {_array(field, number): shape[field] for field in reads.fields}
     return found
+
+
+def _array(field: str, block: int) -> str:
+    return f"{field.replace('_', '-')}-{block:02d}"
 
 
 def nbytes(backbone: Backbone, reads: Reads, images: int) -> int:
@@ -156,15 +167,20 @@ def nbytes(backbone: Backbone, reads: Reads, images: int) -> int:
 
 
 def choose(
-    recipe: StreamRecipe, needed: int, device: torch.device, new: Callable[[], int], *, sharded: bool = False
-) -> tuple[Place, str]:
-    """Where a stream of ``needed`` bytes goes, and a line that says so with the numbers.
+    recipe: StreamRecipe,
+    needed: tuple[int, int],
+    device: torch.device,
+    new: Callable[[], int],
+    *,
+    sharded: bool = False,
+) -> tuple[Place, bool, str]:
+    """Where a stream goes, whether as the first of its two sizes in bytes, and a line that says so with the numbers.
 
-    ``new``: how many of them stream.dir does not hold yet. ``sharded``: no process can run the backbone by itself.
-    Raises UserError where the recipe names a place in which it does not fit.
+    Files hold the second. ``new``: how many of its bytes stream.dir does not hold yet. ``sharded``: no process can run
+    the backbone by itself. Raises UserError where the recipe names a place in which it does not fit.
     """
     if recipe.cache == "none":
-        return "none", "frozen stream: live, computed for each batch"
+        return "none", False, "frozen stream: live, computed for each batch"
     if recipe.cache == "disk" and sharded:
         raise UserError(
             "stream.cache = disk: one process writes the files, and under ZeRO-3 none can run the backbone by itself; "
@@ -178,22 +194,27 @@ def choose(
     free["memory"] = (psutil.virtual_memory().available * ROOM / processes, f"in memory{shared}")
     if recipe.dir is not None and not sharded:
         free["disk"] = (shutil.disk_usage(_existing(Path(recipe.dir))).free * ROOM, f"in {recipe.dir}")
-    need = f"the frozen stream takes {needed / 2**30:.2f} GiB"
+    need = f"the frozen stream takes {needed[1] / 2**30:.2f} GiB"
     tried = [f"{room / 2**30:.2f} GiB may be used {where}" for room, where in free.values()]
     if recipe.cache == "auto":
         for place, (room, where) in free.items():
-            if needed <= room or (place == "disk" and new() <= room):
-                return place, f"frozen stream: cached {where}, {needed / 2**30:.2f} GiB"
-        return "none", f"frozen stream: live, since {need} and {'; '.join(tried)}"
+            if needed[1] <= room or (place == "disk" and new() <= room):
+                return _kept(place, needed, room, where)
+        return "none", False, f"frozen stream: live, since {need} and {'; '.join(tried)}"
     asked: Place = "memory" if recipe.cache == "device" and "device" not in free else recipe.cache
     room, where = free[asked]
-    if needed > room and not (asked == "disk" and new() <= room):
+    if needed[1] > room and not (asked == "disk" and new() <= room):
         fix = "make room there, choose another stream.dir" if asked == "disk" else "lower data.image_size"
         raise UserError(
             f"stream.cache = {recipe.cache}: {need}, and {room / 2**30:.2f} GiB may be used {where}; {fix}, "
             "set runtime.precision=bf16 or stream.cache=auto"
         )
-    return asked, f"frozen stream: cached {where}, {needed / 2**30:.2f} GiB"
+    return _kept(asked, needed, room, where)
+
+
+def _kept(place: Place, needed: tuple[int, int], room: float, where: str) -> tuple[Place, bool, str]:
+    first = place != "disk" and needed[0] <= room
+    return place, first, f"frozen stream: cached {where}, {needed[0 if first else 1] / 2**30:.2f} GiB"
 
 
 def fill(  # noqa: PLR0917 (what is computed, of what, where it goes)
@@ -268,7 +289,7 @@ def identity(split: Split, view: View, backbone: Backbone, reads: Reads) -> dict
         "images": images.hexdigest(),
         "dtype": str(backbone.dtype),
         "blocks": list(reads.blocks),
-        "key_scales": reads.key_scales,
+        "fields": list(reads.fields),
     }
 
 
@@ -291,19 +312,14 @@ def _write(arrays: dict[str, Tensor], reads: Reads, observed: Observed, index_B:
         kept[index_B[real_B].to(kept.device)] = rows[real_B.to(rows.device)].to(kept.device)
 
     put("pooled", observed.pooled)
-    for i, number in enumerate(reads.blocks):
-        put(f"normed-{number:02d}", observed.normed[i])
-        if reads.key_scales:
-            put(f"key-scales-{number:02d}", observed.key_scales[i])
+    for field in reads.fields:
+        for number, rows in zip(reads.blocks, getattr(observed, field), strict=True):
+            put(_array(field, number), rows)
 
 
 def _cache(arrays: dict[str, Tensor], readable_n: np.ndarray, reads: Reads) -> StreamCache:
-    return StreamCache(
-        arrays["pooled"],
-        tuple(arrays[f"normed-{number:02d}"] for number in reads.blocks),
-        tuple(arrays[f"key-scales-{number:02d}"] for number in reads.blocks) if reads.key_scales else (),
-        readable_n,
-    )
+    blocks = {field: tuple(arrays[_array(field, number)] for number in reads.blocks) for field in reads.fields}
+    return StreamCache(Observed(arrays["pooled"], **blocks), readable_n)
 
 
 def _build(  # noqa: PLR0917 (as on_disk)

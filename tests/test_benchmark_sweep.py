@@ -115,7 +115,7 @@ def test_a_frozen_stream_is_not_kept_for_backward(run: tuple[dict[str, Any], Pat
     saved = run[0]["saved_for_backward_mib"]
     for precision in ("fp32", "bf16"):
         assert saved["published"][precision] > 3 * saved["split"][precision]
-        assert saved["split"][precision] == saved["cached"][precision]  # it makes no difference where n comes from
+        assert saved["split"][precision] < saved["cached"][precision]  # which holds keys and values in place of n
         assert saved["cached"][precision] > 1.5 * saved["cached_trials"][precision]  # which T trials share
     assert 1.5 < saved["published"]["fp32"] / saved["published"]["bf16"] < 2.5
 

@@ -24,7 +24,7 @@ from dist_vpt.build import Parts, assemble
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import PADDING
 from dist_vpt.errors import RecipeError, UserError
-from dist_vpt.frozen_stream import Reads, StreamRecipe, observe
+from dist_vpt.frozen_stream import Observed, Reads, StreamRecipe, observe
 from dist_vpt.methods import Reader, base
 from dist_vpt.recipe import load_recipe
 from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
@@ -39,7 +39,8 @@ UNEVEN = (*FAST, "train.epochs=2", "train.batch_size=300", "optim.lr=0.5")
 READERS = {
     "linear": ("method.name=linear",),
     "mlp": ("method.name=mlp", "method.dropout=0.2"),
-    "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1"),
+    "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1", "method.form=absorbed"),
+    "vqt_projected": ("method.name=vqt", "method.queries=2", "method.dropout=0.1", "method.form=projected"),
 }
 GIB = 2**30
 
@@ -116,7 +117,8 @@ def in_memory(parts: Parts, split: str = "train") -> StreamCache:
 
 
 def tensors(cache: StreamCache) -> list[torch.Tensor]:
-    return [cache.pooled_nD, *cache.normed, *cache.key_scales]
+    pooled_nD, *fields = cache.kept
+    return [pooled_nD, *(each for field in fields for each in field)]
 
 
 def folders(cache: Path) -> list[Path]:
@@ -178,6 +180,23 @@ def test_cached_equals_live(reader: str, precision: str, tmp_path: Path) -> None
         assert f"in {tmp_path / 'cache'}" in found.line
         assert_equal(found, memory)
     assert [path.name.split("-")[0] for path in folders(tmp_path / "cache")] == ["train", "val"]
+
+
+def test_keys_and_values_are_kept_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They make another order of additions, and nothing else."""
+    options = (*UNEVEN, "method.name=vqt", "method.queries=2", "method.dropout=0.1")
+    live = run(tmp_path / "live", *options, "stream.cache=none")
+    roomy = run(tmp_path / "roomy", *options)
+    method = parts_of(*options).method
+    assert isinstance(method, Reader)
+    needed = nbytes(method.backbone, method.keeps, 1200)
+    assert f"{needed / 2**30:.2f} GiB" in roomy.line
+    _free(monkeypatch, needed / 2**30, 0.0)
+    narrow = run(tmp_path / "narrow", *options)
+    assert "in memory" in narrow.line
+    assert f"{needed / 2**30:.2f} GiB" not in narrow.line
+    assert_equal(narrow, live, 1e-6)
+    assert_equal(roomy, live, 1e-5)
 
 
 def test_unreadable_images_are_skipped_and_reported_alike(tmp_path: Path) -> None:
@@ -373,7 +392,7 @@ def of_val(cache: Path) -> None:
         (half_json, "not a complete stream cache (JSONDecodeError"),
         (other_json, "not a complete stream cache (AttributeError"),
         (edited("unreadable", [5]), "stream.json: damaged stream cache, its content was changed"),
-        (edited("format", 0), "stale stream cache, made of something else (format 0, now 1)"),
+        (edited("format", 0), "stale stream cache, made of something else (format 0, now 2)"),
         (edited("dtype", "torch.float16"), "(dtype 'torch.float16', now 'torch.float32')"),
         (of_val, "split 'val', now 'train'"),
     ],
@@ -465,6 +484,7 @@ def test_arrays_are_known_by_their_pixels() -> None:
         ({}, 1.0, 1.0, 1.0, "none"),
         ({"dir": None}, 1.0, 1.0, 2.0, "none"),
         ({}, None, 2.0, 2.0, "memory"),
+        ({}, None, 1.5, 2.0, "memory"),
         ({"cache": "device"}, None, 2.0, 2.0, "memory"),
         ({"cache": "disk"}, 2.0, 2.0, 2.0, "disk"),
         ({"cache": "none"}, 2.0, 2.0, 2.0, "none"),
@@ -483,8 +503,13 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
     _free(monkeypatch, memory, disk)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int((gpu or 0) * GIB), 80 * GIB))
     asked = StreamRecipe(**{"dir": str(tmp_path / "not" / "there"), **recipe})
-    found, line = choose(asked, GIB, torch.device("cpu" if gpu is None else "cuda"), lambda: GIB)
+    device = torch.device("cpu" if gpu is None else "cuda")
+    found, first, line = choose(asked, (int(1.5 * GIB), GIB), device, lambda: GIB)
     assert found == place
+    larger = place in ("device", "memory") and {"device": gpu, "memory": memory}[place] == 2.0
+    assert first == larger
+    if place != "none":
+        assert f", {1.5 if larger else 1:.2f} GiB" in line
     assert line.startswith("frozen stream: " + ("live" if place == "none" else "cached "))
     if place == "none" and asked.cache == "auto":
         assert "since the frozen stream takes 1.00 GiB and 0.80 GiB may be used on the accelerator; 0.80 GiB" in line
@@ -493,7 +518,7 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
 def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     _free(monkeypatch, 4.0, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    place, line = choose(StreamRecipe(), GIB, torch.device("cpu"), lambda: GIB)
+    place, _, line = choose(StreamRecipe(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)
     assert place == "none"
     assert "0.80 GiB may be used in memory for each of 4 processes" in line
 
@@ -564,29 +589,25 @@ def test_recipes_that_contradict_themselves(overrides: tuple[str, ...], mistake:
 
 
 def test_padding_has_no_weight() -> None:
-    cache = StreamCache(
-        torch.arange(8.0).view(4, 2), (torch.arange(24.0).view(4, 3, 2),), (), np.array([True, True, False, True])
-    )
+    kept = Observed(torch.arange(8.0).view(4, 2), (torch.arange(24.0).view(4, 3, 2),))
+    cache = StreamCache(kept, np.array([True, True, False, True]))
     feed = StreamFeed(cache, np.array([5, 6, 7, 8]), {"x.png"})
     first, second = feed([(0, np.array([3, PADDING, 1])), (0, np.array([2, PADDING, PADDING]))])
     assert first["weight"].tolist() == [1, 0, 1]
     assert first["index"].tolist() == [3, PADDING, 1]
     assert first["labels"].tolist() == [8, 0, 6]
-    assert torch.equal(first["images"].pooled[[0, 2]], cache.pooled_nD[[3, 1]])
-    assert torch.equal(first["images"].normed[0][[0, 2]], cache.normed[0][[3, 1]])
+    assert torch.equal(first["images"].pooled[[0, 2]], kept.pooled[[3, 1]])
+    assert torch.equal(first["images"].normed[0][[0, 2]], kept.normed[0][[3, 1]])
     assert first["images"].key_scales == ()
     assert second["weight"].tolist() == [0, 0, 0]
     assert second["labels"].tolist() == [7, 0, 0]
     assert feed.skipped == {"x.png"}
 
 
-def test_scales_of_keys_are_kept_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reads", [Reads((0, 2), key_scales=True), Reads((0, 2), keys=True)], ids=["scales", "keys"])
+def test_all_that_is_asked_for_is_kept(reads: Reads, tmp_path: Path) -> None:
     parts = parts_of("data.image_size=16")
-    backbone, reads, batches = (
-        make_backbone("registers"),
-        Reads((0, 2), key_scales=True),
-        partial(parts.evaluation, "val"),
-    )
+    backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
     facts = identity(parts.splits["val"], parts.view, backbone, reads)
     memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory")
     disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"))
@@ -594,8 +615,8 @@ def test_scales_of_keys_are_kept_too(tmp_path: Path) -> None:
     wanted = observe(backbone, images, reads)
     for cache in (memory, disk):
         found = cache[torch.arange(200)]
-        assert len(found.normed) == len(found.key_scales) == 2
-        for a, b in zip(tensors(cache), (wanted.pooled, *wanted.normed, *wanted.key_scales), strict=True):
+        assert [len(each) for each in found[1:]] == [2 if name in reads.fields else 0 for name in Observed._fields[1:]]
+        for a, b in zip(tensors(cache), tensors(StreamCache(wanted, np.ones(200, bool))), strict=True):
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
@@ -613,9 +634,9 @@ def test_what_zero3_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     train(tmp_path / "linear", *FAST, *READERS["linear"])
     recipe = StreamRecipe(cache="disk", dir=str(tmp_path))
     with pytest.raises(UserError, match=r"ZeRO-3 .* set stream.cache=memory, or start with launch/accelerate/ddp.yaml"):
-        choose(recipe, 0, torch.device("cpu"), lambda: 0, sharded=True)
+        choose(recipe, (0, 0), torch.device("cpu"), lambda: 0, sharded=True)
     _free(monkeypatch, 0, 8.0)
-    assert choose(StreamRecipe(dir=str(tmp_path)), 1, torch.device("cpu"), lambda: 1, sharded=True)[0] == "none"
+    assert choose(StreamRecipe(dir=str(tmp_path)), (1, 1), torch.device("cpu"), lambda: 1, sharded=True)[0] == "none"
 
 
 @pytest.mark.distributed

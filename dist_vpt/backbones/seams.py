@@ -93,6 +93,12 @@ def key_scale(seams: Seams, normed_BND: Tensor) -> Tensor:
     return (keys_BNHE.square().mean(-1) + seams.k_norm.eps).rsqrt().to(normed_BND.dtype)
 
 
+def keys_and_values(seams: Seams, normed_BND: Tensor) -> tuple[Tensor, Tensor]:
+    """What the block's attention makes of its normalised inputs, by heads, [B, H, N, E] each."""
+    keys_BNHE = seams.k_norm(seams.project(1, normed_BND))
+    return keys_BNHE.transpose(1, 2), seams.project(2, normed_BND).transpose(1, 2)
+
+
 def widened(x: Tensor) -> Tensor:
     """Half precision as float32, in which softmax and norms are computed; others as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -65,6 +65,11 @@ class Reader(Method):
         """What is read of the frozen stream besides the pooled features."""
         return Reads()
 
+    @property
+    def keeps(self) -> Reads:
+        """What it would rather have kept of the stream where that is computed once: dearer to compute, or larger."""
+        return self.reads
+
     def read(self, observed: Observed) -> Tensor:
         """Logits [B, K] from what the stream holds of B images."""
         raise NotImplementedError

@@ -10,7 +10,8 @@ Per block, query tokens z attend to the image's tokens, not to each other, and t
 with k and v those of n, the image's tokens as the block's attention sees them. The features are the backbone's own,
 and z'' of each block. Two equal forms compute the attention:
 
-- ``projected``: k and v are computed from n, without autograd.
+- ``projected``: k and v are computed from n, without autograd. A kept stream holds k and v themselves where there is
+  room, and then this is by far the cheaper form.
 - ``absorbed``: a head's score is k.q = n.(W_k^T q) up to a number that cancels in the softmax, and the weights sum to
   one, so that sum(p v) = W_v sum(p n) + b_v: no key and no value is ever computed, and n alone is kept for backward.
   Under qk-norm each key has a scale of its own, which the stream brings along.
@@ -19,7 +20,8 @@ The head may read some of the features alone (``keep``): which ones is an index 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal, Self
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import Seams, centres, has_key_norm, open_block, widened
+from dist_vpt.backbones.seams import Seams, centres, has_key_norm, keys_and_values, open_block, widened
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream import Observed, Reads
 from dist_vpt.methods.base import MethodSettings, Reader
@@ -96,7 +98,13 @@ class VQT(Reader):
 
     @property
     def reads(self) -> Reads:
-        return Reads(self.blocks, key_scales=self.key_norm and self.recipe.form != "projected")
+        if self.recipe.form == "projected":
+            return Reads(self.blocks, keys=True)
+        return Reads(self.blocks, key_scales=self.key_norm)
+
+    @property
+    def keeps(self) -> Reads:
+        return self.reads if self.recipe.form == "absorbed" else Reads(self.blocks, keys=True)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from super().adapter_tensors()
@@ -150,13 +158,12 @@ class VQT(Reader):
             mask_BLQD = alike[0].mask(len(observed.pooled))
             runs.append((torch.stack([reader.queries for reader in alike]), mask_BLQD))
         sizes = [reader.recipe.queries for reader in readers]
-        form = first._form(observed, sum(sizes))
         answers = []  # for each block one of each reader, [B, Q_t, D]; never all in one tensor, which would be large
         for i, number in enumerate(first.blocks):
             z_QD = _asked(runs, i)
             seams = open_block(first.backbone.blocks[number], number)
-            scale_BNH = observed.key_scales[i] if observed.key_scales else None
-            answers.append(answer(seams, z_QD, observed.normed[i], scale_BNH, form).split(sizes, dim=1))
+            attend = first._attention(seams, observed, i, sum(sizes))
+            answers.append(answer(seams, z_QD.to(observed.pooled.dtype), attend).split(sizes, dim=1))
         return [
             reader._features(observed.pooled, mine)
             for reader, mine in zip(readers, zip(*answers, strict=True), strict=True)
@@ -173,11 +180,15 @@ class VQT(Reader):
         kept_BLQD = torch.rand(images, *self.queries.shape, device=self.queries.device) >= self._dropout
         return kept_BLQD.to(self.queries.dtype) / (1 - self._dropout)
 
-    def _form(self, observed: Observed, queries: int) -> str:
-        if self.recipe.form != "auto":
-            return self.recipe.form
-        heads = open_block(self.backbone.blocks[self.blocks[0]], self.blocks[0]).heads
-        return cheaper_form(queries, heads, self.backbone.width)
+    def _attention(self, seams: Seams, observed: Observed, i: int, queries: int) -> "Attend":
+        """How so many queries attend to the i-th block that is read."""
+        if observed.keys:
+            return partial(_attend_projected, observed.keys[i], observed.values[i])
+        normed_BND = observed.normed[i]
+        if self.recipe.form == "auto" and cheaper_form(queries, seams.heads, self.backbone.width) == "projected":
+            with torch.no_grad():
+                return partial(_attend_projected, *keys_and_values(seams, normed_BND))
+        return partial(_attend_absorbed, seams, normed_BND, observed.key_scales[i] if observed.key_scales else None)
 
     def _features(self, pooled_BD: Tensor, answers: Sequence[Tensor]) -> Tensor:
         """The backbone's features and those of each block's answers [B, Q, D], each brought to length 1: [B, F].
@@ -200,8 +211,11 @@ class VQT(Reader):
         return z_BQD
 
 
+Attend = Callable[[Tensor], Tensor]  # q [B, Q, H, E] or [Q, H, E], scaled -> heads' outputs [B, Q, H, E]
+
+
 def cheaper_form(queries: int, heads: int, width: int) -> str:
-    """The form with fewer operations in a training step.
+    """The form with fewer operations in a training step on a stream that holds no keys and values.
 
     Per token of the image, absorbed scores and sums take 2 D H Q multiplications forward and as many backward;
     projected ones 2 D Q each way, and 2 D^2 for keys and values, which need no backward.
@@ -257,17 +271,15 @@ def _asked(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
 
-def answer(seams: Seams, z_QD: Tensor, normed_BND: Tensor, key_scale_BNH: Tensor | None, form: str) -> Tensor:
+def answer(seams: Seams, z_QD: Tensor, attend: Attend) -> Tensor:
     """z'' [B, Q, D]: a block's outputs for queries z, [Q, D] or one set for each image, [B, Q, D]."""
-    z_QD = z_QD.to(normed_BND.dtype)
     q_QHE = seams.q_norm(seams.project(0, seams.norm1(z_QD))) * seams.scale
-    attend = _attend_absorbed if form == "absorbed" else _attend_projected
-    heads_BQHE = attend(seams, q_QHE, normed_BND, key_scale_BNH)
+    heads_BQHE = attend(q_QHE)
     z_BQD = z_QD + seams.ls1(seams.proj(seams.attn_norm(heads_BQHE.flatten(-2))))
     return z_BQD + seams.ls2(seams.mlp(seams.norm2(z_BQD)))
 
 
-def _attend_absorbed(seams: Seams, q_QHE: Tensor, n_BND: Tensor, scale_BNH: Tensor | None) -> Tensor:
+def _attend_absorbed(seams: Seams, n_BND: Tensor, scale_BNH: Tensor | None, q_QHE: Tensor) -> Tensor:
     weight_ED, bias_E = seams.weights(1)
     heads, per_image = seams.heads, q_QHE.ndim == 4
     if has_key_norm(seams):  # its scale of the channels goes to the query, its mean's removal too (that is symmetric)
@@ -322,9 +334,6 @@ def _per_head(x: Tensor, weight_HIO: Tensor) -> Tensor:
     return out_YHO.unflatten(0, x.shape[:-2])
 
 
-def _attend_projected(seams: Seams, q_QHE: Tensor, n_BND: Tensor, _: Tensor | None) -> Tensor:
-    with torch.no_grad():
-        k_BHNE = seams.k_norm(seams.project(1, n_BND)).transpose(1, 2)
-        v_BHNE = seams.project(2, n_BND).transpose(1, 2)
+def _attend_projected(k_BHNE: Tensor, v_BHNE: Tensor, q_QHE: Tensor) -> Tensor:
     scores_BHQN = q_QHE.transpose(-3, -2) @ k_BHNE.transpose(2, 3)
     return (scores_BHQN.softmax(dim=-1) @ v_BHNE).transpose(1, 2)
