@@ -58,8 +58,17 @@ def saved_mib(*overrides: str) -> float:
 
 @cache
 def flops(*overrides: str) -> int:
-    recipe = tiny(*overrides)
-    return step.model_flops(recipe, describe(recipe.backbone), K)
+    """Counted in a process of its own: a backward pass on the meta device starts threads, after which torch refuses to
+    be forked, and other tests fork."""
+    code = f"""
+import runpy, sys
+from dist_vpt.backbones.build import describe
+from dist_vpt.recipe import load_recipe
+recipe = load_recipe([], sys.argv[2:])
+print(runpy.run_path(sys.argv[1])["model_flops"](recipe, describe(recipe.backbone), {K}))
+"""
+    words = [sys.executable, "-c", code, str(SCRIPT), *TINY, *overrides]
+    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
 def block_flops(tokens: int) -> tuple[int, int]:
