@@ -52,7 +52,7 @@ from dist_vpt.cli import guarded
 from dist_vpt.data.loaders import Batch
 from dist_vpt.engine import Training, train_step
 from dist_vpt.errors import UserError
-from dist_vpt.methods import Method
+from dist_vpt.methods.base import Method
 from dist_vpt.monitor import MIB, peak_memory_mib
 from dist_vpt.recipe import Recipe, load_recipe, split_arguments
 from dist_vpt.runfolder import RunFolder, versions, write_atomically

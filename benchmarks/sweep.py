@@ -67,11 +67,11 @@ from dist_vpt.build import DTYPES, make_method, make_trial
 from dist_vpt.cli import guarded
 from dist_vpt.data.loaders import Batch
 from dist_vpt.errors import RunFailed, UserError
-from dist_vpt.frozen_stream import Observed, StreamRecipe, observe
+from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.monitor import MIB
 from dist_vpt.optim import build_optimizer, set_lr
-from dist_vpt.recipe import Recipe, load_recipe, split_arguments
+from dist_vpt.recipe import Recipe, StreamRecipe, load_recipe, split_arguments
 from dist_vpt.runfolder import versions, write_atomically
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.stream_cache import StreamCache, nbytes

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dist_vpt.errors import RunFolderError, WeightsError
-from dist_vpt.methods import Method
+from dist_vpt.methods.base import Method
 from dist_vpt.recipe import EarlyStopRecipe
 from dist_vpt.runfolder import RunFolder, read_json, write_atomically
 from dist_vpt.strategy import strategy

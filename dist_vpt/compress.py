@@ -47,7 +47,8 @@ from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.errors import RunFailed, RunFolderError, UserError
 from dist_vpt.frozen_stream import Observed, observe
-from dist_vpt.methods.vqt import VQT, VQTRecipe
+from dist_vpt.methods.recipe import VQTRecipe
+from dist_vpt.methods.vqt import VQT
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.optim import build_optimizer, multiplier, set_lr

@@ -22,7 +22,7 @@ from dist_vpt.agreement import StopSignal, agree, fail_together, total
 from dist_vpt.checkpoint import Progress, States, collect, write_adapters
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.errors import DataError, Interrupted, RunFailed
-from dist_vpt.methods import Method
+from dist_vpt.methods.base import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
 from dist_vpt.optim import multiplier, set_lr

@@ -4,34 +4,13 @@ B images, N tokens, D width, H heads, E = D / H.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.seams import key_scale, keys_and_values, open_block
-
-
-class StreamRecipe(BaseModel):
-    """Where a reader's frozen stream is kept between epochs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    cache: Literal["auto", "none", "device", "memory", "disk"] = Field(
-        "auto",
-        description="none: computed anew for each batch; device, memory, disk: computed once and kept on the "
-        "accelerator, in host memory, or in stream.dir; auto: the first of device, memory and (with stream.dir) disk "
-        "that it fits in, else none",
-    )
-    dir: str | None = Field(None, min_length=1, description="folder of the cache files; they serve later runs too")
-
-    @model_validator(mode="after")
-    def _disk_has_a_folder(self) -> Self:
-        if self.cache == "disk" and self.dir is None:
-            raise ValueError("cache = disk: needs a folder for its files; set stream.dir")
-        return self
 
 
 @dataclass(frozen=True)

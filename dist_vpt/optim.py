@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from dist_vpt.methods import Method
+    from dist_vpt.methods.base import Method
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -13,10 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dist_vpt.backbones.recipe import BackboneRecipe
 from dist_vpt.data.recipe import DataRecipe
+from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import RecipeError, nearest
-from dist_vpt.frozen_stream import StreamRecipe
-from dist_vpt.methods import MethodRecipe, is_reader
-from dist_vpt.methods.vpt import VPTRecipe
+from dist_vpt.methods.recipe import MethodRecipe, VPTRecipe
 from dist_vpt.optim import OptimRecipe
 
 
@@ -24,6 +23,24 @@ class Section(BaseModel):
     """A part of the recipe: frozen, and unknown keys are mistakes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamRecipe(Section):
+    """Where a reader's frozen stream is kept between epochs."""
+
+    cache: Literal["auto", "none", "device", "memory", "disk"] = Field(
+        "auto",
+        description="none: computed anew for each batch; device, memory, disk: computed once and kept on the "
+        "accelerator, in host memory, or in stream.dir; auto: the first of device, memory and (with stream.dir) disk "
+        "that it fits in, else none",
+    )
+    dir: str | None = Field(None, min_length=1, description="folder of the cache files; they serve later runs too")
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> Self:
+        if self.cache == "disk" and self.dir is None:
+            raise ValueError("cache = disk: needs a folder for its files; set stream.dir")
+        return self
 
 
 class EarlyStopRecipe(Section):
@@ -151,14 +168,14 @@ class Recipe(Section):
                 "set data.train_on=train or train.early_stop=null"
             )
         method = f"method.name = {self.method.name}"
-        if self.stream != StreamRecipe() and not is_reader(self.method):
+        if self.stream != StreamRecipe() and not self.method.reader:
             yield f"stream: {method} changes the image's tokens, so that no frozen stream is kept; leave stream out"
-        if self.backbone.drop_path > 0 and is_reader(self.method):
+        if self.backbone.drop_path > 0 and self.method.reader:
             yield (
                 f"backbone.drop_path = {self.backbone.drop_path}: {method} trains nothing in the backbone; "
                 "set backbone.drop_path=0"
             )
-        if self.runtime.checkpointing != "none" and is_reader(self.method):
+        if self.runtime.checkpointing != "none" and self.method.reader:
             yield (
                 f"runtime.checkpointing = {self.runtime.checkpointing}: {method} keeps nothing of the backbone for "
                 "backward; set runtime.checkpointing=none"
@@ -214,6 +231,7 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         _read(Path(file), draft, asked_by=COMMAND_LINE, open_files=())
     for override in overrides:
         _override(override, draft)
+    _take_published_counts(draft.data)
     try:
         recipe = _validated(draft.data)
     except ValidationError as error:
@@ -227,6 +245,18 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         name = "-".join(Path(file).stem for file in files) or "default"
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
     return recipe
+
+
+def _take_published_counts(data: dict[str, Any]) -> None:
+    """Prompts and queries that nobody said: the paper's for this task, where it has them."""
+    task = data.get("data", {}).get("task") if isinstance(data.get("data"), dict) else None
+    row, method = TASKS.get(task) if isinstance(task, str) else None, data.get("method")
+    if row is None or not isinstance(method, dict):
+        return
+    if method.get("name") == "vpt" and method.get("deep", True) and row.prompts:
+        method.setdefault("prompts", row.prompts)
+    if method.get("name") == "vqt" and row.queries:
+        method.setdefault("queries", row.queries)
 
 
 def load_recipe_from(data: dict[str, Any]) -> Recipe:

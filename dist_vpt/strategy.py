@@ -11,7 +11,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, Init
 from torch import nn
 
 from dist_vpt.errors import UserError
-from dist_vpt.methods import Method, Reader
+from dist_vpt.methods.base import Method, Reader
 from dist_vpt.optim import build_optimizer
 from dist_vpt.recipe import Recipe
 

@@ -30,7 +30,8 @@ from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import DataError, UserError
-from dist_vpt.frozen_stream import Observed, Reads, StreamRecipe, observe
+from dist_vpt.frozen_stream import Observed, Reads, observe
+from dist_vpt.recipe import StreamRecipe
 from dist_vpt.runfolder import write_atomically
 
 Place = Literal["none", "device", "memory", "disk"]

@@ -28,7 +28,7 @@ from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.engine import fetch, fold, global_weight
 from dist_vpt.errors import DataError, Interrupted, RunFolderError, UserError
 from dist_vpt.frozen_stream import Observed, observe
-from dist_vpt.methods import Reader
+from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
 from dist_vpt.recipe import Recipe

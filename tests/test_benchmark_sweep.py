@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt.methods.vqt import VQT, VQTRecipe
+from dist_vpt.methods.recipe import VQTRecipe
+from dist_vpt.methods.vqt import VQT
 from tests.methods.test_vqt import BACKBONES, loss_of, make, make_backbone
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -13,7 +13,7 @@ from dist_vpt import checkpoint
 from dist_vpt.checkpoint import read_adapters, restore, write_adapters
 from dist_vpt.errors import RunFolderError, WeightsError
 from dist_vpt.methods import attach
-from dist_vpt.methods.vpt import VPTRecipe
+from dist_vpt.methods.recipe import VPTRecipe
 from tests.forks import command
 from tests.methods.conftest import make_backbone
 from tests.running import metrics, train, words

@@ -24,7 +24,8 @@ from dist_vpt.compress import best_features, compress, group_lasso, head_loss
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, UserError, WeightsError
 from dist_vpt.frozen_stream import observe
 from dist_vpt.methods import attach
-from dist_vpt.methods.vqt import VQT, VQTRecipe
+from dist_vpt.methods.recipe import VQTRecipe
+from dist_vpt.methods.vqt import VQT
 from dist_vpt.predict import predict, score
 from dist_vpt.recipe import load_recipe
 from dist_vpt.runfolder import RunFolder

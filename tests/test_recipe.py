@@ -11,12 +11,11 @@ import pytest
 import yaml
 
 from dist_vpt.errors import RecipeError
-from dist_vpt.methods.linear import LinearRecipe
-from dist_vpt.methods.vpt import VPTRecipe
+from dist_vpt.methods.recipe import LinearRecipe, VPTRecipe
 from dist_vpt.recipe import Recipe, differences, json_schema, load_recipe, split_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPE_FILES = 21
+RECIPE_FILES = 45
 Write = Callable[[str, str], Path]
 
 
@@ -535,7 +534,7 @@ def test_every_recipe_in_configs_loads() -> None:
     files = sorted(CONFIGS.glob("**/*.yaml"))
     assert len(files) == RECIPE_FILES
     for file in files:
-        recipe = load_recipe([file], ["data.root=somewhere"] if file.parent.name == "data" else [])
+        recipe = load_recipe([file], ["data.root=somewhere"] if file.parent.name in ("data", "vtab", "fgvc") else [])
         assert math.isfinite(recipe.optim.peak_lr(recipe.train.batch_size))
 
 

@@ -1,42 +1,35 @@
-"""Methods: what is trained. A new one is a file beside this one and a row in this table."""
+"""Methods: what is trained. A new one is a file beside this one, its recipe, and a row in this table."""
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-import torch
-from pydantic import Field
+from dist_vpt.methods.recipe import MethodRecipe
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.methods.base import Method, Reader
-from dist_vpt.methods.full import Full, FullRecipe
-from dist_vpt.methods.linear import Linear, LinearRecipe
-from dist_vpt.methods.mlp import MLP, MLPRecipe
-from dist_vpt.methods.vpt import VPT, VPTRecipe
-from dist_vpt.methods.vqt import VQT, VQTRecipe
+if TYPE_CHECKING:
+    import torch
 
-METHODS: dict[str, type[Method]] = {
-    "vpt": VPT,
-    "vqt": VQT,
-    "linear": Linear,
-    "mlp": MLP,
-    "full": Full,
+    from dist_vpt.backbones.backbone import Backbone
+    from dist_vpt.methods.base import Method
+
+# Name -> module:class; imported when asked for, so that a recipe is read without torch.
+METHODS = {
+    "vpt": "dist_vpt.methods.vpt:VPT",
+    "vqt": "dist_vpt.methods.vqt:VQT",
+    "linear": "dist_vpt.methods.linear:Linear",
+    "mlp": "dist_vpt.methods.mlp:MLP",
+    "full": "dist_vpt.methods.full:Full",
 }
 
-MethodRecipe = Annotated[VPTRecipe | VQTRecipe | LinearRecipe | MLPRecipe | FullRecipe, Field(discriminator="name")]
 
-
-def attach(recipe: MethodRecipe, backbone: Backbone, classes: int, compute: torch.dtype = torch.float32) -> Method:
-    """Attach the method that the recipe names to a float32 backbone, to be computed in ``compute``.
+def attach(recipe: MethodRecipe, backbone: "Backbone", classes: int, compute: "torch.dtype | None" = None) -> "Method":
+    """Attach the method that the recipe names to a float32 backbone, to be computed in ``compute`` (None: float32).
 
     What is trained stays float32; frozen weights are held in ``compute`` from here on.
     """
-    make: Callable[[Any, Backbone, int, torch.dtype], Method] = METHODS[recipe.name]  # type: ignore[assignment]
-    return make(recipe, backbone, classes, compute)
+    import torch
+
+    module, name = METHODS[recipe.name].split(":")
+    return getattr(import_module(module), name)(recipe, backbone, classes, compute or torch.float32)
 
 
-def is_reader(recipe: MethodRecipe) -> bool:
-    """Whether the method only reads the frozen stream."""
-    return issubclass(METHODS[recipe.name], Reader)
-
-
-__all__ = ["METHODS", "Method", "MethodRecipe", "Reader", "attach", "is_reader"]
+__all__ = ["METHODS", "MethodRecipe", "attach"]

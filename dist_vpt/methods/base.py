@@ -16,17 +16,10 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.frozen_stream import Observed, Reads, observe
-
-
-class MethodSettings(BaseModel):
-    """What every method's part of the recipe shares."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Method(nn.Module):

@@ -1,19 +1,11 @@
 """Full fine-tuning: every weight is trained. The baseline that the others are measured against."""
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.methods.base import Method, MethodSettings
-
-
-class FullRecipe(MethodSettings):
-    """All weights and a linear head."""
-
-    name: Literal["full"] = Field("full", description="full fine-tuning")
+from dist_vpt.methods.base import Method
+from dist_vpt.methods.recipe import FullRecipe
 
 
 class Full(Method):

@@ -1,20 +1,12 @@
 """Linear probing: a linear head on the frozen backbone's features. A reader."""
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.frozen_stream import Observed
-from dist_vpt.methods.base import MethodSettings, Reader
-
-
-class LinearRecipe(MethodSettings):
-    """A linear head on frozen features."""
-
-    name: Literal["linear"] = Field("linear", description="linear probing")
+from dist_vpt.methods.base import Reader
+from dist_vpt.methods.recipe import LinearRecipe
 
 
 class Linear(Reader):

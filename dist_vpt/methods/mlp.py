@@ -1,24 +1,14 @@
 """A multilayer perceptron on the frozen backbone's features (a baseline of VPT's tables). A reader."""
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.frozen_stream import Observed
-from dist_vpt.methods.base import MethodSettings, Reader
-
-
-class MLPRecipe(MethodSettings):
-    """Linear layers with GELU and dropout between them, on frozen features."""
-
-    name: Literal["mlp"] = Field("mlp", description="a multilayer perceptron as the head")
-    layers: int = Field(3, ge=1, description="linear layers; 1 is linear probing")
-    width: int | None = Field(None, ge=1, description="of the hidden layers; null: the backbone's width")
-    dropout: float = Field(0.0, ge=0, lt=1, description="after each hidden layer")
+from dist_vpt.methods.base import Reader
+from dist_vpt.methods.recipe import MLPRecipe
 
 
 class MLP(Reader):

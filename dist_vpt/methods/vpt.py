@@ -4,48 +4,15 @@ B batch, N tokens, P prompts, D width, d width of a prompt before its projection
 """
 
 import math
-from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.errors import UserError
-from dist_vpt.methods.base import Method, MethodSettings
-
-
-class VPTRecipe(MethodSettings):
-    """Prompt tokens between the prefix tokens and the patches, shallow or deep."""
-
-    name: Literal["vpt"] = Field("vpt", description="Visual Prompt Tuning")
-    prompts: int = Field(10, ge=1, description="P: prompt tokens of a prompted block")
-    deep: bool = Field(
-        True, description="true: fresh prompts before every prompted block; false: before the first alone"
-    )
-    layers: int | None = Field(None, ge=1, description="deep: how many blocks are prompted; null: all of them")
-    end: Literal["first", "last"] = Field(
-        "first", description="deep: whether `layers` counts from the first or the last block"
-    )
-    shared: bool = Field(False, description="deep: one set of prompts for all prompted blocks after the first of them")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the prompts, drawn for every image")
-    projection: int | None = Field(
-        None, ge=1, description="d: width of the prompts before a learned d -> D projection; null: none"
-    )
-    pooling: Literal["original", "img_pool", "prompt_pool", "imgprompt_pool"] = Field(
-        "original",
-        description="what the head reads: the weights' own pooling, or the mean of patches, prompts or both",
-    )
-
-    @model_validator(mode="after")
-    def _deep_options(self) -> Self:
-        if not self.deep and (self.layers is not None or self.shared or self.end != "first"):
-            raise ValueError(
-                f"deep = false with layers = {self.layers}, end = {self.end}, shared = {self.shared}: these belong to "
-                "deep prompts; set deep=true or leave them out"
-            )
-        return self
+from dist_vpt.methods.base import Method
+from dist_vpt.methods.recipe import VPTRecipe
 
 
 class VPT(Method):

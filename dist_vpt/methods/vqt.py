@@ -23,10 +23,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -34,37 +33,8 @@ from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.seams import Seams, centres, has_key_norm, keys_and_values, open_block, widened
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream import Observed, Reads
-from dist_vpt.methods.base import MethodSettings, Reader
-
-Form = Literal["auto", "absorbed", "projected"]
-
-
-class VQTRecipe(MethodSettings):
-    """Query tokens that read the frozen blocks, and a linear head on what they found."""
-
-    name: Literal["vqt"] = Field("vqt", description="Visual Query Tuning")
-    queries: int = Field(1, ge=1, description="Q: query tokens of a block")
-    blocks: tuple[int, ...] | None = Field(
-        None, min_length=1, description="numbers of the blocks that are read, from 0; null: all of them"
-    )
-    pooling: Literal["none", "mean", "weighted"] = Field(
-        "none", description="of a block's queries: kept side by side, their mean, or a learned weighted sum"
-    )
-    normalise: bool = Field(True, description="bring each block's features, and the backbone's own, to length 1")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the queries, drawn for every image")
-    form: Form = Field("auto", description="how attention is computed; auto: the one with fewer operations")
-    keep: int | None = Field(
-        None,
-        ge=1,
-        description="features that the head reads, which the adapters name (`dist-vpt compress` chooses them); "
-        "null: all of them",
-    )
-
-    @model_validator(mode="after")
-    def _blocks_rise(self) -> Self:
-        if self.blocks is not None and (list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0):
-            raise ValueError(f"blocks = {list(self.blocks)}: must be rising block numbers from 0; sort them")
-        return self
+from dist_vpt.methods.base import Reader
+from dist_vpt.methods.recipe import VQTRecipe
 
 
 class VQT(Reader):

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 
 from dist_vpt.memory import apply_checkpointing
-from dist_vpt.methods import Method, MethodRecipe, attach
+from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.methods.base import Method
 from tests.methods.conftest import MEAN, STD, make_backbone, make_vit
 from tests.reference import vit as reference
 
