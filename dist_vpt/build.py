@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from dist_vpt.backbones.backbone import Backbone
@@ -16,11 +17,12 @@ from dist_vpt.data import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Splits
-from dist_vpt.data.tasks import resolve
+from dist_vpt.data.tasks import Resize, resolve
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import UserError
 from dist_vpt.memory import apply_attention, apply_checkpointing
-from dist_vpt.methods import Method, Reader, attach
+from dist_vpt.methods import attach
+from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe import Recipe
 from dist_vpt.stream_cache import open_streams
 
@@ -37,6 +39,27 @@ class Parts:
     difference: Difference  # between the backbone's tensors and its file's
     data: DataRecipe
     eval_batch_size: int
+
+    def protocol(self) -> dict[str, Any]:
+        """What makes a score comparable with others, for result.json: what was read, and how it was shown."""
+        task, splits = resolve(self.data), self.splits
+        own = None if self.data.mean is None else f"mean {list(self.data.mean)}, std {list(self.data.std or ())}"
+        names = ("train", "val", "trainval", "test")
+        return {
+            "storage": splits.storage,
+            "resize": self.view.resize,
+            "fit": self.view.fit,
+            "augment": self.view.augment,
+            "normalize": own or task.normalize,
+            "image_size": self.view.image_size,
+            "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
+            "notes": list(splits.notes),
+        }
+
+    def carved(self) -> dict[str, list[str]]:
+        """Files of the splits that were taken out of train by a seed, for splits.json."""
+        splits = {name: self.splits[name] for name in self.splits.carved}
+        return {name: [split.where(i) for i in range(len(split))] for name, split in splits.items()}
 
     def feeding(self, rank: int, world: int) -> dict[str, Any]:
         """How images reach a process: what training and evaluation batches have in common."""
@@ -61,8 +84,9 @@ class Parts:
         )
 
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
-        """Batches that show every image of a split once, over all processes."""
-        return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **self.feeding(rank, world))
+        """Batches that show every image of a split once, over all processes; test, seen once, is never cached."""
+        feeding = self.feeding(rank, world) | ({"cache": "none"} if split == "test" else {})
+        return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **feeding)
 
     def use_cached_stream(
         self, recipe: Recipe, accelerator: Accelerator, train: TrainBatches, val: EvalBatches | None
@@ -111,21 +135,30 @@ def make_view(data: DataRecipe, wants: Description) -> View:
     task = resolve(data)
     return View(
         image_size=data.image_size or wants.image_size,
-        interpolation=data.interpolation or wants.interpolation,
-        resize=task.resize,
+        resize=task.resize or cast(Resize, wants.interpolation),
+        fit=task.fit,
         augment=task.augment,
     )
+
+
+def channels(data: DataRecipe, wants: Description) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels, of 0..1, with which images are normalised."""
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    kinds = {
+        "vpt": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        "weights": (wants.mean, wants.std),
+        "none": ((0.0,) * 3, (1.0,) * 3),
+    }
+    return kinds[resolve(data).normalize]
 
 
 def make_method(recipe: Recipe, wants: Description, classes: int) -> tuple[Method, Difference]:
     """The frozen backbone with the method attached, and the difference from its weight file."""
     torch.manual_seed(recipe.seed)
-    backbone, difference = build(
-        recipe.backbone,
-        image_size=recipe.data.image_size or wants.image_size,
-        mean=recipe.data.mean or wants.mean,
-        std=recipe.data.std or wants.std,
-    )
+    mean, std = channels(recipe.data, wants)
+    image_size = recipe.data.image_size or wants.image_size
+    backbone, difference = build(recipe.backbone, image_size=image_size, mean=mean, std=std)
     torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     apply_checkpointing(backbone, recipe.runtime.checkpointing)

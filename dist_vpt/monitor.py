@@ -218,7 +218,7 @@ def mistakes_figure(mistakes: list[Mistake], split: Split, view: View, classes: 
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, mistake in zip(figure.axes, mistakes, strict=False):
-        axes.imshow(view.eval(split.read(mistake.index, max_megapixels=math.inf)).permute(1, 2, 0).numpy())
+        axes.imshow(view.eval(split.read(mistake.index, max_megapixels=math.inf)).permute(1, 2, 0).byte().numpy())
         axes.set_title(
             f"{classes[mistake.label]}\nread as {classes[mistake.predicted]} ({mistake.probability:.0%})",
             fontsize=8,

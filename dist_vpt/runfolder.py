@@ -37,6 +37,7 @@ OURS = (
     "state",
     "adapters.safetensors",
     "best.safetensors",
+    "splits.json",
     "tb",
     "wandb",
     "recipe.yaml",
@@ -64,7 +65,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 class RunFolder:
-    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, state/ and tb/."""
+    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -78,6 +79,7 @@ class RunFolder:
             self.path / "train.log",
             self.path / "state",
         )
+        self.splits = self.path / "splits.json"
         self.adapters, self.best = self.path / "adapters.safetensors", self.path / "best.safetensors"
 
     def load(self, overrides: Sequence[str] = ()) -> Recipe:

@@ -83,6 +83,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     from dist_vpt.checkpoint import Progress, States
     from dist_vpt.engine import Training
     from dist_vpt.monitor import Monitor
+    from dist_vpt.runfolder import write_atomically
     from dist_vpt.strategy import prepare, strategy
 
     split = parts.splits[recipe.data.train_on]
@@ -125,6 +126,9 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         f"{recipe.runtime.precision}; "
         f"run folder {folder.path}",
     ]
+    headline += [f"note: {note}" for note in parts.splits.notes]
+    if parts.splits.carved and accelerator.is_main_process:
+        write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
     if stream:
         headline.append(stream)
     if parts.difference:
@@ -176,6 +180,7 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
         "strategy": strategy(t.accelerator),
         "precision": t.recipe.runtime.precision,
         "seed": t.recipe.seed,
+        "protocol": parts.protocol(),
         "versions": versions(),
     }
     if main:

@@ -24,9 +24,10 @@ from dist_vpt.build import Parts, assemble
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import PADDING
 from dist_vpt.errors import RecipeError, UserError
-from dist_vpt.frozen_stream import Observed, Reads, StreamRecipe, observe
-from dist_vpt.methods import Reader, base
-from dist_vpt.recipe import load_recipe
+from dist_vpt.frozen_stream import Observed, Reads, observe
+from dist_vpt.methods import base
+from dist_vpt.methods.base import Reader
+from dist_vpt.recipe import StreamRecipe, load_recipe
 from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
 from tests.forks import FORK, Forks, command
 from tests.methods.conftest import make_backbone
@@ -443,14 +444,14 @@ def test_what_makes_another_cache(tmp_path: Path) -> None:
         "trainval": facts_of(parts, "trainval"),
         "dtype": facts_of(parts_of(*data, "runtime.precision=bf16")),
         "image size": facts_of(parts_of(*data, "data.image_size=12")),
-        "kernel": facts_of(parts_of(*data, "data.interpolation=bilinear")),
+        "kernel": facts_of(parts_of(*data, "data.resize=bilinear")),
         "mean": facts_of(parts_of(*data, "data.mean=[0.4,0.5,0.5]", "data.std=[0.5,0.5,0.5]")),
         "split seed": facts_of(parts_of(*data, "data.split_seed=1")),
         "blocks": facts_of(parts_of(*data, "method.blocks=[0,1]")),
         "method": facts_of(parts_of(*data, "method.name=linear")),
         "attention": facts_of(parts_of(*data, "runtime.attention=eager")),
     }
-    labels = replace(parts.splits["train"], labels=1 - parts.splits["train"].labels)
+    labels = replace(parts.splits["train"], given=1 - parts.splits["train"].labels)
     other["labels"] = identity(labels, parts.view, parts.method.backbone, parts.method.reads)  # type: ignore[attr-defined]
     attention: Any = parts.method.backbone.blocks[2].attn
     attention.num_heads *= 2

@@ -1,9 +1,11 @@
 """From a recipe's data part to labelled splits and batches. Knows nothing of models or of Accelerate."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
 
+from dist_vpt.data.files import Mistakes, open_home, open_root
 from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Split, Splits
 from dist_vpt.data.tasks import TASKS, Format, Task, resolve
@@ -14,6 +16,7 @@ __all__ = ["FORMATS", "TASKS", "DataRecipe", "Split", "Splits", "Task", "open_sp
 # Storage format -> module:function that opens it; imported when asked for.
 FORMATS: dict[Format, str] = {
     "digits": "dist_vpt.data.digits:open_splits",
+    "tfds": "dist_vpt.data.tfds:open_splits",
     "vtab_folder": "dist_vpt.data.vtab_folder:open_splits",
     "fgvc_json": "dist_vpt.data.fgvc_json:open_splits",
     "image_folder": "dist_vpt.data.image_folder:open_splits",
@@ -24,18 +27,55 @@ FORMATS: dict[Format, str] = {
 def open_splits(recipe: DataRecipe) -> Splits:
     """The splits of the recipe's task, checked as far as possible without decoding an image."""
     task = resolve(recipe)
-    module, function = FORMATS[task.format].split(":")
+    storage = stored_as(recipe, task)
+    module, function = FORMATS[storage].split(":")
     splits: Splits = getattr(import_module(module), function)(recipe, task)
+    splits = replace(splits, storage=splits.storage or storage)
+    place = recipe.root or task.name
     if task.classes is not None and len(splits.classes) != task.classes:
         raise DataError(
-            f"{recipe.root or task.name}: {len(splits.classes)} classes, but task {task.name!r} has "
+            f"{place}: {len(splits.classes)} classes, but task {task.name!r} has "
             f"{task.classes}; complete the dataset, or give it a task name of its own"
         )
-    absent = np.setdiff1d(np.arange(len(splits.classes)), splits[recipe.train_on].labels)
-    if len(absent) and recipe.absent_classes == "fail":
+    _check_counts(place, task, splits)
+    if not task.few:
+        _check_absent(place, recipe.train_on, splits)
+    return splits
+
+
+def stored_as(recipe: DataRecipe, task: Task) -> Format:
+    """The storage format: what the recipe says, else for a task of VTAB-1k what is found below the root."""
+    if recipe.format is not None or task.tfds is None:
+        return task.format
+    from dist_vpt.data import tfds, vtab_folder
+
+    if tfds.find(open_root(recipe), task.tfds) is not None:
+        return "tfds"
+    home = open_home(recipe, task.folders, vtab_folder.LISTS["train"])
+    if (home / vtab_folder.LISTS["train"]).is_file():
+        return "vtab_folder"
+    folders = " or ".join(f"{name}/{vtab_folder.LISTS['train']}" for name in task.folders)
+    raise DataError(f"{tfds.missing(recipe, task)}; nor is there a vtab-1k folder ({folders})")
+
+
+def _check_counts(place: str, task: Task, splits: Splits) -> None:
+    mistakes = Mistakes()
+    for name, count in task.counts:
+        split = getattr(splits, name)
+        if split is not None and len(split) != count:
+            mistakes.add(
+                f"{place}: split {name!r} of task {task.name!r}",
+                f"{len(split):,} images, and the published one has {count:,}; complete the dataset, or accept that "
+                "with data.counts=any",
+            )
+    mistakes.check()
+
+
+def _check_absent(place: str, train_on: str, splits: Splits) -> None:
+    absent = np.setdiff1d(np.arange(len(splits.classes)), splits[train_on].labels)
+    if len(absent):
         names = ", ".join(splits.classes[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
         raise DataError(
-            f"{recipe.root or task.name}: {len(absent)} of {len(splits.classes)} classes have no image in split "
-            f"{recipe.train_on!r} ({names}); complete it, or accept that with data.absent_classes=allow"
+            f"{place}: {len(absent)} of {len(splits.classes)} classes have no image in split "
+            f"{train_on!r} ({names}); complete it, or accept that with data.absent_classes=allow"
         )
-    return splits

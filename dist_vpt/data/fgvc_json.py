@@ -1,7 +1,7 @@
 """FGVC folders: train.json, val.json and test.json map an image's relative path to its class id.
 
 A path starts at the root, at ``images`` or at ``Images``. Ids are whole numbers or text; their order on train
-gives the labels of every split.
+gives the labels of every split. A part of train (``data.fraction``) is that of train_PERCENT.json, or is carved.
 """
 
 import json
@@ -10,16 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from dist_vpt.data.files import FileSource, Folder, Mistakes, open_root, read_text
+from dist_vpt.data.files import FileSource, Folder, Mistakes, open_home, read_text
 from dist_vpt.data.recipe import DataRecipe
-from dist_vpt.data.splits import Split, Splits, class_order, complete
+from dist_vpt.data.splits import Split, Splits, class_order, complete, fraction_of
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, nearest
 
 
 def open_splits(recipe: DataRecipe, task: Task) -> Splits:
-    root = open_root(recipe)
+    root = open_home(recipe, task.folders, "train.json")
     files = {name: root / f"{name}.json" for name in ("train", "val", "test")}
+    reduced = root / f"train_{100 * recipe.fraction:g}.json"
+    if recipe.fraction < 1 and reduced.exists():
+        files["train"] = reduced
     entries = {name: _entries(file) for name, file in files.items() if name == "train" or file.exists()}
     mistakes = Mistakes()
     for name, pairs in entries.items():
@@ -32,6 +35,8 @@ def open_splits(recipe: DataRecipe, task: Task) -> Splits:
         for name, pairs in entries.items()
     }
     mistakes.check()
+    if recipe.fraction < 1 and files["train"] != reduced:
+        found["train"] = fraction_of(found["train"], recipe.fraction, recipe.split_seed)
     missing = {"test": f"there is no {files['test']}; add it: an object of 'relative/path': class id"}
     val, test = found.get("val"), found.get("test")
     return complete(recipe, classes, found["train"], val, test, carve_test=False, missing=missing)

@@ -1,6 +1,7 @@
 """Datasets that are a folder of image files: finding them, reading them, and reporting all that is wrong."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -38,8 +39,9 @@ class Mistakes:
     def __init__(self) -> None:
         self._found: list[str] = []
 
-    def add(self, place: object, what: str) -> None:
-        self._found.append(f"{place}: {what}")
+    def add(self, place: object, what: str = "") -> None:
+        """``place`` may be a whole message."""
+        self._found.append(f"{place}: {what}" if what else str(place))
 
     def check(self) -> None:
         """Raise a DataError if there was any."""
@@ -89,6 +91,19 @@ def open_root(recipe: DataRecipe) -> Path:
         hint = nearest(root.name, siblings) if siblings else f"{root.parent} holds no folder"
         raise DataError(f"data.root {recipe.root!r}: {root} is not a folder; {hint}")
     return root
+
+
+def open_home(recipe: DataRecipe, names: Sequence[str], holds: str) -> Path:
+    """The dataset's folder, which holds a file of that name: the recipe's root, or a folder of these names below it.
+
+    Names are found whatever their case. The root where there is none.
+    """
+    root = open_root(recipe)
+    if (root / holds).is_file():
+        return root
+    below = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    found = [below[name.lower()] for name in names if name.lower() in below]
+    return next((path for path in found if (path / holds).is_file()), root)
 
 
 def read_text(file: Path) -> str:

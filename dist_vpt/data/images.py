@@ -22,19 +22,31 @@ def decode(source: str | Path | bytes, where: str, max_megapixels: float = 178.0
     except FileNotFoundError:
         raise DataError(f"{where}: there is no such image; restore the file or remove its entry") from None
     except Exception as error:  # a decoder meets damage with errors of any kind
-        raise DataError(_unreadable(where, error)) from error
+        raise DataError(unreadable(where, error)) from error
     with image:
-        width, height = image.size
-        if width * height > max_megapixels * 1e6:
-            raise DataError(
-                f"{where}: {width} x {height} pixels are {width * height / 1e6:.1f} megapixels; at most "
-                f"{max_megapixels:g} are decoded; shrink the image or raise data.max_megapixels"
-            )
+        refuse_large(*image.size, where, max_megapixels)
         try:
             image.load()
             return _rgb(ImageOps.exif_transpose(image) if upright else image)
         except Exception as error:
-            raise DataError(_unreadable(where, error)) from error
+            raise DataError(unreadable(where, error)) from error
+
+
+def refuse_large(width: int, height: int, where: str, max_megapixels: float) -> None:
+    """Raise a DataError for an image that is too large to be decoded."""
+    if width * height > max_megapixels * 1e6:
+        raise DataError(
+            f"{where}: {width} x {height} pixels are {width * height / 1e6:.1f} megapixels; at most "
+            f"{max_megapixels:g} are decoded; shrink the image or raise data.max_megapixels"
+        )
+
+
+def unreadable(where: str, error: Exception) -> str:
+    """What to say of an image whose decoder met an error."""
+    return (
+        f"{where}: the image cannot be read ({type(error).__name__}: {error}); "
+        f"replace the file, or set data.bad_images: skip"
+    )
 
 
 def _open(source: str | Path | bytes) -> Image.Image:
@@ -55,10 +67,3 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the palette's own colours, without Pillow's warning
     return image.convert("RGB")
-
-
-def _unreadable(where: str, error: Exception) -> str:
-    return (
-        f"{where}: the image cannot be read ({type(error).__name__}: {error}); "
-        f"replace the file, or set data.bad_images: skip"
-    )

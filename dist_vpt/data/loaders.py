@@ -33,7 +33,7 @@ FILL_CHUNK = 32  # images per request while a cache is filled
 class Batch(TypedDict):
     """A micro-batch on one process."""
 
-    images: Any  # uint8 [b, 3, S, S], or out of a cache what the frozen stream holds of them
+    images: Any  # of the view's dtype [b, 3, S, S], or out of a cache what the frozen stream holds of them
     labels: torch.Tensor  # int64 [b]
     weight: torch.Tensor  # float32 [b]: 1 for an example, 0 for padding and for a skipped image
     index: torch.Tensor  # int64 [b]: place in the split, -1 for padding
@@ -216,7 +216,7 @@ class _Batches:
         epoch, index_b = request
         split, view, train = self.pictures.split, self.pictures.view, self.pictures.train
         size = view.image_size
-        images_b3SS = np.zeros((len(index_b), 3, size, size), np.uint8)
+        images_b3SS = np.zeros((len(index_b), 3, size, size), view.dtype)
         labels_b = np.zeros(len(index_b), np.int64)
         weight_b = np.zeros(len(index_b), np.float32)
         places = np.flatnonzero(index_b != PADDING)
@@ -333,7 +333,8 @@ def _forkserver() -> Any:
 def _check_memory(pictures: _Pictures, images: int, world: int) -> None:
     view = pictures.view
     cropped_later = pictures.train and view.augment == "fgvc"
-    # Before a random crop the shorter side is known and the longer is not: take pictures of 3:2.
+    # Before a random crop the shorter side is known and the longer is not: take pictures of 3:2. Before a vpt resize
+    # no side is known: take the square's.
     pixels = view.shorter_side**2 * 1.5 if cropped_later else view.image_size**2
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     needed, available = images * pixels * 3 * processes, psutil.virtual_memory().available

@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dist_vpt.data.tasks import TASKS, Augment, Cache, Format, Resize
+from dist_vpt.data.tasks import TASKS, Augment, Cache, Fit, Format, Normalize, Resize
 from dist_vpt.errors import nearest
 
 # Which formats read a fraction: the others bring their splits with them.
+READS_FRACTION = ("fgvc_json",)
 READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf")
 READS_TEST_FRACTION = ("image_folder", "hf")
 
@@ -40,9 +41,16 @@ class DataRecipe(BaseModel):
     format: Format | None = Field(default=None, description="how the dataset is stored; none: the task's own format")
     root: str | None = Field(
         default=None,
-        description="folder of the dataset, relative to the working directory; hf: a folder or a hub id",
+        description="folder of the dataset, or the one where the datasets of known tasks lie, relative to the working "
+        "directory; hf: a folder or a hub id",
     )
     train_on: Literal["train", "trainval"] = Field(default="train", description="the split that is trained on")
+    fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="part of train that is used: that of train_PERCENT.json where it stands, else carved",
+    )
     val_fraction: float = Field(
         default=0.1,
         gt=0,
@@ -62,18 +70,23 @@ class DataRecipe(BaseModel):
         le=4096,
         description="side of the square image in pixels; none: what the weights want",
     )
-    mean: Channels | None = Field(
-        default=None, description="mean of the channels, of 0..1; none: what the weights want"
-    )
-    std: PositiveChannels | None = Field(
-        default=None, description="standard deviation of the channels, of 0..1; none: what the weights want"
-    )
-    interpolation: Literal["bilinear", "bicubic"] | None = Field(
-        default=None, description="kernel of the resize; none: what the weights want"
-    )
     resize: Resize | None = Field(
         default=None,
-        description="squash to a square, or resize the shorter side and crop; none: the task's",
+        description="kernel; vpt: the published VPT loader's (TensorFlow 1's bilinear); none given: the task's, "
+        "then what the weights want",
+    )
+    fit: Fit | None = Field(
+        default=None,
+        description="squash to a square, or resize the shorter side and crop; none given: the task's",
+    )
+    normalize: Normalize | None = Field(
+        default=None,
+        description="mean and std of the channels; vpt: ImageNet's, weights: what the weights want, none: 0 and 1; "
+        "none given: the task's",
+    )
+    mean: Channels | None = Field(default=None, description="mean of the channels, of 0..1, in place of normalize")
+    std: PositiveChannels | None = Field(
+        default=None, description="standard deviation of the channels, of 0..1, in place of normalize"
     )
     augment: Augment | None = Field(
         default=None, description="fgvc: random crop and flip in training; none given: the task's"
@@ -87,8 +100,13 @@ class DataRecipe(BaseModel):
         default="fail",
         description="skip: an unreadable image counts nothing and is reported; fail: it stops the run",
     )
-    absent_classes: Literal["fail", "allow"] = Field(
-        "fail", description="allow: classes without an image in the split that is trained on"
+    absent_classes: Literal["fail", "allow"] | None = Field(
+        default=None,
+        description="allow: classes without an image in the split that is trained on; none given: fail, but for the "
+        "small splits of VTAB-1k",
+    )
+    counts: Literal["published", "any"] = Field(
+        default="published", description="any: a known task's splits may have other numbers of images than published"
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfRecipe = Field(default=HfRecipe(), description="what only a HuggingFace dataset needs")
@@ -114,8 +132,14 @@ class DataRecipe(BaseModel):
             yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: give both or neither"
+        if self.mean is not None and self.normalize is not None:
+            yield f"normalize {self.normalize!r}: mean and std say the same otherwise; give either"
         fields = type(self).model_fields
-        for name, readers in (("val_fraction", READS_VAL_FRACTION), ("test_fraction", READS_TEST_FRACTION)):
+        for name, readers in (
+            ("fraction", READS_FRACTION),
+            ("val_fraction", READS_VAL_FRACTION),
+            ("test_fraction", READS_TEST_FRACTION),
+        ):
             value = getattr(self, name)
             if storage not in readers and value != fields[name].default:
                 yield f"{name} {value}: format {storage!r} brings its own splits; remove {name}"
@@ -124,5 +148,8 @@ class DataRecipe(BaseModel):
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
                 f"their sum must be below 1 to leave images for train; lower one"
             )
+        if storage == "tfds" and (self.task not in TASKS or TASKS[self.task].tfds is None):
+            known = [name for name, row in TASKS.items() if row.tfds]
+            yield f"format 'tfds': task {self.task!r} is none that is read from there; {nearest(self.task, known)}"
         if storage != "hf" and self.hf != HfRecipe():
             yield f"hf: only format 'hf' reads it and the format is {storage!r}; remove hf or set format: hf"

@@ -2,8 +2,9 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -28,15 +29,34 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class LateLabels:
+    """Labels that are read when first asked for, as their storage must read whole records for them."""
+
+    count: int
+    read: Callable[[], np.ndarray]  # int64 [count]
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """Labelled images under one name."""
 
     name: str
-    labels: np.ndarray  # int64 [n]
+    given: np.ndarray | LateLabels
     source: Source
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.given)
+
+    def __reduce__(self) -> tuple:
+        return Split, (self.name, self.labels, self.source)  # as it goes to worker processes
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 [n]. Raises DataError where they are read late and cannot be."""
+        return self.given.read() if isinstance(self.given, LateLabels) else self.given
 
     def read(self, i: int, max_megapixels: float = 178.0) -> Picture:
         """The i-th image, or a DataError that names it."""
@@ -60,6 +80,9 @@ class Splits:
     trainval: Split
     test: Split | None
     missing: Mapping[str, str] = field(default_factory=dict)
+    storage: str = ""  # what was read, for records: format and version
+    notes: tuple[str, ...] = ()  # what differs from the task's published protocol
+    carved: tuple[str, ...] = ()  # splits that the storage lacks and that were taken out of train, by a seed
 
     def __getitem__(self, name: str) -> Split:
         names = ("train", "val", "trainval", "test")
@@ -126,7 +149,12 @@ class _Joined:
 
 def join(name: str, first: Split, second: Split) -> Split:
     """The images of the first split, then those of the second."""
-    return Split(name, np.concatenate([first.labels, second.labels]), _Joined(first, second))
+
+    def labels() -> np.ndarray:
+        return np.concatenate([first.labels, second.labels])
+
+    late = isinstance(first.given, LateLabels) or isinstance(second.given, LateLabels)
+    return Split(name, LateLabels(len(first) + len(second), labels) if late else labels(), _Joined(first, second))
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:
@@ -163,6 +191,7 @@ def complete(
 ) -> Splits:
     """The four splits from what a storage brings: a val or test that it lacks is carved from train."""
     every = len(train)
+    carved = (*(("test",) if test is None and carve_test else ()), *(("val",) if val is None else ()))
     if test is None and carve_test:
         train, test = _carve_fraction(train, "test", recipe.test_fraction, every, recipe.split_seed)
     if val is None:
@@ -170,7 +199,12 @@ def complete(
         train, val = _carve_fraction(train, "val", recipe.val_fraction, every, recipe.split_seed)
     else:
         trainval = join("trainval", train, val)
-    return Splits(classes, train, val, trainval, test, missing or {})
+    return Splits(classes, train, val, trainval, test, missing or {}, carved=carved)
+
+
+def fraction_of(split: Split, fraction: float, seed: int) -> Split:
+    """A part of a split, each class in proportion and with one image at least."""
+    return split.subset(split.name, carve(split.labels, round((1 - fraction) * len(split)), seed)[0])
 
 
 def _carve_fraction(split: Split, name: str, fraction: float, every: int, seed: int) -> tuple[Split, Split]:

@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from dist_vpt.data.recipe import DataRecipe
 
-Format = Literal["digits", "vtab_folder", "fgvc_json", "image_folder", "hf"]
-Resize = Literal["squash", "crop"]
+Format = Literal["digits", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf"]
+Resize = Literal["vpt", "bilinear", "bicubic"]
+Fit = Literal["squash", "crop"]
+Normalize = Literal["vpt", "weights", "none"]
 Augment = Literal["none", "fgvc"]
 Cache = Literal["none", "memory"]
+
+
+class Part(NamedTuple):
+    """A piece of a dataset's split: of its n examples those from start * n // 100 to stop * n // 100."""
+
+    split: str
+    start: int = 0  # percent
+    stop: int = 100  # percent
+    first: int | None = None  # of these alone so many
+
+    def bounds(self, n: int) -> tuple[int, int]:
+        """Its first example of n, and the one after its last."""
+        start, stop = self.start * n // 100, self.stop * n // 100
+        return start, stop if self.first is None else min(stop, start + self.first)
+
+
+@dataclass(frozen=True)
+class Tfds:
+    """Where a task's images and labels lie in TensorFlow Datasets."""
+
+    builder: str  # name, or name/configuration
+    version: str  # that the published numbers were made with
+    train: Part
+    val: Part
+    test: Part
+    label: str = "label"  # the feature, or a row of tfds.LABELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +49,145 @@ class Task:
     name: str  # the row's name, or the recipe's free one
     format: Format  # how the dataset is stored
     classes: int | None = None  # number of classes the storage must have; None: whatever it has
-    resize: Resize = "crop"  # squash to a square, or shorter side and centre crop
+    group: str | None = None  # natural, specialized, structured (VTAB-1k) or fgvc
+    resize: Resize | None = None  # kernel; None: what the weights want
+    fit: Fit = "crop"  # squash to a square, or shorter side and centre crop
+    normalize: Normalize = "weights"  # mean and std: ImageNet's (vpt), what the weights want, or 0 and 1
     augment: Augment = "none"  # fgvc: random crop and flip in training
-    cache: Cache = "none"  # memory: decode and resize each image once per process
+    cache: Cache = "none"  # memory: decode each image of train and val once per process
     upright: bool = False  # turned by its EXIF orientation; the published loaders of VTAB and FGVC do not
+    counts: tuple[tuple[str, int], ...] = ()  # images that the published splits have
+    few: bool = False  # so few images that classes without one in train are no mistake
+    folders: tuple[str, ...] = ()  # names under which the dataset's folder is found
+    tfds: Tfds | None = None
+    prompts: int | None = None  # the paper's prompts of a block (VPT-deep, ViT-B/16, arXiv 2203.12119)
+    queries: int | None = None  # the paper's queries of a block (arXiv 2212.03220)
 
 
-TASKS: dict[str, Task] = {
-    "digits": Task(name="digits", format="digits", classes=10, resize="squash", cache="memory"),
-}
+def _vtab(
+    name: str, group: str, classes: int, test: int, tfds: Tfds, *, prompts: int, queries: int = 1, folder: str = ""
+) -> Task:
+    return Task(
+        name=name,
+        format="tfds",
+        classes=classes,
+        group=group,
+        resize="vpt",
+        fit="squash",
+        normalize="vpt",
+        counts=(("train", 800), ("val", 200), ("trainval", 1000), ("test", test)),
+        few=True,
+        folders=(folder, name) if folder else (name,),
+        tfds=tfds,
+        prompts=prompts,
+        queries=queries,
+    )
+
+
+def _tfds(  # noqa: PLR0917 (a row of a table)
+    builder: str, version: str, train: Part, val: Part, test: Part, label: str = "label"
+) -> Tfds:
+    """Every VTAB-1k task trains on the first 800 of its pool and chooses on the first 200 of another one."""
+    return Tfds(builder, version, train._replace(first=800), val._replace(first=200), test, label)
+
+
+TRAIN, VAL, TEST = Part("train"), Part("validation"), Part("test")
+CLEVR = Part("train", 0, 90), Part("train", 90), VAL
+DSPRITES = Part("train", 0, 80), Part("train", 80, 90), Part("train", 90)
+SMALLNORB = TRAIN, Part("test", 0, 50), Part("test", 50)
+SIXTY = Part("train", 0, 60), Part("train", 60, 80), Part("train", 80)
+
+
+def _fgvc(name: str, classes: int, test: int, *folders: str, prompts: int) -> Task:
+    return Task(
+        name=name,
+        format="fgvc_json",
+        classes=classes,
+        group="fgvc",
+        resize="bilinear",
+        normalize="vpt",
+        augment="fgvc",
+        counts=(("test", test),),
+        folders=(*folders, name),
+        prompts=prompts,
+    )
+
+
+# VTAB-1k (Zhai et al., arXiv 1910.04867) in the order of VPT's tables, then the five FGVC sets of VPT.
+_ROWS = (
+    Task(name="digits", format="digits", classes=10, fit="squash", cache="memory"),
+    _vtab(
+        "cifar100", "natural", 100, 10000, folder="cifar", prompts=10,
+        tfds=_tfds("cifar100", "3.*.*", Part("train", 0, 90), Part("train", 90), TEST),
+    ),
+    _vtab(
+        "caltech101", "natural", 102, 6084, prompts=10,
+        tfds=_tfds("caltech101", "3.*.*", Part("train", 0, 90), Part("train", 90), TEST),
+    ),
+    _vtab("dtd", "natural", 47, 1880, prompts=10, tfds=_tfds("dtd", "3.*.*", TRAIN, VAL, TEST)),
+    _vtab(
+        "oxford_flowers102", "natural", 102, 6149, prompts=1,
+        tfds=_tfds("oxford_flowers102", "2.*.*", TRAIN, VAL, TEST),
+    ),
+    _vtab(
+        "oxford_iiit_pet", "natural", 37, 3669, prompts=1,
+        tfds=_tfds("oxford_iiit_pet", "3.2.0", Part("train", 0, 80), Part("train", 80), TEST),
+    ),
+    _vtab(
+        "svhn", "natural", 10, 26032, prompts=50, queries=20,
+        tfds=_tfds("svhn_cropped", "3.*.*", Part("train", 0, 90), Part("train", 90), TEST),
+    ),
+    _vtab("sun397", "natural", 397, 21750, prompts=5, tfds=_tfds("sun397/tfds", "4.*.*", TRAIN, VAL, TEST)),
+    _vtab(
+        "patch_camelyon", "specialized", 2, 32768, prompts=100,
+        tfds=_tfds("patch_camelyon", "2.*.*", TRAIN, VAL, TEST),
+    ),
+    _vtab("eurosat", "specialized", 10, 5400, prompts=100, tfds=_tfds("eurosat/rgb", "2.*.*", *SIXTY)),
+    _vtab("resisc45", "specialized", 45, 6300, prompts=10, tfds=_tfds("resisc45", "3.*.*", *SIXTY)),
+    _vtab(
+        "diabetic_retinopathy", "specialized", 5, 42670, prompts=1,
+        tfds=_tfds("diabetic_retinopathy_detection/btgraham-300", "3.*.*", TRAIN, VAL, TEST),
+    ),
+    _vtab("clevr_count", "structured", 8, 15000, prompts=100, tfds=_tfds("clevr", "3.*.*", *CLEVR, "clevr_count")),
+    _vtab(
+        "clevr_dist", "structured", 6, 15000, prompts=200, queries=10,
+        tfds=_tfds("clevr", "3.*.*", *CLEVR, "clevr_dist"),
+    ),
+    _vtab(
+        "dmlab", "structured", 6, 22735, prompts=100, queries=20, tfds=_tfds("dmlab", "2.0.1", TRAIN, VAL, TEST)
+    ),
+    _vtab(
+        "kitti", "structured", 4, 711, prompts=100, queries=20,
+        tfds=_tfds("kitti", "3.2.0", TRAIN, VAL, TEST, "kitti"),
+    ),
+    _vtab(
+        "dsprites_loc", "structured", 16, 73728, prompts=100, queries=20,
+        tfds=_tfds("dsprites", "2.*.*", *DSPRITES, "dsprites_loc"),
+    ),
+    _vtab(
+        "dsprites_ori", "structured", 16, 73728, prompts=100,
+        tfds=_tfds("dsprites", "2.*.*", *DSPRITES, "dsprites_ori"),
+    ),
+    _vtab(
+        "smallnorb_azi", "structured", 18, 12150, prompts=200, queries=20,
+        tfds=_tfds("smallnorb", "2.*.*", *SMALLNORB, "label_azimuth"),
+    ),
+    _vtab(
+        "smallnorb_ele", "structured", 9, 12150, prompts=200, queries=10,
+        tfds=_tfds("smallnorb", "2.*.*", *SMALLNORB, "label_elevation"),
+    ),
+    _fgvc("cub", 200, 5794, "CUB_200_2011", prompts=10),
+    _fgvc("nabirds", 555, 24633, prompts=50),
+    _fgvc("oxford_flowers", 102, 6149, "OxfordFlower", "OxfordFlowers", prompts=5),
+    _fgvc("stanford_dogs", 120, 8580, "Stanford-dogs", "StanfordDogs", prompts=100),
+    _fgvc("stanford_cars", 196, 8041, "Stanford-cars", "StanfordCars", prompts=200),
+)  # fmt: skip
+TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 
 # What a task that is no row gets from its storage format.
 FORMAT_TASKS: dict[Format, Task] = {
-    "digits": Task(name="", format="digits", classes=10, resize="squash", cache="memory"),
-    "vtab_folder": Task(name="", format="vtab_folder", resize="squash"),
+    "digits": Task(name="", format="digits", classes=10, fit="squash", cache="memory"),
+    "vtab_folder": Task(name="", format="vtab_folder", fit="squash"),
     "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc"),
     "image_folder": Task(name="", format="image_folder", upright=True),
     "hf": Task(name="", format="hf", upright=True),
@@ -52,6 +205,10 @@ def resolve(recipe: DataRecipe) -> Task:
         task,
         format=recipe.format or task.format,
         resize=recipe.resize or task.resize,
+        fit=recipe.fit or task.fit,
+        normalize=recipe.normalize or task.normalize,
         augment=recipe.augment or task.augment,
         cache=recipe.cache or task.cache,
+        counts=task.counts if recipe.counts == "published" else (),
+        few=task.few if recipe.absent_classes is None else recipe.absent_classes == "allow",
     )

@@ -1,6 +1,8 @@
 """From a picture to pixels of one size: a part that never changes, and a part drawn per epoch.
 
 H, W height and width of what is cut from; S side of the result. Normalisation is the backbone's.
+
+The ``vpt`` resize is float32 and is computed for every batch: what is kept of a picture is always uint8.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from dist_vpt.data.splits import Picture
-from dist_vpt.data.tasks import Augment, Resize
+from dist_vpt.data.tasks import Augment, Fit, Resize
 
 KERNELS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Side of the crop -> length to which the shorter side is brought before it.
@@ -22,8 +24,8 @@ class View:
     """How pictures are shown to the backbone."""
 
     image_size: int  # S, pixels
-    interpolation: str  # bilinear or bicubic
-    resize: Resize = "squash"  # squash: straight to a square; crop: shorter side, then a square of it
+    resize: Resize  # kernel
+    fit: Fit = "squash"  # squash: straight to a square; crop: shorter side, then a square of it
     augment: Augment = "none"  # fgvc: random crop and flip in training
 
     @property
@@ -31,24 +33,27 @@ class View:
         """Pixels from which a square of ``image_size`` is cut."""
         return SHORTER_SIDES.get(self.image_size, round(self.image_size * 256 / 224))
 
+    @property
+    def dtype(self) -> type[np.generic]:
+        """Of the pixels that the backbone is shown, which are in 0..255."""
+        return np.float32 if self.resize == "vpt" else np.uint8
+
     def fixed(self, picture: Picture, train: bool) -> np.ndarray:
-        """The part that never changes, uint8: [S, S, 3], or [H, W, 3] where a random crop follows."""
+        """The part that never changes, uint8: [S, S, 3], or [H, W, 3] where a vpt resize or random crop follows."""
+        if self.resize == "vpt":
+            return np.asarray(picture)
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-        size, shorter = self.image_size, self.shorter_side
-        random = train and self.augment == "fgvc"
-        if self.resize == "squash":
-            side = shorter if random else size
-            return np.asarray(self._resized(image, side, side))
-        width, height = (shorter * length // min(image.size) for length in image.size)
-        pixels_HW3 = np.asarray(self._resized(image, width, height))
-        if random:
-            return pixels_HW3
-        return _cut(pixels_HW3, round((height - size) / 2), round((width - size) / 2), size)
+        height, width = self._before_cut(image.height, image.width, train)
+        pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.resize]))
+        return pixels_HW3 if self._random(train) else _centre(pixels_HW3, self.image_size)
 
     def varied(self, pixels_HW3: np.ndarray, train: bool, seed: int, epoch: int, index: int) -> np.ndarray:
-        """The random part, a pure function of (seed, epoch, index): uint8 [S, S, 3]."""
-        if not (train and self.augment == "fgvc"):
-            return pixels_HW3
+        """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``."""
+        if self.resize == "vpt":
+            height, width, _ = pixels_HW3.shape
+            pixels_HW3 = vpt_resize(pixels_HW3, *self._before_cut(height, width, train))
+        if not self._random(train):
+            return _centre(pixels_HW3, self.image_size)
         height, width, _ = pixels_HW3.shape
         draws = np.random.PCG64(np.random.SeedSequence((seed, epoch, index))).random_raw(3)
         top = int(draws[0] % (height - self.image_size + 1))
@@ -57,15 +62,50 @@ class View:
         return pixels_SS3[:, ::-1] if draws[2] >> 63 else pixels_SS3
 
     def train(self, picture: Picture, seed: int, epoch: int, index: int) -> torch.Tensor:
-        """The picture as training sees it: uint8 [3, S, S]."""
+        """The picture as training sees it: [3, S, S] of ``dtype``."""
         return _tensor(self.varied(self.fixed(picture, True), True, seed, epoch, index))
 
     def eval(self, picture: Picture) -> torch.Tensor:
-        """The picture as evaluation sees it: uint8 [3, S, S]."""
-        return _tensor(self.fixed(picture, False))
+        """The picture as evaluation sees it: [3, S, S] of ``dtype``."""
+        return _tensor(self.varied(self.fixed(picture, False), False, 0, 0, 0))
 
-    def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        return image.resize((width, height), KERNELS[self.interpolation])
+    def _random(self, train: bool) -> bool:
+        return train and self.augment == "fgvc"
+
+    def _before_cut(self, height: int, width: int, train: bool) -> tuple[int, int]:
+        """Height and width to which a picture of this size is brought."""
+        if self.fit == "squash":
+            side = self.shorter_side if self._random(train) else self.image_size
+            return side, side
+        shorter = min(height, width)
+        return self.shorter_side * height // shorter, self.shorter_side * width // shorter
+
+
+def vpt_resize(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
+    """TensorFlow 1's bilinear resize, which the published VPT loader uses: float32 [height, width, 3].
+
+    Source place = target place * in / out: no half-pixel centres, no antialiasing. First along x, then along y.
+    """
+    low_y, high_y, weight_y = _neighbours(pixels_HW3.shape[0], height)
+    low_x, high_x, weight_x = _neighbours(pixels_HW3.shape[1], width)
+    read, inverse = np.unique(np.concatenate([low_y, high_y]), return_inverse=True)
+    rows_HW3 = pixels_HW3[read].astype(np.float32)
+    left_HW3 = rows_HW3.take(low_x, axis=1)
+    along_x_HW3 = left_HW3 + (rows_HW3.take(high_x, axis=1) - left_HW3) * weight_x[:, None]
+    top_HW3 = along_x_HW3[inverse[:height]]
+    return top_HW3 + (along_x_HW3[inverse[height:]] - top_HW3) * weight_y[:, None, None]
+
+
+def _neighbours(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each target place the two source places and the second one's weight, in float32 as TensorFlow has it."""
+    place = np.arange(out, dtype=np.float32) * np.float32(size / out)
+    low = np.floor(place).astype(np.int64)
+    return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)
+
+
+def _centre(pixels_HW3: np.ndarray, size: int) -> np.ndarray:
+    height, width, _ = pixels_HW3.shape
+    return _cut(pixels_HW3, round((height - size) / 2), round((width - size) / 2), size)
 
 
 def _cut(pixels_HW3: np.ndarray, top: int, left: int, size: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The vtab-1k folder: lists of ``relative/path label`` lines beside a folder of images.
 
 The lists are train800.txt, val200.txt, train800val200.txt and test.txt; classes.txt, one name a line, may
-stand beside them. A path starts at the root or at its ``images`` folder. Labels count from 0.
+stand beside them. A path starts at the root or at its ``images`` folder. Labels count from 0. A known task's folder may
+also lie below the root, under any of the names in circulation.
 """
 
 import re
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_vpt.data.files import FileSource, Folder, Mistakes, open_root, read_text
+from dist_vpt.data.files import FileSource, Folder, Mistakes, open_home, read_text
 from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Split, Splits, join
 from dist_vpt.data.tasks import Task
@@ -19,7 +20,7 @@ LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val2
 
 
 def open_splits(recipe: DataRecipe, task: Task) -> Splits:
-    root = open_root(recipe)
+    root = open_home(recipe, task.folders, LISTS["train"])
     names = _class_names(root / "classes.txt", task)
     folder, mistakes = Folder(root, ("", "images")), Mistakes()
     found, missing = {}, {}

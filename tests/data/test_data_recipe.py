@@ -20,6 +20,15 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"task": "mine", "format": "hf"}, "root is missing: format 'hf' needs the folder of the dataset; set root"),
         ({"root": "x"}, "root 'x': digits come with scikit-learn; remove root or set format"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean and std go together"),
+        (
+            {"mean": (0.5, 0.5, 0.5), "std": (1, 1, 1), "normalize": "vpt"},
+            "normalize 'vpt': mean and std say the same otherwise; give either",
+        ),
+        ({"task": "dtd"}, "root is missing: format 'tfds' needs the folder of the dataset; set root"),
+        ({**OWN, "format": "tfds"}, "format 'tfds': task 'mine' is none that is read from there; "),
+        ({"task": "dtdd", "root": "x"}, "task 'dtdd' is not a known task \\(did you mean 'dtd'\\?\\)"),
+        ({"fraction": 0.5}, "fraction 0.5: format 'digits' brings its own splits; remove fraction"),
+        ({"task": "cub", "root": "x", "fraction": 0.0}, "fraction\n.*greater than 0"),
         ({"mean": (0.5, 0.5, 0.5), "std": (1, 0, 1)}, "std.1\n.*greater than 0"),
         ({"val_fraction": 0.3}, "val_fraction 0.3: format 'digits' brings its own splits; remove val_fraction"),
         ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' brings"),
@@ -64,8 +73,8 @@ def test_every_field_is_described():
 
 def test_row_gives_what_the_recipe_leaves_open():
     assert resolve(DataRecipe()) == TASKS["digits"]
-    assert resolve(DataRecipe(cache="none", resize="crop")) == Task(
-        name="digits", format="digits", classes=10, resize="crop", cache="none"
+    assert resolve(DataRecipe(cache="none", fit="crop", resize="vpt", normalize="none")) == Task(
+        name="digits", format="digits", classes=10, fit="crop", cache="none", resize="vpt", normalize="none"
     )
 
 
@@ -73,7 +82,7 @@ def test_format_gives_it_for_a_free_name():
     def of(storage):
         task = resolve(DataRecipe(**OWN, format=storage))
         assert (task.name, task.format, task.classes) == ("mine", storage, None)
-        return task.resize, task.augment, task.cache
+        return task.fit, task.augment, task.cache
 
     assert of("vtab_folder") == ("squash", "none", "none")
     assert of("fgvc_json") == ("crop", "fgvc", "none")
@@ -81,7 +90,7 @@ def test_format_gives_it_for_a_free_name():
 
 
 def test_every_format_can_be_opened_and_has_defaults():
-    assert FORMATS.keys() == FORMAT_TASKS.keys()
+    assert FORMATS.keys() == {*FORMAT_TASKS, "tfds"}  # which only known tasks are read from
 
 
 def test_number_of_classes_must_be_the_tasks(monkeypatch):

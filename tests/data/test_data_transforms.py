@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as tv
 
-from dist_vpt.data.transforms import View
+from dist_vpt.data.transforms import View, vpt_resize
 
 
 def picture(width=90, height=61, seed=0):
@@ -40,14 +40,14 @@ def test_arrays_and_pictures_give_the_same():
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees():
-    for resize in ("squash", "crop"):
-        view = View(16, "bilinear", resize)
+    for fit in ("squash", "crop"):
+        view = View(16, "bilinear", fit)
         assert torch.equal(view.train(picture(), 0, 5, 7), view.eval(picture()))
 
 
-@pytest.mark.parametrize(("resize", "width"), [("crop", 54), ("squash", 37)])
-def test_random_part_is_a_crop_and_a_flip(resize, width):
-    view = View(32, "bicubic", resize, "fgvc")
+@pytest.mark.parametrize(("fit", "width"), [("crop", 54), ("squash", 37)])
+def test_random_part_is_a_crop_and_a_flip(fit, width):
+    view = View(32, "bicubic", fit, "fgvc")
     image = picture()
     whole = view.fixed(image, train=True)
     assert whole.shape == (37, width, 3)
@@ -89,3 +89,66 @@ def test_evaluation_of_an_augmented_view_is_not_random():
     assert torch.equal(View(32, "bicubic", "crop", "fgvc").eval(image), View(32, "bicubic", "crop").eval(image))
     squashed = View(32, "bicubic", "squash", "fgvc")
     assert torch.equal(squashed.eval(image), View(32, "bicubic", "squash").eval(image))
+
+
+def slow_resize(pixels, height, width):
+    """The published kernel pixel by pixel in float64."""
+    found = np.zeros((height, width, 3))
+    for i in range(height):
+        for j in range(width):
+            y, x = i * (pixels.shape[0] / height), j * (pixels.shape[1] / width)
+            top, left = int(np.floor(y)), int(np.floor(x))
+            below, right = min(top + 1, pixels.shape[0] - 1), min(left + 1, pixels.shape[1] - 1)
+            upper = pixels[top, left] * (1 - (x - left)) + pixels[top, right] * (x - left)
+            lower = pixels[below, left] * (1 - (x - left)) + pixels[below, right] * (x - left)
+            found[i, j] = upper * (1 - (y - top)) + lower * (y - top)
+    return found
+
+
+def column(*values):
+    return np.array(values, np.uint8)[:, None, None].repeat(3, 2)
+
+
+def test_vpt_resize_of_small_arrays_by_hand():
+    # Doubled: places 0, 0.5, 1, 1.5; the last lies between the last pixel and itself.
+    assert vpt_resize(column(10, 20), 4, 1)[:, 0, 0].tolist() == [10, 15, 20, 20]
+    # Halved: every second pixel, nothing is averaged.
+    assert vpt_resize(column(1, 100, 3, 100), 2, 1)[:, 0, 1].tolist() == [1, 3]
+    # 3 to 2: places 0 and 1.5.
+    assert vpt_resize(column(0, 10, 30), 2, 1)[:, 0, 2].tolist() == [0, 20]
+    square = np.array([[0, 100], [50, 250]], np.uint8)[:, :, None].repeat(3, 2)
+    assert vpt_resize(square, 4, 4)[:, :, 0].tolist() == [
+        [0, 50, 100, 100],
+        [25, 100, 175, 175],
+        [50, 150, 250, 250],
+        [50, 150, 250, 250],
+    ]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (96, 96), (256, 256), (375, 500), (375, 1242)])
+def test_vpt_resize_is_its_formula(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    found = vpt_resize(pixels, 224, 224)
+    assert found.dtype == np.float32
+    rounding = 255 * max(size) * np.finfo(np.float32).eps  # of places, which TensorFlow has in float32
+    assert np.abs(found - slow_resize(pixels.astype(np.float64), 224, 224)).max() < rounding
+
+
+def test_vpt_view_is_float_and_keeps_whole_pictures():
+    image, view = picture(90, 61), View(48, "vpt")
+    kept = view.fixed(image, train=True)
+    assert (kept.dtype, kept.shape) == (np.uint8, (61, 90, 3))
+    shown = view.eval(image)
+    assert (shown.dtype, shown.shape) == (torch.float32, (3, 48, 48))
+    assert np.array_equal(shown.numpy().transpose(1, 2, 0), vpt_resize(np.asarray(image), 48, 48))
+    assert torch.equal(view.train(image, 0, 3, 4), shown)
+
+
+def test_vpt_view_may_be_cropped():
+    image = picture(90, 61)
+    shown = View(48, "vpt", "crop").eval(image).numpy().transpose(1, 2, 0)
+    whole = vpt_resize(np.asarray(image), 55, 81)  # 48 px are cut out of a shorter side of 55
+    assert np.array_equal(shown, whole[4:52, 16:64])
+    pixels = View(48, "vpt", "crop", "fgvc").train(image, 0, 1, 2).numpy().transpose(1, 2, 0)
+    windows = [whole[i : i + 48, j : j + 48] for i in range(8) for j in range(34)]
+    assert any(np.array_equal(pixels, cut) or np.array_equal(pixels, cut[:, ::-1]) for cut in windows)

@@ -1,0 +1,180 @@
+"""`dist-vpt data check` and `prepare`: what they find, what they say of it, and how they end."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow_datasets as tfds_library
+from PIL import Image
+
+from dist_vpt.cli import main
+from dist_vpt.data import DataRecipe, open_splits
+from dist_vpt.data.check import Checked, check, prepare
+from dist_vpt.data.tasks import TASKS
+from dist_vpt.errors import DataError, UserError
+from tests import tfds_copies
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tfds_copies.prepare(tmp_path_factory.mktemp("copies"), ("dtd", "oxford_iiit_pet", "dsprites"))
+
+
+def folder(root: Path, name: str, counts: dict[str, int], classes: int) -> Path:
+    """A vtab-1k folder whose lists name one picture again and again."""
+    home = root / name
+    (home / "images").mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(home / "images" / "a.jpg")
+    for file, count in counts.items():
+        (home / file).write_text("".join(f"images/a.jpg {i % classes}\n" for i in range(count)))
+    return home
+
+
+WHOLE = {"train800.txt": 800, "val200.txt": 200, "train800val200.txt": 1000, "test.txt": 711}
+
+
+def found(root: Path, *tasks: str) -> dict[str, Checked]:
+    """What is found, whether it is as published or not."""
+    kept: dict[str, Checked] = {}
+    import dist_vpt.data.check as module
+
+    original = module.show
+    module.show = lambda root, checked: kept.update({one.task: one for one in checked})  # type: ignore[assignment]
+    try:
+        check(str(root), tasks)
+    except DataError:
+        pass
+    finally:
+        module.show = original
+    return kept
+
+
+def test_a_folder_as_published_is_ok(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder(tmp_path, "kitti", WHOLE, 4)
+    assert main(["data", "check", "--root", str(tmp_path)]) == 0
+    one = found(tmp_path)["kitti"]
+    assert (one.storage, one.wrong, one.notes) == ("vtab_folder", [], [])
+    assert one.splits == {
+        "train": "800 (200-200)", "val": "200 (50-50)", "trainval": "1,000 (250-250)", "test": "711 (177-178)",
+    }  # fmt: skip
+    assert one.sample == "20 x 10"
+    table = capsys.readouterr().out
+    assert "kitti" in table
+    assert "not there" in table  # all others
+
+
+@pytest.mark.parametrize("name", ["cifar", "cifar100", "CIFAR"])
+def test_folders_are_found_under_every_name_in_circulation(name: str, tmp_path: Path) -> None:
+    folder(tmp_path, name, {**WHOLE, "test.txt": 10000}, 100)
+    assert found(tmp_path, "cifar100")["cifar100"].wrong == []
+    assert len(open_splits(DataRecipe(task="cifar100", root=str(tmp_path / name))).train) == 800
+
+
+def test_what_differs_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "--root", str(root)]) == 2
+    told = capsys.readouterr()
+    assert "dtd: split test has 60 images, the published one 1,880" in told.out
+    assert "4 of 24 tasks are not as published: dtd, oxford_iiit_pet, dsprites_loc, dsprites_ori" in told.err
+    one = found(root)["oxford_iiit_pet"]
+    assert one.storage == "tfds oxford_iiit_pet:4.0.0 (array_record)"
+    assert one.notes == ["oxford_iiit_pet has version 4.0.0; published numbers are of 3.2.0"]
+    assert found(root)["dsprites_loc"].sample == "64 x 64"
+
+
+def test_a_task_that_was_named_must_be_there(tmp_path: Path) -> None:
+    folder(tmp_path, "kitti", WHOLE, 4)
+    with pytest.raises(DataError, match="1 of 2 tasks are not as published: dtd"):
+        check(str(tmp_path), ["kitti", "dtd"])
+    with pytest.raises(UserError, match="kiti: no such task; did you mean 'kitti'"):
+        check(str(tmp_path), ["kiti"])
+
+
+def test_nothing_is_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds none of the known tasks; name the folder in which the datasets lie"):
+        check(str(tmp_path), [])
+    with pytest.raises(DataError, match=r"--root .*/no: is not a folder"):
+        check(str(tmp_path / "no"), [])
+
+
+def test_damage_is_told_and_the_others_are_checked(tmp_path: Path) -> None:
+    home = folder(tmp_path, "kitti", {**WHOLE, "val200.txt": 199}, 4)
+    (home / "test.txt").write_text("images/a.jpg 4\nimages/b.jpg 0\n")
+    folder(tmp_path, "svhn", {**WHOLE, "test.txt": 26032}, 10)
+    checked = found(tmp_path)
+    assert [line.split(": ", 1)[1] for line in checked["kitti"].wrong] == [
+        "label 4 is out of range: 4 classes have the labels 0 to 3; mend the label, or complete classes.txt",
+        f"there is no file 'images/b.jpg' in {home} or {home / 'images'}; restore it or remove its entry",
+    ]
+    assert checked["svhn"].wrong == []
+    (home / "test.txt").write_text("images/a.jpg 0\n")
+    (home / "images" / "a.jpg").write_bytes(b"no picture")
+    wrong = found(tmp_path)["kitti"].wrong
+    assert any("the image cannot be read" in line for line in wrong)
+    assert "split val has 199 images, the published one 200" in wrong
+    assert "split test has 1 images, the published one 711" in wrong
+
+
+def test_fgvc_sets_are_found(tmp_path: Path) -> None:
+    home = tmp_path / "CUB_200_2011"
+    (home / "images").mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(home / "images" / "a.jpg")
+    for i in range(400):
+        shutil.copy(home / "images" / "a.jpg", home / "images" / f"{i}.jpg")
+    (home / "train.json").write_text(json.dumps({f"{i}.jpg": i % 200 + 1 for i in range(400)}))
+    (home / "test.json").write_text(json.dumps({"a.jpg": 1}))
+    one = found(tmp_path, "cub")["cub"]
+    assert one.storage == "fgvc_json"
+    assert one.wrong == ["split test has 1 images, the published one 5,794"]
+    assert one.notes == ["has no val, which is taken out of train by data.split_seed"]
+    assert one.splits["trainval"] == "400 (2-2)"
+
+
+def test_prepare_fetches_and_reads_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the downloads replaced; all else is TFDS's own."""
+    original = tfds_library.builder
+
+    def builder(name: str, **settings: Any) -> Any:
+        made = original(name, **settings)
+        pictures = tfds_copies._pictures(name, made.info.features)
+        made._split_generators = lambda _: {
+            split: tfds_copies._examples(name, split, count, made.info.features, pictures)
+            for split, count in tfds_copies.SIZES[name].items()
+        }
+        return made
+
+    monkeypatch.setattr(tfds_library, "builder", builder)
+    assert main(["data", "prepare", "dtd", "dsprites_loc", "dsprites_ori", "--root", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("is being prepared") == 2  # a builder serves two tasks
+    for task in ("dtd", "dsprites_ori"):
+        splits = open_splits(DataRecipe(task=task, root=str(tmp_path), counts="any"))
+        assert len(splits.train.labels) == 800
+    assert main(["data", "prepare", "dtd", "--root", str(tmp_path)]) == 0
+    assert "dtd: prepared already" in capsys.readouterr().out
+
+
+def test_what_cannot_be_prepared_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, **_: Any) -> None:
+        if "retinopathy" in self.name:
+            raise AssertionError("Manual directory does not exist")
+        raise ConnectionError("no network") if self.name == "dtd" else ImportError("No module named 'tensorflow'")
+
+    monkeypatch.setattr(tfds_library.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(UserError) as caught:
+        prepare(str(tmp_path), ["dtd", "diabetic_retinopathy", "svhn"])
+    dtd, retinopathy, svhn = str(caught.value).splitlines()
+    assert dtd == "dtd: ConnectionError: no network; see the message, and start the command again"
+    assert "must be fetched by hand" in retinopathy
+    assert "kaggle" in retinopathy.lower()
+    assert str(tmp_path / "downloads" / "manual") in retinopathy
+    assert svhn.endswith("preparing needs TensorFlow, reading does not: pip install 'dist-vpt[prepare]'")
+    with pytest.raises(UserError, match="cub: TensorFlow Datasets does not have it"):
+        prepare(str(tmp_path), ["cub"])
+
+
+def test_every_row_has_a_folder_name() -> None:
+    for row in TASKS.values():
+        assert (row.group is None) or row.folders
