@@ -28,10 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.agreement import StopSignal
-from dist_vpt.build import assemble
+from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, write_adapters
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
-from dist_vpt.methods import is_reader
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, load_recipe_from
 from dist_vpt.runfolder import RunFolder, read_json, versions, write_atomically
@@ -70,7 +69,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             return read_json(folder.path / "sweep.json")
         if rank:
             _wait_for_claim(folder, recipe, stop)
-        worker = _Worker(recipe, folder, rank, world, stop, console)
+        worker = Worker(recipe, folder, rank, world, stop, console)
         began = time.monotonic()
         worker.work(grid)
         outcomes = worker.wait_for(grid)
@@ -80,7 +79,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         results = worker.wait_for(finals)
         if rank:
             return {}
-        return _conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - began, console)
+        return conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - began, console)
 
 
 def grid_jobs(recipe: Recipe, folder: Path) -> list[Job]:
@@ -125,7 +124,7 @@ def choose(jobs: Sequence[Job], outcomes: Sequence[dict[str, Any]]) -> Job:
     ]
 
 
-class _Worker:
+class Worker:
     """What one process does of a sweep."""
 
     def __init__(  # noqa: PLR0917 (a sweep as one process sees it)
@@ -139,18 +138,18 @@ class _Worker:
     def work(self, jobs: Sequence[Job]) -> None:
         """Do what has no outcome yet of this process's share, which does not depend on when it looks."""
         mine = jobs[self.rank :: self.world]
-        if is_reader(self.recipe.method):
+        if self.recipe.method.reader:
             for together in _passes(mine):
                 self._train_together(together)
             return
         for job in mine:
-            if not self._done(job):
+            if not self.done(job):
                 self._train_alone(job)
 
     def wait_for(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """The outcomes of all jobs, those of other processes included."""
         waiting = True
-        while missing := [job for job in jobs if not self._done(job)]:
+        while missing := [job for job in jobs if not self.done(job)]:
             if self.stop.asked:
                 raise Interrupted(f"{self.folder.path}: stopped; the same command goes on")
             if waiting:
@@ -159,7 +158,8 @@ class _Worker:
             time.sleep(POLL_SECONDS)
         return [read_json(job.outcome) for job in jobs]
 
-    def _done(self, job: Job) -> bool:
+    def done(self, job: Job) -> bool:
+        """Whether a trial has left its outcome. Raises RunFolderError where that is of another recipe."""
         if not job.outcome.is_file():
             return False
         stored = load_recipe_from(read_json(job.outcome)["recipe"])
@@ -169,7 +169,7 @@ class _Worker:
         return True
 
     def _train_together(self, jobs: Sequence[Job]) -> None:
-        untold = [job.number for job in jobs if not self._done(job)]
+        untold = [job.number for job in jobs if not self.done(job)]
         if not untold:
             return
         state = self._state_of(jobs)
@@ -198,7 +198,7 @@ class _Worker:
                 if job.number not in untold:
                     continue
                 if recipes[0].train.test and not trial.diverged:
-                    self._write_run(job, trial, p.parts.splits.classes, p.seconds / len(jobs))
+                    self._write_run(job, trial, p.parts, p.seconds / len(jobs))
                 self._tell(job, trial.progress.last, trial.progress.best, trial.diverged, p.seconds / len(jobs))
             state.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
@@ -208,12 +208,12 @@ class _Worker:
         name = hashlib.sha256("\n".join(job.recipe.to_yaml() for job in jobs).encode()).hexdigest()[:16]
         return self.folder.path / f".pass-{name}.pt"
 
-    def _write_run(self, job: Job, trial: Trial, classes: tuple[str, ...], seconds: float) -> None:
+    def _write_run(self, job: Job, trial: Trial, parts: Parts, seconds: float) -> None:
         """A trial as the run folder that `train` would have written of it, for eval, predict and compress."""
         assert self.accelerator is not None
         folder, tensors = RunFolder(str(job.recipe.run.dir)), collect(trial.reader)
         folder.path.mkdir(parents=True, exist_ok=True)
-        facts = {"recipe": job.recipe.model_dump(mode="json"), "classes": list(classes)}
+        facts = {"recipe": job.recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)}
         write_adapters(folder.adapters, tensors, {**facts, "epoch": trial.progress.last["epoch"]})
         result = {
             "last": trial.progress.last,
@@ -229,9 +229,12 @@ class _Worker:
             "processes": self.accelerator.num_processes,
             "precision": job.recipe.runtime.precision,
             "seed": job.recipe.seed,
+            "protocol": parts.protocol(),
             "versions": versions(),
         }
         write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
+        if parts.splits.carved:
+            write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
         write_atomically(folder.recipe, job.recipe.to_yaml())
         folder.mark("done")
 
@@ -298,7 +301,7 @@ def heatmap_figure(jobs: Sequence[Job], outcomes: Sequence[dict[str, Any]], chos
     return figure
 
 
-def _conclude(  # noqa: PLR0917 (all that a sweep found)
+def conclude(  # noqa: PLR0917 (all that a sweep found)
     folder: RunFolder,
     recipe: Recipe,
     grid: Sequence[Job],
@@ -306,8 +309,9 @@ def _conclude(  # noqa: PLR0917 (all that a sweep found)
     chosen: Job,
     results: Sequence[dict[str, Any]],
     seconds: float,
-    console: Console,
+    console: Console | None,
 ) -> dict[str, Any]:
+    """Write the sweep's table, picture and curves from all outcomes, and show them on the console. Can be repeated."""
     from torch.utils.tensorboard import SummaryWriter
 
     lost = {str(r["setting"]["seed"]): r["diverged"] for r in results if r["diverged"]}
@@ -343,7 +347,8 @@ def _conclude(  # noqa: PLR0917 (all that a sweep found)
     for left in folder.path.glob(".pass-*.pt"):  # of passes that were divided among another number of processes
         left.unlink()
     folder.mark("done")
-    _print(content, folder.path, console)
+    if console is not None:
+        _print(content, folder.path, console)
     return content
 
 

@@ -256,7 +256,7 @@ def test_a_process_that_starts_late_finds_its_share(late: int, tmp_path: Path) -
 
 def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
     def before(_: int) -> None:
-        tell, told = sweep_module._Worker._tell, []
+        tell, told = sweep_module.Worker._tell, []
 
         def counted(*args: Any) -> None:
             tell(*args)
@@ -264,7 +264,7 @@ def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
             if len(told) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        sweep_module._Worker._tell = counted  # type: ignore[method-assign]
+        sweep_module.Worker._tell = counted  # type: ignore[method-assign]
 
     killed = start(tmp_path / "sweep", *READER, "run.trackers=[]", before=before)
     assert killed.finish() == [-signal.SIGKILL], killed.output
@@ -292,7 +292,7 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
         return logits if torch.is_grad_enabled() else [logits[0] * float("nan"), *logits[1:]]
 
     monkeypatch.setattr(trials_module, "read", spoiled)
-    monkeypatch.setattr(sweep_module._Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])
+    monkeypatch.setattr(sweep_module.Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])
     with pytest.raises(RunFailed, match=r"all seeds of the chosen setting diverged .*loss on test was nan"):
         sweep_module.sweep(load_recipe([], words(tmp_path, *READER, "train.epochs=1", "sweep.seeds=[42]")))
     first, *others = (read_json(tmp_path / "trials" / f"{n:03d}.json") for n in range(6))

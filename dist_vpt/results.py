@@ -1,0 +1,145 @@
+"""results.jsonl: a line for each task and method, appended when its seeds are scored or when it failed."""
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dist_vpt.errors import UserError
+
+FILE = "results.jsonl"
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Spread(_Line):
+    """Of one score over seeds."""
+
+    mean: float
+    std: float  # n - 1; 0 for one seed
+    values: tuple[float, ...]
+
+
+class Protocol(_Line):
+    """What makes two numbers comparable."""
+
+    storage: str  # format and version of what was read
+    resize: str
+    fit: str
+    normalize: str  # or mean and std, where the recipe gives them
+    image_size: int  # pixels
+    counts: dict[str, int | None]  # images of train, val, trainval and test
+    trials: int  # settings that were chosen among
+    epochs: int
+    notes: tuple[str, ...] = ()  # what differs from the published protocol
+
+    def differs(self, other: "Protocol") -> list[str]:
+        """Names of the fields in which two protocols differ, but for the storage's version and the task's counts."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        mine["storage"], theirs["storage"] = (each.storage.partition(" ")[0] for each in (self, other))
+        return [name for name in mine if name != "counts" and mine[name] != theirs[name]]
+
+
+class Parameters(_Line):
+    """Counts of numbers."""
+
+    trained: int
+    total: int
+
+
+class Result(_Line):
+    """One task under one method: chosen on val, trained on trainval once for each seed, scored on test."""
+
+    run: str  # hash of the resolved recipe without its run part
+    task: str
+    group: str | None
+    method: str  # as the suite was asked for it: the stem of the method's recipe
+    backbone: str
+    precision: str
+    protocol: Protocol | None = None  # none only for what failed before its data were read
+    seeds: tuple[int, ...] = ()  # that were scored
+    chosen: dict[str, Any] = {}  # recipe keys of the trial that was best on val
+    val: dict[str, float] = {}  # top1 (%) of the chosen trial on val: after the last epoch, and of the best one
+    epochs: dict[str, int] = {}  # the chosen trial's last and best epoch
+    test: dict[str, Spread] = {}  # by score (top1, top5, per_class: %, loss) after the last epoch on trainval
+    seconds: float = Field(0.0, ge=0)  # of training, all trials and seeds
+    peak_memory_mib: float = Field(0.0, ge=0)  # largest of the seeds' runs
+    parameters: Parameters | None = None
+    device: str = ""
+    versions: dict[str, str] = {}
+    finished: str = ""  # ISO date and time
+    folder: str = ""  # of the sweep, relative to the file
+    failed: str | None = None  # why there is no result
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.protocol is None and self.failed is None:
+            raise ValueError("protocol is missing: only a failed result may lack it")
+        return self
+
+
+def append(file: Path, result: Result) -> None:
+    """Add a line, whole or not at all; after a line that a power cut or a full disk left unfinished, on a new one.
+
+    Raises UserError where it cannot be written.
+    """
+    text = json.dumps(result.model_dump(mode="json")) + "\n"
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                text = "\n" + text
+            data = text.encode()
+            if os.write(descriptor, data) != len(data):
+                os.ftruncate(descriptor, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror}); mend that, and the same command goes on"
+        ) from error
+
+
+def read(file: Path) -> tuple[list[Result], list[str]]:
+    """All results, later lines of a task and method in place of earlier ones, and what is wrong with other lines."""
+    found: dict[tuple[str, ...], Result] = {}
+    wrong = []
+    for number, line in _lines(file):
+        try:
+            result = Result.model_validate_json(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(key) for key in first["loc"])
+            wrong.append(f"{file}:{number}: {f'{where}: ' if where else ''}{first['msg']}; left out, the rest is read")
+            continue
+        key = (result.task, result.method, result.backbone, result.run)
+        found.pop(key, None)
+        found[key] = result
+    return list(found.values()), wrong
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); name a folder with a {FILE}") from error
+    yield from ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation (n - 1) over seeds."""
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    std = (squares / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0
+    return Spread(mean=mean, std=std, values=tuple(values))

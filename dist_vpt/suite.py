@@ -1,0 +1,526 @@
+"""``dist-vpt suite``: tasks x methods under one protocol, each a sweep, shared out among runners.
+
+A **pair** is a task under a method, and its sweep's folder; a **piece** is what one runner does of it in one go: a
+trial or a seed of a writer, all trials or all seeds of a reader, or the end, which tells the result. Whether a piece is
+done is seen from the files that it leaves; that a runner is at it, from a lock that the system releases when the
+runner's process ends, however it ends. So any number of runners, on any number of machines with a common folder, can be
+started, killed and started again.
+
+    OUT/manifest.json            the plan: pairs with their recipes' hashes and numbers of trials and seeds
+    OUT/TASK/METHOD/             a sweep's folder
+    OUT/results.jsonl            a line for each pair that has ended, also for one that failed
+    OUT/claims/                  locks of pieces, and when a pair failed
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_vpt.data.tasks import TASKS
+from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
+from dist_vpt.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from dist_vpt.agreement import StopSignal
+    from dist_vpt.results import Result
+    from dist_vpt.sweep import Job
+
+POLL_SECONDS = 0.5
+GROUPS = {
+    "vtab": ("natural", "specialized", "structured"),
+    "natural": ("natural",),
+    "specialized": ("specialized",),
+    "structured": ("structured",),
+    "fgvc": ("fgvc",),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A task under a method."""
+
+    task: str
+    method: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.method}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.recipe.run.dir))
+
+    @property
+    def key(self) -> str:
+        """Hash of the resolved recipe, without where the run lies and what changes no number."""
+        content = self.recipe.model_dump(mode="json")
+        del content["run"], content["data"]["workers"], content["data"]["root"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    def settings(self) -> int:
+        """Trials of the grid."""
+        count = 1
+        for values in _leaves(self.recipe.sweep.grid):
+            count *= len(values)
+        return count
+
+    def images(self) -> int | None:
+        """Images that go through the backbone, at least where trials stop early; None where no counts are known."""
+        task = self.recipe.data.task
+        counts = dict(TASKS[task].counts) if task in TASKS else {}
+        if not {"train", "val", "trainval", "test"} <= counts.keys():
+            return None
+        train, seeds = self.recipe.train, len(self.recipe.sweep.seeds)
+        if self.recipe.method.reader and self.recipe.stream.cache != "none":
+            return counts["train"] + counts["val"] + counts["trainval"] + counts["test"]
+        trials = 1 if self.recipe.method.reader else self.settings()
+        runs = 1 if self.recipe.method.reader else seeds
+        scored = -(-train.epochs // train.eval_every)
+        of_trial = train.epochs * counts["train"] + scored * counts["val"]
+        return trials * of_trial + runs * train.epochs * counts["trainval"] + runs * counts["test"]
+
+
+def plan(tasks: Sequence[str], methods: Sequence[str], words: Sequence[str], root: str | None, out: str) -> list[Pair]:
+    """The pairs of a suite, tasks in the tables' order. Raises UserError with all mistakes of all recipes."""
+    from dist_vpt.recipe import split_arguments
+
+    files, overrides = split_arguments(words)
+    pairs, mistakes = [], []
+    for name, file in task_recipes(tasks):
+        for method in methods:
+            folder = Path(out) / name / Path(method).stem
+            given = [f"run.dir={folder}", "run.resume=auto", *([f"data.root={root}"] if root else [])]
+            try:
+                recipe = load_recipe([*files, _recipe_file("method", method), file], [*overrides, *given])
+            except RecipeError as error:
+                mistakes.append(f"{name} with {method}: {error}")
+                continue
+            pairs.append(Pair(name, Path(method).stem, recipe))
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    twice = [pair.name for pair in pairs if [other.name for other in pairs].count(pair.name) > 1]
+    if twice:
+        raise UserError(f"--tasks, --method: {twice[0]} is asked for twice; name each once")
+    return pairs
+
+
+def task_recipes(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Tasks and their recipes: known ones by their names or their groups', in the tables' order, then recipe files."""
+    known = [name for name, row in TASKS.items() if row.group]
+    wanted, own = set(), []
+    for word in (part for each in words for part in each.split(",") if part):
+        rows = [name for name in known if word == name or TASKS[name].group in GROUPS.get(word, ())]
+        if not rows and not Path(word).is_file():
+            raise UserError(
+                f"--tasks {word}: neither a task, a group nor a recipe file; {nearest(word, [*GROUPS, *known])}"
+            )
+        wanted |= set(rows)
+        own += [] if rows else [(Path(word).stem, word)]
+    folders = {name: "fgvc" if TASKS[name].group == "fgvc" else "vtab" for name in known}
+    return [*((name, _recipe_file(folders[name], name)) for name in known if name in wanted), *own]
+
+
+def suite(
+    pairs: Sequence[Pair], out: str, *, runners: int | None = None, only: int | None = None, arguments: Sequence[str]
+) -> None:
+    """Do what is left of a suite, by this process or by several that it starts, then show the results.
+
+    ``only``: one pair, by its number in the plan (an element of a job array). ``arguments``: of the command, for the
+    processes that are started. Raises RunFailed where a pair has failed, after all others are done.
+    """
+    folder = Path(out)
+    _admit(folder, pairs)
+    mine = list(pairs) if only is None else [_element(pairs, only)]
+    count = runners or _devices()
+    if count > 1:
+        _start(count, arguments)
+    else:
+        _Runner(folder, mine).work()
+    failed = _conclude(folder, mine)
+    if failed:
+        raise RunFailed(f"{len(failed)} of {len(mine)} have no result:\n" + "\n".join(failed))
+
+
+def show_plan(pairs: Sequence[Pair]) -> None:
+    """Print what a suite would do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{len(pairs)} sweeps, with backbone {', '.join({p.recipe.backbone.name: 1 for p in pairs})}")
+    for column in ("", "task", "method", "trials", "seeds", "epochs", "images"):
+        table.add_column(column, justify="left" if column in ("task", "method") else "right", no_wrap=True)
+    for number, pair in enumerate(pairs):
+        images = pair.images()
+        told = "?" if images is None else f"{images:,}"
+        trials, seeds = pair.settings(), len(pair.recipe.sweep.seeds)
+        table.add_row(str(number), pair.task, pair.method, str(trials), str(seeds), str(pair.recipe.train.epochs), told)
+    console = Console(highlight=False)
+    console.print(table)
+    trials = sum(pair.settings() for pair in pairs)
+    images = sum(pair.images() or 0 for pair in pairs)
+    seeds = sum(len(pair.recipe.sweep.seeds) for pair in pairs)
+    unknown = "; ? where only the dataset itself can tell" if any(pair.images() is None for pair in pairs) else ""
+    console.print(f"in all {trials:,} trials and {seeds:,} seeds, {images:,} images through the backbone{unknown}")
+
+
+def slurm_array(pairs: Sequence[Pair], arguments: Sequence[str], file: Path) -> None:
+    """Write a Slurm script that does each pair as an element of a job array."""
+    import shlex
+
+    words = shlex.join([sys.executable, "-m", "dist_vpt", "suite", *arguments])
+    text = f"""#!/bin/bash
+#SBATCH --job-name=dist-vpt-suite
+#SBATCH --array=0-{len(pairs) - 1}
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-task=1
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --output=slurm-%A_%a.log
+# An element does one task under one method; started again, it goes on. More options (partition, time, account, how many
+# elements at once: --array=0-{len(pairs) - 1}%4) may be given to sbatch on the command line.
+cd {shlex.quote(os.getcwd())} || exit 1
+{words} --only "$SLURM_ARRAY_TASK_ID" &
+child=$!
+trap 'kill -USR1 "$child"' USR1 TERM
+wait "$child"; code=$?
+while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
+if [ "$code" = 75 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
+exit "$code"
+"""
+    from dist_vpt.runfolder import write_atomically
+
+    write_atomically(file, text)
+    file.chmod(0o755)
+
+
+class _Runner:
+    """One process that does pieces until none is left."""
+
+    def __init__(self, folder: Path, pairs: Sequence[Pair]):
+        from rich.console import Console
+
+        self.folder, self.pairs = folder, pairs
+        self.began = time.time()
+        self.console = Console(highlight=False)
+
+    def work(self) -> None:
+        """Do pieces that nobody is at, and wait for those that others are at."""
+        from dist_vpt.agreement import StopSignal
+
+        with StopSignal() as stop:
+            waiting = False
+            while True:
+                left = [pair for pair in self.pairs if not self._over(pair)]
+                if not left:
+                    return
+                if stop.asked:
+                    raise Interrupted(f"{self.folder}: stopped; the same command goes on")
+                if any(self._do_a_piece(pair, stop) for pair in left):
+                    waiting = False
+                    continue
+                if not waiting:
+                    self._show(f"waiting for other runners, which are at {len(left)} of {len(self.pairs)}")
+                waiting = True
+                time.sleep(POLL_SECONDS)
+
+    def _do_a_piece(self, pair: Pair, stop: "StopSignal") -> bool:
+        """Whether there was something to do."""
+        from dist_vpt.sweep import Worker
+
+        worker: Worker | None = None
+        try:
+            for name, jobs in self._pieces(pair):
+                with _locked(_claim_file(self.folder, pair, name), wait=False) as claimed:
+                    if not claimed or self._over(pair):
+                        continue
+                    worker = worker or Worker(pair.recipe, self._begun(pair), 0, 1, stop, self.console)
+                    if name == "end":
+                        self._end(pair, worker)
+                    elif any(not worker.done(job) for job in jobs):
+                        self._show(f"{pair.name}: {name}")
+                        worker.work(jobs)
+                    else:
+                        continue
+                    return True
+        except Interrupted:
+            raise
+        except UserError as error:
+            self._fail(pair, str(error))
+            return True
+        return False
+
+    def _pieces(self, pair: Pair) -> "Iterator[tuple[str, list[Job]]]":
+        """Pieces that can be done now and that have left no outcome yet."""
+        from dist_vpt.runfolder import read_json
+        from dist_vpt.sweep import choose, grid_jobs, seed_jobs
+
+        grid = grid_jobs(pair.recipe, pair.folder)
+        stages: list[tuple[str, Callable[[], list[Job]]]] = [
+            ("trial", lambda: grid),
+            (
+                "seed",
+                lambda: seed_jobs(pair.recipe, pair.folder, choose(grid, [read_json(job.outcome) for job in grid])),
+            ),
+        ]
+        for name, jobs_of in stages:
+            jobs = jobs_of()
+            left = [job for job in jobs if not job.outcome.is_file()]
+            if left and pair.recipe.method.reader:
+                yield f"{name}s", jobs
+            elif left:
+                yield from ((f"{name} {job.number}", [job]) for job in left)
+            if left:
+                return
+        yield "end", []
+
+    def _begun(self, pair: Pair) -> Any:
+        """The sweep's folder, with its recipe in it."""
+        from dist_vpt.runfolder import RunFolder
+
+        folder = RunFolder(pair.folder)
+        with _locked(_claim_file(self.folder, pair, "begin"), wait=True):
+            if not folder.holds(pair.recipe, "sweep"):
+                with folder.claimed(pair.recipe, kind="sweep"):
+                    pass
+        return folder
+
+    def _end(self, pair: Pair, worker: Any) -> None:
+        from dist_vpt.results import FILE, append
+        from dist_vpt.runfolder import read_json
+        from dist_vpt.sweep import choose, conclude, grid_jobs, seed_jobs
+
+        grid = grid_jobs(pair.recipe, pair.folder)
+        outcomes = [read_json(job.outcome) for job in grid]
+        chosen = choose(grid, outcomes)
+        seeds = seed_jobs(pair.recipe, pair.folder, chosen)
+        told = [read_json(job.outcome) for job in seeds]
+        content = conclude(worker.folder, pair.recipe, grid, outcomes, chosen, told, 0.0, None)
+        append(self.folder / FILE, _result(pair, content, outcomes[chosen.number], seeds))
+        spread = content["test"]["top1"]
+        self._show(f"{pair.name}: test top1 {spread['mean']:.2f} ± {spread['std']:.2f} %")
+
+    def _over(self, pair: Pair) -> bool:
+        """Whether the pair has a result, or has failed since this runner began."""
+        failed = _claim_file(self.folder, pair, "failed")
+        if failed.is_file() and failed.stat().st_mtime >= self.began:
+            return True
+        return pair.key in {result.run for result in _results(self.folder) if not result.failed}
+
+    def _fail(self, pair: Pair, reason: str) -> None:
+        from dist_vpt.results import FILE, append
+
+        _claim_file(self.folder, pair, "failed").write_text(reason + "\n")
+        append(self.folder / FILE, _result(pair, failed=reason))
+        self._show(f"{pair.name}: failed: {reason}")
+
+    def _show(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _result(
+    pair: Pair,
+    content: dict[str, Any] | None = None,
+    chosen: dict[str, Any] | None = None,
+    seeds: "Sequence[Job]" = (),
+    failed: str | None = None,
+) -> "Result":
+    """What results.jsonl tells of a pair that has ended."""
+    from datetime import UTC, datetime
+
+    from dist_vpt.results import Parameters, Protocol, Result, Spread
+    from dist_vpt.runfolder import RunFolder, read_json
+
+    recipe = pair.recipe
+    common = {
+        "run": pair.key,
+        "task": pair.task,
+        "group": TASKS[pair.task].group if pair.task in TASKS else None,
+        "method": pair.method,
+        "backbone": recipe.backbone.name,
+        "precision": recipe.runtime.precision,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "folder": pair.name,
+    }
+    if content is None or chosen is None:
+        return Result.model_validate({**common, "failed": failed})
+    runs = [read_json(file) for job in seeds if (file := RunFolder(str(job.recipe.run.dir)).result).is_file()]
+    protocol = runs[0]["protocol"] | {"trials": pair.settings(), "epochs": recipe.train.epochs}
+    return Result(
+        **common,
+        protocol=Protocol.model_validate(protocol),
+        seeds=tuple(int(seed) for seed, test in content["seeds"].items() if test),
+        chosen=content["chosen"],
+        val={"last": chosen["last"]["val"]["top1"], "best": chosen["best"]["val"]["top1"]},
+        epochs={"last": chosen["last"]["epoch"], "best": chosen["best"]["epoch"]},
+        test={name: Spread.model_validate(spread) for name, spread in content["test"].items()},
+        seconds=content["seconds"]["training"],
+        peak_memory_mib=max(run["peak_memory_mib"] for run in runs),
+        parameters=Parameters.model_validate(runs[0]["parameters"]),
+        device=runs[0]["device"],
+        versions=runs[0]["versions"],
+    )
+
+
+def _results(folder: Path) -> "list[Result]":
+    from dist_vpt.results import FILE, read
+
+    return read(folder / FILE)[0] if (folder / FILE).is_file() else []
+
+
+def _conclude(folder: Path, pairs: Sequence[Pair]) -> list[str]:
+    """Print the table of a suite; returns a line for each pair without a result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = {result.run: result for result in _results(folder)}
+    table = Table(title=f"{folder}: test top-1 (%), mean and standard deviation over seeds")
+    for column in ("task", "method", "test top-1", "val top-1", "trained", "seconds", "chosen"):
+        words = column in ("task", "method", "chosen")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column != "chosen")
+    failed = []
+    for pair in pairs:
+        result = found.get(pair.key)
+        if result is None or result.failed:
+            reason = result.failed if result else "was not begun"
+            failed.append(f"  {pair.name}: {reason}")
+            table.add_row(pair.task, pair.method, "failed")
+            continue
+        top1, parameters = result.test["top1"], result.parameters
+        said = "\n".join(f"{key.removeprefix('optim.')} {value}" for key, value in result.chosen.items())
+        table.add_row(
+            pair.task,
+            pair.method,
+            f"{top1.mean:.2f} ± {top1.std:.2f}",
+            f"{result.val['last']:.2f}",
+            f"{parameters.trained:,}" if parameters else "",
+            f"{result.seconds:.0f}",
+            said,
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{folder / 'results.jsonl'}; dist-vpt report {folder} sets it beside published numbers", soft_wrap=True
+    )
+    return failed
+
+
+def _admit(folder: Path, pairs: Sequence[Pair]) -> None:
+    """Write the plan, or compare it with the one that is there: the same, or more pairs of the same recipes."""
+    from dist_vpt.runfolder import read_json, write_atomically
+
+    file = folder / "manifest.json"
+    try:
+        (folder / "claims").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out {folder}: cannot be a suite's folder ({error}); choose another") from error
+    with _locked(folder / "claims" / "manifest", wait=True):
+        known = read_json(file)["pairs"] if file.is_file() else {}
+        changed = [pair.name for pair in pairs if known.get(pair.name, {"recipe": pair.key})["recipe"] != pair.key]
+        if changed:
+            raise RunFolderError(
+                f"{file}: {changed[0]}{f' and {len(changed) - 1} more' if len(changed) > 1 else ''} was begun with "
+                "another recipe; choose another --out, or undo what was changed"
+            )
+        told = {
+            pair.name: {"recipe": pair.key, "trials": pair.settings(), "seeds": list(pair.recipe.sweep.seeds)}
+            for pair in pairs
+        }
+        if known | told != known:
+            write_atomically(file, json.dumps({"pairs": known | told}, indent=1) + "\n")
+
+
+def _start(count: int, arguments: Sequence[str]) -> None:
+    """Run so many processes of this machine as runners, each on a device of its own, and wait for them."""
+    devices, cores = _visible(), os.cpu_count() or 1
+    children = []
+    for number in range(count):
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+        words = [sys.executable, "-m", "dist_vpt", "suite", *arguments, "--runners", "1"]
+        children.append(subprocess.Popen(words, env=environment))
+
+    def forward(number: int, _: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        codes = [child.wait() for child in children]
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if Interrupted.exit_code in codes:
+        raise Interrupted("the runners were stopped; the same command goes on")
+    died = [code for code in codes if code not in (0, RunFailed.exit_code)]
+    if died:
+        raise RunFailed(f"{len(died)} of {count} runners ended with exit code {died[0]}; the same command goes on")
+
+
+def _devices() -> int:
+    return len(_visible()) or 1
+
+
+def _visible() -> list[str]:
+    """Accelerators that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _element(pairs: Sequence[Pair], only: int) -> Pair:
+    if not 0 <= only < len(pairs):
+        raise UserError(f"--only {only}: the suite has the elements 0 to {len(pairs) - 1} (dist-vpt suite --dry-run)")
+    return pairs[only]
+
+
+def _claim_file(folder: Path, pair: Pair, piece: str) -> Path:
+    return folder / "claims" / f"{pair.name}/{piece}".replace("/", "__").replace(" ", "-")
+
+
+@contextmanager
+def _locked(file: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock that ends with this process; yields whether it was to be had."""
+    with open(file, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _recipe_file(folder: str, name: str) -> str:
+    """A recipe by its path, or by its name in configs/ of the working directory or of this source tree."""
+    if Path(name).is_file():
+        return name
+    places = [Path("configs") / folder, Path(__file__).parent.parent / "configs" / folder]
+    for place in places:
+        if (place / f"{name}.yaml").is_file():
+            return str(place / f"{name}.yaml")
+    known = [path.stem for place in places for path in place.glob("*.yaml")]
+    raise UserError(f"{name}: no such recipe file, and none of that name in configs/{folder}; {nearest(name, known)}")
+
+
+def _leaves(grid: dict[str, Any]) -> Iterator[list[Any]]:
+    for value in grid.values():
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield value

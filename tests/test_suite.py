@@ -1,0 +1,292 @@
+"""Suites: what is planned, that each piece is done once, and that nothing is lost in a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_vpt.cli import main
+from dist_vpt.errors import RecipeError, RunFailed, UserError
+from dist_vpt.results import Result, read
+from dist_vpt.suite import Pair, plan, suite, task_recipes
+from tests.forks import Forks, command
+from tests.running import ROOT
+from tests.tfds_copies import elsewhere
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+TASKS = ("svhn", "dsprites_loc", "eurosat")
+BUILDERS = ("svhn_cropped", "dsprites", "eurosat/rgb")
+SMALL = (
+    "data.counts=any", "data.workers=0", "train.epochs=2", "optim.warmup_epochs=0", "train.batch_size=400",
+    "run.trackers=[]", "sweep.grid={optim: {lr: [1.0, 0.1]}}", "sweep.seeds=[1, 2]", "method.dropout=0.0",
+    "runtime.attention=eager",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return elsewhere(tmp_path_factory.mktemp("copies"), *BUILDERS)
+
+
+def recipes(folder: Path) -> list[str]:
+    """A reader and a writer that are trained in no time."""
+    (folder / "reader.yaml").write_text("method: {name: vqt, queries: 1}\n")
+    (folder / "writer.yaml").write_text("method: {name: vpt, prompts: 1, deep: false}\n")
+    return [str(folder / "reader.yaml"), str(folder / "writer.yaml")]
+
+
+def words(folder: Path, root: Path, *more: str) -> list[str]:
+    return [
+        "suite", *SMALL, *more, "--tasks", *TASKS, "--method", *recipes(folder), "--root", str(root),
+        "--out", str(folder / "suite"),
+    ]  # fmt: skip
+
+
+def results(folder: Path) -> dict[str, Result]:
+    found, wrong = read(folder / "suite" / "results.jsonl")
+    assert not wrong
+    return {result.folder: result for result in found}
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """What must not depend on who computed it, or when."""
+    left_out = {"seconds", "finished", "peak_memory_mib", "device"}
+    return {name: result.model_dump(exclude=left_out) for name, result in results(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = command(words(folder, root), folder / "told.txt")
+    assert run.finish() == [0], run.output
+    return folder
+
+
+def pieces(told: str) -> list[str]:
+    """Lines that begin a piece of work."""
+    return [
+        line
+        for line in told.splitlines()
+        if line.partition(": ")[2].partition(" ")[0] in ("trial", "trials", "seed", "seeds")
+    ]
+
+
+def test_a_suite_ends_with_a_result_for_every_pair(undisturbed: Path) -> None:
+    found = results(undisturbed)
+    assert set(found) == {f"{task}/{method}" for task in TASKS for method in ("reader", "writer")}
+    one = found["svhn/writer"]
+    assert (one.task, one.group, one.method, one.backbone) == ("svhn", "natural", "writer", "demo")
+    assert one.seeds == (1, 2)
+    assert len(one.test["top1"].values) == 2
+    assert one.protocol is not None
+    assert one.protocol.storage == "tfds svhn_cropped:3.1.0 (tfrecord)"
+    assert one.protocol.counts == {"train": 800, "val": 200, "trainval": 1000, "test": 60}
+    assert (one.protocol.resize, one.protocol.normalize, one.protocol.trials, one.protocol.epochs) == (
+        "vpt",
+        "vpt",
+        2,
+        2,
+    )
+    assert one.parameters is not None
+    assert one.parameters.trained == 128 + 129 * 10
+    sweep = json.loads((undisturbed / "suite" / "svhn" / "writer" / "sweep.json").read_text())
+    assert one.test["top1"].mean == sweep["test"]["top1"]["mean"]
+    assert one.chosen == sweep["chosen"]
+    told = (undisturbed / "told.txt").read_text()
+    assert len(pieces(told)) == 3 * (1 + 1 + 2 + 2)
+    assert (undisturbed / "suite" / "eurosat" / "reader" / "heatmap.png").exists()
+
+
+def test_a_finished_suite_does_nothing_again(undisturbed: Path, root: Path) -> None:
+    before = (undisturbed / "suite" / "results.jsonl").read_bytes()
+    again = command(words(undisturbed, root), undisturbed / "again.txt")
+    assert again.finish() == [0], again.output
+    assert pieces(again.output) == []
+    assert "dsprites_loc" in again.output  # the table
+    assert (undisturbed / "suite" / "results.jsonl").read_bytes() == before
+
+
+def test_killed_three_times_it_ends_alike(undisturbed: Path, root: Path, tmp_path: Path) -> None:
+    when = random.Random(7)
+    for _ in range(3):
+        run = command(words(tmp_path, root), tmp_path / "told.txt")
+        time.sleep(when.uniform(2, 12))
+        run.send(signal.SIGKILL)
+        run.finish()
+    last = command(words(tmp_path, root), tmp_path / "told.txt")
+    assert last.finish() == [0], last.output
+    assert comparable(tmp_path) == comparable(undisturbed)
+    assert len((tmp_path / "suite" / "results.jsonl").read_text().splitlines()) == 6
+
+
+def test_two_runners_do_each_piece_once(undisturbed: Path, root: Path, tmp_path: Path) -> None:
+    told = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    arguments = words(tmp_path, root)
+    runners = [command(arguments, file) for file in told]
+    assert [runner.finish() for runner in runners] == [[0], [0]], [file.read_text() for file in told]
+    both = [pieces(file.read_text()) for file in told]
+    assert all(both)  # neither was idle
+    assert len(both[0] + both[1]) == len(set(both[0] + both[1])) == 18
+    assert comparable(tmp_path) == comparable(undisturbed)
+
+
+def test_a_stop_is_obeyed_and_gone_on_from(undisturbed: Path, root: Path, tmp_path: Path) -> None:
+    run = command(words(tmp_path, root), tmp_path / "told.txt")
+    while "svhn/writer: trial 1" not in run.output and run.running:
+        time.sleep(0.05)
+    run.send(signal.SIGTERM)
+    assert run.finish() == [75], run.output
+    assert "the same command goes on" in run.output
+    assert command(words(tmp_path, root), tmp_path / "more.txt").finish() == [0]
+    assert comparable(tmp_path) == comparable(undisturbed)
+
+
+def test_one_bad_dataset_does_not_stop_the_others(root: Path, tmp_path: Path) -> None:
+    copies = tmp_path / "copies"
+    subprocess.run(["cp", "-r", root, copies], check=True)
+    file = next(copies.glob("dsprites/*/*train*"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 3])
+    run = command(words(tmp_path, copies), tmp_path / "told.txt")
+    assert run.finish() == [RunFailed.exit_code], run.output
+    assert "2 of 6 have no result" in run.output
+    found = results(tmp_path)
+    assert [name for name, result in found.items() if result.failed] == ["dsprites_loc/reader", "dsprites_loc/writer"]
+    assert "copy the file anew" in str(found["dsprites_loc/writer"].failed)
+    file.write_bytes(whole)
+    again = command(words(tmp_path, copies), tmp_path / "again.txt")
+    assert again.finish() == [0], again.output
+    assert {line.split("/")[0] for line in pieces(again.output)} == {"dsprites_loc"}
+    assert not any(result.failed for result in results(tmp_path).values())
+
+
+def test_runners_are_started(root: Path, tmp_path: Path) -> None:
+    arguments = words(tmp_path, root)
+    arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_vpt", *arguments, "--runners", "2"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(pieces(done.stdout)) == 6
+    assert len(results(tmp_path)) == 2
+
+
+def test_another_recipe_is_refused(undisturbed: Path, root: Path) -> None:
+    with pytest.raises(UserError, match=r"manifest.json: svhn/reader and 5 more was begun with another recipe; choose"):
+        run_here(undisturbed, root, "seed=5")
+    before = (undisturbed / "suite" / "manifest.json").read_bytes()
+    assert json.loads(before)["pairs"]["svhn/writer"]["trials"] == 2
+
+
+def run_here(folder: Path, root: Path, *more: str) -> None:
+    pairs = plan(TASKS, recipes(folder), [*SMALL, *more], str(root), str(folder / "suite"))
+    suite(pairs, str(folder / "suite"), runners=1, arguments=[])
+
+
+def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
+    assert len(task_recipes(["vtab"])) == 19
+    assert [name for name, _ in task_recipes(["kitti,dtd"])] == ["dtd", "kitti"]
+    assert len(task_recipes(["natural", "cifar100", "fgvc"])) == 12
+    own = tmp_path / "mine.yaml"
+    own.write_text("data: {task: digits}\n")
+    assert task_recipes([str(own), "dtd"])[1] == ("mine", str(own))
+    with pytest.raises(
+        UserError, match=r"--tasks dtdd: neither a task, a group nor a recipe file; did you mean 'dtd'\?"
+    ):
+        task_recipes(["dtdd"])
+    with pytest.raises(UserError, match=r"vpt_dep: no such recipe file, .* did you mean 'vpt_deep'"):
+        plan(["dtd"], ["vpt_dep"], [], "somewhere", "out")
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan(["dtd", "svhn"], ["linear"], ["train.epochs=0"], "somewhere", "out")
+    assert str(caught.value).count("train.epochs = 0") == 2
+    with pytest.raises(RecipeError, match=r"dtd with linear: (.|\n)*root is missing"):
+        plan(["dtd"], ["linear"], [], None, "out")
+    with pytest.raises(UserError, match="dtd/linear is asked for twice"):
+        plan(["dtd"], ["linear", "linear"], [], "somewhere", "out")
+
+
+def test_what_a_plan_costs() -> None:
+    def images(method: str, task: str = "dtd", *more: str) -> int | None:
+        return plan([task], [method], list(more), "somewhere", "out")[0].images()
+
+    assert images("vpt_deep") == 40 * 100 * (800 + 200) + 5 * (100 * 1000 + 1880)
+    assert images("vpt_deep", "dtd", "train.eval_every=50") == 40 * (100 * 800 + 2 * 200) + 5 * (100 * 1000 + 1880)
+    assert images("vqt") == 800 + 200 + 1000 + 1880
+    assert images("vqt", "dtd", "stream.cache=none") == 100 * (800 + 200) + 100 * 1000 + 1880
+    assert images("vpt_deep", "cub") is None
+
+
+def test_the_plan_is_shown_and_nothing_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "suite"
+    code = main(["suite", "--tasks", "vtab", "--method", "vpt_deep", "--root", "x", "--out", str(out), "--dry-run"])
+    told = capsys.readouterr().out
+    assert code == 0
+    assert "19 sweeps, with backbone demo" in told
+    assert "760 trials and 95 seeds, 87,439,520 images" in " ".join(told.split())
+    assert not out.exists()
+
+
+def test_a_dry_run_needs_no_torch() -> None:
+    code = (
+        "import sys; from dist_vpt.cli import main;"
+        "main(['suite', '--tasks', 'vtab', '--method', 'vpt_deep', 'vqt', '--root', 'x', '--dry-run']);"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_a_job_array_has_an_element_for_each_pair(tmp_path: Path) -> None:
+    file = tmp_path / "suite.sbatch"
+    words = [
+        "suite",
+        "train.epochs=7",
+        "optim.warmup_epochs=0",
+        "--tasks",
+        "natural",
+        "--method",
+        "vqt",
+        "--root",
+        "x y",
+    ]
+    assert main([*words, "--slurm", str(file)]) == 0
+    text = file.read_text()
+    assert "#SBATCH --array=0-6\n" in text
+    assert (
+        "suite train.epochs=7 optim.warmup_epochs=0 --tasks natural --method vqt --out runs/suite --root 'x y'" in text
+    )
+    assert '--only "$SLURM_ARRAY_TASK_ID"' in text
+    subprocess.run(["bash", "-n", str(file)], check=True)
+
+
+def test_an_element_does_its_own_pair(root: Path, tmp_path: Path) -> None:
+    pairs = plan(["svhn", "eurosat"], recipes(tmp_path)[:1], SMALL, str(root), str(tmp_path / "suite"))
+    run = Forks(1, lambda rank: suite(pairs, str(tmp_path / "suite"), only=1, arguments=[]), tmp_path / "told.txt")
+    assert run.finish() == [0], run.output
+    assert list(results(tmp_path)) == ["eurosat/reader"]
+    with pytest.raises(UserError, match="--only 2: the suite has the elements 0 to 1"):
+        suite(pairs, str(tmp_path / "suite"), only=2, arguments=[])
+
+
+def test_the_key_does_not_depend_on_places() -> None:
+    def key(*more: str, out: str = "out", root: str = "here") -> str:
+        pair: Pair = plan(["dtd"], ["linear"], list(more), root, out)[0]
+        return pair.key
+
+    assert key() == key("data.workers=9", out="elsewhere", root="there")
+    assert key() != key("optim.weight_decay=0.5")
