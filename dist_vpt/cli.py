@@ -100,6 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as optim.lr=... or train.epochs=...")
     compress.set_defaults(call=_compress, rest="overrides")
 
+    _add_suite(commands, common)
+    report = commands.add_parser("report", parents=[common], help="tables of results, next to published numbers")
+    report.add_argument("folders", nargs="+", metavar="DIR", help="folders with a results.jsonl in or below them")
+    report.add_argument("--out", metavar="FOLDER", help="write report.md, .csv, .tex and .html there, too")
+    report.add_argument(
+        "--published", action=argparse.BooleanOptionalAction, default=True, help="rows of published numbers"
+    )
+    report.set_defaults(call=_report, rest="folders")
+
+    _add_data(commands, common)
+
     recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
     kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
     show = kinds.add_parser("show", parents=[common], help="print the resolved recipe")
@@ -108,6 +119,44 @@ def _parser() -> argparse.ArgumentParser:
     schema = kinds.add_parser("schema", parents=[common], help="print the JSON Schema of recipe files")
     schema.set_defaults(call=_schema)
     return parser
+
+
+def _add_suite(commands: Any, common: argparse.ArgumentParser) -> None:
+    suite = commands.add_parser("suite", parents=[common], help="sweep tasks x methods: resumes, and runs shared out")
+    suite.add_argument("words", nargs="*", metavar="RECIPE|a.b=c", help="for all of them, such as a backbone's recipe")
+    suite.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="names, groups (vtab, natural, specialized, structured, fgvc) or recipes of your own",
+    )
+    suite.add_argument(
+        "--method", nargs="+", required=True, metavar="METHOD", help="recipes of configs/method, by name or path"
+    )
+    suite.add_argument("--root", metavar="DIR", help="folder in which the datasets lie (data.root)")
+    suite.add_argument("--out", metavar="DIR", default="runs/suite", help="folder of the suite (runs/suite)")
+    suite.add_argument("--runners", type=int, metavar="N", help="processes on this machine; default: one a GPU")
+    suite.add_argument("--only", type=int, metavar="K", help="the K-th sweep of the plan alone, from 0")
+    suite.add_argument("--slurm", metavar="FILE", help="write a Slurm job array that does it, and do nothing")
+    suite.add_argument("--dry-run", action="store_true", help="show the plan, and do nothing")
+    suite.set_defaults(call=_suite, rest="words")
+
+
+def _add_data(commands: Any, common: argparse.ArgumentParser) -> None:
+    data = commands.add_parser("data", help="prepare datasets of known tasks, or check what is there")
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    prepare = kinds.add_parser("prepare", parents=[common], help="fetch and prepare with TensorFlow Datasets")
+    prepare.add_argument("tasks", nargs="+", metavar="TASK", help="such as dtd or svhn")
+    prepare.add_argument("--root", required=True, metavar="DIR", help="folder in which the datasets lie")
+    prepare.add_argument(
+        "--format", choices=("array_record", "tfrecord"), default="array_record", help="of the files (array_record)"
+    )
+    prepare.set_defaults(call=_prepare, rest="tasks")
+    check = kinds.add_parser("check", parents=[common], help="compare what is there with the published protocol")
+    check.add_argument("tasks", nargs="*", metavar="TASK", help="default: whatever is there")
+    check.add_argument("--root", required=True, metavar="DIR", help="folder in which the datasets lie")
+    check.set_defaults(call=_check, rest="tasks")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -143,6 +192,45 @@ def _compress(arguments: argparse.Namespace) -> None:
     shares, overrides = split_arguments(arguments.keep)  # argparse gives --keep all words that follow it
     overrides += arguments.overrides
     compress(arguments.run, shares, arguments.mode, arguments.adapters, arguments.lasso, arguments.out, overrides)
+
+
+def _suite(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from dist_vpt.recipe import split_arguments
+    from dist_vpt.suite import plan, show_plan, slurm_array, suite
+
+    methods, overrides = split_arguments(arguments.method)  # argparse gives --method all words that follow it
+    tasks, more = split_arguments(arguments.tasks)
+    words = [*arguments.words, *overrides, *more]
+    pairs = plan(tasks, methods, words, arguments.root, arguments.out)
+    again = [*words, "--tasks", *tasks, "--method", *methods, "--out", arguments.out]
+    again += ["--root", arguments.root] if arguments.root else []
+    if arguments.dry_run:
+        show_plan(pairs)
+    elif arguments.slurm:
+        slurm_array(pairs, again, Path(arguments.slurm))
+        print(f"sbatch {arguments.slurm}")
+    else:
+        suite(pairs, arguments.out, runners=arguments.runners, only=arguments.only, arguments=again)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from dist_vpt.data.check import prepare
+
+    prepare(arguments.root, arguments.tasks, arguments.format)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from dist_vpt.data.check import check
+
+    check(arguments.root, arguments.tasks)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from dist_vpt.report import report
+
+    report(arguments.folders, arguments.out, with_published=arguments.published)
 
 
 def _show(arguments: argparse.Namespace) -> None:

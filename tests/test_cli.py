@@ -26,6 +26,14 @@ COMMANDS = {
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },
+    "dist-vpt suite": {
+        *("--help", "--debug", "RECIPE|a.b=c *", "--tasks", "--method", "--root", "--out", "--runners", "--only"),
+        *("--slurm", "--dry-run"),
+    },
+    "dist-vpt data": {"--help"},
+    "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
+    "dist-vpt data check": {"--help", "--debug", "TASK *", "--root"},
+    "dist-vpt report": {"--help", "--debug", "DIR +", "--out", "--no-published"},
     "dist-vpt recipe": {"--help"},
     "dist-vpt recipe show": {"--help", "--debug", "RECIPE|a.b=c *"},
     "dist-vpt recipe schema": {"--help", "--debug"},
@@ -33,6 +41,7 @@ COMMANDS = {
 CHOICES = {
     "--split": ("train", "val", "trainval", "test"),
     "--adapters": ("last", "best"),
+    "--format": ("array_record", "tfrecord"),
     "--mode": ("compress", "featselect", "finetune"),
 }
 
@@ -70,10 +79,12 @@ def test_importing_the_package_and_asking_for_help_imports_no_torch() -> None:
     code = """
 import contextlib, sys
 import dist_vpt.cli
-for words in (["--help"], ["train", "--help"], ["recipe", "show", "--help"], ["--version"], ["nonsense"]):
+commands = (["train"], ["suite"], ["data", "check"], ["report"], ["recipe", "show"])
+for words in (["--help"], *([*command, "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
         dist_vpt.cli.main(words)
-heavy = {"torch", "timm", "numpy", "accelerate", "pydantic", "torchmetrics"} & set(sys.modules)
+heavy = {"torch", "timm", "numpy", "accelerate", "pydantic", "torchmetrics", "matplotlib", "jinja2", "rich"}
+heavy &= set(sys.modules)
 assert not heavy, heavy
 """
     done = python("-c", code)
@@ -102,6 +113,8 @@ def test_python_m_is_the_command() -> None:
         ["compress", "run"],
         ["compress", "run", "--keep", "0.5", "--mode", "nonsense"],
         ["compress", "run", "--keep", "0.5", "--lasso", "much"],
+        ["report"],
+        ["report", "runs", "--out"],
         ["recipe"],
         ["recipe", "schema", "more"],
     ],
@@ -179,6 +192,17 @@ def test_overrides_of_compress_may_stand_anywhere(words: list[str], monkeypatch:
     monkeypatch.setattr("dist_vpt.compress.compress", lambda *arguments: seen.append(arguments))
     assert main(words) == 0
     assert seen == [("run", ["0.7", "0.5"], "featselect", "last", 1e-4, None, ["x=1", "y=2"])]
+
+
+@pytest.mark.parametrize(
+    "words", [["report", "a", "b", "--out", "c"], ["report", "a", "--out", "c", "b"]], ids=" ".join
+)
+def test_folders_of_report_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr("dist_vpt.report.report", lambda *arguments, **named: seen.append((*arguments, named)))
+    assert main(words) == 0
+    assert main([*words, "--no-published"]) == 0
+    assert seen == [(["a", "b"], "c", {"with_published": shown}) for shown in (True, False)]
 
 
 def test_recipe_show_prints_the_resolved_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

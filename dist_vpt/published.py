@@ -1,0 +1,42 @@
+"""Published numbers, with where they come from and how far they can be trusted: published.json."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = Path(__file__).with_name("published.json")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One method's row of a published table."""
+
+    method: str  # what the method is called here
+    name: str  # what its authors call it
+    label: str  # short citation
+    source: str
+    status: str  # how the numbers were checked
+    verified: bool
+    differs: str  # from the protocol of the task's own paper; empty: nothing
+    backbone: str
+    top1: dict[str, float]  # by task, percent
+    trained: float | None  # parameters without the head; none: not published
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know before comparing with the row."""
+        notes = [] if self.verified else [f"unverified ({self.label}): {self.status}"]
+        return notes + ([f"protocol differs ({self.label}): {self.differs}"] if self.differs else [])
+
+
+def published() -> list[Published]:
+    """All rows, in the file's order."""
+    rows = []
+    for table in json.loads(FILE.read_text(encoding="utf-8"))["tables"]:
+        facts = {key: table[key] for key in ("label", "source", "status", "verified", "differs", "backbone")}
+        for name, top1 in table["rows"].items():
+            millions = table["trained_millions"].get(name)
+            trained = None if millions is None else 1e6 * millions
+            method = table["methods"].get(name, name)
+            rows.append(Published(method=method, name=name, top1=top1, trained=trained, **facts))
+    return rows
