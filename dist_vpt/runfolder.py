@@ -44,6 +44,7 @@ OURS = (
 )
 MAY_CHANGE = (
     "run.",
+    "data.root",  # a dataset may have moved
     "data.workers",
     "train.eval_batch_size",
 )  # a resumed run's numbers stay equal

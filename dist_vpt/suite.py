@@ -253,8 +253,8 @@ class _Runner:
                     else:
                         continue
                     return True
-        except Interrupted:
-            raise
+        except Interrupted as stopped:
+            raise Interrupted(f"{self.folder}: stopped; the same command goes on ({stopped})") from stopped
         except UserError as error:
             self._fail(pair, str(error))
             return True

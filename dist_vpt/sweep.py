@@ -33,7 +33,7 @@ from dist_vpt.checkpoint import collect, write_adapters
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, load_recipe_from
-from dist_vpt.runfolder import RunFolder, read_json, versions, write_atomically
+from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.train import device_name, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
@@ -163,7 +163,7 @@ class Worker:
         if not job.outcome.is_file():
             return False
         stored = load_recipe_from(read_json(job.outcome)["recipe"])
-        changed = [line for line in differences(stored, job.recipe) if not line.startswith("run.")]
+        changed = [line for line in differences(stored, job.recipe) if not line.startswith(MAY_CHANGE)]
         if changed:
             raise RunFolderError(f"{job.outcome}: is of another trial ({'; '.join(changed)}); choose another run.dir")
         return True

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TASKS = ("svhn", "dsprites_loc", "eurosat")
 BUILDERS = ("svhn_cropped", "dsprites", "eurosat/rgb")
 SMALL = (
-    "data.counts=any", "data.workers=0", "train.epochs=2", "optim.warmup_epochs=0", "train.batch_size=400",
+    "data.counts=any", "data.image_size=8", "data.workers=0", "train.epochs=2", "optim.warmup_epochs=0",
+    "train.batch_size=400",
     "run.trackers=[]", "sweep.grid={optim: {lr: [1.0, 0.1]}}", "sweep.seeds=[1, 2]", "method.dropout=0.0",
     "runtime.attention=eager",
 )  # fmt: skip

@@ -1,19 +1,24 @@
 """``dist-vpt data``: what lies below a folder of each known task, and preparing what TensorFlow Datasets can fetch."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.data import DataRecipe, Split, Splits, open_splits, tfds
+from dist_vpt.data import DataRecipe, Split, open_splits, tfds
 from dist_vpt.data.tasks import TASKS, Task
 from dist_vpt.errors import DataError, UserError, nearest
 
 SPLITS = ("train", "val", "trainval", "test")
+BARS = " ▁▂▃▄▅▆▇█"
+WIDTH = 110  # characters that the table needs
+BUCKETS = 12  # of neighbouring classes, in a picture of all their counts
 
 
 @dataclass
@@ -22,8 +27,8 @@ class Checked:
 
     task: str
     storage: str = ""  # format and version; "": it is not there
-    splits: dict[str, str] = field(default_factory=dict)  # split -> images, and images of a class
-    sample: str = ""  # pixels of the first test image
+    splits: dict[str, np.ndarray] = field(default_factory=dict)  # split -> images of each class, int64 [K]
+    sample: str = ""  # width and height of the first image of the last split that could be read
     wrong: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what differs from the protocol without being damage
 
@@ -47,17 +52,36 @@ def check(root: str, tasks: Sequence[str]) -> list[Checked]:
 
 def show(root: str, found: Sequence[Checked]) -> None:
     """Print what was found as a table, and below it what is wrong."""
-    table = Table(title=f"{root}: images (of a class: fewest to most)")
-    for column in ("task", "stored as", *SPLITS, "first image", ""):
-        table.add_column(column, justify="right" if column in SPLITS else "left")
+    table = Table(title=str(root), box=box.SIMPLE, pad_edge=False)
+    for column in ("task", "", "stored as", "train/val/test", "of a class", "classes", "first"):
+        table.add_column(column, no_wrap=column != "stored as", overflow="fold")
     for one in found:
-        verdict = "wrong" if one.wrong else "differs" if one.notes else "ok" if one.storage else "not there"
-        table.add_row(one.task, one.storage, *(one.splits.get(name, "") for name in SPLITS), one.sample, verdict)
-    console = Console(highlight=False)
+        if not one.storage:
+            continue
+        verdict = "wrong" if one.wrong else "differs" if one.notes else "ok"
+        counts_K = one.splits.get("trainval", np.zeros(0, np.int64))
+        images = "/".join(
+            str(one.splits[name].sum()) if name in one.splits else "-" for name in SPLITS if name != "trainval"
+        )
+        spread = f"{counts_K.min()}-{counts_K.max()}" if len(counts_K) else ""
+        storage = re.sub(r"^tfds .*:(\S+) \((\w+)\)$", r"\2 \1", one.storage)
+        table.add_row(one.task, verdict, storage, images, spread, histogram(counts_K), one.sample)
+    console = Console(highlight=False, width=max(WIDTH, Console().width))  # whole lines, also in a pipe
     console.print(table)
+    console.print("of a class: fewest to most images of train and val together; classes: their counts in order")
+    absent = [one.task for one in found if not one.storage]
+    if absent:
+        console.print(f"not there: {', '.join(absent)}")
     for one in found:
         for line in (*one.wrong, *one.notes):
             console.print(f"{one.task}: {line}", markup=False, soft_wrap=True)
+
+
+def histogram(counts_K: np.ndarray) -> str:
+    """Images of the classes as bars, neighbours together where there are many: a blank is a bucket without images."""
+    buckets = [bucket.sum() for bucket in np.array_split(counts_K, min(BUCKETS, max(1, len(counts_K))))]
+    most = max(buckets)
+    return "".join(BARS[-(-int(each) * (len(BARS) - 1) // int(most))] for each in buckets) if most else ""
 
 
 def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") -> None:
@@ -120,7 +144,7 @@ def _checked(root: str, row: Task) -> Checked:
             one.wrong.append(splits.missing.get(name, f"has no split {name}"))
             continue
         try:
-            one.splits[name] = _counted(split, splits)
+            one.splits[name] = np.bincount(split.labels, minlength=len(splits.classes))
             if name != "trainval":
                 one.sample = _sample(split)
         except DataError as error:
@@ -143,17 +167,10 @@ def _is_absent(root: str, row: Task) -> bool:
     return not any(path.name.lower() in names for path in folder.iterdir())
 
 
-def _counted(split: Split, splits: Splits) -> str:
-    counts = np.bincount(split.labels, minlength=len(splits.classes))
-    absent = int((counts == 0).sum())
-    lacking = f", {absent} without" if absent else ""
-    return f"{len(split):,} ({counts.min()}-{counts.max()}{lacking})"
-
-
 def _sample(split: Split) -> str:
     pixels = np.asarray(split.read(0))
     height, width, _ = pixels.shape
-    return f"{width} x {height}"
+    return f"{width}x{height}"
 
 
 def _row(name: str) -> Task:

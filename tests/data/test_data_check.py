@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tensorflow_datasets as tfds_library
 from PIL import Image
 
 from dist_vpt.cli import main
 from dist_vpt.data import DataRecipe, open_splits
-from dist_vpt.data.check import Checked, check, prepare
+from dist_vpt.data.check import Checked, check, histogram, prepare
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import DataError, UserError
 from tests import tfds_copies
@@ -56,13 +57,14 @@ def test_a_folder_as_published_is_ok(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["data", "check", "--root", str(tmp_path)]) == 0
     one = found(tmp_path)["kitti"]
     assert (one.storage, one.wrong, one.notes) == ("vtab_folder", [], [])
-    assert one.splits == {
-        "train": "800 (200-200)", "val": "200 (50-50)", "trainval": "1,000 (250-250)", "test": "711 (177-178)",
+    assert {name: counts.tolist() for name, counts in one.splits.items()} == {
+        "train": [200] * 4, "val": [50] * 4, "trainval": [250] * 4, "test": [178, 178, 178, 177],
     }  # fmt: skip
-    assert one.sample == "20 x 10"
+    assert one.sample == "20x10"
     table = capsys.readouterr().out
     assert "kitti" in table
-    assert "not there" in table  # all others
+    assert "800/200/711" in table
+    assert "not there: cifar100, caltech101, dtd" in table
 
 
 @pytest.mark.parametrize("name", ["cifar", "cifar100", "CIFAR"])
@@ -80,7 +82,7 @@ def test_what_differs_is_told(root: Path, capsys: pytest.CaptureFixture[str]) ->
     one = found(root)["oxford_iiit_pet"]
     assert one.storage == "tfds oxford_iiit_pet:4.0.0 (array_record)"
     assert one.notes == ["oxford_iiit_pet has version 4.0.0; published numbers are of 3.2.0"]
-    assert found(root)["dsprites_loc"].sample == "64 x 64"
+    assert found(root)["dsprites_loc"].sample == "64x64"
 
 
 def test_a_task_that_was_named_must_be_there(tmp_path: Path) -> None:
@@ -128,7 +130,14 @@ def test_fgvc_sets_are_found(tmp_path: Path) -> None:
     assert one.storage == "fgvc_json"
     assert one.wrong == ["split test has 1 images, the published one 5,794"]
     assert one.notes == ["has no val, which is taken out of train by data.split_seed"]
-    assert one.splits["trainval"] == "400 (2-2)"
+    assert one.splits["trainval"].tolist() == [2] * 200
+
+
+def test_histograms() -> None:
+    assert histogram(np.array([0, 1, 4, 8])) == " ▁▄█"
+    assert histogram(np.array([], np.int64)) == ""
+    assert histogram(np.zeros(5, np.int64)) == ""
+    assert histogram(np.repeat([1, 0], 12)) == "██████      "  # 24 classes in twelve buckets
 
 
 def test_prepare_fetches_and_reads_again(

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from dist_vpt.data import DataRecipe, open_splits
 from dist_vpt.errors import DataError
 
 
@@ -105,3 +106,39 @@ def test_bad_file(write, opened, tmp_path, text, says):
     write(val={"a.png": 1})
     (tmp_path / "train.json").write_text(text)
     refused(opened, says)
+
+
+def test_a_fraction_is_that_of_its_own_file(write, opened):
+    write(train={f"{i}.png": i % 4 for i in range(40)}, train_50={"0.png": 0, "1.png": 1, "2.png": 2, "7.png": 3},
+          val={"v.png": 0}, test={"t.png": 3})  # fmt: skip
+    splits = opened("fgvc_json", fraction=0.5)
+    assert splits.train.labels.tolist() == [0, 1, 2, 3]
+    assert len(splits.trainval) == 5
+    assert len(opened("fgvc_json").train) == 40
+
+
+def test_a_fraction_without_a_file_is_carved(write, opened):
+    write(train={f"{i}.png": i % 4 for i in range(40)}, val={"v.png": 0}, test={"t.png": 3})
+    found = opened("fgvc_json", fraction=0.1, split_seed=3).train
+    assert sorted(found.labels.tolist()) == [0, 1, 2, 3]  # 4 of 40, each class in proportion
+    again = opened("fgvc_json", fraction=0.1, split_seed=3).train
+    assert [found.where(i) for i in range(4)] == [again.where(i) for i in range(4)]
+    other = opened("fgvc_json", fraction=0.1, split_seed=4).train
+    assert [found.where(i) for i in range(4)] != [other.where(i) for i in range(4)]
+    assert len(opened("fgvc_json", fraction=0.5).train) == 20
+
+
+@pytest.mark.parametrize("name", ["CUB_200_2011", "cub", "Cub"])
+def test_a_known_sets_folder_is_found_below_the_root(name, tmp_path, save_image):
+    home = tmp_path / name
+    train = {f"{i}.png": i + 1 for i in range(200)}
+    for path in (*train, "t.png"):
+        save_image(home / "images" / path)
+    (home / "train.json").write_text(json.dumps(train))
+    (home / "val.json").write_text(json.dumps({"0.png": 1}))
+    (home / "test.json").write_text(json.dumps({"t.png": 200}))
+    splits = open_splits(DataRecipe(task="cub", root=str(tmp_path), counts="any"))
+    assert len(splits.classes) == 200
+    assert splits.test.labels.tolist() == [199]
+    with pytest.raises(DataError, match="split 'test' of task 'cub': 1 images, and the published one has 5,794"):
+        open_splits(DataRecipe(task="cub", root=str(tmp_path)))
