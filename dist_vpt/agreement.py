@@ -2,7 +2,7 @@
 
 import signal
 from types import FrameType
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +12,12 @@ from dist_vpt.errors import UserError
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 ask for a stop; it is made where all processes have agreed on it."""
+    """SIGTERM and SIGUSR1 ask for a stop; it is made where all processes have agreed on it.
+
+    One that is entered within another learns of what the outer one was asked, and hands on what it was asked itself.
+    """
+
+    entered: ClassVar[list["StopSignal"]] = []
 
     def __init__(self) -> None:
         self.asked = False  # of this process
@@ -23,11 +28,16 @@ class StopSignal:
             self.asked = True
 
         self.previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        self.asked |= any(outer.asked for outer in self.entered)
+        self.entered.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.entered.remove(self)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.asked and self.entered:
+            self.entered[-1].asked = True
 
 
 def total(accelerator: Accelerator, *numbers: float | torch.Tensor) -> list[float]:

@@ -52,6 +52,8 @@ class Parts:
             "augment": self.view.augment,
             "normalize": own or task.normalize,
             "image_size": self.view.image_size,
+            "fraction": self.data.fraction,
+            "carved": list(splits.carved),
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
             "notes": list(splits.notes),
         }

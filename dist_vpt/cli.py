@@ -206,6 +206,7 @@ def _suite(arguments: argparse.Namespace) -> None:
     pairs = plan(tasks, methods, words, arguments.root, arguments.out)
     again = [*words, "--tasks", *tasks, "--method", *methods, "--out", arguments.out]
     again += ["--root", arguments.root] if arguments.root else []
+    again += ["--debug"] if arguments.debug else []
     if arguments.dry_run:
         show_plan(pairs)
     elif arguments.slurm:

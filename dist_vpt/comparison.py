@@ -304,7 +304,10 @@ def _expected(task: str) -> dict[str, str | int | None]:
         "storage": row.format,
         "resize": row.resize,
         "fit": row.fit,
+        "augment": row.augment,
         "normalize": row.normalize,
+        "fraction": "1.0",
+        "carved": "none",
         "image_size": PUBLISHED_SIZE,
         "epochs": PUBLISHED_EPOCHS,
     }
@@ -338,6 +341,8 @@ def _name(field_name: str) -> str:
 
 def _value(protocol: Protocol | None, name: str) -> str:
     value = str(getattr(protocol, name, ABSENT))
+    if name == "carved":
+        return ", ".join(getattr(protocol, name, ())) or "none"
     return value.partition(" ")[0] if name == "storage" else value  # without its version
 
 

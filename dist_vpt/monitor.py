@@ -3,6 +3,7 @@
 K classes, S image side.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from dist_vpt import checkpoint, engine
 
 MIB = 2**20
+PROC_STATUS = Path("/proc/self/status")
 WARM_UP = 3  # steps left out of the speed: first calls allocate, compile and start workers
 
 
@@ -37,8 +40,20 @@ def peak_memory_mib() -> float:
     """The most memory this process has held, in MiB: the GPU's allocations, or the resident set on a CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / MIB
+    if PROC_STATUS.is_file():
+        told = next((line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM")), None)
+        if told is not None:
+            return int(told.split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (MIB if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory() -> None:
+    """Count the peak anew, from what is held now: a process may do several runs. (macOS cannot.)"""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class Monitor:

@@ -19,7 +19,7 @@ from dist_vpt.comparison import ABSENT, Cell, Own, Row, Table, compare, scored
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import UserError
 from dist_vpt.published import Published, published
-from dist_vpt.results import FILE, read
+from dist_vpt.results import FILE, identity, read
 
 LEGEND = "Top-1 accuracy on the test split in percent: mean ± standard deviation (n - 1) over seeds."
 MISSING = f"{ABSENT}: not there. n/m: a mean is shown where all m tasks are there, and n are."
@@ -83,9 +83,11 @@ def gather(folders: Sequence[str]) -> tuple[list[Own], list[str]]:
         results, wrong = read(file)
         warnings += wrong
         for result in results:
-            key = (result.task, result.method, result.backbone, result.run)
+            key = identity(result)
             if key not in newest or newest[key].result.finished <= result.finished:
                 newest[key] = Own(str(file.parent), result)
+                if len(key) > 4:
+                    newest.pop(key[:4], None)  # a failure, which tells no storage
     if not newest:
         raise UserError(
             "\n  ".join([f"{', '.join(folders)}: no results yet; wait for the first task of the suite", *warnings])

@@ -30,12 +30,17 @@ class Spread(_Line):
 class Protocol(_Line):
     """What makes two numbers comparable."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
     storage: str  # format and version of what was read
     resize: str
     fit: str
+    augment: str = "none"
     normalize: str  # or mean and std, where the recipe gives them
     image_size: int  # pixels
     counts: dict[str, int | None]  # images of train, val, trainval and test
+    fraction: float = 1.0  # of train that is used
+    carved: tuple[str, ...] = ()  # splits that the dataset lacks, taken out of train by a seed
     trials: int  # settings that were chosen among
     epochs: int
     notes: tuple[str, ...] = ()  # what differs from the published protocol
@@ -123,10 +128,17 @@ def read(file: Path) -> tuple[list[Result], list[str]]:
             where = ".".join(str(key) for key in first["loc"])
             wrong.append(f"{file}:{number}: {f'{where}: ' if where else ''}{first['msg']}; left out, the rest is read")
             continue
-        key = (result.task, result.method, result.backbone, result.run)
+        key = identity(result)
         found.pop(key, None)
+        found.pop(key[:4], None)  # a failure, which tells no storage
         found[key] = result
     return list(found.values()), wrong
+
+
+def identity(result: Result) -> tuple[str, ...]:
+    """Equal for results of which a later one takes the place of an earlier one, which may have failed."""
+    storage = result.protocol.storage.split()[:1] if result.protocol else []
+    return (result.task, result.method, result.backbone, result.run, *storage)
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

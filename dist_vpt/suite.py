@@ -20,9 +20,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from dist_vpt.sweep import Job
 
 POLL_SECONDS = 0.5
+STARTED = "DIST_VPT_RUNNER"  # set for the processes that a suite has started as its runners
 GROUPS = {
     "vtab": ("natural", "specialized", "structured"),
     "natural": ("natural",),
@@ -102,8 +104,11 @@ def plan(tasks: Sequence[str], methods: Sequence[str], words: Sequence[str], roo
             folder = Path(out) / name / Path(method).stem
             given = [f"run.dir={folder}", "run.resume=auto", *([f"data.root={root}"] if root else [])]
             try:
-                recipe = load_recipe([*files, _recipe_file("method", method), file], [*overrides, *given])
+                # The method last: an own task's recipe may inherit another one.
+                recipe = load_recipe([file, *files, _recipe_file("method", method)], [*overrides, *given])
             except RecipeError as error:
+                if root is None and "root is missing" in str(error):
+                    raise RecipeError("--root DIR is missing: the folder in which the datasets lie") from error
                 mistakes.append(f"{name} with {method}: {error}")
                 continue
             pairs.append(Pair(name, Path(method).stem, recipe))
@@ -128,6 +133,8 @@ def task_recipes(words: Sequence[str]) -> list[tuple[str, str]]:
         wanted |= set(rows)
         own += [] if rows else [(Path(word).stem, word)]
     folders = {name: "fgvc" if TASKS[name].group == "fgvc" else "vtab" for name in known}
+    if not wanted and not own:
+        raise UserError(f"--tasks {' '.join(words)}: names no task; {nearest('', GROUPS)}")
     return [*((name, _recipe_file(folders[name], name)) for name in known if name in wanted), *own]
 
 
@@ -139,14 +146,24 @@ def suite(
     ``only``: one pair, by its number in the plan (an element of a job array). ``arguments``: of the command, for the
     processes that are started. Raises RunFailed where a pair has failed, after all others are done.
     """
-    folder = Path(out)
+    if runners is not None and runners < 1:
+        raise UserError(f"--runners {runners}: must be at least 1")
+    folder, launched = Path(out), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    _check_roots(pairs)
+    pairs = [_settled(pair) for pair in pairs]
     _admit(folder, pairs)
     mine = list(pairs) if only is None else [_element(pairs, only)]
-    count = runners or _devices()
+    count = 1 if launched or STARTED in os.environ else runners or _devices()
+    if launched:  # by a launcher of ours or another: each process is a runner of its own
+        from dist_vpt.sweep import alone
+
+        alone()
     if count > 1:
-        _start(count, arguments)
+        _start(count, [*arguments, *([] if only is None else ["--only", str(only)])])
     else:
         _Runner(folder, mine).work()
+    if STARTED in os.environ:
+        return  # who started it tells the end
     failed = _conclude(folder, mine)
     if failed:
         raise RunFailed(f"{len(failed)} of {len(mine)} have no result:\n" + "\n".join(failed))
@@ -193,15 +210,19 @@ cd {shlex.quote(os.getcwd())} || exit 1
 {words} --only "$SLURM_ARRAY_TASK_ID" &
 child=$!
 trap 'kill -USR1 "$child"' USR1 TERM
-wait "$child"; code=$?
-while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
+while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done
+wait "$child"; code=$?  # its own, also where a signal ended the wait before
 if [ "$code" = 75 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
 exit "$code"
 """
     from dist_vpt.runfolder import write_atomically
 
-    write_atomically(file, text)
-    file.chmod(0o755)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+        file.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"--slurm {file}: cannot be written ({error.strerror}); name another file") from error
 
 
 class _Runner:
@@ -211,7 +232,9 @@ class _Runner:
         from rich.console import Console
 
         self.folder, self.pairs = folder, pairs
-        self.began = time.time()
+        with _locked(folder / "claims" / "clock", wait=True):  # the file server's clock, which failures are told by
+            (folder / "claims" / "clock").touch()
+            self.began = (folder / "claims" / "clock").stat().st_mtime
         self.console = Console(highlight=False)
 
     def work(self) -> None:
@@ -244,6 +267,7 @@ class _Runner:
                 with _locked(_claim_file(self.folder, pair, name), wait=False) as claimed:
                     if not claimed or self._over(pair):
                         continue
+                    _forget_accelerator()
                     worker = worker or Worker(pair.recipe, self._begun(pair), 0, 1, stop, self.console)
                     if name == "end":
                         self._end(pair, worker)
@@ -257,6 +281,11 @@ class _Runner:
             raise Interrupted(f"{self.folder}: stopped; the same command goes on ({stopped})") from stopped
         except UserError as error:
             self._fail(pair, str(error))
+            return True
+        except Exception as error:  # out of memory, a full disk, a bug: the other pairs go on
+            told = _claim_file(self.folder, pair, "traceback")
+            told.write_text(traceback.format_exc())
+            self._fail(pair, f"{type(error).__name__}: {str(error).strip()[:500]} (traceback in {told})")
             return True
         return False
 
@@ -326,6 +355,42 @@ class _Runner:
 
     def _show(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _forget_accelerator() -> None:
+    """Accelerate's state is the process's: a pair of another precision needs its own. GPU memory is given back, too."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _check_roots(pairs: Sequence[Pair]) -> None:
+    """Raise UserError where a dataset's folder is none, or is one task's and several are asked for."""
+    roots = {pair.recipe.data.root for pair in pairs if pair.recipe.data.format != "hf" and pair.recipe.data.root}
+    for root in map(Path, sorted(roots)):
+        if not root.expanduser().is_dir():
+            raise UserError(f"--root {root}: is not a folder; name the one in which the datasets lie")
+        tasks = {pair.task for pair in pairs if pair.recipe.data.root == str(root) and pair.task in TASKS}
+        lists = [name for name in ("train800.txt", "train.json") if (root / name).is_file()]
+        if len(tasks) > 1 and lists:
+            raise UserError(f"--root {root}: is one task's folder ({lists[0]}), and {len(tasks)} tasks are asked for")
+
+
+def _settled(pair: Pair) -> Pair:
+    """The pair with the storage that is found below its root, which its results are then of."""
+    from dist_vpt.data import resolve, stored_as
+
+    data = pair.recipe.data
+    try:
+        found = stored_as(data, resolve(data))
+    except UserError:  # told when the pair's turn comes, and the others go on
+        return pair
+    return replace(pair, recipe=pair.recipe.model_copy(update={"data": data.model_copy(update={"format": found})}))
 
 
 def _result(
@@ -425,7 +490,11 @@ def _admit(folder: Path, pairs: Sequence[Pair]) -> None:
     except OSError as error:
         raise RunFolderError(f"--out {folder}: cannot be a suite's folder ({error}); choose another") from error
     with _locked(folder / "claims" / "manifest", wait=True):
-        known = read_json(file)["pairs"] if file.is_file() else {}
+        try:
+            known = dict(read_json(file)["pairs"]) if file.is_file() else {}
+            _ = [pair["recipe"] for pair in known.values()]
+        except (RunFolderError, KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{file}: damaged ({error}); remove it: what is done is kept") from error
         changed = [pair.name for pair in pairs if known.get(pair.name, {"recipe": pair.key})["recipe"] != pair.key]
         if changed:
             raise RunFolderError(
@@ -445,7 +514,11 @@ def _start(count: int, arguments: Sequence[str]) -> None:
     devices, cores = _visible(), os.cpu_count() or 1
     children = []
     for number in range(count):
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count)))}
+        environment = {
+            **os.environ,
+            STARTED: str(number),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
+        }
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         words = [sys.executable, "-m", "dist_vpt", "suite", *arguments, "--runners", "1"]
@@ -464,11 +537,11 @@ def _start(count: int, arguments: Sequence[str]) -> None:
                 child.terminate()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if Interrupted.exit_code in codes:
+    if {Interrupted.exit_code, -signal.SIGTERM, -signal.SIGUSR1} & set(codes):
         raise Interrupted("the runners were stopped; the same command goes on")
-    died = [code for code in codes if code not in (0, RunFailed.exit_code)]
-    if died:
-        raise RunFailed(f"{len(died)} of {count} runners ended with exit code {died[0]}; the same command goes on")
+    for number, code in enumerate(codes):
+        if code:
+            print(f"runner {number} ended with exit code {code}; the same command goes on", file=sys.stderr)
 
 
 def _devices() -> int:
@@ -503,6 +576,11 @@ def _locked(file: Path, *, wait: bool) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            raise UserError(
+                f"{file}: this file system has no locks ({error.strerror}); mount it with them (Lustre: flock), or "
+                "choose another --out"
+            ) from error
         yield True
 
 

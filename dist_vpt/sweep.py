@@ -58,7 +58,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if recipe.sweep.split == "trials":
-        _alone()
+        alone()
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
     if rank == 0:  # mistakes in data and weights show before anything is written
@@ -457,7 +457,7 @@ def _said(setting: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in setting.items())
 
 
-def _alone() -> None:
+def alone() -> None:
     """Make this process one of its own, on the device that its launcher meant for it."""
     if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]

@@ -33,9 +33,11 @@ def run(recipe: "Recipe") -> dict[str, Any]:
     from dist_vpt.agreement import StopSignal
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
+    from dist_vpt.monitor import reset_peak_memory
     from dist_vpt.runfolder import RunFolder, read_json
     from dist_vpt.strategy import make_accelerator
 
+    reset_peak_memory()
     parts = assemble(recipe)  # before any process waits for another: mistakes in data and weights show at once
     folder = RunFolder(str(recipe.run.dir))
     with StopSignal() as stop, ExitStack() as leaving:

@@ -30,6 +30,7 @@ from dist_vpt.errors import DataError, Interrupted, RunFolderError, UserError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
+from dist_vpt.monitor import reset_peak_memory
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import write_atomically
@@ -105,6 +106,7 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
             "runtime.precision = fp16: trials of one pass would need a gradient scale each; use bf16 or fp32"
         )
     recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
+    reset_peak_memory()
     parts = assemble(recipe)
     train = parts.training(recipe, rank, world)
     val = parts.evaluation("val", rank, world) if recipe.data.train_on == "train" else None

@@ -62,7 +62,8 @@ def test_a_run_writes_its_protocol_and_carved_splits(pictures: Path, tmp_path: P
     result = train(tmp_path / "run", *options(pictures), "data.resize=vpt", "data.fit=squash")
     assert result["protocol"] == {
         "storage": "image_folder", "resize": "vpt", "fit": "squash", "augment": "none", "normalize": "weights",
-        "image_size": 8, "counts": {"train": 42, "val": 6, "trainval": 48, "test": 12}, "notes": [],
+        "fraction": 1.0, "carved": ["test", "val"], "image_size": 8, "notes": [],
+        "counts": {"train": 42, "val": 6, "trainval": 48, "test": 12},
     }  # fmt: skip
     carved = json.loads((tmp_path / "run" / "splits.json").read_text())
     assert {name: len(files) for name, files in carved.items()} == {"val": 6, "test": 12}

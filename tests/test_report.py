@@ -53,6 +53,7 @@ def protocol(task: str, **changes: Any) -> Protocol:
         "resize": "bilinear" if fgvc else "vpt",
         "fit": "crop" if fgvc else "squash",
         "normalize": "vpt",
+        "augment": "fgvc" if fgvc else "none",
         "image_size": 224,
         "counts": dict(TASKS[task].counts) if task in TASKS else {},
         "trials": 20,

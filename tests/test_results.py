@@ -176,3 +176,20 @@ def test_fields_in_which_protocols_differ(change: dict[str, Any], fields: list[s
     one, other = Protocol(**PROTOCOL), Protocol(**(PROTOCOL | change))
     assert one.differs(other) == fields
     assert other.differs(one) == fields
+
+
+def test_results_of_two_storages_stay_apart_and_a_failure_gives_way(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    failed = result(protocol=None, failed="no disk")
+    folder = result(protocol={**PROTOCOL, "storage": "vtab_folder"})
+    for each in (failed, result(), folder):
+        append(file, each)
+    found, wrong = read(file)
+    assert not wrong
+    assert [each.protocol.storage.split()[0] for each in found if each.protocol] == ["tfds", "vtab_folder"]
+    assert len(found) == 2
+
+
+def test_what_a_protocol_does_not_know_is_refused() -> None:
+    with pytest.raises(ValidationError, match="surprise"):
+        result(protocol={**PROTOCOL, "surprise": 1})

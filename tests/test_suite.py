@@ -118,9 +118,13 @@ def test_killed_three_times_it_ends_alike(undisturbed: Path, root: Path, tmp_pat
     when = random.Random(7)
     for _ in range(3):
         run = command(words(tmp_path, root), tmp_path / "told.txt")
-        time.sleep(when.uniform(2, 12))
+        wanted = len(pieces(run.output)) + when.randint(1, 5)
+        while len(pieces(run.output)) < wanted:
+            assert run.running, run.output
+            time.sleep(0.02)
+        time.sleep(when.uniform(0, 0.5))
         run.send(signal.SIGKILL)
-        run.finish()
+        assert run.finish() == [-signal.SIGKILL]
     last = command(words(tmp_path, root), tmp_path / "told.txt")
     assert last.finish() == [0], last.output
     assert comparable(tmp_path) == comparable(undisturbed)
@@ -216,8 +220,8 @@ def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         plan(["dtd", "svhn"], ["linear"], ["train.epochs=0"], "somewhere", "out")
     assert str(caught.value).count("train.epochs = 0") == 2
-    with pytest.raises(RecipeError, match=r"dtd with linear: (.|\n)*root is missing"):
-        plan(["dtd"], ["linear"], [], None, "out")
+    with pytest.raises(RecipeError, match=r"^--root DIR is missing: the folder in which the datasets lie$"):
+        plan(["dtd", "svhn"], ["linear"], [], None, "out")
     with pytest.raises(UserError, match="dtd/linear is asked for twice"):
         plan(["dtd"], ["linear", "linear"], [], "somewhere", "out")
 
@@ -291,3 +295,85 @@ def test_the_key_does_not_depend_on_places() -> None:
 
     assert key() == key("data.workers=9", out="elsewhere", root="there")
     assert key() != key("optim.weight_decay=0.5")
+
+
+def test_an_element_is_kept_by_the_runners_it_starts(root: Path, tmp_path: Path) -> None:
+    arguments = [*words(tmp_path, root), "--only", "0", "--runners", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_vpt", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(results(tmp_path)) == ["svhn/reader"]
+    assert done.stdout.count("test top-1 (%), mean") == 1  # one table, by the one who was asked
+
+
+def test_what_nobody_expected_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "suite" / "svhn" / "writer" / "trials"
+    broken.mkdir(parents=True)
+    (broken.parent / "recipe.yaml").write_text(
+        plan(["svhn"], recipes(tmp_path)[1:], [*SMALL, "data.format=tfds"], str(root), str(tmp_path / "suite"))[
+            0
+        ].recipe.to_yaml()
+    )
+    (broken / "000.json").write_text("{}")
+    run = command(words(tmp_path, root), tmp_path / "told.txt")
+    assert run.finish() == [RunFailed.exit_code], run.output
+    assert "1 of 6 have no result" in run.output
+    assert "svhn/writer: KeyError: 'recipe' (traceback in " in " ".join(run.output.split())
+    assert [name for name, result in results(tmp_path).items() if result.failed] == ["svhn/writer"]
+
+
+def test_processes_of_a_launcher_are_runners(root: Path, tmp_path: Path) -> None:
+    arguments = words(tmp_path, root)
+    arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]
+    run = command(arguments, tmp_path / "told.txt", strategy="ddp")
+    assert run.finish() == [0, 0], run.output
+    assert len(pieces(run.output)) == len(set(pieces(run.output))) == 6
+
+
+def test_an_own_task_may_inherit_another_method(tmp_path: Path) -> None:
+    own = ROOT / "configs" / "quickstart.yaml"
+    (pair,) = plan([str(own)], ["linear"], ["backbone.drop_path=0.0"], None, "out")
+    assert (pair.name, pair.recipe.method.name, pair.recipe.train.epochs) == ("quickstart/linear", "linear", 30)
+
+
+def test_a_damaged_manifest_is_told(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "suite" / "manifest.json"
+    file.parent.mkdir()
+    for damage in ("{}", '{"pairs"', '{"pairs": {"svhn/reader": 3}}'):
+        file.write_text(damage)
+        with pytest.raises(UserError, match=r"manifest.json: damaged .*; remove it: what is done is kept"):
+            run_here(tmp_path, root)
+
+
+def test_places_that_cannot_be(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--root .*nowhere: is not a folder; name the one in which the datasets lie"):
+        run_here(tmp_path, root / "nowhere")
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "train800.txt").write_text("")
+    with pytest.raises(UserError, match=r"is one task's folder \(train800.txt\), and 3 tasks are asked for"):
+        run_here(tmp_path, one)
+    with pytest.raises(UserError, match="--runners 0: must be at least 1"):
+        suite(plan(TASKS, recipes(tmp_path), SMALL, str(root), "out"), "out", runners=0, arguments=[])
+    with pytest.raises(UserError, match="--tasks ,: names no task"):
+        task_recipes([","])
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["suite", "--tasks", "dtd", "--method", "vqt", "--root", "x", "--slurm", str(file / "x.sh")]) == 2
+
+
+def test_what_the_key_is_of_depends_on_the_storage(root: Path, tmp_path: Path) -> None:
+    """Results of prepared datasets and of vtab-1k folders are never taken for each other."""
+    run_here(tmp_path, root, "train.epochs=1")
+    kept = results(tmp_path)["svhn/reader"]
+    (unsettled, *_) = plan(TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1"], str(root), str(tmp_path / "suite"))
+    assert kept.run != unsettled.key
+    settled = plan(TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1", "data.format=tfds"], str(root), "out")[0]
+    assert kept.run == settled.key

@@ -30,7 +30,8 @@ def open_splits(recipe: DataRecipe) -> Splits:
     storage = stored_as(recipe, task)
     module, function = FORMATS[storage].split(":")
     splits: Splits = getattr(import_module(module), function)(recipe, task)
-    splits = replace(splits, storage=splits.storage or storage)
+    notes = (*splits.notes, *_beside(recipe, task, storage))
+    splits = replace(splits, storage=splits.storage or storage, notes=notes)
     place = recipe.root or task.name
     if task.classes is not None and len(splits.classes) != task.classes:
         raise DataError(
@@ -56,6 +57,16 @@ def stored_as(recipe: DataRecipe, task: Task) -> Format:
         return "vtab_folder"
     folders = " or ".join(f"{name}/{vtab_folder.LISTS['train']}" for name in task.folders)
     raise DataError(f"{tfds.missing(recipe, task)}; nor is there a vtab-1k folder ({folders})")
+
+
+def _beside(recipe: DataRecipe, task: Task, storage: Format) -> list[str]:
+    """A note where the other storage lies below the root too, and nobody chose between them."""
+    if recipe.format is not None or storage != "tfds" or not task.folders:
+        return []
+    from dist_vpt.data.vtab_folder import LISTS
+
+    home = open_home(recipe, task.folders, LISTS["train"])
+    return [f"{home} is there too; data.format=vtab_folder reads it"] if (home / LISTS["train"]).is_file() else []
 
 
 def _check_counts(place: str, task: Task, splits: Splits) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,21 @@ def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") 
     if unknown:
         raise UserError(f"{unknown[0]}: TensorFlow Datasets does not have it; its folder is described in the README")
     library, console, failed = tfds.library(), Console(highlight=False), []
-    builders = {row.tfds.builder: row.name for row in rows if row.tfds}
-    for name, task in builders.items():
-        builder = library.builder(name, data_dir=root)
-        if tfds.find(Path(root), TASKS[task].tfds) is not None:  # type: ignore[arg-type]
-            console.print(f"{name}: prepared already, {builder.data_dir}", soft_wrap=True)
-            continue
-        console.print(f"{name}: is being prepared in {builder.data_dir}", soft_wrap=True)
+    left = {}
+    for row in rows:
+        assert row.tfds is not None
+        there = tfds.find(Path(root), row.tfds)
+        if there is None:
+            left[row.tfds.builder] = row.name  # one builder may serve two tasks
+        else:
+            console.print(f"{row.name}: prepared already, {there}", soft_wrap=True)
+    if left and not _has_tensorflow():
+        raise UserError("preparing needs TensorFlow, training does not: pip install 'dist-vpt[prepare]'")
+    for name in left:
+        builder: Any = None
+        console.print(f"{name}: is being prepared in {root}", soft_wrap=True)
         try:
+            builder = library.builder(name, data_dir=root)
             _prepare(builder, library, file_format)
         except Exception as error:  # downloads fail in many ways; the other datasets go on
             failed.append(f"{name}: {_reason(builder, error)}")
@@ -111,6 +119,10 @@ def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") 
         raise UserError("\n".join(failed))
 
 
+def _has_tensorflow() -> bool:
+    return find_spec("tensorflow") is not None
+
+
 def _prepare(builder: Any, library: Any, file_format: str) -> None:
     config = library.download.DownloadConfig(compute_stats=library.download.ComputeStatsMode.SKIP)
     builder.download_and_prepare(file_format=file_format, download_config=config)
@@ -118,9 +130,7 @@ def _prepare(builder: Any, library: Any, file_format: str) -> None:
 
 def _reason(builder: Any, error: Exception) -> str:
     text = f"{type(error).__name__}: {str(error).strip()}"
-    if isinstance(error, ImportError) or "No module named 'tensorflow'" in text:
-        return "preparing needs TensorFlow, reading does not: pip install 'dist-vpt[prepare]'"
-    by_hand = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    by_hand = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None)
     if by_hand:
         folder = Path(builder._data_dir_root) / "downloads" / "manual"
         return f"must be fetched by hand ({text[:300]}): {' '.join(by_hand.split())} Put it into {folder}"

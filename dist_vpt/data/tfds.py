@@ -87,11 +87,16 @@ class TfdsSource:
     @cached_property
     def _records(self) -> Any:
         """Raw records by number."""
-        if self.file_format == "tfrecord":
-            return TFRecords(self.pieces)
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
+        try:
+            if self.file_format == "tfrecord":
+                return TFRecords(self.pieces)
+            from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        return ArrayRecordDataSource(self.pieces)
+            return ArrayRecordDataSource(self.pieces)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename}: cannot be read ({error.strerror}); mend the file or its rights"
+            ) from error
 
     def features(self, i: int) -> Features:
         """The features of the i-th example. Raises DataError for a damaged record."""
@@ -113,9 +118,8 @@ class TfdsSource:
         for i in range(len(labels_n)):
             try:
                 labels_n[i] = of(self.features(i))
-            except DataError as error:
-                mistakes.add(str(error))
-                continue
+            except DataError as error:  # whole stretches are lost where ArrayRecord's chunks are damaged: one is told
+                raise DataError(str(error)) from error
             except (IndexError, ValueError) as error:  # features that are not there, or not of this shape
                 mistakes.add(self.where(i), f"has no label {self.label} ({error}); prepare the dataset again")
                 continue
@@ -242,7 +246,8 @@ def missing(recipe: DataRecipe, task: Task) -> str:
 def find(root: Path, row: Tfds) -> Path | None:
     """The folder of the prepared dataset: of the published version if there is one, else of the newest."""
     home = root / row.builder
-    found = [path for path in home.glob("*.*.*") if (path / "dataset_info.json").is_file()] if home.is_dir() else []
+    versions = [path for path in home.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", path.name)] if home.is_dir() else []
+    found = [path for path in versions if (path / "dataset_info.json").is_file()]
 
     def rank(path: Path) -> tuple[bool, list[int]]:
         return matches(path.name, row.version), [int(number) for number in re.findall(r"\d+", path.name)]
@@ -319,8 +324,15 @@ def _jpeg(data: bytes, where: str, max_megapixels: float) -> Picture:
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
         refuse_large(width, height, where, max_megapixels)
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True)
+        try:
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True)
+        except (
+            ValueError
+        ) as warned:  # some files of the real datasets have bytes too many, of which TensorFlow only warns
+            if "premature" in str(warned).lower():
+                raise
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, strict=False)
+    except DataError:
+        raise
     except ValueError as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(unreadable(where, error)) from error

@@ -12,6 +12,7 @@ from PIL import Image
 
 from dist_vpt.cli import main
 from dist_vpt.data import DataRecipe, open_splits
+from dist_vpt.data import check as module
 from dist_vpt.data.check import Checked, check, histogram, prepare
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import DataError, UserError
@@ -39,8 +40,6 @@ WHOLE = {"train800.txt": 800, "val200.txt": 200, "train800val200.txt": 1000, "te
 def found(root: Path, *tasks: str) -> dict[str, Checked]:
     """What is found, whether it is as published or not."""
     kept: dict[str, Checked] = {}
-    import dist_vpt.data.check as module
-
     original = module.show
     module.show = lambda root, checked: kept.update({one.task: one for one in checked})  # type: ignore[assignment]
     try:
@@ -156,6 +155,7 @@ def test_prepare_fetches_and_reads_again(
         return made
 
     monkeypatch.setattr(tfds_library, "builder", builder)
+    monkeypatch.setattr(module, "_has_tensorflow", lambda: True)
     assert main(["data", "prepare", "dtd", "dsprites_loc", "dsprites_ori", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("is being prepared") == 2  # a builder serves two tasks
     for task in ("dtd", "dsprites_ori"):
@@ -169,8 +169,13 @@ def test_what_cannot_be_prepared_is_told_at_the_end(tmp_path: Path, monkeypatch:
     def fail(self: Any, **_: Any) -> None:
         if "retinopathy" in self.name:
             raise AssertionError("Manual directory does not exist")
-        raise ConnectionError("no network") if self.name == "dtd" else ImportError("No module named 'tensorflow'")
+        raise ConnectionError("no network") if self.name == "dtd" else OSError("disk full")
 
+    with pytest.raises(
+        UserError, match=r"preparing needs TensorFlow, training does not: pip install 'dist-vpt\[prepare\]'"
+    ):
+        prepare(str(tmp_path), ["dtd"])  # before anything is fetched
+    monkeypatch.setattr(module, "_has_tensorflow", lambda: True)
     monkeypatch.setattr(tfds_library.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(UserError) as caught:
         prepare(str(tmp_path), ["dtd", "diabetic_retinopathy", "svhn"])
@@ -179,7 +184,7 @@ def test_what_cannot_be_prepared_is_told_at_the_end(tmp_path: Path, monkeypatch:
     assert "must be fetched by hand" in retinopathy
     assert "kaggle" in retinopathy.lower()
     assert str(tmp_path / "downloads" / "manual") in retinopathy
-    assert svhn.endswith("preparing needs TensorFlow, reading does not: pip install 'dist-vpt[prepare]'")
+    assert svhn == "svhn_cropped: OSError: disk full; see the message, and start the command again"
     with pytest.raises(UserError, match="cub: TensorFlow Datasets does not have it"):
         prepare(str(tmp_path), ["cub"])
 

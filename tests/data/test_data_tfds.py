@@ -289,3 +289,25 @@ def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, copies: dict
         UserError, match=r"packages that are not installed \(.*simplejpeg.*pip install 'dist-vpt\[tfds\]'"
     ):
         opened("dtd", copies["tfrecord"])
+
+
+def test_a_jpeg_with_bytes_too_many_is_read_and_one_cut_off_is_not(copies: dict[str, Path]) -> None:
+    encoded = opened("caltech101", copies["tfrecord"])["test"].source.features(0)["image"].bytes_list.value[0]  # type: ignore[attr-defined]
+    longer = encoded[:-2] + bytes(198) + encoded[-2:]
+    assert np.array_equal(tfds._jpeg(longer, "here", 1.0), tfds._jpeg(encoded, "here", 1.0))
+    with pytest.raises(DataError, match="here: the image cannot be read"):
+        tfds._jpeg(encoded[: len(encoded) // 2], "here", 1.0)
+
+
+def test_leftovers_beside_a_version_are_no_version(own_copy: Callable[[str, str], Path]) -> None:
+    root = own_copy("tfrecord", "dtd")
+    for leftover in ("3.0.1.old", "9.9.9.incompleteABC"):
+        shutil.copytree(root / "dtd" / "3.0.1", root / "dtd" / leftover)
+    assert opened("dtd", root).storage == "tfds dtd:3.0.1 (tfrecord)"
+
+
+def test_two_storages_in_one_place_are_noted(own_copy: Callable[[str, str], Path]) -> None:
+    root = own_copy("tfrecord", "dtd")
+    (root / "dtd" / "train800.txt").write_text("")
+    assert opened("dtd", root).notes == (f"{root / 'dtd'} is there too; data.format=vtab_folder reads it",)
+    assert opened("dtd", root, format="tfds").notes == ()
