@@ -291,15 +291,14 @@ class _Runner:
 
     def _pieces(self, pair: Pair) -> "Iterator[tuple[str, list[Job]]]":
         """Pieces that can be done now and that have left no outcome yet."""
-        from dist_vpt.runfolder import read_json
-        from dist_vpt.sweep import choose, grid_jobs, seed_jobs
+        from dist_vpt.sweep import choose, grid_jobs, read_outcome, seed_jobs
 
         grid = grid_jobs(pair.recipe, pair.folder)
         stages: list[tuple[str, Callable[[], list[Job]]]] = [
             ("trial", lambda: grid),
             (
                 "seed",
-                lambda: seed_jobs(pair.recipe, pair.folder, choose(grid, [read_json(job.outcome) for job in grid])),
+                lambda: seed_jobs(pair.recipe, pair.folder, choose(grid, [read_outcome(job) for job in grid])),
             ),
         ]
         for name, jobs_of in stages:
@@ -326,14 +325,13 @@ class _Runner:
 
     def _end(self, pair: Pair, worker: Any) -> None:
         from dist_vpt.results import FILE, append
-        from dist_vpt.runfolder import read_json
-        from dist_vpt.sweep import choose, conclude, grid_jobs, seed_jobs
+        from dist_vpt.sweep import choose, conclude, grid_jobs, read_outcome, seed_jobs
 
         grid = grid_jobs(pair.recipe, pair.folder)
-        outcomes = [read_json(job.outcome) for job in grid]
+        outcomes = [read_outcome(job) for job in grid]
         chosen = choose(grid, outcomes)
         seeds = seed_jobs(pair.recipe, pair.folder, chosen)
-        told = [read_json(job.outcome) for job in seeds]
+        told = [read_outcome(job) for job in seeds]
         content = conclude(worker.folder, pair.recipe, grid, outcomes, chosen, told, 0.0, None)
         append(self.folder / FILE, _result(pair, content, outcomes[chosen.number], seeds))
         spread = content["test"]["top1"]

@@ -156,13 +156,13 @@ class Worker:
                 self._show(f"waiting for {len(missing)} trials of other processes")
                 waiting = False
             time.sleep(POLL_SECONDS)
-        return [read_json(job.outcome) for job in jobs]
+        return [read_outcome(job) for job in jobs]
 
     def done(self, job: Job) -> bool:
         """Whether a trial has left its outcome. Raises RunFolderError where that is of another recipe."""
         if not job.outcome.is_file():
             return False
-        stored = load_recipe_from(read_json(job.outcome)["recipe"])
+        stored = load_recipe_from(read_outcome(job)["recipe"])
         changed = [line for line in differences(stored, job.recipe) if not line.startswith(MAY_CHANGE)]
         if changed:
             raise RunFolderError(f"{job.outcome}: is of another trial ({'; '.join(changed)}); choose another run.dir")
@@ -261,6 +261,17 @@ class Worker:
     def _show(self, text: str) -> None:
         if self.first and text:
             self.console.print(text, markup=False, soft_wrap=True)
+
+
+def read_outcome(job: Job) -> dict[str, Any]:
+    """What a trial has left. Raises RunFolderError where that is damaged."""
+    outcome = read_json(job.outcome)
+    lacking = {"setting", "last", "best", "diverged", "seconds", "recipe"} - set(outcome)
+    if lacking:
+        raise RunFolderError(
+            f"{job.outcome}: damaged (it has no {sorted(lacking)[0]!r}); remove it, and its trial is trained again"
+        )
+    return outcome
 
 
 def heatmap_figure(jobs: Sequence[Job], outcomes: Sequence[dict[str, Any]], chosen: Job) -> Any:

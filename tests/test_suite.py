@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dist_vpt import sweep
 from dist_vpt.cli import main
 from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.results import Result, read
@@ -313,20 +314,37 @@ def test_an_element_is_kept_by_the_runners_it_starts(root: Path, tmp_path: Path)
     assert done.stdout.count("test top-1 (%), mean") == 1  # one table, by the one who was asked
 
 
-def test_what_nobody_expected_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "suite" / "svhn" / "writer" / "trials"
-    broken.mkdir(parents=True)
-    (broken.parent / "recipe.yaml").write_text(
-        plan(["svhn"], recipes(tmp_path)[1:], [*SMALL, "data.format=tfds"], str(root), str(tmp_path / "suite"))[
-            0
-        ].recipe.to_yaml()
-    )
-    (broken / "000.json").write_text("{}")
+def test_a_damaged_outcome_fails_its_pair_alone(undisturbed: Path, root: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-r", undisturbed / "suite", tmp_path / "suite"], check=True)
+    for name in ("manifest.json", "results.jsonl"):
+        (tmp_path / "suite" / name).unlink()
+    outcome = tmp_path / "suite" / "svhn" / "writer" / "trials" / "000.json"
+    outcome.write_text("{}")
     run = command(words(tmp_path, root), tmp_path / "told.txt")
     assert run.finish() == [RunFailed.exit_code], run.output
     assert "1 of 6 have no result" in run.output
-    assert "svhn/writer: KeyError: 'recipe' (traceback in " in " ".join(run.output.split())
+    assert "000.json: damaged (it has no 'best'); remove it, and its trial is trained again" in run.output
     assert [name for name, result in results(tmp_path).items() if result.failed] == ["svhn/writer"]
+
+
+def test_what_nobody_expected_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
+    def out_of_memory(rank: int) -> None:
+        whole = sweep.Worker.work
+
+        def work(self: sweep.Worker, jobs: Any) -> None:
+            if self.recipe.data.task == "eurosat":
+                raise MemoryError("no more of it")
+            whole(self, jobs)
+
+        sweep.Worker.work = work  # type: ignore[method-assign]
+
+    run = command(words(tmp_path, root), tmp_path / "told.txt", before=out_of_memory)
+    assert run.finish() == [RunFailed.exit_code], run.output
+    assert "2 of 6 have no result" in run.output
+    assert "eurosat/writer: MemoryError: no more of it (traceback in " in run.output
+    told = tmp_path / "suite" / "claims" / "eurosat__writer__traceback"
+    assert "raise MemoryError" in told.read_text()
+    assert {name for name, result in results(tmp_path).items() if result.failed} == {"eurosat/reader", "eurosat/writer"}
 
 
 def test_processes_of_a_launcher_are_runners(root: Path, tmp_path: Path) -> None:
