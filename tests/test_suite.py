@@ -173,19 +173,19 @@ def test_one_bad_dataset_does_not_stop_the_others(root: Path, tmp_path: Path) ->
     assert not any(result.failed for result in results(tmp_path).values())
 
 
-def test_runners_are_started(root: Path, tmp_path: Path) -> None:
-    arguments = words(tmp_path, root)
+def started(folder: Path, root: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, on svhn alone."""
+    arguments = [*words(folder, root), *more]
     arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "dist_vpt", *arguments, "--runners", "2"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "dist_vpt", *arguments]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_runners_are_started(root: Path, tmp_path: Path) -> None:
+    done = started(tmp_path, root, "--runners", "2")
     assert len(pieces(done.stdout)) == 6
     assert len(results(tmp_path)) == 2
 
@@ -299,17 +299,7 @@ def test_the_key_does_not_depend_on_places() -> None:
 
 
 def test_an_element_is_kept_by_the_runners_it_starts(root: Path, tmp_path: Path) -> None:
-    arguments = [*words(tmp_path, root), "--only", "0", "--runners", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "dist_vpt", *arguments],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = started(tmp_path, root, "--only", "0", "--runners", "2")
     assert list(results(tmp_path)) == ["svhn/reader"]
     assert done.stdout.count("test top-1 (%), mean") == 1  # one table, by the one who was asked
 
