@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 import psutil
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
@@ -26,6 +26,7 @@ BadImages = Literal["fail", "skip"]
 # Pixels by image, None for one that is skipped, and the names of those newly found unreadable.
 Found = tuple[list[np.ndarray | None], list[str]]
 
+PIXELS: dict[Any, torch.dtype] = {np.uint8: torch.uint8, np.float32: torch.float32}
 PADDING = -1  # the index of a place in a batch that holds no example
 FILL_CHUNK = 32  # images per request while a cache is filled
 
@@ -216,7 +217,10 @@ class _Batches:
         epoch, index_b = request
         split, view, train = self.pictures.split, self.pictures.view, self.pictures.train
         size = view.image_size
-        images_b3SS = np.zeros((len(index_b), 3, size, size), view.dtype)
+        images = torch.zeros((len(index_b), 3, size, size), dtype=PIXELS[view.dtype])
+        if get_worker_info() is not None:
+            images.share_memory_()  # before it is filled, or all pixels would be copied there
+        images_b3SS = images.numpy()
         labels_b = np.zeros(len(index_b), np.int64)
         weight_b = np.zeros(len(index_b), np.float32)
         places = np.flatnonzero(index_b != PADDING)
@@ -232,7 +236,7 @@ class _Batches:
                 images_b3SS[place] = pixels_SS3.transpose(2, 0, 1)
                 weight_b[place] = 1
         batch = Batch(
-            images=torch.from_numpy(images_b3SS),
+            images=images,
             labels=torch.from_numpy(labels_b),
             weight=torch.from_numpy(weight_b),
             index=torch.from_numpy(index_b.astype(np.int64)),
