@@ -32,6 +32,7 @@ from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import LateLabels, Split
 from dist_vpt.data.tfds import Piece, TfdsSource
 from dist_vpt.data.transforms import View, vpt_resize
+from dist_vpt.memory import keep_freed_memory
 from dist_vpt.runfolder import versions
 
 MIB = 2**20
@@ -56,6 +57,7 @@ def main() -> None:
 
 def speed(folder: Path, images: int) -> dict[str, float]:
     """images/s of the loader and of the bare loop."""
+    keep_freed_memory()  # as training does
     root = make_jpegs(folder / "jpegs", images)
     split = open_splits(DataRecipe(task="jpegs", format="vtab_folder", root=str(root))).train
     batches = TrainBatches(split, View(SIDE, "vpt"), batch_size=BATCH, workers=WORKERS)

@@ -62,12 +62,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_vpt.agreement import StopSignal
+from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.build import describe
 from dist_vpt.build import DTYPES, make_method, make_trial
 from dist_vpt.cli import guarded
 from dist_vpt.data.loaders import Batch
 from dist_vpt.errors import RunFailed, UserError
-from dist_vpt.frozen_stream import Observed, observe
+from dist_vpt.frozen_stream import Observed, Reads, observe
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.monitor import MIB
 from dist_vpt.optim import build_optimizer, set_lr
@@ -170,7 +171,8 @@ class Bench:
     accelerator: Accelerator
     published: PublishedVQT
     readers: list[VQT]
-    cache: StreamCache
+    cache: StreamCache  # as one trial has it
+    shared: StreamCache  # as several have it
 
     def logits_differences(self, images_B3SS: Tensor) -> dict[str, float]:
         """Of the first trial's logits in each way from the published way's. Raises RunFailed where they disagree."""
@@ -178,12 +180,12 @@ class Bench:
         with torch.no_grad():
             torch.manual_seed(self.recipe.seed)  # dropout draws alike
             wanted_BK = self.published(images_B3SS)
-            cached = send_to_device(self.cache[index_B], self.accelerator.device)
+            cached, shared = (send_to_device(c[index_B], self.accelerator.device) for c in (self.cache, self.shared))
             seeds = [self.recipe.seed] * len(self.readers)
             found = {
                 "split": first.read_many([first], observe(first.backbone, images_B3SS, first.reads), seeds[:1])[0],
                 "cached": first.read_many([first], cached, seeds[:1])[0],
-                "cached_trials": first.read_many(self.readers, cached, seeds)[0],
+                "cached_trials": first.read_many(self.readers, shared, seeds)[0],
             }
         scale = (wanted_BK - cast(nn.Linear, self.published.head).bias.detach()).abs().max()
         precision = self.recipe.runtime.precision
@@ -198,14 +200,15 @@ class Bench:
 
     def ways(self, photos: Batch, batch: int, micro: int) -> dict[str, Way]:
         """What is timed, each way with its own optimisers."""
-        from_cache = Batch(images=self.cache, labels=photos["labels"], weight=photos["weight"], index=photos["index"])
+        own_cache, shared_cache = photos.copy(), photos.copy()
+        own_cache["images"], shared_cache["images"] = self.cache, self.shared
         one, many = self.readers[:1], self.readers
-        reads = nbytes(one[0].backbone, one[0].keeps, batch)
+        backbone, own, shared = one[0].backbone, one[0].reads, one[0].shares
         return {
             "published": self._published(photos, batch, micro),
             "split": self._trials(one, photos, batch, 0),
-            "cached": self._trials(one, from_cache, batch, reads),
-            "cached_trials": self._trials(many, from_cache, batch, reads),
+            "cached": self._trials(one, own_cache, batch, nbytes(backbone, own, batch)),
+            "cached_trials": self._trials(many, shared_cache, batch, nbytes(backbone, shared, batch)),
         }
 
     def _published(self, photos: Batch, batch: int, micro: int) -> Way:
@@ -271,17 +274,22 @@ def make_bench(
     torch.manual_seed(recipe.seed)
     published = PublishedVQT(cast(Any, recipe.method), first.backbone, options.classes, DTYPES[precision])
     place = accelerator.device if options.device_cache else torch.device("cpu")
-    cache = make_cache(first, photos["images"], accelerator.device, place)
+    cache, shared = (
+        make_cache(first.backbone, reads, photos["images"], accelerator.device, place)
+        for reads in (first.reads, first.shares)
+    )
     for method in (first, *others, published):
         method.train()
-    return Bench(recipe, accelerator, published.to(accelerator.device), [first, *others], cache)
+    return Bench(recipe, accelerator, published.to(accelerator.device), [first, *others], cache, shared)
 
 
-def make_cache(reader: VQT, images_n3SS: Tensor, device: torch.device, place: torch.device) -> StreamCache:
+def make_cache(
+    backbone: Backbone, reads: Reads, images_n3SS: Tensor, device: torch.device, place: torch.device
+) -> StreamCache:
     """The frozen stream of all images, computed on ``device`` and held in ``place``."""
     parts = []
     for images_B3SS in images_n3SS.split(FILL_BATCH):
-        observed = observe(reader.backbone, images_B3SS.to(device), reader.keeps)
+        observed = observe(backbone, images_B3SS.to(device), reads)
         parts.append(send_to_device(observed, place))
     pooled, *fields = zip(*parts, strict=True)
 

@@ -91,11 +91,17 @@ class Parts:
         return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **feeding)
 
     def use_cached_stream(
-        self, recipe: Recipe, accelerator: Accelerator, train: TrainBatches, val: EvalBatches | None
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        train: TrainBatches,
+        val: EvalBatches | None,
+        *,
+        shared: bool = False,
     ) -> str:
         """For a reader, have batches come from a cache of the frozen stream as the recipe says; a line tells it.
 
-        A collective call. The backbone must be on its device.
+        ``shared``: several readers will share each batch. A collective call. The backbone must be on its device.
         """
         if not isinstance(self.method, Reader):
             return ""
@@ -110,7 +116,7 @@ class Parts:
         feeds, line = open_streams(
             recipe.stream,
             self.method.backbone,
-            (self.method.keeps, self.method.reads),
+            (self.method.shares if shared else self.method.reads, self.method.reads),
             self.view,
             {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
             accelerator,

@@ -11,6 +11,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, Init
 from torch import nn
 
 from dist_vpt.errors import UserError
+from dist_vpt.memory import keep_freed_memory
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.optim import build_optimizer
 from dist_vpt.recipe import Recipe
@@ -30,6 +31,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
     if recipe.runtime.precision == "fp16" and cpu:
         raise UserError("runtime.precision = fp16: needs a GPU (gradients are scaled there); use bf16 or fp32 on a CPU")
+    if cpu:
+        keep_freed_memory()
     # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
     backend = "gloo" if cpu and "RANK" in os.environ else None
     accelerator = Accelerator(

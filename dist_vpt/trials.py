@@ -124,7 +124,7 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
     labels = parts.splits[recipe.data.train_on].labels
     weights_K = class_weights(recipe.train.class_weights, labels, len(parts.splits.classes)).to(accelerator.device)
     made = Pass(trials, parts, accelerator, train, val, weights_K, stop, state, show)
-    show(parts.use_cached_stream(recipe, accelerator, train, val))
+    show(parts.use_cached_stream(recipe, accelerator, train, val, shared=len(recipes) > 1))
     if state.is_file():
         _load(made)
         show(f"resumed from {state} at epoch {made.epoch + 1}")

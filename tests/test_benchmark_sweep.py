@@ -116,8 +116,9 @@ def test_a_frozen_stream_is_not_kept_for_backward(run: tuple[dict[str, Any], Pat
     saved = run[0]["saved_for_backward_mib"]
     for precision in ("fp32", "bf16"):
         assert saved["published"][precision] > 3 * saved["split"][precision]
-        assert saved["split"][precision] < saved["cached"][precision]  # which holds keys and values in place of n
-        assert saved["cached"][precision] > 1.5 * saved["cached_trials"][precision]  # which T trials share
+        assert saved["split"][precision] == saved["cached"][precision]  # it makes no difference where n comes from
+        # Keys and values are twice n, but T trials share them; unshared, they would take more than T times one's bytes.
+        assert T * saved["cached_trials"][precision] < 2.5 * saved["cached"][precision]
     assert 1.5 < saved["published"]["fp32"] / saved["published"]["bf16"] < 2.5
 
 

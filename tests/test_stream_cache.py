@@ -40,7 +40,7 @@ UNEVEN = (*FAST, "train.epochs=2", "train.batch_size=300", "optim.lr=0.5")
 READERS = {
     "linear": ("method.name=linear",),
     "mlp": ("method.name=mlp", "method.dropout=0.2"),
-    "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1", "method.form=absorbed"),
+    "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1"),
     "vqt_projected": ("method.name=vqt", "method.queries=2", "method.dropout=0.1", "method.form=projected"),
 }
 GIB = 2**30
@@ -81,8 +81,14 @@ def run(folder: Path, *overrides: str) -> Outcome:
 
 def assert_equal(found: Outcome, wanted: Outcome, tolerance: float = 0) -> None:
     assert len(wanted.losses) > 1
+    """Accuracies go in steps: in bf16, whose rounding depends on a batch's size, one image of val's 200 may change
+    sides, which is half a point, or a point of its class's tenth."""
     assert found.losses == pytest.approx(wanted.losses, rel=tolerance, abs=0)
-    assert scores(found.metrics) == pytest.approx(scores(wanted.metrics), rel=tolerance, abs=0)
+    one, other = scores(found.metrics), scores(wanted.metrics)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        step = 0.0 if tolerance < 1e-4 or name.endswith("loss") else 1.0 if name.endswith("per_class") else 0.501
+        assert value == pytest.approx(other[name], rel=tolerance, abs=step), name
 
 
 def scores(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -181,23 +187,6 @@ def test_cached_equals_live(reader: str, precision: str, tmp_path: Path) -> None
         assert f"in {tmp_path / 'cache'}" in found.line
         assert_equal(found, memory)
     assert [path.name.split("-")[0] for path in folders(tmp_path / "cache")] == ["train", "val"]
-
-
-def test_keys_and_values_are_kept_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They make another order of additions, and nothing else."""
-    options = (*UNEVEN, "method.name=vqt", "method.queries=2", "method.dropout=0.1")
-    live = run(tmp_path / "live", *options, "stream.cache=none")
-    roomy = run(tmp_path / "roomy", *options)
-    method = parts_of(*options).method
-    assert isinstance(method, Reader)
-    needed = nbytes(method.backbone, method.keeps, 1200)
-    assert f"{needed / 2**30:.2f} GiB" in roomy.line
-    _free(monkeypatch, needed / 2**30, 0.0)
-    narrow = run(tmp_path / "narrow", *options)
-    assert "in memory" in narrow.line
-    assert f"{needed / 2**30:.2f} GiB" not in narrow.line
-    assert_equal(narrow, live, 1e-6)
-    assert_equal(roomy, live, 1e-5)
 
 
 def test_unreadable_images_are_skipped_and_reported_alike(tmp_path: Path) -> None:

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from dist_vpt import stream_cache
 from dist_vpt.agreement import StopSignal
 from dist_vpt.checkpoint import collect
 from dist_vpt.errors import Interrupted, RunFolderError, UserError
+from dist_vpt.frozen_stream import Observed
 from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.strategy import make_accelerator
+from dist_vpt.stream_cache import ROOM, nbytes
 from dist_vpt.trials import Pass, fit_trials, make_pass, score_trials
 from tests.running import metrics, train, words
 
@@ -86,6 +90,32 @@ def test_live_equals_cached(tmp_path: Path) -> None:
     live = fitted(tmp_path / "b", [[*some, "stream.cache=none"] for some in each])
     for a, b in zip(cached.trials, live.trials, strict=True):
         assert a.progress.last["val"]["loss"] == pytest.approx(b.progress.last["val"]["loss"], rel=1e-5)
+
+
+def test_keys_and_values_are_kept_for_several_trials_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They make another order of additions, and nothing else."""
+    each = settings("vqt", "adam", 3)
+
+    def kept(made: Pass) -> Observed:
+        return next(made.train.epoch(0))[0]["images"]
+
+    roomy, one = make(tmp_path / "a", each), make(tmp_path / "b", each[:1])
+    assert not kept(roomy).normed
+    assert kept(roomy).keys
+    assert not kept(one).keys  # alone, a trial would hold twice the bytes of its batch for backward
+    method = roomy.trials[0].reader
+    room = nbytes(method.backbone, method.shares, 1200) / ROOM - 1
+    monkeypatch.setattr(stream_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
+    narrow = make(tmp_path / "c", each)
+    assert not kept(narrow).keys
+    for made in (roomy, narrow):
+        fit_trials(made)
+    for a, b in zip(roomy.trials, narrow.trials, strict=True):
+        assert a.progress.last["val"]["loss"] == pytest.approx(b.progress.last["val"]["loss"], rel=1e-5)
+    for made in (roomy, one, narrow):
+        made.close()
 
 
 def test_accumulated_micro_batches_equal_whole_batches(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") 
     unknown = [row.name for row in rows if row.tfds is None]
     if unknown:
         raise UserError(f"{unknown[0]}: TensorFlow Datasets does not have it; its folder is described in the README")
-    library, console, failed = tfds.library(), Console(highlight=False), []
+    library, console, failed = tfds.packages(), Console(highlight=False), []
     left = {}
     for row in rows:
         assert row.tfds is not None

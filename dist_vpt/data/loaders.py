@@ -1,8 +1,11 @@
 """Batches: the same global batches whatever the number of processes, workers or accumulated micro-batches.
 
-n examples of the split, b images of a micro-batch, S image side. The order of an epoch is a pure function of
+n examples of the split, b images of a micro-batch, S image side, R slots. The order of an epoch is a pure function of
 (seed, epoch), and optimiser step s takes places s * batch_size onwards of it, so a run can stop after any
 step and go on elsewhere.
+
+Worker processes write pixels into slots of one shared tensor, each of which is copied out before it is written again:
+fresh shared memory for each batch would cost a page fault for every 4 KiB.
 """
 
 import multiprocessing
@@ -14,12 +17,13 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 import psutil
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import DataError, UserError
+from dist_vpt.memory import keep_freed_memory
 
 BadImages = Literal["fail", "skip"]
 
@@ -29,6 +33,7 @@ Found = tuple[list[np.ndarray | None], list[str]]
 PIXELS: dict[Any, torch.dtype] = {np.uint8: torch.uint8, np.float32: torch.float32}
 PADDING = -1  # the index of a place in a batch that holds no example
 FILL_CHUNK = 32  # images per request while a cache is filled
+PREFETCH = 2  # requests that a worker has at a time
 
 
 class Batch(TypedDict):
@@ -82,7 +87,8 @@ class TrainBatches:
         self._n, self._seed = len(split), seed
         self._accumulate, self._rank, self._world = accumulate, rank, world
         pictures = _Pictures(split, view, True, bad_images, max_megapixels)
-        self._feed: Feed = _Feed(_Batches(pictures, seed), workers, cache, range(len(split)), world)
+        batches = _Batches(pictures, seed)
+        self._feed: Feed = _Feed(batches, batch_size // parts, workers, cache, range(len(split)), world)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -143,7 +149,7 @@ class EvalBatches:
         self._batch_size = batch_size
         pictures = _Pictures(split, view, False, bad_images, max_megapixels)
         mine = [int(i) for i in self._indices if i != PADDING]
-        self._feed: Feed = _Feed(_Batches(pictures, 0), workers, cache, mine, world)
+        self._feed: Feed = _Feed(_Batches(pictures, 0), batch_size, workers, cache, mine, world)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -207,19 +213,22 @@ class _Cached:
 
 @dataclass
 class _Batches:
-    """Micro-batches by (epoch, indices)."""
+    """Micro-batches by (epoch, indices, slot), their images in the slot where there is one."""
 
     pictures: _Pictures
     seed: int
     cached: _Cached | None = None
+    slots: torch.Tensor | None = None  # [R, b, 3, S, S], shared with the workers
 
-    def __getitem__(self, request: tuple[int, np.ndarray]) -> tuple[Batch, list[str]] | DataError:
-        epoch, index_b = request
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Room for images [*shape, 3, S, S]."""
+        size = self.pictures.view.image_size
+        return torch.empty((*shape, 3, size, size), dtype=PIXELS[self.pictures.view.dtype])
+
+    def __getitem__(self, request: tuple[int, np.ndarray, int | None]) -> tuple[Batch, list[str]] | DataError:
+        epoch, index_b, slot = request
         split, view, train = self.pictures.split, self.pictures.view, self.pictures.train
-        size = view.image_size
-        images = torch.zeros((len(index_b), 3, size, size), dtype=PIXELS[view.dtype])
-        if get_worker_info() is not None:
-            images.share_memory_()  # before it is filled, or all pixels would be copied there
+        images = self.empty(len(index_b)) if slot is None else self._in_slot(slot, len(index_b))
         images_b3SS = images.numpy()
         labels_b = np.zeros(len(index_b), np.int64)
         weight_b = np.zeros(len(index_b), np.float32)
@@ -235,21 +244,34 @@ class _Batches:
                 pixels_SS3 = view.varied(pixels_HW3, train, self.seed, epoch, i)
                 images_b3SS[place] = pixels_SS3.transpose(2, 0, 1)
                 weight_b[place] = 1
+        images_b3SS[weight_b == 0] = 0
         batch = Batch(
-            images=images,
+            images=images if slot is None else None,
             labels=torch.from_numpy(labels_b),
             weight=torch.from_numpy(weight_b),
             index=torch.from_numpy(index_b.astype(np.int64)),
         )
         return batch, unreadable
 
+    def taken(self, slot: int, images: int) -> torch.Tensor:
+        """A copy of a slot's images, in pinned memory where there is a GPU."""
+        written = self._in_slot(slot, images)
+        return torch.empty_like(written, pin_memory=torch.cuda.is_available()).copy_(written)
+
+    def _in_slot(self, slot: int, images: int) -> torch.Tensor:
+        assert self.slots is not None
+        return self.slots[slot, :images]
+
 
 class _Feed:
     """Asks for batches, through worker processes or a cache, and raises what went wrong there."""
 
-    def __init__(self, batches: _Batches, workers: int, cache: Cache, needed: Sequence[int], world: int):
+    def __init__(  # noqa: PLR0917 (what to load, and how)
+        self, batches: _Batches, largest: int, workers: int, cache: Cache, needed: Sequence[int], world: int
+    ):
+        """``largest``: images of a micro-batch at the most."""
         self.skipped: set[str] = set()
-        self._batches, self._workers, self._cache = batches, workers, cache
+        self._batches, self._largest, self._workers, self._cache = batches, largest, workers, cache
         self._needed, self._world = needed, world
         self._pool = _Pool(batches, 0 if cache == "memory" else workers)
         self._pass = 0
@@ -259,14 +281,24 @@ class _Feed:
         this_pass = self._pass
         if self._cache == "memory" and self._batches.cached is None:
             self._batches.cached = self._filled()
-        for batch, unreadable in self._pool(requests):
+        # One batch is being copied out while each worker has its requests. Dealt in turn: a slot comes up again
+        # only when its batch has been copied.
+        count = PREFETCH * self._pool.workers + 1
+        if self._pool.workers and self._batches.slots is None:
+            self._batches.slots = self._batches.empty(count, self._largest).share_memory_()
+        slots = [number % count if self._pool.workers else None for number in range(len(requests))]
+        answers = self._pool([(*request, slot) for request, slot in zip(requests, slots, strict=True)])
+        for slot, (batch, unreadable) in zip(slots, answers, strict=False):
             self.skipped.update(unreadable)
+            if slot is not None:
+                batch["images"] = self._batches.taken(slot, len(batch["index"]))
             yield batch
             if self._pass != this_pass:
                 raise RuntimeError("a later pass over these batches was started, which ended this one")
 
     def close(self) -> None:
         self._pool.close()
+        self._batches.slots = None
 
     def _filled(self) -> _Cached:
         pictures = self._batches.pictures
@@ -285,6 +317,7 @@ class _Pool:
     """A dataset's answers to a list of requests, in order, from ``workers`` processes that stay alive."""
 
     def __init__(self, dataset: Any, workers: int):
+        self.workers = workers
         self._requests: list = []  # read by the loader anew for each pass
         self._loader: DataLoader = DataLoader(
             dataset,
@@ -292,9 +325,11 @@ class _Pool:
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=_forkserver() if workers else None,
+            worker_init_fn=_begin if workers else None,
             generator=torch.Generator(),  # of its own, or each pass would draw from the global one
         )
 
@@ -307,7 +342,7 @@ class _Pool:
                 yield answer
         except Exception as error:
             self.close()
-            lost = isinstance(error, (RuntimeError, OSError, EOFError)) and self._loader.num_workers
+            lost = isinstance(error, (RuntimeError, OSError, EOFError)) and self.workers
             if not lost or "in DataLoader worker process" in str(error):
                 raise  # a DataError, or raised by our own code: a bug, with its traceback
             raise DataError(
@@ -325,6 +360,10 @@ class _Pool:
 
 def _unchanged(answer: Any) -> Any:
     return answer
+
+
+def _begin(worker: int) -> None:
+    keep_freed_memory()
 
 
 def _forkserver() -> Any:

@@ -286,7 +286,7 @@ def _names(info: Any, label: str, classes: int) -> Sequence[str]:
 
 
 def _info(folder: Path) -> Any:
-    tfds = library()
+    tfds = packages()
     try:
         return tfds.builder_from_directory(str(folder)).info
     except Exception as error:  # of many types; all mean that the folder is no prepared dataset
@@ -296,7 +296,7 @@ def _info(folder: Path) -> Any:
         ) from error
 
 
-def library() -> Any:
+def packages() -> Any:
     """tensorflow-datasets, or a UserError that says how to install it. It imports no TensorFlow."""
     try:
         import array_record  # noqa: F401

@@ -59,8 +59,9 @@ class Reader(Method):
         return Reads()
 
     @property
-    def keeps(self) -> Reads:
-        """What it would rather have kept of the stream where that is computed once: dearer to compute, or larger."""
+    def shares(self) -> Reads:
+        """What is rather kept of the stream where it is computed once and many readers share it: larger, and further on
+        the way."""
         return self.reads
 
     def read(self, observed: Observed) -> Tensor:

@@ -10,8 +10,9 @@ Per block, query tokens z attend to the image's tokens, not to each other, and t
 with k and v those of n, the image's tokens as the block's attention sees them. The features are the backbone's own,
 and z'' of each block. Two equal forms compute the attention:
 
-- ``projected``: k and v are computed from n, without autograd. A kept stream holds k and v themselves where there is
-  room, and then this is by far the cheaper form.
+- ``projected``: k and v are computed from n, without autograd. A stream that is kept for several trials holds k and v
+  themselves where there is room, and then this is by far the cheaper form; one trial alone would hold twice the bytes
+  of its batch for backward.
 - ``absorbed``: a head's score is k.q = n.(W_k^T q) up to a number that cancels in the softmax, and the weights sum to
   one, so that sum(p v) = W_v sum(p n) + b_v: no key and no value is ever computed, and n alone is kept for backward.
   Under qk-norm each key has a scale of its own, which the stream brings along.
@@ -73,7 +74,7 @@ class VQT(Reader):
         return Reads(self.blocks, key_scales=self.key_norm)
 
     @property
-    def keeps(self) -> Reads:
+    def shares(self) -> Reads:
         return self.reads if self.recipe.form == "absorbed" else Reads(self.blocks, keys=True)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:

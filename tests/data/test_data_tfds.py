@@ -172,7 +172,7 @@ sys.modules['tensorflow_datasets'] = None
 import dist_vpt.cli, dist_vpt.recipe, dist_vpt.sweep, dist_vpt.data.tfds
 from dist_vpt.errors import UserError
 try:
-    dist_vpt.data.tfds.library()
+    dist_vpt.data.tfds.packages()
 except UserError as error:
     assert "pip install 'dist-vpt[tfds]'" in str(error)
 else:

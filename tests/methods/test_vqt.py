@@ -243,9 +243,9 @@ def test_the_stream_holds_what_blocks_see(images: torch.Tensor) -> None:
 def test_kept_keys_and_values_give_what_normalised_inputs_give(which: str, images: torch.Tensor) -> None:
     method = make(torch.float64, which, queries=3, form="auto")
     assert method.reads.fields[0] == "normed"
-    assert method.keeps.fields == ("keys", "values")
-    assert make(torch.float64, which, form="absorbed").keeps.fields[0] == "normed"
-    live, kept = (observe(method.backbone, images, reads) for reads in (method.reads, method.keeps))
+    assert method.shares.fields == ("keys", "values")
+    assert make(torch.float64, which, form="absorbed").shares.fields[0] == "normed"
+    live, kept = (observe(method.backbone, images, reads) for reads in (method.reads, method.shares))
     assert not any(t.requires_grad for t in (*kept.keys, *kept.values))
     assert torch.allclose(method(kept), method(live), rtol=1e-12, atol=1e-12)
 
