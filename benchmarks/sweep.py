@@ -77,7 +77,7 @@ from dist_vpt.runfolder import versions, write_atomically
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.stream_cache import StreamCache, nbytes
 from dist_vpt.train import device_name
-from dist_vpt.trials import Pass, Trial, step_trials
+from dist_vpt.trials import Pass, Trial, gradient_scaler, step_trials
 
 DEFAULTS = Path(__file__).with_suffix(".yaml")
 WAYS = ("split", "cached", "cached_trials")
@@ -234,7 +234,12 @@ class Bench:
 
     def _trials(self, readers: list[VQT], kept: Batch, batch: int, reads: int) -> Way:
         trials = [
-            Trial(_with_seed(self.recipe, t), reader, build_optimizer(self.recipe.optim, reader))
+            Trial(
+                _with_seed(self.recipe, t),
+                reader,
+                build_optimizer(self.recipe.optim, reader),
+                gradient_scaler(self.recipe, self.accelerator),
+            )
             for t, reader in enumerate(readers)
         ]
         nowhere = cast(Any, None)

@@ -2,8 +2,9 @@
 
 B images of a micro-batch, n of a split, K classes, T trials.
 
-A trial has a recipe, an initialisation, an optimiser, clipping and an end of its own; the data order, the stream and
-the loop are shared. The loss is the sum of the trials' losses, so that each one's gradient is exactly its own.
+A trial has a recipe, an initialisation, an optimiser, clipping, in fp16 a gradient scale, and an end of its own; the
+data order, the stream and the loop are shared. The loss is the sum of the trials' losses, so that each one's gradient
+is exactly its own.
 """
 
 import io
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dist_vpt.agreement import StopSignal, agree
@@ -26,7 +28,7 @@ from dist_vpt.build import Parts, assemble, class_weights, make_trial
 from dist_vpt.checkpoint import Progress, collect, restore
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.engine import fetch, fold, global_weight
-from dist_vpt.errors import DataError, Interrupted, RunFolderError, UserError
+from dist_vpt.errors import DataError, Interrupted, RunFolderError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
@@ -46,6 +48,7 @@ class Trial:
     recipe: Recipe
     reader: Reader
     optimizer: torch.optim.Optimizer
+    scaler: GradScaler  # does nothing unless the stream is of fp16
     progress: Progress = field(default_factory=Progress)
     diverged: str = ""  # why it was ended
     best: dict[str, Tensor] = field(default_factory=dict)  # trained tensors of the best epoch on val
@@ -101,10 +104,6 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
     Trials begin with the tensors of ``starts``, where given. A collective call of the accelerator's processes.
     Raises UserError as a single run would.
     """
-    if recipes[0].runtime.precision == "fp16":
-        raise UserError(
-            "runtime.precision = fp16: trials of one pass would need a gradient scale each; use bf16 or fp32"
-        )
     recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
     reset_peak_memory()
     parts = assemble(recipe)
@@ -114,7 +113,12 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
     assert isinstance(first, Reader)
     readers = [first, *(make_trial(each, first.backbone, len(parts.splits.classes)) for each in recipes[1:])]
     trials = [
-        Trial(each, reader.to(accelerator.device), build_optimizer(each.optim, reader))
+        Trial(
+            each,
+            reader.to(accelerator.device),
+            build_optimizer(each.optim, reader),
+            gradient_scaler(recipe, accelerator),
+        )
         for each, reader in zip(recipes, readers, strict=True)
     ]
     for trial, tensors in zip(trials, starts or [], strict=starts is not None):
@@ -129,6 +133,11 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
         _load(made)
         show(f"resumed from {state} at epoch {made.epoch + 1}")
     return made
+
+
+def gradient_scaler(recipe: Recipe, accelerator: Accelerator) -> GradScaler:
+    """A trial's own: as Accelerate's in a single run, with another overflow in each trial."""
+    return GradScaler(accelerator.device.type, enabled=recipe.runtime.precision == "fp16")
 
 
 def step_trials(p: Pass, fetched: list[Batch] | DataError) -> None:
@@ -151,9 +160,10 @@ def step_trials(p: Pass, fetched: list[Batch] | DataError) -> None:
         images += float(told[-1])
         for t, trial in enumerate(running):
             _check_finite(trial, "loss", float(told[t]), number)
-        alive = torch.tensor([trial.running for trial in running], device=losses_T.device)
-        if alive.any():  # what is not finite stays in its own trial, whose gradient nobody asks for
-            (losses_T[alive].sum() / weight).backward()
+        # What is not finite stays in its own trial, whose gradient nobody asks for.
+        alive = [trial.scaler.scale(loss) for trial, loss in zip(running, losses_T, strict=True) if trial.running]
+        if alive:
+            (torch.stack(alive).sum() / weight).backward()
     _sum_gradients(p, running)
     _update(p, number)
     for t, trial in enumerate(running):
@@ -259,15 +269,19 @@ def _update(p: Pass, step: int) -> None:
         return
     share = multiplier(optim, step, p.train.steps_per_epoch, train.epochs)
     parameters = [[parameter for _, parameter in trial.reader.trainable()] for trial in trials]
+    for trial in trials:
+        trial.scaler.unscale_(trial.optimizer)
     norms_T = torch.stack([get_total_norm([q.grad for q in each if q.grad is not None]) for each in parameters])
     for trial, each, norm, told in zip(trials, parameters, norms_T, norms_T.tolist(), strict=True):
-        _check_finite(trial, "gradient norm", told, step)
+        if not trial.scaler.is_enabled():  # it meets an overflow by a skipped step and a smaller scale
+            _check_finite(trial, "gradient norm", told, step)
         if not trial.running:
             continue
         if optim.clip_norm is not None:
             clip_grads_with_norm_(each, optim.clip_norm, norm)
         set_lr(trial.optimizer, trial.recipe.optim.peak_lr(train.batch_size) * share)
-        trial.optimizer.step()
+        trial.scaler.step(trial.optimizer)
+        trial.scaler.update()
 
 
 def _end_epoch(p: Pass) -> None:
@@ -318,6 +332,7 @@ def _save(p: Pass) -> None:
             {
                 "trained": collect(trial.reader),
                 "optimizer": trial.optimizer.state_dict(),
+                "scaler": trial.scaler.state_dict(),
                 "progress": asdict(trial.progress),
                 "diverged": trial.diverged,
                 "best": trial.best,
@@ -338,6 +353,7 @@ def _load(p: Pass) -> None:
         for trial, saved in zip(p.trials, content["trials"], strict=True):
             restore(trial.reader, saved["trained"], p.state)
             trial.optimizer.load_state_dict(saved["optimizer"])
+            trial.scaler.load_state_dict(saved["scaler"])
             trial.progress, trial.diverged, trial.best = Progress(**saved["progress"]), saved["diverged"], saved["best"]
         p.epoch, p.step, p.seconds = content["epoch"], content["step"], content["seconds"]
     except Exception as error:  # torch.load's errors come in many types; all mean that the file is no state of ours

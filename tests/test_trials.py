@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.amp import GradScaler
 
 from dist_vpt import stream_cache
 from dist_vpt.agreement import StopSignal
 from dist_vpt.checkpoint import collect
-from dist_vpt.errors import Interrupted, RunFolderError, UserError
+from dist_vpt.errors import Interrupted, RunFolderError
 from dist_vpt.frozen_stream import Observed
 from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.strategy import make_accelerator
@@ -200,7 +201,34 @@ def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> 
         make(tmp_path, each)
 
 
-def test_half_precision_without_a_gradient_scale_is_refused(tmp_path: Path) -> None:
-    recipe = load_recipe([], words(tmp_path, "method.name=linear", "runtime.precision=fp16"))
-    with pytest.raises(UserError, match=r"runtime.precision = fp16: .* use bf16 or fp32"):
-        make_pass([recipe], Accelerator(cpu=True), StopSignal(), tmp_path / "pass.pt", print)
+def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
+    """On a CPU, where a recipe cannot ask for it: `train` and `sweep` want a GPU for fp16."""
+
+    def made(name: str, precision: str) -> Pass:
+        each = [["train.epochs=2", *some, f"runtime.precision={precision}"] for some in settings("vqt", "adam", 3)]
+        (tmp_path / name).mkdir()
+        some = recipes(tmp_path / name, each)
+        return make_pass(some, Accelerator(cpu=True), StopSignal(), tmp_path / name / "pass.pt", lambda _: None)
+
+    wanted, found = made("fp32", "fp32"), made("fp16", "fp16")
+    overflowing = made("overflow", "fp16")
+    overflowing.trials[1].scaler = GradScaler("cpu", init_scale=2.0**127)
+    for one in (wanted, found, overflowing):
+        fit_trials(one)
+        one.close()
+    assert {p.dtype for p in found.trials[0].reader.backbone.parameters()} == {torch.float16}
+    for a, b in zip(found.trials, wanted.trials, strict=True):
+        assert not a.diverged
+        assert a.progress.last["train"]["loss"] == pytest.approx(b.progress.last["train"]["loss"], rel=0.01)
+    for t, (a, b) in enumerate(zip(overflowing.trials, found.trials, strict=True)):
+        assert not a.diverged
+        assert a.scaler.get_scale() < 2.0**100
+        same = all(torch.equal(x, collect(b.reader)[name]) for name, x in collect(a.reader).items())
+        assert same == (t != 1)  # its first steps were skipped
+    again = made_again(overflowing, tmp_path / "overflow" / "pass.pt")
+    assert [t.scaler.get_scale() for t in again.trials] == [t.scaler.get_scale() for t in overflowing.trials]
+
+
+def made_again(p: Pass, state: Path) -> Pass:
+    """From its saved state."""
+    return make_pass([t.recipe for t in p.trials], Accelerator(cpu=True), StopSignal(), state, lambda _: None)
