@@ -69,10 +69,13 @@ def apply_runtime(backbone: "Backbone", runtime: "RuntimeRecipe", compute: torch
     if runtime.compile:
         apply_compile(backbone, cpu=cpu)
     apply_checkpointing(backbone, runtime.checkpointing)
+    if runtime.checkpointing != "none":
+        backbone.chosen["checkpointing"] = runtime.checkpointing
     if runtime.offload:
         if cpu:
             raise UserError("runtime.offload = true: on a CPU all is in host memory already; set runtime.offload=false")
         apply_offload(backbone)
+        backbone.chosen["offload"] = "to host memory"
 
 
 def apply_attention(backbone: "Backbone", kernel: str, compute: torch.dtype, *, writes: bool, cpu: bool) -> None:
@@ -138,7 +141,7 @@ def apply_compile(backbone: "Backbone", *, cpu: bool) -> None:
         _try_compiler("cpu" if cpu else str(torch.accelerator.current_accelerator()))
     except Exception as error:  # no C++ compiler, no Triton, no headers: each says it in its own way
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        backbone.chosen["compile"] = f"no compiler here, blocks run uncompiled ({reason})"
+        backbone.chosen["compile"] = f"warning: no compiler here, blocks run uncompiled ({reason})"
         return
     run = backbone.run_block
 
@@ -205,12 +208,15 @@ class _Budget:
         )
 
     def _plan(self, block: nn.Module, tokens_BND: Tensor) -> frozenset[int] | None:
-        """What the block keeps, from a run on one image: the shares are the same for any number of them."""
-        tokens_1ND = tokens_BND[:1].detach().clone().requires_grad_(tokens_BND.requires_grad)
+        """What the block keeps, from a run on two images: the shares are the same for more.
+
+        One alone would not do: with it, heads of several images need no copy to lie side by side.
+        """
+        tokens_2ND = tokens_BND[:2].detach().clone().requires_grad_(tokens_BND.requires_grad)
         seen, devices = _Seen(block), [tokens_BND.device] if tokens_BND.is_cuda else []
         with torch.random.fork_rng(devices), saved_tensors_hooks(seen.pack, lambda tensor: tensor), seen:
-            self.run(block, tokens_1ND)
-        whole, own = sum(seen.saved.values()), tokens_1ND.nbytes
+            self.run(block, tokens_2ND)
+        whole, own = sum(seen.saved.values()), tokens_2ND.nbytes
         if not whole:  # nothing here asks for a gradient
             return None
         if self.fraction * whole < own:
@@ -243,7 +249,8 @@ def _offloaded(run: Run, block: nn.Module, tokens_BND: Tensor) -> Tensor:
     def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
         if _of_weights(tensor, block):
             return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        # With its strides: what selective checkpointing gives back must be laid out as it was.
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return tensor.device, host.copy_(tensor)
 
     def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
