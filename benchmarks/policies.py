@@ -19,6 +19,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +76,7 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
     plain = make_method(recipe, wants, classes)[0].to(device).train()
     batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, wants, classes)[0].items()})  # type: ignore[attr-defined]
     methods = {policy: under(policy, plain, recipe) for policy in policies}
-    saved = {p: saved_for_backward(m, lambda m=m: micro_batch_loss(m, recipe, batch)) for p, m in methods.items()}
+    saved = {p: saved_for_backward(m, partial(micro_batch_loss, m, recipe, batch)) for p, m in methods.items()}
     seconds: dict[str, list[float]] = {policy: [] for policy in policies}
     for turn in range(1 + repeats):
         for policy, method in methods.items():
@@ -92,8 +93,7 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
         "of_none": {p: rounded(n / saved["none"]) for p, n in saved.items()},
         "step_ms": {p: rounded(statistics.median(each) * 1e3) for p, each in seconds.items()},
         "time_of_none": {
-            p: rounded(statistics.median(a / b for a, b in zip(each, none, strict=True)))
-            for p, each in seconds.items()
+            p: rounded(statistics.median(a / b for a, b in zip(each, none, strict=True))) for p, each in seconds.items()
         },
         "method": recipe.method.name,
         "method_settings": recipe.method.model_dump(mode="json", exclude={"name"}),

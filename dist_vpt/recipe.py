@@ -79,6 +79,9 @@ def _policy(value: str) -> str:
     return value
 
 
+Policy = Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"pattern": POLICY.pattern})]
+
+
 class RuntimeRecipe(Section):
     """Where and how numbers are computed."""
 
@@ -86,7 +89,7 @@ class RuntimeRecipe(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations and frozen weights; what is trained is always float32"
     )
-    checkpointing: Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"pattern": POLICY.pattern})] = Field(
+    checkpointing: Policy = Field(
         "none",
         description="what is computed again in backward instead of kept: none; mlp: the inside of each MLP; block: all "
         "but each block's input; every-N: that in every N-th block; budget-F: as much as it takes to keep at most F "

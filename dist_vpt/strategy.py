@@ -100,8 +100,8 @@ def _refuse_under_zero3(recipe: Recipe) -> None:
     runtime = recipe.runtime
     if runtime.checkpointing.startswith("budget"):
         raise UserError(
-            f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward than "
-            "in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
+            f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward "
+            "than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
             "every-N, or start with launch/accelerate/ddp.yaml"
         )
     if runtime.compile:

@@ -117,7 +117,7 @@ def test_a_budget_is_kept_and_used(settings: dict[str, Any], kernel: str) -> Non
     for fraction in (0.9, 0.7, 0.5, 0.3, 0.2):
         kept = found(f"budget-{fraction}")
         assert kept - outside <= fraction * (none - outside)
-        assert kept - outside >= fraction * (none - outside) - 5 * tokens  # no more is left over than a product
+        assert kept - outside >= fraction * (none - outside) - 7 * tokens  # what is left over is less than a step
         assert kept < before
         before = kept
 
@@ -169,7 +169,7 @@ def test_policies_that_are_none(policy: str) -> None:
         (257, torch.bfloat16, True, True, "sdpa"),
     ],
 )
-def test_auto_chooses(tokens: int, compute: torch.dtype, writes: bool, cpu: bool, chosen: str) -> None:  # noqa: FBT001, PLR0917
+def test_auto_chooses(tokens: int, compute: torch.dtype, writes: bool, cpu: bool, chosen: str) -> None:
     backbone = make_backbone(img_size=32 if tokens == 17 else 128)
     assert backbone.tokens == tokens
     apply_attention(backbone, "auto", compute, writes=writes, cpu=cpu)
@@ -178,10 +178,8 @@ def test_auto_chooses(tokens: int, compute: torch.dtype, writes: bool, cpu: bool
 
 
 @pytest.mark.parametrize("policy", ["none", "block"])  # the kernel is the same where backward computes it again
-@pytest.mark.parametrize(
-    ("kernel", "called", "fused"), [("sdpa_flash", "flash", True), ("sdpa", "flash", True), ("eager", "softmax", False)]
-)
-def test_kernels_give_the_same(kernel: str, called: str, fused: bool, policy: str) -> None:  # noqa: FBT001
+@pytest.mark.parametrize(("kernel", "fused"), [("sdpa_flash", True), ("sdpa", True), ("eager", False)])
+def test_kernels_give_the_same(kernel: str, fused: bool, policy: str) -> None:
     wanted = numbers(make(kernel="eager"))
     with Calls() as calls:
         found = numbers(make(policy, kernel))
@@ -193,7 +191,9 @@ def test_kernels_give_the_same(kernel: str, called: str, fused: bool, policy: st
 
 @pytest.mark.parametrize("kernel", ["sdpa_efficient", "sdpa_cudnn"])
 def test_a_kernel_that_is_not_there(kernel: str) -> None:
-    with pytest.raises(UserError, match=rf"attention = {kernel}: there is no such kernel for cpu, float32 and heads of"):
+    with pytest.raises(
+        UserError, match=rf"attention = {kernel}: there is no such kernel for cpu, float32 and heads of"
+    ):
         make(kernel=kernel)
 
 
