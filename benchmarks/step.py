@@ -114,6 +114,9 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         "micro_batch": recipe.train.batch_size // recipe.train.accumulate,
         "precision": recipe.runtime.precision,
         "checkpointing": recipe.runtime.checkpointing,
+        "offload": recipe.runtime.offload,
+        "attention": training.method.backbone.chosen["attention"],
+        "compile": training.method.backbone.chosen.get("compile"),
         "optimizer": recipe.optim.name,
         "repeats": repeats,
         "parameters": training.parameters,
@@ -206,7 +209,9 @@ def model_flops(recipe: Recipe, wants: Description, classes: int) -> int:
     plain = recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update={"weights": "random"}),  # no file is read for a count
-            "runtime": recipe.runtime.model_copy(update={"checkpointing": "none"}),
+            "runtime": recipe.runtime.model_copy(
+                update={"checkpointing": "none", "attention": "sdpa", "compile": False, "offload": False}
+            ),
         }
     )
     with torch.device("meta"):
@@ -253,9 +258,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
 
 
 def file_name(result: dict[str, Any]) -> str:
-    """``step-METHOD-BACKBONE-bBATCH-PRECISION-POLICY-DEVICE.json``."""
+    """``step-METHOD-BACKBONE-bBATCH-PRECISION-POLICY-DEVICE.json``, offload and compiled named after the policy."""
     words = ["step", result["method"], result["backbone"], f"b{result['batch']}", result["precision"]]
-    return name_on_device([*words, result["checkpointing"]], result)
+    words += [result["checkpointing"], *(["offload"] if result["offload"] else [])]
+    words += ["compiled"] if result["compile"] == "each block" else []
+    return name_on_device(words, result)
 
 
 def name_on_device(words: list[str], result: dict[str, Any]) -> str:

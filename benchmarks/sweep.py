@@ -403,7 +403,7 @@ def _check(recipe: Recipe) -> None:
         wrong.append(f"method.name = {recipe.method.name}: only vqt has a published way to be measured against")
     if recipe.runtime.precision != "fp32":
         wrong.append(f"runtime.precision = {recipe.runtime.precision}: both are measured; leave it out")
-    if recipe.runtime.attention != "sdpa":
+    if recipe.runtime.attention != "auto":
         wrong.append(f"runtime.attention = {recipe.runtime.attention}: the quicker kernel is used; leave it out")
     if recipe.train.accumulate != 1:
         wrong.append(f"train.accumulate = {recipe.train.accumulate}: must be 1 here; use --published-batch")

@@ -20,7 +20,7 @@ from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import Resize, resolve
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import UserError
-from dist_vpt.memory import apply_attention, apply_checkpointing
+from dist_vpt.memory import apply_runtime
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe import Recipe
@@ -169,8 +169,7 @@ def make_method(recipe: Recipe, wants: Description, classes: int) -> tuple[Metho
     backbone, difference = build(recipe.backbone, image_size=image_size, mean=mean, std=std)
     torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
-    apply_checkpointing(backbone, recipe.runtime.checkpointing)
-    apply_attention(backbone, recipe.runtime.attention)
+    apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))
     return method, difference
 
 

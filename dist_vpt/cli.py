@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", metavar="FILE", help="a .csv or .json file; default: CSV on the terminal")
     predict.set_defaults(call=_predict, rest="images")
 
+    _add_attention(commands, common)
     compress = commands.add_parser(
         "compress", parents=[common], help="leave the worst features of a vqt run's head out"
     )
@@ -119,6 +120,19 @@ def _parser() -> argparse.ArgumentParser:
     schema = kinds.add_parser("schema", parents=[common], help="print the JSON Schema of recipe files")
     schema.set_defaults(call=_schema)
     return parser
+
+
+def _add_attention(commands: Any, common: argparse.ArgumentParser) -> None:
+    attention = commands.add_parser(
+        "attention", parents=[common], help="pictures of what a run's class token, prompts or queries attend to"
+    )
+    attention.add_argument("run", metavar="RUN", help="a run folder")
+    attention.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    attention.add_argument("--adapters", choices=("last", "best"), default="last")
+    attention.add_argument("--block", type=int, metavar="N", help="this block alone, each head beside the mean")
+    attention.add_argument("--head", type=int, metavar="N", help="this head alone; default: the mean over heads")
+    attention.add_argument("--out", metavar="DIR", help="where the PNG files go; default: RUN/attention")
+    attention.set_defaults(call=_attention, rest="images")
 
 
 def _add_suite(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -183,6 +197,12 @@ def _predict(arguments: argparse.Namespace) -> None:
     from dist_vpt.predict import predict
 
     predict(arguments.run, arguments.images, arguments.adapters, arguments.top, arguments.out)
+
+
+def _attention(arguments: argparse.Namespace) -> None:
+    from dist_vpt.attention import show
+
+    show(arguments.run, arguments.images, arguments.adapters, arguments.block, arguments.head, arguments.out)
 
 
 def _compress(arguments: argparse.Namespace) -> None:

@@ -8,12 +8,14 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from dist_vpt.backbones.build import describe
 from dist_vpt.build import assemble, make_method, make_view
@@ -21,8 +23,10 @@ from dist_vpt.checkpoint import read_adapters, restore
 from dist_vpt.data import resolve
 from dist_vpt.data.image_folder import EXTENSIONS
 from dist_vpt.data.images import decode
+from dist_vpt.data.transforms import View
 from dist_vpt.engine import evaluate
 from dist_vpt.errors import UserError, WeightsError
+from dist_vpt.methods.base import Method
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import RunFolder, read_json, write_atomically
 from dist_vpt.strategy import make_accelerator
@@ -56,6 +60,38 @@ def score(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) ->
     return scores
 
 
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's method with its adapters, on its device and ready to score."""
+
+    recipe: Recipe
+    method: Method
+    classes: list[str]
+    device: torch.device
+    view: View
+
+    def show(self, file: Path) -> Tensor:
+        """An image file as the method is shown it, [3, S, S]."""
+        upright = resolve(self.recipe.data).upright
+        return self.view.eval(decode(file, str(file), self.recipe.data.max_megapixels, upright=upright))
+
+
+def open_run(run: str, adapters: str, **runtime: Any) -> OpenRun:
+    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime that are to be others."""
+    folder = RunFolder(run)
+    folder.refuse_sweep()
+    path = folder.best if adapters == "best" else folder.adapters
+    recipe = folder.load()
+    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
+    tensors, facts = read_adapters(path)
+    classes = _classes(facts, path)
+    wants = describe(recipe.backbone)
+    method, _ = make_method(recipe, wants, len(classes))
+    restore(method, tensors, path)
+    device = _device(recipe)
+    return OpenRun(recipe, method.to(device).eval(), classes, device, make_view(recipe.data, wants))
+
+
 def predict(
     run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
 ) -> list[dict[str, Any]]:
@@ -66,26 +102,15 @@ def predict(
         raise UserError(f"--out {out}: must end in .csv or .json")
     if out and not Path(out).parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
-    folder = RunFolder(run)
-    folder.refuse_sweep()
-    path = folder.best if adapters == "best" else folder.adapters
-    recipe, files = folder.load(), _image_files(images)
-    tensors, facts = read_adapters(path)
-    classes = _classes(facts, path)
-    wants = describe(recipe.backbone)
-    method, _ = make_method(recipe, wants, len(classes))
-    restore(method, tensors, path)
-    device = _device(recipe)
-    method.to(device).eval()
-    view, upright = make_view(recipe.data, wants), resolve(recipe.data).upright
+    files = image_files(images)
+    opened = open_run(run, adapters)
+    classes, size = opened.classes, opened.recipe.train.eval_batch_size
     rows = []
-    for start in range(0, len(files), recipe.train.eval_batch_size):
-        some = files[start : start + recipe.train.eval_batch_size]
-        batch = torch.stack(
-            [view.eval(decode(file, str(file), recipe.data.max_megapixels, upright=upright)) for file in some]
-        )
+    for start in range(0, len(files), size):
+        some = files[start : start + size]
+        batch = torch.stack([opened.show(file) for file in some])
         with torch.no_grad():
-            probabilities_BK = method(batch.to(device)).float().softmax(1).cpu()
+            probabilities_BK = opened.method(batch.to(opened.device)).float().softmax(1).cpu()
         for file, row in zip(some, probabilities_BK, strict=True):
             values, indices = row.topk(min(top, len(classes)))
             best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
@@ -115,7 +140,7 @@ def _write(rows: list[dict[str, Any]], out: str | None) -> None:
         sys.stdout.write(text.getvalue())
 
 
-def _image_files(images: Sequence[str]) -> list[Path]:
+def image_files(images: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for image in map(Path, images):
         if image.is_dir():

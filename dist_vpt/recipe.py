@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dist_vpt.backbones.recipe import BackboneRecipe
 from dist_vpt.data.recipe import DataRecipe
@@ -70,6 +70,18 @@ class TrainRecipe(Section):
     test: bool = Field(True, description="score the test split once, after training")
 
 
+POLICY = re.compile(r"^(none|mlp|block|every-[1-9][0-9]*|budget-0\.[0-9]*[1-9][0-9]*)$")
+
+
+def _policy(value: str) -> str:
+    if not POLICY.match(value):
+        raise ValueError(f"{value!r}: must be none, mlp, block, every-N (such as every-2) or budget-F (budget-0.5)")
+    return value
+
+
+Policy = Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"pattern": POLICY.pattern})]
+
+
 class RuntimeRecipe(Section):
     """Where and how numbers are computed."""
 
@@ -77,11 +89,21 @@ class RuntimeRecipe(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations and frozen weights; what is trained is always float32"
     )
-    checkpointing: Literal["none", "block"] = Field(
-        "none", description="block: keep only each block's input for backward and compute the block again"
+    checkpointing: Policy = Field(
+        "none",
+        description="what is computed again in backward instead of kept: none; mlp: the inside of each MLP; block: all "
+        "but each block's input; every-N: that in every N-th block; budget-F: as much as it takes to keep at most F "
+        "(such as 0.5) of what none keeps, the cheapest first",
     )
-    attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="sdpa: torch's fused kernels; eager: plain, quicker on a CPU with few tokens"
+    offload: bool = Field(False, description="keep what blocks keep for backward in host memory; needs a GPU")
+    attention: Literal["auto", "sdpa", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash", "eager"] = Field(
+        "auto",
+        description="kernel: sdpa: torch's fused attention, the kernel of torch's choice, or the one named; flash: a "
+        "flash-attn package (pip install 'dist-vpt[flash]'); eager: plain, with the attention matrix in memory; auto: "
+        "sdpa, but eager where it is quicker (on a CPU, in bf16, up to 256 tokens, gradients through the blocks)",
+    )
+    compile: bool = Field(
+        False, description="compile each block (torch.compile); where no compiler is, the log says so and none is used"
     )
     deterministic: bool = Field(False, description="deterministic kernels alone: equal to the last bit, and slower")
 
@@ -175,10 +197,16 @@ class Recipe(Section):
                 f"backbone.drop_path = {self.backbone.drop_path}: {method} trains nothing in the backbone; "
                 "set backbone.drop_path=0"
             )
-        if self.runtime.checkpointing != "none" and self.method.reader:
+        if self.method.reader:
+            for name, unused in (("checkpointing", "none"), ("offload", False)):
+                if (value := getattr(self.runtime, name)) != unused:
+                    yield (
+                        f"runtime.{name} = {value}: {method} keeps nothing of the backbone for backward; leave it out"
+                    )
+        if self.runtime.compile and self.runtime.checkpointing.startswith("budget"):
             yield (
-                f"runtime.checkpointing = {self.runtime.checkpointing}: {method} keeps nothing of the backbone for "
-                "backward; set runtime.checkpointing=none"
+                f"runtime.compile = true with runtime.checkpointing = {self.runtime.checkpointing}: a compiled block "
+                "does not show the products that a budget chooses among; use mlp, block or every-N, or compile=false"
             )
 
     def to_yaml(self) -> str:

@@ -85,6 +85,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
             f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
             "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)"
         )
+    if strategy(accelerator) == "zero3":
+        _refuse_under_zero3(recipe)
     frozen = [name for name, p in method.named_parameters() if not p.requires_grad]
     # Every process reads the same frozen weights from the same file: DDP need not even broadcast them once.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -92,6 +94,21 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
     )
     model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
     return model, optimizer
+
+
+def _refuse_under_zero3(recipe: Recipe) -> None:
+    runtime = recipe.runtime
+    if runtime.checkpointing.startswith("budget"):
+        raise UserError(
+            f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward "
+            "than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
+            "every-N, or start with launch/accelerate/ddp.yaml"
+        )
+    if runtime.compile:
+        raise UserError(
+            "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
+            "follow; use compile=false, or start with launch/accelerate/ddp.yaml"
+        )
 
 
 def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:

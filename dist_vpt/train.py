@@ -127,6 +127,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         f"{strategy(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
         f"{recipe.runtime.precision}; "
         f"run folder {folder.path}",
+        "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
     ]
     headline += [f"note: {note}" for note in parts.splits.notes]
     if parts.splits.carved and accelerator.is_main_process:
@@ -181,6 +182,7 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
         "processes": t.accelerator.num_processes,
         "strategy": strategy(t.accelerator),
         "precision": t.recipe.runtime.precision,
+        "runtime": t.method.backbone.chosen,
         "seed": t.recipe.seed,
         "protocol": parts.protocol(),
         "versions": versions(),

@@ -39,7 +39,8 @@ PATCHES, PIXELS = 4, 3 * 16 * 16  # of a 32 px image
 KEYS = {
     "step_ms", "images_per_s", "saved_for_backward_mib", "peak_mib", "model_flops", "matmul_tflops", "utilisation",
     "method", "method_settings", "backbone", "image_size", "classes", "batch", "micro_batch", "precision",
-    "checkpointing", "optimizer", "repeats", "parameters", "device", "device_type", "machine", "versions",
+    "checkpointing", "offload", "attention", "compile", "optimizer", "repeats", "parameters", "device", "device_type",
+    "machine", "versions",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +"},
     "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
     "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
+    "dist-vpt attention": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--block", "--head", "--out"},
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },

@@ -108,13 +108,39 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(strategy: str, tmp_path:
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
 
 
-def test_zero3_trains_everything_with_checkpointing(tmp_path: Path) -> None:
-    """Sharded weights gathered again in backward, for every weight of the backbone."""
-    options = ("method.name=full", "optim.name=adamw", "optim.lr=1e-3", "train.batch_size=100", "optim.clip_norm=1")
-    train(tmp_path / "alone", *options)
-    forks = forked("zero3", tmp_path / "run", *options, "runtime.checkpointing=block")
+TRAINED = {
+    "vpt": ("method.prompts=3", "optim.lr=0.1"),  # frozen blocks
+    "full": ("method.name=full", "optim.name=adamw", "optim.lr=1e-3"),
+}
+MIXED = [("zero3", policy, method) for policy in ("mlp", "block") for method in TRAINED]
+MIXED += [("zero3", "every-2", "vpt"), ("ddp", "budget-0.5", "vpt"), ("zero2", "budget-0.5", "full")]
+
+
+@pytest.fixture(scope="module")
+def unchecked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses of one process without checkpointing, by method."""
+    folder, losses = tmp_path_factory.mktemp("unchecked"), {}
+    for method, options in TRAINED.items():
+        train(folder / method, *options, "optim.clip_norm=1")
+        losses[method] = step_losses(folder / method)
+    return losses
+
+
+@pytest.mark.parametrize(("strategy", "policy", "method"), MIXED)
+def test_checkpointing_on_two_processes(
+    strategy: str, policy: str, method: str, unchecked: dict[str, list[float]], tmp_path: Path
+) -> None:
+    """Under ZeRO-3 sharded weights are gathered again in backward, the frozen ones and those that are trained."""
+    options = (*TRAINED[method], "optim.clip_norm=1", f"runtime.checkpointing={policy}")
+    forks = forked(strategy, tmp_path / "run", *options)
     assert forks.finish() == [0, 0], forks.output[-3000:]
-    assert step_losses(tmp_path / "run") == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4)
+    assert step_losses(tmp_path / "run") == pytest.approx(unchecked[method], abs=1e-4)
+
+
+def test_what_zero3_cannot_do(tmp_path: Path) -> None:
+    forks = forked("zero3", tmp_path / "run", "runtime.checkpointing=budget-0.5")
+    assert forks.finish() == [2, 2]
+    assert "runtime.checkpointing = budget-0.5: ZeRO-3 gathers weights at other moments" in forks.output
 
 
 def test_a_batch_that_the_processes_do_not_divide(tmp_path: Path) -> None:

@@ -50,8 +50,9 @@ class Backbone(nn.Module):
         self.stem = vit
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
-        # Activation checkpointing replaces this call from outside (memory.py); blocks are never run another way.
+        # Kernels and memory policies wrap this call from outside (memory.py); blocks are never run another way.
         self.run_block: Callable[[nn.Module, Tensor], Tensor] = _call
+        self.chosen: dict[str, str] = {}  # what they came to, for the log and the result
         self.train(False)
 
     def train(self, mode: bool = True) -> "Backbone":

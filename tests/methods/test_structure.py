@@ -79,10 +79,11 @@ def test_two_steps_change_what_is_trained_and_nothing_else(name: str, optimizer:
     assert {key for key in before if key not in dict(method.named_buffers())} >= TRAINED[name]
 
 
+@pytest.mark.parametrize("policy", ["mlp", "block", "every-2", "budget-0.5"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_checkpointing_changes_nothing(settings: dict[str, Any], images: torch.Tensor) -> None:
+def test_checkpointing_changes_nothing(settings: dict[str, Any], policy: str, images: torch.Tensor) -> None:
     plain, checkpointed = make(settings), make(settings)
-    apply_checkpointing(checkpointed.backbone, "block")
+    apply_checkpointing(checkpointed.backbone, policy)
     losses = []
     for method in (plain, checkpointed):
         method.train()
@@ -92,24 +93,6 @@ def test_checkpointing_changes_nothing(settings: dict[str, Any], images: torch.T
     assert torch.equal(*losses)
     for (name, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
         assert torch.equal(a.grad, b.grad), name
-
-
-def test_checkpointing_saves_less(images: torch.Tensor) -> None:
-    def saved(policy: str) -> int:
-        method = make({"name": "vpt"})
-        apply_checkpointing(method.backbone, policy)
-        count = 0
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal count
-            count += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss_of(method, images)
-        return count
-
-    assert saved("block") < saved("none") / 2
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp of one layer"])

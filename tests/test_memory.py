@@ -1,0 +1,286 @@
+"""Memory policies, attention kernels and the compiler: what they keep, that they change no number, what is refused.
+
+B images, N tokens, D width, H heads, L blocks, P prompts.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dist_vpt import memory
+from dist_vpt.errors import RecipeError, UserError
+from dist_vpt.memory import apply_attention, apply_checkpointing, apply_compile, apply_offload
+from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.methods.base import Method
+from dist_vpt.recipe import load_recipe
+from tests.methods.conftest import make_backbone
+from tests.methods.test_structure import loss_of
+from tests.running import train
+
+B, N, D, H, L = 3, 4 + 1 + 10, 16, 2, 4  # 2 x 2 patches, a class token and 10 prompts
+FLOAT = 4  # bytes
+TOKENS = B * N * D * FLOAT
+SMALL = FLOAT * B * (H * N + 4 * N)  # attention's log-sum-exp; mean and deviation of two norms
+IMAGES = torch.randint(0, 256, (B, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+VPT: dict[str, Any] = {"name": "vpt"}
+
+
+def make(policy: str = "none", kernel: str = "sdpa", settings: dict[str, Any] = VPT, **backbone: Any) -> Method:
+    torch.manual_seed(0)
+    made = make_backbone(**({"depth": L} | backbone))
+    method = attach(TypeAdapter(MethodRecipe).validate_python(settings), made, classes=5).train()
+    apply_attention(method.backbone, kernel, torch.float32, writes=True, cpu=True)
+    apply_checkpointing(method.backbone, policy)
+    return method
+
+
+def saved(method: Method) -> int:
+    """Bytes kept for backward, weights left out."""
+    weights = {t.untyped_storage().data_ptr() for t in method.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(method, IMAGES)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def numbers(method: Method) -> list[torch.Tensor]:
+    """The loss and all gradients."""
+    torch.manual_seed(1)
+    loss = loss_of(method, IMAGES)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for _, parameter in method.trainable() if parameter.grad is not None)]
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.of[name] = self.of.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def whole() -> int:
+    return saved(make())
+
+
+# Of a frozen block autograd keeps its input (1), query, key and value (3), attention's output (1), the sum after it
+# (1) and what the MLP's first layer gives (4), in units of TOKENS.
+@pytest.mark.parametrize(
+    ("policy", "saves"),
+    [
+        ("mlp", L * 3 * TOKENS),  # its input is kept in place of its inside
+        ("block", L * (9 * TOKENS + SMALL)),
+        ("every-2", L // 2 * (9 * TOKENS + SMALL)),
+        ("every-3", L // 3 * (9 * TOKENS + SMALL)),
+    ],
+)
+def test_bytes_saved_by_hand(policy: str, saves: int, whole: int) -> None:
+    assert saved(make(policy)) == whole - saves
+
+
+def test_none_by_hand(whole: int) -> None:
+    # Beside the blocks' own: the last one's output, mean and deviation of its norm, and the head's few numbers.
+    rest = whole - L * (10 * TOKENS + SMALL) - TOKENS - 2 * B * N * FLOAT
+    assert 0 < rest < 10 * B * D * FLOAT
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("settings", [VPT, {"name": "full"}], ids=["vpt", "full"])
+def test_a_budget_is_kept_and_used(settings: dict[str, Any], kernel: str) -> None:
+    def found(policy: str) -> int:
+        return saved(make(policy, kernel, settings, embed_dim=64))
+
+    none, block = found("none"), found("block")
+    prompts = 10 if settings == VPT else 0
+    tokens = B * (4 + 1 + prompts) * 64 * FLOAT
+    outside = block - (L + 1) * tokens  # of the images, of the head
+    before = none
+    for fraction in (0.9, 0.7, 0.5, 0.3, 0.2):
+        kept = found(f"budget-{fraction}")
+        assert kept - outside <= fraction * (none - outside)
+        assert kept - outside >= fraction * (none - outside) - 7 * tokens  # what is left over is less than a step
+        assert kept < before
+        before = kept
+
+
+@pytest.mark.parametrize(("policy", "times"), [("none", 1), ("block", 2), ("budget-0.5", 1), ("every-2", 1.5)])
+def test_attention_is_the_dearest_to_compute_again(policy: str, times: float) -> None:
+    method = make(policy)
+    loss_of(method, IMAGES)  # the budget is planned in the first one
+    with Calls() as calls:
+        loss_of(method, IMAGES).backward()
+    assert calls.of["_scaled_dot_product_flash_attention_for_cpu"] == times * L
+
+
+def test_a_budget_that_no_block_can_keep() -> None:
+    with pytest.raises(UserError, match=r"runtime.checkpointing = budget-0.05: a block's input alone is 0.10 of"):
+        loss_of(make("budget-0.05"), IMAGES)
+
+
+@pytest.mark.parametrize("policy", ["block", "budget-0.5"])
+def test_scoring_and_blocks_without_gradients_keep_nothing(policy: str) -> None:
+    with torch.no_grad():
+        make(policy)(IMAGES)
+    method = make(policy, settings={"name": "vpt", "layers": 1, "end": "last"})
+    wanted = numbers(make(settings={"name": "vpt", "layers": 1, "end": "last"}))
+    for a, b in zip(numbers(method), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "policy", ["none", "mlp", "block", "every-1", "every-12", "budget-0.5", "budget-0.05", "budget-0.333"]
+)
+def test_policies_of_a_recipe(policy: str) -> None:
+    assert load_recipe([], [f"runtime.checkpointing={policy}"]).runtime.checkpointing == policy
+
+
+@pytest.mark.parametrize("policy", ["blok", "every-0", "every-", "budget-0", "budget-0.0", "budget-1.5", "budget-1"])
+def test_policies_that_are_none(policy: str) -> None:
+    with pytest.raises(RecipeError, match=r"command line: runtime.checkpointing: '.*': must be none, mlp, block"):
+        load_recipe([], [f"runtime.checkpointing={policy}"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "compute", "writes", "cpu", "chosen"),
+    [
+        (17, torch.bfloat16, True, True, "eager"),
+        (17, torch.bfloat16, False, True, "sdpa"),
+        (17, torch.float32, True, True, "sdpa"),
+        (17, torch.bfloat16, True, False, "sdpa"),
+        (257, torch.bfloat16, True, True, "sdpa"),
+    ],
+)
+def test_auto_chooses(tokens: int, compute: torch.dtype, writes: bool, cpu: bool, chosen: str) -> None:
+    backbone = make_backbone(img_size=32 if tokens == 17 else 128)
+    assert backbone.tokens == tokens
+    apply_attention(backbone, "auto", compute, writes=writes, cpu=cpu)
+    assert backbone.chosen == {"attention": chosen}
+    assert {block.attn.fused_attn for block in backbone.blocks} == {chosen == "sdpa"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("policy", ["none", "block"])  # the kernel is the same where backward computes it again
+@pytest.mark.parametrize(("kernel", "fused"), [("sdpa_flash", True), ("sdpa", True), ("eager", False)])
+def test_kernels_give_the_same(kernel: str, fused: bool, policy: str) -> None:
+    wanted = numbers(make(kernel="eager"))
+    with Calls() as calls:
+        found = numbers(make(policy, kernel))
+    names = [name for name in calls.of if "backward" not in name]
+    assert any("flash" in name for name in names) == fused
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa_efficient", "sdpa_cudnn"])
+def test_a_kernel_that_is_not_there(kernel: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"attention = {kernel}: there is no such kernel for cpu, float32 and heads of"
+    ):
+        make(kernel=kernel)
+
+
+def test_flash_without_a_package_and_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    activated = []
+
+    def activate(name: str) -> None:
+        if name == "FA9":
+            raise ModuleNotFoundError("No module named 'flash_nine'")
+        activated.append(name)
+
+    monkeypatch.setattr(memory.attention, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(memory.attention, "list_flash_attention_impls", lambda: ["FA9"], raising=False)
+    with pytest.raises(UserError, match=r"\(FA9: No module named 'flash_nine'\); pip install 'dist-vpt\[flash\]', or"):
+        make(kernel="flash")
+    monkeypatch.setattr(memory.attention, "list_flash_attention_impls", lambda: ["FA8", "FA9"], raising=False)
+    assert make(kernel="flash").backbone.chosen == {"attention": "flash (FA8)"}
+    assert activated == ["FA8"]
+
+
+@pytest.mark.parametrize("policy", ["none", "mlp", "block", "every-2", "budget-0.5"])
+def test_offload_copies_what_is_kept_but_no_weights(policy: str, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
+    method, copied, kept = make(policy), [], saved(make(policy))
+    empty_like = torch.empty_like
+
+    def counted(tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert options == {"device": "cpu", "pin_memory": False}
+        copied.append(tensor)
+        return empty_like(tensor, **options)
+
+    apply_offload(method.backbone)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.torch, "empty_like", counted)
+        found = numbers(method)
+    for a, b in zip(found, numbers(make()), strict=True):
+        assert torch.equal(a, b)
+    outside = whole - L * (10 * TOKENS + SMALL)
+    # Frozen blocks save nothing twice, so that as much is copied as is kept.
+    assert sum(tensor.nbytes for tensor in copied) == kept - outside
+    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    assert not any(tensor.untyped_storage().data_ptr() in weights for tensor in copied)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_offload_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"runtime.offload = true: on a CPU all is in host memory already"):
+        train(tmp_path / "run", "runtime.offload=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.name=linear", "runtime.offload=true"], "runtime.offload = True: method.name = linear keeps nothing"),
+        (["runtime.compile=true", "runtime.checkpointing=budget-0.5"], "does not show the products"),
+    ],
+)
+def test_keys_that_do_not_go_together(words: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe([], words)
+
+
+def test_compiled_blocks_give_the_same() -> None:
+    """All blocks by one compiled function, which checkpointing runs again."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    wanted = numbers(make())
+    for policy in ("none", "block"):
+        method = make()
+        apply_compile(method.backbone, cpu=True)
+        apply_checkpointing(method.backbone, policy)
+        assert method.backbone.chosen["compile"] == "each block"
+        for a, b in zip(numbers(method), wanted, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the probe's, and one for all blocks
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_compiler(device: str) -> None:
+        raise RuntimeError(f"no compiler for {device}\nand a page of advice")
+
+    monkeypatch.setattr(memory, "_try_compiler", no_compiler)
+    result = train(tmp_path / "run", "runtime.compile=true", "runtime.checkpointing=block")
+    plain = train(tmp_path / "plain")
+    assert result["last"]["test"] == plain["last"]["test"]
+    told = "warning: no compiler here, blocks run uncompiled (no compiler for cpu)"
+    assert result["runtime"] == {"attention": "sdpa", "compile": told, "checkpointing": "block"}
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["runtime"] == result["runtime"]
+    assert f"attention sdpa; compile {told}; checkpointing block" in (tmp_path / "run" / "train.log").read_text()
+    assert plain["runtime"] == {"attention": "sdpa"}
