@@ -264,7 +264,7 @@ LAYOUTS = {
 
 
 def recognise(tensors: Tensors) -> str:
-    """The name of a file's layout. Raises WeightsError, which says what the file is, for one that no model here fits."""
+    """The name of a file's layout. Raises WeightsError, which says what it is, for a file that no model here fits."""
     foreign = _foreign(tensors)
     if foreign:
         raise WeightsError(
@@ -357,7 +357,9 @@ def convert(name: str, tensors: Tensors, model: Any) -> tuple[dict[str, Tensor],
     own = model.state_dict()
     heads = heads_of(model)
     offered: dict[str, Tensor] = {}
-    missing, mismatched, used = [], [], set()
+    missing: list[str] = []
+    mismatched: list[str] = []
+    used: set[str] = set()
     for at, tensor in own.items():
         sources = layout.sources(at)
         used.update(sources)

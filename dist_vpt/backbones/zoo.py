@@ -48,8 +48,8 @@ _DINOV2 = "github.com/facebookresearch/dinov2"
 _DINOV3 = "github.com/facebookresearch/dinov3"
 _CLIP = "github.com/openai/CLIP"
 _SIGLIP = "github.com/google-research/big_vision"
-_21K, _1K, _FT = "supervised, IN-21k", "supervised, IN-1k", "supervised, IN-21k, then IN-1k"
-_22K, _FT22 = "supervised, IN-22k", "supervised, IN-22k, then IN-1k"
+_21K, _1K, _FT = "supervised, IN-21k", "supervised, IN-1k", "supervised, IN-21k + IN-1k"
+_22K, _FT22 = "supervised, IN-22k", "supervised, IN-22k + IN-1k"
 _NC, _MIT, _APACHE = "CC-BY-NC-4.0", "MIT", "Apache-2.0"
 _FC_NORM = {"global_pool": "avg"}  # MAE's fine-tuned models: mean of the patches, then the norm
 
@@ -82,11 +82,11 @@ ZOO: dict[str, Row] = {
     "mae_b16": Row("vit_base_patch16_224", "mae", "mae", IMAGENET, 224, "avg", "MAE, IN-1k", _MAE, _NC),
     "mae_l16": Row("vit_large_patch16_224", "mae", "mae", IMAGENET, 224, "avg", "MAE, IN-1k", _MAE, _NC),
     "mae_h14": Row("vit_huge_patch14_224", "mae", "mae", IMAGENET, 224, "avg", "MAE, IN-1k", _MAE, _NC),
-    "mae_b16_ft": Row("vit_base_patch16_224", "mae", None, IMAGENET, 224, "avg", "MAE, then IN-1k labels", _MAE, _NC,
+    "mae_b16_ft": Row("vit_base_patch16_224", "mae", None, IMAGENET, 224, "avg", "MAE + labels, IN-1k", _MAE, _NC,
                       options=_FC_NORM),
-    "mae_l16_ft": Row("vit_large_patch16_224", "mae", None, IMAGENET, 224, "avg", "MAE, then IN-1k labels", _MAE, _NC,
+    "mae_l16_ft": Row("vit_large_patch16_224", "mae", None, IMAGENET, 224, "avg", "MAE + labels, IN-1k", _MAE, _NC,
                       options=_FC_NORM),
-    "mae_h14_ft": Row("vit_huge_patch14_224", "mae", None, IMAGENET, 224, "avg", "MAE, then IN-1k labels", _MAE, _NC,
+    "mae_h14_ft": Row("vit_huge_patch14_224", "mae", None, IMAGENET, 224, "avg", "MAE + labels, IN-1k", _MAE, _NC,
                       options=_FC_NORM),
     # MoCo v3 (arXiv 2104.02057); its ViT-S has 12 heads, not the usual 6
     "mocov3_s16": Row("vit_small_patch16_224", "mocov3", None, IMAGENET, 224, "token", "MoCo v3, IN-1k", _MOCO, _NC,
@@ -102,7 +102,8 @@ ZOO: dict[str, Row] = {
     "swin_s_in22k": Row("swin_small_patch4_window7_224", "swin", "ms_in22k", IMAGENET, 224, "avg", _22K, _SWIN, _MIT),
     "swin_b_in22k": Row("swin_base_patch4_window7_224", "swin", "ms_in22k", IMAGENET, 224, "avg", _22K, _SWIN, _MIT),
     "swin_l_in22k": Row("swin_large_patch4_window7_224", "swin", "ms_in22k", IMAGENET, 224, "avg", _22K, _SWIN, _MIT),
-    "swin_b384_in22k": Row("swin_base_patch4_window12_384", "swin", "ms_in22k", IMAGENET, 384, "avg", _22K, _SWIN, _MIT),
+    "swin_b384_in22k": Row("swin_base_patch4_window12_384", "swin", "ms_in22k", IMAGENET, 384, "avg", _22K, _SWIN,
+                           _MIT),
     "swin_l384_in22k": Row("swin_large_patch4_window12_384", "swin", "ms_in22k", IMAGENET, 384, "avg", _22K, _SWIN,
                            _MIT),
     "swin_b_ft": Row("swin_base_patch4_window7_224", "swin", "ms_in22k_ft_in1k", IMAGENET, 224, "avg", _FT22, _SWIN,
@@ -123,13 +124,13 @@ ZOO: dict[str, Row] = {
     "dinov2_g14": Row("vit_giant_patch14_dinov2", "dinov2", "lvd142m", IMAGENET, 518, "token", "DINOv2, LVD-142M",
                       _DINOV2, _APACHE),
     "dinov2_s14_reg": Row("vit_small_patch14_reg4_dinov2", "dinov2", "lvd142m", IMAGENET, 518, "token",
-                          "DINOv2 with registers, LVD-142M", _DINOV2, _APACHE),
+                          "DINOv2 + registers, LVD-142M", _DINOV2, _APACHE),
     "dinov2_b14_reg": Row("vit_base_patch14_reg4_dinov2", "dinov2", "lvd142m", IMAGENET, 518, "token",
-                          "DINOv2 with registers, LVD-142M", _DINOV2, _APACHE),
+                          "DINOv2 + registers, LVD-142M", _DINOV2, _APACHE),
     "dinov2_l14_reg": Row("vit_large_patch14_reg4_dinov2", "dinov2", "lvd142m", IMAGENET, 518, "token",
-                          "DINOv2 with registers, LVD-142M", _DINOV2, _APACHE),
+                          "DINOv2 + registers, LVD-142M", _DINOV2, _APACHE),
     "dinov2_g14_reg": Row("vit_giant_patch14_reg4_dinov2", "dinov2", "lvd142m", IMAGENET, 518, "token",
-                          "DINOv2 with registers, LVD-142M", _DINOV2, _APACHE),
+                          "DINOv2 + registers, LVD-142M", _DINOV2, _APACHE),
     # CLIP (arXiv 2103.00020), SigLIP (2303.15343), SigLIP 2 (2502.14786)
     "clip_b32": Row("vit_base_patch32_clip_quickgelu_224", "clip", "openai", CLIP, 224, "token", "CLIP, 400M pairs",
                     _CLIP, _MIT),
@@ -147,3 +148,24 @@ ZOO: dict[str, Row] = {
                        _APACHE),
 }
 # fmt: on
+
+
+def show() -> None:
+    """Print the table: a section a project, 100 characters wide."""
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=100)
+    columns = {"name": 17, "timm's model": 36, "px": 3, "pool": 5, "hub": 3, "trained": 28}  # and their widths
+    for (source, licence), rows in groupby(ZOO.items(), key=lambda item: (item[1].source, item[1].licence)):
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for column, width in columns.items():
+            table.add_column(column, width=width, no_wrap=True)
+        for name, row in rows:
+            hub = "yes" if row.pretrained else ""
+            table.add_row(name, row.architecture, str(row.size), row.pool, hub, row.trained)
+        console.print(f"\n{source}, {licence}", style="bold")
+        console.print(table)
+    console.print("\nbackbone.name=NAME backbone.weights=FILE (the project's own), or pretrained where hub says yes")
