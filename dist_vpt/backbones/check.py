@@ -112,7 +112,7 @@ def _candidates(layout: str) -> Iterator[tuple[str, Row]]:
     """Rows whose published files have this layout, or may have been saved again with timm's names."""
     for name, row in ZOO.items():
         # Of MoCo v3 and MAE, the fixed positions would have told; not so of what was tuned as a whole.
-        open_to_timm = row.layout not in ("mocov3", "mae") or row.options == {"global_pool": "avg"}
+        open_to_timm = row.layout not in ("mocov3", "mae") or row.options.get("global_pool") == "avg"
         saved_again = layout == "timm" and LAYOUTS[row.layout].family == "vit" and open_to_timm
         if layout.startswith(row.layout) or saved_again:
             yield name, row

@@ -382,8 +382,14 @@ def convert(name: str, tensors: Tensors, model: Any) -> tuple[dict[str, Tensor],
             if shape is not None and tuple(there.shape) != shape
         ]
         mismatched += wrong
-        if not wrong:
-            offered[at] = layout.value(at, found)
+        if wrong:
+            continue
+        try:
+            value = layout.value(at, found)
+        except (IndexError, RuntimeError):
+            continue  # one of several sources is of another shape, which is told where it is a tensor of its own
+        if value.shape == tensor.shape:
+            offered[at] = value
     rest = tensors.keys() - used
     left_out = {source for source in rest if re.match(layout.left_out, source)}
     mismatched += [
