@@ -22,7 +22,7 @@ def check(file: str) -> None:
     path = Path(file)
     tensors = read_tensors(path)
     layout = layout_of(tensors, path)
-    compared = {name: _compare(layout, tensors, row) for name, row in _candidates(layout)}
+    compared = {name: _compare(layout, tensors, row) for name, row in _candidates(layout, _patch(layout, tensors))}
     nearest = min(compared, key=lambda name: _count(compared[name]), default=None)
     fits = [name for name, difference in compared.items() if not difference]
     side = image_side(layout, tensors)
@@ -108,9 +108,11 @@ def _patch(layout: str, tensors: dict[str, Tensor]) -> int | None:
     return kernel.shape[0] if layout == "jax" else kernel.shape[-1]
 
 
-def _candidates(layout: str) -> Iterator[tuple[str, Row]]:
+def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, Row]]:
     """Rows whose published files have this layout, or may have been saved again with timm's names."""
     for name, row in ZOO.items():
+        if patch is not None and f"patch{patch}_" not in row.architecture:
+            continue
         # Of MoCo v3 and MAE, the fixed positions would have told; not so of what was tuned as a whole.
         open_to_timm = row.layout not in ("mocov3", "mae") or row.options.get("global_pool") == "avg"
         saved_again = layout == "timm" and LAYOUTS[row.layout].family == "vit" and open_to_timm
