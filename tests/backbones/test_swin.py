@@ -1,5 +1,6 @@
 """Swin as a backbone: against slow float64 mathematics, and with everything that runs on a backbone."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from dist_vpt.memory import apply_attention, apply_checkpointing
 from dist_vpt.methods import METHODS, MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
+from dist_vpt.predict import score
 from tests.backbones.published import FILES
+from tests.running import train
 from tests.reference import swin as reference
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
@@ -244,3 +247,22 @@ def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
     with pytest.raises(UserError, match=r"backbone.pool = token: Swin has the mean of its patches, and no class token"):
         built("tiny", 32, pool="token")
+
+
+# A whole run
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("linear", ["stream.cache=memory"]), ("mlp", ["method.width=8"]), ("full", ["runtime.checkpointing=block"])],
+)
+def test_a_run_is_scored_as_it_was(
+    method: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_the_cpu: None
+) -> None:
+    """Trained on the weights of a published file, saved, loaded again and scored: equal to the last digit."""
+    monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
+    file = FILES["swin"].save(tmp_path)
+    words = [f"backbone.weights={file}", "backbone.name=tiny", "data.image_size=32", f"method.name={method}", *more]
+    result = train(tmp_path / "run", *words)
+    assert "left out of the weights' file: head (2), " in (tmp_path / "run" / "train.log").read_text()
+    assert score(str(tmp_path / "run"), "test", "last") == result["last"]["test"]
