@@ -47,9 +47,9 @@ class Backbone(nn.Module):
         self.patches = vit.patch_embed.num_patches
         self.own_pool = partial(
             global_pool_nlc, pool_type=vit.global_pool, num_prefix_tokens=self.prefix,
-            reduce_include_prefix=vit.pool_include_prefix,
+            reduce_include_prefix=getattr(vit, "pool_include_prefix", False),
         )  # fmt: skip
-        self.pool_skips = 0 if vit.pool_include_prefix else self.prefix
+        self.pool_skips = 0 if getattr(vit, "pool_include_prefix", False) else self.prefix
         self.blocks, vit.blocks = vit.blocks, nn.Sequential()
         self.norm, vit.norm = vit.norm, nn.Identity()
         self.fc_norm, vit.fc_norm = vit.fc_norm, nn.Identity()

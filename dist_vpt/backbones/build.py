@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.layouts import Difference
 from dist_vpt.backbones.recipe import BackboneRecipe
+from dist_vpt.backbones.rotary import RotaryBackbone, is_dinov3
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.weights import load_into
 from dist_vpt.backbones.zoo import ZOO
@@ -20,7 +21,7 @@ from dist_vpt.errors import UserError, WeightsError, nearest
 
 DEMO = Path(__file__).parent / "demo" / "demo.safetensors"
 SUPPORTED = (
-    "this version tunes timm's VisionTransformer and SwinTransformer models (vit_*, deit3_*, swin_*, ...): "
+    "this version tunes timm's VisionTransformer and SwinTransformer models and DINOv3 (vit_*, deit3_*, swin_*, ...): "
     "choose a short name of `dist-vpt backbones`, or one of `timm.list_models('vit_*')`"
 )
 
@@ -75,7 +76,7 @@ def build(
             model.reset_classifier(0, pool)
         except AssertionError as error:
             raise UserError(f"backbone.pool = {pool}: timm refuses: {error} Choose another pool") from error
-    kind = SwinBackbone if isinstance(model, SwinTransformer) else Backbone
+    kind = SwinBackbone if isinstance(model, SwinTransformer) else RotaryBackbone if is_dinov3(model) else Backbone
     backbone = kind(model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
     return backbone, difference
@@ -90,7 +91,9 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
         raise UserError(
             f"backbone.name = {architecture}, image size {image_size}: timm refuses: {error}; {SUPPORTED}"
         ) from error
-    if type(model) not in (VisionTransformer, SwinTransformer):  # a subclass (the distilled DeiT) has another stem
+    if type(model) not in (VisionTransformer, SwinTransformer) and not is_dinov3(
+        model
+    ):  # a subclass (the distilled DeiT) has another stem
         raise UserError(f"backbone.name = {architecture} is a {type(model).__name__}; {SUPPORTED}")
     return model
 

@@ -180,6 +180,31 @@ def _registers_value(name: str, found: list[Tensor]) -> Tensor:
     return found[0][:, 1:] if name == "pos_embed" else found[0]
 
 
+_DINOV3_PARTS = {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+
+
+def _dinov3_sources(name: str) -> tuple[str, ...]:
+    """Of three biases in one, the keys' is fixed at zero; timm's model has the other two, or none."""
+    pattern = "|".join(_DINOV3_PARTS)
+    return (re.sub(pattern, lambda found: _DINOV3_PARTS[found[0]], re.sub(r"attn\.[qv]_bias", "attn.qkv.bias", name)),)
+
+
+def _dinov3_swiglu_sources(name: str) -> tuple[str, ...]:
+    """The huge model's MLP is a SwiGLU of three layers."""
+    parts = {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2", "mlp.fc2": "mlp.w3"}
+    return _dinov3_sources(re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], name))
+
+
+def _dinov3_shapes(name: str, shape: tuple[int, ...], heads: int) -> list[Shape]:
+    return [(3 * shape[0],) if name.endswith(("q_bias", "v_bias")) else shape]
+
+
+def _dinov3_value(name: str, found: list[Tensor]) -> Tensor:
+    if name.endswith(("q_bias", "v_bias")):
+        return found[0].chunk(3)[0 if name.endswith("q_bias") else 2]
+    return found[0]
+
+
 _CLIP_PARTS = {
     "patch_embed.proj": "conv1",
     "cls_token": "class_embedding",
@@ -210,6 +235,7 @@ def _clip_value(name: str, found: list[Tensor]) -> Tensor:
 
 
 _DINOV2 = rf"{CLASSIFIER}|mask_token$"
+_DINOV3 = rf"{_DINOV2}|rope_embed\.periods$|local_cls_norm\.|.*\.qkv\.bias(_mask)?$"
 LAYOUTS = {
     "jax": Layout(
         "vision transformer, JAX (.npz)",
@@ -246,6 +272,15 @@ LAYOUTS = {
         _registers(_dinov2_sources),
         _registers_shapes,
         _registers_value,
+    ),
+    "dinov3": Layout("DINOv3, PyTorch", "vit", _DINOV3, _dinov3_sources, _dinov3_shapes, _dinov3_value),
+    "dinov3_swiglu": Layout(
+        "DINOv3 with SwiGLU, PyTorch",
+        "vit",
+        _DINOV3,
+        _dinov3_swiglu_sources,
+        _dinov3_shapes,
+        _dinov3_value,
     ),
     "clip": Layout(
         "CLIP with its text encoder, PyTorch",
@@ -297,6 +332,8 @@ _MARKS: dict[str, Callable[[Tensors], bool]] = {  # layouts that a name gives aw
     "jax": _any(r"Transformer/encoderblock_\d|embedding/kernel$"),
     "mocov3": _any(r"(base|momentum)_encoder\."),
     "clip": _any(r"visual\.transformer\.resblocks\."),
+    "dinov3_swiglu": _all(r"storage_tokens$|rope_embed\.", r"blocks\.\d+\.mlp\.w[123]\."),
+    "dinov3": _any(r"storage_tokens$|rope_embed\."),
     "dinov2_registers_swiglu": _all(r"register_tokens$", r"blocks\.\d+\.mlp\.w12\."),
     "dinov2_registers": _any(r"register_tokens$"),
     "dinov2_swiglu": _any(r"blocks\.\d+\.mlp\.w12\."),
@@ -435,7 +472,13 @@ def _positions(layout: Layout, found: list[Tensor], own_1ND: Tensor, model: Any)
 
 
 def _agrees(there: Tensor, model: nn.Module, name: str) -> bool:
-    """Whether a buffer of a file is the model's own, where both hold it for windows of equal size and number."""
+    """Whether something left out is what the model computes itself.
+
+    A buffer is compared where both hold it for windows of equal size and number. A bias that the model has not must be
+    zero, as those of DINOv3's distilled models are.
+    """
+    if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.bias", name):
+        return there.is_meta or not there.any()
     own = dict(model.named_buffers()).get(name)
     if own is None or own.is_meta or own.shape != there.shape:
         return True

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dist_vpt.backbones.zoo import CLIP, HALF, IMAGENET, ZOO, Row
-from tests.reference import swin, vit
+from tests.reference import rotary, swin, vit
 
 D, H, DEPTH, G, SIDE = 16, 2, 2, 16, 32
 N = 1 + (SIDE // G) ** 2
@@ -251,6 +251,16 @@ def _dinov2(**more: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return torch_vit(patch=14) | scales | {"mask_token": (1, D), **more}
 
 
+def _dinov3() -> Arrays:
+    shapes = {name: shape for name, shape in _dinov2(storage_tokens=(1, 4, D)).items() if name != "pos_embed"}
+    shapes = {name: (D, 3, G, G) if name == "patch_embed.proj.weight" else shape for name, shape in shapes.items()}
+    arrays = filled(shapes | {"rope_embed.periods": (D // H // 4,)})
+    for i in range(DEPTH):
+        arrays[f"blocks.{i}.attn.qkv.bias"] = np.zeros(3 * D, np.float32)
+        arrays[f"blocks.{i}.attn.qkv.bias_mask"] = np.repeat([1, np.nan, 1], D).astype(np.float32)
+    return arrays
+
+
 def _of_registers(file: Arrays) -> Arrays:
     found = {name: array for name, array in file.items() if name not in ("mask_token", "register_tokens")}
     found["reg_token"] = file["register_tokens"]
@@ -349,6 +359,8 @@ class File:
         if self.row.layout == "swin":
             kept = {name: a for name, a in arrays.items() if not name.startswith("head.")}
             return swin.features(kept, images, heads=(2, 4), window=2, mean=mean, std=std)
+        if self.row.layout == "dinov3":
+            return rotary.features(arrays, images, heads=H, mean=mean, std=std)
         settings = {"num_heads": H, "patch_size": G, "mean": mean, "std": std, "pool": self.row.pool, **self.config}
         with pytest.MonkeyPatch.context() as patch:
             if self.row.layout == "clip":  # its GELU is an approximation
@@ -457,6 +469,12 @@ FILES = {
         ("mask_token",),
         reference=_of_registers,
         config={"patch_size": 14, "no_embed_class": True},
+    ),
+    "dinov3": File(
+        "dinov3",
+        _dinov3,
+        _row("vit_small_patch16_dinov3", "dinov3", IMAGENET, "token"),
+        ("mask_token", "rope_embed."),
     ),
     "clip": File(
         "clip",

@@ -41,21 +41,26 @@ def test_the_features_are_the_published_models(file: File, tmp_path: Path) -> No
     assert np.abs(found_BD - wanted_BD).max() < TOLERANCE * np.abs(wanted_BD).max()
 
 
+def computed(file: File) -> tuple[str, ...]:
+    """Ends of the names of what a model computes itself."""
+    return {"swin": ("index", "mask"), "dinov3": ("qkv.bias", "mask")}.get(file.row.layout, ("nothing",))
+
+
 def test_what_is_left_out_is_told(file: File, tmp_path: Path) -> None:
     difference = load_into(model_of(file.row), file.save(tmp_path), lenient=False)
     names = {name.removeprefix("module.") for name in file.arrays()}
-    loaded = {name for name in names if file.row.layout != "swin" or not name.endswith(("index", "mask"))}
+    loaded = {name for name in names if not name.endswith(computed(file))}
     loaded = {name for name in loaded if not name.startswith(file.left_out) or name.startswith("layers.")}
     assert set(difference.left_out) == names - loaded
     assert recognise(read_tensors(file.save(tmp_path))) == file.layout
 
 
 def needed(file: File, arrays: Arrays) -> list[str]:
-    names = [name for name in arrays if not name.removeprefix("module.").startswith(file.left_out)]
-    if file.row.layout == "swin":
-        names = [name for name in arrays if not name.endswith(("index", "mask")) and not name.startswith("head.")]
+    """Names that a model cannot do without."""
+    others = tuple(beginning for beginning in file.left_out if beginning != "layers.")
+    names = [name for name in arrays if not name.removeprefix("module.").startswith(others)]
     # A file without registers is one of the layout without them, and is told as that.
-    return [name for name in names if name != "register_tokens"]
+    return [name for name in names if not name.endswith((*computed(file), "register_tokens"))]
 
 
 def refused(model: Any, path: Path) -> str:
@@ -94,11 +99,39 @@ def test_a_file_with_a_tensor_of_another_shape_is_refused_by_its_name(file: File
 
 
 def test_positions_are_resampled_to_another_image_size(file: File, tmp_path: Path) -> None:
-    if file.row.layout == "swin":
-        pytest.skip("Swin's windows keep their size")
+    if file.row.layout in ("swin", "dinov3"):
+        pytest.skip("has no table of positions")
     model = create(file.row.architecture, 2 * file.row.size, **file.row.options)
     assert not load_into(model, file.save(tmp_path), lenient=False)
     assert model.pos_embed.isfinite().all()
+
+
+def test_dinov3_with_swiglu_loads(tmp_path: Path) -> None:
+    model = create("vit_huge_plus_patch16_dinov3", 32, **VIT, mlp_ratio=4)
+    arrays = {name: array for name, array in FILES["dinov3"].arrays().items() if ".mlp." not in name}
+    inner = model.blocks[0].mlp.fc2.weight.shape[1]
+    for i in range(2):
+        shapes: dict[str, tuple[int, ...]] = {"w1": (inner, 16), "w2": (inner, 16), "w3": (16, inner)}
+        for name, shape in shapes.items():
+            of_layer = {f"blocks.{i}.mlp.{name}.weight": shape, f"blocks.{i}.mlp.{name}.bias": shape[:1]}
+            arrays |= filled(of_layer, seed=int(name[1]))
+    path = FILES["dinov3"].save(tmp_path, arrays)
+    assert recognise(read_tensors(path)) == "dinov3_swiglu"
+    assert not load_into(model, path, lenient=False)
+    for ours, theirs in (("fc1_g", "w1"), ("fc1_x", "w2"), ("fc2", "w3")):
+        found = getattr(model.blocks[1].mlp, ours).weight
+        assert torch.equal(found, torch.from_numpy(arrays[f"blocks.1.mlp.{theirs}.weight"]))
+
+
+def test_a_bias_that_the_model_has_not_must_be_zero(tmp_path: Path) -> None:
+    arrays = FILES["dinov3"].arrays()
+    arrays["blocks.1.attn.qkv.bias"][3] = 0.1
+    path = FILES["dinov3"].save(tmp_path, arrays)
+    message = refused(model_of(FILES["dinov3"].row), path)
+    assert "1 of another shape: blocks.1.attn.qkv.bias: its numbers differ" in message
+    with_bias = create("vit_small_patch16_dinov3_qkvb", 32, **VIT)
+    assert not load_into(with_bias, path, lenient=False)
+    assert torch.equal(with_bias.blocks[1].attn.q_bias, torch.from_numpy(arrays["blocks.1.attn.qkv.bias"][:16]))
 
 
 def test_dinov2_with_swiglu_loads(tmp_path: Path) -> None:

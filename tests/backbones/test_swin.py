@@ -23,8 +23,8 @@ from dist_vpt.methods.base import Method
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
 from dist_vpt.predict import score
 from tests.backbones.published import FILES
-from tests.running import train
 from tests.reference import swin as reference
+from tests.running import train
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
 SHAPE = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2, "num_classes": 0}
