@@ -95,6 +95,10 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
         model
     ):  # a subclass (the distilled DeiT) has another stem
         raise UserError(f"backbone.name = {architecture} is a {type(model).__name__}; {SUPPORTED}")
+    if hasattr(model.patch_embed, "backbone"):
+        raise UserError(
+            f"backbone.name = {architecture} is a hybrid (a vision transformer on a ResNet stem); {SUPPORTED}"
+        )
     return model
 
 

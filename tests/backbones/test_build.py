@@ -200,7 +200,7 @@ def test_unknown_names(name: str, hint: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "swinv2_tiny_window8_256", "levit_128", "eva02_tiny_patch14_224",
-     "vit_relpos_small_patch16_224", "test_efficientnet",
+     "vit_relpos_small_patch16_224", "vit_tiny_r_s16_p8_224", "test_efficientnet",
      "deit_tiny_distilled_patch16_224"],
 )  # fmt: skip
 def test_models_that_are_no_vision_transformer(name: str) -> None:

@@ -42,8 +42,9 @@ def test_every_row_is_a_model_that_can_be_tuned(name: str) -> None:
     with torch.device("meta"):
         model = create(row.architecture, row.size, **row.options)
     assert LAYOUTS[row.layout].family == ("swin" if hasattr(model, "layers") else "vit")
-    # Pre-trained MAE's class token was trained for nothing: VPT's tables read the mean of its patches.
-    assert row.pool == ("avg" if row.layout == "mae" else model.global_pool)
+    # Pre-trained MAE's class token was trained for nothing: VPT's tables read the mean of its patches. DINOv3's is what
+    # it was trained by, though timm's default is the mean.
+    assert row.pool == {"mae": "avg", "dinov3": "token"}.get(row.layout, model.global_pool)
     assert row.channels in (HALF, IMAGENET, CLIP)
     assert row.source.startswith("github.com/")
     assert row.trained
@@ -62,6 +63,8 @@ def _published_shape(name: str) -> tuple[int, Any, int]:
     kind = re.sub(r"\d+$", "", name.split("_")[1])
     if name == "mocov3_s16":
         return 384, 12, 12
+    if name == "dinov3_h16":
+        return 1280, 32, 20
     return {
         "ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16),
         "g": (1536, 40, 24), "so": (1152, 27, 16),
