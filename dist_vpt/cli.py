@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(call=_report, rest="folders")
 
     _add_data(commands, common)
+    _add_backbones(commands, common)
 
     recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
     kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
@@ -171,6 +172,16 @@ def _add_data(commands: Any, common: argparse.ArgumentParser) -> None:
     check.add_argument("tasks", nargs="*", metavar="TASK", help="default: whatever is there")
     check.add_argument("--root", required=True, metavar="DIR", help="folder in which the datasets lie")
     check.set_defaults(call=_check, rest="tasks")
+
+
+def _add_backbones(commands: Any, common: argparse.ArgumentParser) -> None:
+    backbones = commands.add_parser("backbones", parents=[common], help="list published weights, or check a file")
+    backbones.set_defaults(call=_backbones)
+    check = backbones.add_subparsers(metavar="COMMAND").add_parser(
+        "check", parents=[common], help="say what a weight file is, and whether it loads"
+    )
+    check.add_argument("file", metavar="FILE", help="a .safetensors, .pth, .pth.tar or .npz file")
+    check.set_defaults(call=_backbones_check)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -246,6 +257,18 @@ def _check(arguments: argparse.Namespace) -> None:
     from dist_vpt.data.check import check
 
     check(arguments.root, arguments.tasks)
+
+
+def _backbones(arguments: argparse.Namespace) -> None:
+    from dist_vpt.backbones.zoo import show
+
+    show()
+
+
+def _backbones_check(arguments: argparse.Namespace) -> None:
+    from dist_vpt.backbones.check import check
+
+    check(arguments.file)
 
 
 def _report(arguments: argparse.Namespace) -> None:

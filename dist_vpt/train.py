@@ -134,6 +134,8 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
     if stream:
         headline.append(stream)
+    if parts.difference.left_out:
+        headline.append(f"left out of the weights' file: {parts.difference.told_left_out()}")
     if parts.difference:
         headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
     if newest is not None:

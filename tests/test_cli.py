@@ -34,6 +34,8 @@ COMMANDS = {
     "dist-vpt data": {"--help"},
     "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
     "dist-vpt data check": {"--help", "--debug", "TASK *", "--root"},
+    "dist-vpt backbones": {"--help", "--debug"},
+    "dist-vpt backbones check": {"--help", "--debug", "FILE"},
     "dist-vpt report": {"--help", "--debug", "DIR +", "--out", "--no-published"},
     "dist-vpt recipe": {"--help"},
     "dist-vpt recipe show": {"--help", "--debug", "RECIPE|a.b=c *"},
@@ -80,7 +82,7 @@ def test_importing_the_package_and_asking_for_help_imports_no_torch() -> None:
     code = """
 import contextlib, sys
 import dist_vpt.cli
-commands = (["train"], ["suite"], ["data", "check"], ["report"], ["recipe", "show"])
+commands = (["train"], ["suite"], ["data", "check"], ["backbones", "check"], ["report"], ["recipe", "show"])
 for words in (["--help"], *([*command, "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
         dist_vpt.cli.main(words)
@@ -114,6 +116,8 @@ def test_python_m_is_the_command() -> None:
         ["compress", "run"],
         ["compress", "run", "--keep", "0.5", "--mode", "nonsense"],
         ["compress", "run", "--keep", "0.5", "--lasso", "much"],
+        ["backbones", "nonsense"],
+        ["backbones", "check"],
         ["report"],
         ["report", "runs", "--out"],
         ["recipe"],

@@ -30,30 +30,33 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vit: VisionTransformer, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool):
+    def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool):
         super().__init__()
-        self.width = vit.embed_dim
-        self.patch_size = vit.patch_embed.patch_size
-        self.prefix = vit.num_prefix_tokens
-        self.patches = vit.patch_embed.num_patches
-        self.own_pool = partial(
-            global_pool_nlc, pool_type=vit.global_pool, num_prefix_tokens=self.prefix,
-            reduce_include_prefix=vit.pool_include_prefix,
-        )  # fmt: skip
-        self.pool_skips = 0 if vit.pool_include_prefix else self.prefix
+        self._take_apart(model)
         self.stochastic = stochastic
-        self.blocks, vit.blocks = vit.blocks, nn.Sequential()
-        self.norm, vit.norm = vit.norm, nn.Identity()
-        self.fc_norm, vit.fc_norm = vit.fc_norm, nn.Identity()
-        self.attn_pool, vit.attn_pool = vit.attn_pool, None
-        vit.head, vit.global_pool = nn.Identity(), ""
-        self.stem = vit
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         # Kernels and memory policies wrap this call from outside (memory.py); blocks are never run another way.
         self.run_block: Callable[[nn.Module, Tensor], Tensor] = _call
         self.chosen: dict[str, str] = {}  # what they came to, for the log and the result
         self.train(False)
+
+    def _take_apart(self, vit: VisionTransformer) -> None:
+        self.width = vit.embed_dim
+        self.patch_size = vit.patch_embed.patch_size
+        self.prefix = vit.num_prefix_tokens
+        self.patches = vit.patch_embed.num_patches
+        self.own_pool = partial(
+            global_pool_nlc, pool_type=vit.global_pool, num_prefix_tokens=self.prefix,
+            reduce_include_prefix=getattr(vit, "pool_include_prefix", False),
+        )  # fmt: skip
+        self.pool_skips = 0 if getattr(vit, "pool_include_prefix", False) else self.prefix
+        self.blocks, vit.blocks = vit.blocks, nn.Sequential()
+        self.norm, vit.norm = vit.norm, nn.Identity()
+        self.fc_norm, vit.fc_norm = vit.fc_norm, nn.Identity()
+        self.attn_pool, vit.attn_pool = vit.attn_pool, None
+        vit.head, vit.global_pool = nn.Identity(), ""
+        self.stem = vit
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode (no dropout, no stochastic depth) unless the recipe asks for stochastic depth."""

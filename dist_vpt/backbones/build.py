@@ -7,17 +7,22 @@ from typing import Any
 
 import timm
 from safetensors import safe_open
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.layouts import Difference
 from dist_vpt.backbones.recipe import BackboneRecipe
-from dist_vpt.backbones.weights import Difference, load_into
+from dist_vpt.backbones.rotary import RotaryBackbone, is_dinov3
+from dist_vpt.backbones.swin import SwinBackbone
+from dist_vpt.backbones.weights import load_into
+from dist_vpt.backbones.zoo import ZOO
 from dist_vpt.errors import UserError, WeightsError, nearest
 
 DEMO = Path(__file__).parent / "demo" / "demo.safetensors"
 SUPPORTED = (
-    "this version tunes timm's VisionTransformer models (vit_*, deit3_*, ...): "
-    "choose one of `timm.list_models('vit_*')`"
+    "this version tunes timm's VisionTransformer and SwinTransformer models and DINOv3 (vit_*, deit3_*, swin_*, ...): "
+    "choose a short name of `dist-vpt backbones`, or one of `timm.list_models('vit_*')`"
 )
 
 
@@ -36,6 +41,9 @@ def describe(recipe: BackboneRecipe) -> Description:
     if recipe.name == "demo":
         wants = _demo_metadata()["preprocessing"]
         return Description(wants["image_size"], tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"])
+    if recipe.name in ZOO:
+        row = ZOO[recipe.name]
+        return Description(row.size, row.channels.mean, row.channels.std, row.interpolation)
     cfg = timm.get_pretrained_cfg(_known(recipe.name))
     if cfg is None:
         raise UserError(f"backbone.name = {recipe.name}: timm has no preprocessing for it; name its weights' tag")
@@ -53,22 +61,48 @@ def build(
     """Build the backbone, load its weights; frozen, in float32 and in eval mode.
 
     Returns the backbone and the proven difference between its tensors and the file's. Raises WeightsError where
-    they differ and ``recipe.load`` is strict, UserError for a model that is not a ViT or an image size that the
-    patches do not divide.
+    they differ and ``recipe.load`` is strict, UserError for a model that is no ViT and no Swin, or an image size that
+    its patches or windows do not divide.
     """
-    vit = _create(recipe, image_size)
-    difference = _load(vit, recipe)
-    if recipe.pool is not None:  # after loading: a timm model built for another pooling has other norms
+    model = _create(recipe, image_size)
+    difference = _load(model, recipe)
+    pool = recipe.pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
+    if pool not in (None, model.global_pool):  # after loading: a timm model built for another pooling has other norms
+        if isinstance(model, SwinTransformer):
+            raise UserError(
+                f"backbone.pool = {pool}: Swin has the mean of its patches, and no class token; leave it out"
+            )
         try:
-            vit.reset_classifier(0, recipe.pool)
+            model.reset_classifier(0, pool)
         except AssertionError as error:
-            raise UserError(f"backbone.pool = {recipe.pool}: timm refuses: {error} Choose another pool") from error
-    backbone = Backbone(vit, mean=mean, std=std, stochastic=recipe.drop_path > 0)
+            raise UserError(f"backbone.pool = {pool}: timm refuses: {error} Choose another pool") from error
+    kind = SwinBackbone if isinstance(model, SwinTransformer) else RotaryBackbone if is_dinov3(model) else Backbone
+    backbone = kind(model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
     return backbone, difference
 
 
-def _create(recipe: BackboneRecipe, image_size: int) -> VisionTransformer:
+def create(architecture: str, image_size: int, **options: Any) -> VisionTransformer | SwinTransformer:
+    """A timm model without a head and with random weights. Raises UserError where it cannot be tuned here."""
+    options = {"num_classes": 0, "img_size": image_size} | options
+    try:
+        model = timm.create_model(architecture, pretrained=False, **options)
+    except (TypeError, AssertionError) as error:
+        raise UserError(
+            f"backbone.name = {architecture}, image size {image_size}: timm refuses: {error}; {SUPPORTED}"
+        ) from error
+    if type(model) not in (VisionTransformer, SwinTransformer) and not is_dinov3(
+        model
+    ):  # a subclass (the distilled DeiT) has another stem
+        raise UserError(f"backbone.name = {architecture} is a {type(model).__name__}; {SUPPORTED}")
+    if hasattr(model.patch_embed, "backbone"):
+        raise UserError(
+            f"backbone.name = {architecture} is a hybrid (a vision transformer on a ResNet stem); {SUPPORTED}"
+        )
+    return model
+
+
+def _create(recipe: BackboneRecipe, image_size: int) -> VisionTransformer | SwinTransformer:
     if recipe.name == "demo":
         architecture = _demo_metadata()["architecture"] | {
             "img_size": image_size,
@@ -76,28 +110,33 @@ def _create(recipe: BackboneRecipe, image_size: int) -> VisionTransformer:
         }
         _check_patches(image_size, architecture["patch_size"])
         return VisionTransformer(**architecture)
-    options: dict[str, Any] = {"num_classes": 0, "img_size": image_size, "drop_path_rate": recipe.drop_path}
-    name = _known(recipe.name)
-    try:
-        vit = timm.create_model(name, pretrained=False, **options)
-    except (TypeError, AssertionError) as error:
-        raise UserError(
-            f"backbone.name = {recipe.name}, image size {image_size}: timm refuses: {error}; {SUPPORTED}"
-        ) from error
-    if type(vit) is not VisionTransformer:  # a subclass (the distilled DeiT) has another stem and head
-        raise UserError(f"backbone.name = {recipe.name} is a {type(vit).__name__}; {SUPPORTED}")
-    _check_patches(image_size, vit.patch_embed.patch_size[0])
-    return vit
+    row = ZOO.get(recipe.name)
+    name, options = (row.architecture, row.options) if row else (_known(recipe.name), {})
+    model = create(name, image_size, drop_path_rate=recipe.drop_path, **options)
+    if isinstance(model, SwinTransformer):
+        _check_windows(image_size, describe(recipe).image_size, model)
+    else:
+        _check_patches(image_size, model.patch_embed.patch_size[0])
+    return model
 
 
-def _load(vit: VisionTransformer, recipe: BackboneRecipe) -> Difference:
+def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneRecipe) -> Difference:
     if recipe.weights == "random":
         return Difference()
     if recipe.weights != "pretrained":
-        return load_into(vit, Path(recipe.weights), lenient=recipe.load == "lenient")
+        return load_into(model, Path(recipe.weights), lenient=recipe.load == "lenient")
     if recipe.name == "demo":
-        return load_into(vit, DEMO, lenient=False)
-    return load_into(vit, _from_hub(recipe.name), lenient=recipe.load == "lenient")
+        return load_into(model, DEMO, lenient=False)
+    name = recipe.name
+    if name in ZOO:
+        row = ZOO[name]
+        if row.pretrained is None:
+            raise WeightsError(
+                f"backbone.name = {name}: timm's hub has no such weights; fetch the file from {row.source} and give "
+                "backbone.weights=FILE"
+            )
+        name = row.pretrained
+    return load_into(model, _from_hub(name), lenient=recipe.load == "lenient")
 
 
 def _from_hub(name: str) -> Path:
@@ -132,14 +171,28 @@ def _from_hub(name: str) -> Path:
 
 def _known(name: str) -> str:
     if not timm.is_model(name):
-        raise UserError(
-            f"backbone.name = {name}: not a timm model; {nearest(name, ['demo', *timm.list_models('*vit*')])}"
-        )
+        raise UserError(f"backbone.name = {name}: not a timm model; {nearest(name, ['demo', *ZOO, *_models()])}")
     architecture, _, tag = name.partition(".")
     tags = {known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", include_tags=True)}
     if tag and tag not in tags:
         raise UserError(f"backbone.name = {name}: timm has no weights {tag!r} for it; {nearest(tag, tags)}")
     return name
+
+
+def _models() -> list[str]:
+    return [*timm.list_models("*vit*"), *timm.list_models("swin_*")]
+
+
+def _check_windows(image_size: int, own_size: int, swin: SwinTransformer) -> None:
+    """At the weights' own size, windows tile the grid of every stage; multiples of it are all sizes where they do."""
+    if image_size % own_size:
+        lower = image_size // own_size * own_size
+        sizes = f"{lower} or {lower + own_size}" if lower else str(own_size)
+        window, patch = swin.layers[0].blocks[0].window_size[0], swin.patch_embed.patch_size[0]
+        raise UserError(
+            f"image size {image_size}: Swin's windows of {window} x {window} patches of {patch} pixels must tile the "
+            f"grids of all its {len(swin.layers)} stages: must be a multiple of {own_size}; use data.image_size={sizes}"
+        )
 
 
 def _check_patches(image_size: int, patch_size: int) -> None:

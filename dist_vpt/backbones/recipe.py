@@ -10,12 +10,16 @@ class BackboneRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str = Field("demo", description="a timm model name (a ViT), or 'demo': the small ViT in this package")
+    name: str = Field(
+        "demo",
+        description="a short name of `dist-vpt backbones`, a timm model name (a ViT or a Swin), or 'demo', "
+        "the small ViT in this package",
+    )
     weights: str = Field(
         "pretrained",
         min_length=1,
         description="'pretrained' (timm's, from the hub; for demo the file in this package), 'random', or a file: "
-        ".safetensors, .pth/.pt/.bin (tensors only) or .npz (JAX)",
+        ".safetensors, .pth/.pth.tar/.pt/.bin (no pickled code) or .npz (JAX)",
     )
     load: Literal["strict", "lenient"] = Field(
         "strict",

@@ -24,12 +24,15 @@ METHODS = {
 def attach(recipe: MethodRecipe, backbone: "Backbone", classes: int, compute: "torch.dtype | None" = None) -> "Method":
     """Attach the method that the recipe names to a float32 backbone, to be computed in ``compute`` (None: float32).
 
-    What is trained stays float32; frozen weights are held in ``compute`` from here on.
+    What is trained stays float32; frozen weights are held in ``compute`` from here on. Raises UserError for a method
+    that cannot work on this backbone.
     """
     import torch
 
     module, name = METHODS[recipe.name].split(":")
-    return getattr(import_module(module), name)(recipe, backbone, classes, compute or torch.float32)
+    method = getattr(import_module(module), name)
+    method.check_backbone(backbone)
+    return method(recipe, backbone, classes, compute or torch.float32)
 
 
 __all__ = ["METHODS", "MethodRecipe", "attach"]

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.swin import SwinBackbone
+from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream import Observed, Reads, observe
 
 
@@ -27,6 +29,8 @@ class Method(nn.Module):
 
     # Whether the backbone's own weights are trained: they then stay float32 and are computed under autocast.
     trains_backbone: ClassVar[bool] = False
+    # Whether it works on Swin, where tokens attend within windows, and no list of them goes through all blocks.
+    on_swin: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone, classes: int, compute: torch.dtype, features: int | None = None):
         """``features``: what the head reads of an image, D unless given."""
@@ -36,6 +40,16 @@ class Method(nn.Module):
             backbone.hold_in(compute)
         self.compute = compute
         self.head: nn.Module = classification_head(features or backbone.width, classes)
+
+    @classmethod
+    def check_backbone(cls, backbone: Backbone) -> None:
+        """Raises UserError where the method cannot work on this backbone."""
+        if isinstance(backbone, SwinBackbone) and not cls.on_swin:
+            raise UserError(
+                f"method.name = {cls.__name__.lower()}: not on Swin, whose tokens attend within windows and are merged "
+                "between stages, so that there is no list of tokens that every block sees; choose a ViT, or a method "
+                "that reads or trains the whole backbone, such as linear or full"
+            )
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimiser gets."""

@@ -12,6 +12,7 @@ class Full(Method):
     """Weights are held and updated in float32 and computed in the recipe's precision (autocast)."""
 
     trains_backbone = True
+    on_swin = True
 
     def __init__(self, recipe: FullRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)

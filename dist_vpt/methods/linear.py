@@ -12,6 +12,8 @@ from dist_vpt.methods.recipe import LinearRecipe
 class Linear(Reader):
     """K x (D + 1) trained numbers; the backbone's pooled features are all that it reads."""
 
+    on_swin = True
+
     def __init__(self, recipe: LinearRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
 

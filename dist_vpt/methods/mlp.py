@@ -14,6 +14,8 @@ from dist_vpt.methods.recipe import MLPRecipe
 class MLP(Reader):
     """Hidden layers D -> width -> ... -> width (kaiming-normal), then the head that every method has."""
 
+    on_swin = True
+
     def __init__(self, recipe: MLPRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
         width = recipe.width or backbone.width
         super().__init__(backbone, classes, compute, features=width if recipe.layers > 1 else None)

@@ -117,7 +117,7 @@ def test_a_classifier_in_the_file_is_left_out_and_said(tiny_vit: MakeVit, tmp_pa
     source, vit = tiny_vit(seed=1, num_classes=5), tiny_vit(seed=2)
     difference = load_into(vit, save(source, tmp_path / "a.safetensors", "safetensors"), lenient=False)
     assert not difference
-    assert difference.classifier == ("head.bias", "head.weight")
+    assert difference.left_out == ("head.bias", "head.weight")
     assert torch.equal(vit.norm.weight, source.norm.weight)
 
 

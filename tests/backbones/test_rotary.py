@@ -1,0 +1,136 @@
+"""DINOv3 as a backbone: against slow float64 mathematics, with prompts and with everything that runs on a backbone."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from dist_vpt.backbones.build import build
+from dist_vpt.backbones.recipe import BackboneRecipe
+from dist_vpt.backbones.rotary import RotaryBackbone
+from dist_vpt.backbones.zoo import ZOO
+from dist_vpt.errors import UserError
+from dist_vpt.memory import apply_attention, apply_checkpointing
+from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.methods.base import Method
+from tests.backbones.published import FILES, Arrays
+from tests.reference import rotary as reference
+
+MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}  # DINOv3's angles are float32 in timm, whatever the weights are
+LABELS = torch.tensor([0, 2, 1])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "linear": {"name": "linear"},
+    "full": {"name": "full"},
+    "vpt": {"name": "vpt", "prompts": 3},
+    "vpt shallow": {"name": "vpt", "prompts": 2, "deep": False},
+}
+
+
+@pytest.fixture
+def arrays() -> Arrays:
+    return FILES["dinov3"].arrays()
+
+
+@pytest.fixture
+def make(arrays: Arrays, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes methods on the tiny DINOv3 of the published names."""
+    monkeypatch.setitem(ZOO, "tiny", FILES["dinov3"].row)
+    path = str(FILES["dinov3"].save(tmp_path, arrays))
+
+    def make_method(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Method:
+        backbone, _ = build(BackboneRecipe(name="tiny", weights=path), image_size=32, mean=MEAN, std=STD)
+        assert isinstance(backbone, RotaryBackbone)
+        torch.manual_seed(3)
+        method = attach(TypeAdapter(MethodRecipe).validate_python(settings), backbone, 4, dtype)
+        for name, parameter in method.named_parameters():
+            if name == "prompts":
+                torch.nn.init.normal_(parameter)
+        if dtype == torch.float64:
+            method.double()
+            for name, values in (("mean", MEAN), ("std", STD)):
+                setattr(method.backbone, name, torch.tensor(values, dtype=dtype).view(1, 3, 1, 1) * 255)
+        return method
+
+    return make_method
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def expected(arrays: Arrays, images: Tensor, prompts: Any = ()) -> np.ndarray:
+    return reference.features(arrays, images.numpy(), heads=2, mean=MEAN, std=STD, prompts=prompts)
+
+
+def loss_of(method: Method, images: Tensor) -> Tensor:
+    return F.cross_entropy(method(images), LABELS)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", ["linear", "vpt"])
+def test_logits_are_the_references(name: str, dtype: torch.dtype, make: Any, arrays: Arrays, images: Tensor) -> None:
+    method = make(SETTINGS[name], dtype)
+    prompts = method.prompts.detach().double().numpy() if name == "vpt" else ()
+    weight_KD, bias_K = (p.detach().double().numpy() for p in (method.head.weight, method.head.bias))
+    wanted_BK = expected(arrays, images, prompts) @ weight_KD.T + bias_K
+    for kernel in ("eager", "sdpa"):
+        apply_attention(method.backbone, kernel)
+        found_BK = method.eval()(images).detach().double().numpy()
+        assert np.abs(found_BK - wanted_BK).max() < TOLERANCE[dtype] * np.abs(wanted_BK).max(), kernel
+
+
+def test_gradients_of_prompts_are_the_references(make: Any, arrays: Arrays, images: Tensor) -> None:
+    method = make(SETTINGS["vpt"], torch.float64).train()
+    loss_of(method, images).backward()
+    weight_KD, bias_K = (p.detach().numpy() for p in (method.head.weight, method.head.bias))
+    prompts_LPD, random = method.prompts.detach().numpy(), np.random.default_rng(2)
+
+    def loss(prompts: np.ndarray) -> float:
+        logits_BK = expected(arrays, images, prompts) @ weight_KD.T + bias_K
+        logits_BK = logits_BK - logits_BK.max(axis=1, keepdims=True)
+        chosen_B = logits_BK[np.arange(3), LABELS.numpy()]
+        return float(np.mean(np.log(np.exp(logits_BK).sum(axis=1)) - chosen_B))
+
+    for _ in range(4):
+        direction, step = random.normal(size=prompts_LPD.shape), 1e-5
+        slope = (loss(prompts_LPD + step * direction) - loss(prompts_LPD - step * direction)) / (2 * step)
+        found = float((method.prompts.grad.numpy() * direction).sum())
+        assert abs(found - slope) < 1e-6 * np.linalg.norm(method.prompts.grad) * np.linalg.norm(direction)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_checkpointing_changes_nothing(name: str, make: Any, images: Tensor) -> None:
+    plain, checkpointed = make(SETTINGS[name]), make(SETTINGS[name])
+    apply_checkpointing(checkpointed.backbone, "block")
+    losses = []
+    for method in (plain, checkpointed):
+        losses.append(loss_of(method.train(), images))
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    for (key, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
+        assert torch.equal(a.grad, b.grad), key
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_bf16_is_near(name: str, make: Any, images: Tensor) -> None:
+    exact, half = make(SETTINGS[name]).eval()(images), make(SETTINGS[name], torch.bfloat16).eval()(images)
+    assert half.dtype == torch.float32
+    assert (exact - half).norm() < 0.03 * exact.norm()
+
+
+def test_biases_of_keys_are_held_like_the_weights() -> None:
+    recipe = BackboneRecipe(name="vit_tiny_patch16_dinov3_qkvb", weights="random")
+    backbone, _ = build(recipe, image_size=32, mean=MEAN, std=STD)
+    backbone.hold_in(torch.bfloat16)
+    assert backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16
+
+
+def test_vqt_is_refused(make: Any) -> None:
+    with pytest.raises(UserError, match="block 0 of the backbone is a EvaBlock with EvaAttention"):
+        make({"name": "vqt"})

@@ -1,0 +1,268 @@
+"""Swin as a backbone: against slow float64 mathematics, and with everything that runs on a backbone."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor
+
+from dist_vpt.backbones.build import build, describe
+from dist_vpt.backbones.recipe import BackboneRecipe
+from dist_vpt.backbones.swin import SwinBackbone
+from dist_vpt.backbones.zoo import ZOO
+from dist_vpt.errors import UserError
+from dist_vpt.frozen_stream import Reads, observe
+from dist_vpt.memory import apply_attention, apply_checkpointing
+from dist_vpt.methods import METHODS, MethodRecipe, attach
+from dist_vpt.methods.base import Method
+from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
+from dist_vpt.predict import score
+from tests.backbones.published import FILES
+from tests.reference import swin as reference
+from tests.running import train
+
+MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
+SHAPE = {"img_size": 32, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "window_size": 2, "num_classes": 0}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}  # relative to the largest number
+LABELS = torch.tensor([0, 2, 1])
+SETTINGS: dict[str, dict[str, Any]] = {
+    "linear": {"name": "linear"},
+    "mlp": {"name": "mlp", "layers": 2, "width": 8},
+    "full": {"name": "full"},
+}
+
+
+def make_swin(**changes: Any) -> SwinTransformer:
+    torch.manual_seed(0)
+    swin = SwinTransformer(**(SHAPE | {"drop_path_rate": 0.0} | changes))
+    with torch.no_grad():
+        for name, parameter in swin.named_parameters():
+            noise = torch.randn_like(parameter) * 0.3
+            parameter.copy_(1 + noise if "norm" in name and "weight" in name else noise)
+    return swin
+
+
+def make_backbone(dtype: torch.dtype = torch.float32, *, stochastic: bool = False, **changes: Any) -> SwinBackbone:
+    backbone = SwinBackbone(make_swin(**changes), mean=MEAN, std=STD, stochastic=stochastic)
+    backbone.requires_grad_(False).to(dtype)
+    for name, values in (("mean", MEAN), ("std", STD)):  # not rounded to float32 on the way
+        setattr(backbone, name, torch.tensor(values, dtype=dtype).view(1, 3, 1, 1) * 255)
+    return backbone
+
+
+def make(settings: dict[str, Any], dtype: torch.dtype = torch.float32, **backbone: Any) -> Method:
+    recipe = TypeAdapter(MethodRecipe).validate_python(settings)
+    torch.manual_seed(3)
+    return attach(recipe, make_backbone(dtype, **backbone), 4, dtype)
+
+
+def published(swin: SwinTransformer) -> dict[str, np.ndarray]:
+    """Weights under the published names, where patches are merged at the end of a stage."""
+    return {
+        name.replace("layers.1.downsample", "layers.0.downsample"): tensor.double().numpy()
+        for name, tensor in swin.state_dict().items()
+    }
+
+
+def expected(weights: dict[str, np.ndarray], images: Tensor) -> np.ndarray:
+    return reference.features(weights, images.numpy(), heads=(2, 4), window=2, mean=MEAN, std=STD)
+
+
+def loss_of(method: Method, images: Tensor) -> Tensor:
+    return F.cross_entropy(method(images), LABELS)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_features_are_the_references(dtype: torch.dtype, kernel: str, images: Tensor) -> None:
+    backbone = make_backbone(dtype)
+    apply_attention(backbone, kernel)
+    found_BD = backbone.pool(backbone(images)).double().numpy()
+    wanted_BD = expected(published(make_swin()), images)
+    assert found_BD.shape == wanted_BD.shape == (3, backbone.width)
+    assert np.abs(found_BD - wanted_BD).max() < TOLERANCE[dtype] * np.abs(wanted_BD).max()
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_features_in_bf16_are_near(kernel: str, images: Tensor) -> None:
+    backbone = make_backbone().hold_in(torch.bfloat16)
+    apply_attention(backbone, kernel)
+    assert backbone.dtype == torch.bfloat16
+    found_BD = backbone.pool(backbone(images)).double().numpy()
+    wanted_BD = expected(published(make_swin()), images)
+    assert np.linalg.norm(found_BD - wanted_BD) < 0.03 * np.linalg.norm(wanted_BD)
+
+
+def test_gradients_of_all_weights_are_the_references(images: Tensor) -> None:
+    """Along one random direction of each tensor, against the reference's own slope there."""
+    method = make(SETTINGS["full"]).double().train()
+    method.backbone = make_backbone(torch.float64).requires_grad_(True)
+    loss_of(method, images[:1].expand(3, -1, -1, -1)).backward()
+    swin = make_swin()
+    weight_KD, bias_K = (p.detach().numpy() for p in (method.head.weight, method.head.bias))
+
+    def loss(weights: dict[str, np.ndarray]) -> float:
+        logits_K = expected(weights, images[:1])[0] @ weight_KD.T + bias_K
+        shifted_K = logits_K - logits_K.max()
+        return float(np.mean(np.log(np.exp(shifted_K).sum()) - shifted_K[LABELS.numpy()]))
+
+    weights, random = published(swin), np.random.default_rng(7)
+    own = {id(p): name for name, p in _published_parameters(method.backbone)}
+    assert set(own.values()) == set(weights)
+    for parameter in method.backbone.parameters():
+        name = own[id(parameter)]
+        direction = random.normal(size=weights[name].shape)
+        step = 1e-5
+        up, down = (loss(weights | {name: weights[name] + sign * step * direction}) for sign in (1, -1))
+        assert parameter.grad is not None, name
+        found = float((parameter.grad.numpy() * direction).sum())
+        scale = float(np.linalg.norm(parameter.grad.numpy()) * np.linalg.norm(direction))
+        assert abs(found - (up - down) / (2 * step)) < 1e-6 * scale, name
+
+
+def _published_parameters(backbone: SwinBackbone) -> list[tuple[str, torch.nn.Parameter]]:
+    """The backbone's parameters under the published names, by its own list of blocks."""
+    found = [(f"patch_embed.{name}", p) for name, p in backbone.stem.named_parameters()]
+    found += [(f"norm.{name}", p) for name, p in backbone.norm.named_parameters()]
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for (stage, block), module in zip(places, backbone.blocks, strict=True):
+        for name, parameter in module.named_parameters():
+            if (stage, block) == (1, 0):  # merging, then the block
+                part, rest = name.split(".", 1)
+                found.append(((f"layers.0.downsample.{rest}", f"layers.1.blocks.0.{rest}")[int(part)], parameter))
+            else:
+                found.append((f"layers.{stage}.blocks.{block}.{name}", parameter))
+    return found
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_steps_change_what_is_trained_and_nothing_else(name: str, images: Tensor) -> None:
+    method = make(SETTINGS[name])
+    trained = {n for n, _ in method.trainable()}
+    heads = {"linear": {"head.weight", "head.bias"}, "mlp": {n for n, _ in method.named_parameters() if "head" in n}}
+    assert trained == heads.get(name, {n for n, _ in method.named_parameters()})
+    before = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    steps = build_optimizer(OptimRecipe(name="adamw", weight_decay=0.01), method)
+    set_lr(steps, 0.01)
+    for _ in range(2):
+        method.train()
+        loss_of(method, images).backward()
+        steps.step()
+        steps.zero_grad()
+    for key, tensor in method.state_dict().items():
+        assert torch.equal(tensor, before[key]) == (key not in trained), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_full_under_autocast(kernel: str, dtype: torch.dtype, images: Tensor) -> None:
+    recipe = TypeAdapter(MethodRecipe).validate_python(SETTINGS["full"])
+    methods = []
+    for compute in (torch.float32, dtype):
+        torch.manual_seed(3)
+        methods.append(attach(recipe, make_backbone(), 4, compute).train())
+        apply_attention(methods[-1].backbone, kernel)
+        loss_of(methods[-1], images).backward()
+    for (name, a), (_, b) in zip(methods[0].trainable(), methods[1].trainable(), strict=True):
+        assert (a.grad - b.grad).norm() <= 0.1 * a.grad.norm(), name
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_checkpointing_changes_nothing(name: str, images: Tensor) -> None:
+    plain, checkpointed = make(SETTINGS[name]), make(SETTINGS[name])
+    apply_checkpointing(checkpointed.backbone, "block")
+    losses = []
+    for method in (plain, checkpointed):
+        losses.append(loss_of(method.train(), images))
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    for (key, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
+        assert torch.equal(a.grad, b.grad), key
+
+
+def test_the_frozen_stream_holds_the_pooled_features(images: Tensor) -> None:
+    backbone = make_backbone()
+    observed = observe(backbone, images, Reads())
+    assert torch.equal(observed.pooled, backbone.pool(backbone(images)))
+    assert not observed.pooled.requires_grad
+
+
+def test_stochastic_depth_trains_in_train_mode_alone(images: Tensor) -> None:
+    method = make(SETTINGS["full"], drop_path_rate=0.9, stochastic=True).train()
+    assert not torch.equal(method(images), method(images))
+    method.eval()
+    assert torch.equal(method(images), method(images))
+    assert not make(SETTINGS["full"], drop_path_rate=0.9).train().backbone.training
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(SETTINGS)))
+def test_methods_that_need_a_list_of_tokens_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"method.name = {name}: not on Swin, whose tokens attend within windows"):
+        make({"name": name})
+
+
+def built(name: str, image_size: int, **settings: Any) -> SwinBackbone:
+    recipe = BackboneRecipe(name=name, weights="random", **settings)
+    wants = describe(recipe)
+    backbone, _ = build(recipe, image_size=image_size, mean=wants.mean, std=wants.std)
+    assert isinstance(backbone, SwinBackbone)
+    return backbone
+
+
+def test_a_published_swin_is_built() -> None:
+    backbone = built("swin_t_in1k", 224)
+    assert (backbone.width, len(backbone.blocks), backbone.tokens) == (768, 2 + 2 + 6 + 2, 49)
+    assert not any(p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "fix"),
+    [
+        ("tiny", 48, "a multiple of 32; use data.image_size=32 or 64"),
+        ("tiny", 16, "a multiple of 32; use data.image_size=32"),
+        ("swin_tiny_patch4_window7_224", 256, "a multiple of 224; use data.image_size=224 or 448"),
+    ],
+)
+def test_an_image_size_that_windows_do_not_tile(
+    name: str, size: int, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
+    with pytest.raises(UserError) as caught:
+        built(name, size)
+    assert str(caught.value).startswith(f"image size {size}: Swin's windows of ")
+    assert str(caught.value).endswith(fix)
+
+
+def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
+    with pytest.raises(UserError, match=r"backbone.pool = token: Swin has the mean of its patches, and no class token"):
+        built("tiny", 32, pool="token")
+
+
+# A whole run
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("linear", ["stream.cache=memory"]), ("mlp", ["method.width=8"]), ("full", ["runtime.checkpointing=block"])],
+)
+def test_a_run_is_scored_as_it_was(
+    method: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_the_cpu: None
+) -> None:
+    """Trained on the weights of a published file, saved, loaded again and scored: equal to the last digit."""
+    monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
+    file = FILES["swin"].save(tmp_path)
+    words = [f"backbone.weights={file}", "backbone.name=tiny", "data.image_size=32", f"method.name={method}", *more]
+    result = train(tmp_path / "run", *words)
+    assert "left out of the weights' file: head (2), " in (tmp_path / "run" / "train.log").read_text()
+    assert score(str(tmp_path / "run"), "test", "last") == result["last"]["test"]
