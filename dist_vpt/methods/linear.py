@@ -17,3 +17,6 @@ class Linear(Reader):
 
     def read(self, observed: Observed) -> Tensor:
         return self.classify(observed.pooled)
+
+    def merged(self) -> dict[str, Tensor]:
+        return {}

@@ -100,4 +100,82 @@ class FullRecipe(MethodSettings):
     name: Literal["full"] = Field("full", description="full fine-tuning")
 
 
-MethodRecipe = Annotated[VPTRecipe | VQTRecipe | LinearRecipe | MLPRecipe | FullRecipe, Field(discriminator="name")]
+class PartialRecipe(MethodSettings):
+    """The last blocks, the norms after them, and a linear head."""
+
+    name: Literal["partial"] = Field("partial", description="the last blocks are tuned")
+    blocks: int = Field(1, ge=1, description="how many of the last blocks are trained")
+
+
+class BiasRecipe(MethodSettings):
+    """All biases of the backbone and a linear head."""
+
+    name: Literal["bias"] = Field("bias", description="BitFit: biases alone")
+
+
+class ClsRecipe(MethodSettings):
+    """The class token and a linear head."""
+
+    name: Literal["cls"] = Field("cls", description="the class token is tuned")
+    again: bool = Field(False, description="true: the token starts anew, near zero; false: as in the weights")
+
+
+class LoRARecipe(MethodSettings):
+    """Low-rank updates of linear layers in every block, and a linear head."""
+
+    name: Literal["lora"] = Field("lora", description="low-rank adaptation")
+    rank: int = Field(8, ge=1, description="r: rank of an update")
+    alpha: float = Field(8.0, gt=0, description="an update is multiplied by alpha / rank")
+    targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
+        ("q", "v"),
+        min_length=1,
+        description="which linear layers: queries, keys, values, attention's output, MLP's two",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what an update reads")
+
+    @model_validator(mode="after")
+    def _targets_once(self) -> Self:
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets = {list(self.targets)}: each once; leave the repeated one out")
+        return self
+
+
+class AdapterRecipe(MethodSettings):
+    """A bottleneck at the end of a block's branches, and a linear head."""
+
+    name: Literal["adapter"] = Field("adapter", description="serial adapters")
+    style: Literal["pfeiffer", "houlsby"] = Field(
+        "pfeiffer", description="pfeiffer: after each MLP; houlsby: after each attention, too"
+    )
+    bottleneck: int = Field(64, ge=1, description="r: width inside an adapter")
+
+
+class AdaptFormerRecipe(MethodSettings):
+    """A bottleneck beside each block's MLP, and a linear head."""
+
+    name: Literal["adaptformer"] = Field("adaptformer", description="parallel adapters")
+    bottleneck: int = Field(64, ge=1, description="r: width inside an adapter")
+    scale: float = Field(0.1, gt=0, description="what an adapter gives is multiplied by it")
+
+
+class SSFRecipe(MethodSettings):
+    """A scale and a shift after every operation of the backbone, and a linear head."""
+
+    name: Literal["ssf"] = Field("ssf", description="scaling and shifting features")
+
+
+MethodRecipe = Annotated[
+    VPTRecipe
+    | VQTRecipe
+    | LinearRecipe
+    | MLPRecipe
+    | FullRecipe
+    | PartialRecipe
+    | BiasRecipe
+    | ClsRecipe
+    | LoRARecipe
+    | AdapterRecipe
+    | AdaptFormerRecipe
+    | SSFRecipe,
+    Field(discriminator="name"),
+]
