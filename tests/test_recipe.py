@@ -15,7 +15,7 @@ from dist_vpt.methods.recipe import LinearRecipe, VPTRecipe
 from dist_vpt.recipe import Recipe, differences, json_schema, load_recipe, split_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPE_FILES = 52
+RECIPE_FILES = 54
 Write = Callable[[str, str], Path]
 
 

@@ -35,6 +35,9 @@ class VPTRecipe(MethodSettings):
         "original",
         description="what the head reads: the weights' own pooling, or the mean of patches, prompts or both",
     )
+    also: tuple[Literal["bias", "cls"], ...] = Field(
+        (), description="what is trained beside the prompts, as by the method of that name: all biases, the class token"
+    )
 
     @model_validator(mode="after")
     def _deep_options(self) -> Self:
@@ -43,6 +46,8 @@ class VPTRecipe(MethodSettings):
                 f"deep = false with layers = {self.layers}, end = {self.end}, shared = {self.shared}: these belong to "
                 "deep prompts; set deep=true or leave them out"
             )
+        if len(set(self.also)) < len(self.also):
+            raise ValueError(f"also = {list(self.also)}: each once; leave the repeated one out")
         return self
 
 

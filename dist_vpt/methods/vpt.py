@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.bias import Biases
+from dist_vpt.methods.cls import ClassToken
 from dist_vpt.methods.recipe import VPTRecipe
 
 
@@ -19,7 +21,14 @@ class VPT(Method):
     """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two)."""
 
     def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        also: dict[str, nn.Module] = {}  # made first: they start at the weights in float32
+        if "bias" in recipe.also:
+            also["biases"] = Biases(backbone)
+        if "cls" in recipe.also:
+            also["class_token"] = ClassToken(backbone)
         super().__init__(backbone, classes, compute)
+        for name, module in also.items():
+            self.add_module(name, module)
         self.recipe = recipe
         self.set_of_block = _schedule(recipe, len(backbone.blocks))
         width = recipe.projection or backbone.width

@@ -38,6 +38,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vpt, img_pool": VPT | {"pooling": "img_pool"},
     "vpt, prompt_pool": VPT | {"pooling": "prompt_pool"},
     "vpt, imgprompt_pool": VPT | {"pooling": "imgprompt_pool"},
+    "vpt+bias": VPT | {"also": ("bias",)},
+    "vpt+cls": VPT | {"also": ("cls",)},
+    "vpt+bias+cls, shallow": VPT | {"also": ("bias", "cls"), "deep": False},
     "linear": {"name": "linear"},
     "full": {"name": "full"},
     "partial": {"name": "partial"},
@@ -196,7 +199,8 @@ def check(method: Method, wanted: reference.Result, images: torch.Tensor, dtype:
 
 def kinds_of(settings: dict[str, Any]) -> list[str]:
     """Kinds of backbone that a method claims."""
-    return [kind for kind in KINDS if settings["name"] != "cls" or kind != "no_class_token"]
+    token = settings["name"] == "cls" or "cls" in settings.get("also", ())
+    return [kind for kind in KINDS if kind != "no_class_token" or not token]
 
 
 @pytest.mark.parametrize(
