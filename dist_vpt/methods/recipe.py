@@ -13,11 +13,16 @@ class MethodSettings(BaseModel):
 
 
 class VPTRecipe(MethodSettings):
-    """Prompt tokens between the prefix tokens and the patches, shallow or deep."""
+    """Prompt tokens between the prefix tokens and the patches, shallow or deep, or in another place."""
 
     name: Literal["vpt"] = Field("vpt", description="Visual Prompt Tuning")
     prompts: int = Field(
         10, ge=1, description="P: prompt tokens of a prompted block; deep, not given: the paper's for a known task"
+    )
+    location: Literal["prepend", "add", "add-1", "prepend-pixel"] = Field(
+        "prepend",
+        description="prepend: tokens before the patches; add: added to the tokens, one to each (prompts is not read); "
+        "add-1: one added to all of them; prepend-pixel: patches of trained pixels, embedded and prepended",
     )
     deep: bool = Field(
         True, description="true: fresh prompts before every prompted block; false: before the first alone"
@@ -25,6 +30,9 @@ class VPTRecipe(MethodSettings):
     layers: int | None = Field(None, ge=1, description="deep: how many blocks are prompted; null: all of them")
     end: Literal["first", "last"] = Field(
         "first", description="deep: whether `layers` counts from the first or the last block"
+    )
+    expand: bool = Field(
+        True, description="deep, first layers: the last prompts flow on through the blocks after; false: they end there"
     )
     shared: bool = Field(False, description="deep: one set of prompts for all prompted blocks after the first of them")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the prompts, drawn for every image")
@@ -45,6 +53,21 @@ class VPTRecipe(MethodSettings):
             raise ValueError(
                 f"deep = false with layers = {self.layers}, end = {self.end}, shared = {self.shared}: these belong to "
                 "deep prompts; set deep=true or leave them out"
+            )
+        if not self.expand and (self.layers is None or self.end != "first" or self.location != "prepend"):
+            raise ValueError(
+                f"expand = false with layers = {self.layers}, end = {self.end}, location = {self.location}: belongs to "
+                "prompts prepended to the first layers; set layers or leave it out"
+            )
+        if self.location == "prepend-pixel" and (self.deep or self.projection):
+            raise ValueError(
+                "location = prepend-pixel: there are pixels before the first block alone, and no "
+                "projection; set deep=false and projection=null"
+            )
+        if self.pooling in ("prompt_pool", "imgprompt_pool") and (self.location.startswith("add") or not self.expand):
+            raise ValueError(
+                f"pooling = {self.pooling}: with location = {self.location} and expand = {self.expand} no prompts come "
+                "out of the last block; set pooling=original or img_pool"
             )
         if len(set(self.also)) < len(self.also):
             raise ValueError(f"also = {list(self.also)}: each once; leave the repeated one out")

@@ -1,6 +1,7 @@
 """Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119). A writer.
 
-B batch, N tokens, P prompts, D width, d width of a prompt before its projection, L blocks, R prefix tokens.
+B batch, N tokens, P prompts, D width, d width of a prompt before its projection, L blocks, R prefix tokens, G side of a
+patch in pixels, X numbers of a prompt: d, or of pixels 3 G G.
 """
 
 import math
@@ -31,10 +32,12 @@ class VPT(Method):
             self.add_module(name, module)
         self.recipe = recipe
         self.set_of_block = _schedule(recipe, len(backbone.blocks))
-        width = recipe.projection or backbone.width
-        bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + width))  # xavier-uniform, of a patch's pixels
+        width, pixels = recipe.projection or backbone.width, 3 * math.prod(backbone.patch_size)
+        bound = math.sqrt(6.0 / (pixels + width))  # xavier-uniform, of a patch's pixels
         sets = max(self.set_of_block.values()) + 1
-        self.prompts = nn.Parameter(torch.empty(sets, recipe.prompts, width).uniform_(-bound, bound))
+        count = {"add": backbone.tokens, "add-1": 1}.get(recipe.location, recipe.prompts)
+        width = pixels if recipe.location == "prepend-pixel" else width
+        self.prompts = nn.Parameter(torch.empty(sets, count, width).uniform_(-bound, bound))
         self.projection: nn.Module = nn.Identity()
         if recipe.projection:
             self.projection = nn.Linear(width, backbone.width)
@@ -43,19 +46,35 @@ class VPT(Method):
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         tokens_BND = self.backbone.embed(images_B3SS)
-        prompts = [self.projection(prompts_PD) for prompts_PD in self.prompts.unbind()]
+        prompts = [self._embedded(prompts_PX) for prompts_PX in self.prompts.unbind()]
         present = 0  # prompt tokens in the stream
         for number, block in enumerate(self.backbone.blocks):
             if number in self.set_of_block:
                 tokens_BND = self._write(tokens_BND, prompts[self.set_of_block[number]], present)
-                present = self.recipe.prompts
+                present = 0 if self.recipe.location.startswith("add") else self.recipe.prompts
+            elif present and not self.recipe.expand:
+                tokens_BND, present = self._without(tokens_BND, present), 0
             tokens_BND = self.backbone.run_block(block, tokens_BND)
         return self.classify(self.backbone.pool(self.backbone.norm(tokens_BND), self.recipe.pooling, present))
 
+    def _embedded(self, prompts_PX: Tensor) -> Tensor:
+        """Prompts of one set as tokens [P, D]; pixels go through the backbone's own patch embedding."""
+        if self.recipe.location != "prepend-pixel":
+            return self.projection(prompts_PX)
+        embed, side = self.backbone.stem.patch_embed, self.backbone.patch_size
+        patches_P3GG = prompts_PX.to(self.backbone.dtype).unflatten(1, (3, *side))
+        return embed.norm(embed.proj(patches_P3GG).flatten(1))
+
+    def _without(self, tokens_BND: Tensor, present: int) -> Tensor:
+        prefix = self.backbone.prefix
+        return torch.cat([tokens_BND[:, :prefix], tokens_BND[:, prefix + present :]], dim=1)
+
     def _write(self, tokens_BND: Tensor, prompts_PD: Tensor, present: int) -> Tensor:
-        """Put prompts after the prefix tokens, in the place of the ``present`` ones that are there."""
+        """Put prompts after the prefix tokens, in the place of the ``present`` ones that are there, or add them."""
         prefix = self.backbone.prefix
         prompts_BPD = F.dropout(prompts_PD.expand(len(tokens_BND), -1, -1), self.recipe.dropout, self.training)
+        if self.recipe.location.startswith("add"):
+            return tokens_BND + prompts_BPD.to(tokens_BND.dtype)
         return torch.cat(
             [tokens_BND[:, :prefix], prompts_BPD.to(tokens_BND.dtype), tokens_BND[:, prefix + present :]],
             dim=1,

@@ -38,6 +38,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vpt, img_pool": VPT | {"pooling": "img_pool"},
     "vpt, prompt_pool": VPT | {"pooling": "prompt_pool"},
     "vpt, imgprompt_pool": VPT | {"pooling": "imgprompt_pool"},
+    "vpt, first two without expansion": VPT | {"layers": 2, "expand": False},
+    "vpt, add": VPT | {"location": "add"},
+    "vpt, add to the first": VPT | {"location": "add", "deep": False},
+    "vpt, add-1": VPT | {"location": "add-1", "shared": True},
+    "vpt, prepend-pixel": VPT | {"location": "prepend-pixel", "deep": False},
     "vpt+bias": VPT | {"also": ("bias",)},
     "vpt+cls": VPT | {"also": ("cls",)},
     "vpt+bias+cls, shallow": VPT | {"also": ("bias", "cls"), "deep": False},
@@ -74,14 +79,17 @@ LAYERS = {  # of LoRA, with their rows: queries, keys and values are of one weig
 
 
 def reference_prompts(settings: dict[str, Any], values_nPd: np.ndarray) -> reference.Prompts:
-    values = list(values_nPd)
+    return dataclasses.replace(placed(settings, list(values_nPd)), add=settings.get("location", "").startswith("add"))
+
+
+def placed(settings: dict[str, Any], values: list[np.ndarray]) -> reference.Prompts:
     if not settings.get("deep", True):
         return reference.shallow(values[0])
     if settings.get("shared"):
         return reference.deep_shared(values[0], values[1], DEPTH)
     if settings.get("end") == "last":
         return reference.deep_last(values, DEPTH)
-    return reference.deep_first(values)
+    return reference.deep_first(values, drop_after_last=not settings.get("expand", True))
 
 
 def alias(name: str) -> str:
@@ -121,6 +129,10 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
     }
     prompts = reference_prompts(settings, own["prompts"]) if "prompts" in own else None
     projection = (own["projection.weight"], own["projection.bias"]) if "projection.weight" in own else None
+    pixels = settings.get("location") == "prepend-pixel"
+    if pixels:  # the frozen patch embedding is what projects them
+        kernel_DX = frozen["patch_embed.proj.weight"].reshape(16, -1)
+        projection = (kernel_DX, frozen.get("patch_embed.proj.bias", np.zeros(16)))
     result = reference.forward_backward(
         inside.low_rank(inside.scale_shift(weights, pairs), updates, factor),
         config,
@@ -136,6 +148,8 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
         backbone_grads=bool(inner or updates or pairs),
     )
     grads = {name: grad for name, grad in result.grads.items() if name.startswith(("head", "prompts", "projection"))}
+    if pixels:
+        grads = {name: grad for name, grad in grads.items() if not name.startswith("projection")}
     grads |= {name: result.grads[alias(name)] for name in inner}
     of_updates = inside.low_rank_backward(result.grads, updates, factor).values()
     names = [name for name in own if name.startswith("lora.") and ".down." in name]

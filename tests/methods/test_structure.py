@@ -26,6 +26,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vpt deep": {"name": "vpt"},
     "vpt projected": {"name": "vpt", "projection": 4},
     "vpt shared": {"name": "vpt", "shared": True},
+    "vpt, first two without expansion": {"name": "vpt", "layers": 2, "expand": False},
+    "vpt added": {"name": "vpt", "location": "add"},
+    "vpt pixels": {"name": "vpt", "location": "prepend-pixel", "deep": False},
     "vpt+bias": {"name": "vpt", "also": ("bias",)},
     "vpt+cls": {"name": "vpt", "also": ("cls",)},
     "vqt": {"name": "vqt", "queries": 2},
@@ -57,6 +60,9 @@ TRAINED = {
     "vpt deep": HEAD | {"prompts"},
     "vpt projected": HEAD | {"prompts", "projection.weight", "projection.bias"},
     "vpt shared": HEAD | {"prompts"},
+    "vpt, first two without expansion": HEAD | {"prompts"},
+    "vpt added": HEAD | {"prompts"},
+    "vpt pixels": HEAD | {"prompts"},
     "vpt+bias": HEAD | {"prompts"} | {f"biases.{layer}.bias" for layer in OPERATIONS},
     "vpt+cls": HEAD | {"prompts", "class_token.token"},
     "vqt": HEAD | {"queries"},
@@ -293,6 +299,18 @@ def test_more_layers_than_blocks_are_refused() -> None:
         make({"name": "vpt", "layers": 4})
 
 
-def test_deep_options_without_deep_are_refused() -> None:
-    with pytest.raises(ValidationError, match="belong to deep prompts"):
-        make({"name": "vpt", "deep": False, "layers": 2})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deep": False, "layers": 2}, "belong to deep prompts"),
+        ({"expand": False}, "expand = false with layers = None"),
+        ({"expand": False, "layers": 2, "end": "last"}, "expand = false with layers = 2, end = last"),
+        ({"expand": False, "layers": 2, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
+        ({"location": "add", "pooling": "imgprompt_pool"}, "no prompts come out of the last block"),
+        ({"location": "prepend-pixel"}, "pixels before the first block alone"),
+        ({"also": ("bias", "bias")}, "each once"),
+    ],
+)
+def test_options_of_vpt_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make({"name": "vpt", **settings})

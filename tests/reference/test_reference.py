@@ -321,6 +321,18 @@ def test_gradients_equal_finite_differences(batch, rng, *, name, variant, projec
         assert_slope(lambda: vit.loss_only(*arguments, **options), tensor, grads[key], rng, entries=1 if full else 4)
 
 
+@pytest.mark.parametrize("count", [1, 1 + (SIDE // PATCH) ** 2])
+def test_gradients_of_added_prompts_equal_finite_differences(batch, rng, count):
+    _, weights, config = tiny("plain")
+    values = tuple(rng.normal(size=(count, WIDTH)) for _ in range(2))
+    prompts = vit.Prompts(values=values, at={0: 0, 1: 1, 2: 1}, add=True)
+    arguments = (weights, config, *batch[:2], prompts)
+    grads = vit.forward_backward(*arguments, **head_of(weights)).grads
+    for index, value in enumerate(values):
+        grad = grads[f"prompts.{index}"]
+        assert_slope(lambda: vit.loss_only(*arguments, **head_of(weights)), value, grad, rng, entries=4)
+
+
 @pytest.mark.parametrize("name", ["plain", "layer_scale"])
 @pytest.mark.parametrize("kinds", [("mlp",), ("attn", "mlp"), ("beside",), ("attn", "mlp", "beside")], ids="+".join)
 def test_gradients_with_adapters_equal_finite_differences(batch, rng, kinds, name):

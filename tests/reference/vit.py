@@ -79,6 +79,8 @@ class Prompts:
     at: Mapping[int, int]
     drop_after_last: bool = False
     """True: the prompt positions are removed from the input of the block after the last prompted one."""
+    add: bool = False
+    """True: values[i] (N x d, or 1 x d for all tokens alike) is added to the tokens; there are no positions of it."""
 
 
 def shallow(prompt_Pd: Array) -> Prompts:
@@ -217,7 +219,9 @@ def features_forward(
     for block in range(depth):
         new_PD = _prompt_before(block, prompts, inserted, width=x_BND.shape[2])
         placement = None
-        if new_PD is not None:
+        if new_PD is not None and prompts.add:
+            x_BND, placement = x_BND + new_PD, new_PD.shape
+        elif new_PD is not None:
             x_BND, placement = place_prompts_forward(x_BND, new_PD, num_prefix, num_prompts)
             num_prompts = len(new_PD)
         placements.append(placement)
@@ -262,7 +266,12 @@ def features_backward(dfeatures_BD: Array, cache: Cache, *, backbone_grads: bool
         dx_BND, block_grads = block_backward(dx_BND, cache["blocks"][block])
         backbone |= _named(f"blocks.{block}.", block_grads)
         if cache["placements"][block] is not None:
-            dx_BND, dprompt_PD = place_prompts_backward(dx_BND, cache["placements"][block])
+            if prompts.add:
+                dtokens_ND = dx_BND.sum(axis=0)
+                alike = cache["placements"][block][0] == 1
+                dprompt_PD = dtokens_ND.sum(axis=0, keepdims=True) if alike else dtokens_ND
+            else:
+                dx_BND, dprompt_PD = place_prompts_backward(dx_BND, cache["placements"][block])
             if block in prompts.at:
                 # One parameter may stand before many blocks (deep-shared): its gradients add.
                 dinserted[prompts.at[block]] = dinserted[prompts.at[block]] + dprompt_PD
