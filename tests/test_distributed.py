@@ -28,6 +28,7 @@ INSIDE = {
     "houlsby": ("method.name=adapter", "method.style=houlsby", "method.bottleneck=4"),
     "adaptformer": ("method.name=adaptformer", "method.bottleneck=4"),
     "ssf": ("method.name=ssf",),
+    "vpt+": ("method.name=vpt", "method.also=[bias,cls]", "method.start=tokens", "method.prompts=2"),
 }
 
 

@@ -49,6 +49,15 @@ class Method(nn.Module):
         """Names and parameters that the optimiser gets."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    @property
+    def starts_on_images(self) -> bool:
+        """Whether training begins with a look at training images (``start``)."""
+        return False
+
+    def start(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
+        """Set the trained tensors from what the backbone makes of images."""
+        raise NotImplementedError
+
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors that an adapter file holds: what is trained, and what was chosen and goes with it."""
         yield from self.trainable()

@@ -43,6 +43,11 @@ class VPTRecipe(MethodSettings):
         "original",
         description="what the head reads: the weights' own pooling, or the mean of patches, prompts or both",
     )
+    start: Literal["random", "class_token", "tokens"] = Field(
+        "random",
+        description="random: uniform, as published; class_token, tokens: besides drawn like the class tokens, or all "
+        "tokens, of training images before the block (normal, with their mean and deviation)",
+    )
     also: tuple[Literal["bias", "cls"], ...] = Field(
         (), description="what is trained beside the prompts, as by the method of that name: all biases, the class token"
     )
@@ -68,6 +73,11 @@ class VPTRecipe(MethodSettings):
             raise ValueError(
                 f"pooling = {self.pooling}: with location = {self.location} and expand = {self.expand} no prompts come "
                 "out of the last block; set pooling=original or img_pool"
+            )
+        if self.start != "random" and (self.location != "prepend" or self.projection):
+            raise ValueError(
+                f"start = {self.start} with location = {self.location}, projection = {self.projection}: only prompts "
+                "that are tokens themselves can be drawn like tokens; set location=prepend and projection=null"
             )
         if len(set(self.also)) < len(self.also):
             raise ValueError(f"also = {list(self.also)}: each once; leave the repeated one out")

@@ -5,6 +5,7 @@ patch in pixels, X numbers of a prompt: d, or of pixels 3 G G.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ class VPT(Method):
         for name, module in also.items():
             self.add_module(name, module)
         self.recipe = recipe
+        if recipe.start == "class_token" and backbone.stem.cls_token is None:
+            raise UserError("method.start = class_token: the backbone has none; set method.start=tokens")
         self.set_of_block = _schedule(recipe, len(backbone.blocks))
         width, pixels = recipe.projection or backbone.width, 3 * math.prod(backbone.patch_size)
         bound = math.sqrt(6.0 / (pixels + width))  # xavier-uniform, of a patch's pixels
@@ -43,6 +46,35 @@ class VPT(Method):
             self.projection = nn.Linear(width, backbone.width)
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
+
+    @property
+    def starts_on_images(self) -> bool:
+        return self.recipe.start != "random"
+
+    @torch.no_grad()
+    def start(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
+        """Move prompts to where tokens are before the first block that each set is written to, channel by channel.
+
+        What they were is added: an image's class token is the same for all before the first block, and equal prompts
+        would stay equal.
+        """
+        backbone, sets = self.backbone, len(self.prompts)
+        blocks = [min(block for block, of in self.set_of_block.items() if of == each) for each in range(sets)]
+        found: list[list[Tensor]] = [[] for _ in blocks]  # tokens of each set's block
+        for images_B3SS in batches_B3SS:
+            tokens_BND = backbone.embed(images_B3SS)
+            for number in range(blocks[-1] + 1):
+                if number in blocks:
+                    read_BND = tokens_BND[:, :1] if self.recipe.start == "class_token" else tokens_BND
+                    found[blocks.index(number)].append(_moments(read_BND))
+                tokens_BND = backbone.run_block(backbone.blocks[number], tokens_BND)
+        generator = torch.Generator().manual_seed(seed)
+        for prompts_PD, moments in zip(self.prompts, found, strict=True):
+            count, sum_D, squares_D = torch.stack(moments).sum(0).unbind()
+            mean_D = sum_D / count
+            deviation_D = (squares_D / count - mean_D.square()).clamp_min(0).sqrt()
+            noise_PD = torch.randn(prompts_PD.shape, generator=generator).to(mean_D)
+            prompts_PD.add_((mean_D + deviation_D * noise_PD).to(prompts_PD))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         tokens_BND = self.backbone.embed(images_B3SS)
@@ -79,6 +111,12 @@ class VPT(Method):
             [tokens_BND[:, :prefix], prompts_BPD.to(tokens_BND.dtype), tokens_BND[:, prefix + present :]],
             dim=1,
         )
+
+
+def _moments(tokens_BND: Tensor) -> Tensor:
+    """How many, their sum and the sum of their squares, for each channel: float64 [3, D]."""
+    tokens_XD = tokens_BND.flatten(0, 1).double()
+    return torch.stack([torch.full_like(tokens_XD[0], len(tokens_XD)), tokens_XD.sum(0), tokens_XD.square().sum(0)])
 
 
 def _schedule(recipe: VPTRecipe, blocks: int) -> dict[int, int]:

@@ -284,6 +284,33 @@ def test_prompts_start_as_published() -> None:
     assert abs(float(method.head.weight.detach().std()) / math.sqrt(2 / 5) - 1) < 0.2
 
 
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("start", ["class_token", "tokens"])
+def test_prompts_may_start_like_tokens(start: str, deep: bool, images: torch.Tensor) -> None:
+    many = {"name": "vpt", "prompts": 20000, "deep": deep}
+    method, random = make(many | {"start": start}), make(many)
+    inputs: list[torch.Tensor] = []
+    for block in method.backbone.blocks:
+        block.register_forward_pre_hook(lambda _, tokens: inputs.append(tokens[0]))
+    method.backbone(images)
+    seen = [tokens[:, :1] if start == "class_token" else tokens for tokens in inputs]
+    method.start([images[:2], images[2:]], seed=5)
+    assert len(method.prompts) == (3 if deep else 1)
+    for prompts, before, tokens in zip(method.prompts, random.prompts, seen, strict=False):
+        drawn, values = (prompts - before).detach(), tokens.flatten(0, 1)
+        deviation = values.std(0, correction=0)
+        assert torch.allclose(drawn.mean(0), values.mean(0), atol=0.05 * float(values.std()))
+        assert torch.allclose(drawn.std(0), deviation, atol=0.05 * float(values.std()))
+    again = make(many | {"start": start})
+    again.start([images], seed=5)
+    assert torch.allclose(again.prompts, method.prompts, atol=1e-5)
+
+
+def test_a_class_token_to_start_from_is_needed() -> None:
+    with pytest.raises(UserError, match=r"method.start = class_token: the backbone has none"):
+        make({"name": "vpt", "start": "class_token"}, kind="no_class_token")
+
+
 def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor) -> None:
     torch.manual_seed(0)
     backbone = make_backbone()
@@ -309,6 +336,7 @@ def test_more_layers_than_blocks_are_refused() -> None:
         ({"location": "add", "pooling": "imgprompt_pool"}, "no prompts come out of the last block"),
         ({"location": "prepend-pixel"}, "pixels before the first block alone"),
         ({"also": ("bias", "bias")}, "each once"),
+        ({"start": "tokens", "projection": 4}, "only prompts that are tokens themselves"),
     ],
 )
 def test_options_of_vpt_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
