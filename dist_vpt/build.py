@@ -1,7 +1,9 @@
 """From a recipe to the parts of a run: splits, view, backbone with its method."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +28,7 @@ from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe import Recipe
 from dist_vpt.stream_cache import open_streams
 
+START_IMAGES = 1000  # training images, at most about so many, that a method sees before it starts
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,6 +92,19 @@ class Parts:
         """Batches that show every image of a split once, over all processes; test, seen once, is never cached."""
         feeding = self.feeding(rank, world) | ({"cache": "none"} if split == "test" else {})
         return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **feeding)
+
+    def start(self, recipe: Recipe, device: torch.device) -> None:
+        """Let a method that starts on images see the first ones of the split that is trained on.
+
+        Every process sees the same, so that all start alike.
+        """
+        if not self.method.starts_on_images:
+            return
+        method, feeding = self.method.to(device), self.feeding(rank=0, world=1) | {"cache": "none"}
+        batches = EvalBatches(self.splits[recipe.data.train_on], self.view, self.eval_batch_size, **feeding)
+        few = islice(batches, math.ceil(START_IMAGES / self.eval_batch_size))
+        method.start((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
+        batches.close()
 
     def use_cached_stream(
         self,

@@ -64,23 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
     sweep.set_defaults(call=_sweep, rest="recipe")
 
-    evaluate = commands.add_parser("eval", parents=[common], help="score a run's adapters again")
-    evaluate.add_argument("run", metavar="RUN", help="a run folder")
-    evaluate.add_argument("--split", choices=("train", "val", "trainval", "test"), default="test")
-    evaluate.add_argument(
-        "--adapters", choices=("last", "best"), default="last", help="of the last epoch, or the best on val"
-    )
-    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as data.root=... or runtime.device=cpu")
-    evaluate.set_defaults(call=_eval, rest="overrides")
-
-    predict = commands.add_parser("predict", parents=[common], help="classify images with a run's adapters")
-    predict.add_argument("run", metavar="RUN", help="a run folder")
-    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
-    predict.add_argument("--adapters", choices=("last", "best"), default="last")
-    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes shown per image (default 5)")
-    predict.add_argument("--out", metavar="FILE", help="a .csv or .json file; default: CSV on the terminal")
-    predict.set_defaults(call=_predict, rest="images")
-
+    _add_uses(commands, common)
     _add_attention(commands, common)
     compress = commands.add_parser(
         "compress", parents=[common], help="leave the worst features of a vqt run's head out"
@@ -134,6 +118,31 @@ def _add_attention(commands: Any, common: argparse.ArgumentParser) -> None:
     attention.add_argument("--head", type=int, metavar="N", help="this head alone; default: the mean over heads")
     attention.add_argument("--out", metavar="DIR", help="where the PNG files go; default: RUN/attention")
     attention.set_defaults(call=_attention, rest="images")
+
+
+def _add_uses(commands: Any, common: argparse.ArgumentParser) -> None:
+    evaluate = commands.add_parser("eval", parents=[common], help="score a run's adapters again")
+    evaluate.add_argument("run", metavar="RUN", help="a run folder")
+    evaluate.add_argument("--split", choices=("train", "val", "trainval", "test"), default="test")
+    evaluate.add_argument(
+        "--adapters", choices=("last", "best"), default="last", help="of the last epoch, or the best on val"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as data.root=... or runtime.device=cpu")
+    evaluate.set_defaults(call=_eval, rest="overrides")
+
+    predict = commands.add_parser("predict", parents=[common], help="classify images with a run's adapters")
+    predict.add_argument("run", metavar="RUN", help="a run folder")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
+    predict.add_argument("--adapters", choices=("last", "best"), default="last")
+    predict.add_argument("--top", type=int, default=5, metavar="N", help="classes shown per image (default 5)")
+    predict.add_argument("--out", metavar="FILE", help="a .csv or .json file; default: CSV on the terminal")
+    predict.set_defaults(call=_predict, rest="images")
+
+    merge = commands.add_parser("merge", parents=[common], help="fold a run's adapters into plain timm weights")
+    merge.add_argument("run", metavar="RUN", help="a run folder of linear, full, partial, bias, cls, lora or ssf")
+    merge.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
+    merge.add_argument("--adapters", choices=("last", "best"), default="last")
+    merge.set_defaults(call=_merge)
 
 
 def _add_suite(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -214,6 +223,12 @@ def _attention(arguments: argparse.Namespace) -> None:
     from dist_vpt.attention import show
 
     show(arguments.run, arguments.images, arguments.adapters, arguments.block, arguments.head, arguments.out)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from dist_vpt.predict import merge
+
+    merge(arguments.run, arguments.out, arguments.adapters)
 
 
 def _compress(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a run's adapters are good for: scoring a split again, and classifying images.
+"""What a run's adapters are good for: scoring a split again, classifying images, and merging into plain weights.
 
 B batch, K classes.
 """
@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from dist_vpt.backbones.build import describe
-from dist_vpt.build import assemble, make_method, make_view
-from dist_vpt.checkpoint import read_adapters, restore
+from dist_vpt.build import assemble, channels, make_method, make_view
+from dist_vpt.checkpoint import read_adapters, restore, write_adapters
 from dist_vpt.data import resolve
 from dist_vpt.data.image_folder import EXTENSIONS
 from dist_vpt.data.images import decode
@@ -122,6 +122,42 @@ def predict(
             )
     _write(rows, out)
     return rows
+
+
+def merge(run: str, out: str, adapters: str = "last") -> None:
+    """Write the backbone's float32 weights with a run's adapters folded in, and the head, under timm's names.
+
+    Raises UserError for a method that no plain timm model can stand for.
+    """
+    if Path(out).suffix != ".safetensors":
+        raise UserError(f"--out {out}: must end in .safetensors")
+    if not Path(out).parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
+    folder = RunFolder(run)
+    folder.refuse_sweep()
+    path = folder.best if adapters == "best" else folder.adapters
+    recipe = folder.load(["runtime.precision=fp32"])
+    tensors, facts = read_adapters(path)
+    classes, wants = _classes(facts, path), describe(recipe.backbone)
+    method, _ = make_method(recipe, wants, len(classes))
+    restore(method, tensors, path)
+    size, (mean, std) = recipe.data.image_size or wants.image_size, channels(recipe.data, wants)
+    shown = {"image_size": size, "mean": mean, "std": std, "interpolation": wants.interpolation}
+    write_adapters(Path(out), timm_tensors(method), {"backbone": recipe.backbone.name, "classes": classes, **shown})
+    how = f'timm.create_model("{recipe.backbone.name}", num_classes={len(classes)}, img_size={size})'
+    if recipe.backbone.name == "demo":
+        how = "a timm VisionTransformer of the demo backbone's architecture"
+    if recipe.backbone.pool is not None:
+        how += f", created with num_classes=0, then reset_classifier({len(classes)}, {recipe.backbone.pool!r})"
+    print(f"{out}: weights for {how}")
+
+
+def timm_tensors(method: Method) -> dict[str, Tensor]:
+    """All tensors of the plain timm model that gives what the method gives. Raises UserError where there is none."""
+    tensors = {name.removeprefix("stem."): tensor for name, tensor in method.backbone.state_dict().items()}
+    tensors |= method.merged()
+    tensors |= {f"head.{name}": tensor for name, tensor in method.head.state_dict().items()}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _write(rows: list[dict[str, Any]], out: str | None) -> None:

@@ -281,7 +281,8 @@ def _take_published_counts(data: dict[str, Any]) -> None:
     row, method = TASKS.get(task) if isinstance(task, str) else None, data.get("method")
     if row is None or not isinstance(method, dict):
         return
-    if method.get("name") == "vpt" and method.get("deep", True) and row.prompts:
+    prepended = method.get("location", "prepend") == "prepend"
+    if method.get("name") == "vpt" and method.get("deep", True) and prepended and row.prompts:
         method.setdefault("prompts", row.prompts)
     if method.get("name") == "vqt" and row.queries:
         method.setdefault("queries", row.queries)

@@ -92,6 +92,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     weights = class_weights(recipe.train.class_weights, split.labels, len(parts.splits.classes))
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
     trained = sum(p.numel() for _, p in parts.method.trainable())
+    parts.start(recipe, accelerator.device)
     model, optimizer = prepare(recipe, accelerator, parts.method)
     states, progress = States(folder, accelerator), Progress()
     newest = broadcast_object_list([states.newest()])[0]  # main's: another node may see an older folder

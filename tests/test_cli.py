@@ -24,6 +24,7 @@ COMMANDS = {
     "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
     "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
     "dist-vpt attention": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--block", "--head", "--out"},
+    "dist-vpt merge": {"--help", "--debug", "RUN", "--out", "--adapters"},
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },
@@ -113,6 +114,7 @@ def test_python_m_is_the_command() -> None:
         ["eval", "run", "--adapters", "worst"],
         ["predict", "run"],
         ["predict", "run", "image", "--top", "many"],
+        ["merge", "run"],
         ["compress", "run"],
         ["compress", "run", "--keep", "0.5", "--mode", "nonsense"],
         ["compress", "run", "--keep", "0.5", "--lasso", "much"],

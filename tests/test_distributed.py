@@ -20,6 +20,17 @@ STRATEGIES = (*LAUNCHED, "zero0", "zero1", "zero3_offload")
 # 1,000 images in batches of 60: the 17th is smaller and shared unevenly. Clipping and class weights span processes.
 OPTIONS = ("train.batch_size=60", "train.epochs=2", "optim.clip_norm=1", "train.class_weights=inv", "method.prompts=3")
 
+INSIDE = {
+    "partial": ("method.name=partial", "method.blocks=2"),
+    "bias": ("method.name=bias",),
+    "cls": ("method.name=cls",),
+    "lora": ("method.name=lora", "method.targets=[q,v,fc1]", "method.rank=2"),
+    "houlsby": ("method.name=adapter", "method.style=houlsby", "method.bottleneck=4"),
+    "adaptformer": ("method.name=adaptformer", "method.bottleneck=4"),
+    "ssf": ("method.name=ssf",),
+    "vpt+": ("method.name=vpt", "method.also=[bias,cls]", "method.start=tokens", "method.prompts=2"),
+}
+
 
 def forked(strategy: str, folder: Path, *overrides: str) -> Forks:
     """A run on two processes without a launcher."""
@@ -106,6 +117,27 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(strategy: str, tmp_path:
     assert len(metrics(folder)) == len(metrics(tmp_path / "whole"))
     for a, b in zip(metrics(tmp_path / "whole"), metrics(folder), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "strategy"),
+    [*((method, "ddp") for method in INSIDE), *((method, "zero3") for method in ("bias", "cls", "lora", "ssf"))],
+)
+def test_two_processes_equal_one_for_methods_inside(method: str, strategy: str, tmp_path: Path) -> None:
+    """Two steps, computed again in backward; then the adapters of two processes score on one."""
+    options = (*INSIDE[method], "train.batch_size=500")  # sgd: Adam would make steps of gradients that are noise
+    result = train(tmp_path / "alone", *options)
+    forks = forked(strategy, tmp_path / "run", *options, "runtime.checkpointing=block")
+    assert forks.finish() == [0, 0], forks.output[-3000:]
+    assert step_losses(tmp_path / "run") == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4)
+    ours, theirs = (read_adapters(tmp_path / run / "adapters.safetensors")[0] for run in ("run", "alone"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], atol=1e-4), name
+    assert score(str(tmp_path / "alone"), "test", "last") == pytest.approx(result["last"]["test"])
+    assert score(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(
+        result["last"]["test"]["loss"], abs=1e-3
+    )
 
 
 TRAINED = {

@@ -15,7 +15,7 @@ from dist_vpt.methods.recipe import LinearRecipe, VPTRecipe
 from dist_vpt.recipe import Recipe, differences, json_schema, load_recipe, split_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPE_FILES = 49
+RECIPE_FILES = 58
 Write = Callable[[str, str], Path]
 
 
@@ -258,7 +258,11 @@ def test_an_unknown_key_and_the_nearest_name_at_every_level(text: str, mistake: 
         ("method: linear", "method = 'linear': input should be an object"),
         ("method: null", "method = None: input should be an object"),
         ("method: {name: vppt}", "method.name = 'vppt': not a method; did you mean 'vpt'?"),
-        ("method: {name: 3}", "method.name = 3: not a method; valid: full, linear, mlp, vpt, vqt"),
+        (
+            "method: {name: 3}",
+            "method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, linear, lora, mlp, partial, "
+            "ssf, vpt, vqt",
+        ),
         ("method: {prompts: []}", "method.prompts = []: input should be a valid integer"),
         ("optim: {lr: fast}", "optim.lr = 'fast': input should be a valid number"),
         ("optim: {name: adamm}", "optim.name = 'adamm': must be one of its choices; did you mean 'adam'?"),

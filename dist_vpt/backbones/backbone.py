@@ -63,9 +63,10 @@ class Backbone(nn.Module):
         return super().train(mode and self.stochastic)
 
     def hold_in(self, dtype: torch.dtype) -> "Backbone":
-        """Hold the weights in ``dtype``; mean and std stay float32, in which pixels are normalised."""
+        """Hold the frozen weights in ``dtype``; mean and std stay float32, in which pixels are normalised."""
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
         return self
 
     @property
@@ -75,7 +76,8 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """Of the tokens that enter the first block."""
+        return next(self.stem.parameters()).dtype
 
     def embed(self, images_B3SS: Tensor) -> Tensor:
         """Images as uint8 (or floats of the same range) -> tokens before the first block, [B, N, D]."""

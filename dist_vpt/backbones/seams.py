@@ -1,17 +1,22 @@
-"""A block of timm's VisionTransformer opened at its seams, for methods that read or extend a block from outside.
+"""timm's VisionTransformer opened at its seams, for methods that read or extend its blocks from outside.
 
 B images, N tokens, D width, H heads, E = D / H.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from dist_vpt.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_vpt.backbones.backbone import Backbone
 
 
 @dataclass(frozen=True)
@@ -102,3 +107,45 @@ def keys_and_values(seams: Seams, normed_BND: Tensor) -> tuple[Tensor, Tensor]:
 def widened(x: Tensor) -> Tensor:
     """Half precision as float32, in which softmax and norms are computed; others as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+# Linear layers that a method may name: below a block, and which third of the layer's rows (None: all of them).
+LINEAR = {
+    "q": ("attn.qkv", 0),
+    "k": ("attn.qkv", 1),
+    "v": ("attn.qkv", 2),
+    "proj": ("attn.proj", None),
+    "fc1": ("mlp.fc1", None),
+    "fc2": ("mlp.fc2", None),
+}
+
+
+def linear_of(block: nn.Module, number: int, target: str) -> tuple[str, nn.Linear, slice]:
+    """A linear layer of a block: timm's name, the layer, the rows of its weight. Raises UserError where it has none."""
+    open_block(block, number)
+    path, third = LINEAR[target]
+    try:
+        linear = block.get_submodule(path)
+    except AttributeError:
+        linear = block
+    if not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"block {number} of the backbone has no linear layer {path}: leave {target} out, or choose another"
+        )
+    rows = slice(None)
+    if third is not None:
+        size = linear.out_features // 3
+        rows = slice(third * size, (third + 1) * size)
+    return f"blocks.{number}.{path}", linear, rows
+
+
+def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
+    """All that multiplies tokens by a weight: patch embedding, linear layers and norms, under timm's names."""
+    if type(backbone.stem.patch_embed) is not PatchEmbed:
+        raise UserError(
+            f"the backbone embeds patches by a {type(backbone.stem.patch_embed).__name__}: bias and ssf know timm's "
+            "plain PatchEmbed; choose another method or backbone"
+        )
+    for name, module in backbone.named_modules():
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            yield name.removeprefix("stem."), module

@@ -18,6 +18,13 @@ METHODS = {
     "linear": "dist_vpt.methods.linear:Linear",
     "mlp": "dist_vpt.methods.mlp:MLP",
     "full": "dist_vpt.methods.full:Full",
+    "partial": "dist_vpt.methods.partial:Partial",
+    "bias": "dist_vpt.methods.bias:Bias",
+    "cls": "dist_vpt.methods.cls:Cls",
+    "lora": "dist_vpt.methods.lora:LoRA",
+    "adapter": "dist_vpt.methods.adapter:Adapter",
+    "adaptformer": "dist_vpt.methods.adaptformer:AdaptFormer",
+    "ssf": "dist_vpt.methods.ssf:SSF",
 }
 
 

@@ -12,7 +12,7 @@ are trainable is decided here by structure: the backbone's are frozen, the metho
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -27,17 +27,26 @@ from dist_vpt.frozen_stream import Observed, Reads, observe
 class Method(nn.Module):
     """Images [B, 3, S, S] (uint8) -> logits [B, K] (float32)."""
 
-    # Whether the backbone's own weights are trained: they then stay float32 and are computed under autocast.
-    trains_backbone: ClassVar[bool] = False
     # Whether it works on Swin, where tokens attend within windows, and no list of them goes through all blocks.
     on_swin: ClassVar[bool] = False
 
-    def __init__(self, backbone: Backbone, classes: int, compute: torch.dtype, features: int | None = None):
-        """``features``: what the head reads of an image, D unless given."""
+    def __init__(
+        self,
+        backbone: Backbone,
+        classes: int,
+        compute: torch.dtype,
+        features: int | None = None,
+        tuned: Iterable[nn.Module] = (),
+    ):
+        """``features``: what the head reads of an image, D unless given.
+
+        ``tuned``: modules of the backbone that are trained; they stay float32 and are computed under autocast.
+        """
         super().__init__()
-        self.backbone = backbone.requires_grad_(self.trains_backbone)
-        if not self.trains_backbone:
-            backbone.hold_in(compute)
+        self.backbone = backbone.requires_grad_(False)
+        for module in tuned:
+            module.requires_grad_(True)
+        backbone.hold_in(compute)
         self.compute = compute
         self.head: nn.Module = classification_head(features or backbone.width, classes)
 
@@ -55,9 +64,28 @@ class Method(nn.Module):
         """Names and parameters that the optimiser gets."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    @property
+    def starts_on_images(self) -> bool:
+        """Whether training begins with a look at training images (``start``)."""
+        return False
+
+    def start(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
+        """Set the trained tensors from what the backbone makes of images."""
+        raise NotImplementedError
+
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors that an adapter file holds: what is trained, and what was chosen and goes with it."""
         yield from self.trainable()
+
+    def merged(self) -> dict[str, Tensor]:
+        """What a plain timm model needs in place of the backbone's tensors to give the same, under timm's names.
+
+        Raises UserError where no plain timm model gives the same.
+        """
+        raise UserError(
+            f"a {type(self).__name__} computes what no plain timm model does: only linear, full, partial, bias, cls, "
+            "lora and ssf can be merged"
+        )
 
     def classify(self, features_BF: Tensor) -> Tensor:
         """The head in its own float32 whatever the backbone's dtype: it is tiny, and its loss is what is minimised."""

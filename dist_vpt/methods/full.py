@@ -11,13 +11,15 @@ from dist_vpt.methods.recipe import FullRecipe
 class Full(Method):
     """Weights are held and updated in float32 and computed in the recipe's precision (autocast)."""
 
-    trains_backbone = True
     on_swin = True
 
     def __init__(self, recipe: FullRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, tuned=[backbone])
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         with torch.autocast(images_B3SS.device.type, self.compute, enabled=self.compute != torch.float32):
             features_BD = self.backbone.pool(self.backbone(images_B3SS))
         return self.classify(features_BD)
+
+    def merged(self) -> dict[str, Tensor]:
+        return {}

@@ -19,3 +19,6 @@ class Linear(Reader):
 
     def read(self, observed: Observed) -> Tensor:
         return self.classify(observed.pooled)
+
+    def merged(self) -> dict[str, Tensor]:
+        return {}

@@ -13,11 +13,16 @@ class MethodSettings(BaseModel):
 
 
 class VPTRecipe(MethodSettings):
-    """Prompt tokens between the prefix tokens and the patches, shallow or deep."""
+    """Prompt tokens between the prefix tokens and the patches, shallow or deep, or in another place."""
 
     name: Literal["vpt"] = Field("vpt", description="Visual Prompt Tuning")
     prompts: int = Field(
         10, ge=1, description="P: prompt tokens of a prompted block; deep, not given: the paper's for a known task"
+    )
+    location: Literal["prepend", "add", "add-1", "prepend-pixel"] = Field(
+        "prepend",
+        description="prepend: tokens before the patches; add: added to the tokens, one to each (prompts is not read); "
+        "add-1: one added to all of them; prepend-pixel: patches of trained pixels, embedded and prepended",
     )
     deep: bool = Field(
         True, description="true: fresh prompts before every prompted block; false: before the first alone"
@@ -25,6 +30,9 @@ class VPTRecipe(MethodSettings):
     layers: int | None = Field(None, ge=1, description="deep: how many blocks are prompted; null: all of them")
     end: Literal["first", "last"] = Field(
         "first", description="deep: whether `layers` counts from the first or the last block"
+    )
+    expand: bool = Field(
+        True, description="deep, first layers: the last prompts flow on through the blocks after; false: they end there"
     )
     shared: bool = Field(False, description="deep: one set of prompts for all prompted blocks after the first of them")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the prompts, drawn for every image")
@@ -35,6 +43,14 @@ class VPTRecipe(MethodSettings):
         "original",
         description="what the head reads: the weights' own pooling, or the mean of patches, prompts or both",
     )
+    start: Literal["random", "class_token", "tokens"] = Field(
+        "random",
+        description="random: uniform, as published; class_token, tokens: besides drawn like the class tokens, or all "
+        "tokens, of training images before the block (normal, with their mean and deviation)",
+    )
+    also: tuple[Literal["bias", "cls"], ...] = Field(
+        (), description="what is trained beside the prompts, as by the method of that name: all biases, the class token"
+    )
 
     @model_validator(mode="after")
     def _deep_options(self) -> Self:
@@ -43,6 +59,28 @@ class VPTRecipe(MethodSettings):
                 f"deep = false with layers = {self.layers}, end = {self.end}, shared = {self.shared}: these belong to "
                 "deep prompts; set deep=true or leave them out"
             )
+        if not self.expand and (self.layers is None or self.end != "first" or self.location != "prepend"):
+            raise ValueError(
+                f"expand = false with layers = {self.layers}, end = {self.end}, location = {self.location}: belongs to "
+                "prompts prepended to the first layers; set layers or leave it out"
+            )
+        if self.location == "prepend-pixel" and (self.deep or self.projection):
+            raise ValueError(
+                "location = prepend-pixel: there are pixels before the first block alone, and no "
+                "projection; set deep=false and projection=null"
+            )
+        if self.pooling in ("prompt_pool", "imgprompt_pool") and (self.location.startswith("add") or not self.expand):
+            raise ValueError(
+                f"pooling = {self.pooling}: with location = {self.location} and expand = {self.expand} no prompts come "
+                "out of the last block; set pooling=original or img_pool"
+            )
+        if self.start != "random" and (self.location != "prepend" or self.projection):
+            raise ValueError(
+                f"start = {self.start} with location = {self.location}, projection = {self.projection}: only prompts "
+                "that are tokens themselves can be drawn like tokens; set location=prepend and projection=null"
+            )
+        if len(set(self.also)) < len(self.also):
+            raise ValueError(f"also = {list(self.also)}: each once; leave the repeated one out")
         return self
 
 
@@ -100,4 +138,82 @@ class FullRecipe(MethodSettings):
     name: Literal["full"] = Field("full", description="full fine-tuning")
 
 
-MethodRecipe = Annotated[VPTRecipe | VQTRecipe | LinearRecipe | MLPRecipe | FullRecipe, Field(discriminator="name")]
+class PartialRecipe(MethodSettings):
+    """The last blocks, the norms after them, and a linear head."""
+
+    name: Literal["partial"] = Field("partial", description="the last blocks are tuned")
+    blocks: int = Field(1, ge=1, description="how many of the last blocks are trained")
+
+
+class BiasRecipe(MethodSettings):
+    """All biases of the backbone and a linear head."""
+
+    name: Literal["bias"] = Field("bias", description="BitFit: biases alone")
+
+
+class ClsRecipe(MethodSettings):
+    """The class token and a linear head."""
+
+    name: Literal["cls"] = Field("cls", description="the class token is tuned")
+    again: bool = Field(False, description="true: the token starts anew, near zero; false: as in the weights")
+
+
+class LoRARecipe(MethodSettings):
+    """Low-rank updates of linear layers in every block, and a linear head."""
+
+    name: Literal["lora"] = Field("lora", description="low-rank adaptation")
+    rank: int = Field(8, ge=1, description="r: rank of an update")
+    alpha: float = Field(8.0, gt=0, description="an update is multiplied by alpha / rank")
+    targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
+        ("q", "v"),
+        min_length=1,
+        description="which linear layers: queries, keys, values, attention's output, MLP's two",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what an update reads")
+
+    @model_validator(mode="after")
+    def _targets_once(self) -> Self:
+        if len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets = {list(self.targets)}: each once; leave the repeated one out")
+        return self
+
+
+class AdapterRecipe(MethodSettings):
+    """A bottleneck at the end of a block's branches, and a linear head."""
+
+    name: Literal["adapter"] = Field("adapter", description="serial adapters")
+    style: Literal["pfeiffer", "houlsby"] = Field(
+        "pfeiffer", description="pfeiffer: after each MLP; houlsby: after each attention, too"
+    )
+    bottleneck: int = Field(64, ge=1, description="r: width inside an adapter")
+
+
+class AdaptFormerRecipe(MethodSettings):
+    """A bottleneck beside each block's MLP, and a linear head."""
+
+    name: Literal["adaptformer"] = Field("adaptformer", description="parallel adapters")
+    bottleneck: int = Field(64, ge=1, description="r: width inside an adapter")
+    scale: float = Field(0.1, gt=0, description="what an adapter gives is multiplied by it")
+
+
+class SSFRecipe(MethodSettings):
+    """A scale and a shift after every operation of the backbone, and a linear head."""
+
+    name: Literal["ssf"] = Field("ssf", description="scaling and shifting features")
+
+
+MethodRecipe = Annotated[
+    VPTRecipe
+    | VQTRecipe
+    | LinearRecipe
+    | MLPRecipe
+    | FullRecipe
+    | PartialRecipe
+    | BiasRecipe
+    | ClsRecipe
+    | LoRARecipe
+    | AdapterRecipe
+    | AdaptFormerRecipe
+    | SSFRecipe,
+    Field(discriminator="name"),
+]

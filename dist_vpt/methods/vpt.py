@@ -1,9 +1,11 @@
 """Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119). A writer.
 
-B batch, N tokens, P prompts, D width, d width of a prompt before its projection, L blocks, R prefix tokens.
+B batch, N tokens, P prompts, D width, d width of a prompt before its projection, L blocks, R prefix tokens, G side of a
+patch in pixels, X numbers of a prompt: d, or of pixels 3 G G.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.bias import Biases
+from dist_vpt.methods.cls import ClassToken
 from dist_vpt.methods.recipe import VPTRecipe
 
 
@@ -19,38 +23,100 @@ class VPT(Method):
     """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two)."""
 
     def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        also: dict[str, nn.Module] = {}  # made first: they start at the weights in float32
+        if "bias" in recipe.also:
+            also["biases"] = Biases(backbone)
+        if "cls" in recipe.also:
+            also["class_token"] = ClassToken(backbone)
         super().__init__(backbone, classes, compute)
+        for name, module in also.items():
+            self.add_module(name, module)
         self.recipe = recipe
+        if recipe.start == "class_token" and backbone.stem.cls_token is None:
+            raise UserError("method.start = class_token: the backbone has none; set method.start=tokens")
         self.set_of_block = _schedule(recipe, len(backbone.blocks))
-        width = recipe.projection or backbone.width
-        bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + width))  # xavier-uniform, of a patch's pixels
+        width, pixels = recipe.projection or backbone.width, 3 * math.prod(backbone.patch_size)
+        bound = math.sqrt(6.0 / (pixels + width))  # xavier-uniform, of a patch's pixels
         sets = max(self.set_of_block.values()) + 1
-        self.prompts = nn.Parameter(torch.empty(sets, recipe.prompts, width).uniform_(-bound, bound))
+        count = {"add": backbone.tokens, "add-1": 1}.get(recipe.location, recipe.prompts)
+        width = pixels if recipe.location == "prepend-pixel" else width
+        self.prompts = nn.Parameter(torch.empty(sets, count, width).uniform_(-bound, bound))
         self.projection: nn.Module = nn.Identity()
         if recipe.projection:
             self.projection = nn.Linear(width, backbone.width)
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
 
+    @property
+    def starts_on_images(self) -> bool:
+        return self.recipe.start != "random"
+
+    @torch.no_grad()
+    def start(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
+        """Move prompts to where tokens are before the first block that each set is written to, channel by channel.
+
+        What they were is added: an image's class token is the same for all before the first block, and equal prompts
+        would stay equal.
+        """
+        backbone, sets = self.backbone, len(self.prompts)
+        blocks = [min(block for block, of in self.set_of_block.items() if of == each) for each in range(sets)]
+        found: list[list[Tensor]] = [[] for _ in blocks]  # tokens of each set's block
+        for images_B3SS in batches_B3SS:
+            tokens_BND = backbone.embed(images_B3SS)
+            for number in range(blocks[-1] + 1):
+                if number in blocks:
+                    read_BND = tokens_BND[:, :1] if self.recipe.start == "class_token" else tokens_BND
+                    found[blocks.index(number)].append(_moments(read_BND))
+                tokens_BND = backbone.run_block(backbone.blocks[number], tokens_BND)
+        generator = torch.Generator().manual_seed(seed)
+        for prompts_PD, moments in zip(self.prompts, found, strict=True):
+            count, sum_D, squares_D = torch.stack(moments).sum(0).unbind()
+            mean_D = sum_D / count
+            deviation_D = (squares_D / count - mean_D.square()).clamp_min(0).sqrt()
+            noise_PD = torch.randn(prompts_PD.shape, generator=generator).to(mean_D)
+            prompts_PD.add_((mean_D + deviation_D * noise_PD).to(prompts_PD))
+
     def forward(self, images_B3SS: Tensor) -> Tensor:
         tokens_BND = self.backbone.embed(images_B3SS)
-        prompts = [self.projection(prompts_PD) for prompts_PD in self.prompts.unbind()]
+        prompts = [self._embedded(prompts_PX) for prompts_PX in self.prompts.unbind()]
         present = 0  # prompt tokens in the stream
         for number, block in enumerate(self.backbone.blocks):
             if number in self.set_of_block:
                 tokens_BND = self._write(tokens_BND, prompts[self.set_of_block[number]], present)
-                present = self.recipe.prompts
+                present = 0 if self.recipe.location.startswith("add") else self.recipe.prompts
+            elif present and not self.recipe.expand:
+                tokens_BND, present = self._without(tokens_BND, present), 0
             tokens_BND = self.backbone.run_block(block, tokens_BND)
         return self.classify(self.backbone.pool(self.backbone.norm(tokens_BND), self.recipe.pooling, present))
 
+    def _embedded(self, prompts_PX: Tensor) -> Tensor:
+        """Prompts of one set as tokens [P, D]; pixels go through the backbone's own patch embedding."""
+        if self.recipe.location != "prepend-pixel":
+            return self.projection(prompts_PX)
+        embed, side = self.backbone.stem.patch_embed, self.backbone.patch_size
+        patches_P3GG = prompts_PX.to(self.backbone.dtype).unflatten(1, (3, *side))
+        return embed.norm(embed.proj(patches_P3GG).flatten(1))
+
+    def _without(self, tokens_BND: Tensor, present: int) -> Tensor:
+        prefix = self.backbone.prefix
+        return torch.cat([tokens_BND[:, :prefix], tokens_BND[:, prefix + present :]], dim=1)
+
     def _write(self, tokens_BND: Tensor, prompts_PD: Tensor, present: int) -> Tensor:
-        """Put prompts after the prefix tokens, in the place of the ``present`` ones that are there."""
+        """Put prompts after the prefix tokens, in the place of the ``present`` ones that are there, or add them."""
         prefix = self.backbone.prefix
         prompts_BPD = F.dropout(prompts_PD.expand(len(tokens_BND), -1, -1), self.recipe.dropout, self.training)
+        if self.recipe.location.startswith("add"):
+            return tokens_BND + prompts_BPD.to(tokens_BND.dtype)
         return torch.cat(
             [tokens_BND[:, :prefix], prompts_BPD.to(tokens_BND.dtype), tokens_BND[:, prefix + present :]],
             dim=1,
         )
+
+
+def _moments(tokens_BND: Tensor) -> Tensor:
+    """How many, their sum and the sum of their squares, for each channel: float64 [3, D]."""
+    tokens_XD = tokens_BND.flatten(0, 1).double()
+    return torch.stack([torch.full_like(tokens_XD[0], len(tokens_XD)), tokens_XD.sum(0), tokens_XD.square().sum(0)])
 
 
 def _schedule(recipe: VPTRecipe, blocks: int) -> dict[int, int]:

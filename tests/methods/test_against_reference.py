@@ -1,5 +1,7 @@
 """Every method against slow float64 mathematics: logits, loss and the gradient of all that is trained."""
 
+import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ from pydantic import TypeAdapter
 from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods import MethodRecipe, attach
 from dist_vpt.methods.base import Method
-from tests.methods.conftest import MEAN, STD, make_backbone, make_vit
+from tests.methods.conftest import KINDS, MEAN, STD, make_backbone, make_vit
+from tests.reference import inside
 from tests.reference import vit as reference
 
 # One tolerance a dtype. float32: each tensor's largest error, relative to the tensor's largest number. bf16 has 8
@@ -22,42 +25,116 @@ LABELS = torch.tensor([0, 2, 1])
 WEIGHT = np.array([1.0, 0.5, 2.0])
 DEPTH = 3
 
+VPT = {"name": "vpt", "prompts": 3}
+LORA = {"name": "lora", "rank": 2, "alpha": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "shallow": {"deep": False},
-    "deep": {},
-    "first two": {"layers": 2},
-    "last two": {"layers": 2, "end": "last"},
-    "last one": {"layers": 1, "end": "last"},
-    "shared": {"shared": True},
-    "projected": {"projection": 5},
-    "img_pool": {"pooling": "img_pool"},
-    "prompt_pool": {"pooling": "prompt_pool"},
-    "imgprompt_pool": {"pooling": "imgprompt_pool"},
+    "vpt shallow": VPT | {"deep": False},
+    "vpt deep": VPT,
+    "vpt, first two": VPT | {"layers": 2},
+    "vpt, last two": VPT | {"layers": 2, "end": "last"},
+    "vpt, last one": VPT | {"layers": 1, "end": "last"},
+    "vpt shared": VPT | {"shared": True},
+    "vpt projected": VPT | {"projection": 5},
+    "vpt, img_pool": VPT | {"pooling": "img_pool"},
+    "vpt, prompt_pool": VPT | {"pooling": "prompt_pool"},
+    "vpt, imgprompt_pool": VPT | {"pooling": "imgprompt_pool"},
+    "vpt, first two without expansion": VPT | {"layers": 2, "expand": False},
+    "vpt, add": VPT | {"location": "add"},
+    "vpt, add to the first": VPT | {"location": "add", "deep": False},
+    "vpt, add-1": VPT | {"location": "add-1", "shared": True},
+    "vpt, prepend-pixel": VPT | {"location": "prepend-pixel", "deep": False},
+    "vpt+bias": VPT | {"also": ("bias",)},
+    "vpt+cls": VPT | {"also": ("cls",)},
+    "vpt+bias+cls, shallow": VPT | {"also": ("bias", "cls"), "deep": False},
+    "linear": {"name": "linear"},
+    "full": {"name": "full"},
+    "partial": {"name": "partial"},
+    "partial, two": {"name": "partial", "blocks": 2},
+    "bias": {"name": "bias"},
+    "cls": {"name": "cls"},
+    "lora": LORA,
+    "lora of all": LORA | {"targets": ("q", "k", "v", "proj", "fc1", "fc2")},
+    "pfeiffer": {"name": "adapter", "bottleneck": 3},
+    "houlsby": {"name": "adapter", "bottleneck": 3, "style": "houlsby"},
+    "adaptformer": {"name": "adaptformer", "bottleneck": 3},
+    "ssf": {"name": "ssf"},
+}
+IN_BF16 = ("vpt deep", "full", "partial, two", "bias", "cls", "lora", "houlsby", "adaptformer", "ssf")
+ALIASES = {
+    r"backbone\.": "",
+    r"stem\.": "",
+    r"biases\.": "",
+    r"class_token\.token": "cls_token",
+    r"adapters\.(\d+)\.(attn|mlp)\.": r"blocks.\1.adapter_\2.",
+    r"adapters\.(\d+)\.(down|up)\.": r"blocks.\1.adapter_beside.\2.",
+}
+LAYERS = {  # of LoRA, with their rows: queries, keys and values are of one weight
+    "q": ("attn.qkv", (0, 16)),
+    "k": ("attn.qkv", (16, 32)),
+    "v": ("attn.qkv", (32, 48)),
+    "proj": ("attn.proj", (0, 16)),
+    "fc1": ("mlp.fc1", (0, 64)),
+    "fc2": ("mlp.fc2", (0, 16)),
 }
 
 
 def reference_prompts(settings: dict[str, Any], values_nPd: np.ndarray) -> reference.Prompts:
-    values = list(values_nPd)
+    return dataclasses.replace(placed(settings, list(values_nPd)), add=settings.get("location", "").startswith("add"))
+
+
+def placed(settings: dict[str, Any], values: list[np.ndarray]) -> reference.Prompts:
     if not settings.get("deep", True):
         return reference.shallow(values[0])
     if settings.get("shared"):
         return reference.deep_shared(values[0], values[1], DEPTH)
     if settings.get("end") == "last":
         return reference.deep_last(values, DEPTH)
-    return reference.deep_first(values)
+    return reference.deep_first(values, drop_after_last=not settings.get("expand", True))
 
 
-def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str, Any] | None) -> reference.Result:
-    weights = {name: tensor.double().numpy() for name, tensor in make_vit(kind).state_dict().items()}
+def alias(name: str) -> str:
+    """The reference's name of a trained tensor."""
+    for pattern, replacement in ALIASES.items():
+        name = re.sub(f"^{pattern}", replacement, name)
+    return name
+
+
+def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str, Any]) -> reference.Result:
+    """The reference's result, its gradients under the method's names (but for prompts, which are one a block)."""
+    frozen = {name: tensor.double().numpy() for name, tensor in make_vit(kind).state_dict().items()}
     vit = make_vit(kind)
     config = reference.Config(
-        num_heads=2, patch_size=8, mean=MEAN, std=STD, pool=vit.global_pool, no_embed_class=vit.no_embed_class
+        num_heads=2,
+        patch_size=8,
+        mean=MEAN,
+        std=STD,
+        pool=vit.global_pool,
+        no_embed_class=vit.no_embed_class,
+        beside_scale=settings.get("scale", 0.1),
     )
-    own = {name: p.detach().double().numpy() for name, p in method.named_parameters()}
-    prompts = None if settings is None else reference_prompts(settings, own["prompts"])
+    own = {name: p.detach().double().numpy() for name, p in method.trainable()}
+    inner = {name for name in own if not name.startswith(("head", "prompts", "projection", "lora", "ssf"))}
+    weights = frozen | {alias(name): own[name] for name in inner}
+    updates = {
+        (f"blocks.{number}.{LAYERS[target][0]}.weight", LAYERS[target][1]): (own[name], own[name.replace("down", "up")])
+        for name in own
+        if name.startswith("lora.") and ".down." in name
+        for _, number, target, _, _ in [name.split(".")]
+    }
+    factor = settings["alpha"] / settings["rank"] if updates else 1.0
+    pairs = {
+        name.removeprefix("ssf.").removesuffix(".scale"): (own[name], own[name.replace(".scale", ".shift")])
+        for name in own
+        if name.startswith("ssf.") and name.endswith(".scale")
+    }
+    prompts = reference_prompts(settings, own["prompts"]) if "prompts" in own else None
     projection = (own["projection.weight"], own["projection.bias"]) if "projection.weight" in own else None
-    return reference.forward_backward(
-        weights,
+    pixels = settings.get("location") == "prepend-pixel"
+    if pixels:  # the frozen patch embedding is what projects them
+        kernel_DX = frozen["patch_embed.proj.weight"].reshape(16, -1)
+        projection = (kernel_DX, frozen.get("patch_embed.proj.bias", np.zeros(16)))
+    result = reference.forward_backward(
+        inside.low_rank(inside.scale_shift(weights, pairs), updates, factor),
         config,
         images.numpy(),
         LABELS.numpy(),
@@ -65,11 +142,22 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
         head_weight=own["head.weight"],
         head_bias=own["head.bias"],
         projection=projection,
-        pooling=(settings or {}).get("pooling", "original"),
+        pooling=settings.get("pooling", "original"),
         smoothing=0.1,
         example_weight=WEIGHT,
-        backbone_grads=settings is None and method.trains_backbone,
+        backbone_grads=bool(inner or updates or pairs),
     )
+    grads = {name: grad for name, grad in result.grads.items() if name.startswith(("head", "prompts", "projection"))}
+    if pixels:
+        grads = {name: grad for name, grad in grads.items() if not name.startswith("projection")}
+    grads |= {name: result.grads[alias(name)] for name in inner}
+    of_updates = inside.low_rank_backward(result.grads, updates, factor).values()
+    names = [name for name in own if name.startswith("lora.") and ".down." in name]
+    for name, (of_down, of_up) in zip(names, of_updates, strict=True):
+        grads |= {name: of_down, name.replace("down", "up"): of_up}
+    for name, (of_scale, of_shift) in inside.scale_shift_backward(result.grads, weights, pairs).items():
+        grads |= {f"ssf.{name}.scale": of_scale, f"ssf.{name}.shift": of_shift}
+    return dataclasses.replace(result, grads=grads)
 
 
 def actual(method: Method, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,19 +180,19 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, np.ndarray], 
         return
     for name, error in errors.items():
         scale = np.abs(wanted[name]).max()
-        if name.endswith("k_norm.bias"):  # adds the same to every score: its gradient is exactly zero
-            scale = np.abs(wanted[name.replace("bias", "weight")]).max()
+        if name.endswith(("k_norm.bias", "k_norm.shift")):  # adds the same to every score: its gradient is exactly zero
+            scale = np.abs(wanted[name.replace("k_norm", "q_norm")]).max()
         assert np.abs(error).max() < TOLERANCE[dtype] * scale, f"{name}: off by {np.abs(error).max() / scale:.2e}"
 
 
 def make(settings: dict[str, Any], kind: str, dtype: torch.dtype = torch.float32) -> Method:
-    torch.manual_seed(3)
     recipe = TypeAdapter(MethodRecipe).validate_python(settings)
     method = attach(recipe, make_backbone(kind), 4, dtype)
+    torch.manual_seed(3)  # after the backbone's own, so that these are not its numbers once more
     with torch.no_grad():  # start away from the initialisation's tiny prompts and constant bias
-        for _, parameter in method.trainable():
-            if not method.trains_backbone:
-                parameter.copy_(torch.randn_like(parameter) * 0.5)
+        for name, parameter in method.trainable():
+            if not name.startswith("backbone."):
+                parameter.copy_(torch.randn_like(parameter) * 0.5 + name.endswith(".scale"))
     return method
 
 
@@ -119,35 +207,30 @@ def check(method: Method, wanted: reference.Result, images: torch.Tensor, dtype:
         if name == "prompts":
             grads |= {f"prompts.{i}": grad for i, grad in enumerate(parameter.grad)}
         else:
-            grads[name.removeprefix("backbone.").removeprefix("stem.")] = parameter.grad
+            grads[name] = parameter.grad
     assert_close(grads, wanted.grads, dtype)
 
 
-@pytest.mark.parametrize("kind", ["class_token", "registers", "no_class_token", "mean_pooled"])
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_vpt(variant: str, kind: str, images: torch.Tensor) -> None:
-    settings = {"name": "vpt", "prompts": 3, **VARIANTS[variant]}
+def kinds_of(settings: dict[str, Any]) -> list[str]:
+    """Kinds of backbone that a method claims."""
+    token = settings["name"] == "cls" or "cls" in settings.get("also", ())
+    return [kind for kind in KINDS if kind != "no_class_token" or not token]
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"), [(variant, kind) for variant, settings in VARIANTS.items() for kind in kinds_of(settings)]
+)
+def test_in_float32(variant: str, kind: str, images: torch.Tensor) -> None:
+    settings = VARIANTS[variant]
     method = make(settings, kind)
     check(method, expected(method, kind, images, settings), images, torch.float32)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
-def test_vpt_in_bf16(checkpointing: str, images: torch.Tensor) -> None:
-    settings = {"name": "vpt", "prompts": 3}
+@pytest.mark.parametrize("variant", IN_BF16)
+def test_in_bf16(variant: str, checkpointing: str, images: torch.Tensor) -> None:
+    settings = VARIANTS[variant]
     method = make(settings, "class_token", torch.bfloat16)
+    assert {p.dtype for _, p in method.trainable()} == {torch.float32}
     apply_checkpointing(method.backbone, checkpointing)
     check(method, expected(method, "class_token", images, settings), images, torch.bfloat16)
-
-
-@pytest.mark.parametrize("kind", ["class_token", "registers", "no_class_token", "mean_pooled"])
-def test_linear(kind: str, images: torch.Tensor) -> None:
-    method = make({"name": "linear"}, kind)
-    check(method, expected(method, kind, images, None), images, torch.float32)
-
-
-@pytest.mark.parametrize("kind", ["class_token", "registers", "no_class_token", "mean_pooled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_full(kind: str, dtype: torch.dtype, images: torch.Tensor) -> None:
-    method = make({"name": "full"}, kind, dtype)  # the weights stay float32; bf16 computes under autocast
-    assert {p.dtype for p in method.parameters()} == {torch.float32}
-    check(method, expected(method, kind, images, None), images, dtype)

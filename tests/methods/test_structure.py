@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import ParallelScalingBlock
 
 from dist_vpt.errors import UserError
 from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods import METHODS, MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
-from tests.methods.conftest import make_backbone
+from tests.methods.conftest import KINDS, make_backbone
 
 HEAD = {"head.weight", "head.bias"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -24,11 +26,33 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vpt deep": {"name": "vpt"},
     "vpt projected": {"name": "vpt", "projection": 4},
     "vpt shared": {"name": "vpt", "shared": True},
+    "vpt, first two without expansion": {"name": "vpt", "layers": 2, "expand": False},
+    "vpt added": {"name": "vpt", "location": "add"},
+    "vpt pixels": {"name": "vpt", "location": "prepend-pixel", "deep": False},
+    "vpt+bias": {"name": "vpt", "also": ("bias",)},
+    "vpt+cls": {"name": "vpt", "also": ("cls",)},
     "vqt": {"name": "vqt", "queries": 2},
     "vqt weighted": {"name": "vqt", "queries": 2, "pooling": "weighted", "blocks": (1, 2)},
     "mlp": {"name": "mlp", "layers": 3, "width": 8},
     "mlp of one layer": {"name": "mlp", "layers": 1},
+    "partial": {"name": "partial", "blocks": 2},
+    "bias": {"name": "bias"},
+    "cls": {"name": "cls"},
+    "cls anew": {"name": "cls", "again": True},
+    "lora": {"name": "lora", "rank": 2, "targets": ("v", "fc1")},
+    "pfeiffer": {"name": "adapter", "bottleneck": 3},
+    "houlsby": {"name": "adapter", "bottleneck": 3, "style": "houlsby"},
+    "adaptformer": {"name": "adaptformer", "bottleneck": 3},
+    "ssf": {"name": "ssf"},
 }
+INSIDE = [name for name, settings in SETTINGS.items() if settings["name"] in ("bias", "cls", "lora", "ssf")]
+INSIDE += ["partial", "pfeiffer", "houlsby", "adaptformer"]
+OPERATIONS = ["patch_embed.proj", "norm"] + [
+    f"blocks.{block}.{layer}"
+    for block in range(3)
+    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+]
+BOTTLENECK = ("down.weight", "down.bias", "up.weight", "up.bias")
 TRAINED = {
     "linear": HEAD,
     "full": HEAD | {f"backbone.{name}" for name, _ in make_backbone().named_parameters()},
@@ -36,10 +60,32 @@ TRAINED = {
     "vpt deep": HEAD | {"prompts"},
     "vpt projected": HEAD | {"prompts", "projection.weight", "projection.bias"},
     "vpt shared": HEAD | {"prompts"},
+    "vpt, first two without expansion": HEAD | {"prompts"},
+    "vpt added": HEAD | {"prompts"},
+    "vpt pixels": HEAD | {"prompts"},
+    "vpt+bias": HEAD | {"prompts"} | {f"biases.{layer}.bias" for layer in OPERATIONS},
+    "vpt+cls": HEAD | {"prompts", "class_token.token"},
     "vqt": HEAD | {"queries"},
     "vqt weighted": HEAD | {"queries", "pool_weights"},
     "mlp": {f"head.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")},
     "mlp of one layer": {"head.0.weight", "head.0.bias"},
+    "partial": HEAD
+    | {
+        f"backbone.{layer}.{kind}"
+        for layer in OPERATIONS
+        if layer == "norm" or layer.startswith(("blocks.1", "blocks.2"))
+        for kind in ("weight", "bias")
+    },
+    "bias": HEAD | {f"biases.{layer}.bias" for layer in OPERATIONS},
+    "cls": HEAD | {"class_token.token"},
+    "cls anew": HEAD | {"class_token.token"},
+    "lora": HEAD
+    | {f"lora.{block}.{at}.{kind}.weight" for block in range(3) for at in ("v", "fc1") for kind in ("down", "up")},
+    "pfeiffer": HEAD | {f"adapters.{block}.mlp.{tensor}" for block in range(3) for tensor in BOTTLENECK},
+    "houlsby": HEAD
+    | {f"adapters.{block}.{branch}.{name}" for block in range(3) for branch in ("attn", "mlp") for name in BOTTLENECK},
+    "adaptformer": HEAD | {f"adapters.{block}.{tensor}" for block in range(3) for tensor in BOTTLENECK},
+    "ssf": HEAD | {f"ssf.{layer}.{kind}" for layer in OPERATIONS for kind in ("scale", "shift")},
 }
 
 
@@ -119,6 +165,70 @@ def test_a_reader_sees_the_stream_without_autograd(name: str, images: torch.Tens
     assert asked == [False] * 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in INSIDE if name != "cls anew"])
+def test_a_method_inside_starts_as_the_frozen_backbone(name: str, kind: str, images: torch.Tensor) -> None:
+    if name == "cls" and kind == "no_class_token":
+        return
+    heads = []
+    for settings in (SETTINGS[name], {"name": "linear"}):
+        method = make(settings, kind=kind)
+        method.head.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0].detach()))
+        method.train()(images)
+    assert torch.allclose(*heads, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_method_inside_widens_no_tokens(name: str, images: torch.Tensor) -> None:
+    """Under bf16, backward keeps no float32 numbers of tokens but a few a token (a norm's mean, attention's sums)."""
+    torch.manual_seed(0)
+    recipe = TypeAdapter(MethodRecipe).validate_python(SETTINGS[name])
+    method = attach(recipe, make_backbone(), 5, torch.bfloat16)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss_of(method, images).backward()
+    tokens = [t for t in saved if t.ndim >= 3 and len(t) == len(images) and t[0].numel() >= 5 * 8]  # N x E
+    assert tokens
+    allowed = torch.bfloat16 if name != "partial" else torch.float32  # under autocast torch's norms are of float32
+    assert {t.dtype for t in tokens} <= {torch.bfloat16, allowed}
+
+
+def test_the_blocks_before_the_last_run_without_autograd(images: torch.Tensor) -> None:
+    method = make(SETTINGS["partial"])
+    asked: list[bool] = []
+    for block in method.backbone.blocks:
+        block.register_forward_hook(lambda _, inputs, output: asked.append(output.requires_grad))
+    loss_of(method, images).backward()
+    assert asked == [False, True, True]
+
+
+def test_dropout_of_lora_is_off_in_eval(images: torch.Tensor) -> None:
+    method = make(SETTINGS["lora"] | {"dropout": 0.5})
+    for name, parameter in method.trainable():
+        if ".up." in name:
+            torch.nn.init.normal_(parameter)
+    method.train()
+    assert not torch.equal(method(images), method(images))
+    method.eval()
+    assert torch.equal(method(images), method(images))
+
+
+@pytest.mark.parametrize(
+    ("settings", "backbone", "message"),
+    [
+        ({"name": "partial", "blocks": 4}, {}, "method.blocks = 4: the backbone has 3 blocks"),
+        ({"name": "cls"}, {"kind": "no_class_token"}, "no class token"),
+        ({"name": "lora"}, {"block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),
+        ({"name": "lora", "targets": ("fc1",)}, {"mlp_layer": SwiGLU}, "no linear layer mlp.fc1: leave fc1 out"),
+    ],
+)
+def test_a_backbone_that_a_method_does_not_know_is_refused(
+    settings: dict[str, Any], backbone: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make(settings, **backbone)
+
+
 def test_the_backbone_stays_in_eval_mode() -> None:
     method = make({"name": "vpt"}).train()
     assert method.training
@@ -157,6 +267,33 @@ def test_prompts_start_as_published() -> None:
     assert abs(float(method.head.weight.detach().std()) / math.sqrt(2 / 5) - 1) < 0.2
 
 
+@pytest.mark.parametrize("deep", [True, False])
+@pytest.mark.parametrize("start", ["class_token", "tokens"])
+def test_prompts_may_start_like_tokens(start: str, deep: bool, images: torch.Tensor) -> None:
+    many = {"name": "vpt", "prompts": 20000, "deep": deep}
+    method, random = make(many | {"start": start}), make(many)
+    inputs: list[torch.Tensor] = []
+    for block in method.backbone.blocks:
+        block.register_forward_pre_hook(lambda _, tokens: inputs.append(tokens[0]))
+    method.backbone(images)
+    seen = [tokens[:, :1] if start == "class_token" else tokens for tokens in inputs]
+    method.start([images[:2], images[2:]], seed=5)
+    assert len(method.prompts) == (3 if deep else 1)
+    for prompts, before, tokens in zip(method.prompts, random.prompts, seen, strict=False):
+        drawn, values = (prompts - before).detach(), tokens.flatten(0, 1)
+        deviation = values.std(0, correction=0)
+        assert torch.allclose(drawn.mean(0), values.mean(0), atol=0.05 * float(values.std()))
+        assert torch.allclose(drawn.std(0), deviation, atol=0.05 * float(values.std()))
+    again = make(many | {"start": start})
+    again.start([images], seed=5)
+    assert torch.allclose(again.prompts, method.prompts, atol=1e-5)
+
+
+def test_a_class_token_to_start_from_is_needed() -> None:
+    with pytest.raises(UserError, match=r"method.start = class_token: the backbone has none"):
+        make({"name": "vpt", "start": "class_token"}, kind="no_class_token")
+
+
 def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor) -> None:
     torch.manual_seed(0)
     backbone = make_backbone()
@@ -172,6 +309,19 @@ def test_more_layers_than_blocks_are_refused() -> None:
         make({"name": "vpt", "layers": 4})
 
 
-def test_deep_options_without_deep_are_refused() -> None:
-    with pytest.raises(ValidationError, match="belong to deep prompts"):
-        make({"name": "vpt", "deep": False, "layers": 2})
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deep": False, "layers": 2}, "belong to deep prompts"),
+        ({"expand": False}, "expand = false with layers = None"),
+        ({"expand": False, "layers": 2, "end": "last"}, "expand = false with layers = 2, end = last"),
+        ({"expand": False, "layers": 2, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
+        ({"location": "add", "pooling": "imgprompt_pool"}, "no prompts come out of the last block"),
+        ({"location": "prepend-pixel"}, "pixels before the first block alone"),
+        ({"also": ("bias", "bias")}, "each once"),
+        ({"start": "tokens", "projection": 4}, "only prompts that are tokens themselves"),
+    ],
+)
+def test_options_of_vpt_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        make({"name": "vpt", **settings})

@@ -3,6 +3,7 @@
 Shape letters: see vit.py. Tiny sizes: D = 8, H = 2, L = 3, M = 4 patches of 2 x 2 pixels, K = 5, B = 3.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from . import optim, schedule, vit
+from . import inside, optim, schedule, vit
 
 WIDTH, HEADS, DEPTH, SIDE, PATCH, CLASSES, BATCH = 8, 2, 3, 4, 2, 5, 3
 PROMPTS, NARROW = 2, 3  # P, and d where a projection widens the prompts
@@ -318,6 +319,78 @@ def test_gradients_equal_finite_differences(batch, rng, *, name, variant, projec
     assert grads.keys() == trained.keys()
     for key, tensor in trained.items():
         assert_slope(lambda: vit.loss_only(*arguments, **options), tensor, grads[key], rng, entries=1 if full else 4)
+
+
+@pytest.mark.parametrize("count", [1, 1 + (SIDE // PATCH) ** 2])
+def test_gradients_of_added_prompts_equal_finite_differences(batch, rng, count):
+    _, weights, config = tiny("plain")
+    values = tuple(rng.normal(size=(count, WIDTH)) for _ in range(2))
+    prompts = vit.Prompts(values=values, at={0: 0, 1: 1, 2: 1}, add=True)
+    arguments = (weights, config, *batch[:2], prompts)
+    grads = vit.forward_backward(*arguments, **head_of(weights)).grads
+    for index, value in enumerate(values):
+        grad = grads[f"prompts.{index}"]
+        assert_slope(lambda: vit.loss_only(*arguments, **head_of(weights)), value, grad, rng, entries=4)
+
+
+@pytest.mark.parametrize("name", ["plain", "layer_scale"])
+@pytest.mark.parametrize("kinds", [("mlp",), ("attn", "mlp"), ("beside",), ("attn", "mlp", "beside")], ids="+".join)
+def test_gradients_with_adapters_equal_finite_differences(batch, rng, kinds, name):
+    """Of every weight: what flows on through an adapter is told by those of the blocks below it."""
+    _, weights, config = tiny(name)
+    config = dataclasses.replace(config, beside_scale=0.3)
+    for block in range(DEPTH):
+        for kind in kinds:
+            shapes = {
+                "down.weight": (NARROW, WIDTH),
+                "down.bias": NARROW,
+                "up.weight": (WIDTH, NARROW),
+                "up.bias": WIDTH,
+            }
+            for part, shape in shapes.items():
+                weights[f"blocks.{block}.adapter_{kind}.{part}"] = rng.normal(size=shape)
+    head = {"head_weight": weights.pop("head.weight"), "head_bias": weights.pop("head.bias")}
+    arguments = (weights, config, *batch[:2])
+    grads = vit.forward_backward(*arguments, **head, backbone_grads=True).grads
+    assert weights.keys() <= grads.keys()
+    for key, tensor in weights.items():
+        assert_slope(lambda: vit.loss_only(*arguments, **head), tensor, grads[key], rng, entries=1)
+
+
+@pytest.mark.parametrize("name", ["plain", "no_qkv_bias", "everything"])
+def test_gradients_of_changed_weights_equal_finite_differences(batch, rng, name):
+    _, weights, config = tiny(name)
+    head = {"head_weight": weights.pop("head.weight"), "head_bias": weights.pop("head.bias")}
+    updates = {
+        ("blocks.0.attn.qkv.weight", (WIDTH, 2 * WIDTH)): (rng.normal(size=(2, WIDTH)), rng.normal(size=(WIDTH, 2))),
+        ("blocks.2.mlp.fc1.weight", (0, 2 * WIDTH)): (rng.normal(size=(2, WIDTH)), rng.normal(size=(2 * WIDTH, 2))),
+    }
+    pairs = {
+        name.removesuffix(".weight"): (1 + 0.3 * rng.normal(size=len(w)), rng.normal(size=len(w)))
+        for name, w in weights.items()
+        if name.endswith(".weight")
+    }
+
+    def changed():
+        return inside.low_rank(inside.scale_shift(weights, pairs), updates, 0.7)
+
+    grads = vit.forward_backward(changed(), config, *batch[:2], **head, backbone_grads=True).grads
+    found = {**inside.low_rank_backward(grads, updates, 0.7), **inside.scale_shift_backward(grads, weights, pairs)}
+    for key, tensors in (updates | pairs).items():
+        for tensor, grad in zip(tensors, found[key], strict=True):
+            assert_slope(lambda: vit.loss_only(changed(), config, *batch[:2], **head), tensor, grad, rng, entries=2)
+
+
+def test_adapters_of_zero_change_nothing(batch, rng):
+    _, weights, config = tiny("plain")
+    for kind in ("attn", "mlp", "beside"):
+        down = {"down.weight": rng.normal(size=(NARROW, WIDTH)), "down.bias": rng.normal(size=NARROW)}
+        up = {"up.weight": np.zeros((WIDTH, NARROW)), "up.bias": np.zeros(WIDTH)}
+        for part, value in (down | up).items():
+            weights[f"blocks.1.adapter_{kind}.{part}"] = value
+    images, labels, _ = batch
+    found = vit.forward_backward(weights, config, images, labels, **head_of(weights))
+    np.testing.assert_array_equal(found.logits, run(batch, None).logits)
 
 
 @pytest.mark.parametrize("function", ["norm", "gelu", "cross_entropy"])

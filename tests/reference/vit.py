@@ -13,6 +13,9 @@ Every `*_forward` returns (output, cache); the `*_backward` of the same name tak
 with respect to that output, and the cache, and returns the gradient with respect to the input, with a dict of
 the gradients of its weights where it has any.
 
+Adapters are weights of a block beyond timm's: `adapter_attn` and `adapter_mlp` stand after a branch (GELU), and
+`adapter_beside` beside the MLP (ReLU). An absent one changes nothing.
+
 Token order, in all blocks: [class token, registers, prompts, patches]; an absent kind has length 0. Prompts
 join after the position embedding and after `norm_pre`, so they pass through neither.
 """
@@ -35,7 +38,8 @@ POOLINGS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
 _KNOWN_NAMES = re.compile(
     r"cls_token|reg_token|pos_embed|patch_embed\.proj\.(weight|bias)|(norm_pre|norm|fc_norm)\.(weight|bias)"
     r"|blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|proj|q_norm|k_norm)\.(weight|bias)"
-    r"|ls[12]\.gamma|mlp\.fc[12]\.(weight|bias))|head\.(weight|bias)"
+    r"|ls[12]\.gamma|mlp\.fc[12]\.(weight|bias)|adapter_(attn|mlp|beside)\.(down|up)\.(weight|bias))"
+    r"|head\.(weight|bias)"
 )
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])  # the C library's, so that SciPy is not needed
@@ -58,6 +62,8 @@ class Config:
     """True: `pos_embed` has entries for the patches only."""
     pool: str = "token"
     """The backbone's own pooling: 'token' (class token) or 'avg' (mean of the image's patches)."""
+    beside_scale: float = 1.0
+    """Multiplies what `adapter_beside` gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +79,8 @@ class Prompts:
     at: Mapping[int, int]
     drop_after_last: bool = False
     """True: the prompt positions are removed from the input of the block after the last prompted one."""
+    add: bool = False
+    """True: values[i] (N x d, or 1 x d for all tokens alike) is added to the tokens; there are no positions of it."""
 
 
 def shallow(prompt_Pd: Array) -> Prompts:
@@ -211,7 +219,9 @@ def features_forward(
     for block in range(depth):
         new_PD = _prompt_before(block, prompts, inserted, width=x_BND.shape[2])
         placement = None
-        if new_PD is not None:
+        if new_PD is not None and prompts.add:
+            x_BND, placement = x_BND + new_PD, new_PD.shape
+        elif new_PD is not None:
             x_BND, placement = place_prompts_forward(x_BND, new_PD, num_prefix, num_prompts)
             num_prompts = len(new_PD)
         placements.append(placement)
@@ -256,7 +266,12 @@ def features_backward(dfeatures_BD: Array, cache: Cache, *, backbone_grads: bool
         dx_BND, block_grads = block_backward(dx_BND, cache["blocks"][block])
         backbone |= _named(f"blocks.{block}.", block_grads)
         if cache["placements"][block] is not None:
-            dx_BND, dprompt_PD = place_prompts_backward(dx_BND, cache["placements"][block])
+            if prompts.add:
+                dtokens_ND = dx_BND.sum(axis=0)
+                alike = cache["placements"][block][0] == 1
+                dprompt_PD = dtokens_ND.sum(axis=0, keepdims=True) if alike else dtokens_ND
+            else:
+                dx_BND, dprompt_PD = place_prompts_backward(dx_BND, cache["placements"][block])
             if block in prompts.at:
                 # One parameter may stand before many blocks (deep-shared): its gradients add.
                 dinserted[prompts.at[block]] = dinserted[prompts.at[block]] + dprompt_PD
@@ -417,26 +432,41 @@ def pool_backward(dpooled_BD: Array, cache: Cache) -> Array:
 
 
 def block_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None) -> tuple[Array, Cache]:
-    """x' = x + ls1(attn(norm1(x))), then x' + ls2(mlp(norm2(x'))). mask_NN: see `attention_forward`."""
+    """x' = x + a(ls1(attn(norm1(x)))), then x' + m(ls2(mlp(norm2(x')))) + b(x'), with adapters a, m and b where the
+    block has them. mask_NN: see `attention_forward`.
+    """
     normed_BND, norm1_cache = norm_forward(x_BND, w["norm1.weight"], w["norm1.bias"], config.eps)
     attended_BND, attn_cache = attention_forward(normed_BND, _local(w, "attn."), config, mask_NN)
     scaled_BND, ls1_cache = layer_scale_forward(attended_BND, w.get("ls1.gamma"))
-    middle_BND = x_BND + scaled_BND
+    branch_BND, after_attn_cache = after_forward(scaled_BND, _local(w, "adapter_attn."))
+    middle_BND = x_BND + branch_BND
 
     normed_BND, norm2_cache = norm_forward(middle_BND, w["norm2.weight"], w["norm2.bias"], config.eps)
     mixed_BND, mlp_cache = mlp_forward(normed_BND, _local(w, "mlp."))
     scaled_BND, ls2_cache = layer_scale_forward(mixed_BND, w.get("ls2.gamma"))
-    return middle_BND + scaled_BND, (norm1_cache, attn_cache, ls1_cache, norm2_cache, mlp_cache, ls2_cache)
+    branch_BND, after_mlp_cache = after_forward(scaled_BND, _local(w, "adapter_mlp."))
+    out_BND, beside_cache = middle_BND + branch_BND, None
+    if "adapter_beside.down.weight" in w:
+        beside_BND, beside_cache = adapter_forward(middle_BND, _local(w, "adapter_beside."), relu=True)
+        out_BND = out_BND + config.beside_scale * beside_BND
+    first = (norm1_cache, attn_cache, ls1_cache, after_attn_cache)
+    return out_BND, (*first, norm2_cache, mlp_cache, ls2_cache, after_mlp_cache, config.beside_scale, beside_cache)
 
 
 def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
-    norm1_cache, attn_cache, ls1_cache, norm2_cache, mlp_cache, ls2_cache = cache
-    dmixed_BND, ls2_grads = layer_scale_backward(dout_BND, ls2_cache)
+    norm1_cache, attn_cache, ls1_cache, after_attn_cache, norm2_cache, mlp_cache, ls2_cache, *last = cache
+    after_mlp_cache, beside_scale, beside_cache = last
+    dscaled_BND, after_mlp_grads = after_backward(dout_BND, after_mlp_cache)
+    dmixed_BND, ls2_grads = layer_scale_backward(dscaled_BND, ls2_cache)
     dnormed_BND, mlp_grads = mlp_backward(dmixed_BND, mlp_cache)
     dbranch_BND, norm2_grads = norm_backward(dnormed_BND, norm2_cache)
-    dmiddle_BND = dout_BND + dbranch_BND
+    dmiddle_BND, beside_grads = dout_BND + dbranch_BND, {}
+    if beside_cache is not None:
+        dbeside_BND, beside_grads = adapter_backward(beside_scale * dout_BND, beside_cache)
+        dmiddle_BND = dmiddle_BND + dbeside_BND
 
-    dattended_BND, ls1_grads = layer_scale_backward(dmiddle_BND, ls1_cache)
+    dscaled_BND, after_attn_grads = after_backward(dmiddle_BND, after_attn_cache)
+    dattended_BND, ls1_grads = layer_scale_backward(dscaled_BND, ls1_cache)
     dnormed_BND, attn_grads = attention_backward(dattended_BND, attn_cache)
     dbranch_BND, norm1_grads = norm_backward(dnormed_BND, norm1_cache)
     grads = (
@@ -446,8 +476,46 @@ def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Arra
         | _named("norm2.", norm2_grads)
         | _named("mlp.", mlp_grads)
         | _named("ls2.", ls2_grads)
+        | _named("adapter_attn.", after_attn_grads)
+        | _named("adapter_mlp.", after_mlp_grads)
+        | _named("adapter_beside.", beside_grads)
     )
     return dmiddle_BND + dbranch_BND, grads
+
+
+def adapter_forward(x_BND: Array, w: Weights, *, relu: bool) -> tuple[Array, Cache]:
+    """up(GELU(down(x))), or with ReLU in its place."""
+    hidden_BNr, down_cache = linear_forward(x_BND, w["down.weight"], w["down.bias"])
+    if relu:
+        active_BNr, active_cache = np.maximum(hidden_BNr, 0.0), None
+    else:
+        active_BNr, active_cache = gelu_forward(hidden_BNr)
+    out_BND, up_cache = linear_forward(active_BNr, w["up.weight"], w["up.bias"])
+    return out_BND, (down_cache, hidden_BNr, active_cache, up_cache)
+
+
+def adapter_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
+    down_cache, hidden_BNr, active_cache, up_cache = cache
+    dactive_BNr, up_grads = linear_backward(dout_BND, up_cache)
+    relu = active_cache is None
+    dhidden_BNr = dactive_BNr * (hidden_BNr > 0) if relu else gelu_backward(dactive_BNr, active_cache)
+    dx_BND, down_grads = linear_backward(dhidden_BNr, down_cache)
+    return dx_BND, _named("down.", down_grads) | _named("up.", up_grads)
+
+
+def after_forward(branch_BND: Array, w: Weights) -> tuple[Array, Cache]:
+    """A branch with its adapter behind it, h + adapter(h); the branch alone where `w` is empty."""
+    if not w:
+        return branch_BND, None
+    out_BND, cache = adapter_forward(branch_BND, w, relu=False)
+    return branch_BND + out_BND, cache
+
+
+def after_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
+    if cache is None:
+        return dout_BND, {}
+    dbranch_BND, grads = adapter_backward(dout_BND, cache)
+    return dout_BND + dbranch_BND, grads
 
 
 def attention_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None) -> tuple[Array, Cache]:

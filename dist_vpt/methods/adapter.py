@@ -1,0 +1,38 @@
+"""Adapters (Houlsby et al., ICML 2019, arXiv 1902.00751; Pfeiffer et al., EACL 2021, arXiv 2005.00247). A writer.
+
+N tokens, D width, r bottleneck.
+
+A branch h of a block, right before it joins the stream (after its LayerScale, where there is one), becomes
+h + up(gelu(down(h))): both branches of each block with ``houlsby``, the MLP's alone with ``pfeiffer``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.seams import open_block
+from dist_vpt.methods.inside import Bottleneck, Inside, after
+from dist_vpt.methods.recipe import AdapterRecipe
+
+
+class Adapter(Inside):
+    """``adapters.BLOCK.attn`` (houlsby) and ``adapters.BLOCK.mlp``, each with down and up; they start as nothing."""
+
+    def __init__(self, recipe: AdapterRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        super().__init__(backbone, classes, compute)
+        self.adapters = nn.ModuleList()
+        for number, block in enumerate(backbone.blocks):
+            seams = open_block(block, number)
+            ends = {"mlp": seams.ls2} if recipe.style == "pfeiffer" else {"attn": seams.ls1, "mlp": seams.ls2}
+            adapters = nn.ModuleDict()
+            for branch, end in ends.items():
+                adapter = _Serial(backbone.width, recipe.bottleneck, F.gelu)
+                after(end, adapter.added_to)
+                adapters[branch] = adapter
+            self.adapters.append(adapters)
+
+
+class _Serial(Bottleneck):
+    def added_to(self, _: Tensor, branch_BND: Tensor) -> Tensor:
+        return branch_BND + self(branch_BND)

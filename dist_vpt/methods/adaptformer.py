@@ -1,0 +1,51 @@
+"""AdaptFormer (Chen et al., NeurIPS 2022, arXiv 2205.13535). A writer.
+
+N tokens, D width, r bottleneck.
+
+Beside each block's MLP a bottleneck reads the same x' of the stream, before the MLP's norm (as the published code
+does; so backward keeps nothing for it that the norm does not keep anyway):
+
+    x'' = x' + ls2(mlp(norm2(x'))) + scale * up(relu(down(x')))
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.seams import Seams, open_block
+from dist_vpt.methods.inside import Bottleneck, Inside, after
+from dist_vpt.methods.recipe import AdaptFormerRecipe
+
+
+class AdaptFormer(Inside):
+    """``adapters.BLOCK``, each with down and up; they start as nothing."""
+
+    def __init__(self, recipe: AdaptFormerRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        super().__init__(backbone, classes, compute)
+        self.adapters = nn.ModuleList()
+        for number, block in enumerate(backbone.blocks):
+            adapter = _Beside(backbone.width, recipe.bottleneck, recipe.scale)
+            adapter.stand_beside(open_block(block, number))
+            self.adapters.append(adapter)
+
+
+class _Beside(Bottleneck):
+    def __init__(self, width: int, bottleneck: int, scale: float):
+        super().__init__(width, bottleneck, F.relu)
+        self.scale = scale
+        self.read: Tensor | None = None  # x', on its way from where the MLP's branch begins to where it ends
+
+    def stand_beside(self, seams: Seams) -> None:
+        """Read where the MLP's branch begins, write where it ends."""
+        after(seams.norm2, self._begin)
+        after(seams.ls2, self._end)
+
+    def _begin(self, x_BND: Tensor, normed_BND: Tensor) -> Tensor:
+        self.read = x_BND
+        return normed_BND
+
+    def _end(self, _: Tensor, branch_BND: Tensor) -> Tensor:
+        x_BND, self.read = self.read, None
+        assert x_BND is not None
+        return torch.add(branch_BND, self(x_BND), alpha=self.scale)

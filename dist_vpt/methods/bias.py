@@ -1,0 +1,58 @@
+"""BitFit (Ben Zaken et al., ACL 2022, arXiv 2106.10199), the baseline "bias" of VPT's tables. A writer.
+
+D channels of a module's output.
+
+Trained are all biases of the backbone, as in VPT's baseline: those of the blocks, of the patch embedding and of the
+norms before and after the blocks, the class token's attention pooling included where there is one.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.seams import operations
+from dist_vpt.methods.inside import Inside, after, channel_shape, graft
+from dist_vpt.methods.recipe import BiasRecipe
+
+
+class Bias(Inside):
+    """Float32 biases under timm's names, below ``biases``."""
+
+    def __init__(self, recipe: BiasRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        biases = Biases(backbone)
+        super().__init__(backbone, classes, compute)
+        self.biases = biases
+
+    def merged(self) -> dict[str, Tensor]:
+        return dict(self.biases.named_parameters())
+
+
+class Biases(nn.Module):
+    """Takes every bias off a float32 backbone and adds a trained one, which starts at its values, in its place.
+
+    Beside a frozen bias in bf16 a trained difference would lose what is small against it. Adding keeps nothing for
+    backward.
+    """
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        for name, module in operations(backbone):
+            bias_D = getattr(module, "bias", None)
+            if isinstance(bias_D, nn.Parameter):
+                shift = _Shift(bias_D, channel_shape(module))
+                module.register_parameter("bias", None)
+                after(module, shift.added_to)
+                graft(self, name, shift)
+
+
+class _Shift(nn.Module):
+    def __init__(self, bias_D: Tensor, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = shape
+        self.bias = nn.Parameter(bias_D.detach().clone())
+
+    def forward(self, output: Tensor) -> Tensor:
+        return output + self.bias.to(output.dtype).view(self.shape)
+
+    def added_to(self, _: Tensor, output: Tensor) -> Tensor:
+        return self(output)

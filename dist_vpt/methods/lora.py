@@ -1,0 +1,58 @@
+"""Low-rank adaptation (Hu et al., ICLR 2022, arXiv 2106.09685). A writer.
+
+N tokens, D inputs and O outputs of a linear layer, r rank.
+
+A targeted linear layer gives W x + (alpha / r) B A x, with A [r, D] and B [O, r] trained. Queries, keys and values are
+rows of one layer in timm, and each has an A and a B of its own.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.seams import linear_of
+from dist_vpt.methods.inside import Inside, Projection, after
+from dist_vpt.methods.recipe import LoRARecipe
+
+
+class LoRA(Inside):
+    """``lora.BLOCK.TARGET.down`` is A, ``up`` is B. B starts at zero, A does not, so that both train."""
+
+    def __init__(self, recipe: LoRARecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        super().__init__(backbone, classes, compute)
+        self.recipe = recipe
+        self.lora = nn.ModuleList()
+        for number, block in enumerate(backbone.blocks):
+            updates = nn.ModuleDict()
+            for target in recipe.targets:
+                _, linear, rows = linear_of(block, number, target)
+                update = _LowRank(recipe, linear.in_features, len(range(linear.out_features)[rows]), rows)
+                after(linear, update.added_to)
+                updates[target] = update
+            self.lora.append(updates)
+
+    def merged(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for number, (block, updates) in enumerate(zip(self.backbone.blocks, self.lora, strict=True)):
+            for target, update in updates.items():  # type: ignore[operator]
+                name, linear, rows = linear_of(block, number, target)
+                weight_OD = tensors.setdefault(f"{name}.weight", linear.weight.detach().clone())
+                weight_OD[rows] += update.scale * update.up.weight.detach() @ update.down.weight.detach()
+        return tensors
+
+
+class _LowRank(nn.Module):
+    def __init__(self, recipe: LoRARecipe, inputs: int, outputs: int, rows: slice):
+        super().__init__()
+        self.scale, self.dropout, self.rows = recipe.alpha / recipe.rank, recipe.dropout, rows
+        self.down, self.up = Projection(inputs, recipe.rank, bias=False), Projection(recipe.rank, outputs, bias=False)
+        nn.init.kaiming_normal_(self.down.weight, nonlinearity="linear")
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.up(self.down(F.dropout(x_BND, self.dropout, self.training)) * self.scale)
+
+    def added_to(self, x_BND: Tensor, output_BNO: Tensor) -> Tensor:
+        output_BNO[..., self.rows].add_(self(x_BND))  # in place: backward needs no linear layer's output
+        return output_BNO
