@@ -83,6 +83,9 @@ class RuntimeRecipe(Section):
     attention: Literal["sdpa", "eager"] = Field(
         "sdpa", description="sdpa: torch's fused kernels; eager: plain, quicker on a CPU with few tokens"
     )
+    memory_check: Literal["refuse", "warn", "ignore"] = Field(
+        "refuse", description="on a GPU, when `dist-vpt plan` says that the run cannot fit: refuse it, or try"
+    )
     deterministic: bool = Field(False, description="deterministic kernels alone: equal to the last bit, and slower")
 
 
