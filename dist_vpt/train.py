@@ -157,12 +157,13 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
 
     from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
     from dist_vpt.engine import evaluate
-    from dist_vpt.monitor import peak_memory_mib
+    from dist_vpt.monitor import MIB, peak_memory_mib
     from dist_vpt.runfolder import versions, write_atomically
-    from dist_vpt.strategy import strategy
+    from dist_vpt.strategy import frozen_bytes, strategy
 
     main, progress, classes = t.accelerator.is_main_process, t.progress, parts.splits.classes
     images_per_s = t.monitor.images_per_s(progress)
+    held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
     if main:
         write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
@@ -185,6 +186,7 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
         "seconds": round(progress.seconds, 3),
         "images_per_s": round(images_per_s, 2),
         "peak_memory_mib": round(peak_memory_mib(), 1),
+        "frozen_weights_mib": {"held": round(held / MIB, 2), "whole": round(whole / MIB, 2)},
         "parameters": t.parameters,
         "skipped_images": sorted(skipped),
         "device": device_name(t.accelerator.device),
