@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -44,19 +43,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_vpt.agreement import StopSignal
 from dist_vpt.backbones.build import Description, describe
 from dist_vpt.build import DTYPES, make_method
-from dist_vpt.checkpoint import Progress
 from dist_vpt.cli import guarded
 from dist_vpt.data.loaders import Batch
 from dist_vpt.engine import Training, train_step
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.monitor import MIB, peak_memory_mib
+from dist_vpt.plan import make_training, synthetic_batches
 from dist_vpt.recipe import Recipe, load_recipe, split_arguments
-from dist_vpt.runfolder import RunFolder, versions, write_atomically
-from dist_vpt.strategy import make_accelerator, prepare
+from dist_vpt.runfolder import versions, write_atomically
 from dist_vpt.train import device_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,52 +122,6 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         "machine": machine(load),
         "versions": versions(),
     }
-
-
-def make_training(recipe: Recipe, wants: Description, classes: int) -> Training:
-    """What the engine's train step works with; nothing of it writes files or opens data."""
-    accelerator = make_accelerator(recipe)
-    method, _ = make_method(recipe, wants, classes)
-    parameters = {
-        "trained": sum(p.numel() for _, p in method.trainable()),
-        "total": sum(p.numel() for p in method.parameters()),
-    }
-    model, optimizer = prepare(recipe, accelerator, method)
-    model.train()
-    nowhere = cast(Any, None)
-    return Training(
-        recipe=recipe,
-        accelerator=accelerator,
-        method=method,
-        model=model,
-        optimizer=optimizer,
-        train=cast(Any, SimpleNamespace(steps_per_epoch=sys.maxsize)),  # all that the step asks of it
-        val=None,
-        class_weights=torch.ones(classes, device=accelerator.device),
-        folder=RunFolder(str(recipe.run.dir)),
-        states=nowhere,
-        monitor=nowhere,
-        facts={},
-        progress=Progress(),
-        parameters=parameters,
-        stop=StopSignal(),  # never entered: signals keep their meaning
-    )
-
-
-def synthetic_batches(recipe: Recipe, wants: Description, classes: int) -> list[Batch]:
-    """The micro-batches of one global batch of noise, uint8, as loaders give them."""
-    noise = torch.Generator().manual_seed(recipe.seed)
-    size = recipe.data.image_size or wants.image_size
-    images = recipe.train.batch_size // recipe.train.accumulate
-    return [
-        {
-            "images": torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=noise),
-            "labels": torch.randint(0, classes, (images,), generator=noise),
-            "weight": torch.ones(images),
-            "index": torch.arange(images),
-        }
-        for _ in range(recipe.train.accumulate)
-    ]
 
 
 def micro_batch_loss(model: nn.Module, recipe: Recipe, batch: Batch) -> Tensor:

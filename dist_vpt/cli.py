@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
     sweep.set_defaults(call=_sweep, rest="recipe")
 
+    _add_plan(commands, common, recipe_help)
     _add_uses(commands, common)
     _add_attention(commands, common)
     compress = commands.add_parser(
@@ -145,6 +146,16 @@ def _add_uses(commands: Any, common: argparse.ArgumentParser) -> None:
     merge.set_defaults(call=_merge)
 
 
+def _add_plan(commands: Any, common: argparse.ArgumentParser, recipe_help: str) -> None:
+    plan = commands.add_parser("plan", parents=[common], help="memory of each policy and strategy, before running")
+    plan.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="devices of a node (1)")
+    plan.add_argument("--nodes", type=int, default=1, metavar="M", help="nodes (1)")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="of each, such as 24GiB; default: what this machine has")
+    plan.add_argument("--measure", action="store_true", help="run two steps here, and show the estimate beside them")
+    plan.set_defaults(call=_plan, rest="recipe")
+
+
 def _add_suite(commands: Any, common: argparse.ArgumentParser) -> None:
     suite = commands.add_parser("suite", parents=[common], help="sweep tasks x methods: resumes, and runs shared out")
     suite.add_argument("words", nargs="*", metavar="RECIPE|a.b=c", help="for all of them, such as a backbone's recipe")
@@ -205,6 +216,18 @@ def _sweep(arguments: argparse.Namespace) -> None:
     from dist_vpt.sweep import sweep
 
     sweep(load_recipe(*split_arguments(arguments.recipe)))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or torch's profiler talks to the terminal
+    from dist_vpt.plan import parse_memory, plan
+    from dist_vpt.recipe import load_recipe, split_arguments
+
+    if arguments.gpus < 1 or arguments.nodes < 1:
+        raise UserError(f"--gpus {arguments.gpus} --nodes {arguments.nodes}: each must be at least 1")
+    memory = None if arguments.gpu_memory is None else parse_memory(arguments.gpu_memory)
+    recipe = load_recipe(*split_arguments(arguments.recipe))
+    plan(recipe, arguments.gpus * arguments.nodes, memory, measured=arguments.measure)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

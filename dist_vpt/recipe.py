@@ -105,6 +105,9 @@ class RuntimeRecipe(Section):
     compile: bool = Field(
         False, description="compile each block (torch.compile); where no compiler is, the log says so and none is used"
     )
+    memory_check: Literal["refuse", "warn", "ignore"] = Field(
+        "refuse", description="on a GPU, when `dist-vpt plan` says that the run cannot fit: refuse it, or try"
+    )
     deterministic: bool = Field(False, description="deterministic kernels alone: equal to the last bit, and slower")
 
 

@@ -111,6 +111,17 @@ def _refuse_under_zero3(recipe: Recipe) -> None:
         )
 
 
+def frozen_bytes(method: Method) -> tuple[int, int]:
+    """Bytes of frozen weights that this process holds now (under ZeRO-3 shards, and what is gathered), and of all."""
+    held = whole = 0
+    for parameter in method.parameters():
+        if not parameter.requires_grad:
+            shard = getattr(parameter, "ds_tensor", None)
+            held += parameter.nbytes + (0 if shard is None else shard.nbytes)
+            whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    return held, whole
+
+
 def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
     """Put the recipe's numbers into DeepSpeed's configuration; refuse what contradicts the recipe."""
     if recipe.runtime.precision == "fp16":

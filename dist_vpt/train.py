@@ -30,10 +30,14 @@ def main(words: list[str] | None = None) -> int:
 
 def run(recipe: "Recipe") -> dict[str, Any]:
     """One run from a recipe to its result, on this process and those started beside it."""
+    import torch
+
     from dist_vpt.agreement import StopSignal
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
+    from dist_vpt.errors import RunFailed
     from dist_vpt.monitor import reset_peak_memory
+    from dist_vpt.plan import check_memory, out_of_memory
     from dist_vpt.runfolder import RunFolder, read_json
     from dist_vpt.strategy import make_accelerator
 
@@ -48,10 +52,16 @@ def run(recipe: "Recipe") -> dict[str, Any]:
         if _claim(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
             return read_json(folder.result)
+        warning = check_memory(recipe, accelerator, len(parts.splits.classes))
         training = _set_up(recipe, parts, train, accelerator, folder, stop)
         leaving.callback(training.close)
-        fit(training)
-        return _conclude(training, parts)
+        if warning:
+            training.monitor.line(warning)
+        try:
+            fit(training)
+            return _conclude(training, parts)
+        except torch.OutOfMemoryError as error:
+            raise RunFailed(out_of_memory(recipe, accelerator, len(parts.splits.classes))) from error
 
 
 def _claim(folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", leaving: ExitStack) -> bool:
@@ -151,12 +161,13 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
 
     from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
     from dist_vpt.engine import evaluate
-    from dist_vpt.monitor import peak_memory_mib
+    from dist_vpt.monitor import MIB, peak_memory_mib
     from dist_vpt.runfolder import versions, write_atomically
-    from dist_vpt.strategy import strategy
+    from dist_vpt.strategy import frozen_bytes, strategy
 
     main, progress, classes = t.accelerator.is_main_process, t.progress, parts.splits.classes
     images_per_s = t.monitor.images_per_s(progress)
+    held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
     if main:
         write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
@@ -179,6 +190,7 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
         "seconds": round(progress.seconds, 3),
         "images_per_s": round(images_per_s, 2),
         "peak_memory_mib": round(peak_memory_mib(), 1),
+        "frozen_weights_mib": {"held": round(held / MIB, 2), "whole": round(whole / MIB, 2)},
         "parameters": t.parameters,
         "skipped_images": sorted(skipped),
         "device": device_name(t.accelerator.device),

@@ -21,6 +21,7 @@ COMMANDS = {
     "dist-vpt": {"--help", "--version"},
     "dist-vpt train": {"--help", "--debug", "RECIPE|a.b=c +"},
     "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +"},
+    "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
     "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
     "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
     "dist-vpt attention": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--block", "--head", "--out"},
@@ -83,7 +84,7 @@ def test_importing_the_package_and_asking_for_help_imports_no_torch() -> None:
     code = """
 import contextlib, sys
 import dist_vpt.cli
-commands = (["train"], ["suite"], ["data", "check"], ["backbones", "check"], ["report"], ["recipe", "show"])
+commands = (["train"], ["plan"], ["suite"], ["data", "check"], ["backbones", "check"], ["report"], ["recipe", "show"])
 for words in (["--help"], *([*command, "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
         dist_vpt.cli.main(words)

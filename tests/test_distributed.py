@@ -119,6 +119,21 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(strategy: str, tmp_path:
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
 
 
+def test_zero3_holds_its_share_of_the_frozen_weights_between_steps(tmp_path: Path) -> None:
+    """The file keeps small tensors whole; here all are sharded, as most of a large backbone's are."""
+    config = json.loads((ROOT / "launch" / "accelerate" / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    told = tmp_path / "told.txt"
+    forks = command(["train", *words(tmp_path / "run")], told, str(tmp_path / "zero3.json"))
+    assert forks.finish() == [0, 0], forks.output[-3000:]
+    shared = json.loads((tmp_path / "run" / "result.json").read_text())["frozen_weights_mib"]
+    train(tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone" / "result.json").read_text())["frozen_weights_mib"]
+    assert alone["held"] == alone["whole"] == shared["whole"]
+    assert 0.49 * shared["whole"] < shared["held"] < 0.6 * shared["whole"]
+
+
 @pytest.mark.parametrize(
     ("method", "strategy"),
     [*((method, "ddp") for method in INSIDE), *((method, "zero3") for method in ("bias", "cls", "lora", "ssf"))],
