@@ -6,8 +6,9 @@ Two measurements, made on files of their own in a temporary folder:
 
 - images/s of training batches of 500 x 375 JPEGs (vtab-1k folder, `vpt` resize to 224 px, 2 workers), and of a bare
   loop of decoding and resizing in 2 processes on the same files, in turns; the medians, and that of the turns' ratios.
-- resident memory of this process and its workers while a split of dSprites-sized pictures (64 x 64 PNG in TFRecord
-  files) is evaluated at 64 px, beyond what the process took before the split was opened.
+- resident memory of this process and its workers (a page that they share counts once) while a split of dSprites-sized
+  pictures (64 x 64 PNG in TFRecord files) is evaluated at 64 px, beyond what the process took before the split was
+  opened.
 
 The last line of output is one JSON object.
 """
@@ -111,7 +112,7 @@ def resident_mib(folder: Path, examples: int) -> dict[str, Any]:
     """Largest growth of resident memory, workers included, while every example is shown once."""
     file = make_records(folder / "pictures.tfrecord-00000-of-00001", examples)
     this = psutil.Process()
-    before = this.memory_info().rss
+    before = this.memory_full_info().pss
     source = TfdsSource([Piece(str(file), 0, examples, examples)], "tfrecord", "dsprites_ori", 16)
     split = Split("test", LateLabels(examples, source.labels), source)
     batches = EvalBatches(split, View(64, "vpt"), 256, workers=WORKERS)
@@ -120,7 +121,7 @@ def resident_mib(folder: Path, examples: int) -> dict[str, Any]:
         seen += int(batch["weight"].sum())
         if number % 10 == 0:
             family = [this, *this.children(recursive=True)]
-            largest = max(largest, sum(process.memory_info().rss for process in family if process.is_running()))
+            largest = max(largest, sum(process.memory_full_info().pss for process in family if process.is_running()))
     batches.close()
     return {"examples": seen, "resident_mib": round((largest - before) / MIB, 1)}
 

@@ -23,7 +23,6 @@ from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import DataError, UserError
-from dist_vpt.memory import keep_freed_memory
 
 BadImages = Literal["fail", "skip"]
 
@@ -329,7 +328,6 @@ class _Pool:
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=_forkserver() if workers else None,
-            worker_init_fn=_begin if workers else None,
             generator=torch.Generator(),  # of its own, or each pass would draw from the global one
         )
 
@@ -360,10 +358,6 @@ class _Pool:
 
 def _unchanged(answer: Any) -> Any:
     return answer
-
-
-def _begin(worker: int) -> None:
-    keep_freed_memory()
 
 
 def _forkserver() -> Any:

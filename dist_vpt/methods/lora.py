@@ -54,5 +54,6 @@ class _LowRank(nn.Module):
         return self.up(self.down(F.dropout(x_BND, self.dropout, self.training)) * self.scale)
 
     def added_to(self, x_BND: Tensor, output_BNO: Tensor) -> Tensor:
-        output_BNO[..., self.rows].add_(self(x_BND))  # in place: backward needs no linear layer's output
-        return output_BNO
+        # Not in place: a checkpointing policy may have kept the layer's output.
+        after_rows = output_BNO.shape[-1] - self.rows.stop if self.rows.stop is not None else 0
+        return output_BNO + F.pad(self(x_BND), (self.rows.start or 0, after_rows))

@@ -86,7 +86,7 @@ def images() -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_features_are_the_references(dtype: torch.dtype, kernel: str, images: Tensor) -> None:
     backbone = make_backbone(dtype)
-    apply_attention(backbone, kernel)
+    apply_attention(backbone, kernel, torch.float32, writes=False, cpu=True)
     found_BD = backbone.pool(backbone(images)).double().numpy()
     wanted_BD = expected(published(make_swin()), images)
     assert found_BD.shape == wanted_BD.shape == (3, backbone.width)
@@ -96,7 +96,7 @@ def test_features_are_the_references(dtype: torch.dtype, kernel: str, images: Te
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_features_in_bf16_are_near(kernel: str, images: Tensor) -> None:
     backbone = make_backbone().hold_in(torch.bfloat16)
-    apply_attention(backbone, kernel)
+    apply_attention(backbone, kernel, torch.float32, writes=False, cpu=True)
     assert backbone.dtype == torch.bfloat16
     found_BD = backbone.pool(backbone(images)).double().numpy()
     wanted_BD = expected(published(make_swin()), images)
@@ -171,7 +171,7 @@ def test_full_under_autocast(kernel: str, dtype: torch.dtype, images: Tensor) ->
     for compute in (torch.float32, dtype):
         torch.manual_seed(3)
         methods.append(attach(recipe, make_backbone(), 4, compute).train())
-        apply_attention(methods[-1].backbone, kernel)
+        apply_attention(methods[-1].backbone, kernel, torch.float32, writes=True, cpu=True)
         loss_of(methods[-1], images).backward()
     for (name, a), (_, b) in zip(methods[0].trainable(), methods[1].trainable(), strict=True):
         assert (a.grad - b.grad).norm() <= 0.1 * a.grad.norm(), name
