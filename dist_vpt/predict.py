@@ -102,8 +102,7 @@ def predict(
         raise UserError(f"--out {out}: must end in .csv or .json")
     if out and not Path(out).parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
-    files = image_files(images)
-    opened = open_run(run, adapters)
+    opened, files = open_run(run, adapters), image_files(images)
     classes, size = opened.classes, opened.recipe.train.eval_batch_size
     rows = []
     for start in range(0, len(files), size):
