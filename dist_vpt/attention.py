@@ -24,6 +24,7 @@ from dist_vpt.predict import image_files, open_run
 from dist_vpt.runfolder import RunFolder, write_atomically
 
 CELL = 112  # pixels of an image's side in a grid
+COLUMNS = 4  # of a grid with a map for each block or head, and the least width of all
 SHOWN = 16  # prompts or queries that a picture has side by side; the others go into further rows
 OVERLAY = 0.65  # share of the colour of the map in a picture
 
@@ -153,7 +154,7 @@ def _figures(found: Attention, image_SS3: np.ndarray, block: int | None, head: i
         cells |= {f"head {h}": weights_RM[0] for h, weights_RM in enumerate(found.whole[block][0].cpu())}
     kind = "class token" if whole == "class" else "mean over the patches"
     where = of if block is None else f"block {block}"
-    yield whole, _grid([list(cells.items())], image_SS3, f"Attention of the {kind} to the patches, {where}", 4)
+    yield whole, _grid([list(cells.items())], image_SS3, f"Attention of the {kind} to the patches, {where}", COLUMNS)
     rows = []
     for number in numbers:
         maps_RM = chosen(found.own[number])
@@ -161,6 +162,8 @@ def _figures(found: Attention, image_SS3: np.ndarray, block: int | None, head: i
             rows.append([(f"block {number}, {own} {r}", weights_M) for r, weights_M in enumerate(maps_RM)])
     if rows:
         columns = min(SHOWN, max(len(row) for row in rows))
+        if columns == 1:
+            rows, columns = [[row[0] for row in rows]], COLUMNS
         name = {"prompt": "prompts", "query": "queries"}[own]
         yield name, _grid(rows, image_SS3, f"Attention of each {own} to the patches, {of}", columns)
 
@@ -170,13 +173,13 @@ def _grid(rows: list[list[tuple[str, Tensor]]], image_SS3: np.ndarray, title: st
     from matplotlib.figure import Figure
 
     lines = [row[at : at + columns] for row in rows for at in range(0, len(row), columns)]
-    columns = max(map(len, lines))
-    label = 0.22  # inches
-    figure = Figure(figsize=(columns * CELL / 100 + 0.1, len(lines) * (CELL / 100 + label) + 0.5), dpi=100)
+    columns = max(COLUMNS, *map(len, lines))
+    label, head = 0.22, 0.3  # inches
+    figure = Figure(figsize=(columns * CELL / 100 + 0.1, len(lines) * (CELL / 100 + label) + head), dpi=100)
     width, height = figure.get_size_inches()
     for r, line in enumerate(lines):
         for c, (name, weights_M) in enumerate(line):
-            bottom = height - 0.4 - (r + 1) * (CELL / 100 + label)
+            bottom = height - head - (r + 1) * (CELL / 100 + label)
             side = CELL / 100 - 0.06
             axes = figure.add_axes(
                 ((0.05 + c * CELL / 100) / width, (bottom + 0.03) / height, side / width, side / height)
@@ -184,7 +187,7 @@ def _grid(rows: list[list[tuple[str, Tensor]]], image_SS3: np.ndarray, title: st
             axes.imshow(_overlaid(image_SS3, weights_M.numpy()))
             axes.set_axis_off()
             axes.set_title(name, fontsize=6, pad=2)
-    figure.text(0.05 / width, 1 - 0.2 / height, title, fontsize=8, va="center")
+    figure.text(0.05 / width, 1 - head / 2 / height, title, fontsize=8, va="center")
     return figure
 
 
