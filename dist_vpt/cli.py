@@ -272,7 +272,8 @@ def _suite(arguments: argparse.Namespace) -> None:
     methods, overrides = split_arguments(arguments.method)  # argparse gives --method all words that follow it
     tasks, more = split_arguments(arguments.tasks)
     words = [*arguments.words, *overrides, *more]
-    pairs = plan(tasks, methods, words, arguments.root, arguments.out)
+    root = arguments.root or ("." if arguments.dry_run else None)  # a plan reads no data
+    pairs = plan(tasks, methods, words, root, arguments.out)
     again = [*words, "--tasks", *tasks, "--method", *methods, "--out", arguments.out]
     again += ["--root", arguments.root] if arguments.root else []
     again += ["--debug"] if arguments.debug else []

@@ -221,7 +221,8 @@ class _Budget:
         whole, own = sum(seen.saved.values()), tokens_2ND.nbytes
         if not whole:  # nothing here asks for a gradient
             return None
-        if self.fraction * whole < own:
+        free = not tokens_BND.requires_grad  # nothing before it is trained: little is kept, and not the input
+        if self.fraction * whole < own and not free:
             raise UserError(
                 f"runtime.checkpointing = budget-{self.fraction}: a block's input alone is {own / whole:.2f} of what "
                 "the block keeps for backward; use a larger fraction, or block"
@@ -229,7 +230,7 @@ class _Budget:
         if self.spare is None:
             self.spare = -own  # the last block's output, which is not within any block
         self.spare += self.fraction * whole
-        if whole <= self.spare:
+        if whole <= self.spare or self.fraction * whole < own:  # the blocks that follow make up for such a free one
             self.spare -= whole
             return None
         self.spare -= own

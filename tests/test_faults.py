@@ -65,7 +65,10 @@ def test_missing_recipe(run: Path, capsys: pytest.CaptureFixture[str], tmp_path:
     ("words", "message"),
     [
         (["backbone.name=vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'?"),
-        (["backbone.name=resnet18"], "choose a short name of `dist-vpt backbones`"),
+        (
+            ["backbone.name=resnet18"],
+            "this version tunes timm's VisionTransformer and SwinTransformer models and DINOv3",
+        ),
         (["data.image_size=30"], "must be a multiple of the patch size 4"),
         (["backbone.weights=nix.safetensors"], "nix.safetensors: no such weights file"),
         (["backbone.name=vit_tiny_patch16_224", "data.image_size=32"], "could not be fetched"),
