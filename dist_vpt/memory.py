@@ -303,6 +303,8 @@ def _contexts(kept: frozenset[int]) -> Any:
 
 
 def _of_weights(tensor: Tensor, block: nn.Module) -> bool:
-    """Whether a tensor is a view of the block's weights, or one of them."""
+    """Whether a tensor is a view of the block's weights or of those that a method has hung on it, or one of them."""
+    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        return True
     address = tensor.untyped_storage()._cdata
     return any(parameter.untyped_storage()._cdata == address for parameter in block.parameters())

@@ -122,6 +122,15 @@ def test_a_budget_is_kept_and_used(settings: dict[str, Any], kernel: str) -> Non
         before = kept
 
 
+@pytest.mark.parametrize("name", ["adapter", "adaptformer", "lora"])
+def test_a_budget_holds_where_the_first_block_needs_no_input(name: str) -> None:
+    """It keeps less than a block whose input asks for a gradient, and what hangs on a block is no activation."""
+    settings = {"name": name} | ({} if name == "lora" else {"bottleneck": 16})
+    none, kept = (saved(make(policy, settings=settings, embed_dim=64)) for policy in ("none", "budget-0.5"))
+    assert kept <= 0.5 * none + 10 * B * 64 * FLOAT  # the head's few numbers
+    assert kept > 0.3 * none
+
+
 @pytest.mark.parametrize(("policy", "times"), [("none", 1), ("block", 2), ("budget-0.5", 1), ("every-2", 1.5)])
 def test_attention_is_the_dearest_to_compute_again(policy: str, times: float) -> None:
     method = make(policy)
