@@ -148,6 +148,8 @@ def policies(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], Recipe]]:
     """Name, overrides and recipe of each memory policy that the method can have."""
     names = ("none",) if recipe.method.reader else POLICIES
     for name in names:
+        if recipe.runtime.compile and name.startswith("budget"):
+            continue  # refused (recipe.py)
         runtime = recipe.runtime.model_copy(update={"checkpointing": name})
         said = () if name == recipe.runtime.checkpointing else (f"runtime.checkpointing={name}",)
         yield name, said, recipe.model_copy(update={"runtime": runtime})
