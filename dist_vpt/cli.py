@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_vpt import __version__
-from dist_vpt.errors import UserError
+from dist_vpt.errors import RecipeError, UserError
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -226,7 +226,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     if arguments.gpus < 1 or arguments.nodes < 1:
         raise UserError(f"--gpus {arguments.gpus} --nodes {arguments.nodes}: each must be at least 1")
     memory = None if arguments.gpu_memory is None else parse_memory(arguments.gpu_memory)
-    recipe = load_recipe(*split_arguments(arguments.recipe))
+    files, overrides = split_arguments(arguments.recipe)
+    try:
+        recipe = load_recipe(files, overrides)
+    except RecipeError as error:
+        if "root is missing" not in str(error):
+            raise
+        recipe = load_recipe(files, [*overrides, "data.root=."])  # a known task's classes need no data
     plan(recipe, arguments.gpus * arguments.nodes, memory, measured=arguments.measure)
 
 

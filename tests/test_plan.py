@@ -236,3 +236,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 3
     assert "error: nothing fits" in done.stderr
     assert command("--gpus", "0").returncode == 2
+    assert command("data.task=dtd", "--gpu-memory", "4GiB").returncode == 0  # without its data
+    done = command("data.task=mine", "data.format=vtab_folder", "--gpu-memory", "4GiB")
+    assert done.returncode == 2
+    assert "error: " in done.stderr
