@@ -1,28 +1,33 @@
 """Adapters (trained tensors alone) and resume states, written whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from itertools import count
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from dist_vpt.errors import RunFolderError, WeightsError
+from dist_vpt.agreement import agree
+from dist_vpt.errors import RunFolderError, UserError, WeightsError
 from dist_vpt.methods.base import Method
+from dist_vpt.moments import set_moments, whole_moments
 from dist_vpt.recipe import EarlyStopRecipe
 from dist_vpt.runfolder import RunFolder, read_json, write_atomically
 from dist_vpt.strategy import strategy
 
 KEPT = 2  # saved states in a run folder
+TENSORS, BEST, MARKER = "tensors.safetensors", "best.safetensors", "state.json"  # of a state
 
 
 @contextmanager
@@ -144,109 +149,167 @@ class Progress:
 class States:
     """state/step-N: tensors and progress at a step, the newest two kept.
 
-    A state is written under a hidden name, synchronised, and renamed last: a kill at any moment leaves the states
-    before it intact.
+    A state is the same whatever strategy wrote it, and main alone writes it: under a hidden name, synchronised, with
+    the sizes and checksums of its files in state.json, and renamed last. A kill or a full disk at any moment leaves the
+    states before it intact.
     """
 
     def __init__(self, folder: RunFolder, accelerator: Accelerator):
         self.folder, self.accelerator = folder, accelerator
+        self.last: int | None = None  # step of the newest state
+        self.failures = 0  # saves in a row that failed
+        self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # not on disk yet
 
-    def newest(self) -> Path | None:
-        """The newest complete state."""
-        found = sorted(self.folder.state.glob("step-*/state.json")) if self.folder.state.is_dir() else []
-        return found[-1].parent if found else None
+    def keep_best(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """The best epoch's adapters, to be written with the next state: what is resumed finds those of its state."""
+        self._best = (tensors, facts)
 
-    def save(self, model: Any, method: Method, optimizer: Any, progress: Progress, step: int) -> None:
-        """Save at a step boundary. A collective call."""
-        accelerator, name = self.accelerator, f"step-{step:08d}"
-        temporary = self.folder.state / f".{name}.tmp"
-        if accelerator.is_main_process:
-            for left in self.folder.state.glob(".*.tmp"):  # of a save that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        if accelerator.state.deepspeed_plugin is not None:
-            model.save_checkpoint(str(temporary), tag="deepspeed", exclude_frozen_parameters=True)
-            tensors = collect(method)
-            if accelerator.is_main_process:
-                write_adapters(temporary / "trained.safetensors", tensors, {})
-        elif accelerator.is_main_process:
-            torch.save(
-                {
-                    "trained": collect(method),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": _scaler(accelerator),
-                },
-                temporary / "tensors.pt",
-            )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if self.folder.best.exists():
-                _link(self.folder.best, temporary / "best.safetensors")
-            facts = {
-                "strategy": strategy(accelerator),
-                "processes": accelerator.num_processes,
-                **asdict(progress),
-            }
-            write_atomically(temporary / "state.json", json.dumps(facts, indent=1) + "\n")
-            for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
-            shutil.rmtree(self.folder.state / name, ignore_errors=True)
-            os.replace(temporary, self.folder.state / name)
-            _sync(self.folder.state)
-            for old in sorted(self.folder.state.glob("step-*"))[:-KEPT]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
+    def write_best(self) -> None:
+        """Write the best epoch's adapters if they wait for it; to be called on main."""
+        if self._best is not None:
+            write_adapters(self.folder.best, *self._best)
+            self._best = None
 
-    def load(self, path: Path, model: Any, method: Method, optimizer: Any) -> Progress:
-        """Go back to a saved state. A collective call.
+    def save(self, method: Method, optimizer: Any, progress: Progress, step: int) -> str | None:
+        """Save at a step boundary; why it failed, if it did, such as a full disk. A collective call."""
+        main, tensors = self.accelerator.is_main_process, {}
+        for name, tensor in _training_tensors(method, optimizer):  # whole ones on main alone
+            if main:
+                tensors[name] = tensor.detach().cpu().contiguous()
+        failed = None
+        if main:
+            temporary = self.folder.state / f".step-{step:08d}.tmp"
+            try:
+                self._write(temporary, tensors, progress, step)
+            except (OSError, SafetensorError) as error:
+                failed = str(error)
+                shutil.rmtree(temporary, ignore_errors=True)
+        failed = broadcast_object_list([failed])[0]
+        self.failures = self.failures + 1 if failed else 0
+        self.last = self.last if failed else step
+        return failed
 
-        Raises RunFolderError for a state of another strategy and for a damaged one.
+    def _write(self, temporary: Path, tensors: dict[str, Tensor], progress: Progress, step: int) -> None:
+        state, final = self.folder.state, self.folder.state / f"step-{step:08d}"
+        self.write_best()
+        if final.exists():  # stopped after an epoch's last step, before its end: which a resumed run does again anyway
+            return
+        for left in state.glob(".*.tmp"):  # of a save that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / TENSORS)
+        if self.folder.best.exists():
+            _link(self.folder.best, temporary / BEST)
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        scaler = self.accelerator.scaler
+        facts = {
+            "strategy": strategy(self.accelerator),
+            "processes": self.accelerator.num_processes,
+            "files": files,
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            **asdict(progress),
+        }
+        for path in temporary.iterdir():
+            _sync(path)
+        write_atomically(temporary / MARKER, json.dumps(facts, indent=1) + "\n")
+        _sync(temporary)
+        os.replace(temporary, final)
+        _sync(state)
+        for old in sorted(state.glob("step-*"))[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, method: Method, optimizer: Any) -> tuple[Progress, list[str]]:
+        """Go back to the newest whole state, whatever wrote it; where that is, in words. A collective call.
+
+        Raises RunFolderError where there are states and none is whole.
         """
-        facts = read_json(path / "state.json")
-        saved = (facts.pop("strategy"), facts.pop("processes"))
-        here = (strategy(self.accelerator), self.accelerator.num_processes)
-        deepspeed = self.accelerator.state.deepspeed_plugin is not None
-        # Without DeepSpeed every process holds everything, so that any number of them can go on.
-        if saved != here and (deepspeed or saved[0].startswith("zero")):
-            raise RunFolderError(
-                f"{path}: saved by {saved[1]} processes with {saved[0]}, now {here[1]} with {here[0]}; "
-                "DeepSpeed's states are sharded: start again the way it was saved"
+        found: tuple[Path | None, list[str]] = (None, [])
+        refused: UserError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                found = self._newest_whole()
+            except (OSError, RunFolderError) as error:
+                refused = error if isinstance(error, UserError) else RunFolderError(f"{self.folder.state}: {error}")
+        agree(self.accelerator, refused)
+        path, told = broadcast_object_list([found])[0]  # main's: another node may see an older folder
+        if path is None:
+            return Progress(), told
+        try:
+            facts, tensors = read_json(path / MARKER), load_file(path / TENSORS)
+        except (OSError, SafetensorError, RunFolderError) as error:
+            refused = RunFolderError(
+                f"{path}: cannot be read here ({error}); every process needs to see the run folder"
             )
-        try:
-            if deepspeed:
-                loaded, _ = model.load_checkpoint(str(path), tag="deepspeed", load_module_strict=False)
-                if loaded is None:
-                    raise OSError("DeepSpeed finds no checkpoint in it")
-                # Loaded leniently, since frozen weights are not in it: prove that all the rest came back.
-                saved_tensors, _ = read_adapters(path / "trained.safetensors")
-                found = collect(method)
-                wrong = [name for name in found if not torch.equal(found[name], saved_tensors[name])]
-                if wrong:
-                    raise OSError(f"after loading, {wrong} differ from what was saved")
-            else:
-                tensors = torch.load(path / "tensors.pt", map_location="cpu", weights_only=True)
-                restore(method, tensors["trained"], path)
-                optimizer.load_state_dict(tensors["optimizer"])
-                if self.accelerator.scaler is not None and tensors["scaler"]:
-                    self.accelerator.scaler.load_state_dict(tensors["scaler"])
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, AssertionError, UnpicklingError) as error:
-            raise RunFolderError(
-                f"{path}: damaged state ({error}); remove this folder to go on from the one before"
-            ) from error
-        if self.accelerator.is_main_process and (path / "best.safetensors").exists():
+        agree(self.accelerator, refused)
+        trained, moments = (_below(f"{kind}/", tensors) for kind in ("trained", "optimizer"))
+        restore(method, trained, path)
+        set_moments(method, optimizer, trained, moments, self.accelerator.process_index)
+        if self.accelerator.scaler is not None and facts["scaler"]:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        if self.accelerator.is_main_process and (path / BEST).exists():
             self.folder.best.unlink(missing_ok=True)
-            _link(path / "best.safetensors", self.folder.best)
-        try:
-            return Progress(**facts)
-        except TypeError as error:
+            _link(path / BEST, self.folder.best)
+        self.last = int(path.name.rpartition("-")[2])
+        line = f"resumed from {path} at step {self.last}"
+        saved = (facts["strategy"], facts["processes"])
+        if saved != (strategy(self.accelerator), self.accelerator.num_processes):
+            line += f", saved by {saved[1]} x {saved[0]}"
+        names = {field.name for field in fields(Progress)}
+        return Progress(**{name: value for name, value in facts.items() if name in names}), [*told, line]
+
+    def _newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The newest whole state, the damaged ones after it set aside, and a warning of each of them."""
+        damaged: list[tuple[Path, str]] = []
+        for path in sorted(self.folder.state.glob("step-*"), reverse=True):
+            reason = _damage(path)
+            if reason is None:
+                return path, [self._set_aside(*one, path) for one in damaged]
+            damaged.append((path, reason))
+        if damaged:
             raise RunFolderError(
-                f"{path}: saved by another version of dist_vpt ({error}); start the run again"
-            ) from error
+                f"{self.folder.state}: no state in it is whole: "
+                + "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
+                + "; restore one of them, or remove this folder to start the run again from its beginning"
+            )
+        return None, []
+
+    def _set_aside(self, path: Path, reason: str, whole: Path) -> str:
+        names = (f"damaged-{path.name}{again}" for again in ("", *(f"-{n}" for n in count(2))))
+        aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+        os.replace(path, aside)
+        return f"warning: {path} is damaged ({reason}): set aside as {aside.name}; going on from {whole.name} before it"
 
 
-def _scaler(accelerator: Accelerator) -> dict[str, Any]:
-    return accelerator.scaler.state_dict() if accelerator.scaler is not None else {}
+def _training_tensors(method: Method, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in collect(method).items():
+        yield f"trained/{name}", tensor
+    for name, tensor in whole_moments(method, optimizer):
+        yield f"optimizer/{name}", tensor
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a saved state, if anything is."""
+    try:
+        facts = json.loads((path / MARKER).read_text())
+        for name, expected in facts["files"].items():
+            found = _fingerprint(path / name)
+            if found["bytes"] != expected["bytes"]:
+                return f"{name} has {found['bytes']:,} bytes, not {expected['bytes']:,}"
+            if found != expected:
+                return f"{name} is not what was written"
+        missing = {field.name for field in fields(Progress)} - facts.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MARKER} or a file named in it cannot be read: {error}"
+    return f"{MARKER} lacks {', '.join(sorted(missing))}" if missing else None
 
 
 def _link(source: Path, target: Path) -> None:

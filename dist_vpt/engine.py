@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from dist_vpt.agreement import StopSignal, agree, fail_together, total
-from dist_vpt.checkpoint import Progress, States, collect, write_adapters
+from dist_vpt.checkpoint import Progress, States, collect
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.errors import DataError, Interrupted, RunFailed
 from dist_vpt.methods.base import Method
@@ -28,6 +28,8 @@ from dist_vpt.monitor import Monitor
 from dist_vpt.optim import multiplier, set_lr
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import RunFolder
+
+MAY_FAIL = 3  # saved states in a row: a disk may be full for a while
 
 
 @dataclass
@@ -131,12 +133,10 @@ def fit(t: Training) -> None:
             progress.seconds = time.monotonic() - began
             t.monitor.step(t.step, step, progress, logged=logged)
             within = progress.step < t.train.steps_per_epoch
-            if t.stop.agreed or (within and recipe.run.save_every and t.step % recipe.run.save_every == 0):
-                _save(t)
             if t.stop.agreed:
-                raise Interrupted(
-                    f"{t.folder.path}: stopped at step {t.step} with its state saved; run.resume=auto goes on"
-                )
+                raise Interrupted(f"{t.folder.path}: stopped at step {t.step} {_save(t)}")
+            if within and recipe.run.save_every and t.step % recipe.run.save_every == 0:
+                _save(t)
         _end_epoch(t)
         progress.seconds = time.monotonic() - began
         over = progress.ended or progress.epoch == recipe.train.epochs
@@ -257,10 +257,27 @@ def _end_epoch(t: Training) -> None:
         if progress.scored(scores, recipe.train.early_stop):
             tensors = collect(t.method)
             if t.accelerator.is_main_process:
-                write_adapters(t.folder.best, tensors, t.facts | {"epoch": epoch})
+                t.states.keep_best(tensors, t.facts | {"epoch": epoch})
 
 
-def _save(t: Training) -> None:
+def _save(t: Training) -> str:
+    """Save the state, or warn that it failed; what that means for a run that stops here. A collective call.
+
+    Raises RunFailed after MAY_FAIL failures in a row.
+    """
     t.progress.skipped = sorted(set(t.progress.skipped) | t.skipped())
     t.progress.metrics_bytes = t.folder.metrics.stat().st_size if t.folder.metrics.exists() else 0
-    t.states.save(t.model, t.method, t.optimizer, t.progress, t.step)
+    failed = t.states.save(t.method, t.optimizer, t.progress, t.step)
+    if failed is None:
+        return "with its state saved; run.resume=auto goes on"
+    last = "from the beginning" if t.states.last is None else f"from step {t.states.last}"
+    t.monitor.line(
+        f"warning: the state of step {t.step} could not be saved ({failed}); training goes on, and would be resumed "
+        f"{last}; free space in {t.folder.state}"
+    )
+    if t.states.failures == MAY_FAIL:
+        raise RunFailed(
+            f"{t.folder.path}: {MAY_FAIL} states in a row could not be saved, that of step {t.step} because of "
+            f"{failed}; free space there, then run.resume=auto goes on {last}"
+        )
+    return f"but its state could not be saved ({failed}); run.resume=auto goes on {last}"

@@ -47,6 +47,9 @@ MAY_CHANGE = (
     "data.root",  # a dataset may have moved
     "data.workers",
     "train.eval_batch_size",
+    "runtime.checkpointing",  # memory for time
+    "runtime.offload",
+    "runtime.memory_check",
 )  # a resumed run's numbers stay equal
 
 

@@ -89,10 +89,8 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     folder: "RunFolder",
     stop: "StopSignal",
 ) -> "Training":
-    from accelerate.utils import broadcast_object_list
-
     from dist_vpt.build import class_weights
-    from dist_vpt.checkpoint import Progress, States
+    from dist_vpt.checkpoint import States
     from dist_vpt.engine import Training
     from dist_vpt.monitor import Monitor
     from dist_vpt.runfolder import write_atomically
@@ -104,10 +102,8 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     trained = sum(p.numel() for _, p in parts.method.trainable())
     parts.start(recipe, accelerator.device)
     model, optimizer = prepare(recipe, accelerator, parts.method)
-    states, progress = States(folder, accelerator), Progress()
-    newest = broadcast_object_list([states.newest()])[0]  # main's: another node may see an older folder
-    if newest is not None:
-        progress = states.load(newest, model, parts.method, optimizer)
+    states = States(folder, accelerator)
+    progress, resumed = states.resume(parts.method, optimizer)
     val = None
     if recipe.data.train_on == "train" and parts.splits.val:
         val = parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
@@ -149,8 +145,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         headline.append(f"left out of the weights' file: {parts.difference.told_left_out()}")
     if parts.difference:
         headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
-    if newest is not None:
-        headline.append(f"resumed from {newest} at step {training.step}")
+    headline += resumed
     training.monitor.start(headline, progress, recipe.train.epochs * train.steps_per_epoch, training.step)
     return training
 
@@ -170,6 +165,7 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
     if main:
+        t.states.write_best()
         write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
     last, best, scores = dict(progress.last), dict(progress.best) or None, None
     if t.recipe.train.test:
