@@ -274,10 +274,10 @@ class States:
         return None, []
 
     def _set_aside(self, path: Path, reason: str, whole: Path) -> str:
-        names = (f"damaged-{path.name}{again}" for again in ("", *(f"-{n}" for n in count(2))))
-        aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-        os.replace(path, aside)
-        return f"warning: {path} is damaged ({reason}): set aside as {aside.name}; going on from {whole.name} before it"
+        names = (f"damaged-{path.name}" + (f"-{n}" if n > 1 else "") for n in count(1))
+        aside = next(name for name in names if not path.with_name(name).exists())
+        os.replace(path, path.with_name(aside))
+        return f"warning: {path} is damaged ({reason}): set aside as {aside}; going on from {whole.name} before it"
 
 
 def _training_tensors(method: Method, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
