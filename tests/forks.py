@@ -95,7 +95,9 @@ def _told_by_a_launcher(strategy: str) -> dict[str, str]:
     variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
     if strategy == "ddp":
         return variables | {"ACCELERATE_USE_CPU": "true"}
-    import deepspeed  # noqa: F401 (once, before the processes are forked)
+    # Once, before the processes are forked: the latter, with all of a compiler, is what every DeepSpeed engine imports.
+    import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     return variables | {
         "ACCELERATE_USE_DEEPSPEED": "true",

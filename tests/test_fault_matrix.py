@@ -1,0 +1,250 @@
+"""Signals, kills, a full disk and damaged states, one after the other in one run: it ends as if nothing had happened.
+
+Each strategy's run on two processes is struck by every kind of fault THRICE: between two steps, within a save, on
+either process, at steps drawn from a seed. After each one the same command goes on.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_vpt import checkpoint, engine
+from dist_vpt.checkpoint import read_adapters
+from tests.forks import Forks, command
+from tests.running import ROOT, metrics
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
+STRATEGIES = ("ddp", "zero2", "zero3")
+STOPS = ("SIGTERM", "SIGUSR1", "kill one", "kill all")  # what ends a session of the run
+OTHERS = ("full disk", "damaged state")  # within a session, and after one
+THRICE = 3
+IN_A_SAVE = ("tensors", "marker", "rename", "prune")  # on main; the other process waits for it
+OPTIONS = (
+    "backbone.name=test_vit", "backbone.weights=random", "data.task=mine", "data.format=vtab_folder",
+    "data.image_size=32", "data.workers=0", "method.prompts=1", "optim.name=adamw", "optim.lr=0.02",
+    "optim.scale_lr=false", "train.batch_size=4", "train.epochs=9", "train.test=false", "run.save_every=2",
+    "run.trackers=[]", "run.log_every=1", "run.resume=auto", "runtime.deterministic=true",
+)  # fmt: skip
+
+
+@dataclass
+class Strike:
+    """What a process does at one point of the first step, or the first save, from step ``at`` on."""
+
+    at: int
+    point: str  # "step", one of IN_A_SAVE, or "waiting": for main to have saved
+    act: Callable[[], None]
+    times: int = 1
+
+
+@dataclass
+class Session:
+    """The run from a state on to a fault that ends it."""
+
+    stop: str
+    full_disk: bool
+    damaged_after: bool
+    strikes: tuple[list[Strike], list[Strike]] = field(default_factory=lambda: ([], []))  # of the two processes
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 images of three classes: six steps an epoch, the last one smaller."""
+    root = tmp_path_factory.mktemp("data")
+    draw, lines = np.random.default_rng(0), []
+    (root / "images").mkdir()
+    for i in range(22):
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(root / "images" / f"{i}.png")
+        lines.append(f"images/{i}.png {i % 3}\n")
+    for name, kept in (("train800", lines), ("val200", lines[:6]), ("train800val200", lines), ("test", lines[:6])):
+        (root / f"{name}.txt").write_text("".join(kept))
+    return root
+
+
+def sessions(strategy: str) -> Iterator[Session]:
+    """Every kind of fault THRICE, in an order and at points drawn from the strategy's name."""
+    draw = random.Random(strategy)
+    stops = [stop for stop in STOPS for _ in range(THRICE)]
+    draw.shuffle(stops)
+    full = draw.sample(range(len(stops)), THRICE)
+    damaged = draw.sample(range(2, len(stops)), THRICE)  # when there are two states
+    for number, stop in enumerate(stops):
+        yield Session(stop, number in full, number in damaged)
+
+
+def prepared(session: Session, at: int, draw: random.Random, meeting: Path) -> Session:
+    """The session with its strikes from step ``at`` on."""
+    main, other = session.strikes
+    if session.full_disk:
+        main.append(Strike(at, draw.choice(("tensors", "marker", "rename")), no_space))
+        at += 2  # steps between saves
+    at += draw.randrange(3)
+    point = draw.choice(("step", *IN_A_SAVE))
+    if session.stop.startswith("SIG"):
+        number = getattr(signal, session.stop)
+        strike = Strike(at, point, lambda: signal.raise_signal(number))
+        (main if point != "step" or draw.random() < 0.5 else other).append(strike)
+    elif session.stop == "kill one":
+        if draw.random() < 0.5:
+            main.append(Strike(at, point, kill_me))
+        else:
+            other.append(Strike(at, "step" if point == "step" else "waiting", kill_me))
+    else:
+        main.append(Strike(at, point, lambda: meet_and_die(meeting, 0)))
+        other.append(Strike(at, "step" if point == "step" else "waiting", lambda: meet_and_die(meeting, 1)))
+    return session
+
+
+def no_space() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def kill_me() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def meet_and_die(meeting: Path, rank: int) -> None:
+    """So that neither dies of the other's death."""
+    (meeting / str(rank)).touch()
+    while not (meeting / str(1 - rank)).exists():
+        time.sleep(0.005)
+    kill_me()
+
+
+def armed(session: Session) -> Callable[[int], None]:
+    """Lets a process strike at its points; called in the process itself."""
+
+    def before(rank: int) -> None:
+        strikes, now = session.strikes[rank], -1
+
+        def at(point: str) -> None:
+            for strike in strikes:
+                if strike.point == point and now >= strike.at and strike.times:
+                    strike.times -= 1
+                    strike.act()
+
+        def struck(original: Callable[..., Any], point: str) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if point == "tensors" and any(s.point == point and now >= s.at and s.times for s in strikes):
+                    args[1].write_bytes(b"half a file")
+                at(point)
+                return original(*args, **kwargs)
+
+            return call
+
+        train_step = engine.train_step
+
+        def step(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+            nonlocal now
+            now = t.step
+            at("step")
+            return train_step(t, *args, **kwargs)
+
+        engine.train_step = step
+        checkpoint.save_file = struck(checkpoint.save_file, "tensors")
+        checkpoint.write_atomically = struck(checkpoint.write_atomically, "marker")
+        checkpoint.os = Struck(os, replace=struck(os.replace, "rename"))
+        checkpoint.shutil = Struck(shutil, rmtree=struck(shutil.rmtree, "prune"))
+        if rank == 1:
+            checkpoint.broadcast_object_list = struck(checkpoint.broadcast_object_list, "waiting")
+
+    return before
+
+
+class Struck:
+    """A module with some of its functions replaced, for one importer alone."""
+
+    def __init__(self, module: Any, **replaced: Callable[..., Any]):
+        self.__dict__.update(vars(module) | replaced)
+
+
+def damage(state: Path, draw: random.Random) -> None:
+    """The newest state loses or changes something."""
+    file = state / draw.choice(("tensors.safetensors", "state.json"))
+    content = bytearray(file.read_bytes())
+    how = draw.choice(("cut", "gone", "changed"))
+    if how == "gone":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0x40
+        file.write_bytes(content)
+
+
+def states(folder: Path) -> list[Path]:
+    return sorted((folder / "state").glob("step-*"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_ends_as_if_nothing_had_happened(strategy: str, images: Path, tmp_path: Path) -> None:
+    file = "ddp" if strategy == "ddp" else str(ROOT / "launch" / "accelerate" / f"{strategy}.json")
+
+    def run(name: str, session: Session | None, number: int) -> Forks:
+        words = ["train", *OPTIONS, f"data.root={images}", f"run.dir={tmp_path / name}"]
+        before = armed(session) if session is not None else lambda rank: None
+        return command(words, tmp_path / f"{name}-{number}.txt", file, before)
+
+    whole = run("whole", None, 0)
+    folder, draw, faults, damaged = tmp_path / "run", random.Random(f"{strategy} points"), [], 0
+    assert whole.finish(120) == [0, 0], whole.output[-3000:]
+    planned = list(sessions(strategy))
+    for number, session in enumerate(planned):
+        (meeting := tmp_path / f"meeting-{number}").mkdir()
+        began = int(states(folder)[-1].name[5:]) if states(folder) else 0
+        struck = run("run", prepared(session, began + 1 - damaged, draw, meeting), number)
+        codes = struck.finish(120)
+        told = f"{strategy} {number} {session}: {codes}\n{struck.output[-3000:]}"
+        faults.append(session.stop)
+        if session.stop.startswith("SIG"):
+            assert codes == [75, 75], told
+            assert "stopped at step" in struck.output, told
+        elif session.stop == "kill all":
+            assert codes == [-signal.SIGKILL] * 2, told
+        else:
+            assert codes.count(-signal.SIGKILL) == 1, told
+            assert 0 not in codes, told
+        assert ("is damaged" in struck.output) == bool(damaged), told
+        assert ("could not be saved (" in struck.output) == session.full_disk, told
+        faults += ["full disk"] * session.full_disk
+        assert not (folder / "result.json").exists(), told
+        damaged = 0
+        if session.damaged_after:
+            damage(states(folder)[-1], draw)
+            faults.append("damaged state")
+            damaged = 1
+    last = run("run", None, len(planned))
+    assert last.finish(120) == [0, 0], last.output[-3000:]
+    assert ("is damaged" in last.output) == bool(damaged)
+    assert sorted(faults) == sorted((*STOPS, *OTHERS) * THRICE)
+    assert len(faults) * len(STRATEGIES) >= 50
+    print(f"{strategy}: {len(planned) + 2} runs of two processes, {len(faults)} faults")
+    assert_alike(tmp_path / "whole", folder, exactly=strategy == "ddp")
+    left = {path.name for path in (folder / "state").iterdir() if not path.name.startswith("damaged-")}
+    assert left == {path.name for path in (tmp_path / "whole" / "state").iterdir()}
+
+
+def assert_alike(whole: Path, folder: Path, exactly: bool) -> None:
+    """Losses and scores of every epoch, and what was trained: to the last bit, or to 1e-6."""
+    assert len(metrics(folder)) == len(metrics(whole))
+    for one, other in zip(metrics(whole), metrics(folder), strict=True):
+        assert other == (one if exactly else pytest.approx(one, abs=1e-6))
+    for name in ("adapters.safetensors", "best.safetensors"):
+        (ours, said), (theirs, also_said) = read_adapters(folder / name), read_adapters(whole / name)
+        assert ours.keys() == theirs.keys()
+        assert said["epoch"] == also_said["epoch"]
+        for key, tensor in ours.items():
+            assert float((tensor - theirs[key]).abs().max()) <= (0 if exactly else 1e-6), (name, key)
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, folder)]
+    assert results[0]["best"]["epoch"] == results[1]["best"]["epoch"]
