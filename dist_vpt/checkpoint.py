@@ -211,7 +211,8 @@ class States:
         }
         for path in temporary.iterdir():
             _sync(path)
-        write_atomically(temporary / MARKER, json.dumps(facts, indent=1) + "\n")
+        marker = facts | {"sha256": _checksum(facts)}
+        write_atomically(temporary / MARKER, json.dumps(marker, indent=1) + "\n")
         _sync(temporary)
         os.replace(temporary, final)
         _sync(state)
@@ -296,10 +297,16 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _checksum(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def _damage(path: Path) -> str | None:
     """What is wrong with a saved state, if anything is."""
     try:
         facts = json.loads((path / MARKER).read_text())
+        if facts.pop("sha256") != _checksum(facts):
+            return f"{MARKER} is not what was written"
         for name, expected in facts["files"].items():
             found = _fingerprint(path / name)
             if found["bytes"] != expected["bytes"]:
@@ -307,8 +314,10 @@ def _damage(path: Path) -> str | None:
             if found != expected:
                 return f"{name} is not what was written"
         missing = {field.name for field in fields(Progress)} - facts.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MARKER} or a file named in it cannot be read: {error}"
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MARKER} is not what was written"
     return f"{MARKER} lacks {', '.join(sorted(missing))}" if missing else None
 
 

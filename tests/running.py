@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 
 from dist_vpt.recipe import load_recipe
 from dist_vpt.train import run
@@ -24,6 +26,31 @@ TINY = [
     "train.batch_size=200",
     "run.log_every=1",
 ]
+
+SMALLEST = [  # on few_images
+    "backbone.name=test_vit",
+    "backbone.weights=random",
+    "data.task=mine",
+    "data.format=vtab_folder",
+    "data.image_size=32",
+    "data.workers=0",
+    "method.prompts=1",
+    "optim.scale_lr=false",
+    "train.batch_size=4",
+    "run.log_every=1",
+]
+
+
+def few_images(root: Path) -> Path:
+    """A dataset of 22 images of three classes: six steps of SMALLEST an epoch, the last one smaller."""
+    draw, lines = np.random.default_rng(0), []
+    (root / "images").mkdir()
+    for i in range(22):
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(root / "images" / f"{i}.png")
+        lines.append(f"images/{i}.png {i % 3}\n")
+    for name, kept in (("train800", lines), ("val200", lines[:6]), ("train800val200", lines), ("test", lines[:6])):
+        (root / f"{name}.txt").write_text("".join(kept))
+    return root
 
 
 def words(folder: Path, *overrides: str) -> list[str]:

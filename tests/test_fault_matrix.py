@@ -15,14 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from dist_vpt import checkpoint, engine
 from dist_vpt.checkpoint import read_adapters
 from tests.forks import Forks, command
-from tests.running import ROOT, metrics
+from tests.running import ROOT, SMALLEST, few_images, metrics
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
 STRATEGIES = ("ddp", "zero2", "zero3")
@@ -31,10 +29,8 @@ OTHERS = ("full disk", "damaged state")  # within a session, and after one
 THRICE = 3
 IN_A_SAVE = ("tensors", "marker", "rename", "prune")  # on main; the other process waits for it
 OPTIONS = (
-    "backbone.name=test_vit", "backbone.weights=random", "data.task=mine", "data.format=vtab_folder",
-    "data.image_size=32", "data.workers=0", "method.prompts=1", "optim.name=adamw", "optim.lr=0.02",
-    "optim.scale_lr=false", "train.batch_size=4", "train.epochs=9", "train.test=false", "run.save_every=2",
-    "run.trackers=[]", "run.log_every=1", "run.resume=auto", "runtime.deterministic=true",
+    *SMALLEST, "optim.name=adamw", "optim.lr=0.02", "train.epochs=9", "train.test=false", "run.save_every=2",
+    "run.trackers=[]", "run.resume=auto", "runtime.deterministic=true",
 )  # fmt: skip
 
 
@@ -60,16 +56,7 @@ class Session:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 images of three classes: six steps an epoch, the last one smaller."""
-    root = tmp_path_factory.mktemp("data")
-    draw, lines = np.random.default_rng(0), []
-    (root / "images").mkdir()
-    for i in range(22):
-        Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(root / "images" / f"{i}.png")
-        lines.append(f"images/{i}.png {i % 3}\n")
-    for name, kept in (("train800", lines), ("val200", lines[:6]), ("train800val200", lines), ("test", lines[:6])):
-        (root / f"{name}.txt").write_text("".join(kept))
-    return root
+    return few_images(tmp_path_factory.mktemp("data"))
 
 
 def sessions(strategy: str) -> Iterator[Session]:

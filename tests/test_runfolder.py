@@ -121,7 +121,16 @@ def test_another_recipes_run_is_refused_and_the_difference_named(folder: RunFold
 
 
 @pytest.mark.parametrize(
-    "change", ["data.workers=3", "train.eval_batch_size=7", "run.log_every=3", "run.timeout_minutes=1"]
+    "change",
+    [
+        "data.workers=3",
+        "train.eval_batch_size=7",
+        "run.log_every=3",
+        "run.timeout_minutes=1",
+        "runtime.checkpointing=block",
+        "runtime.offload=true",
+        "runtime.memory_check=ignore",
+    ],
 )
 def test_what_changes_no_number_may_differ(folder: RunFolder, change: str) -> None:
     use(folder, status="interrupted")

@@ -1,0 +1,73 @@
+"""A run goes on under another strategy and on another number of processes: as if it had stayed where it was."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from dist_vpt import engine
+from dist_vpt.predict import score
+from tests.forks import command
+from tests.running import ROOT, SMALLEST, few_images, step_losses
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
+LEG = 20  # steps under one strategy
+JOURNEYS = {  # single is one process, all others are two
+    "optim.name=adamw": ("single", "ddp", "zero3", "ddp", "zero2", "ddp", "single"),
+    "optim.name=sgd": ("zero3", "single", "zero1", "zero3_offload", "zero0"),
+}
+
+
+def stop_at(step: int) -> Callable[[int], None]:
+    """Lets main ask for a stop in its last step before ``step``."""
+
+    def before(rank: int) -> None:
+        train_step = engine.train_step
+
+        def signalled(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+            if rank == 0 and t.step == step - 1:
+                signal.raise_signal(signal.SIGUSR1)
+            return train_step(t, *args, **kwargs)
+
+        engine.train_step = signalled
+
+    return before
+
+
+@pytest.mark.parametrize("optimizer", JOURNEYS)
+def test_another_strategy_and_number_of_processes(optimizer: str, tmp_path: Path) -> None:
+    """One loss a step, all moments in the end, and three classes, which two processes do not share evenly."""
+    journey = JOURNEYS[optimizer]
+    (tmp_path / "data").mkdir()
+    options = [
+        *SMALLEST, optimizer, "optim.lr=0.01", f"data.root={few_images(tmp_path / 'data')}", "run.resume=auto",
+        f"train.epochs={LEG * len(journey) // 6}", "run.save_every=1000",
+    ]  # fmt: skip
+    (tmp_path / "zero0.json").write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    alone = command(["train", *options, f"run.dir={tmp_path / 'alone'}"], tmp_path / "alone.txt")
+    assert alone.finish(120) == [0], alone.output[-3000:]
+    for number, strategy in enumerate(journey):
+        file = ROOT / "launch" / "accelerate" / f"{strategy}.json"
+        how = strategy if strategy in ("single", "ddp") else str(file if file.exists() else tmp_path / "zero0.json")
+        told, last = tmp_path / f"{number}.txt", number == len(journey) - 1
+        before = (lambda rank: None) if last else stop_at(LEG * (number + 1))
+        forks = command(["train", *options, f"run.dir={tmp_path / 'run'}"], told, how, before)
+        assert set(forks.finish(120)) == {0 if last else 75}, forks.output[-3000:]
+        processes = 1 if journey[number - 1] == "single" else 2
+        saved_by = f"{processes} x {journey[number - 1].removesuffix('_offload')}"
+        assert not number or f"at step {LEG * number}, saved by {saved_by}\n" in forks.output, forks.output[-3000:]
+    ours, theirs = (step_losses(tmp_path / name) for name in ("run", "alone"))
+    assert len(ours) == len(theirs) == LEG * len(journey) // 6 * 6
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    ours, theirs = (
+        load_file(max((tmp_path / name / "state").glob("step-*")) / "tensors.safetensors") for name in ("run", "alone")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert float((tensor - theirs[name]).abs().max()) < 1e-4, name
+    reported = json.loads((tmp_path / "run" / "result.json").read_text())["last"]["test"]["loss"]
+    assert score(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(reported, abs=1e-5)
