@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
@@ -170,8 +170,13 @@ class States:
             write_adapters(self.folder.best, *self._best)
             self._best = None
 
-    def save(self, method: Method, optimizer: Any, progress: Progress, step: int) -> str | None:
-        """Save at a step boundary; why it failed, if it did, such as a full disk. A collective call."""
+    def save(
+        self, method: Method, optimizer: Any, progress: Progress, step: int, flush: Callable[[], int]
+    ) -> str | None:
+        """Save at a step boundary; why it failed, if it did, such as a full disk. A collective call.
+
+        ``flush`` sees to it that all metrics up to here are on the disk, and gives the length of their file.
+        """
         main, tensors = self.accelerator.is_main_process, {}
         for name, tensor in _training_tensors(method, optimizer):  # whole ones on main alone
             if main:
@@ -180,6 +185,7 @@ class States:
         if main:
             temporary = self.folder.state / f".step-{step:08d}.tmp"
             try:
+                progress.metrics_bytes = flush()
                 self._write(temporary, tensors, progress, step)
             except (OSError, SafetensorError) as error:
                 failed = str(error)

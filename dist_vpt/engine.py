@@ -266,8 +266,7 @@ def _save(t: Training) -> str:
     Raises RunFailed after MAY_FAIL failures in a row.
     """
     t.progress.skipped = sorted(set(t.progress.skipped) | t.skipped())
-    t.progress.metrics_bytes = t.folder.metrics.stat().st_size if t.folder.metrics.exists() else 0
-    failed = t.states.save(t.method, t.optimizer, t.progress, t.step)
+    failed = t.states.save(t.method, t.optimizer, t.progress, t.step, t.monitor.flush)
     if failed is None:
         return "with its state saved; run.resume=auto goes on"
     last = "from the beginning" if t.states.last is None else f"from step {t.states.last}"

@@ -31,13 +31,13 @@ class RunFolderError(UserError):
 
 
 class RunFailed(UserError):
-    """Training cannot go on (a loss that is not finite); the run is marked as failed."""
+    """Training cannot go on (a loss that is not finite, a disk that stays full); the run is marked as failed."""
 
     exit_code = 3
 
 
 class Interrupted(UserError):
-    """The run was told to stop, has saved its state and can be resumed (EX_TEMPFAIL of sysexits.h)."""
+    """The run was told to stop and can be resumed from its newest state (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
 

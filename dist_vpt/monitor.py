@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ class Monitor:
         self.bar: Progress | None = None
         self.started: tuple[float, int] | None = None  # clock and images when the speed's counting began
         self.steps = 0
+        self.unwritten: dict[Path, str] = {}  # lines for which the disk had no room so far
 
     def start(self, headline: list[str], progress: "checkpoint.Progress", total_steps: int, done_steps: int) -> None:
         """Open log and trackers; show what is about to be trained."""
@@ -136,8 +138,7 @@ class Monitor:
         """One line an epoch and split."""
         if not self.main:
             return
-        with open(self.folder.metrics, "a") as file:
-            file.write(json.dumps({"epoch": epoch, "step": step, "split": split, **scores}) + "\n")
+        self._append(self.folder.metrics, json.dumps({"epoch": epoch, "step": step, "split": split, **scores}) + "\n")
         shown = "  ".join(
             f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in scores.items()
         )
@@ -157,26 +158,61 @@ class Monitor:
         writer = self._writer() if self.main else None
         if writer is None:
             return
-        writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
-        if mistakes:
-            writer.add_figure("test/mistakes", mistakes_figure(mistakes, split, view, classes), global_step=step)
-        writer.flush()
+        with self._without_room_no_curves():
+            writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
+            if mistakes:
+                writer.add_figure("test/mistakes", mistakes_figure(mistakes, split, view, classes), global_step=step)
+            writer.flush()
 
     def line(self, text: str, *, show: bool = True) -> None:
         """A plain line in train.log, shown on the terminal as well unless the bar tells it."""
         if not self.main:
             return
-        with open(self.folder.log, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        self._append(self.folder.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
         if show:
             self.console.print(text, markup=False, soft_wrap=True)
+
+    def flush(self) -> int:
+        """The length of metrics.jsonl, with all lines on the disk. Raises OSError where it has no room for them."""
+        if not self.main:
+            return 0
+        for path in list(self.unwritten):
+            self._write(path)
+        return self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
 
     def close(self) -> None:
         """End the bar and the trackers."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        self.accelerator.end_training()
+        with self._without_room_no_curves():
+            self.accelerator.end_training()
+
+    def _append(self, path: Path, text: str) -> None:
+        """Add to a file, later where the disk is full: nothing is lost while the process lives."""
+        self.unwritten[path] = self.unwritten.get(path, "") + text
+        with contextlib.suppress(OSError):
+            self._write(path)
+
+    def _write(self, path: Path) -> None:
+        length = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(self.unwritten[path])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, length)  # half a line
+            raise
+        del self.unwritten[path]
+
+    @contextlib.contextmanager
+    def _without_room_no_curves(self) -> Iterator[None]:
+        """A full disk ends TensorBoard's curves (its writer does not recover) and not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.accelerator.trackers = [t for t in self.accelerator.trackers if t.name != "tensorboard"]
+            self.line(f"warning: no curves and pictures are written to {self.folder.path / 'tb'} any more ({error})")
 
     def images_per_s(self, progress: "checkpoint.Progress") -> float:
         """Over all processes, since the first steps of this session, evaluations included."""
@@ -193,7 +229,8 @@ class Monitor:
         )
 
     def _track(self, values: dict[str, float | None], step: int) -> None:
-        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+        with self._without_room_no_curves():
+            self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
 
     def _writer(self) -> Any:
         found = [tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]

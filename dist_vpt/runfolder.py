@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,8 @@ class RunFolder:
             except BaseException as error:
                 interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
                 if self.status().get("status") != "done":  # a picture drawn after the result takes nothing back
-                    self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
+                    with suppress(OSError):  # a full disk is no reason to forget what happened
+                        self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
                 raise
 
     def mark(self, status: str, **facts: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -160,13 +161,16 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     from dist_vpt.runfolder import versions, write_atomically
     from dist_vpt.strategy import frozen_bytes, strategy
 
-    main, progress, classes = t.accelerator.is_main_process, t.progress, parts.splits.classes
+    progress, classes = t.progress, parts.splits.classes
     images_per_s = t.monitor.images_per_s(progress)
     held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
-    if main:
+
+    def write_tensors() -> None:
         t.states.write_best()
         write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
+
+    _on_main(t, write_tensors)
     last, best, scores = dict(progress.last), dict(progress.best) or None, None
     if t.recipe.train.test:
         test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
@@ -198,15 +202,36 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
         "protocol": parts.protocol(),
         "versions": versions(),
     }
-    if main:
+
+    def write_result() -> None:
+        t.monitor.flush()
         write_atomically(t.folder.result, json.dumps(result, indent=1) + "\n")
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
+
+    _on_main(t, write_result)
     if scores is not None:  # last: a picture that cannot be drawn must not cost a finished run its result
         confusion_KK = scores.confusion().cpu().numpy()
         t.monitor.pictures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
     t.accelerator.wait_for_everyone()
     return result
+
+
+def _on_main(t: "Training", write: Callable[[], None]) -> None:
+    """Let main write what a run leaves, or fail on all processes where the disk is full. A collective call."""
+    from dist_vpt.agreement import agree
+    from dist_vpt.errors import RunFailed
+
+    failed = None
+    if t.accelerator.is_main_process:
+        try:
+            write()
+        except OSError as error:
+            failed = RunFailed(
+                f"{t.folder.path}: the results cannot be written ({error}); free space there, then run.resume=auto "
+                f"goes on from step {t.states.last}"
+            )
+    agree(t.accelerator, failed)
 
 
 def device_name(device: Any) -> str:
