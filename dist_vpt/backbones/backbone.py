@@ -52,6 +52,7 @@ class Backbone(nn.Module):
         )  # fmt: skip
         self.pool_skips = 0 if getattr(vit, "pool_include_prefix", False) else self.prefix
         self.blocks, vit.blocks = vit.blocks, nn.Sequential()
+        self.widths = [self.width] * len(self.blocks)  # of the tokens that each block sees
         self.norm, vit.norm = vit.norm, nn.Identity()
         self.fc_norm, vit.fc_norm = vit.fc_norm, nn.Identity()
         self.attn_pool, vit.attn_pool = vit.attn_pool, None

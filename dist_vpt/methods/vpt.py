@@ -6,12 +6,14 @@ patch in pixels, X numbers of a prompt: d, or of pixels 3 G G.
 
 import math
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.bias import Biases
@@ -20,9 +22,16 @@ from dist_vpt.methods.recipe import VPTRecipe
 
 
 class VPT(Method):
-    """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two)."""
+    """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two).
+
+    On Swin, where D grows from stage to stage, a tensor holds the sets of a stage.
+    """
+
+    on_swin = True
 
     def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        if isinstance(backbone, SwinBackbone):
+            _check_for_swin(recipe)
         also: dict[str, nn.Module] = {}  # made first: they start at the weights in float32
         if "bias" in recipe.also:
             also["biases"] = Biases(backbone)
@@ -32,20 +41,38 @@ class VPT(Method):
         for name, module in also.items():
             self.add_module(name, module)
         self.recipe = recipe
-        if recipe.start == "class_token" and backbone.stem.cls_token is None:
+        if recipe.start == "class_token" and getattr(backbone.stem, "cls_token", None) is None:
             raise UserError("method.start = class_token: the backbone has none; set method.start=tokens")
         self.set_of_block = _schedule(recipe, len(backbone.blocks))
-        width, pixels = recipe.projection or backbone.width, 3 * math.prod(backbone.patch_size)
-        bound = math.sqrt(6.0 / (pixels + width))  # xavier-uniform, of a patch's pixels
-        sets = max(self.set_of_block.values()) + 1
-        count = {"add": backbone.tokens, "add-1": 1}.get(recipe.location, recipe.prompts)
-        width = pixels if recipe.location == "prepend-pixel" else width
-        self.prompts = nn.Parameter(torch.empty(sets, count, width).uniform_(-bound, bound))
+        self.first_blocks = [
+            min(block for block, of in self.set_of_block.items() if of == each)
+            for each in range(max(self.set_of_block.values()) + 1)
+        ]
+        last = max(self.set_of_block)
+        if recipe.pooling in ("prompt_pool", "imgprompt_pool") and backbone.widths[last] != backbone.width:
+            raise UserError(
+                f"method.pooling = {recipe.pooling}: the last prompts go in before block {last}, and patches are "
+                "merged after it, which drops prompts; set method.pooling=original"
+            )
+        pixels, count = 3 * math.prod(backbone.patch_size), recipe.prompts
+        count = {"add": backbone.tokens, "add-1": 1}.get(recipe.location, count)
+        stages = [(width, len(list(sets))) for width, sets in groupby(backbone.widths[n] for n in self.first_blocks)]
+        self.names = ["prompts"] if len(stages) == 1 else [f"prompts_{stage}" for stage in range(len(stages))]
+        for name, (of_stage, sets) in zip(self.names, stages, strict=True):
+            width = recipe.projection or of_stage
+            bound = math.sqrt(6.0 / (pixels + width))  # xavier-uniform, of a patch's pixels
+            shape = (sets, count, pixels if recipe.location == "prepend-pixel" else width)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
         self.projection: nn.Module = nn.Identity()
         if recipe.projection:
-            self.projection = nn.Linear(width, backbone.width)
+            self.projection = nn.Linear(recipe.projection, backbone.width)
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
+
+    @property
+    def sets(self) -> list[Tensor]:
+        """The prompts of each set, [P, d]."""
+        return [prompts_PX for name in self.names for prompts_PX in getattr(self, name).unbind()]
 
     @property
     def starts_on_images(self) -> bool:
@@ -58,8 +85,7 @@ class VPT(Method):
         What they were is added: an image's class token is the same for all before the first block, and equal prompts
         would stay equal.
         """
-        backbone, sets = self.backbone, len(self.prompts)
-        blocks = [min(block for block, of in self.set_of_block.items() if of == each) for each in range(sets)]
+        backbone, blocks = self.backbone, self.first_blocks
         found: list[list[Tensor]] = [[] for _ in blocks]  # tokens of each set's block
         for images_B3SS in batches_B3SS:
             tokens_BND = backbone.embed(images_B3SS)
@@ -69,7 +95,7 @@ class VPT(Method):
                     found[blocks.index(number)].append(_moments(read_BND))
                 tokens_BND = backbone.run_block(backbone.blocks[number], tokens_BND)
         generator = torch.Generator().manual_seed(seed)
-        for prompts_PD, moments in zip(self.prompts, found, strict=True):
+        for prompts_PD, moments in zip(self.sets, found, strict=True):
             count, sum_D, squares_D = torch.stack(moments).sum(0).unbind()
             mean_D = sum_D / count
             deviation_D = (squares_D / count - mean_D.square()).clamp_min(0).sqrt()
@@ -78,9 +104,11 @@ class VPT(Method):
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         tokens_BND = self.backbone.embed(images_B3SS)
-        prompts = [self._embedded(prompts_PX) for prompts_PX in self.prompts.unbind()]
+        prompts, widths = [self._embedded(prompts_PX) for prompts_PX in self.sets], self.backbone.widths
         present = 0  # prompt tokens in the stream
         for number, block in enumerate(self.backbone.blocks):
+            if widths[number] != widths[number - 1]:  # merging patches has dropped them
+                present = 0
             if number in self.set_of_block:
                 tokens_BND = self._write(tokens_BND, prompts[self.set_of_block[number]], present)
                 present = 0 if self.recipe.location.startswith("add") else self.recipe.prompts
@@ -117,6 +145,19 @@ def _moments(tokens_BND: Tensor) -> Tensor:
     """How many, their sum and the sum of their squares, for each channel: float64 [3, D]."""
     tokens_XD = tokens_BND.flatten(0, 1).double()
     return torch.stack([torch.full_like(tokens_XD[0], len(tokens_XD)), tokens_XD.sum(0), tokens_XD.square().sum(0)])
+
+
+def _check_for_swin(recipe: VPTRecipe) -> None:
+    """Raises UserError for what needs the same width in all blocks, or a ViT's embedding."""
+    settings = recipe.model_dump(mode="json")
+    for key, wanted, why in (
+        ("location", "prepend", "on Swin prompts are prepended to the patches of each window"),
+        ("projection", None, "on Swin the prompts of each stage have another width"),
+        ("shared", False, "on Swin the prompts of each stage have another width"),
+        ("also", [], "the method of that name is not for Swin"),
+    ):
+        if settings[key] != wanted:
+            raise UserError(f"method.{key} = {settings[key]}: {why}; leave it out")
 
 
 def _schedule(recipe: VPTRecipe, blocks: int) -> dict[int, int]:
