@@ -43,6 +43,7 @@ class Backbone(nn.Module):
 
     def _take_apart(self, vit: VisionTransformer) -> None:
         self.width = vit.embed_dim
+        self.image_size = vit.patch_embed.img_size[0]
         self.patch_size = vit.patch_embed.patch_size
         self.prefix = vit.num_prefix_tokens
         self.patches = vit.patch_embed.num_patches
@@ -80,10 +81,14 @@ class Backbone(nn.Module):
         """Of the tokens that enter the first block."""
         return next(self.stem.parameters()).dtype
 
+    def normalised(self, images_B3SS: Tensor) -> Tensor:
+        """Images as uint8 (or floats of the same range) as the stem is shown them, [B, 3, S, S]."""
+        # In float32 until normalised: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
+        return ((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
+
     def embed(self, images_B3SS: Tensor) -> Tensor:
         """Images as uint8 (or floats of the same range) -> tokens before the first block, [B, N, D]."""
-        # In float32 until normalised: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
-        return self.stem(((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype))
+        return self.stem(self.normalised(images_B3SS))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """The frozen stream's end: tokens after the final norm, [B, N, D]."""

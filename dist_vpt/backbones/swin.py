@@ -29,6 +29,7 @@ class SwinBackbone(Backbone):
 
     def _take_apart(self, swin: SwinTransformer) -> None:  # type: ignore[override]
         self.width = swin.num_features
+        self.image_size = swin.patch_embed.img_size[0]
         self.patch_size = swin.patch_embed.patch_size
         self.prefix = self.pool_skips = 0
         rows, columns = swin.layers[-1].output_resolution

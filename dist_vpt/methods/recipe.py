@@ -144,6 +144,15 @@ class MLPRecipe(MethodSettings):
     dropout: float = Field(0.0, ge=0, lt=1, description="after each hidden layer")
 
 
+class SideRecipe(MethodSettings):
+    """A small convolutional network beside the frozen backbone, and a linear head on the blend of the two."""
+
+    reader: ClassVar[bool] = True
+    name: Literal["side"] = Field("side", description="side-tuning")
+    layers: int = Field(3, ge=1, description="convolutions, each of which halves the image")
+    channels: int = Field(64, ge=1, description="C: channels of each convolution")
+
+
 class FullRecipe(MethodSettings):
     """All weights and a linear head."""
 
@@ -219,6 +228,7 @@ MethodRecipe = Annotated[
     | VQTRecipe
     | LinearRecipe
     | MLPRecipe
+    | SideRecipe
     | FullRecipe
     | PartialRecipe
     | BiasRecipe

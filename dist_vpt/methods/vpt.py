@@ -176,14 +176,13 @@ def _moments(tokens_BND: Tensor) -> Tensor:
 
 def _shape(recipe: VPTRecipe, backbone: Backbone, width: int) -> tuple[int, int]:
     """Of one set: how many, and the numbers of each."""
-    patch, side = math.prod(backbone.patch_size), math.isqrt(backbone.patches) * backbone.patch_size[0]
-    numbers = recipe.projection or width
+    patch, numbers = math.prod(backbone.patch_size), recipe.projection or width
     return {
         "prepend": (recipe.prompts, numbers),
         "add": (backbone.tokens, numbers),
         "add-1": (1, numbers),
         "prepend-pixel": (recipe.prompts, 3 * patch),
-        "pad": (3, 4 * recipe.prompts * (side - recipe.prompts)),
+        "pad": (3, 4 * recipe.prompts * (backbone.image_size - recipe.prompts)),
         "below": (backbone.patches, recipe.prompts * patch),
     }[recipe.location]
 

@@ -33,6 +33,7 @@ LABELS = torch.tensor([0, 2, 1])
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"name": "linear"},
     "mlp": {"name": "mlp", "layers": 2, "width": 8},
+    "side": {"name": "side", "layers": 2, "channels": 4},
     "full": {"name": "full"},
     "vpt deep": {"name": "vpt", "prompts": 3},
     "vpt shallow": {"name": "vpt", "prompts": 2, "deep": False},
@@ -216,7 +217,7 @@ def test_gradients_of_prompts_are_the_references(name: str, images: Tensor) -> N
 def test_two_steps_change_what_is_trained_and_nothing_else(name: str, images: Tensor) -> None:
     method = make(SETTINGS[name])
     trained = {n for n, _ in method.trainable()}
-    heads = {n for n, _ in method.named_parameters() if "head" in n}
+    heads = {n for n, _ in method.named_parameters() if n.startswith(("head.", "side.", "blend"))}
     assert trained == heads | set(WRITTEN.get(name, ())) | {
         n for n, _ in method.named_parameters() if name == "full" and n.startswith("backbone.")
     }

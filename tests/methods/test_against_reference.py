@@ -14,7 +14,7 @@ from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods import MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from tests.methods.conftest import KINDS, MEAN, STD, make_backbone, make_vit
-from tests.reference import inside
+from tests.reference import inside, side
 from tests.reference import vit as reference
 
 # One tolerance a dtype. float32: each tensor's largest error, relative to the tensor's largest number. bf16 has 8
@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vpt+cls": VPT | {"also": ("cls",)},
     "vpt+bias+cls, shallow": VPT | {"also": ("bias", "cls"), "deep": False},
     "linear": {"name": "linear"},
+    "side": {"name": "side", "layers": 2, "channels": 4},
     "full": {"name": "full"},
     "partial": {"name": "partial"},
     "partial, two": {"name": "partial", "blocks": 2},
@@ -65,6 +66,7 @@ IN_BF16 = (
     "vpt deep",
     "vpt, pad",
     "vpt, below",
+    "side",
     "full",
     "partial, two",
     "bias",
@@ -165,6 +167,8 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
         beside_scale=settings.get("scale", 0.1),
     )
     own = {name: p.detach().double().numpy() for name, p in method.trainable()}
+    if settings["name"] == "side":
+        return expected_beside(own, reference.features_forward(frozen, config, images.numpy())[0], images)
     inner = {name for name in own if not name.startswith(("head", "prompts", "projection", "lora", "ssf"))}
     weights = frozen | {alias(name): own[name] for name in inner}
     updates = {
@@ -214,6 +218,20 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
     for name, (of_scale, of_shift) in inside.scale_shift_backward(result.grads, weights, pairs).items():
         grads |= {f"ssf.{name}.scale": of_scale, f"ssf.{name}.shift": of_shift}
     return dataclasses.replace(result, grads=grads)
+
+
+def expected_beside(own: dict[str, np.ndarray], pooled_BD: np.ndarray, images: torch.Tensor) -> reference.Result:
+    """Of side-tuning: two convolutions and a linear layer, which a Sequential numbers."""
+    names = {"side.0": "conv0", "side.2": "conv1", "side.6": "linear"}
+
+    def renamed(tensors: dict[str, np.ndarray], names: dict[str, str]) -> dict[str, np.ndarray]:
+        split = {name: name.rpartition(".") for name in tensors}
+        return {names.get(of, of) + dot + kind: tensors[name] for name, (of, dot, kind) in split.items()}
+
+    normalised = reference.normalise_images(images.numpy(), MEAN, STD)
+    options = {"smoothing": 0.1, "example_weight": WEIGHT}
+    result = side.forward_backward(pooled_BD, normalised, LABELS.numpy(), renamed(own, names), **options)
+    return dataclasses.replace(result, grads=renamed(result.grads, {there: here for here, there in names.items()}))
 
 
 def actual(method: Method, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vqt weighted": {"name": "vqt", "queries": 2, "pooling": "weighted", "blocks": (1, 2)},
     "mlp": {"name": "mlp", "layers": 3, "width": 8},
     "mlp of one layer": {"name": "mlp", "layers": 1},
+    "side": {"name": "side", "layers": 2, "channels": 4},
     "partial": {"name": "partial", "blocks": 2},
     "bias": {"name": "bias"},
     "cls": {"name": "cls"},
@@ -74,6 +75,7 @@ TRAINED = {
     "vqt weighted": HEAD | {"queries", "pool_weights"},
     "mlp": {f"head.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")},
     "mlp of one layer": {"head.0.weight", "head.0.bias"},
+    "side": HEAD | {"blend"} | {f"side.{layer}.{kind}" for layer in (0, 2, 6) for kind in ("weight", "bias")},
     "partial": HEAD
     | {
         f"backbone.{layer}.{kind}"
