@@ -64,6 +64,10 @@ class Backbone(nn.Module):
         """Stay in eval mode (no dropout, no stochastic depth) unless the recipe asks for stochastic depth."""
         return super().train(mode and self.stochastic)
 
+    def timm_name(self, name: str) -> str:
+        """What timm calls a tensor of this module, or of the head."""
+        return name.removeprefix("stem.")
+
     def hold_in(self, dtype: torch.dtype) -> "Backbone":
         """Hold the frozen weights in ``dtype``; mean and std stay float32, in which pixels are normalised."""
         for parameter in self.parameters():

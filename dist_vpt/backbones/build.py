@@ -119,7 +119,9 @@ def _create(recipe: BackboneRecipe, image_size: int, frame: int) -> VisionTransf
     model = create(name, framed, drop_path_rate=recipe.drop_path, **options)
     if isinstance(model, SwinTransformer):
         if frame:
-            raise UserError("method.location = pad: on Swin prompts are prepended to the patches of each window")
+            raise UserError(
+                "method.location = pad: on Swin prompts are prepended to the patches of each window; leave it out"
+            )
         _check_windows(image_size, describe(recipe).image_size, model)
     else:
         _check_patches(image_size, model.patch_embed.patch_size[0], frame)

@@ -39,10 +39,21 @@ class SwinBackbone(Backbone):
             stage.blocks[-1].downsample = following.downsample
         self.stem = swin.patch_embed
         self.blocks = nn.Sequential(*(block for stage in swin.layers for block in stage.blocks))
+        self.places = [(number, block) for number, stage in enumerate(swin.layers) for block in range(stage.depth)]
         self.widths = [block.dim for block in self.blocks]
         for block in self.blocks:
             _Windows(block)
         self.norm, self.fc_norm, self.attn_pool = swin.norm, nn.Identity(), None
+
+    def timm_name(self, name: str) -> str:
+        part, _, rest = name.partition(".")
+        if part != "blocks":
+            return {"stem": "patch_embed", "head": "head.fc"}.get(part, part) + f".{rest}"
+        number, _, rest = rest.partition(".")
+        stage, block = self.places[int(number)]
+        if rest.startswith("downsample"):  # timm merges patches at the beginning of a stage
+            return f"layers.{stage + 1}.{rest}"
+        return f"layers.{stage}.blocks.{block}.{rest}"
 
     def hold_in(self, dtype: torch.dtype) -> "SwinBackbone":
         """Hold the weights in ``dtype``, and with them the masks of shifted windows, which are added to scores."""

@@ -41,6 +41,7 @@ class Side(Reader):
         return Reads(pixels=True)
 
     def read(self, observed: Observed) -> Tensor:
-        (pixels_B3SS,), share = observed.pixels, self.blend.sigmoid()
+        (pixels_B3SS,) = observed.pixels
         side_BD = self.side(pixels_B3SS.to(self.blend.dtype))
+        share = self.blend.sigmoid()
         return self.classify(share * observed.pooled.to(side_BD.dtype) + (1 - share) * side_BD)

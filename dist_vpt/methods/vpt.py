@@ -131,8 +131,8 @@ class VPT(Method):
         frame_B3X = 255 * self._drawn(self.prompts[0], len(images_B3SS))
         row, column = width * (size + 2 * width), width * size
         top, left, right, bottom = frame_B3X.split([row, column, column, row], dim=2)
-        sides = (part.unflatten(2, (size, width)) for part in (left, right))
-        middle_B3ST = torch.cat([next(sides), images_B3SS.to(frame_B3X.dtype), next(sides)], dim=3)
+        left, right = left.unflatten(2, (size, width)), right.unflatten(2, (size, width))
+        middle_B3ST = torch.cat([left, images_B3SS.to(frame_B3X.dtype), right], dim=3)
         return torch.cat([top.unflatten(2, (width, -1)), middle_B3ST, bottom.unflatten(2, (width, -1))], dim=2)
 
     def _with_channels(self, _: Tensor, patches_BDIJ: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dist_vpt.memory import apply_attention, apply_checkpointing
 from dist_vpt.methods import METHODS, MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
-from dist_vpt.predict import score
+from dist_vpt.predict import score, timm_tensors
 from tests.backbones.published import FILES
 from tests.reference import swin as reference
 from tests.running import train
@@ -273,6 +273,18 @@ def test_prompts_in_bf16_are_near(images: Tensor) -> None:
     assert (found[0] - found[1]).norm() < 0.03 * found[0].norm()
 
 
+@pytest.mark.parametrize("name", ["linear", "full"])
+def test_merged_weights_are_plain_timms(name: str, images: Tensor) -> None:
+    method = make(SETTINGS[name])
+    with torch.no_grad():
+        for _, parameter in method.trainable():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    plain = make_swin(num_classes=4).eval()
+    plain.load_state_dict(timm_tensors(method), strict=True)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    assert torch.allclose(plain((images / 255 - mean) / std), method.eval()(images), atol=1e-4)
+
+
 def test_stochastic_depth_drops_a_branch_for_prompts_and_patches_alike(images: Tensor) -> None:
     method = make(SETTINGS["vpt deep"], drop_path_rate=0.5, stochastic=True).train()
     branches: list[Tensor] = []
@@ -365,6 +377,13 @@ def test_an_image_size_that_windows_do_not_tile(
         built(name, size)
     assert str(caught.value).startswith(f"image size {size}: Swin's windows of ")
     assert str(caught.value).endswith(fix)
+
+
+def test_swin_has_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
+    recipe = BackboneRecipe(name="tiny", weights="random")
+    with pytest.raises(UserError, match=r"method.location = pad: on Swin prompts are prepended to the patches"):
+        build(recipe, image_size=32, mean=MEAN, std=STD, frame=2)
 
 
 def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
