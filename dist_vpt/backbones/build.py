@@ -105,7 +105,7 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
     return model
 
 
-def _create(recipe: BackboneRecipe, image_size: int, frame: int) -> VisionTransformer | SwinTransformer:
+def _create(recipe: BackboneRecipe, image_size: int, frame: int = 0) -> VisionTransformer | SwinTransformer:
     framed = image_size + 2 * frame
     if recipe.name == "demo":
         architecture = _demo_metadata()["architecture"] | {
