@@ -19,6 +19,7 @@ from dist_vpt.backbones.seams import open_block, widened
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream import Reads, observe
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.vpt import VPT
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.predict import image_files, open_run
 from dist_vpt.runfolder import RunFolder, write_atomically
@@ -114,9 +115,11 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     written = []
     pictures: dict[str, np.ndarray] = {}
     for file in files:
-        pixels_3SS = opened.show(file)
-        found = attend(opened.method, pixels_3SS.unsqueeze(0).to(opened.device))
-        image_SS3 = pixels_3SS.permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
+        pixels_13SS = opened.show(file).unsqueeze(0).to(opened.device)
+        found = attend(opened.method, pixels_13SS)
+        if isinstance(opened.method, VPT):  # whose patches may be of a frame, too
+            pixels_13SS = opened.method.framed(pixels_13SS).detach()
+        image_SS3 = pixels_13SS[0].cpu().permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
         for name, figure in _figures(found, image_SS3, block, head):
             path = folder / f"{file.stem}-{name}.png"
             pictures[f"attention/{file.stem}/{name}"] = drawn = _drawn(figure)

@@ -182,7 +182,7 @@ def make_method(recipe: Recipe, wants: Description, classes: int) -> tuple[Metho
     torch.manual_seed(recipe.seed)
     mean, std = channels(recipe.data, wants)
     image_size = recipe.data.image_size or wants.image_size
-    backbone, difference = build(recipe.backbone, image_size=image_size, mean=mean, std=std)
+    backbone, difference = build(recipe.backbone, image_size=image_size, mean=mean, std=std, frame=recipe.method.frame)
     torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))

@@ -1,6 +1,6 @@
 """The frozen stream: what readers see of a frozen backbone, block by block, computed without autograd.
 
-B images, N tokens, D width, H heads, E = D / H.
+B images, S image side, N tokens, D width, H heads, E = D / H.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ class Reads:
     blocks: tuple[int, ...] = ()  # whose normalised inputs it reads, rising
     key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
     keys: bool = False  # keys and values in place of the two: twice the bytes, and nothing left to project
+    pixels: bool = False  # and the image itself
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -37,6 +38,7 @@ class Observed(NamedTuple):
     key_scales: tuple[Tensor, ...] = ()  # [B, N, H] for each of them; empty unless asked for
     keys: tuple[Tensor, ...] = ()  # [B, H, N, E], and of values, in place of the two above where asked for
     values: tuple[Tensor, ...] = ()
+    pixels: tuple[Tensor, ...] = ()  # [B, 3, S, S], normalised, alone; empty unless asked for
 
 
 @torch.no_grad()
@@ -58,4 +60,5 @@ def observe(backbone: Backbone, images_B3SS: Tensor, reads: Reads) -> Observed:
                     scales.append(key_scale(seams, normed_BND))
         tokens_BND = backbone.run_block(block, tokens_BND)
     pooled_BD = backbone.pool(backbone.norm(tokens_BND))
-    return Observed(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values))
+    pixels = (backbone.normalised(images_B3SS),) if reads.pixels else ()
+    return Observed(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values), pixels)

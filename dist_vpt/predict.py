@@ -153,9 +153,10 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
 
 def timm_tensors(method: Method) -> dict[str, Tensor]:
     """All tensors of the plain timm model that gives what the method gives. Raises UserError where there is none."""
-    tensors = {name.removeprefix("stem."): tensor for name, tensor in method.backbone.state_dict().items()}
+    called = method.backbone.timm_name
+    tensors = {called(name): tensor for name, tensor in method.backbone.state_dict().items()}
     tensors |= method.merged()
-    tensors |= {f"head.{name}": tensor for name, tensor in method.head.state_dict().items()}
+    tensors |= {called(f"head.{name}"): tensor for name, tensor in method.head.state_dict().items()}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

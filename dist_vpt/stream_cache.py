@@ -1,6 +1,6 @@
 """The frozen stream of a split, computed once: held in memory, on the accelerator, or in files.
 
-n images of the split, B of a batch, N tokens, D width, H heads, E = D / H, L blocks that are read.
+n images of the split, B of a batch, S image side, N tokens, D width, H heads, E = D / H, L blocks that are read.
 """
 
 import fcntl
@@ -154,6 +154,8 @@ def shapes(backbone: Backbone, reads: Reads, images: int) -> dict[str, tuple[int
             "values": of_heads,
         }
         found |= {_array(field, number): shape[field] for field in reads.fields}
+    if reads.pixels:
+        found["pixels"] = (images, 3, backbone.image_size, backbone.image_size)
     return found
 
 
@@ -290,7 +292,7 @@ def identity(split: Split, view: View, backbone: Backbone, reads: Reads) -> dict
         "images": images.hexdigest(),
         "dtype": str(backbone.dtype),
         "blocks": list(reads.blocks),
-        "fields": list(reads.fields),
+        "fields": [*reads.fields, *(["pixels"] if reads.pixels else [])],
     }
 
 
@@ -313,6 +315,8 @@ def _write(arrays: dict[str, Tensor], reads: Reads, observed: Observed, index_B:
         kept[index_B[real_B].to(kept.device)] = rows[real_B.to(rows.device)].to(kept.device)
 
     put("pooled", observed.pooled)
+    for pixels_B3SS in observed.pixels:
+        put("pixels", pixels_B3SS)
     for field in reads.fields:
         for number, rows in zip(reads.blocks, getattr(observed, field), strict=True):
             put(_array(field, number), rows)
@@ -320,7 +324,8 @@ def _write(arrays: dict[str, Tensor], reads: Reads, observed: Observed, index_B:
 
 def _cache(arrays: dict[str, Tensor], readable_n: np.ndarray, reads: Reads) -> StreamCache:
     blocks = {field: tuple(arrays[_array(field, number)] for number in reads.blocks) for field in reads.fields}
-    return StreamCache(Observed(arrays["pooled"], **blocks), readable_n)
+    pixels = (arrays["pixels"],) if reads.pixels else ()
+    return StreamCache(Observed(arrays["pooled"], **blocks, pixels=pixels), readable_n)
 
 
 def _build(  # noqa: PLR0917 (as on_disk)

@@ -9,8 +9,10 @@ import torch
 import yaml
 from PIL import Image
 
+from dist_vpt.backbones.zoo import ZOO
 from dist_vpt.checkpoint import read_adapters
 from dist_vpt.predict import score
+from tests.backbones.published import FILES
 from tests.forks import Forks, command
 from tests.running import ROOT, finish, metrics, start, step_losses, train, wait_for, words, workers_of
 
@@ -28,6 +30,9 @@ INSIDE = {
     "houlsby": ("method.name=adapter", "method.style=houlsby", "method.bottleneck=4"),
     "adaptformer": ("method.name=adaptformer", "method.bottleneck=4"),
     "ssf": ("method.name=ssf",),
+    "pad": ("method.name=vpt", "method.location=pad", "method.deep=false", "method.prompts=2"),
+    "below": ("method.name=vpt", "method.location=below", "method.deep=false", "method.prompts=2"),
+    "side": ("method.name=side", "method.channels=8"),
     "vpt+": ("method.name=vpt", "method.also=[bias,cls]", "method.start=tokens", "method.prompts=2"),
 }
 
@@ -38,6 +43,11 @@ def forked(strategy: str, folder: Path, *overrides: str) -> Forks:
     if strategy == "zero0":  # no file of ours: DeepSpeed without sharding is for comparison alone
         file = folder.parent / "zero0.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    if strategy == "zero3_all":  # our file keeps small tensors whole; here all are sharded, as most of a large model's
+        config = json.loads(file.with_name("zero3.json").read_text())
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        file = folder.parent / "zero3_all.json"
+        file.write_text(json.dumps(config))
     told = folder.parent / f"{folder.name}.txt"
     return command(["train", *words(folder, *overrides)], told, "ddp" if strategy == "ddp" else str(file))
 
@@ -120,12 +130,7 @@ def test_stopped_by_a_signal_to_one_process_and_resumed(strategy: str, tmp_path:
 
 
 def test_zero3_holds_its_share_of_the_frozen_weights_between_steps(tmp_path: Path) -> None:
-    """The file keeps small tensors whole; here all are sharded, as most of a large backbone's are."""
-    config = json.loads((ROOT / "launch" / "accelerate" / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (tmp_path / "zero3.json").write_text(json.dumps(config))
-    told = tmp_path / "told.txt"
-    forks = command(["train", *words(tmp_path / "run")], told, str(tmp_path / "zero3.json"))
+    forks = forked("zero3_all", tmp_path / "run")
     assert forks.finish() == [0, 0], forks.output[-3000:]
     shared = json.loads((tmp_path / "run" / "result.json").read_text())["frozen_weights_mib"]
     train(tmp_path / "alone")
@@ -136,13 +141,32 @@ def test_zero3_holds_its_share_of_the_frozen_weights_between_steps(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("method", "strategy"),
-    [*((method, "ddp") for method in INSIDE), *((method, "zero3") for method in ("bias", "cls", "lora", "ssf"))],
+    [*((m, "ddp") for m in INSIDE if m != "below"), *((m, "zero3") for m in ("bias", "cls", "lora", "ssf", "below"))],
 )
 def test_two_processes_equal_one_for_methods_inside(method: str, strategy: str, tmp_path: Path) -> None:
     """Two steps, computed again in backward; then the adapters of two processes score on one."""
-    options = (*INSIDE[method], "train.batch_size=500")  # sgd: Adam would make steps of gradients that are noise
+    assert_equal_on_two(strategy, tmp_path, *INSIDE[method])
+
+
+ELSEWHERE = [("swin", "vpt", "ddp"), ("swin", "vpt", "zero3_all"), ("dinov3", "vpt", "zero3_all")]
+
+
+@pytest.mark.parametrize(("backbone", "method", "strategy"), ELSEWHERE)
+def test_two_processes_equal_one_on_other_backbones(
+    backbone: str, method: str, strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tiny models of published files: shifted windows, merging, rotary positions."""
+    monkeypatch.setitem(ZOO, "tiny", FILES[backbone].row)
+    file = FILES[backbone].save(tmp_path)
+    options = ("backbone.name=tiny", f"backbone.weights={file}", "data.image_size=32", f"method.name={method}")
+    assert_equal_on_two(strategy, tmp_path, *options, *(("method.prompts=2",) if method == "vpt" else ()))
+
+
+def assert_equal_on_two(strategy: str, tmp_path: Path, *settings: str) -> None:
+    options = (*settings, "train.batch_size=500")  # sgd: Adam would make steps of gradients that are noise
     result = train(tmp_path / "alone", *options)
-    forks = forked(strategy, tmp_path / "run", *options, "runtime.checkpointing=block")
+    more = () if "method.name=side" in settings else ("runtime.checkpointing=block",)  # readers have none
+    forks = forked(strategy, tmp_path / "run", *options, *more)
     assert forks.finish() == [0, 0], forks.output[-3000:]
     assert step_losses(tmp_path / "run") == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4)
     ours, theirs = (read_adapters(tmp_path / run / "adapters.safetensors")[0] for run in ("run", "alone"))

@@ -15,7 +15,7 @@ from dist_vpt.methods.recipe import LinearRecipe, VPTRecipe
 from dist_vpt.recipe import Recipe, differences, json_schema, load_recipe, split_arguments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPE_FILES = 58
+RECIPE_FILES = 59
 Write = Callable[[str, str], Path]
 
 
@@ -261,7 +261,7 @@ def test_an_unknown_key_and_the_nearest_name_at_every_level(text: str, mistake: 
         (
             "method: {name: 3}",
             "method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, linear, lora, mlp, partial, "
-            "ssf, vpt, vqt",
+            "side, ssf, vpt, vqt",
         ),
         ("method: {prompts: []}", "method.prompts = []: input should be a valid integer"),
         ("optim: {lr: fast}", "optim.lr = 'fast': input should be a valid number"),

@@ -40,6 +40,7 @@ UNEVEN = (*FAST, "train.epochs=2", "train.batch_size=300", "optim.lr=0.5")
 READERS = {
     "linear": ("method.name=linear",),
     "mlp": ("method.name=mlp", "method.dropout=0.2"),
+    "side": ("method.name=side", "method.channels=8"),
     "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1"),
     "vqt_projected": ("method.name=vqt", "method.queries=2", "method.dropout=0.1", "method.form=projected"),
 }
@@ -166,7 +167,7 @@ def message(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -
 
 
 @pytest.mark.parametrize(
-    ("reader", "precision"), [("linear", "fp32"), ("mlp", "fp32"), ("vqt", "fp32"), ("vqt", "bf16")]
+    ("reader", "precision"), [("linear", "fp32"), ("mlp", "fp32"), ("side", "fp32"), ("vqt", "fp32"), ("vqt", "bf16")]
 )
 def test_cached_equals_live(reader: str, precision: str, tmp_path: Path) -> None:
     """The places hold the same rows to the last bit. Live batches are of other sizes than those that fill a cache, and
@@ -594,7 +595,11 @@ def test_padding_has_no_weight() -> None:
     assert feed.skipped == {"x.png"}
 
 
-@pytest.mark.parametrize("reads", [Reads((0, 2), key_scales=True), Reads((0, 2), keys=True)], ids=["scales", "keys"])
+@pytest.mark.parametrize(
+    "reads",
+    [Reads((0, 2), key_scales=True), Reads((0, 2), keys=True), Reads((0, 2), pixels=True), Reads(pixels=True)],
+    ids=["scales", "keys", "normed and pixels", "pixels"],
+)
 def test_all_that_is_asked_for_is_kept(reads: Reads, tmp_path: Path) -> None:
     parts = parts_of("data.image_size=16")
     backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
@@ -605,7 +610,8 @@ def test_all_that_is_asked_for_is_kept(reads: Reads, tmp_path: Path) -> None:
     wanted = observe(backbone, images, reads)
     for cache in (memory, disk):
         found = cache[torch.arange(200)]
-        assert [len(each) for each in found[1:]] == [2 if name in reads.fields else 0 for name in Observed._fields[1:]]
+        count = {name: len(reads.blocks) for name in reads.fields} | {"pixels": int(reads.pixels)}
+        assert [len(each) for each in found[1:]] == [count.get(name, 0) for name in Observed._fields[1:]]
         for a, b in zip(tensors(cache), tensors(StreamCache(wanted, np.ones(200, bool))), strict=True):
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 

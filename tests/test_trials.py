@@ -67,7 +67,14 @@ def losses(folder: Path, split: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("method", "optimizer", "trials"),
-    [("vqt", "adam", 20), ("vqt", "sgd", 4), ("vqt", "adamw", 4), ("linear", "sgd", 4), ("mlp", "adam", 3)],
+    [
+        ("vqt", "adam", 20),
+        ("vqt", "sgd", 4),
+        ("vqt", "adamw", 4),
+        ("linear", "sgd", 4),
+        ("mlp", "adam", 3),
+        ("side", "adam", 3),
+    ],
 )
 def test_trials_together_are_what_they_are_alone(method: str, optimizer: str, trials: int, tmp_path: Path) -> None:
     each = settings(method, optimizer, trials)

@@ -43,6 +43,7 @@ class Backbone(nn.Module):
 
     def _take_apart(self, vit: VisionTransformer) -> None:
         self.width = vit.embed_dim
+        self.image_size = vit.patch_embed.img_size[0]
         self.patch_size = vit.patch_embed.patch_size
         self.prefix = vit.num_prefix_tokens
         self.patches = vit.patch_embed.num_patches
@@ -52,6 +53,7 @@ class Backbone(nn.Module):
         )  # fmt: skip
         self.pool_skips = 0 if getattr(vit, "pool_include_prefix", False) else self.prefix
         self.blocks, vit.blocks = vit.blocks, nn.Sequential()
+        self.widths = [self.width] * len(self.blocks)  # of the tokens that each block sees
         self.norm, vit.norm = vit.norm, nn.Identity()
         self.fc_norm, vit.fc_norm = vit.fc_norm, nn.Identity()
         self.attn_pool, vit.attn_pool = vit.attn_pool, None
@@ -61,6 +63,10 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode (no dropout, no stochastic depth) unless the recipe asks for stochastic depth."""
         return super().train(mode and self.stochastic)
+
+    def timm_name(self, name: str) -> str:
+        """What timm calls a tensor of this module, or of the head."""
+        return name.removeprefix("stem.")
 
     def hold_in(self, dtype: torch.dtype) -> "Backbone":
         """Hold the frozen weights in ``dtype``; mean and std stay float32, in which pixels are normalised."""
@@ -79,10 +85,14 @@ class Backbone(nn.Module):
         """Of the tokens that enter the first block."""
         return next(self.stem.parameters()).dtype
 
+    def normalised(self, images_B3SS: Tensor) -> Tensor:
+        """Images as uint8 (or floats of the same range) as the stem is shown them, [B, 3, S, S]."""
+        # In float32 until normalised: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
+        return ((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
+
     def embed(self, images_B3SS: Tensor) -> Tensor:
         """Images as uint8 (or floats of the same range) -> tokens before the first block, [B, N, D]."""
-        # In float32 until normalised: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
-        return self.stem(((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype))
+        return self.stem(self.normalised(images_B3SS))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """The frozen stream's end: tokens after the final norm, [B, N, D]."""

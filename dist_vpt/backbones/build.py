@@ -57,14 +57,17 @@ def build(
     image_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    frame: int = 0,
 ) -> tuple[Backbone, Difference]:
     """Build the backbone, load its weights; frozen, in float32 and in eval mode.
+
+    ``frame``: pixels that will be put on each side of an image.
 
     Returns the backbone and the proven difference between its tensors and the file's. Raises WeightsError where
     they differ and ``recipe.load`` is strict, UserError for a model that is no ViT and no Swin, or an image size that
     its patches or windows do not divide.
     """
-    model = _create(recipe, image_size)
+    model = _create(recipe, image_size, frame)
     difference = _load(model, recipe)
     pool = recipe.pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
     if pool not in (None, model.global_pool):  # after loading: a timm model built for another pooling has other norms
@@ -102,21 +105,26 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
     return model
 
 
-def _create(recipe: BackboneRecipe, image_size: int) -> VisionTransformer | SwinTransformer:
+def _create(recipe: BackboneRecipe, image_size: int, frame: int = 0) -> VisionTransformer | SwinTransformer:
+    framed = image_size + 2 * frame
     if recipe.name == "demo":
         architecture = _demo_metadata()["architecture"] | {
-            "img_size": image_size,
+            "img_size": framed,
             "drop_path_rate": recipe.drop_path,
         }
-        _check_patches(image_size, architecture["patch_size"])
+        _check_patches(image_size, architecture["patch_size"], frame)
         return VisionTransformer(**architecture)
     row = ZOO.get(recipe.name)
     name, options = (row.architecture, row.options) if row else (_known(recipe.name), {})
-    model = create(name, image_size, drop_path_rate=recipe.drop_path, **options)
+    model = create(name, framed, drop_path_rate=recipe.drop_path, **options)
     if isinstance(model, SwinTransformer):
+        if frame:
+            raise UserError(
+                "method.location = pad: on Swin prompts are prepended to the patches of each window; leave it out"
+            )
         _check_windows(image_size, describe(recipe).image_size, model)
     else:
-        _check_patches(image_size, model.patch_embed.patch_size[0])
+        _check_patches(image_size, model.patch_embed.patch_size[0], frame)
     return model
 
 
@@ -195,8 +203,15 @@ def _check_windows(image_size: int, own_size: int, swin: SwinTransformer) -> Non
         )
 
 
-def _check_patches(image_size: int, patch_size: int) -> None:
-    if image_size % patch_size:
+def _check_patches(image_size: int, patch_size: int, frame: int) -> None:
+    if frame and (image_size + 2 * frame) % patch_size:
+        wider = next((n for n in range(frame, frame + patch_size) if (image_size + 2 * n) % patch_size == 0), None)
+        fix = f"method.prompts={wider}" if wider else f"a data.image_size that {patch_size} divides"
+        raise UserError(
+            f"image size {image_size} with a frame of {frame} pixels (method.location = pad) is "
+            f"{image_size + 2 * frame}: must be a multiple of the patch size {patch_size}; use {fix}"
+        )
+    if image_size % patch_size and not frame:
         lower = image_size // patch_size * patch_size
         sizes = f"{lower} or {lower + patch_size}" if lower else str(patch_size)
         raise UserError(

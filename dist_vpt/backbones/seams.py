@@ -148,4 +148,4 @@ def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
         )
     for name, module in backbone.named_modules():
         if isinstance(getattr(module, "weight", None), nn.Parameter):
-            yield name.removeprefix("stem."), module
+            yield backbone.timm_name(name), module

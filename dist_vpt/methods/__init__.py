@@ -17,6 +17,7 @@ METHODS = {
     "vqt": "dist_vpt.methods.vqt:VQT",
     "linear": "dist_vpt.methods.linear:Linear",
     "mlp": "dist_vpt.methods.mlp:MLP",
+    "side": "dist_vpt.methods.side:Side",
     "full": "dist_vpt.methods.full:Full",
     "partial": "dist_vpt.methods.partial:Partial",
     "bias": "dist_vpt.methods.bias:Bias",

@@ -27,7 +27,7 @@ from dist_vpt.frozen_stream import Observed, Reads, observe
 class Method(nn.Module):
     """Images [B, 3, S, S] (uint8) -> logits [B, K] (float32)."""
 
-    # Whether it works on Swin, where tokens attend within windows, and no list of them goes through all blocks.
+    # Whether it works on Swin, where tokens attend within windows, and are merged on the way.
     on_swin: ClassVar[bool] = False
 
     def __init__(
@@ -56,8 +56,8 @@ class Method(nn.Module):
         if isinstance(backbone, SwinBackbone) and not cls.on_swin:
             raise UserError(
                 f"method.name = {cls.__name__.lower()}: not on Swin, whose tokens attend within windows and are merged "
-                "between stages, so that there is no list of tokens that every block sees; choose a ViT, or a method "
-                "that reads or trains the whole backbone, such as linear or full"
+                "between stages, so that there is no list of tokens that every block sees; choose a ViT, or one of "
+                "vpt, linear, mlp, side and full"
             )
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -11,6 +11,11 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     reader: ClassVar[bool] = False  # whether it only reads the frozen stream
 
+    @property
+    def frame(self) -> int:
+        """Pixels that are put on each side of an image: the backbone is built for images so much larger."""
+        return 0
+
 
 class VPTRecipe(MethodSettings):
     """Prompt tokens between the prefix tokens and the patches, shallow or deep, or in another place."""
@@ -19,10 +24,12 @@ class VPTRecipe(MethodSettings):
     prompts: int = Field(
         10, ge=1, description="P: prompt tokens of a prompted block; deep, not given: the paper's for a known task"
     )
-    location: Literal["prepend", "add", "add-1", "prepend-pixel"] = Field(
+    location: Literal["prepend", "add", "add-1", "prepend-pixel", "pad", "below"] = Field(
         "prepend",
         description="prepend: tokens before the patches; add: added to the tokens, one to each (prompts is not read); "
-        "add-1: one added to all of them; prepend-pixel: patches of trained pixels, embedded and prepended",
+        "add-1: one added to all of them; prepend-pixel: patches of trained pixels, embedded and prepended; pad: a "
+        "frame of trained pixels around the image, so many wide; below: so many trained channels beside the image's "
+        "three, and how patches are embedded from them",
     )
     deep: bool = Field(
         True, description="true: fresh prompts before every prompted block; false: before the first alone"
@@ -64,12 +71,13 @@ class VPTRecipe(MethodSettings):
                 f"expand = false with layers = {self.layers}, end = {self.end}, location = {self.location}: belongs to "
                 "prompts prepended to the first layers; set layers or leave it out"
             )
-        if self.location == "prepend-pixel" and (self.deep or self.projection):
+        if self.location in ("prepend-pixel", "pad", "below") and (self.deep or self.projection):
             raise ValueError(
-                "location = prepend-pixel: there are pixels before the first block alone, and no "
+                f"location = {self.location}: there are pixels before the first block alone, and no "
                 "projection; set deep=false and projection=null"
             )
-        if self.pooling in ("prompt_pool", "imgprompt_pool") and (self.location.startswith("add") or not self.expand):
+        tokens = self.location.startswith("prepend")
+        if self.pooling in ("prompt_pool", "imgprompt_pool") and not (tokens and self.expand):
             raise ValueError(
                 f"pooling = {self.pooling}: with location = {self.location} and expand = {self.expand} no prompts come "
                 "out of the last block; set pooling=original or img_pool"
@@ -82,6 +90,10 @@ class VPTRecipe(MethodSettings):
         if len(set(self.also)) < len(self.also):
             raise ValueError(f"also = {list(self.also)}: each once; leave the repeated one out")
         return self
+
+    @property
+    def frame(self) -> int:
+        return self.prompts if self.location == "pad" else 0
 
 
 class VQTRecipe(MethodSettings):
@@ -130,6 +142,15 @@ class MLPRecipe(MethodSettings):
     layers: int = Field(3, ge=1, description="linear layers; 1 is linear probing")
     width: int | None = Field(None, ge=1, description="of the hidden layers; null: the backbone's width")
     dropout: float = Field(0.0, ge=0, lt=1, description="after each hidden layer")
+
+
+class SideRecipe(MethodSettings):
+    """A small convolutional network beside the frozen backbone, and a linear head on the blend of the two."""
+
+    reader: ClassVar[bool] = True
+    name: Literal["side"] = Field("side", description="side-tuning")
+    layers: int = Field(3, ge=1, description="convolutions, each of which halves the image")
+    channels: int = Field(64, ge=1, description="C: channels of each convolution")
 
 
 class FullRecipe(MethodSettings):
@@ -207,6 +228,7 @@ MethodRecipe = Annotated[
     | VQTRecipe
     | LinearRecipe
     | MLPRecipe
+    | SideRecipe
     | FullRecipe
     | PartialRecipe
     | BiasRecipe

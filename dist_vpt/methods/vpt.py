@@ -1,28 +1,40 @@
 """Visual Prompt Tuning (Jia et al., ECCV 2022, arXiv 2203.12119). A writer.
 
 B batch, N tokens, P prompts, D width, d width of a prompt before its projection, L blocks, R prefix tokens, G side of a
-patch in pixels, X numbers of a prompt: d, or of pixels 3 G G.
+patch in pixels, X numbers of a prompt: d, or of pixels 3 G G; S image side, T side of an image with a frame.
 """
 
 import math
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.bias import Biases
 from dist_vpt.methods.cls import ClassToken
+from dist_vpt.methods.inside import after
 from dist_vpt.methods.recipe import VPTRecipe
 
 
 class VPT(Method):
-    """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two)."""
+    """Prompts p [sets, P, d]: set i goes in before prompted block i (shallow: one set; shared: two).
+
+    On Swin, where D grows from stage to stage, a tensor holds the sets of a stage. Prompts beside the image are one
+    set: the pixels of a frame [3, 4 P (T - P)], or of P channels patch by patch [N - R, P G G].
+    """
+
+    on_swin = True
+    prompts: nn.Parameter  # where one tensor holds them all
 
     def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        if isinstance(backbone, SwinBackbone):
+            _check_for_swin(recipe)
         also: dict[str, nn.Module] = {}  # made first: they start at the weights in float32
         if "bias" in recipe.also:
             also["biases"] = Biases(backbone)
@@ -32,20 +44,41 @@ class VPT(Method):
         for name, module in also.items():
             self.add_module(name, module)
         self.recipe = recipe
-        if recipe.start == "class_token" and backbone.stem.cls_token is None:
+        if recipe.start == "class_token" and getattr(backbone.stem, "cls_token", None) is None:
             raise UserError("method.start = class_token: the backbone has none; set method.start=tokens")
-        self.set_of_block = _schedule(recipe, len(backbone.blocks))
-        width, pixels = recipe.projection or backbone.width, 3 * math.prod(backbone.patch_size)
-        bound = math.sqrt(6.0 / (pixels + width))  # xavier-uniform, of a patch's pixels
-        sets = max(self.set_of_block.values()) + 1
-        count = {"add": backbone.tokens, "add-1": 1}.get(recipe.location, recipe.prompts)
-        width = pixels if recipe.location == "prepend-pixel" else width
-        self.prompts = nn.Parameter(torch.empty(sets, count, width).uniform_(-bound, bound))
+        beside = recipe.location in ("pad", "below")
+        self.set_of_block = {} if beside else _schedule(recipe, len(backbone.blocks))
+        self.first_blocks = [
+            min(block for block, of in self.set_of_block.items() if of == each)
+            for each in sorted(set(self.set_of_block.values()))
+        ]
+        last = max(self.set_of_block, default=0)
+        if recipe.pooling in ("prompt_pool", "imgprompt_pool") and backbone.widths[last] != backbone.width:
+            raise UserError(
+                f"method.pooling = {recipe.pooling}: the last prompts go in before block {last}, and patches are "
+                "merged after it, which drops prompts; set method.pooling=original"
+            )
+        stages = [(width, len(list(sets))) for width, sets in groupby(backbone.widths[n] for n in self.first_blocks)]
+        stages = stages or [(backbone.width, 1)]
+        self.names = ["prompts"] if len(stages) == 1 else [f"prompts_{stage}" for stage in range(len(stages))]
+        for name, (width, sets) in zip(self.names, stages, strict=True):
+            # Xavier-uniform, of a patch's pixels; a frame starts as any colours.
+            bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + (recipe.projection or width)))
+            least, most = (0.0, 1.0) if recipe.location == "pad" else (-bound, bound)
+            prompts = torch.empty(sets, *_shape(recipe, backbone, width)).uniform_(least, most)
+            self.register_parameter(name, nn.Parameter(prompts))
         self.projection: nn.Module = nn.Identity()
-        if recipe.projection:
-            self.projection = nn.Linear(width, backbone.width)
+        if recipe.projection or recipe.location == "below":
+            self.projection = nn.Linear(self.prompts.shape[2], backbone.width)
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
+        if recipe.location == "below":
+            after(backbone.stem.patch_embed.proj, self._with_channels)
+
+    @property
+    def sets(self) -> list[Tensor]:
+        """The prompts of each set, [P, d]."""
+        return [prompts_PX for name in self.names for prompts_PX in getattr(self, name).unbind()]
 
     @property
     def starts_on_images(self) -> bool:
@@ -58,8 +91,7 @@ class VPT(Method):
         What they were is added: an image's class token is the same for all before the first block, and equal prompts
         would stay equal.
         """
-        backbone, sets = self.backbone, len(self.prompts)
-        blocks = [min(block for block, of in self.set_of_block.items() if of == each) for each in range(sets)]
+        backbone, blocks = self.backbone, self.first_blocks
         found: list[list[Tensor]] = [[] for _ in blocks]  # tokens of each set's block
         for images_B3SS in batches_B3SS:
             tokens_BND = backbone.embed(images_B3SS)
@@ -69,7 +101,7 @@ class VPT(Method):
                     found[blocks.index(number)].append(_moments(read_BND))
                 tokens_BND = backbone.run_block(backbone.blocks[number], tokens_BND)
         generator = torch.Generator().manual_seed(seed)
-        for prompts_PD, moments in zip(self.prompts, found, strict=True):
+        for prompts_PD, moments in zip(self.sets, found, strict=True):
             count, sum_D, squares_D = torch.stack(moments).sum(0).unbind()
             mean_D = sum_D / count
             deviation_D = (squares_D / count - mean_D.square()).clamp_min(0).sqrt()
@@ -77,10 +109,12 @@ class VPT(Method):
             prompts_PD.add_((mean_D + deviation_D * noise_PD).to(prompts_PD))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
-        tokens_BND = self.backbone.embed(images_B3SS)
-        prompts = [self._embedded(prompts_PX) for prompts_PX in self.prompts.unbind()]
+        tokens_BND, widths = self.backbone.embed(self.framed(images_B3SS)), self.backbone.widths
+        prompts = [self._embedded(prompts_PX) for prompts_PX in self.sets] if self.set_of_block else []
         present = 0  # prompt tokens in the stream
         for number, block in enumerate(self.backbone.blocks):
+            if widths[number] != widths[number - 1]:  # merging patches has dropped them
+                present = 0
             if number in self.set_of_block:
                 tokens_BND = self._write(tokens_BND, prompts[self.set_of_block[number]], present)
                 present = 0 if self.recipe.location.startswith("add") else self.recipe.prompts
@@ -88,6 +122,27 @@ class VPT(Method):
                 tokens_BND, present = self._without(tokens_BND, present), 0
             tokens_BND = self.backbone.run_block(block, tokens_BND)
         return self.classify(self.backbone.pool(self.backbone.norm(tokens_BND), self.recipe.pooling, present))
+
+    def framed(self, images_B3SS: Tensor) -> Tensor:
+        """Images with the trained frame around them, where there is one, [B, 3, T, T]."""
+        if self.recipe.location != "pad":
+            return images_B3SS
+        size, width = images_B3SS.shape[-1], self.recipe.prompts
+        frame_B3X = 255 * self._drawn(self.prompts[0], len(images_B3SS))
+        row, column = width * (size + 2 * width), width * size
+        top, left, right, bottom = frame_B3X.split([row, column, column, row], dim=2)
+        left, right = left.unflatten(2, (size, width)), right.unflatten(2, (size, width))
+        middle_B3ST = torch.cat([left, images_B3SS.to(frame_B3X.dtype), right], dim=3)
+        return torch.cat([top.unflatten(2, (width, -1)), middle_B3ST, bottom.unflatten(2, (width, -1))], dim=2)
+
+    def _with_channels(self, _: Tensor, patches_BDIJ: Tensor) -> Tensor:
+        """Embedded patches, with what their part of the further channels comes to."""
+        further_BND = self._drawn(self.projection(self.prompts[0]), len(patches_BDIJ))
+        return patches_BDIJ + further_BND.transpose(1, 2).to(patches_BDIJ.dtype).view(patches_BDIJ.shape)
+
+    def _drawn(self, prompts_PX: Tensor, images: int) -> Tensor:
+        """Prompts for each image, with its own dropout."""
+        return F.dropout(prompts_PX.expand(images, -1, -1), self.recipe.dropout, self.training)
 
     def _embedded(self, prompts_PX: Tensor) -> Tensor:
         """Prompts of one set as tokens [P, D]; pixels go through the backbone's own patch embedding."""
@@ -104,7 +159,7 @@ class VPT(Method):
     def _write(self, tokens_BND: Tensor, prompts_PD: Tensor, present: int) -> Tensor:
         """Put prompts after the prefix tokens, in the place of the ``present`` ones that are there, or add them."""
         prefix = self.backbone.prefix
-        prompts_BPD = F.dropout(prompts_PD.expand(len(tokens_BND), -1, -1), self.recipe.dropout, self.training)
+        prompts_BPD = self._drawn(prompts_PD, len(tokens_BND))
         if self.recipe.location.startswith("add"):
             return tokens_BND + prompts_BPD.to(tokens_BND.dtype)
         return torch.cat(
@@ -117,6 +172,32 @@ def _moments(tokens_BND: Tensor) -> Tensor:
     """How many, their sum and the sum of their squares, for each channel: float64 [3, D]."""
     tokens_XD = tokens_BND.flatten(0, 1).double()
     return torch.stack([torch.full_like(tokens_XD[0], len(tokens_XD)), tokens_XD.sum(0), tokens_XD.square().sum(0)])
+
+
+def _shape(recipe: VPTRecipe, backbone: Backbone, width: int) -> tuple[int, int]:
+    """Of one set: how many, and the numbers of each."""
+    patch, numbers = math.prod(backbone.patch_size), recipe.projection or width
+    return {
+        "prepend": (recipe.prompts, numbers),
+        "add": (backbone.tokens, numbers),
+        "add-1": (1, numbers),
+        "prepend-pixel": (recipe.prompts, 3 * patch),
+        "pad": (3, 4 * recipe.prompts * (backbone.image_size - recipe.prompts)),
+        "below": (backbone.patches, recipe.prompts * patch),
+    }[recipe.location]
+
+
+def _check_for_swin(recipe: VPTRecipe) -> None:
+    """Raises UserError for what needs the same width in all blocks, or a ViT's embedding."""
+    settings = recipe.model_dump(mode="json")
+    for key, wanted, why in (
+        ("location", "prepend", "on Swin prompts are prepended to the patches of each window"),
+        ("projection", None, "on Swin the prompts of each stage have another width"),
+        ("shared", False, "on Swin the prompts of each stage have another width"),
+        ("also", [], "the method of that name is not for Swin"),
+    ):
+        if settings[key] != wanted:
+            raise UserError(f"method.{key} = {settings[key]}: {why}; leave it out")
 
 
 def _schedule(recipe: VPTRecipe, blocks: int) -> dict[int, int]:

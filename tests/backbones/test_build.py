@@ -223,6 +223,20 @@ def test_an_image_size_that_the_patches_do_not_divide(name: str, size: int, fix:
     assert message.endswith(fix)
 
 
+@pytest.mark.parametrize(
+    ("size", "frame", "fix"),
+    [(224, 10, "16; use method.prompts=16"), (30, 5, "16; use method.prompts=9"), (33, 8, "that 16 divides")],
+)
+def test_a_frame_that_does_not_go_with_the_patches(size: int, frame: int, fix: str) -> None:
+    recipe = BackboneRecipe(name=SMALL, weights="random")
+    with pytest.raises(UserError) as caught:
+        build(recipe, image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3, frame=frame)
+    assert str(caught.value).startswith(f"image size {size} with a frame of {frame} pixels (method.location = pad) is ")
+    assert str(caught.value).endswith(fix)
+    backbone, _ = build(recipe, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, frame=8)
+    assert backbone.patches == 9
+
+
 # The hub
 
 

@@ -21,7 +21,7 @@ from dist_vpt.memory import apply_attention, apply_checkpointing
 from dist_vpt.methods import METHODS, MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
-from dist_vpt.predict import score
+from dist_vpt.predict import score, timm_tensors
 from tests.backbones.published import FILES
 from tests.reference import swin as reference
 from tests.running import train
@@ -33,7 +33,21 @@ LABELS = torch.tensor([0, 2, 1])
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"name": "linear"},
     "mlp": {"name": "mlp", "layers": 2, "width": 8},
+    "side": {"name": "side", "layers": 2, "channels": 4},
     "full": {"name": "full"},
+    "vpt deep": {"name": "vpt", "prompts": 3},
+    "vpt shallow": {"name": "vpt", "prompts": 2, "deep": False},
+    "vpt, last three": {"name": "vpt", "prompts": 1, "layers": 3, "end": "last", "pooling": "imgprompt_pool"},
+    "vpt, first three": {"name": "vpt", "prompts": 2, "layers": 3, "pooling": "prompt_pool", "start": "tokens"},
+    "vpt, first without expansion": {"name": "vpt", "prompts": 2, "layers": 1, "expand": False},
+}
+# (stage, block) before which each set of prompts goes in, tensor by tensor.
+WRITTEN = {
+    "vpt deep": {"prompts_0": [(0, 0), (0, 1)], "prompts_1": [(1, 0), (1, 1)]},
+    "vpt shallow": {"prompts": [(0, 0)]},
+    "vpt, last three": {"prompts_0": [(0, 1)], "prompts_1": [(1, 0), (1, 1)]},
+    "vpt, first three": {"prompts_0": [(0, 0), (0, 1)], "prompts_1": [(1, 0)]},
+    "vpt, first without expansion": {"prompts": [(0, 0)]},
 }
 
 
@@ -69,8 +83,27 @@ def published(swin: SwinTransformer) -> dict[str, np.ndarray]:
     }
 
 
-def expected(weights: dict[str, np.ndarray], images: Tensor) -> np.ndarray:
-    return reference.features(weights, images.numpy(), heads=(2, 4), window=2, mean=MEAN, std=STD)
+def expected(weights: dict[str, np.ndarray], images: Tensor, **prompts: Any) -> np.ndarray:
+    return reference.features(weights, images.numpy(), heads=(2, 4), window=2, mean=MEAN, std=STD, **prompts)
+
+
+def with_prompts(name: str, dtype: torch.dtype) -> Method:
+    """A method whose prompts are as large as tokens, so that none of them is lost beside the others."""
+    method = make(SETTINGS[name], dtype).to(dtype)
+    for key, parameter in method.trainable():
+        if key in WRITTEN[name]:
+            torch.nn.init.normal_(parameter)
+    return method
+
+
+def reference_logits(name: str, method: Method, images: Tensor, values: dict[str, np.ndarray]) -> np.ndarray:
+    """What the reference makes of prompts, by tensor, with the method's head."""
+    prompts = {at: values[key][i] for key, places in WRITTEN[name].items() for i, at in enumerate(places)}
+    if not SETTINGS[name].get("expand", True):
+        prompts[0, 1] = np.zeros((0, 8))
+    pooling = SETTINGS[name].get("pooling", "img_pool")
+    weight_KD, bias_K = (p.detach().double().numpy() for p in (method.head.weight, method.head.bias))
+    return expected(published(make_swin()), images, prompts=prompts, pooling=pooling) @ weight_KD.T + bias_K
 
 
 def loss_of(method: Method, images: Tensor) -> Tensor:
@@ -137,20 +170,57 @@ def _published_parameters(backbone: SwinBackbone) -> list[tuple[str, torch.nn.Pa
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]
     for (stage, block), module in zip(places, backbone.blocks, strict=True):
         for name, parameter in module.named_parameters():
-            if (stage, block) == (1, 0):  # merging, then the block
-                part, rest = name.split(".", 1)
-                found.append(((f"layers.0.downsample.{rest}", f"layers.1.blocks.0.{rest}")[int(part)], parameter))
-            else:
-                found.append((f"layers.{stage}.blocks.{block}.{name}", parameter))
+            of_stage = name.startswith("downsample")  # merging belongs to the last block of a stage
+            found.append((f"layers.{stage}.{name}" if of_stage else f"layers.{stage}.blocks.{block}.{name}", parameter))
     return found
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", WRITTEN)
+def test_logits_with_prompts_are_the_references(name: str, dtype: torch.dtype, kernel: str, images: Tensor) -> None:
+    method = with_prompts(name, dtype).eval()
+    apply_attention(method.backbone, kernel, torch.float32, writes=True, cpu=True)
+    values = {key: p.detach().double().numpy() for key, p in method.trainable() if key in WRITTEN[name]}
+    assert {key: len(value) for key, value in values.items()} == {key: len(at) for key, at in WRITTEN[name].items()}
+    wanted_BK = reference_logits(name, method, images, values)
+    found_BK = method(images).detach().double().numpy()
+    assert np.abs(found_BK - wanted_BK).max() < TOLERANCE[dtype] * np.abs(wanted_BK).max()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_gradients_of_prompts_are_the_references(name: str, images: Tensor) -> None:
+    """Along random directions of each set of prompts, against the reference's own slope there."""
+    method, some = with_prompts(name, torch.float64).train(), images[:2]
+    F.cross_entropy(method(some), LABELS[:2]).backward()
+    parameters = {key: p for key, p in method.trainable() if key in WRITTEN[name]}
+    values = {key: p.detach().numpy() for key, p in parameters.items()}
+
+    def loss(changed: dict[str, np.ndarray]) -> float:
+        logits_BK = reference_logits(name, method, some, changed)
+        shifted_BK = logits_BK - logits_BK.max(axis=1, keepdims=True)
+        return float(np.mean(np.log(np.exp(shifted_BK).sum(1)) - shifted_BK[[0, 1], LABELS[:2].numpy()]))
+
+    random, step = np.random.default_rng(7), 1e-5
+    for key, parameter in parameters.items():
+        assert parameter.grad is not None, key
+        for i, grad_PD in enumerate(parameter.grad.numpy()):
+            direction = np.zeros_like(values[key])
+            direction[i] = random.normal(size=grad_PD.shape)
+            up, down = (loss(values | {key: values[key] + sign * step * direction}) for sign in (1, -1))
+            slope, found = (up - down) / (2 * step), float((grad_PD * direction[i]).sum())
+            assert abs(found - slope) < 1e-6 * np.linalg.norm(grad_PD) * np.linalg.norm(direction), (key, i)
+            assert np.linalg.norm(grad_PD) > 0, (key, i)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_steps_change_what_is_trained_and_nothing_else(name: str, images: Tensor) -> None:
     method = make(SETTINGS[name])
     trained = {n for n, _ in method.trainable()}
-    heads = {"linear": {"head.weight", "head.bias"}, "mlp": {n for n, _ in method.named_parameters() if "head" in n}}
-    assert trained == heads.get(name, {n for n, _ in method.named_parameters()})
+    heads = {n for n, _ in method.named_parameters() if n.startswith(("head.", "side.", "blend"))}
+    assert trained == heads | set(WRITTEN.get(name, ())) | {
+        n for n, _ in method.named_parameters() if name == "full" and n.startswith("backbone.")
+    }
     before = {key: tensor.clone() for key, tensor in method.state_dict().items()}
     steps = build_optimizer(OptimRecipe(name="adamw", weight_decay=0.01), method)
     set_lr(steps, 0.01)
@@ -177,10 +247,11 @@ def test_full_under_autocast(kernel: str, dtype: torch.dtype, images: Tensor) ->
         assert (a.grad - b.grad).norm() <= 0.1 * a.grad.norm(), name
 
 
+@pytest.mark.parametrize("policy", ["mlp", "block", "every-2", "budget-0.5"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_checkpointing_changes_nothing(name: str, images: Tensor) -> None:
+def test_checkpointing_changes_nothing(name: str, policy: str, images: Tensor) -> None:
     plain, checkpointed = make(SETTINGS[name]), make(SETTINGS[name])
-    apply_checkpointing(checkpointed.backbone, "block")
+    apply_checkpointing(checkpointed.backbone, policy)
     losses = []
     for method in (plain, checkpointed):
         losses.append(loss_of(method.train(), images))
@@ -188,6 +259,54 @@ def test_checkpointing_changes_nothing(name: str, images: Tensor) -> None:
     assert torch.equal(*losses)
     for (key, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
         assert torch.equal(a.grad, b.grad), key
+
+
+def test_prompts_in_bf16_are_near(images: Tensor) -> None:
+    recipe = TypeAdapter(MethodRecipe).validate_python(SETTINGS["vpt deep"])
+    found = []
+    for compute in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        method = attach(recipe, make_backbone(), 4, compute)
+        loss_of(method, images).backward()
+        assert {p.dtype for _, p in method.trainable()} == {torch.float32}
+        found.append(torch.cat([p.grad.flatten() for _, p in method.trainable()]))
+    assert (found[0] - found[1]).norm() < 0.03 * found[0].norm()
+
+
+@pytest.mark.parametrize("name", ["linear", "full"])
+def test_merged_weights_are_plain_timms(name: str, images: Tensor) -> None:
+    method = make(SETTINGS[name])
+    with torch.no_grad():
+        for _, parameter in method.trainable():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    plain = make_swin(num_classes=4).eval()
+    plain.load_state_dict(timm_tensors(method), strict=True)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    assert torch.allclose(plain((images / 255 - mean) / std), method.eval()(images), atol=1e-4)
+
+
+def test_stochastic_depth_drops_a_branch_for_prompts_and_patches_alike(images: Tensor) -> None:
+    method = make(SETTINGS["vpt deep"], drop_path_rate=0.5, stochastic=True).train()
+    branches: list[Tensor] = []
+    for block in method.backbone.blocks:
+        for drop in (block.drop_path1, block.drop_path2):
+            drop.register_forward_hook(lambda _, inputs, output: branches.append(output.flatten(1)))
+    method(images)
+    dropped = [(branch == 0).float().mean(1) for branch in branches]
+    assert all(share in (0, 1) for shares in dropped for share in shares.tolist())
+    assert 0 < float(torch.cat(dropped).mean()) < 1
+
+
+def test_prompts_of_a_stage_may_start_like_its_tokens(images: Tensor) -> None:
+    method = make({"name": "vpt", "prompts": 20000, "start": "tokens"})
+    before = [prompts_PD.clone() for prompts_PD in method.sets]
+    method.start([images[:2], images[2:]], seed=5)
+    tokens_BND = method.backbone.embed(images)
+    for block, prompts_PD, first_PD in zip(method.backbone.blocks, method.sets, before, strict=True):
+        drawn_PD, values_XD = (prompts_PD - first_PD).detach(), tokens_BND.flatten(0, 1)
+        assert torch.allclose(drawn_PD.mean(0), values_XD.mean(0), atol=0.05 * float(values_XD.std()))
+        assert torch.allclose(drawn_PD.std(0), values_XD.std(0, correction=0), atol=0.05 * float(values_XD.std()))
+        tokens_BND = block(tokens_BND)
 
 
 def test_the_frozen_stream_holds_the_pooled_features(images: Tensor) -> None:
@@ -205,10 +324,27 @@ def test_stochastic_depth_trains_in_train_mode_alone(images: Tensor) -> None:
     assert not make(SETTINGS["full"], drop_path_rate=0.9).train().backbone.training
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - set(SETTINGS)))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {settings["name"] for settings in SETTINGS.values()}))
 def test_methods_that_need_a_list_of_tokens_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=f"method.name = {name}: not on Swin, whose tokens attend within windows"):
         make({"name": name})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"location": "add"}, "method.location = add: on Swin prompts are prepended to the patches of each window"),
+        ({"projection": 4}, "method.projection = 4: on Swin the prompts of each stage have another width"),
+        ({"shared": True}, "method.shared = True: on Swin the prompts of each stage have another width"),
+        ({"also": ("bias",)}, r"method.also = \['bias'\]: the method of that name is not for Swin; leave it out"),
+        ({"start": "class_token"}, "method.start = class_token: the backbone has none; set method.start=tokens"),
+        ({"deep": False, "pooling": "prompt_pool"}, "go in before block 0, and patches are merged after it, which"),
+        ({"layers": 5}, "method.layers = 5: the backbone has 4 blocks"),
+    ],
+)
+def test_what_prompts_on_swin_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make({"name": "vpt", **settings})
 
 
 def built(name: str, image_size: int, **settings: Any) -> SwinBackbone:
@@ -243,6 +379,13 @@ def test_an_image_size_that_windows_do_not_tile(
     assert str(caught.value).endswith(fix)
 
 
+def test_swin_has_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
+    recipe = BackboneRecipe(name="tiny", weights="random")
+    with pytest.raises(UserError, match=r"method.location = pad: on Swin prompts are prepended to the patches"):
+        build(recipe, image_size=32, mean=MEAN, std=STD, frame=2)
+
+
 def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
     with pytest.raises(UserError, match=r"backbone.pool = token: Swin has the mean of its patches, and no class token"):
@@ -254,7 +397,12 @@ def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("method", "more"),
-    [("linear", ["stream.cache=memory"]), ("mlp", ["method.width=8"]), ("full", ["runtime.checkpointing=block"])],
+    [
+        ("linear", ["stream.cache=memory"]),
+        ("mlp", ["method.width=8"]),
+        ("full", ["runtime.checkpointing=block"]),
+        ("vpt", ["method.prompts=2", "method.start=tokens", "runtime.checkpointing=mlp"]),
+    ],
 )
 def test_a_run_is_scored_as_it_was(
     method: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_the_cpu: None

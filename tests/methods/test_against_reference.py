@@ -14,7 +14,7 @@ from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods import MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from tests.methods.conftest import KINDS, MEAN, STD, make_backbone, make_vit
-from tests.reference import inside
+from tests.reference import inside, side
 from tests.reference import vit as reference
 
 # One tolerance a dtype. float32: each tensor's largest error, relative to the tensor's largest number. bf16 has 8
@@ -43,10 +43,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vpt, add to the first": VPT | {"location": "add", "deep": False},
     "vpt, add-1": VPT | {"location": "add-1", "shared": True},
     "vpt, prepend-pixel": VPT | {"location": "prepend-pixel", "deep": False},
+    "vpt, pad": VPT | {"location": "pad", "deep": False, "prompts": 4},
+    "vpt, below": VPT | {"location": "below", "deep": False, "prompts": 2},
     "vpt+bias": VPT | {"also": ("bias",)},
     "vpt+cls": VPT | {"also": ("cls",)},
     "vpt+bias+cls, shallow": VPT | {"also": ("bias", "cls"), "deep": False},
     "linear": {"name": "linear"},
+    "side": {"name": "side", "layers": 2, "channels": 4},
     "full": {"name": "full"},
     "partial": {"name": "partial"},
     "partial, two": {"name": "partial", "blocks": 2},
@@ -59,7 +62,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptformer": {"name": "adaptformer", "bottleneck": 3},
     "ssf": {"name": "ssf"},
 }
-IN_BF16 = ("vpt deep", "full", "partial, two", "bias", "cls", "lora", "houlsby", "adaptformer", "ssf")
+IN_BF16 = (
+    "vpt deep",
+    "vpt, pad",
+    "vpt, below",
+    "side",
+    "full",
+    "partial, two",
+    "bias",
+    "cls",
+    "lora",
+    "houlsby",
+    "adaptformer",
+    "ssf",
+)
 ALIASES = {
     r"backbone\.": "",
     r"stem\.": "",
@@ -92,6 +108,44 @@ def placed(settings: dict[str, Any], values: list[np.ndarray]) -> reference.Prom
     return reference.deep_first(values, drop_after_last=not settings.get("expand", True))
 
 
+def size_of(settings: dict[str, Any]) -> dict[str, int]:
+    """Of the images that the backbone is built for: as large as a frame makes them."""
+    return {"img_size": 16 + 2 * settings["prompts"]} if settings.get("location") == "pad" else {}
+
+
+def of_the_frame(width: int) -> np.ndarray:
+    """Where each number of a frame lies in a framed image's channel: above, to the left, to the right, below it."""
+    places = np.arange((16 + 2 * width) ** 2).reshape(16 + 2 * width, -1)
+    rows = places[width:-width]
+    parts = (places[:width], rows[:, :width], rows[:, -width:], places[-width:])
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def beside_the_image(settings: dict[str, Any], own: dict[str, np.ndarray]) -> reference.Pixels:
+    """Trained pixels as the reference wants them: a frame as an image, channels as images."""
+    P, values = settings["prompts"], own["prompts"][0]
+    if settings["location"] == "pad":
+        frame_CX = np.full((3, (16 + 2 * P) ** 2), np.nan)  # inside, nothing may be read
+        frame_CX[:, of_the_frame(P)] = values
+        return reference.Pixels(frame_CTT=frame_CX.reshape(3, 16 + 2 * P, -1))
+    channels_PSS = np.zeros((P, 16, 16))
+    for patch, numbers in enumerate(values):
+        top, left = patch // 2 * 8, patch % 2 * 8
+        channels_PSS[:, top : top + 8, left : left + 8] = numbers.reshape(P, 8, 8)
+    kernel_DPGG = own["projection.weight"].reshape(16, P, 8, 8)
+    return reference.Pixels(channels_PSS=channels_PSS, kernel_DPGG=kernel_DPGG, bias_D=own["projection.bias"])
+
+
+def named_as_here(settings: dict[str, Any], grads: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    grads, P = dict(grads), settings["prompts"]
+    if settings["location"] == "pad":
+        return grads | {"prompts.0": grads.pop("frame").reshape(3, -1)[:, of_the_frame(P)]}
+    channels_PSS = grads.pop("channels")
+    patches = [channels_PSS[:, i : i + 8, j : j + 8].ravel() for i in (0, 8) for j in (0, 8)]
+    of_kernel = {"projection.weight": grads.pop("kernel").reshape(16, -1), "projection.bias": grads.pop("bias")}
+    return grads | of_kernel | {"prompts.0": np.stack(patches)}
+
+
 def alias(name: str) -> str:
     """The reference's name of a trained tensor."""
     for pattern, replacement in ALIASES.items():
@@ -101,8 +155,8 @@ def alias(name: str) -> str:
 
 def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str, Any]) -> reference.Result:
     """The reference's result, its gradients under the method's names (but for prompts, which are one a block)."""
-    frozen = {name: tensor.double().numpy() for name, tensor in make_vit(kind).state_dict().items()}
-    vit = make_vit(kind)
+    vit = make_vit(kind, **size_of(settings))
+    frozen = {name: tensor.double().numpy() for name, tensor in vit.state_dict().items()}
     config = reference.Config(
         num_heads=2,
         patch_size=8,
@@ -113,6 +167,8 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
         beside_scale=settings.get("scale", 0.1),
     )
     own = {name: p.detach().double().numpy() for name, p in method.trainable()}
+    if settings["name"] == "side":
+        return expected_beside(own, reference.features_forward(frozen, config, images.numpy())[0], images)
     inner = {name for name in own if not name.startswith(("head", "prompts", "projection", "lora", "ssf"))}
     weights = frozen | {alias(name): own[name] for name in inner}
     updates = {
@@ -127,8 +183,9 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
         for name in own
         if name.startswith("ssf.") and name.endswith(".scale")
     }
-    prompts = reference_prompts(settings, own["prompts"]) if "prompts" in own else None
-    projection = (own["projection.weight"], own["projection.bias"]) if "projection.weight" in own else None
+    beside = settings.get("location") in ("pad", "below")
+    prompts = reference_prompts(settings, own["prompts"]) if "prompts" in own and not beside else None
+    projection = (own["projection.weight"], own["projection.bias"]) if prompts and "projection.bias" in own else None
     pixels = settings.get("location") == "prepend-pixel"
     if pixels:  # the frozen patch embedding is what projects them
         kernel_DX = frozen["patch_embed.proj.weight"].reshape(16, -1)
@@ -146,7 +203,10 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
         smoothing=0.1,
         example_weight=WEIGHT,
         backbone_grads=bool(inner or updates or pairs),
+        pixels=beside_the_image(settings, own) if beside else None,
     )
+    if beside:
+        result = dataclasses.replace(result, grads=named_as_here(settings, result.grads))
     grads = {name: grad for name, grad in result.grads.items() if name.startswith(("head", "prompts", "projection"))}
     if pixels:
         grads = {name: grad for name, grad in grads.items() if not name.startswith("projection")}
@@ -158,6 +218,20 @@ def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str
     for name, (of_scale, of_shift) in inside.scale_shift_backward(result.grads, weights, pairs).items():
         grads |= {f"ssf.{name}.scale": of_scale, f"ssf.{name}.shift": of_shift}
     return dataclasses.replace(result, grads=grads)
+
+
+def expected_beside(own: dict[str, np.ndarray], pooled_BD: np.ndarray, images: torch.Tensor) -> reference.Result:
+    """Of side-tuning: two convolutions and a linear layer, which a Sequential numbers."""
+    names = {"side.0": "conv0", "side.2": "conv1", "side.6": "linear"}
+
+    def renamed(tensors: dict[str, np.ndarray], names: dict[str, str]) -> dict[str, np.ndarray]:
+        split = {name: name.rpartition(".") for name in tensors}
+        return {names.get(of, of) + dot + kind: tensors[name] for name, (of, dot, kind) in split.items()}
+
+    normalised = reference.normalise_images(images.numpy(), MEAN, STD)
+    options = {"smoothing": 0.1, "example_weight": WEIGHT}
+    result = side.forward_backward(pooled_BD, normalised, LABELS.numpy(), renamed(own, names), **options)
+    return dataclasses.replace(result, grads=renamed(result.grads, {there: here for here, there in names.items()}))
 
 
 def actual(method: Method, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,7 +261,7 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, np.ndarray], 
 
 def make(settings: dict[str, Any], kind: str, dtype: torch.dtype = torch.float32) -> Method:
     recipe = TypeAdapter(MethodRecipe).validate_python(settings)
-    method = attach(recipe, make_backbone(kind), 4, dtype)
+    method = attach(recipe, make_backbone(kind, **size_of(settings)), 4, dtype)
     torch.manual_seed(3)  # after the backbone's own, so that these are not its numbers once more
     with torch.no_grad():  # start away from the initialisation's tiny prompts and constant bias
         for name, parameter in method.trainable():

@@ -15,6 +15,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods import METHODS, MethodRecipe, attach
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.vpt import VPT
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
 from tests.methods.conftest import KINDS, make_backbone
 
@@ -29,12 +30,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vpt, first two without expansion": {"name": "vpt", "layers": 2, "expand": False},
     "vpt added": {"name": "vpt", "location": "add"},
     "vpt pixels": {"name": "vpt", "location": "prepend-pixel", "deep": False},
+    "vpt frame": {"name": "vpt", "location": "pad", "deep": False, "prompts": 2},  # around images of 12 pixels
+    "vpt below": {"name": "vpt", "location": "below", "deep": False, "prompts": 2},
     "vpt+bias": {"name": "vpt", "also": ("bias",)},
     "vpt+cls": {"name": "vpt", "also": ("cls",)},
     "vqt": {"name": "vqt", "queries": 2},
     "vqt weighted": {"name": "vqt", "queries": 2, "pooling": "weighted", "blocks": (1, 2)},
     "mlp": {"name": "mlp", "layers": 3, "width": 8},
     "mlp of one layer": {"name": "mlp", "layers": 1},
+    "side": {"name": "side", "layers": 2, "channels": 4},
     "partial": {"name": "partial", "blocks": 2},
     "bias": {"name": "bias"},
     "cls": {"name": "cls"},
@@ -63,12 +67,15 @@ TRAINED = {
     "vpt, first two without expansion": HEAD | {"prompts"},
     "vpt added": HEAD | {"prompts"},
     "vpt pixels": HEAD | {"prompts"},
+    "vpt frame": HEAD | {"prompts"},
+    "vpt below": HEAD | {"prompts", "projection.weight", "projection.bias"},
     "vpt+bias": HEAD | {"prompts"} | {f"biases.{layer}.bias" for layer in OPERATIONS},
     "vpt+cls": HEAD | {"prompts", "class_token.token"},
     "vqt": HEAD | {"queries"},
     "vqt weighted": HEAD | {"queries", "pool_weights"},
     "mlp": {f"head.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")},
     "mlp of one layer": {"head.0.weight", "head.0.bias"},
+    "side": HEAD | {"blend"} | {f"side.{layer}.{kind}" for layer in (0, 2, 6) for kind in ("weight", "bias")},
     "partial": HEAD
     | {
         f"backbone.{layer}.{kind}"
@@ -95,6 +102,8 @@ def make(settings: dict[str, Any], **backbone: Any) -> Method:
 
 
 def loss_of(method: Method, images: torch.Tensor) -> torch.Tensor:
+    frame = method.recipe.frame if isinstance(method, VPT) else 0
+    images = images[:, :, frame : 16 - frame, frame : 16 - frame]
     return F.cross_entropy(method(images), torch.arange(len(images)))
 
 
@@ -317,7 +326,10 @@ def test_more_layers_than_blocks_are_refused() -> None:
         ({"expand": False, "layers": 2, "end": "last"}, "expand = false with layers = 2, end = last"),
         ({"expand": False, "layers": 2, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
         ({"location": "add", "pooling": "imgprompt_pool"}, "no prompts come out of the last block"),
-        ({"location": "prepend-pixel"}, "pixels before the first block alone"),
+        ({"location": "prepend-pixel"}, "location = prepend-pixel: there are pixels before the first block alone"),
+        ({"location": "pad"}, "location = pad: there are pixels before the first block alone"),
+        ({"location": "below", "deep": False, "projection": 4}, "set deep=false and projection=null"),
+        ({"location": "below", "deep": False, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
         ({"also": ("bias", "bias")}, "each once"),
         ({"start": "tokens", "projection": 4}, "only prompts that are tokens themselves"),
     ],

@@ -333,6 +333,31 @@ def test_gradients_of_added_prompts_equal_finite_differences(batch, rng, count):
         assert_slope(lambda: vit.loss_only(*arguments, **head_of(weights)), value, grad, rng, entries=4)
 
 
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_gradients_of_pixels_beside_the_image_equal_finite_differences(batch, rng, name):
+    _, weights, config = tiny(name)
+    images, inside = batch[0][:, :, 3:-3, 3:-3], slice(3, SIDE - 3)
+    tensors = {
+        "frame": rng.uniform(size=(3, SIDE, SIDE)),
+        "channels": rng.normal(size=(2, SIDE, SIDE)),
+        "kernel": 0.3 * rng.normal(size=(WIDTH, 2, PATCH, PATCH)),
+        "bias": rng.normal(size=WIDTH),
+    }
+    pixels = vit.Pixels(
+        frame_CTT=tensors["frame"],
+        channels_PSS=tensors["channels"],
+        kernel_DPGG=tensors["kernel"],
+        bias_D=tensors["bias"],
+    )
+    arguments, options = (weights, config, images, batch[1]), {**head_of(weights), "pixels": pixels}
+    grads = vit.forward_backward(*arguments, **options).grads
+    assert grads.keys() == {"head.weight", "head.bias", *tensors}
+    assert not grads["frame"][:, inside, inside].any()
+    for key, tensor in tensors.items():
+        assert np.abs(grads[key]).max() > 1e-6
+        assert_slope(lambda: vit.loss_only(*arguments, **options), tensor, grads[key], rng, entries=4)
+
+
 @pytest.mark.parametrize("name", ["plain", "layer_scale"])
 @pytest.mark.parametrize("kinds", [("mlp",), ("attn", "mlp"), ("beside",), ("attn", "mlp", "beside")], ids="+".join)
 def test_gradients_with_adapters_equal_finite_differences(batch, rng, kinds, name):

@@ -83,6 +83,21 @@ class Prompts:
     """True: values[i] (N x d, or 1 x d for all tokens alike) is added to the tokens; there are no positions of it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """What is trained beside an image's pixels, the same for all images: a frame around it, or channels beside its own.
+
+    Either may be absent. The frame is given as the whole framed image, in 0..1 like pixels; where the image itself lies
+    its values are not read, and its gradient is zero.
+    """
+
+    frame_CTT: Array | None = None
+    channels_PSS: Array | None = None
+    kernel_DPGG: Array | None = None
+    """Of the channels: what the patch projection makes of them, with bias_D added."""
+    bias_D: Array | None = None
+
+
 def shallow(prompt_Pd: Array) -> Prompts:
     """One prompt before block 0 that flows on through all blocks."""
     return Prompts(values=(prompt_Pd,), at={0: 0})
@@ -119,7 +134,8 @@ class Result:
     """B x N x D, after the backbone's `norm` where it has one; prompts included where they still exist."""
     grads: dict[str, Array] = field(default_factory=dict)
     """By name: head.weight, head.bias, prompts.<i> (index into `Prompts.values`), projection.weight,
-    projection.bias, and with `backbone_grads` every backbone weight under its timm name."""
+    projection.bias, frame, channels, kernel and bias (of `Pixels`), and with `backbone_grads` every backbone
+    weight under its timm name."""
 
 
 def forward_backward(
@@ -136,6 +152,7 @@ def forward_backward(
     smoothing: float = 0.0,
     example_weight: Array | None = None,
     backbone_grads: bool = False,
+    pixels: Pixels | None = None,
 ) -> Result:
     """Loss of one batch and its gradient with respect to everything that a method may train.
 
@@ -144,9 +161,11 @@ def forward_backward(
     prompts: None for a linear probe or full fine-tuning. head_weight: K x D. head_bias: K.
     projection: (weight D x d, bias D), shared by all prompts.
     pooling: see `pool_forward`. smoothing and example_weight: see `cross_entropy`.
-    backbone_grads: True for full fine-tuning.
+    backbone_grads: True for full fine-tuning. pixels: what is trained beside the image's own.
     """
-    features_BD, cache = features_forward(weights, config, images_u8, prompts, projection=projection, pooling=pooling)
+    features_BD, cache = features_forward(
+        weights, config, images_u8, prompts, projection=projection, pooling=pooling, pixels=pixels
+    )
     logits_BK, head_cache = linear_forward(features_BD, _f64(head_weight), _f64(head_bias))
     loss, dlogits_BK = cross_entropy(logits_BK, labels, smoothing=smoothing, example_weight=example_weight)
 
@@ -169,9 +188,12 @@ def loss_only(
     pooling: str = "original",
     smoothing: float = 0.0,
     example_weight: Array | None = None,
+    pixels: Pixels | None = None,
 ) -> float:
     """The loss of `forward_backward` without the backward pass."""
-    features_BD, _ = features_forward(weights, config, images_u8, prompts, projection=projection, pooling=pooling)
+    features_BD, _ = features_forward(
+        weights, config, images_u8, prompts, projection=projection, pooling=pooling, pixels=pixels
+    )
     logits_BK, _ = linear_forward(features_BD, _f64(head_weight), _f64(head_bias))
     return cross_entropy(logits_BK, labels, smoothing=smoothing, example_weight=example_weight)[0]
 
@@ -198,6 +220,7 @@ def features_forward(
     *,
     projection: tuple[Array, Array] | None = None,
     pooling: str = "original",
+    pixels: Pixels | None = None,
 ) -> tuple[Array, Cache]:
     """Images to pooled features (B x D): embed, blocks with prompts, `norm`, pool, `fc_norm`."""
     w = {name: _f64(value) for name, value in weights.items()}
@@ -212,7 +235,8 @@ def features_forward(
         inserted.append(value_PD)
         projection_caches.append(projection_cache)
 
-    x_BND, embed_cache = embed_forward(normalise_images(images_u8, config.mean, config.std), w, config)
+    images_BCSS, w, pixels_cache = pixels_forward(images_u8, w, config, pixels)
+    x_BND, embed_cache = embed_forward(images_BCSS, w, config)
     num_prefix = embed_cache["num_prefix"]
     num_prompts = 0
     block_caches, placements = [], []
@@ -237,6 +261,7 @@ def features_forward(
     return features_BD, {
         "prompts": prompts,
         "projection": projection_caches,
+        "pixels": pixels_cache,
         "embed": embed_cache,
         "placements": placements,
         "blocks": block_caches,
@@ -260,7 +285,8 @@ def features_backward(dfeatures_BD: Array, cache: Cache, *, backbone_grads: bool
 
     # Below the first trained thing no gradient is wanted: the backward pass of a linear probe ends here.
     depth = len(cache["blocks"])
-    lowest = 0 if backbone_grads else min(prompts.at, default=depth)
+    to_pixels = cache["pixels"] is not None
+    lowest = 0 if backbone_grads or to_pixels else min(prompts.at, default=depth)
     dinserted: list[Array | float] = [0.0] * len(prompts.values)
     for block in reversed(range(lowest, depth)):
         dx_BND, block_grads = block_backward(dx_BND, cache["blocks"][block])
@@ -275,15 +301,55 @@ def features_backward(dfeatures_BD: Array, cache: Cache, *, backbone_grads: bool
             if block in prompts.at:
                 # One parameter may stand before many blocks (deep-shared): its gradients add.
                 dinserted[prompts.at[block]] = dinserted[prompts.at[block]] + dprompt_PD
-    if backbone_grads:
-        backbone |= embed_backward(dx_BND, cache["embed"])
-
     grads: dict[str, Array] = {}
+    if backbone_grads or to_pixels:
+        embed_grads, dimages_BCSS = embed_backward(dx_BND, cache["embed"])
+        if to_pixels:
+            grads |= pixels_backward(dimages_BCSS, embed_grads, cache["pixels"])
+        backbone |= embed_grads
+
     for index, (dvalue_PD, projection_cache) in enumerate(zip(dinserted, cache["projection"], strict=True)):
         grads[f"prompts.{index}"], projection_grads = projection_backward(dvalue_PD, projection_cache)
         for name, grad in _named("projection.", projection_grads).items():
             grads[name] = grads.get(name, 0.0) + grad  # one projection serves all prompts
     return grads | backbone if backbone_grads else grads
+
+
+def pixels_forward(images_u8: Array, w: Weights, config: Config, pixels: Pixels | None) -> tuple[Array, Weights, Cache]:
+    """Normalised images with what is trained beside them, and weights with a kernel for all of their channels."""
+    images_BCSS = normalise_images(images_u8, config.mean, config.std)
+    if pixels is None:
+        return images_BCSS, w, None
+    B, C, S, _ = images_BCSS.shape
+    std_C11 = np.asarray(config.std, np.float64)[:, None, None]
+    inside = slice(None)
+    if pixels.frame_CTT is not None:
+        margin = (pixels.frame_CTT.shape[1] - S) // 2
+        inside = slice(margin, margin + S)
+        mean_C11 = np.asarray(config.mean, np.float64)[:, None, None]
+        framed_BCTT = np.repeat((_f64(pixels.frame_CTT) - mean_C11)[None] / std_C11, B, axis=0)
+        framed_BCTT[:, :, inside, inside] = images_BCSS
+        images_BCSS = framed_BCTT
+    if pixels.channels_PSS is not None:
+        channels_BPSS = np.repeat(_f64(pixels.channels_PSS)[None], B, axis=0)
+        images_BCSS = np.concatenate([images_BCSS, channels_BPSS], axis=1)
+        kernel = np.concatenate([w["patch_embed.proj.weight"], _f64(pixels.kernel_DPGG)], axis=1)
+        bias_D = w.get("patch_embed.proj.bias", 0.0) + _f64(pixels.bias_D)
+        w = {**w, "patch_embed.proj.weight": kernel, "patch_embed.proj.bias": bias_D}
+    return images_BCSS, w, (pixels, C, std_C11, inside)
+
+
+def pixels_backward(dimages_BCSS: Array, embed_grads: Mapping[str, Array], cache: Cache) -> dict[str, Array]:
+    pixels, C, std_C11, inside = cache
+    grads = {}
+    if pixels.frame_CTT is not None:
+        grads["frame"] = dimages_BCSS[:, :C].sum(axis=0) / std_C11
+        grads["frame"][:, inside, inside] = 0.0
+    if pixels.channels_PSS is not None:
+        grads["channels"] = dimages_BCSS[:, C:].sum(axis=0)
+        grads["kernel"] = embed_grads["patch_embed.proj.weight"][:, C:]
+        grads["bias"] = embed_grads["patch_embed.proj.bias"]
+    return grads
 
 
 def _prompt_before(block: int, prompts: Prompts, inserted: Sequence[Array], width: int) -> Array | None:
@@ -365,6 +431,7 @@ def embed_forward(images_BCSS: Array, w: Weights, config: Config) -> tuple[Array
 
     return x_BND, {
         "patch": patch_cache,
+        "images_shape": images_BCSS.shape,
         "kernel_shape": weight_DCGG.shape,
         "prefix": [(name, w[name].shape[1]) for name in prefix_names],
         "num_prefix": num_prefix,
@@ -373,8 +440,8 @@ def embed_forward(images_BCSS: Array, w: Weights, config: Config) -> tuple[Array
     }
 
 
-def embed_backward(dx_BND: Array, cache: Cache) -> dict[str, Array]:
-    """Gradients of the embedding's weights; nothing is trained before it, so the images need none."""
+def embed_backward(dx_BND: Array, cache: Cache) -> tuple[dict[str, Array], Array]:
+    """Gradients of the embedding's weights, and of the images that it was given."""
     dx_BND, norm_grads = optional_norm_backward(dx_BND, cache["norm"])
     grads = _named("norm_pre.", norm_grads)
     if cache["pos_shape"] is not None:
@@ -383,9 +450,14 @@ def embed_backward(dx_BND: Array, cache: Cache) -> dict[str, Array]:
     for name, count in cache["prefix"]:
         grads[name] = dx_BND[:, start : start + count].sum(axis=0, keepdims=True)
         start += count
-    _, patch_grads = linear_backward(dx_BND[:, cache["num_prefix"] :], cache["patch"])
+    dpixels_BMX, patch_grads = linear_backward(dx_BND[:, cache["num_prefix"] :], cache["patch"])
     patch_grads["weight"] = patch_grads["weight"].reshape(cache["kernel_shape"])
-    return grads | _named("patch_embed.proj.", patch_grads)
+    dimages_BCSS, side = np.zeros(cache["images_shape"]), cache["kernel_shape"][2]
+    for patch, dpixels_BX in enumerate(dpixels_BMX.swapaxes(0, 1)):
+        row, column = divmod(patch, dimages_BCSS.shape[3] // side)
+        at = (slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side))
+        dimages_BCSS[:, :, *at] = dpixels_BX.reshape(len(dpixels_BX), -1, side, side)
+    return grads | _named("patch_embed.proj.", patch_grads), dimages_BCSS
 
 
 def pool_forward(

@@ -1,0 +1,47 @@
+"""Side-tuning (Zhang et al., ECCV 2020, arXiv 1912.13503), the baseline "side" of VPT's tables. A reader.
+
+B batch, S image side, D width, C channels of the side network.
+
+A small network sees the image beside the frozen backbone, and the two are blended by a learned share:
+
+    features = a * pooled + (1 - a) * side(image)        a = sigmoid(blend)
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.frozen_stream import Observed, Reads
+from dist_vpt.methods.base import Reader
+from dist_vpt.methods.recipe import SideRecipe
+
+
+class Side(Reader):
+    """``side``: convolutions [C, ., 3, 3], each halving the image, their mean over places, and a layer C -> D."""
+
+    on_swin = True
+
+    def __init__(self, recipe: SideRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+        super().__init__(backbone, classes, compute)
+        layers: list[nn.Module] = []
+        for before, after in pairwise([3, *[recipe.channels] * recipe.layers]):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(recipe.channels, backbone.width)]
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.side = nn.Sequential(*layers)
+        self.blend = nn.Parameter(torch.zeros(1))
+
+    @property
+    def reads(self) -> Reads:
+        return Reads(pixels=True)
+
+    def read(self, observed: Observed) -> Tensor:
+        (pixels_B3SS,) = observed.pixels
+        side_BD = self.side(pixels_B3SS.to(self.blend.dtype))
+        share = self.blend.sigmoid()
+        return self.classify(share * observed.pooled.to(side_BD.dtype) + (1 - share) * side_BD)
