@@ -26,6 +26,7 @@ from dist_vpt.methods.base import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
 from dist_vpt.optim import multiplier, set_lr
+from dist_vpt.ranks import HERE
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import RunFolder
 
@@ -90,6 +91,7 @@ def train_step(t: Training, fetched: list[Batch] | DataError, *, norms: bool) ->
     batches = [] if isinstance(fetched, DataError) else [_to(batch, accelerator.device) for batch in fetched]
     weights = [t.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
     weight = global_weight(accelerator, t.stop, weights, fetched)
+    HERE.at(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * recipe.train.accumulate / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
     for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
@@ -125,6 +127,7 @@ def fit(t: Training) -> None:
         t.model.train()
         batches = t.train.epoch(progress.epoch, progress.step)
         while progress.step < t.train.steps_per_epoch:
+            HERE.at(f"step {t.step}", "reading images")
             logged = (t.step + 1) % recipe.run.log_every == 0
             step = train_step(t, fetch(batches), norms=logged)
             progress.count(step.loss, step.correct, step.images)
@@ -160,7 +163,8 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     model.eval()
     scores = Scores(classes, accelerator.device, confusion=confusion)
     unread = iter(batches)
-    for _ in range(len(batches)):
+    for number in range(len(batches)):
+        HERE.at(f"batch {number} of a split to score", "reading images")
         fetched = fetch(unread)
         error = fetched if isinstance(fetched, DataError) else None
         agree(accelerator, error, stop)
@@ -207,10 +211,12 @@ def fold(*numbers: int) -> int:
 
 def _check_finite(name: str, value: float, t: Training) -> None:
     if not math.isfinite(value):
-        raise RunFailed(
+        failed = RunFailed(
             f"{t.folder.path}: the {name} is {value} at step {t.step} (epoch {t.progress.epoch}), before the optimiser "
             "step; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
         )
+        failed.shared = True  # of the global batch, so that all processes see it
+        raise failed
 
 
 def _clip(t: Training) -> float | None:
@@ -261,6 +267,7 @@ def _end_epoch(t: Training) -> None:
 
 
 def _save(t: Training) -> None:
+    HERE.at(f"step {t.step}", "saving the state")
     t.progress.skipped = sorted(set(t.progress.skipped) | t.skipped())
     t.progress.metrics_bytes = t.folder.metrics.stat().st_size if t.folder.metrics.exists() else 0
     t.states.save(t.model, t.method, t.optimizer, t.progress, t.step)

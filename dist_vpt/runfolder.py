@@ -40,6 +40,8 @@ OURS = (
     "splits.json",
     "tb",
     "wandb",
+    "ranks",
+    "logs",
     "recipe.yaml",
 )
 MAY_CHANGE = (
@@ -66,7 +68,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 class RunFolder:
-    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/."""
+    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/.
+
+    What its processes tell of themselves (ranks/, logs/) is in ranks.py.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -111,7 +116,8 @@ class RunFolder:
                 yield False
             except BaseException as error:
                 interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
-                if self.status().get("status") != "done":  # a picture drawn after the result takes nothing back
+                # A picture drawn after the result takes nothing back; another process may have told the first failure.
+                if self.status().get("status") == "running":
                     self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
                 raise
 

@@ -14,6 +14,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.memory import keep_freed_memory
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.optim import build_optimizer
+from dist_vpt.ranks import MARGIN_SECONDS
 from dist_vpt.recipe import Recipe
 
 OURS = (
@@ -43,7 +44,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.run.trackers) or None,
         project_dir=recipe.run.dir,
         kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=recipe.run.timeout_minutes)),
+            InitProcessGroupKwargs(
+                backend=backend, timeout=timedelta(minutes=recipe.run.timeout_minutes, seconds=MARGIN_SECONDS)
+            ),
             AutocastKwargs(enabled=False),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],

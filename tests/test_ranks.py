@@ -1,0 +1,118 @@
+"""One process of several fails, is killed or hangs: all end soon, with the reason of the first, told by each."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from dist_vpt import engine, ranks
+from dist_vpt.data.loaders import TrainBatches
+from tests.forks import Forks, command
+from tests.running import ROOT, words
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
+FAILS_AT = 3  # steps that are done before
+OPTIONS = ("train.batch_size=100", "train.epochs=30", "run.trackers=[]", "train.test=false")
+TIMEOUT = 0.05  # minutes
+
+
+def has_a_bug() -> None:
+    raise ZeroDivisionError("a bug of ours")
+
+
+def is_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hangs() -> None:
+    time.sleep(300)
+
+
+def before_step(call: Callable[[], Any]) -> None:
+    """Have this process call something as it reads the images of a step."""
+    whole = TrainBatches.epoch
+
+    def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
+        for step, batches in enumerate(whole(self, epoch, start_step), start=start_step):
+            if step == FAILS_AT:
+                call()
+            yield batches
+
+    TrainBatches.epoch = epoch  # type: ignore[method-assign]
+
+
+def forked(strategy: str, folder: Path, before: Callable[[int], None], *overrides: str) -> Forks:
+    file = strategy if strategy == "ddp" else str(ROOT / "launch" / "accelerate" / f"{strategy}.json")
+    return command(["train", *words(folder, *OPTIONS, *overrides)], folder.parent / "told.txt", file, before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "strategy", "broken"),
+    [
+        (has_a_bug, "ddp", 0),
+        (has_a_bug, "zero3", 1),
+        (is_killed, "ddp", 0),
+        (is_killed, "zero2", 1),
+        (is_killed, "ddp, silent", 1),
+        (hangs, "ddp", 1),
+    ],
+)
+def test_all_end_with_the_reason_of_the_first(
+    fault: Callable[[], None], strategy: str, broken: int, tmp_path: Path
+) -> None:
+    """``silent``: as under NCCL, a sum with a process that is gone does not return."""
+    folder, moment = tmp_path / "run", tmp_path / "moment"
+
+    def befalls() -> None:
+        moment.touch()
+        fault()
+
+    def before(rank: int) -> None:
+        ranks.LEAVE_SECONDS = 1.0
+        if rank == broken:
+            before_step(befalls)
+        elif "silent" in strategy:
+            before_step(lambda: setattr(Accelerator, "reduce", lambda *_: hangs()))
+
+    forks = forked(strategy.partition(",")[0], folder, before, f"run.timeout_minutes={TIMEOUT}")
+    codes = forks.finish(90)
+    seconds = time.time() - moment.stat().st_mtime
+    assert codes[broken] == {has_a_bug: 1, is_killed: -signal.SIGKILL, hangs: 4}[fault], forks.output[-3000:]
+    assert codes[1 - broken] == 4, forks.output[-3000:]
+    assert seconds < (15 if fault is hangs else 10)
+    expected = {
+        has_a_bug: [f"ZeroDivisionError: a bug of ours at step {FAILS_AT}: reading images"],
+        is_killed: ["ended without a word (its last: "],
+        hangs: [
+            f"did not come for {TIMEOUT} minutes (run.timeout_minutes): it stands at step {FAILS_AT}: reading images",
+            f"the others wait at step {FAILS_AT}",
+        ],
+    }
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "failed"
+    logs = [folder / "train.log", folder / "logs" / "rank-1.log"]
+    told = [info["reason"], forks.output, *(log.read_text() for log in logs if codes[logs.index(log)] != -9)]
+    for text in told:
+        assert all(said in text for said in expected[fault]), text
+    assert info["reason"].startswith(f"process {broken} of 2 (pid {forks.processes[broken].pid} on ")
+    assert forks.output.count("error: process ") == (1 if broken or fault is not hangs else 2)
+    if fault is not is_killed:
+        assert f"in {fault.__name__}" in logs[broken].read_text(), "where it failed or hung"
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        if rank == 1:
+            whole = engine.F.cross_entropy
+            before_step(lambda: setattr(engine.F, "cross_entropy", lambda *a, **k: whole(*a, **k) * float("nan")))
+
+    forks = forked("ddp", tmp_path / "run", before)
+    assert forks.finish(90) == [3, 3], forks.output[-3000:]
+    assert f"the loss is nan at step {FAILS_AT}" in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
+    assert forks.output.count("error: ") == 1
