@@ -33,6 +33,7 @@ COMMANDS = {
         *("--help", "--debug", "RECIPE|a.b=c *", "--tasks", "--method", "--root", "--out", "--runners", "--only"),
         *("--slurm", "--dry-run"),
     },
+    "dist-vpt status": {"--help", "--debug", "DIR +", "--json", "--watch"},
     "dist-vpt data": {"--help"},
     "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
     "dist-vpt data check": {"--help", "--debug", "TASK *", "--root"},

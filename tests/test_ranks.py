@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from dist_vpt import engine, ranks
+from dist_vpt import engine, ranks, rendezvous, strategy
+from dist_vpt.cli import main
 from dist_vpt.data.loaders import TrainBatches
 from tests.forks import Forks, command
 from tests.running import ROOT, words
@@ -115,4 +118,54 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
     forks = forked("ddp", tmp_path / "run", before)
     assert forks.finish(90) == [3, 3], forks.output[-3000:]
     assert f"the loss is nan at step {FAILS_AT}" in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
+    assert forks.output.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "told"),
+    [
+        (0, "localhost", "{port} (MASTER_ADDR, MASTER_PORT): the port is taken by another program"),
+        (1, "nix.invalid", "nix.invalid:{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 cannot resolve nix.invalid"),
+        (
+            1,
+            "localhost",
+            "{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 met no process 0 there within 0.01 minutes",
+        ),
+    ],
+)
+def test_where_processes_do_not_meet(rank: int, address: str, told: str, tmp_path: Path) -> None:
+    """The port is another program's, which takes connections and says nothing."""
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+
+        def work(_: int) -> int:
+            os.environ.update(RANK=f"{rank}", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR=address)
+            os.environ.update(MASTER_PORT=f"{port}", ACCELERATE_USE_CPU="true")
+            rendezvous.MARGIN_SECONDS = strategy.MARGIN_SECONDS = 0.5
+            return main(["train", *words(tmp_path / "run", "run.timeout_minutes=0.01")])
+
+        forks = Forks(1, work, tmp_path / "told.txt")
+        assert forks.finish(60) == [2], forks.output
+    assert told.format(port=port) in forks.output
+    assert forks.output.count("error: ") == 1
+    assert "Traceback" not in forks.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_that_is_killed_on_one_process_is_told_by_all(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        whole = TrainBatches.epoch
+
+        def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
+            for step, batches in enumerate(whole(self, epoch, start_step)):
+                if rank == 1 and step == FAILS_AT:
+                    self._feed._pool._loader._iterator._workers[0].kill()  # type: ignore[attr-defined]
+                yield batches
+
+        TrainBatches.epoch = epoch  # type: ignore[method-assign]
+
+    forks = forked("ddp", tmp_path / "run", before, "data.workers=1", "data.cache=none")
+    assert forks.finish(90) == [2, 2], forks.output[-3000:]
+    reason = json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
+    assert re.search(r"died while it read digits record \d+ \(by SIGKILL\)", reason), reason
     assert forks.output.count("error: ") == 1
