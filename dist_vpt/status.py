@@ -277,7 +277,8 @@ def _screen(found: Sequence[Standing], folders: Sequence[str]) -> Any:
         speed = f"{each.images_per_s:.1f}" if each.images_per_s is not None else ""
         left = clock(each.seconds_left) if each.seconds_left is not None else ""
         table.add_row(Text(each.folder), Text(each.status, COLORS.get(each.status, "")), each.told, speed, left)
-    reasons = [Text(f"{each.folder}: {each.reason}") for each in found if each.reason]
+    told = [(each.folder, each.reason) for each in found if each.reason]
+    reasons = [Text(reason if reason.startswith(folder) else f"{folder}: {reason}") for folder, reason in told]
     return Group(table, *([Text("")] if reasons else []), *reasons)
 
 
