@@ -15,7 +15,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -28,12 +27,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from dist_vpt.errors import ProcessFailed, UserError
-from dist_vpt.runfolder import RunFolder
+from dist_vpt.errors import Interrupted, ProcessFailed, UserError
+from dist_vpt.runfolder import RunFolder, lock_now
 
 BEAT_SECONDS = 5.0  # between two signs of life; a tenth of the timeout where that is shorter
 POLL_SECONDS = 2.0  # between two looks at the others; likewise
-SILENT_SECONDS = 60.0  # without a sign of life a process of another machine is gone: locks may not reach so far
+SILENT_SECONDS = 120.0  # without a sign of life a process of another machine is gone: locks may not reach so far
 LEAVE_SECONDS = 5.0  # a process that can leave by itself has so long
 MARGIN_SECONDS = 60.0  # the process group gives up so much later than the thread, which knows more
 ROOM = 2000  # bytes of a rank's file, which is written in place: a new file would not be the locked one
@@ -97,11 +96,6 @@ def read_place(folder: Path, rank: int) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def forget(folder: RunFolder) -> None:
-    """Remove what the processes of an earlier attempt have told."""
-    shutil.rmtree(folder.path / "ranks", ignore_errors=True)
-
-
 class Ranks:
     """Held by every process of a run while it trains.
 
@@ -128,7 +122,7 @@ class Ranks:
         with contextlib.suppress(OSError):  # a full disk must not end a run that needs none
             self.told.mkdir(exist_ok=True)
             self._descriptor = os.open(self.told / f"rank-{self.rank}.json", os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_now(self._descriptor)
             self._tell()
         if self.rank:
             self._open_log()
@@ -151,8 +145,12 @@ class Ranks:
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others of this process's failure, or raise theirs in its place."""
-        agreed = isinstance(error, UserError) and (error.shared or error.exit_code == 75)
+        agreed = isinstance(error, UserError) and error.shared and not isinstance(error, ProcessFailed)
+        agreed |= isinstance(error, Interrupted)
         if agreed or isinstance(error, KeyboardInterrupt) or self._superseded():
+            return
+        if isinstance(error, ProcessFailed):  # of a run within a sweep: the sweep fails with its reason
+            self._record(int(error.shared), str(error))
             return
         self._open_log()
         failure = self._first_failure() if _of_another(error) else None
@@ -177,7 +175,7 @@ class Ranks:
             if failure is not None:
                 return failure
             for rank in range(self.world):
-                if rank != self.rank and self._gone(rank, 2 * self.beat):
+                if rank != self.rank and self._gone(rank, 0.0, 2 * self.beat):
                     return self._record_gone(rank)
             time.sleep(0.05)
         late = self._late()
@@ -199,7 +197,7 @@ class Ranks:
     def _missed(self) -> dict[str, Any] | None:
         """The next process is gone, or another did not come for so long that none will."""
         after = (self.rank + 1) % self.world
-        if self._gone(after, SILENT_SECONDS):
+        if self._gone(after, 1.5 * self.beat, SILENT_SECONDS):
             return self._record_gone(after)
         limit, meetings = 60 * self.minutes, HERE.meetings
         if (HERE.waiting or HERE.limited) and time.monotonic() - HERE.since > limit:
@@ -244,8 +242,11 @@ class Ranks:
         more = [f"and {len(late) - 8} more"] if len(late) > 8 else []
         return late[0], "; ".join([*told, *more, f"the others wait at {HERE.place}", mend])
 
-    def _gone(self, rank: int, silent: float) -> bool:
-        """Whether a process has ended without a word. One that has not begun to tell where it stands is not gone."""
+    def _gone(self, rank: int, silent: float, silent_elsewhere: float) -> bool:
+        """Whether a process has ended without a word: it holds no lock and has given no sign of life for so long.
+
+        One that has not begun to tell where it stands is not gone.
+        """
         place = self._place(rank)
         if not place or place["left"]:
             return False
@@ -255,7 +256,8 @@ class Ranks:
             self._seen[rank] = (place["beat"], since)
         if held(self.told / f"rank-{rank}.json"):
             return False
-        return place["host"] == socket.gethostname() or time.monotonic() - since > silent
+        here = place["host"] == socket.gethostname()
+        return time.monotonic() - since >= (silent if here else silent_elsewhere)
 
     def _record_gone(self, rank: int) -> dict[str, Any]:
         place = self._place(rank)
@@ -324,6 +326,8 @@ class Ranks:
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self._descriptor, (json.dumps(self._own()).ljust(ROOM - 1) + "\n").encode(), 0)
+                if self.world > 1:  # or other machines see it late
+                    os.fsync(self._descriptor)
 
     def _open_log(self) -> None:
         """Warnings of all packages and what this one tells go to the process's own log."""

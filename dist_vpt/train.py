@@ -72,13 +72,11 @@ def _claim(folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", le
 
     from dist_vpt.agreement import agree
     from dist_vpt.errors import UserError
-    from dist_vpt.ranks import forget
 
     done, refused = False, None
     if accelerator.is_main_process:
         try:
             done = leaving.enter_context(folder.claimed(recipe))
-            forget(folder)
         except UserError as error:
             refused = error
     agree(accelerator, refused)

@@ -14,6 +14,7 @@ import pytest
 from accelerate import Accelerator
 
 from dist_vpt import engine, ranks, rendezvous, strategy
+from dist_vpt.build import Parts
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import TrainBatches
 from tests.forks import Forks, command
@@ -109,6 +110,21 @@ def test_all_end_with_the_reason_of_the_first(
         assert f"in {fault.__name__}" in logs[broken].read_text(), "where it failed or hung"
 
 
+def test_processes_that_share_the_batches_of_a_sweep(tmp_path: Path) -> None:
+    """Each trial is a run in a folder of its own, within the sweep's."""
+    folder = tmp_path / "sweep"
+    grid = ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]"]
+    options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]")
+    forks = command(
+        ["sweep", *options], tmp_path / "told.txt", "ddp", lambda rank: before_step(is_killed) if rank else None
+    )
+    assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "failed"
+    assert info["reason"].startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on ")
+    assert not list((folder / "trials").glob("*.json")), "none of them diverged"
+
+
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
     def before(rank: int) -> None:
         if rank == 1:
@@ -154,7 +170,9 @@ def test_where_processes_do_not_meet(rank: int, address: str, told: str, tmp_pat
 
 def test_a_worker_that_is_killed_on_one_process_is_told_by_all(tmp_path: Path) -> None:
     def before(rank: int) -> None:
-        whole = TrainBatches.epoch
+        whole, feeding = TrainBatches.epoch, Parts.feeding
+        if rank == 0:  # workers take long to start
+            Parts.feeding = lambda *a: feeding(*a) | {"workers": 0}  # type: ignore[method-assign]
 
         def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
             for step, batches in enumerate(whole(self, epoch, start_step)):
