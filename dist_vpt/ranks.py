@@ -277,7 +277,7 @@ class Ranks:
         temporary = self.told / f".failed-{self.rank}.tmp"
         try:
             temporary.write_text(json.dumps(failure) + "\n")
-            os.link(temporary, self.first)
+            _link(temporary, self.first)
         except FileExistsError:
             failure = self._failure() or failure
         except OSError:  # all others find this process gone
@@ -355,6 +355,16 @@ class Ranks:
             logger.removeHandler(self._handler)
         self._handler.close()
         self._handler = None
+
+
+def _link(source: Path, target: Path) -> None:
+    """Raises FileExistsError where the target is there."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        os.replace(source, target)
 
 
 class _Once(logging.Filter):

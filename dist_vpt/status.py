@@ -25,6 +25,7 @@ COLORS = {
     "dead": "red",
     "damaged": "red",
 }
+NARROW = 72  # columns of a terminal below which units and speeds are left out
 NOBODY = "no process is at it; the same command goes on"
 
 
@@ -45,13 +46,12 @@ class Standing:
     seconds_left: float | None = None
     updated: str | None = None  # ISO date and time of the last sign of life
 
-    @property
-    def told(self) -> str:
+    def told(self, wide: bool) -> str:
         """What is done, as people say it."""
         if self.done is None or self.total is None:
             return ""
         epoch = f", epoch {self.epoch}/{self.epochs}" if self.epoch is not None else ""
-        return f"{self.done}/{self.total} {self.unit}{epoch}"
+        return f"{self.done}/{self.total}" + (f" {self.unit}{epoch}" if wide else "")
 
 
 def status(folders: Sequence[str], *, as_json: bool = False, watch: float | None = None) -> None:
@@ -105,7 +105,7 @@ def _standings(folder: Path) -> list[Standing]:
             return [pair for pair in _suite(suite)[1:] if pair.folder == str(suite / name)]
         info = read_json(folder / "run.json")
         return [_sweep(folder, info) if info.get("kind") == "sweep" else _run(folder, info)]
-    except (RunFolderError, AttributeError, KeyError, TypeError) as error:
+    except (RunFolderError, OSError, AttributeError, KeyError, TypeError) as error:
         return [Standing(str(folder), "run", "damaged", str(error) or type(error).__name__)]
 
 
@@ -241,7 +241,8 @@ def _show(folders: Sequence[str], as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console(highlight=False).print(_screen(found, folders), soft_wrap=False)
+    console = Console(highlight=False)
+    console.print(_screen(found, folders, console.width))
 
 
 def _watch(folders: Sequence[str], as_json: bool, seconds: float) -> None:
@@ -255,11 +256,11 @@ def _watch(folders: Sequence[str], as_json: bool, seconds: float) -> None:
             time.sleep(seconds)
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         while True:
-            live.update(_screen(_all(folders), folders), refresh=True)
+            live.update(_screen(_all(folders), folders, console.width), refresh=True)
             time.sleep(seconds)
 
 
-def _screen(found: Sequence[Standing], folders: Sequence[str]) -> Any:
+def _screen(found: Sequence[Standing], folders: Sequence[str], width: int) -> Any:
     """A table, and below it why what does not go on does not."""
     from rich.console import Group
     from rich.table import Table
@@ -267,16 +268,18 @@ def _screen(found: Sequence[Standing], folders: Sequence[str]) -> Any:
 
     if not found:
         return Text(f"{', '.join(folders)}: nothing has begun here yet")
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("folder", overflow="fold", min_width=12)
+    wide, table = width >= NARROW, Table(show_edge=False, pad_edge=False)
+    table.add_column("folder", overflow="fold")
     table.add_column("status", no_wrap=True)
-    table.add_column("done")
-    table.add_column("images/s", justify="right")
+    table.add_column("done", no_wrap=True)
     table.add_column("left", justify="right", no_wrap=True)
+    if wide:
+        table.add_column("images/s", justify="right")
     for each in found:
         speed = f"{each.images_per_s:.1f}" if each.images_per_s is not None else ""
         left = clock(each.seconds_left) if each.seconds_left is not None else ""
-        table.add_row(Text(each.folder), Text(each.status, COLORS.get(each.status, "")), each.told, speed, left)
+        cells = [Text(each.folder), Text(each.status, COLORS.get(each.status, "")), each.told(wide), left, speed]
+        table.add_row(*cells[: len(table.columns)])
     told = [(each.folder, each.reason) for each in found if each.reason]
     reasons = [Text(reason if reason.startswith(folder) else f"{folder}: {reason}") for folder, reason in told]
     return Group(table, *([Text("")] if reasons else []), *reasons)

@@ -70,9 +70,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             return read_json(folder.path / "sweep.json")
         if rank:
             _wait_for_claim(folder, recipe, stop)
-        # Processes that share batches end together; those that share trials are each on their own.
-        sharing = world if recipe.sweep.split == "batch" else 1
-        leaving.enter_context(Ranks(folder, rank, sharing, recipe.run.timeout_minutes))
+        if recipe.sweep.split == "batch":  # or each is on its own
+            leaving.enter_context(Ranks(folder, rank, world, recipe.run.timeout_minutes))
         worker = Worker(recipe, folder, rank, world, stop, console)
         began = time.monotonic()
         worker.work(grid)
