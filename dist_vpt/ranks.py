@@ -178,6 +178,9 @@ class Ranks:
                 if rank != self.rank and self._gone(rank, 0.0, 2 * self.beat):
                     return self._record_gone(rank)
             time.sleep(0.05)
+        for rank in range(self.world):
+            if rank != self.rank and self._place(rank).get("left"):
+                return self._record_gone(rank)
         late = self._late()
         return self._record(*late) if late is not None else None
 
@@ -261,8 +264,8 @@ class Ranks:
 
     def _record_gone(self, rank: int) -> dict[str, Any]:
         place = self._place(rank)
-        if place.get("left"):  # told between two looks
-            return self._failure() or self._record(rank, f"{_named(place)} has left")
+        if place.get("left"):
+            return self._failure() or self._record(rank, f"{_named(place)} left before the end (by control-C?)")
         return self._record(
             rank,
             f"{_named(place)} ended without a word (its last: {place['what']}): it was killed (did memory run out? "

@@ -34,8 +34,16 @@ def is_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def is_interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+
+
 def hangs() -> None:
     time.sleep(300)
+
+
+CODES = {has_a_bug: 1, is_killed: -signal.SIGKILL, is_interrupted: 130, hangs: 4}
 
 
 def before_step(call: Callable[[], Any]) -> None:
@@ -64,6 +72,7 @@ def forked(strategy: str, folder: Path, before: Callable[[int], None], *override
         (is_killed, "ddp", 0),
         (is_killed, "zero2", 1),
         (is_killed, "ddp, silent", 1),
+        (is_interrupted, "ddp", 1),
         (hangs, "ddp", 1),
     ],
 )
@@ -88,12 +97,13 @@ def test_all_end_with_the_reason_of_the_first(
     forks = forked(strategy.partition(",")[0], folder, before, *patience)
     codes = forks.finish(90)
     seconds = time.time() - moment.stat().st_mtime
-    assert codes[broken] == {has_a_bug: 1, is_killed: -signal.SIGKILL, hangs: 4}[fault], forks.output[-3000:]
+    assert codes[broken] == CODES[fault], forks.output[-3000:]
     assert codes[1 - broken] == 4, forks.output[-3000:]
     assert seconds < (60 * TIMEOUT + 20 if fault is hangs else 20)
     expected = {
         has_a_bug: [f"ZeroDivisionError: a bug of ours at step {FAILS_AT}: reading images"],
         is_killed: ["ended without a word (its last: "],
+        is_interrupted: ["left before the end (by control-C?)"],
         hangs: [
             f"did not come for {TIMEOUT} minutes (run.timeout_minutes): it stands at step {FAILS_AT}: reading images",
             f"the others wait at step {FAILS_AT}",
@@ -102,12 +112,12 @@ def test_all_end_with_the_reason_of_the_first(
     info = json.loads((folder / "run.json").read_text())
     assert info["status"] == "failed"
     logs = [folder / "train.log", folder / "logs" / "rank-1.log"]
-    told = [info["reason"], forks.output, *(log.read_text() for log in logs if codes[logs.index(log)] != -9)]
+    told = [info["reason"], forks.output, *(log.read_text() for log in logs if codes[logs.index(log)] in (1, 4))]
     for text in told:
         assert all(said in text for said in expected[fault]), text
     assert info["reason"].startswith(f"process {broken} of 2 (pid {forks.processes[broken].pid} on ")
     assert forks.output.count("error: process ") == (1 if broken or fault is not hangs else 2)
-    if fault is not is_killed:
+    if fault in (has_a_bug, hangs):
         assert f"in {fault.__name__}" in logs[broken].read_text(), "where it failed or hung"
 
 
