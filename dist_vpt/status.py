@@ -278,7 +278,13 @@ def _screen(found: Sequence[Standing], folders: Sequence[str], width: int) -> An
     for each in found:
         speed = f"{each.images_per_s:.1f}" if each.images_per_s is not None else ""
         left = clock(each.seconds_left) if each.seconds_left is not None else ""
-        cells = [Text(each.folder), Text(each.status, COLORS.get(each.status, "")), each.told(wide), left, speed]
+        cells: list[Any] = [
+            Text(each.folder),
+            Text(each.status, COLORS.get(each.status, "")),
+            each.told(wide),
+            left,
+            speed,
+        ]
         table.add_row(*cells[: len(table.columns)])
     told = [(each.folder, each.reason) for each in found if each.reason]
     reasons = [Text(reason if reason.startswith(folder) else f"{folder}: {reason}") for folder, reason in told]
