@@ -153,7 +153,7 @@ class Ranks:
             self._record(int(error.shared), str(error))
             return
         self._open_log()
-        failure = self._first_failure() if _of_another(error) else None
+        failure = self._first_failure() if of_another(error) else None
         if failure is None:
             said, own = str(error).strip()[:2000], isinstance(error, UserError)
             where = "" if own else f" at {HERE.what} (traceback in {self.log})"
@@ -395,7 +395,7 @@ def _as_error(failure: dict[str, Any]) -> ProcessFailed:
     return error
 
 
-def _of_another(error: BaseException) -> bool:
+def of_another(error: BaseException) -> bool:
     """Whether a process meets this because of another: what the process group raises where one is gone or late."""
     from torch.distributed import DistError
 

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Never
 
-from torch.distributed import DistError
-
 from dist_vpt.errors import UserError
-from dist_vpt.ranks import MARGIN_SECONDS
+from dist_vpt.ranks import MARGIN_SECONDS, of_another
 
 NEWS_SECONDS = 30.0  # a process that still waits then says where, and for whom
 
@@ -51,7 +49,9 @@ def rendezvous(minutes: float) -> Iterator[None]:
         thread.start()
     try:
         yield
-    except DistError as error:
+    except RuntimeError as error:
+        if not of_another(error):
+            raise
         raise UserError(_said(str(error), where, who, lost, minutes)) from error
     finally:
         for thread in threads:
