@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dist_vpt.errors import UserError
+from dist_vpt.ranks import HERE
 
 
 class StopSignal:
@@ -43,7 +44,8 @@ class StopSignal:
 def total(accelerator: Accelerator, *numbers: float | torch.Tensor) -> list[float]:
     """Sums over all processes. A collective call."""
     numbers_on_device = [torch.as_tensor(number, dtype=torch.float32, device=accelerator.device) for number in numbers]
-    return accelerator.reduce(torch.stack(numbers_on_device), "sum").tolist()
+    with HERE.meeting():
+        return accelerator.reduce(torch.stack(numbers_on_device), "sum").tolist()
 
 
 def agree(accelerator: Accelerator, error: UserError | None, stop: StopSignal | None = None) -> None:

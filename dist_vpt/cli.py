@@ -87,6 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     compress.set_defaults(call=_compress, rest="overrides")
 
     _add_suite(commands, common)
+    status = commands.add_parser("status", parents=[common], help="how runs, sweeps and suites stand")
+    status.add_argument("folders", nargs="+", metavar="DIR", help="their folders, or folders that they are in")
+    status.add_argument("--json", action="store_true", help="a list of objects, for programs")
+    status.add_argument(
+        "--watch", nargs="?", const="5", metavar="SECONDS", help="again every 5 or so many seconds, until control-C"
+    )
+    status.set_defaults(call=_status, rest="folders")
     report = commands.add_parser("report", parents=[common], help="tables of results, next to published numbers")
     report.add_argument("folders", nargs="+", metavar="DIR", help="folders with a results.jsonl in or below them")
     report.add_argument("--out", metavar="FOLDER", help="write report.md, .csv, .tex and .html there, too")
@@ -314,6 +321,17 @@ def _backbones_check(arguments: argparse.Namespace) -> None:
     from dist_vpt.backbones.check import check
 
     check(arguments.file)
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from dist_vpt.status import status
+
+    watch = arguments.watch
+    try:
+        seconds = None if watch is None else float(watch)
+    except ValueError:
+        raise UserError(f"--watch {watch}: is not a number of seconds; name folders before --watch") from None
+    status(arguments.folders, as_json=arguments.json, watch=seconds)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from dist_vpt.methods.base import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
 from dist_vpt.optim import multiplier, set_lr
+from dist_vpt.ranks import HERE
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import RunFolder
 
@@ -92,6 +93,7 @@ def train_step(t: Training, fetched: list[Batch] | DataError, *, norms: bool) ->
     batches = [] if isinstance(fetched, DataError) else [_to(batch, accelerator.device) for batch in fetched]
     weights = [t.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
     weight = global_weight(accelerator, t.stop, weights, fetched)
+    HERE.at(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * recipe.train.accumulate / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
     for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
@@ -127,6 +129,7 @@ def fit(t: Training) -> None:
         t.model.train()
         batches = t.train.epoch(progress.epoch, progress.step)
         while progress.step < t.train.steps_per_epoch:
+            HERE.at(f"step {t.step}", "reading images")
             logged = (t.step + 1) % recipe.run.log_every == 0
             step = train_step(t, fetch(batches), norms=logged)
             progress.count(step.loss, step.correct, step.images)
@@ -160,7 +163,8 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     model.eval()
     scores = Scores(classes, accelerator.device, confusion=confusion)
     unread = iter(batches)
-    for _ in range(len(batches)):
+    for number in range(len(batches)):
+        HERE.at(f"batch {number} of a split to score", "reading images")
         fetched = fetch(unread)
         error = fetched if isinstance(fetched, DataError) else None
         agree(accelerator, error, stop)
@@ -207,10 +211,12 @@ def fold(*numbers: int) -> int:
 
 def _check_finite(name: str, value: float, t: Training) -> None:
     if not math.isfinite(value):
-        raise RunFailed(
+        failed = RunFailed(
             f"{t.folder.path}: the {name} is {value} at step {t.step} (epoch {t.progress.epoch}), before the optimiser "
             "step; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
         )
+        failed.shared = True  # of the global batch, so that all processes see it
+        raise failed
 
 
 def _clip(t: Training) -> float | None:
@@ -265,6 +271,7 @@ def _save(t: Training) -> str:
 
     Raises RunFailed after MAY_FAIL failures in a row.
     """
+    HERE.at(f"step {t.step}", "saving the state")
     t.progress.skipped = sorted(set(t.progress.skipped) | t.skipped())
     failed = t.states.save(t.method, t.optimizer, t.progress, t.step, t.monitor.flush)
     if failed is None:
@@ -275,8 +282,10 @@ def _save(t: Training) -> str:
         f"{last}; free space in {t.folder.state}"
     )
     if t.states.failures == MAY_FAIL:
-        raise RunFailed(
+        stays_full = RunFailed(
             f"{t.folder.path}: {MAY_FAIL} states in a row could not be saved, that of step {t.step} because of "
             f"{failed}; free space there, then run.resume=auto goes on {last}"
         )
+        stays_full.shared = True
+        raise stays_full
     return f"but its state could not be saved ({failed}); run.resume=auto goes on {last}"

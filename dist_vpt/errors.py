@@ -36,6 +36,12 @@ class RunFailed(UserError):
     exit_code = 3
 
 
+class ProcessFailed(UserError):
+    """Another process of the run is gone, has failed or hangs; the run is marked as failed with its reason."""
+
+    exit_code = 4
+
+
 class Interrupted(UserError):
     """The run was told to stop and can be resumed from its newest state (EX_TEMPFAIL of sysexits.h)."""
 

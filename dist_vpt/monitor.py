@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import View
 from dist_vpt.metrics import Mistake
+from dist_vpt.ranks import HERE, TELLER
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import RunFolder
 
@@ -71,6 +72,7 @@ class Monitor:
 
     def start(self, headline: list[str], progress: "checkpoint.Progress", total_steps: int, done_steps: int) -> None:
         """Open log and trackers; show what is about to be trained."""
+        self.total_steps = total_steps
         if not self.main:
             self._start_trackers({})
             return
@@ -96,7 +98,6 @@ class Monitor:
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, text="")
-        self.total_steps = total_steps
 
     def _start_trackers(self, options: dict[str, dict[str, Any]]) -> None:
         """One after the other: Accelerate's one name is TensorBoard's folder and W&B's project."""
@@ -111,10 +112,20 @@ class Monitor:
     def step(self, number: int, step: "engine.Step", progress: "checkpoint.Progress", *, logged: bool) -> None:
         """Called after each optimiser step; ``logged`` ones go to the log and the trackers."""
         if not self.main:
+            if logged:
+                TELLER.info(f"step {number}/{self.total_steps}  epoch {progress.epoch + 1}")
             return
         self.steps += 1
         if self.steps == WARM_UP:
             self.started = (time.monotonic(), progress.images)
+        HERE.progress = {
+            "step": number,
+            "steps": self.total_steps,
+            "epoch": progress.epoch + 1,
+            "epochs": self.recipe.train.epochs,
+            "images_per_s": round(self.images_per_s(progress), 2),
+            "seconds_left": round(self._left(number, progress), 1),
+        }
         text = self._text(number, step, progress)
         if self.bar is not None:
             self.bar.update(self.task, completed=number, text=text, description=f"epoch {progress.epoch + 1}")
@@ -221,12 +232,16 @@ class Monitor:
         return (progress.images - self.started[1]) / (time.monotonic() - self.started[0])
 
     def _text(self, number: int, step: "engine.Step", progress: "checkpoint.Progress") -> str:
-        speed = self.images_per_s(progress)
-        left = (self.total_steps - number) * self.recipe.train.batch_size / speed if speed else 0
+        speed, left = self.images_per_s(progress), self._left(number, progress)
         return (
             f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
             f"{speed:.1f} images/s  {peak_memory_mib():.0f} MiB  {_clock(left)} left"
         )
+
+    def _left(self, number: int, progress: "checkpoint.Progress") -> float:
+        """Seconds of training that are left."""
+        speed = self.images_per_s(progress)
+        return (self.total_steps - number) * self.recipe.train.batch_size / speed if speed else 0.0
 
     def _track(self, values: dict[str, float | None], step: int) -> None:
         with self._without_room_no_curves():

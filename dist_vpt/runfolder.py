@@ -1,5 +1,6 @@
 """The run folder: who may write in it, and what lies where."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -40,6 +42,8 @@ OURS = (
     "splits.json",
     "tb",
     "wandb",
+    "ranks",
+    "logs",
     "recipe.yaml",
 )
 MAY_CHANGE = (
@@ -68,8 +72,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def lock_now(descriptor: int) -> None:
+    """Lock a file that nobody else may hold; ``dist-vpt status`` looks at it for a moment.
+
+    Raises BlockingIOError where somebody holds it.
+    """
+    for _ in range(2):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class RunFolder:
-    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/."""
+    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/.
+
+    What its processes tell of themselves (ranks/, logs/) is in ranks.py.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -108,13 +127,15 @@ class RunFolder:
             if self.status().get("status") == "done":
                 yield True
                 return
+            shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
             write_atomically(self.recipe, recipe.to_yaml())
             self.mark("running", kind=kind, started=self.status().get("started") or _now(), **_provenance())
             try:
                 yield False
             except BaseException as error:
                 interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
-                if self.status().get("status") != "done":  # a picture drawn after the result takes nothing back
+                # A picture drawn after the result takes nothing back; another process may have told the first failure.
+                if self.status().get("status") == "running":
                     with suppress(OSError):  # a full disk is no reason to forget what happened
                         self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
                 raise
@@ -135,7 +156,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: cannot be a run folder ({error}); choose another run.dir") from error
         with file as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_now(lock.fileno())
             except BlockingIOError:
                 lock.seek(0)
                 raise RunFolderError(

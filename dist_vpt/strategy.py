@@ -14,7 +14,9 @@ from dist_vpt.errors import UserError
 from dist_vpt.memory import keep_freed_memory
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.optim import build_optimizer
+from dist_vpt.ranks import MARGIN_SECONDS
 from dist_vpt.recipe import Recipe
+from dist_vpt.rendezvous import rendezvous
 
 OURS = (
     "optimizer",
@@ -35,19 +37,22 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         keep_freed_memory()
     # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
     backend = "gloo" if cpu and "RANK" in os.environ else None
-    accelerator = Accelerator(
-        cpu=recipe.runtime.device == "cpu",
-        # Frozen weights are held in the recipe's precision and need no autocast; fp16 needs its gradient scaler.
-        mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
-        gradient_accumulation_steps=recipe.train.accumulate,
-        log_with=list(recipe.run.trackers) or None,
-        project_dir=recipe.run.dir,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=recipe.run.timeout_minutes)),
-            AutocastKwargs(enabled=False),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-    )
+    with rendezvous(recipe.run.timeout_minutes):
+        accelerator = Accelerator(
+            cpu=recipe.runtime.device == "cpu",
+            # Frozen weights are held in the recipe's precision and need no autocast; fp16 needs its gradient scaler.
+            mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
+            gradient_accumulation_steps=recipe.train.accumulate,
+            log_with=list(recipe.run.trackers) or None,
+            project_dir=recipe.run.dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend=backend, timeout=timedelta(minutes=recipe.run.timeout_minutes, seconds=MARGIN_SECONDS)
+                ),
+                AutocastKwargs(enabled=False),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+        )
     if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
         raise UserError("run.trackers: wandb is not installed; pip install 'dist-vpt[wandb]', or leave it out")
     started = int(os.environ.get("WORLD_SIZE", "1"))

@@ -32,6 +32,7 @@ from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, write_adapters
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.monitor import peak_memory_mib
+from dist_vpt.ranks import Ranks
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, load_recipe_from
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
@@ -69,6 +70,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             return read_json(folder.path / "sweep.json")
         if rank:
             _wait_for_claim(folder, recipe, stop)
+        if recipe.sweep.split == "batch":  # or each is on its own
+            leaving.enter_context(Ranks(folder, rank, world, recipe.run.timeout_minutes))
         worker = Worker(recipe, folder, rank, world, stop, console)
         began = time.monotonic()
         worker.work(grid)

@@ -39,6 +39,7 @@ def run(recipe: "Recipe") -> dict[str, Any]:
     from dist_vpt.errors import RunFailed
     from dist_vpt.monitor import reset_peak_memory
     from dist_vpt.plan import check_memory, out_of_memory
+    from dist_vpt.ranks import Ranks
     from dist_vpt.runfolder import RunFolder, read_json
     from dist_vpt.strategy import make_accelerator
 
@@ -53,16 +54,17 @@ def run(recipe: "Recipe") -> dict[str, Any]:
         if _claim(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
             return read_json(folder.result)
-        warning = check_memory(recipe, accelerator, len(parts.splits.classes))
-        training = _set_up(recipe, parts, train, accelerator, folder, stop)
-        leaving.callback(training.close)
-        if warning:
-            training.monitor.line(warning)
-        try:
-            fit(training)
-            return _conclude(training, parts)
-        except torch.OutOfMemoryError as error:
-            raise RunFailed(out_of_memory(recipe, accelerator, len(parts.splits.classes))) from error
+        with Ranks(folder, accelerator.process_index, accelerator.num_processes, recipe.run.timeout_minutes):
+            warning = check_memory(recipe, accelerator, len(parts.splits.classes))
+            training = _set_up(recipe, parts, train, accelerator, folder, stop)
+            leaving.callback(training.close)
+            if warning:
+                training.monitor.line(warning)
+            try:
+                fit(training)
+                return _conclude(training, parts)
+            except torch.OutOfMemoryError as error:
+                raise RunFailed(out_of_memory(recipe, accelerator, len(parts.splits.classes))) from error
 
 
 def _claim(folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", leaving: ExitStack) -> bool:
@@ -94,9 +96,11 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     from dist_vpt.checkpoint import States
     from dist_vpt.engine import Training
     from dist_vpt.monitor import Monitor
+    from dist_vpt.ranks import HERE
     from dist_vpt.runfolder import write_atomically
     from dist_vpt.strategy import prepare, strategy
 
+    HERE.at("the start", "setting up")
     split = parts.splits[recipe.data.train_on]
     weights = class_weights(recipe.train.class_weights, split.labels, len(parts.splits.classes))
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
@@ -158,9 +162,11 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
     from dist_vpt.engine import evaluate
     from dist_vpt.monitor import MIB, peak_memory_mib
+    from dist_vpt.ranks import HERE
     from dist_vpt.runfolder import versions, write_atomically
     from dist_vpt.strategy import frozen_bytes, strategy
 
+    HERE.at("the end", "writing the result")
     progress, classes = t.progress, parts.splits.classes
     images_per_s = t.monitor.images_per_s(progress)
     held, whole = frozen_bytes(t.method)  # between steps

@@ -34,6 +34,7 @@ from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import reset_peak_memory
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
+from dist_vpt.ranks import HERE
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import write_atomically
 
@@ -147,6 +148,7 @@ def step_trials(p: Pass, fetched: list[Batch] | DataError) -> None:
     batches = [] if isinstance(fetched, DataError) else [send_to_device(b, accelerator.device) for b in fetched]
     weights = [p.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
     weight = global_weight(accelerator, p.stop, weights, fetched)
+    HERE.at(f"step {number}", "training", limited=True)
     sums = torch.zeros(len(running), 2)  # loss and right answers of each trial
     images = 0.0
     for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
@@ -183,6 +185,7 @@ def fit_trials(p: Pass) -> None:
             trial.reader.train()
         batches = p.train.epoch(p.epoch, p.step)
         while p.step < p.train.steps_per_epoch and p.running:
+            HERE.at(f"step {p.epoch * p.train.steps_per_epoch + p.step}", "reading images")
             step_trials(p, fetch(batches))
             p.step += 1
             if p.stop.agreed:
@@ -285,6 +288,7 @@ def _update(p: Pass, step: int) -> None:
 
 
 def _end_epoch(p: Pass) -> None:
+    HERE.at(f"epoch {p.epoch + 1}", "scoring val")
     p.epoch, p.step = p.epoch + 1, 0
     ended = p.running
     for trial in ended:

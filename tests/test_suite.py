@@ -80,6 +80,13 @@ def pieces(told: str) -> list[str]:
     ]
 
 
+def test_status_tells_that_all_is_done(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(undisturbed), "--json"]) == 0
+    whole, *sweeps = json.loads(capsys.readouterr().out)
+    assert (whole["kind"], whole["status"], whole["done"], whole["total"]) == ("suite", "done", 6, 6)
+    assert [(each["status"], each["done"], each["total"]) for each in sweeps] == [("done", 4, 4)] * 6
+
+
 def test_a_suite_ends_with_a_result_for_every_pair(undisturbed: Path) -> None:
     found = results(undisturbed)
     assert set(found) == {f"{task}/{method}" for task in TASKS for method in ("reader", "writer")}

@@ -10,6 +10,7 @@ fresh shared memory for each batch would cost a page fault for every 4 KiB.
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict
@@ -17,7 +18,7 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 import psutil
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
@@ -177,19 +178,23 @@ def _padded(indices: np.ndarray, multiple: int) -> np.ndarray:
 
 @dataclass
 class _Pictures:
-    """The unchanging pixels of some images, and the files that could not be read."""
+    """The unchanging pixels of some images, and the files that could not be read. W worker processes."""
 
     split: Split
     view: View
     train: bool
     bad_images: BadImages
     max_megapixels: float
+    reading: torch.Tensor | None = None  # int64 [W], shared with the workers: the image that each is at
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found | DataError:
         """A DataError is returned, not raised: torch would turn it into a traceback in a string."""
         pixels: list[np.ndarray | None] = []
         unreadable = []
+        worker = get_worker_info()
         for i in indices:
+            if worker is not None and self.reading is not None:
+                self.reading[worker.id] = int(i)
             try:
                 pixels.append(self.view.fixed(self.split.read(int(i), self.max_megapixels), self.train))
             except DataError as error:
@@ -272,7 +277,7 @@ class _Feed:
         self.skipped: set[str] = set()
         self._batches, self._largest, self._workers, self._cache = batches, largest, workers, cache
         self._needed, self._world = needed, world
-        self._pool = _Pool(batches, 0 if cache == "memory" else workers)
+        self._pool = _Pool(batches, batches.pictures, 0 if cache == "memory" else workers)
         self._pass = 0
 
     def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
@@ -304,7 +309,7 @@ class _Feed:
         _check_memory(pictures, len(self._needed), self._world)
         chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
         pixels: dict[int, np.ndarray | None] = {}
-        pool = _Pool(pictures, self._workers)
+        pool = _Pool(pictures, pictures, self._workers)
         for chunk, (found, unreadable) in zip(chunks, pool(chunks), strict=True):
             pixels.update(zip(chunk, found, strict=True))
             self.skipped.update(unreadable)
@@ -315,8 +320,8 @@ class _Feed:
 class _Pool:
     """A dataset's answers to a list of requests, in order, from ``workers`` processes that stay alive."""
 
-    def __init__(self, dataset: Any, workers: int):
-        self.workers = workers
+    def __init__(self, dataset: Any, pictures: _Pictures, workers: int):
+        self.workers, self._pictures = workers, pictures
         self._requests: list = []  # read by the loader anew for each pass
         self._loader: DataLoader = DataLoader(
             dataset,
@@ -333,20 +338,38 @@ class _Pool:
 
     def __call__(self, requests: list) -> Iterator[Any]:
         self._requests[:] = requests
+        if self.workers and self._loader._iterator is None:
+            self._pictures.reading = torch.full((self.workers,), PADDING).share_memory_()
         try:
             for answer in self._loader:
                 if isinstance(answer, DataError):
                     raise answer
                 yield answer
         except Exception as error:
+            died = self._died()
             self.close()
             lost = isinstance(error, (RuntimeError, OSError, EOFError)) and self.workers
             if not lost or "in DataLoader worker process" in str(error):
                 raise  # a DataError, or raised by our own code: a bug, with its traceback
             raise DataError(
-                f"a process that loads images died ({type(error).__name__}: {str(error).strip()}); mostly "
+                f"a process that loads images died {died or f'({type(error).__name__}: {str(error).strip()})'}; mostly "
                 f"memory or shared memory (/dev/shm) ran out: lower data.workers, or enlarge /dev/shm"
             ) from error
+
+    def _died(self) -> str:
+        """The workers that have ended by themselves, how, and the images that they were at."""
+        iterator: Any = self._loader._iterator
+        if iterator is None or self._pictures.reading is None:
+            return ""
+        told = []
+        for number, process in enumerate(iterator._workers):
+            if not process.exitcode:
+                continue
+            image = int(self._pictures.reading[number])
+            at = self._pictures.split.where(image) if image != PADDING else "no image yet"
+            code = process.exitcode
+            told.append(f"{at} (by {signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
+        return f"while it read {', '.join(told)}" if told else ""
 
     def close(self) -> None:
         """End the workers now: left to the garbage collector, torch can wait five seconds for each."""

@@ -1,0 +1,200 @@
+"""One process of several fails, is killed or hangs: all end soon, with the reason of the first, told by each."""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from dist_vpt import engine, ranks, rendezvous, strategy
+from dist_vpt.build import Parts
+from dist_vpt.cli import main
+from dist_vpt.data.loaders import TrainBatches
+from tests.forks import Forks, command
+from tests.running import ROOT, words
+
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
+FAILS_AT = 3  # steps that are done before
+OPTIONS = ("train.batch_size=100", "train.epochs=30", "run.trackers=[]", "train.test=false")
+TIMEOUT = 0.15  # minutes: a healthy process must not be so late, on a busy machine either
+
+
+def has_a_bug() -> None:
+    raise ZeroDivisionError("a bug of ours")
+
+
+def is_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
+
+
+def hangs() -> None:
+    time.sleep(300)
+
+
+CODES = {has_a_bug: 1, is_killed: -signal.SIGKILL, is_interrupted: 130, hangs: 4}
+
+
+def before_step(call: Callable[[], Any]) -> None:
+    """Have this process call something as it reads the images of a step."""
+    whole = TrainBatches.epoch
+
+    def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
+        for step, batches in enumerate(whole(self, epoch, start_step), start=start_step):
+            if step == FAILS_AT:
+                call()
+            yield batches
+
+    TrainBatches.epoch = epoch  # type: ignore[method-assign]
+
+
+def forked(strategy: str, folder: Path, before: Callable[[int], None], *overrides: str) -> Forks:
+    file = strategy if strategy == "ddp" else str(ROOT / "launch" / "accelerate" / f"{strategy}.json")
+    return command(["train", *words(folder, *OPTIONS, *overrides)], folder.parent / "told.txt", file, before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "strategy", "broken"),
+    [
+        (has_a_bug, "ddp", 0),
+        (has_a_bug, "zero3", 1),
+        (is_killed, "ddp", 0),
+        (is_killed, "zero2", 1),
+        (is_killed, "ddp, silent", 1),
+        (is_interrupted, "ddp", 1),
+        (hangs, "ddp", 1),
+    ],
+)
+def test_all_end_with_the_reason_of_the_first(
+    fault: Callable[[], None], strategy: str, broken: int, tmp_path: Path
+) -> None:
+    """``silent``: as under NCCL, a sum with a process that is gone does not return."""
+    folder, moment = tmp_path / "run", tmp_path / "moment"
+
+    def befalls() -> None:
+        moment.touch()
+        fault()
+
+    def before(rank: int) -> None:
+        ranks.LEAVE_SECONDS, ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 1.0, 0.3, 0.3
+        if rank == broken:
+            before_step(befalls)
+        elif "silent" in strategy:
+            before_step(lambda: setattr(Accelerator, "reduce", lambda *_: hangs()))
+
+    patience = [f"run.timeout_minutes={TIMEOUT}"] if fault is hangs else []
+    forks = forked(strategy.partition(",")[0], folder, before, *patience)
+    codes = forks.finish(90)
+    seconds = time.time() - moment.stat().st_mtime
+    assert codes[broken] == CODES[fault], forks.output[-3000:]
+    assert codes[1 - broken] == 4, forks.output[-3000:]
+    assert seconds < (60 * TIMEOUT + 20 if fault is hangs else 20)
+    expected = {
+        has_a_bug: [f"ZeroDivisionError: a bug of ours at step {FAILS_AT}: reading images"],
+        is_killed: ["ended without a word (its last: "],
+        is_interrupted: ["left before the end (by control-C?)"],
+        hangs: [
+            f"did not come for {TIMEOUT} minutes (run.timeout_minutes): it stands at step {FAILS_AT}: reading images",
+            f"the others wait at step {FAILS_AT}",
+        ],
+    }
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "failed"
+    logs = [folder / "train.log", folder / "logs" / "rank-1.log"]
+    told = [info["reason"], forks.output, *(log.read_text() for log in logs if codes[logs.index(log)] in (1, 4))]
+    for text in told:
+        assert all(said in text for said in expected[fault]), text
+    assert info["reason"].startswith(f"process {broken} of 2 (pid {forks.processes[broken].pid} on ")
+    assert forks.output.count("error: process ") == (1 if broken or fault is not hangs else 2)
+    if fault in (has_a_bug, hangs):
+        assert f"in {fault.__name__}" in logs[broken].read_text(), "where it failed or hung"
+
+
+def test_processes_that_share_the_batches_of_a_sweep(tmp_path: Path) -> None:
+    """Each trial is a run in a folder of its own, within the sweep's."""
+    folder = tmp_path / "sweep"
+    grid = ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]"]
+    options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]")
+    forks = command(
+        ["sweep", *options], tmp_path / "told.txt", "ddp", lambda rank: before_step(is_killed) if rank else None
+    )
+    assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "failed"
+    assert info["reason"].startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on ")
+    assert not list((folder / "trials").glob("*.json")), "none of them diverged"
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        if rank == 1:
+            whole = engine.F.cross_entropy
+            before_step(lambda: setattr(engine.F, "cross_entropy", lambda *a, **k: whole(*a, **k) * float("nan")))
+
+    forks = forked("ddp", tmp_path / "run", before)
+    assert forks.finish(90) == [3, 3], forks.output[-3000:]
+    assert f"the loss is nan at step {FAILS_AT}" in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
+    assert forks.output.count("error: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "told"),
+    [
+        (0, "localhost", "{port} (MASTER_ADDR, MASTER_PORT): the port is taken by another program"),
+        (1, "nix.invalid", "nix.invalid:{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 cannot resolve nix.invalid"),
+        (
+            1,
+            "localhost",
+            "{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 met no process 0 there within 0.01 minutes",
+        ),
+    ],
+)
+def test_where_processes_do_not_meet(rank: int, address: str, told: str, tmp_path: Path) -> None:
+    """The port is another program's, which takes connections and says nothing."""
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+
+        def work(_: int) -> int:
+            os.environ.update(RANK=f"{rank}", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR=address)
+            os.environ.update(MASTER_PORT=f"{port}", ACCELERATE_USE_CPU="true")
+            rendezvous.MARGIN_SECONDS = strategy.MARGIN_SECONDS = 0.5
+            return main(["train", *words(tmp_path / "run", "run.timeout_minutes=0.01")])
+
+        forks = Forks(1, work, tmp_path / "told.txt")
+        assert forks.finish(60) == [2], forks.output
+    assert told.format(port=port) in forks.output
+    assert forks.output.count("error: ") == 1
+    assert "Traceback" not in forks.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_worker_that_is_killed_on_one_process_is_told_by_all(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        whole, feeding = TrainBatches.epoch, Parts.feeding
+        if rank == 0:  # workers take long to start
+            Parts.feeding = lambda *a: feeding(*a) | {"workers": 0}  # type: ignore[method-assign]
+
+        def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
+            for step, batches in enumerate(whole(self, epoch, start_step)):
+                if rank == 1 and step == FAILS_AT:
+                    self._feed._pool._loader._iterator._workers[0].kill()  # type: ignore[attr-defined]
+                yield batches
+
+        TrainBatches.epoch = epoch  # type: ignore[method-assign]
+
+    forks = forked("ddp", tmp_path / "run", before, "data.workers=1", "data.cache=none")
+    assert forks.finish(90) == [2, 2], forks.output[-3000:]
+    reason = json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
+    assert re.search(r"died while it read digits record \d+ \(by SIGKILL\)", reason), reason
+    assert forks.output.count("error: ") == 1

@@ -1,0 +1,218 @@
+"""`dist-vpt status`: what runs, sweeps and suites leave behind, as it is told on the terminal and to programs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_vpt import status as status_module
+from dist_vpt.cli import main
+from dist_vpt.data.loaders import TrainBatches
+from dist_vpt.errors import Interrupted
+from dist_vpt.recipe import load_recipe
+from dist_vpt.results import Protocol, Result, append
+from dist_vpt.runfolder import RunFolder
+from dist_vpt.suite import Pair, _claim_file, _locked
+from tests.forks import command
+from tests.running import wait_for, words
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+STEPS_DONE = 3
+
+
+@pytest.fixture(autouse=True)
+def a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert main(["status", *words]) == 0
+    return capsys.readouterr().out
+
+
+def standings(capsys: pytest.CaptureFixture[str], *folders: Path) -> dict[str, dict[str, Any]]:
+    return {Path(each["folder"]).name: each for each in json.loads(told(capsys, *map(str, folders), "--json"))}
+
+
+def ended(folder: Path, error: BaseException | None = None) -> None:
+    """A run that has ended, well or with an error."""
+    run = RunFolder(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dist_vpt.runfolder.git_revision", lambda: None)
+        with (
+            nullcontext() if error is None else pytest.raises(type(error)),
+            run.claimed(load_recipe([], [f"run.dir={folder}"])),
+        ):
+            if error is not None:
+                raise error
+            run.mark("done")
+
+
+def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "runs" / "one"
+
+    def before(rank: int) -> None:
+        whole = TrainBatches.epoch
+
+        def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
+            for step, batches in enumerate(whole(self, epoch, start_step)):
+                if epoch == 1 and step == STEPS_DONE:
+                    time.sleep(300)
+                yield batches
+
+        TrainBatches.epoch = epoch  # type: ignore[method-assign]
+
+    options = words(folder, "train.epochs=4", "train.batch_size=200", "run.trackers=[]", "run.timeout_minutes=0.01")
+    forks = command(["train", *options], tmp_path / "told.txt", before=before)
+    number = 5 + STEPS_DONE
+
+    def arrived() -> bool:
+        return (folder / "run.json").exists() and standings(capsys, folder)["one"]["done"] == number
+
+    wait_for(lambda: not forks.running or arrived())
+    one = standings(capsys, tmp_path)["one"]
+    assert (one["kind"], one["status"], one["reason"]) == ("run", "running", None)
+    assert (one["done"], one["total"], one["unit"], one["epoch"], one["epochs"]) == (number, 20, "steps", 2, 4)
+    assert one["seconds_left"] == pytest.approx(12 * 200 / one["images_per_s"], rel=0.01)
+    assert f"{number}/20 steps, epoch 2/4" in told(capsys, str(tmp_path))
+    forks.send(signal.SIGKILL)
+    assert forks.finish() == [-signal.SIGKILL]
+    one = standings(capsys, tmp_path)["one"]
+    assert (one["status"], one["done"], one["images_per_s"], one["seconds_left"]) == ("dead", number, None, None)
+    assert one["reason"] == (
+        f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
+        "images; run.resume=auto goes on"
+    )
+
+
+def test_how_runs_have_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ended(tmp_path / "a" / "well")
+    ended(tmp_path / "a" / "stopped", Interrupted("stopped at step 7"))
+    ended(tmp_path / "failed", ZeroDivisionError("a bug of ours"))
+    ended(tmp_path / "broken")
+    (tmp_path / "broken" / "run.json").write_text('{"status": "do')
+    found = standings(capsys, tmp_path)
+    assert {name: each["status"] for name, each in found.items()} == {
+        "well": "done",
+        "stopped": "interrupted",
+        "failed": "failed",
+        "broken": "damaged",
+    }
+    shown = told(capsys, str(tmp_path))
+    assert f"{tmp_path}/failed: a bug of ours" in shown
+    assert f"{tmp_path}/a/stopped: stopped at step 7" in shown
+    assert f"\n{tmp_path}/broken/run.json: damaged" in shown
+
+
+def test_a_sweep_by_its_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweep"
+    grid = ("sweep.grid={optim: {lr: [1.0, 0.1, 0.2], weight_decay: [0.0, 0.1]}}", "sweep.seeds=[1, 2]")
+    with RunFolder(folder).claimed(load_recipe([], [f"run.dir={folder}", *grid]), kind="sweep"):
+        (folder / "trials").mkdir()
+        for number, seconds in enumerate((10.0, 20.0)):
+            (folder / "trials" / f"{number:03d}.json").write_text(json.dumps({"seconds": seconds}))
+        sweep = standings(capsys, folder)["sweep"]
+    assert (sweep["kind"], sweep["status"], sweep["done"], sweep["total"]) == ("sweep", "running", 2, 6 + 2)
+    assert sweep["seconds_left"] == 6 * 15
+    assert "2/8 trials and seeds" in told(capsys, str(folder))
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Iterator[tuple[Path, ExitStack]]:
+    """A suite of four sweeps: one has a result, one has failed, a runner is at one, and one has not begun."""
+    folder, recipe = tmp_path / "suite", load_recipe([])
+    pairs = {name: Pair(name, "vpt", recipe) for name in ("caltech101", "dtd", "svhn", "eurosat")}
+    (folder / "claims").mkdir(parents=True)
+    content = {pair.name: {"recipe": f"of {name}", "trials": 3, "seeds": [1, 2]} for name, pair in pairs.items()}
+    (folder / "manifest.json").write_text(json.dumps({"pairs": content}))
+    common = {"group": None, "method": "vpt", "backbone": "demo", "precision": "fp32"}
+    protocol = {"storage": "tfds", "resize": "vpt", "fit": "squash", "normalize": "vpt", "image_size": 8}
+    protocol |= {"counts": {}, "trials": 3, "epochs": 1}
+    well = Result(run="of caltech101", task="caltech101", protocol=Protocol.model_validate(protocol), **common)  # type: ignore[arg-type]
+    append(folder / "results.jsonl", well)
+    append(folder / "results.jsonl", Result(run="of dtd", task="dtd", failed="no such folder: dtd", **common))  # type: ignore[arg-type]
+    (folder / "svhn" / "vpt" / "trials").mkdir(parents=True)
+    (folder / "svhn" / "vpt" / "run.json").write_text('{"kind": "sweep", "status": "running"}')
+    (folder / "svhn" / "vpt" / "trials" / "000.json").write_text('{"seconds": 4.0}')
+    with ExitStack() as runner:
+        runner.enter_context(_locked(_claim_file(folder, pairs["svhn"], "trial 1"), wait=False))
+        yield folder, runner
+
+
+def test_a_suite_in_the_middle(suite: tuple[Path, ExitStack], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, runner = suite
+    found = json.loads(told(capsys, str(folder.parent), "--json"))
+    assert [(each["kind"], each["status"], each["done"], each["total"]) for each in found] == [
+        ("suite", "running", 1, 4),
+        ("sweep", "done", 0, 5),
+        ("sweep", "failed", 0, 5),
+        ("sweep", "running", 1, 5),
+        ("sweep", "waiting", 0, 5),
+    ]
+    assert found[3]["seconds_left"] == 4 * 4.0
+    assert f"{folder}/dtd/vpt: no such folder: dtd" in told(capsys, str(folder))
+    assert [each["status"] for each in standings(capsys, folder / "svhn" / "vpt").values()] == ["running"]
+    runner.close()
+    found = json.loads(told(capsys, str(folder), "--json"))
+    assert [each["status"] for each in found] == ["interrupted", "done", "failed", "interrupted", "waiting"]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_terminal_shows_all(
+    width: int, suite: tuple[Path, ExitStack], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.chdir(suite[0].parent)
+    lines = told(capsys, "suite").splitlines()
+    assert max(map(len, lines)) <= width
+    for word in ("running", "waiting", "failed", "done"):
+        assert any(word in line for line in lines)
+    assert any("0:16" in line for line in lines), "seconds left"
+    assert "suite/eurosat/vpt" in "".join(line.split("│")[0].strip() for line in lines)
+
+
+def test_a_folder_without_runs_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, str(tmp_path)).replace("\n", "") == f"{tmp_path}: nothing has begun here yet"
+    assert json.loads(told(capsys, str(tmp_path), "--json")) == []
+    assert main(["status", str(tmp_path), str(tmp_path / "x"), str(tmp_path / "y")]) == 2
+    message = capsys.readouterr().err
+    assert all(f"{tmp_path}/{name}: there is no such folder; name one that train" in message for name in "xy")
+    for wrong, said in (("0", "must be above 0"), ("runs", "is not a number of seconds")):
+        assert main(["status", str(tmp_path), "--watch", wrong]) == 2
+        assert f"--watch {wrong}: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+def test_watching_ends_with_control_c(
+    json_too: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise KeyboardInterrupt
+
+    ended(tmp_path / "run")
+    monkeypatch.setattr(status_module.time, "sleep", sleep)
+    shown = told(capsys, str(tmp_path), *json_too, "--watch", "0.5")
+    assert slept == [0.5] * 3
+    assert shown.count("done") == 3 * 2  # a heading or a key, and a status
+
+
+def test_it_needs_no_torch(tmp_path: Path) -> None:
+    ended(tmp_path / "run")
+    code = "import sys; from dist_vpt.cli import main; main(['status', sys.argv[1]]); print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.splitlines()[-1] == "False"
