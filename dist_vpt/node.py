@@ -1,9 +1,10 @@
 """A node's part of a Slurm job: look for what usually goes wrong, then start the processes that train.
 
     python -m dist_vpt.node check RECIPE... a.b=c
+    python -m dist_vpt.node gpus
     python -m dist_vpt.node train launch/accelerate/STRATEGY.yaml RECIPE... a.b=c
 
-launch/slurm.sh calls both on each node. Its step's exit code is the highest of all nodes', and a node that Slurm has
+launch/slurm.sh calls them on each node. Its step's exit code is the highest of all nodes', and a node that Slurm has
 ended counts 128 and more; so what a training process itself told is raised above that.
 """
 
@@ -24,7 +25,11 @@ KILLED = 94  # stands for that of one that a signal has ended
 def main(words: Sequence[str] | None = None) -> int:
     """Check this node or train on it; returns the exit code."""
     command, *words = sys.argv[1:] if words is None else words
-    return check(words, os.environ) if command == "check" else train(Path(words[0]), words[1:], os.environ)
+    if command == "check":
+        return check(words, os.environ)
+    if command == "gpus":
+        return _tell(_too_few_gpus(os.environ), os.environ)
+    return train(Path(words[0]), words[1:], os.environ)
 
 
 def check(words: Sequence[str], told: Mapping[str, str]) -> int:
@@ -32,20 +37,21 @@ def check(words: Sequence[str], told: Mapping[str, str]) -> int:
     from dist_vpt.recipe import load_recipe, split_arguments
     from dist_vpt.runfolder import RunFolder
 
-    node = told.get("SLURMD_NODENAME", socket.gethostname())
     try:
         recipe = load_recipe(*split_arguments(words))
     except UserError as error:
-        print(f"slurm: {node}: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return _tell([str(error)], told)
     folder = RunFolder(str(recipe.run.dir))
     if folder.holds(recipe, "run") and folder.status()["status"] == "done":
         print(f"{folder.path}: done already; its numbers are in {folder.result}")
         return NOTHING_LEFT
-    found = [*_unresolved(told), *_port_taken(told), *_too_few_gpus(told)]
-    for mistake in found:
-        print(f"slurm: {node}: {mistake}", file=sys.stderr)
-    return UserError.exit_code if found else 0
+    return _tell([*_unresolved(told), *_port_taken(told), *_too_few_gpus(told)], told)
+
+
+def _tell(mistakes: Sequence[str], told: Mapping[str, str]) -> int:
+    for mistake in mistakes:
+        print(f"slurm: {told.get('SLURMD_NODENAME', socket.gethostname())}: {mistake}", file=sys.stderr)
+    return UserError.exit_code if mistakes else 0
 
 
 def _unresolved(told: Mapping[str, str]) -> list[str]:

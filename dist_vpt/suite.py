@@ -193,28 +193,17 @@ def show_plan(pairs: Sequence[Pair]) -> None:
 
 def slurm_array(pairs: Sequence[Pair], arguments: Sequence[str], file: Path) -> None:
     """Write a Slurm script that does each pair as an element of a job array."""
-    import shlex
+    from dist_vpt.launch import script
 
-    words = shlex.join([sys.executable, "-m", "dist_vpt", "suite", *arguments])
-    text = f"""#!/bin/bash
-#SBATCH --job-name=dist-vpt-suite
-#SBATCH --array=0-{len(pairs) - 1}
-#SBATCH --ntasks=1
-#SBATCH --gpus-per-task=1
-#SBATCH --signal=B:USR1@120
-#SBATCH --requeue
-#SBATCH --output=slurm-%A_%a.log
-# An element does one task under one method; started again, it goes on. More options (partition, time, account, how many
-# elements at once: --array=0-{len(pairs) - 1}%4) may be given to sbatch on the command line.
-cd {shlex.quote(os.getcwd())} || exit 1
-{words} --only "$SLURM_ARRAY_TASK_ID" &
-child=$!
-trap 'kill -USR1 "$child"' USR1 TERM
-while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done
-wait "$child"; code=$?  # its own, also where a signal ended the wait before
-if [ "$code" = 75 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
-exit "$code"
-"""
+    directives = [
+        "--job-name=dist-vpt-suite",
+        f"--array=0-{len(pairs) - 1}",
+        "--nodes=1",
+        "--gpus-per-node=1",
+        f"--cpus-per-task={1 + max(pair.recipe.data.workers for pair in pairs)}",
+        "--output=slurm-%A_%a.log",
+    ]
+    text = script("dist-vpt suite --slurm", directives, ["suite_in_job", *arguments])
     from dist_vpt.runfolder import write_atomically
 
     try:

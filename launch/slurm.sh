@@ -32,7 +32,7 @@ train_in_job() {
 
 suite_in_job() {
   _begin "$@"
-  _has_package "$python" || exit 2
+  { _has_package "$python" && "$python" -m dist_vpt.node gpus; } || exit 2
   # With --runners N an element takes whatever trials and seeds of the suite are left, N at a time.
   case " $* " in *" --runners "*) ;; *) set -- "$@" --only "${SLURM_ARRAY_TASK_ID:-0}" ;; esac
   _run _on_every_node "$python" -m dist_vpt suite "$@"
@@ -46,6 +46,7 @@ _begin() {
     _fail "job $job was started $((attempt - 1)) times and ATTEMPTS=$attempts; submit it again to go on where it stopped"
   fi
   echo "slurm: job $job, attempt $attempt of $attempts, on $SLURM_JOB_NODELIST"
+  trap 'stop=yes' USR1  # before the time limit, as --signal says; until training runs there is nothing to save
 }
 
 _fail() {
@@ -70,9 +71,10 @@ _on_every_node() {
   srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --wait=60 "$@"
 }
 
-# Run a step; SIGUSR1, which comes before the time limit, is handed on to all its processes.
+# Run a step; SIGUSR1 is handed on to all its processes.
 _run() {
   local step code ended=
+  if [ -n "${stop:-}" ]; then _finish 75; fi
   "$@" &
   step=$!
   # Again and again: a process that is still starting ignores it.
@@ -95,7 +97,7 @@ _finish() {
     exit "$code"
   fi
   echo "slurm: attempt $attempt of $attempts ended with exit code $code; Slurm starts the job again"
-  trap - USR1 TERM
+  trap - TERM
   if scontrol requeue "$job"; then sleep 120; fi  # Slurm ends this script
   echo "slurm: could not be started again; submit it again to go on where it stopped" >&2
   exit "$code"

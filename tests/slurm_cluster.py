@@ -4,6 +4,7 @@ As root each node has its own network, host name, mounts and process numbers, so
 all of the node's; else both are addresses of the loopback. Only what was started here is ended.
 """
 
+import itertools
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,7 +22,9 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
 NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
+ROOT = Path(__file__).parents[1]
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+STARTED = itertools.count()
 
 
 class Unavailable(Exception):
@@ -35,7 +39,7 @@ class Cluster:
         if missing:
             raise Unavailable(f"no {missing[0]} here (apt-get install slurmctld slurmd slurm-client munge iproute2)")
         self.apart = os.geteuid() == 0 and shutil.which("ip", path=PATH) is not None
-        self.number = os.getpid() % 200  # of this cluster among those of other test processes
+        self.number = (os.getpid() + 67 * next(STARTED)) % 200  # tests run in several processes at once
         self.root = Path(tempfile.mkdtemp(prefix="slurm-"))  # munge's socket wants folders that everybody may enter
         self.root.chmod(0o755)
         self.daemons: list[tuple[str, subprocess.Popen[bytes]]] = []
@@ -119,17 +123,27 @@ class Cluster:
                 found.append(process)
         return found
 
+    def marks(self) -> list[str]:
+        """Network devices and namespaces of this cluster that the system knows of."""
+        if not self.apart:
+            return []
+        known = [line.split(":")[1].split("@")[0].strip() for line in self._ip("-oneline", "link").splitlines()]
+        known += [line.split()[0] for line in self._ip("netns").splitlines()]
+        ours = {self._bridge, *map(self._namespace, NODES), *map(self._end, NODES)}
+        return sorted(ours.intersection(known))
+
     def run(self, *words: str, check: bool = True, **more: str) -> str:
         """Output of a command that knows of this cluster; ``more``: environment variables."""
         environment = {**self.environment, **more}
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, folder: Path, script: Path, *words: str, options: Sequence[str] = (), **more: str) -> str:
-        """The number of a job that runs a script of the repository in ``folder``; its log is in self.log(number)."""
-        log = f"--output={self.root}/jobs/%A.log" if "--array" not in " ".join(options) else f"--output={self.root}/jobs/%A_%a.log"
-        return self.run("sbatch", "--parsable", f"--chdir={folder}", log, *options, str(script), *words, **more).strip()
+    def submit(self, script: Path, *words: str, options: Sequence[str] = (), **more: str) -> str:
+        """The number of a job that runs a script in the repository's folder; its log is in self.log(number)."""
+        name = "%A_%a" if any("--array" in option for option in options) else "%j"
+        line = ["sbatch", "--parsable", f"--output={self.root}/jobs/{name}.log", *options, str(script), *words]
+        return self.run(*line, **more).strip()
 
     def log(self, job: str) -> str:
         path = self.root / "jobs" / f"{job}.log"
@@ -145,13 +159,9 @@ class Cluster:
         self._wait_for(lambda: all(job["JobState"] in ENDED for job in self.job(number)), seconds, number)
         return self.job(number)[0]
 
-    def wait_for_line(self, number: str, line: str, times: int = 1, seconds: float = 120) -> None:
-        """Until a line was written ``times`` times to a job's log."""
-        self._wait_for(lambda: self.log(number).count(line) >= times, seconds, number)
-
-    def _wait_for(self, condition: object, seconds: float = 20, job: str | None = None) -> None:
+    def _wait_for(self, condition: Callable[[], bool], seconds: float = 20, job: str | None = None) -> None:
         deadline = time.monotonic() + seconds
-        while not condition():  # type: ignore[operator]
+        while not condition():
             ended = [name for name, daemon in self.daemons if daemon.poll() is not None]
             if ended or (job is None and time.monotonic() > deadline):
                 logs = "".join(path.read_text()[-500:] for path in sorted((self.root / "log").glob("*.out")))
@@ -185,6 +195,10 @@ class Cluster:
     def _namespace(self, node: str) -> str:
         return f"slurm{self.number}-{node}"
 
+    def _end(self, node: str) -> str:
+        """Of the wire to a node, at the bridge."""
+        return f"sl{self.number}{node}"
+
     def _address(self, node: str) -> str:
         last = 11 + NODES.index(node)
         return f"10.231.{self.number}.{last}" if self.apart else f"127.0.{self.number}.{last}"
@@ -194,7 +208,7 @@ class Cluster:
         self._ip("addr", "add", f"10.231.{self.number}.1/24", "dev", self._bridge)
         self._ip("link", "set", self._bridge, "up")
         for node in NODES:
-            name, end = self._namespace(node), f"sl{self.number}{node}"
+            name, end = self._namespace(node), self._end(node)
             self._ip("netns", "add", name)
             self._ip("link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", name)
             self._ip("link", "set", end, "master", self._bridge, "up")
@@ -202,8 +216,9 @@ class Cluster:
             for device in ("eth0", "lo"):
                 self._ip("-n", name, "link", "set", device, "up")
 
-    def _ip(self, *words: str, check: bool = True) -> None:
-        subprocess.run(["ip", *words], env=self.environment, capture_output=True, text=True, check=check)
+    def _ip(self, *words: str, check: bool = True) -> str:
+        line = ["ip", *words]
+        return subprocess.run(line, env=self.environment, capture_output=True, text=True, check=check).stdout
 
     def _write_configuration(self) -> None:
         host = socket.gethostname().partition(".")[0]
@@ -240,7 +255,9 @@ class Cluster:
             *(["GresTypes=gpu"] if self.gpus else []),
         ]
         for number, node in enumerate(NODES):
-            place = f"NodeHostname={node} Port=17818" if self.apart else f"NodeHostname={host} Port={18100 + 2 * self.number + number}"
+            place = f"NodeHostname={host} Port={18100 + 2 * self.number + number}"
+            if self.apart:
+                place = f"NodeHostname={node} Port=17818"
             devices = f" Gres=gpu:{self.gpus}" if self.gpus else ""
             lines.append(f"NodeName={node} NodeAddr={self._address(node)} {place} CPUs=16 RealMemory=64000{devices}")
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
@@ -252,7 +269,5 @@ class Cluster:
 
 
 def _send(process: psutil.Process, number: int) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass

@@ -23,6 +23,7 @@ from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import DataError, UserError
+from dist_vpt.signals import unheard
 
 BadImages = Literal["fail", "skip"]
 
@@ -334,7 +335,9 @@ class _Pool:
     def __call__(self, requests: list) -> Iterator[Any]:
         self._requests[:] = requests
         try:
-            for answer in self._loader:
+            with unheard():
+                answers = iter(self._loader)
+            for answer in answers:
                 if isinstance(answer, DataError):
                     raise answer
                 yield answer
