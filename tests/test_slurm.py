@@ -26,6 +26,7 @@ from tests.slurm_cluster import Cluster, Unavailable
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LAUNCH = ROOT / "launch"
 OPTIONS = ("train.batch_size=60", "train.epochs=2", "run.save_every=4")  # 34 steps
+LOADED = ("data.workers=1", "data.cache=none")
 CPUS = ("--gpus-per-node=0", "--cpus-per-task=4")
 
 
@@ -109,7 +110,7 @@ def test_a_job_that_is_stopped_started_again_and_killed_equals_a_local_run(
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', ROOT)}")
-    options = words(folder, *OPTIONS, "data.workers=1")
+    options = words(folder, *OPTIONS, *LOADED)
     submitted = time.monotonic()
     assert main(["launch", "slurm", *options, "--nodes", "2", "--gpus-per-node", "0", "--time", "10"]) == 0
     job = capsys.readouterr().out.split()[1]
@@ -361,7 +362,7 @@ def test_exit_code_of_a_node(codes: dict[int, int], told: int) -> None:
 def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Signals, tmp_path: Path) -> None:
     """Slurm sends it to every process of a step; the one that trains saves its state."""
     folder = tmp_path / "run"
-    forks = command(["train", *words(folder, *OPTIONS, "train.epochs=30", "data.workers=1")], tmp_path / "told.txt")
+    forks = command(["train", *words(folder, *OPTIONS, "train.epochs=30", *LOADED)], tmp_path / "told.txt")
     wait_for(lambda: step(folder, 510) >= 2 or not forks.running)
     (trainer,) = [psutil.Process(process.pid) for process in forks.processes]
     below = trainer.children(recursive=True)
