@@ -153,14 +153,17 @@ def suite(
     pairs = [_settled(pair) for pair in pairs]
     _admit(folder, pairs)
     mine = list(pairs) if only is None else [_element(pairs, only)]
-    count = 1 if launched or STARTED in os.environ else runners or _devices()
+    if {pair.key for pair in mine} <= _done(folder):
+        count = 0  # torch is not even loaded
+    else:
+        count = 1 if launched or STARTED in os.environ else runners or _devices()
     if launched:  # by a launcher of ours or another: each process is a runner of its own
         from dist_vpt.sweep import alone
 
         alone()
     if count > 1:
         _start(count, [*arguments, *([] if only is None else ["--only", str(only)])])
-    else:
+    elif count:
         _Runner(folder, mine).work()
     if STARTED in os.environ:
         return  # who started it tells the end
@@ -331,7 +334,7 @@ class _Runner:
         failed = _claim_file(self.folder, pair, "failed")
         if failed.is_file() and failed.stat().st_mtime >= self.began:
             return True
-        return pair.key in {result.run for result in _results(self.folder) if not result.failed}
+        return pair.key in _done(self.folder)
 
     def _fail(self, pair: Pair, reason: str) -> None:
         from dist_vpt.results import FILE, append
@@ -428,6 +431,11 @@ def _results(folder: Path) -> "list[Result]":
     from dist_vpt.results import FILE, read
 
     return read(folder / FILE)[0] if (folder / FILE).is_file() else []
+
+
+def _done(folder: Path) -> set[str]:
+    """Keys of the pairs that have a result."""
+    return {result.run for result in _results(folder) if not result.failed}
 
 
 def _conclude(folder: Path, pairs: Sequence[Pair]) -> list[str]:

@@ -246,7 +246,7 @@ class Cluster:
             "AccountingStorageType=accounting_storage/none",
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_Core",
-            "SchedulerParameters=sched_interval=2,bf_interval=2",
+            "SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=0,bf_interval=1",
             "SlurmdParameters=config_overrides",
             "ReturnToService=2",
             "JobRequeue=1",
