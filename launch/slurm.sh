@@ -22,8 +22,10 @@ train_in_job() {
   export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$head" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}
   export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   set -- "$@" run.resume=auto
-  _check_node "$python" "$@" || _finish $?  # a mistake that every node would meet is told once
-  if [ "$SLURM_NNODES" -gt 1 ]; then
+  if [ -n "${SLURMD_NODENAME:-}" ]; then  # a script runs on the first node; what every node would meet is told once
+    _check_node "$python" "$@" || _finish $?
+  fi
+  if [ "$SLURM_NNODES" -gt 1 ] || [ -z "${SLURMD_NODENAME:-}" ]; then
     export -f _check_node _has_package
     _on_every_node bash -c '_check_node "$@"' bash "$python" "$@" || _finish $?
   fi

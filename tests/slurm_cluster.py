@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue", "setpriv")
 NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 ROOT = Path(__file__).parents[1]
@@ -154,7 +154,7 @@ class Cluster:
         lines = self.run("scontrol", "show", "job", number, "--oneliner").splitlines()
         return [dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines if line]
 
-    def wait(self, number: str, seconds: float = 240) -> dict[str, str]:
+    def wait(self, number: str, seconds: float = 400) -> dict[str, str]:
         """A job's last record. `sbatch --wait` would look only every ten seconds."""
         self._wait_for(lambda: all(job["JobState"] in ENDED for job in self.job(number)), seconds, number)
         return self.job(number)[0]
@@ -173,6 +173,7 @@ class Cluster:
         return set(self.run("sinfo", "--noheader", "--states=idle", "--format=%n", check=False).split())
 
     def _daemon(self, name: str, *words: str) -> None:
+        words = ("setpriv", "--pdeathsig", "KILL", *words)  # where this process is killed, they go with it
         with open(self.root / "log" / f"{name}.out", "wb") as told:
             daemon = subprocess.Popen(
                 words, env=self.environment, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True

@@ -72,10 +72,13 @@ def test_a_job_equals_a_local_run(  # noqa: PLR0917 (fixtures)
     result = json.loads((folder / "result.json").read_text())
     assert (result["strategy"], result["processes"]) == (strategy, processes)
     before = (folder / "result.json").read_bytes()
-    job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *told, options=CPUS)
-    assert cluster.wait(job)["ExitCode"] == "0:0"
-    assert f"{folder}: done already; its numbers are in {folder}/result.json" in cluster.log(job)
-    assert "srun" not in cluster.log(job)
+    if processes == 1:
+        log = cluster.run(str(LAUNCH / "slurm_interactive.sh"), *CPUS, "--", *told)
+    else:
+        job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *told, options=CPUS)
+        assert cluster.wait(job)["ExitCode"] == "0:0"
+        log = cluster.log(job)
+    assert f"{folder}: done already; its numbers are in {folder}/result.json" in log
     assert (folder / "result.json").read_bytes() == before
 
 
@@ -313,6 +316,8 @@ def test_what_keeps_a_job_from_starting(
 
 
 def test_every_node_is_checked_and_an_element_has_its_sweep(tmp_path: Path) -> None:
+    done = in_job(tmp_path, "seed=1", SLURMD_NODENAME="")  # salloc's command runs on no node
+    assert "_check_node" in done.stdout
     done = in_job(tmp_path, "zero2", "seed=1", SLURM_NNODES="2")
     steps = [line for line in done.stdout.splitlines() if line.startswith("step: ")]
     assert len(steps) == 2
