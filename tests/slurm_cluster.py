@@ -167,7 +167,7 @@ class Cluster:
                 logs = "".join(path.read_text()[-500:] for path in sorted((self.root / "log").glob("*.out")))
                 raise Unavailable(f"{', '.join(ended) or 'Slurm'} did not start: {logs}")
             assert time.monotonic() < deadline, f"waited in vain for {job}: {self.log(job or '')[-3000:]}"
-            time.sleep(0.3)
+            time.sleep(0.2 if job is None else 1)
 
     def _idle(self) -> set[str]:
         return set(self.run("sinfo", "--noheader", "--states=idle", "--format=%n", check=False).split())

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,14 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from dist_vpt import node
 from dist_vpt.cli import main
-from dist_vpt.results import FILE, read
+from dist_vpt.results import FILE, Result, append, read
+from dist_vpt.suite import plan
 from tests.forks import command
 from tests.running import ROOT, step_losses, train, wait_for, words
 from tests.slurm_cluster import Cluster, Unavailable
@@ -145,13 +144,13 @@ def test_a_job_that_is_stopped_started_again_and_killed_equals_a_local_run(
     assert "process 1 was ended by signal 9 (Killed)" in log.read_text()
 
 
-def suites(folder: Path) -> dict[str, dict[str, Any]]:
-    """What a suite has found, but for what depends on who computed it, and when."""
+LEFT = (3, 10, 18)
+
+
+def results(folder: Path) -> dict[str, Result]:
     found, wrong = read(folder / FILE)
     assert not wrong
-    return {
-        result.folder: result.model_dump(include={"run", "chosen", "val", "test", "parameters"}) for result in found
-    }
+    return {result.folder: result for result in found}
 
 
 @pytest.mark.slurm
@@ -162,31 +161,34 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
         task.write_text(f"seed: {number}\ndata: {{format: digits, image_size: 8, workers: 0}}\n")
     common = ["train.epochs=1", "optim.warmup_epochs=0", "train.batch_size=500", "run.trackers=[]"]
     common += ["sweep.grid={optim: {lr: [0.1]}}", "sweep.seeds=[1]", "runtime.attention=eager"]
-    told = [*common, "--tasks", *map(str, tasks), "--method", "linear", "--out"]
-    local = command(["suite", *told, str(tmp_path / "local")], tmp_path / "told.txt")
+    left = [tasks[number] for number in LEFT]
+    told = [*common, "--tasks", *map(str, left), "--method", "linear", "--out", str(tmp_path / "local")]
+    local = command(["suite", *told], tmp_path / "told.txt")
     assert local.finish() == [0], local.output
-    shutil.copytree(tmp_path / "local", tmp_path / "array")
-    lost = ("task03/linear", "task10/linear", "task18/linear")
-    lines = (tmp_path / "local" / FILE).read_text().splitlines(keepends=True)
-    (tmp_path / "array" / FILE).write_text("".join(line for line in lines if json.loads(line)["folder"] not in lost))
-    for name in lost:
-        shutil.rmtree(tmp_path / "array" / name)
+    expected = results(tmp_path / "local")
+    (tmp_path / "array").mkdir()
+    for number, pair in enumerate(plan(list(map(str, tasks)), ["linear"], common, None, "out")):
+        if number not in LEFT:
+            done = expected[f"{left[0].stem}/linear"].model_copy(update={"run": pair.key, "folder": pair.name})
+            append(tmp_path / "array" / FILE, done)
+    told = [*common, "--tasks", *map(str, tasks), "--method", "linear", "--out", str(tmp_path / "array")]
     options = ["--array=0-18%2", "--gpus-per-node=0", "--cpus-per-task=1"]
-    job = cluster.submit(LAUNCH / "slurm_array.sbatch", *told, str(tmp_path / "array"), options=options)
+    job = cluster.submit(LAUNCH / "slurm_array.sbatch", *told, options=options)
     cluster.wait(job)
     elements = cluster.job(job)
     assert sorted(int(element["ArrayTaskId"]) for element in elements) == list(range(19))
     assert {element["JobState"] for element in elements} == {"COMPLETED"}, cluster.log(f"{job}_3")
     spans = [(element["StartTime"], element["EndTime"]) for element in elements]
     assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) <= 2
-    expected, found = suites(tmp_path / "local"), suites(tmp_path / "array")
-    assert found.keys() == expected.keys()
+    found = results(tmp_path / "array")
+    assert len(found) == 19
     for name, result in expected.items():
-        assert found[name]["run"] == result["run"]
-        assert found[name]["val"] == pytest.approx(result["val"], abs=1e-4)
-        for metric, spread in result["test"].items():
-            assert found[name]["test"][metric]["mean"] == pytest.approx(spread["mean"], abs=1e-4)
-    assert ["trials" in cluster.log(f"{job}_{number}") for number in (3, 4, 10, 18)] == [True, False, True, True]
+        assert found[name].run == result.run
+        assert found[name].val == pytest.approx(result.val, abs=1e-4)
+        for metric, spread in result.test.items():
+            assert found[name].test[metric].mean == pytest.approx(spread.mean, abs=1e-4)
+    began = [number for number in range(19) if "linear: trials" in cluster.log(f"{job}_{number}")]
+    assert tuple(began) == LEFT
 
 
 @pytest.mark.slurm
@@ -230,7 +232,8 @@ def test_scripts_are_bash_and_say_no_hyperparameter(script: Path) -> None:
 
 
 FAKES = {
-    "srun": 'while [[ $1 == -* ]]; do shift; done; echo "step: $*"; exit "$STEP"',
+    "srun": 'while [[ $1 == -* ]]; do shift; done; echo "step: $*"'
+    '; if [ "$1" = bash ]; then rm -f here.yaml; SLURMD_NODENAME=n2 exec "$@"; fi; exit "$STEP"',
     "scontrol": 'case "$1 $2" in "show hostnames") echo n1 ;; "show node") echo "A=b NodeAddr=localhost X=y" ;;'
     ' *) echo "scontrol $*"; exit 1 ;; esac',
 }
@@ -270,7 +273,7 @@ def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: st
     ids=lambda value: " ".join(f"{name}={text}" for name, text in value.items()) if isinstance(value, dict) else "",
 )
 def test_attempts_are_counted_and_bounded(variables: dict[str, str], code: int, again: bool, tmp_path: Path) -> None:
-    done = in_job(tmp_path, *words(tmp_path / "run"), **variables)
+    done = in_job(tmp_path, *words(tmp_path / "run"), python="true", **variables)
     assert done.returncode == code, done.stdout + done.stderr
     assert ("scontrol requeue 7\n" in done.stdout) == again
     count = int(variables.get("SLURM_RESTART_COUNT", "0"))
@@ -313,6 +316,14 @@ def test_what_keeps_a_job_from_starting(
     assert f"slurm: {message}" in done.stderr
     assert done.stderr.count("slurm: ") == 1
     assert "step: " not in done.stdout
+
+
+def test_a_recipe_that_another_node_does_not_see(tmp_path: Path) -> None:
+    (tmp_path / "here.yaml").write_text("seed: 1\n")
+    done = in_job(tmp_path, "here.yaml", SLURM_NNODES="2")
+    assert done.returncode == 2
+    assert "slurm: n2: 1 mistake in the recipe:\n  command line: here.yaml: no such recipe file" in done.stderr
+    assert "node train" not in done.stdout
 
 
 def test_every_node_is_checked_and_an_element_has_its_sweep(tmp_path: Path) -> None:
