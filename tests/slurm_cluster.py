@@ -170,7 +170,7 @@ class Cluster:
             time.sleep(0.2 if job is None else 1)
 
     def _idle(self) -> set[str]:
-        return set(self.run("sinfo", "--noheader", "--states=idle", "--format=%n", check=False).split())
+        return set(self.run("sinfo", "--noheader", "--states=idle", "--Node", "--format=%N", check=False).split())
 
     def _daemon(self, name: str, *words: str) -> None:
         words = ("setpriv", "--pdeathsig", "KILL", *words)  # where this process is killed, they go with it
