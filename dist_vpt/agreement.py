@@ -1,6 +1,7 @@
 """What all processes decide together: to stop on a signal, and to fail with the error that one of them met."""
 
 import signal
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import ClassVar, NoReturn
 
@@ -10,6 +11,7 @@ from accelerate.utils import gather_object
 
 from dist_vpt.errors import UserError
 from dist_vpt.ranks import HERE
+from dist_vpt.signals import STOP, unheard
 
 
 class StopSignal:
@@ -28,7 +30,9 @@ class StopSignal:
         def ask(number: int, frame: FrameType | None) -> None:
             self.asked = True
 
-        self.previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        with unheard():
+            resource_tracker.ensure_running()  # now: it would be started by any package, later
+        self.previous = {s: signal.signal(s, ask) for s in STOP}
         self.asked |= any(outer.asked for outer in self.entered)
         self.entered.append(self)
         return self

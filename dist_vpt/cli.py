@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_data(commands, common)
     _add_backbones(commands, common)
+    _add_launch(commands, common, recipe_help)
 
     recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
     kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
@@ -209,6 +210,21 @@ def _add_backbones(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     check.add_argument("file", metavar="FILE", help="a .safetensors, .pth, .pth.tar or .npz file")
     check.set_defaults(call=_backbones_check)
+
+
+def _add_launch(commands: Any, common: argparse.ArgumentParser, recipe_help: str) -> None:
+    launch = commands.add_parser("launch", help="submit a training to a Slurm cluster")
+    slurm = launch.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "slurm", parents=[common], help="write and submit a job that trains on any number of nodes"
+    )
+    slurm.add_argument("recipe", nargs="+", metavar="RECIPE|a.b=c", help=recipe_help)
+    slurm.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (1)")
+    slurm.add_argument("--gpus-per-node", type=int, default=1, metavar="G", help="of each (1); 0: train on the CPUs")
+    slurm.add_argument("--time", required=True, metavar="T", help="limit of one attempt, as sbatch takes it: 4:00:00")
+    slurm.add_argument("--strategy", default="ddp", metavar="NAME", help="a file of launch/accelerate (ddp)")
+    slurm.add_argument("--attempts", type=int, default=10, metavar="N", help="how often Slurm may start the job (10)")
+    slurm.add_argument("--dry-run", action="store_true", help="print the script, and do nothing")
+    slurm.set_defaults(call=_launch_slurm, rest="recipe")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -332,6 +348,20 @@ def _status(arguments: argparse.Namespace) -> None:
     except ValueError:
         raise UserError(f"--watch {watch}: is not a number of seconds; name folders before --watch") from None
     status(arguments.folders, as_json=arguments.json, watch=seconds)
+
+
+def _launch_slurm(arguments: argparse.Namespace) -> None:
+    from dist_vpt.launch import slurm
+
+    slurm(
+        arguments.recipe,
+        nodes=arguments.nodes,
+        gpus=arguments.gpus_per_node,
+        time=arguments.time,
+        strategy=arguments.strategy,
+        attempts=arguments.attempts,
+        dry_run=arguments.dry_run,
+    )
 
 
 def _report(arguments: argparse.Namespace) -> None:

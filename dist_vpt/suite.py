@@ -153,14 +153,17 @@ def suite(
     pairs = [_settled(pair) for pair in pairs]
     _admit(folder, pairs)
     mine = list(pairs) if only is None else [_element(pairs, only)]
-    count = 1 if launched or STARTED in os.environ else runners or _devices()
+    if {pair.key for pair in mine} <= _done(folder):
+        count = 0  # torch is not even loaded
+    else:
+        count = 1 if launched or STARTED in os.environ else runners or _devices()
     if launched:  # by a launcher of ours or another: each process is a runner of its own
         from dist_vpt.sweep import alone
 
         alone()
     if count > 1:
         _start(count, [*arguments, *([] if only is None else ["--only", str(only)])])
-    else:
+    elif count:
         _Runner(folder, mine).work()
     if STARTED in os.environ:
         return  # who started it tells the end
@@ -193,28 +196,17 @@ def show_plan(pairs: Sequence[Pair]) -> None:
 
 def slurm_array(pairs: Sequence[Pair], arguments: Sequence[str], file: Path) -> None:
     """Write a Slurm script that does each pair as an element of a job array."""
-    import shlex
+    from dist_vpt.launch import script
 
-    words = shlex.join([sys.executable, "-m", "dist_vpt", "suite", *arguments])
-    text = f"""#!/bin/bash
-#SBATCH --job-name=dist-vpt-suite
-#SBATCH --array=0-{len(pairs) - 1}
-#SBATCH --ntasks=1
-#SBATCH --gpus-per-task=1
-#SBATCH --signal=B:USR1@120
-#SBATCH --requeue
-#SBATCH --output=slurm-%A_%a.log
-# An element does one task under one method; started again, it goes on. More options (partition, time, account, how many
-# elements at once: --array=0-{len(pairs) - 1}%4) may be given to sbatch on the command line.
-cd {shlex.quote(os.getcwd())} || exit 1
-{words} --only "$SLURM_ARRAY_TASK_ID" &
-child=$!
-trap 'kill -USR1 "$child"' USR1 TERM
-while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done
-wait "$child"; code=$?  # its own, also where a signal ended the wait before
-if [ "$code" = 75 ]; then scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"; fi
-exit "$code"
-"""
+    directives = [
+        "--job-name=dist-vpt-suite",
+        f"--array=0-{len(pairs) - 1}",
+        "--nodes=1",
+        "--gpus-per-node=1",
+        f"--cpus-per-task={1 + max(pair.recipe.data.workers for pair in pairs)}",
+        "--output=slurm-%A_%a.log",
+    ]
+    text = script("dist-vpt suite --slurm", directives, ["suite_in_job", *arguments])
     from dist_vpt.runfolder import write_atomically
 
     try:
@@ -342,7 +334,7 @@ class _Runner:
         failed = _claim_file(self.folder, pair, "failed")
         if failed.is_file() and failed.stat().st_mtime >= self.began:
             return True
-        return pair.key in {result.run for result in _results(self.folder) if not result.failed}
+        return pair.key in _done(self.folder)
 
     def _fail(self, pair: Pair, reason: str) -> None:
         from dist_vpt.results import FILE, append
@@ -439,6 +431,11 @@ def _results(folder: Path) -> "list[Result]":
     from dist_vpt.results import FILE, read
 
     return read(folder / FILE)[0] if (folder / FILE).is_file() else []
+
+
+def _done(folder: Path) -> set[str]:
+    """Keys of the pairs that have a result."""
+    return {result.run for result in _results(folder) if not result.failed}
 
 
 def _conclude(folder: Path, pairs: Sequence[Pair]) -> list[str]:

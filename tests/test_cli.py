@@ -39,6 +39,11 @@ COMMANDS = {
     "dist-vpt data check": {"--help", "--debug", "TASK *", "--root"},
     "dist-vpt backbones": {"--help", "--debug"},
     "dist-vpt backbones check": {"--help", "--debug", "FILE"},
+    "dist-vpt launch": {"--help"},
+    "dist-vpt launch slurm": {
+        *("--help", "--debug", "RECIPE|a.b=c +", "--nodes", "--gpus-per-node", "--time", "--strategy", "--attempts"),
+        "--dry-run",
+    },
     "dist-vpt report": {"--help", "--debug", "DIR +", "--out", "--no-published"},
     "dist-vpt recipe": {"--help"},
     "dist-vpt recipe show": {"--help", "--debug", "RECIPE|a.b=c *"},

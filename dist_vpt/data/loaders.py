@@ -24,6 +24,7 @@ from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import DataError, UserError
+from dist_vpt.signals import unheard
 
 BadImages = Literal["fail", "skip"]
 
@@ -341,7 +342,9 @@ class _Pool:
         if self.workers and self._loader._iterator is None:
             self._pictures.reading = torch.full((self.workers,), PADDING).share_memory_()
         try:
-            for answer in self._loader:
+            with unheard():
+                answers = iter(self._loader)
+            for answer in answers:
                 if isinstance(answer, DataError):
                     raise answer
                 yield answer

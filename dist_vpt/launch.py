@@ -1,0 +1,97 @@
+"""``dist-vpt launch slurm``, and the job scripts that it and a suite write. What they share lies in launch/slurm.sh."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_vpt.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dist_vpt.recipe import Recipe
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # minutes, M:S, H:M:S; days-H, days-H:M, days-H:M:S
+
+
+def slurm(
+    words: Sequence[str], *, nodes: int, gpus: int, time: str, strategy: str, attempts: int, dry_run: bool
+) -> None:
+    """Write and submit a job that trains on ``nodes`` nodes with ``gpus`` processes each (0: one, on the CPU)."""
+    from dist_vpt.recipe import load_recipe, split_arguments
+    from dist_vpt.runfolder import write_atomically
+
+    recipe = load_recipe(*split_arguments(words))
+    _check(recipe, nodes=nodes, gpus=gpus, time=time, strategy=strategy, attempts=attempts)
+    run = Path(str(recipe.run.dir))
+    here = max(gpus, 1)
+    directives = [
+        f"--job-name={run.name}",
+        f"--nodes={nodes}",
+        *([f"--gpus-per-node={gpus}"] if gpus else []),
+        f"--cpus-per-task={here * (1 + recipe.data.workers)}",
+        f"--time={time}",
+        f"--output={run}-%j.log",
+    ]
+    text = script("dist-vpt launch slurm", directives, ["train_in_job", strategy, *words], attempts)
+    if dry_run:
+        print(text, end="")
+        return
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch: not found; call this where jobs are submitted from, or take the script there (--dry-run prints it)"
+        )
+    file = run.with_name(f"{run.name}.sbatch")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)  # Slurm itself makes no folder for a log
+        write_atomically(file, text)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); choose another run.dir") from error
+    done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{file}: refused by sbatch ({done.stderr.strip()}); mend it, or sbatch the file with options")
+    job = done.stdout.strip().partition(";")[0]  # a federation names its cluster, too
+    print(f"job {job} of {file}, log in {run}-{job}.log")
+
+
+def script(writer: str, directives: Sequence[str], call: Sequence[str], attempts: int | None = None) -> str:
+    """A job's script: options for sbatch, then a call of launch/slurm.sh with this Python in this folder."""
+    shared = LAUNCH / "slurm.sh"
+    if not shared.is_file():
+        raise UserError(f"{shared}: is not there; Slurm scripts need a clone of the repository (pip install -e CLONE)")
+    always = ["--ntasks-per-node=1", "--signal=B:USR1@120", "--requeue", "--open-mode=append"]
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {directive}" for directive in (*directives, *always)),
+        f"# Written by {writer}. More options (partition, account, ...) may be given to sbatch, or as its variables",
+        "# (SBATCH_PARTITION, SBATCH_ACCOUNT, ...). Started again, it goes on.",
+        f"cd {shlex.quote(os.getcwd())} || exit 2",
+        f"python={shlex.quote(sys.executable)}",
+        *([f"ATTEMPTS={attempts}"] if attempts else []),
+        f"source {shlex.quote(str(shared))} || exit 2",
+        shlex.join(call),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _check(recipe: "Recipe", *, nodes: int, gpus: int, time: str, strategy: str, attempts: int) -> None:
+    """Raise UserError for what the cluster would refuse, or the job after its turn has come."""
+    known = [path.stem for path in (LAUNCH / "accelerate").glob("*.yaml")]
+    if strategy not in known:
+        raise UserError(f"--strategy {strategy}: no launch/accelerate/{strategy}.yaml; {nearest(strategy, known)}")
+    for name, value, least in (("nodes", nodes, 1), ("gpus-per-node", gpus, 0), ("attempts", attempts, 1)):
+        if value < least:
+            raise UserError(f"--{name} {value}: must be at least {least}")
+    if not TIME.fullmatch(time):
+        raise UserError(f"--time {time}: must be minutes, hours:minutes:seconds or days-hours, as sbatch takes it")
+    parts = nodes * max(gpus, 1) * recipe.train.accumulate
+    if recipe.train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {parts} = {nodes} nodes x "
+            f"{max(gpus, 1)} processes x {recipe.train.accumulate} accumulated micro-batches"
+        )
