@@ -14,6 +14,7 @@ own, on synthetic images. The last line of the output is one JSON object:
 - ``wire_bytes``: what the operating system says that the process's TCP connections to the others sent during that
   step, headers of gloo's messages included; null where the collectives use something else than TCP.
 - ``step_ms``: the fastest of ``--repeats`` steps, without counting.
+- ``allreduce_ms``: of an all-reduce of so many bytes alone, the fastest of several.
 """
 
 import argparse
@@ -26,10 +27,11 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,6 +60,8 @@ COLLECTIVES = {
     "barrier": (0, 0),
 }
 BYTES_SENT, BYTES_SENT_AGAIN = 200, 208  # offsets in Linux's struct tcp_info
+GRADIENT = 4  # bytes: what is trained is float32
+PLAIN = (12, 16 * 2**20)  # bytes of all-reduces timed for themselves: what the engine sums in each step, and a lot
 WARM_UP = 3  # steps: DDP orders its buckets by the first, ZeRO-3 learns the order of the modules from two
 
 
@@ -73,7 +77,7 @@ class Sent(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__
             where, times = COLLECTIVES[name]  # an unknown one must not go uncounted
-            size = sum(tensor.nbytes for tensor in tree_leaves(args[where]) if isinstance(tensor, torch.Tensor))
+            size = sum(tensor.nbytes for tensor in tree_leaves(args[where]) if isinstance(tensor, Tensor))
             world = dist.get_world_size()
             self.bytes += times * (world - 1) / world * size
             self.calls[name.strip("_")] += 1
@@ -91,7 +95,7 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     processes, rank = accelerator.num_processes, accelerator.process_index
     each = recipe.train.batch_size // processes // recipe.train.accumulate
     batches: list[Any] = [
-        {name: value[rank * each : (rank + 1) * each] for name, value in batch.items()}  # type: ignore[attr-defined]
+        {name: value[rank * each : (rank + 1) * each] for name, value in cast(dict[str, Tensor], batch).items()}
         for batch in synthetic_batches(recipe, wants, classes)
     ]
 
@@ -120,9 +124,25 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
         "calls": dict(sent.calls),
         "wire_bytes": after - before if on_tcp else None,  # type: ignore[operator]
         "step_ms": None if fastest is None else rounded(fastest * 1e3),
-        "gradient_bytes": sum(p.numel() * p.element_size() for _, p in training.method.trainable()),
+        "allreduce_ms": {size: rounded(1e3 * time_allreduce(size, accelerator.device)) for size in PLAIN}
+        if processes > 1
+        else None,
+        "gradient_bytes": GRADIENT * training.parameters["trained"],
         "parameters": training.parameters,
     }
+
+
+def time_allreduce(size: int, device: torch.device, repeats: int = 10) -> float:
+    """Seconds of an all-reduce of so many bytes, the fastest of ``repeats``. A collective call."""
+    numbers, fastest = torch.ones(size // 4, device=device), float("inf")
+    for _ in range(repeats):
+        dist.barrier()
+        synchronise(device)
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        synchronise(device)
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
 
 
 def wire_bytes() -> int | None:
