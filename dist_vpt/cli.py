@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_data(commands, common)
     _add_backbones(commands, common)
+    _add_doctor(commands, common)
 
     recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
     kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
@@ -202,6 +203,13 @@ def _add_backbones(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     check.add_argument("file", metavar="FILE", help="a .safetensors, .pth, .pth.tar or .npz file")
     check.set_defaults(call=_backbones_check)
+
+
+def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
+    doctor = commands.add_parser("doctor", parents=[common], help="what is wrong with this machine, and how to mend it")
+    doctor.add_argument("--run-dir", default="runs", metavar="DIR", help="where runs are to be written (runs)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(call=_doctor)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -314,6 +322,12 @@ def _backbones_check(arguments: argparse.Namespace) -> None:
     from dist_vpt.backbones.check import check
 
     check(arguments.file)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from dist_vpt.doctor import doctor
+
+    doctor(arguments.run_dir, as_json=arguments.json)
 
 
 def _report(arguments: argparse.Namespace) -> None:

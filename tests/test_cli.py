@@ -38,6 +38,7 @@ COMMANDS = {
     "dist-vpt data check": {"--help", "--debug", "TASK *", "--root"},
     "dist-vpt backbones": {"--help", "--debug"},
     "dist-vpt backbones check": {"--help", "--debug", "FILE"},
+    "dist-vpt doctor": {"--help", "--debug", "--run-dir", "--json"},
     "dist-vpt report": {"--help", "--debug", "DIR +", "--out", "--no-published"},
     "dist-vpt recipe": {"--help"},
     "dist-vpt recipe show": {"--help", "--debug", "RECIPE|a.b=c *"},
@@ -85,6 +86,7 @@ def test_importing_the_package_and_asking_for_help_imports_no_torch() -> None:
 import contextlib, sys
 import dist_vpt.cli
 commands = (["train"], ["plan"], ["suite"], ["data", "check"], ["backbones", "check"], ["report"], ["recipe", "show"])
+commands += (["doctor"],)
 for words in (["--help"], *([*command, "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
         dist_vpt.cli.main(words)
