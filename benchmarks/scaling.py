@@ -40,6 +40,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,15 +233,31 @@ def start(method: str, strategy: str, processes: int, arguments: argparse.Namesp
                     subprocess.Popen(command, env=os.environ | shared | own, stdout=output, stderr=subprocess.STDOUT)
                 )
         try:
-            codes = [process.wait(arguments.timeout) for process in started]
+            codes = wait(started, arguments.timeout)
         finally:
             for process in started:
                 process.kill()
+                process.wait()
         printed = [(Path(folder) / f"{rank}.txt").read_text() for rank in range(processes)]
-    if any(codes):
-        failed = next(rank for rank, code in enumerate(codes) if code)
-        raise RunFailed(f"{method}, {strategy}, process {failed} of {processes}: {printed[failed][-2000:]}")
+    for rank, code in enumerate(codes):
+        if code:
+            said = printed[rank].strip()[-2000:] or f"exit code {code}"
+            raise RunFailed(f"{method}, {strategy}, process {rank} of {processes}: {said}")
+    if None in codes:
+        raise RunFailed(
+            f"{method}, {strategy}, {processes} processes: no result within --timeout {arguments.timeout} s"
+        )
     return [json.loads(text.strip().splitlines()[-1]) for text in printed]
+
+
+def wait(started: list[subprocess.Popen[bytes]], seconds: float) -> list[int | None]:
+    """Exit codes when all have ended, one has failed or the time is over; None: still running."""
+    deadline = time.monotonic() + seconds
+    while True:
+        codes = [process.poll() for process in started]
+        if any(codes) or None not in codes or time.monotonic() > deadline:
+            return codes
+        time.sleep(0.1)
 
 
 def told(strategy: str, processes: int, folder: Path) -> dict[str, str]:

@@ -156,7 +156,7 @@ def check_torch() -> Finding:
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for the CPU alone"
     if NVIDIA.exists() and not torch.version.cuda:
         return Finding("error", f"{torch.__version__} is {built}, but there is a GPU", "install a CUDA build of torch")
-    return Finding("ok", f"{torch.__version__}, {built}, {torch.get_num_threads()} threads")
+    return Finding("ok", f"{torch.__version__}, {built}, {_count(torch.get_num_threads(), 'thread')}")
 
 
 def check_cuda() -> Finding:
@@ -321,13 +321,17 @@ def check_write_speed(run_dir: Path) -> Finding:
     """Bytes that reach the disk itself in a second: saved states wait for that."""
     there = existing(run_dir)
     block = os.urandom(MIB)  # some disks write zeros for nothing
-    with tempfile.TemporaryFile(dir=there) as file:
-        began = time.perf_counter()
-        for _ in range(WRITTEN // MIB):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        speed = WRITTEN / MIB / (time.perf_counter() - began)
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            began = time.perf_counter()
+            for _ in range(WRITTEN // MIB):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = WRITTEN / MIB / (time.perf_counter() - began)
+    except OSError as error:
+        said = f"{WRITTEN // MIB} MiB cannot be written to {there}: {error.strerror or error}"
+        return Finding("error", said, "make room and mend its rights, or name another with --run-dir")
     said = f"{speed:,.0f} MiB/s in {there}"
     if speed < SLOW:
         return Finding("warning", f"{said}: saved states hold training up", "use a faster disk, or save less often "

@@ -5,10 +5,13 @@ W processes, P prompts, D width, L blocks, K classes.
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_vpt.recipe import load_recipe
@@ -33,7 +36,7 @@ def script(name: str) -> Any:
     return module
 
 
-traffic = script("traffic")
+traffic, scaling = script("traffic"), script("scaling")
 
 
 def measured(strategy: str, folder: Path, *words: str) -> list[dict[str, Any]]:
@@ -67,3 +70,97 @@ def test_processes_exchange_the_gradients_of_what_trains_and_no_more(strategy: s
         reduced = 0.25 if strategy in {"zero1", "zero2"} else 0
         if found["wire_bytes"] is not None:
             assert found["wire_bytes"] == pytest.approx((1 + reduced) * GRADIENTS, rel=0.01)
+        size, _ = scaling.work(load_recipe([], [*VIT_B, *VPT]), K).passes(strategy, 2)
+        assert found["step_bytes"] == pytest.approx(size / 2, rel=1e-4)
+
+
+@pytest.mark.distributed
+def test_zero3_gathers_what_it_shards_and_a_reader_only_once(tmp_path: Path) -> None:
+    words = ["backbone.name=demo", "backbone.weights=random", "train.batch_size=2", "method.name=linear"]
+    for found in measured("zero3", tmp_path, *words):
+        size, _ = scaling.work(load_recipe([], words), K).passes("zero3", 2)
+        assert found["step_bytes"] == pytest.approx(size / 2, rel=0.01)
+        assert found["wire_bytes"] is None or found["wire_bytes"] > found["step_bytes"]
+
+
+def ring(ranks: list[np.ndarray], *, gather: bool) -> int:
+    """A reduce-scatter in place, after which rank r holds the sum of part r + 1, or the all-gather that follows it;
+    numbers that each of them has sent."""
+    count, sent = len(ranks), 0
+    parts = [np.split(one, count) for one in ranks]  # views
+    for step in range(count - 1):
+        moved = [parts[r][(r + gather - step) % count].copy() for r in range(count)]
+        for r, numbers in enumerate(moved):
+            there = parts[(r + 1) % count][(r + gather - step) % count]
+            there[:] = numbers if gather else there + numbers
+        sent += len(moved[0])
+    return sent
+
+
+def test_what_an_all_reduce_of_nodes_takes() -> None:
+    """One is done on numbers, message by message: a ring in each node, rings of GPUs at the same place of all nodes."""
+    nodes, near, size = 3, 4, 24
+    gpus = np.random.default_rng(0).integers(0, 9, (nodes, near, size)).astype(float)
+    wanted = gpus.sum((0, 1))
+    inside = sum(ring(list(node), gather=False) for node in gpus) // nodes
+    between = 0  # of a node: of all its GPUs
+    for place in range(near):
+        same = [np.split(gpus[node, place], near)[(place + 1) % near] for node in range(nodes)]
+        between += ring(same, gather=False) + ring(same, gather=True)
+    inside += sum(ring(list(node), gather=True) for node in gpus) // nodes
+    assert (gpus == wanted).all()
+    network = scaling.Network(near, 10.0, 3.0, 0.0, 0.0)
+    assert 2 * network.moving(size, nodes * near) == pytest.approx(inside / 10 + between / 3)
+
+
+def test_latencies_add_up_in_a_node_and_grow_with_the_logarithm_of_nodes() -> None:
+    network = scaling.Network(8, 1.0, 1.0, 1.0, 100.0)
+    assert [network.waiting(w) for w in (1, 2, 8, 16, 64, 1024)] == [0, 1, 7, 107, 307, 707]
+    assert network.moving(5.0, 1) == 0
+
+
+def test_where_scaling_stops() -> None:
+    assert scaling.stops({1: 9.0, 2: 10.0, 4: 10.1, 8: 18.0, 16: 18.1}, weak=True) == {"90%": 2, "50%": 8}
+    # Perfect to 2, half at 8; what comes after a fall does not count.
+    assert scaling.stops({1: 16.0, 2: 8.0, 4: 5.0, 8: 4.0, 16: 1.0}, weak=False) == {"90%": 2, "50%": 16}
+
+
+def test_the_network_of_this_machine_is_that_of_its_all_reduces() -> None:
+    found = scaling.network_of({"12": 2.0, "1000012": 102.0}, 2)
+    assert found.inside == pytest.approx(1e6 / 0.1)
+    assert 2 * (found.moving(1e6, 2) + found.waiting(2)) == pytest.approx(0.102)
+
+
+def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert scaling.main(["backbone.name=demo", "--methods", "linear"]) == 3
+    assert "error: linear, apart, process 0 of 1: exit code 1" in capsys.readouterr().err
+
+
+def test_last_line_is_the_file_with_both_tables(tmp_path: Path) -> None:
+    code = "import sys, scaling; scaling.BACKBONES = ('demo',); sys.exit(scaling.main(sys.argv[1:]))"
+    words = ["backbone.name=demo", "--methods", "linear", "--strategies", "ddp", "--processes", "2", "--turns", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--repeats", "1", "--out", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert (file.name, json.loads(done.stdout.splitlines()[-1])) == ("scaling-demo-b2-fp32-cpu.json", result)
+    apart, ddp = result["measured"]
+    assert (apart["strategy"], apart["step_bytes"]) == ("apart", 0)
+    assert (ddp["strategy"], ddp["processes"]) == ("ddp", 2)
+    assert abs(ddp["bytes_error"]) < 0.01
+    assert ddp["model_ms"] > apart["step_ms"] > 0
+    for kind in ("weak", "strong"):
+        rows = {(one["method"], one["strategy"]): one for one in result["paper"][kind]}
+        assert len(rows) == 8
+        assert list(rows["full", "ddp"]["step_ms"]) == [str(2**power) for power in range(11)]
+        # The less is exchanged, the further it scales.
+        assert rows["vpt_deep", "ddp"]["stops_at"]["90%"] >= rows["full", "zero3"]["stops_at"]["90%"]
+        assert f"{kind} scaling, " in done.stdout

@@ -212,10 +212,16 @@ def test_a_run_folder_that_cannot_be_locked_or_written(monkeypatch: Patch, tmp_p
 
 def test_write_speed(monkeypatch: Patch, tmp_path: Path) -> None:
     has(doctor.check_write_speed(tmp_path), "ok", f"MiB/s in {tmp_path}")
-    ticks = iter((0.0, 8.0))
+    ticks = iter((0.0, 8.0, 0.0))
     monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(ticks))
     has(doctor.check_write_speed(tmp_path), "warning", f"4 MiB/s in {tmp_path}", "run.save_every")
     assert not list(tmp_path.iterdir())
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    has(doctor.check_write_speed(tmp_path), "error", f"cannot be written to {tmp_path}: No space left", "make room")
 
 
 def test_shared_memory(monkeypatch: Patch, tmp_path: Path) -> None:
