@@ -59,6 +59,7 @@ from dist_vpt.runfolder import versions, write_atomically
 from dist_vpt.train import device_name
 
 ROOT = Path(__file__).parents[1]
+TRAFFIC = Path(__file__).parent / "traffic.py"
 METHODS = {
     "linear": ["method.name=linear"],
     "vqt": ["method.name=vqt"],
@@ -123,7 +124,9 @@ class Work:
         if strategy in ("zero1", "zero2"):
             reduces = gpus + math.ceil(self.trained / GRADIENT / REDUCED) - 1
             return 2 * (self.trained + 2 * ENGINE), 2 * 4 + reduces + 1
-        again = 0.0 if self.reader else max(0.0, 1 - LIVE / self.sharded_numbers)  # of the weights, for backward
+        again = (
+            0.0 if self.reader else max(0.0, 1 - LIVE / max(1, self.sharded_numbers))
+        )  # of the weights, for backward
         size = self.sharded * (1 + again) + self.trained + self.whole + 2 * 2 * ENGINE
         return size, 2 * 4 + 1 + self.whole_tensors + round(2 * self.blocks * (1 + again))
 
@@ -220,7 +223,7 @@ def start(method: str, strategy: str, processes: int, arguments: argparse.Namesp
     share = 1 if strategy == "apart" else processes
     words = ["backbone.weights=random", *METHODS[method], *arguments.overrides]
     words += [f"train.batch_size={arguments.images * share}"]
-    command = [sys.executable, str(Path(__file__).parent / "traffic.py"), *words]
+    command = [sys.executable, str(TRAFFIC), *words]
     command += ["--classes", str(arguments.classes), "--repeats", str(arguments.repeats)]
     with tempfile.TemporaryDirectory() as folder:
         shared = told(strategy, processes, Path(folder)) | {"OMP_NUM_THREADS": threads(arguments.processes)}

@@ -5,8 +5,6 @@ W processes, P prompts, D width, L blocks, K classes.
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,30 +135,67 @@ def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "error: linear, apart, process 0 of 1: exit code 1" in capsys.readouterr().err
 
 
-def test_last_line_is_the_file_with_both_tables(tmp_path: Path) -> None:
-    code = "import sys, scaling; scaling.BACKBONES = ('demo',); sys.exit(scaling.main(sys.argv[1:]))"
-    words = ["backbone.name=demo", "--methods", "linear", "--strategies", "ddp", "--processes", "2", "--turns", "1"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words, "--repeats", "1", "--out", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (file,) = tmp_path.iterdir()
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of traffic.py a script without torch, which says what it was told; the real one is tested above."""
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text("""
+import json, os, sys
+told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE")}
+file = told.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+together = told["WORLD_SIZE"] is not None
+print("what a library says")
+print(json.dumps({
+    "told": told, "words": sys.argv[1:], "config": file and json.load(open(file)),
+    "step_bytes": 51424 if together else 0, "start_bytes": 0, "wire_bytes": None, "gradient_bytes": 51400,
+    "calls": {}, "step_ms": 9.0 + int(told["RANK"] or 0) + 2 * together,
+    "allreduce_ms": {"12": 0.5, "16777216": 20.0} if together else None,
+}))
+""")
+    monkeypatch.setattr(scaling, "TRAFFIC", stand_in)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("strategy", ["apart", "ddp", "zero0", "zero2"])
+def test_processes_are_told_what_a_launcher_tells(strategy: str, quick: Path) -> None:
+    arguments = scaling._parser().parse_args(["backbone.name=demo", "--images", "3"])
+    found = scaling.start("vqt", strategy, 2, arguments)
+    together = strategy != "apart"
+    assert [one["told"]["RANK"] for one in found] == (["0", "1"] if together else [None, None])
+    assert {one["told"]["WORLD_SIZE"] for one in found} == {"2" if together else None}
+    stages = [one["config"] and one["config"]["zero_optimization"]["stage"] for one in found]
+    assert stages == [{"zero0": 0, "zero2": 2}.get(strategy)] * 2
+    for one in found:  # the work of each stays the same
+        assert {"method.name=vqt", "backbone.name=demo", f"train.batch_size={6 if together else 3}"} <= set(
+            one["words"]
+        )
+
+
+def test_last_line_is_the_file_with_both_tables(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling, "BACKBONES", ("demo",))
+    monkeypatch.setattr(scaling, "model_flops", lambda recipe, wants, classes: 10**9)  # test_benchmark_step.py
+    words = ["backbone.name=demo", "--methods", "linear", "--strategies", "ddp", "--turns", "1", "--out", str(quick)]
+    assert scaling.main(words) == 0
+    out = capsys.readouterr().out
+    (file,) = quick.iterdir()
     result = json.loads(file.read_text())
-    assert (file.name, json.loads(done.stdout.splitlines()[-1])) == ("scaling-demo-b2-fp32-cpu.json", result)
-    apart, ddp = result["measured"]
-    assert (apart["strategy"], apart["step_bytes"]) == ("apart", 0)
-    assert (ddp["strategy"], ddp["processes"]) == ("ddp", 2)
-    assert abs(ddp["bytes_error"]) < 0.01
-    assert ddp["model_ms"] > apart["step_ms"] > 0
+    assert (file.name, json.loads(out.splitlines()[-1])) == ("scaling-demo-b2-fp32-cpu.json", result)
+    alone, apart, ddp = result["measured"]
+    assert [(one["strategy"], one["processes"]) for one in result["measured"]] == [
+        *(("apart", 1), ("apart", 2), ("ddp", 2))
+    ]
+    assert (alone["step_bytes"], apart["step_bytes"], ddp["step_bytes"]) == (0, 0, 51424)
+    assert abs(ddp["bytes_error"]) < 0.01  # 128 + 1 numbers for each of 100 classes
+    # The slower process counts; 9 ms of computing, three all-reduces, and hardly any bytes.
+    assert ddp["step_ms"] == 12
+    assert ddp["model_ms"] == pytest.approx(9 + 3 * 0.5, rel=0.02)
+    assert ddp["ms_error"] == pytest.approx(ddp["model_ms"] / 12 - 1, abs=1e-4)
     for kind in ("weak", "strong"):
         rows = {(one["method"], one["strategy"]): one for one in result["paper"][kind]}
         assert len(rows) == 8
         assert list(rows["full", "ddp"]["step_ms"]) == [str(2**power) for power in range(11)]
         # The less is exchanged, the further it scales.
         assert rows["vpt_deep", "ddp"]["stops_at"]["90%"] >= rows["full", "zero3"]["stops_at"]["90%"]
-        assert f"{kind} scaling, " in done.stdout
+        assert f"{kind} scaling, " in out
