@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands, common)
     _add_backbones(commands, common)
     _add_launch(commands, common, recipe_help)
+    _add_doctor(commands, common)
 
     recipe = commands.add_parser("recipe", help="show a resolved recipe, or the JSON Schema for editors")
     kinds = recipe.add_subparsers(required=True, metavar="COMMAND")
@@ -225,6 +226,13 @@ def _add_launch(commands: Any, common: argparse.ArgumentParser, recipe_help: str
     slurm.add_argument("--attempts", type=int, default=10, metavar="N", help="how often Slurm may start the job (10)")
     slurm.add_argument("--dry-run", action="store_true", help="print the script, and do nothing")
     slurm.set_defaults(call=_launch_slurm, rest="recipe")
+
+
+def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
+    doctor = commands.add_parser("doctor", parents=[common], help="what is wrong with this machine, and how to mend it")
+    doctor.add_argument("--run-dir", default="runs", metavar="DIR", help="where runs are to be written (runs)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(call=_doctor)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -362,6 +370,12 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
         attempts=arguments.attempts,
         dry_run=arguments.dry_run,
     )
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from dist_vpt.doctor import doctor
+
+    doctor(arguments.run_dir, as_json=arguments.json)
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -96,7 +96,7 @@ def apply_attention(backbone: "Backbone", kernel: str, compute: torch.dtype, *, 
     chosen = kernel
     if kernel in BACKENDS:
         chosen += f" ({_activate_flash()})" if kernel == "flash" else ""
-        _refuse_missing(kernel, compute, cpu, {getattr(module, "head_dim", 64) for module in choosers})
+        refuse_missing(kernel, compute, cpu, {getattr(module, "head_dim", 64) for module in choosers})
         backbone.run_block = partial(_with_backend, BACKENDS[kernel], backbone.run_block)
     backbone.chosen["attention"] = chosen
 
@@ -122,7 +122,7 @@ def _activate_flash() -> str:
     )
 
 
-def _refuse_missing(kernel: str, compute: torch.dtype, cpu: bool, widths: Collection[int]) -> None:
+def refuse_missing(kernel: str, compute: torch.dtype, cpu: bool, widths: Collection[int]) -> None:
     device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
     for width in widths:
         q_1HNE = torch.zeros(1, 1, 8, width, dtype=compute, device=device, requires_grad=True)

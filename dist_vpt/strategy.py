@@ -92,12 +92,16 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
         )
     if strategy(accelerator) == "zero3":
         _refuse_under_zero3(recipe)
-    frozen = [name for name, p in method.named_parameters() if not p.requires_grad]
-    # Every process reads the same frozen weights from the same file: DDP need not even broadcast them once.
+    frozen = {name: p for name, p in method.named_parameters() if not p.requires_grad}
+    # Every process reads the same frozen weights from the same file: they need not even be broadcast once.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         method, [*frozen, *(name for name, _ in method.named_buffers())]
     )
+    for parameter in frozen.values():
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed's mark of what it must not broadcast
     model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
+    for parameter in frozen.values():
+        del parameter.ds_optim_param  # type: ignore[attr-defined]
     return model, optimizer
 
 

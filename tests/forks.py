@@ -75,17 +75,26 @@ def command(
 
     ``before(rank)`` is called first.
     """
-    count = 1 if strategy == "single" else 2
-    variables = {} if strategy == "single" else _told_by_a_launcher(strategy)
 
     def work(rank: int) -> int:
-        os.environ.update(variables)
-        if count > 1:
-            os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
         before(rank)
         return main(words)
 
-    return Forks(count, work, told)
+    return launched(work, told, strategy)
+
+
+def launched(work: Callable[[int], Any], told: Path, strategy: str) -> Forks:
+    """``work(rank)`` on the processes of a strategy, as ``command`` names them, told what a launcher would tell."""
+    count = 1 if strategy == "single" else 2
+    variables = {} if strategy == "single" else _told_by_a_launcher(strategy)
+
+    def told_so(rank: int) -> Any:
+        os.environ.update(variables)
+        if count > 1:
+            os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
+        return work(rank)
+
+    return Forks(count, told_so, told)
 
 
 def _told_by_a_launcher(strategy: str) -> dict[str, str]:

@@ -44,6 +44,7 @@ COMMANDS = {
         *("--help", "--debug", "RECIPE|a.b=c +", "--nodes", "--gpus-per-node", "--time", "--strategy", "--attempts"),
         "--dry-run",
     },
+    "dist-vpt doctor": {"--help", "--debug", "--run-dir", "--json"},
     "dist-vpt report": {"--help", "--debug", "DIR +", "--out", "--no-published"},
     "dist-vpt recipe": {"--help"},
     "dist-vpt recipe show": {"--help", "--debug", "RECIPE|a.b=c *"},
@@ -92,6 +93,9 @@ import contextlib, sys
 import dist_vpt.cli
 commands = ("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show")
 for words in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
+commands = (["train"], ["plan"], ["suite"], ["data", "check"], ["backbones", "check"], ["report"], ["recipe", "show"])
+commands += (["doctor"],)
+for words in (["--help"], *([*command, "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
         dist_vpt.cli.main(words)
 heavy = {"torch", "timm", "numpy", "accelerate", "pydantic", "torchmetrics", "matplotlib", "jinja2", "rich"}
