@@ -82,6 +82,10 @@ def give_back_freed_memory() -> bool:
 def apply_runtime(backbone: "Backbone", runtime: "RuntimeRecipe", compute: torch.dtype, *, writes: bool) -> None:
     """All that a recipe says. ``writes``: gradients flow through the blocks. After the method has been attached."""
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
+    if runtime.frozen_weights == "int8":
+        from dist_vpt.int8 import apply_int8
+
+        apply_int8(backbone)
     apply_attention(backbone, runtime.attention, compute, writes=writes, cpu=cpu)
     if runtime.compile:
         apply_compile(backbone, cpu=cpu)

@@ -193,9 +193,12 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, np.ndarray], 
         assert np.abs(error).max() < TOLERANCE[dtype] * scale, f"{name}: off by {np.abs(error).max() / scale:.2e}"
 
 
+def recipe_of(settings: dict[str, Any]) -> MethodRecipe:
+    return TypeAdapter(MethodRecipe).validate_python(settings)
+
+
 def make(settings: dict[str, Any], kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Method:
-    recipe = TypeAdapter(MethodRecipe).validate_python(settings)
-    method = attach(recipe, make_backbone(kind), 4, dtype)
+    method = attach(recipe_of(settings), make_backbone(kind), 4, dtype)
     torch.manual_seed(seed)  # after the backbone's own, so that these are not its numbers once more
     with torch.no_grad():  # start away from the initialisation's tiny prompts and constant bias
         for name, parameter in method.trainable():
