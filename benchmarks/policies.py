@@ -14,7 +14,6 @@ last line of the output is one JSON object, which also goes to a file in ``--out
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -24,11 +23,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from step import (
-    RESULTS,
-    count,
+    conclude,
     machine,
     micro_batch_loss,
     name_on_device,
+    parser_of,
     rounded,
     saved_for_backward,
     synchronise,
@@ -43,7 +42,7 @@ from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods.base import Method
 from dist_vpt.monitor import MIB
 from dist_vpt.recipe import Recipe, load_recipe, split_arguments
-from dist_vpt.runfolder import versions, write_atomically
+from dist_vpt.runfolder import versions
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.train import device_name
 
@@ -57,11 +56,7 @@ def main(words: list[str] | None = None) -> int:
     def call() -> None:
         recipe = load_recipe(*split_arguments(arguments.recipe))
         result = benchmark(recipe, arguments.policies, repeats=arguments.repeats, classes=arguments.classes)
-        file = Path(arguments.out) / file_name(result)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(result, indent=1) + "\n")
-        print(f"written to {file}")
-        print(json.dumps(result), flush=True)
+        conclude(result, Path(arguments.out) / file_name(result))
 
     return guarded(call, debug=arguments.debug)
 
@@ -127,15 +122,9 @@ def file_name(result: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/policies.py", description="Bytes and time of a training step under each checkpointing policy."
-    )
-    parser.add_argument("recipe", nargs="*", metavar="RECIPE|a.b=c", help="recipe files, and a.b=c overrides")
+    about = "Bytes and time of a training step under each checkpointing policy."
+    parser = parser_of("policies.py", about, repeats=5, of="timed turns")
     parser.add_argument("--policies", nargs="+", default=POLICIES, metavar="P", help="the first is none")
-    parser.add_argument("--repeats", type=count, default=5, metavar="N", help="timed turns (default 5)")
-    parser.add_argument("--classes", type=count, default=100, metavar="K", help="classes of the head (default 100)")
-    parser.add_argument("--out", default=str(RESULTS), metavar="DIR", help="where the JSON file goes")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

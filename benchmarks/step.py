@@ -68,11 +68,7 @@ def main(words: list[str] | None = None) -> int:
     def call() -> None:
         recipe = load_recipe(*split_arguments(arguments.recipe))
         result = benchmark(recipe, repeats=arguments.repeats, classes=arguments.classes)
-        file = Path(arguments.out) / file_name(result)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(result, indent=1) + "\n")
-        print(f"written to {file}")
-        print(json.dumps(result), flush=True)
+        conclude(result, Path(arguments.out) / file_name(result))
 
     return guarded(call, debug=arguments.debug)
 
@@ -249,16 +245,29 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/step.py", description="Speed, memory and utilisation of one training step."
-    )
-    parser.add_argument("recipe", nargs="*", metavar="RECIPE|a.b=c", help="recipe files, and a.b=c overrides")
-    parser.add_argument("--repeats", type=count, default=20, metavar="N", help="timed steps (default 20)")
-    parser.add_argument("--classes", type=count, default=100, metavar="K", help="classes of the head (default 100)")
-    parser.add_argument("--out", default=str(RESULTS), metavar="DIR", help="where the JSON file goes")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def conclude(result: dict[str, Any], file: Path) -> None:
+    """Write a result's file, and print its JSON as the last line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(result, indent=1) + "\n")
+    print(f"written to {file}")
+    print(json.dumps(result), flush=True)
+
+
+def parser_of(name: str, description: str, *, repeats: int, of: str) -> argparse.ArgumentParser:
+    """The options that the benchmarks of a step share; ``repeats``: how often ``of`` is timed unless said otherwise."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks/{name}", description=description)
+    add = parser.add_argument
+    add("recipe", nargs="*", metavar="RECIPE|a.b=c", help="recipe files, and a.b=c overrides")
+    add("--repeats", type=count, default=repeats, metavar="N", help=f"{of} (default {repeats})")
+    add("--classes", type=count, default=100, metavar="K", help="classes of the head (default 100)")
+    add("--out", default=str(RESULTS), metavar="DIR", help="where the JSON file goes")
+    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Speed, memory and utilisation of one training step."
+    return parser_of("step.py", about, repeats=20, of="timed steps")
 
 
 if __name__ == "__main__":

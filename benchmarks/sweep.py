@@ -28,7 +28,6 @@ also goes to a file in ``--out``; numbers are by way and precision:
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -48,11 +47,12 @@ from accelerate.utils import send_to_device
 from published_vqt import PublishedVQT
 from step import (
     LR,
-    RESULTS,
+    conclude,
     count,
     machine,
     matmul_rate,
     name_on_device,
+    parser_of,
     rounded,
     saved_for_backward,
     synchronise,
@@ -73,7 +73,7 @@ from dist_vpt.methods.vqt import VQT
 from dist_vpt.monitor import MIB
 from dist_vpt.optim import build_optimizer, set_lr
 from dist_vpt.recipe import Recipe, StreamRecipe, load_recipe, split_arguments
-from dist_vpt.runfolder import versions, write_atomically
+from dist_vpt.runfolder import versions
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.stream_cache import StreamCache, nbytes
 from dist_vpt.train import device_name
@@ -106,11 +106,7 @@ def main(words: list[str] | None = None) -> int:
     def call() -> None:
         files, overrides = split_arguments(arguments.recipe)
         result = benchmark(load_recipe([DEFAULTS, *files], overrides), arguments)
-        file = Path(arguments.out) / file_name(result)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(result, indent=1) + "\n")
-        print(f"written to {file}")
-        print(json.dumps(result), flush=True)
+        conclude(result, Path(arguments.out) / file_name(result))
 
     return guarded(call, debug=arguments.debug)
 
@@ -426,19 +422,13 @@ def _rounded(numbers: Numbers) -> Numbers:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/sweep.py", description="VQT's training step as published, and on the frozen stream."
-    )
+    about = "VQT's training step as published, and on the frozen stream."
+    parser = parser_of("sweep.py", about, repeats=5, of="timed steps of each way")
     add = parser.add_argument
-    add("recipe", nargs="*", metavar="RECIPE|a.b=c", help="recipe files, and a.b=c overrides")
     add("--trials", type=count, default=20, metavar="T", help="trials of one pass (default 20)")
-    add("--classes", type=count, default=100, metavar="K", help="classes of the head (default 100)")
     add("--images", type=count, metavar="N", help="images in the cache (default 32, on a GPU 1000; at least a batch)")
-    add("--repeats", type=count, default=5, metavar="N", help="timed steps of each way (default 5)")
     add("--published-batch", type=count, default=16, metavar="M", help="micro-batch of the published way (default 16)")
     add("--device-cache", action="store_true", help="keep the cache on the GPU instead of in host memory")
-    add("--out", default=str(RESULTS), metavar="DIR", help="where the JSON file goes")
-    add("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

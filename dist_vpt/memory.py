@@ -30,7 +30,8 @@ if TYPE_CHECKING:  # workers that load images import this module too, and no mod
 
 Run = Callable[[nn.Module, Tensor], Tensor]  # a block on tokens [B, N, D]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
+LARGE = 2**20  # bytes from which on a tensor that is freed goes back to the system
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -64,9 +65,27 @@ def keep_freed_memory() -> bool:
     return bool(mallopt and mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_MMAP_MAX, 0))
 
 
+def give_back_freed_memory() -> bool:
+    """Have this process give back host memory as soon as it is freed, and now; whether its malloc can (glibc's).
+
+    Where weights are gathered and freed all the time, freed places are hardly ever of the size that is wanted next: a
+    process that shares weights out would grow to the size of one that does not.
+    """
+    library = ctypes.CDLL(None)
+    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    if not mallopt or not trim or not mallopt(M_MMAP_THRESHOLD, LARGE):
+        return False
+    trim(0)
+    return True
+
+
 def apply_runtime(backbone: "Backbone", runtime: "RuntimeRecipe", compute: torch.dtype, *, writes: bool) -> None:
     """All that a recipe says. ``writes``: gradients flow through the blocks. After the method has been attached."""
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
+    if runtime.frozen_weights == "int8":
+        from dist_vpt.int8 import apply_int8
+
+        apply_int8(backbone)
     apply_attention(backbone, runtime.attention, compute, writes=writes, cpu=cpu)
     if runtime.compile:
         apply_compile(backbone, cpu=cpu)

@@ -136,6 +136,11 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
     folder.refuse_sweep()
     path = folder.best if adapters == "best" else folder.adapters
     recipe = folder.load(["runtime.precision=fp32"])
+    if recipe.runtime.frozen_weights == "int8":
+        raise UserError(
+            f"{run}: runtime.frozen_weights = int8: merged weights, which are whole, would not give what the run gave; "
+            "train it with runtime.frozen_weights=precision"
+        )
     tensors, facts = read_adapters(path)
     classes, wants = _classes(facts, path), describe(recipe.backbone)
     method, _ = make_method(recipe, wants, len(classes))

@@ -89,6 +89,11 @@ class RuntimeRecipe(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations and frozen weights; what is trained is always float32"
     )
+    frozen_weights: Literal["precision", "int8"] = Field(
+        "precision",
+        description="how frozen weights are held: in runtime.precision; or int8: those of the blocks' linear layers in "
+        "8 bits with a scale a row (pip install 'dist-vpt[int8]'), made numbers of where they are used",
+    )
     checkpointing: Policy = Field(
         "none",
         description="what is computed again in backward instead of kept: none; mlp: the inside of each MLP; block: all "
@@ -206,6 +211,9 @@ class Recipe(Section):
                     yield (
                         f"runtime.{name} = {value}: {method} keeps nothing of the backbone for backward; leave it out"
                     )
+        if self.runtime.frozen_weights == "int8" and self.method.name in ("full", "partial", "vqt"):
+            does = "reads the blocks' weights itself" if self.method.name == "vqt" else "trains the blocks' weights"
+            yield f"runtime.frozen_weights = int8: {method} {does}; set runtime.frozen_weights=precision"
         if self.runtime.compile and self.runtime.checkpointing.startswith("budget"):
             yield (
                 f"runtime.compile = true with runtime.checkpointing = {self.runtime.checkpointing}: a compiled block "

@@ -11,7 +11,7 @@ from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, Init
 from torch import nn
 
 from dist_vpt.errors import UserError
-from dist_vpt.memory import keep_freed_memory
+from dist_vpt.memory import give_back_freed_memory, keep_freed_memory
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.optim import build_optimizer
 from dist_vpt.ranks import MARGIN_SECONDS
@@ -33,8 +33,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
     if recipe.runtime.precision == "fp16" and cpu:
         raise UserError("runtime.precision = fp16: needs a GPU (gradients are scaled there); use bf16 or fp32 on a CPU")
-    if cpu:
-        keep_freed_memory()
     # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
     backend = "gloo" if cpu and "RANK" in os.environ else None
     with rendezvous(recipe.run.timeout_minutes):
@@ -68,6 +66,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto "
             "(without a GPU that is the CPU), or start with launch/accelerate/ddp.yaml"
         )
+    if cpu and strategy(accelerator) != "zero3":
+        keep_freed_memory()
     if recipe.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -102,6 +102,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
     model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
+    if strategy(accelerator) == "zero3" and accelerator.device.type == "cpu":
+        give_back_freed_memory()  # from here on a process holds its part of the weights
     return model, optimizer
 
 

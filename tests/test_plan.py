@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ RECIPES: dict[str, list[str]] = {
     "vqt": ["method.name=vqt", "method.queries=4", "optim.name=adam", "optim.lr=0.01"],
     "linear": ["method.name=linear"],
 }
+if find_spec("torchao") is not None:
+    RECIPES["int8"] = ["method.prompts=20", "runtime.frozen_weights=int8", "runtime.precision=bf16"]
 # Backward on fake tensors starts threads of autograd's, after which this process could not fork: so in another one.
 COUNT = """
 import json, sys

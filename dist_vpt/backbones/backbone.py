@@ -71,7 +71,7 @@ class Backbone(nn.Module):
     def hold_in(self, dtype: torch.dtype) -> "Backbone":
         """Hold the frozen weights in ``dtype``; mean and std stay float32, in which pixels are normalised."""
         for parameter in self.parameters():
-            if not parameter.requires_grad:
+            if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
         return self
 

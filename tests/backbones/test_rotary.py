@@ -18,6 +18,7 @@ from dist_vpt.memory import apply_attention, apply_checkpointing
 from dist_vpt.methods import MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from tests.backbones.published import FILES, Arrays
+from tests.methods.conftest import assert_equal_steps
 from tests.reference import rotary as reference
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
@@ -108,13 +109,7 @@ def test_gradients_of_prompts_are_the_references(make: Any, arrays: Arrays, imag
 def test_checkpointing_changes_nothing(name: str, make: Any, images: Tensor) -> None:
     plain, checkpointed = make(SETTINGS[name]), make(SETTINGS[name])
     apply_checkpointing(checkpointed.backbone, "block")
-    losses = []
-    for method in (plain, checkpointed):
-        losses.append(loss_of(method.train(), images))
-        losses[-1].backward()
-    assert torch.equal(*losses)
-    for (key, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
-        assert torch.equal(a.grad, b.grad), key
+    assert_equal_steps(plain, checkpointed, lambda method: loss_of(method, images))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -23,6 +23,7 @@ from dist_vpt.methods.base import Method
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
 from dist_vpt.predict import score, timm_tensors
 from tests.backbones.published import FILES
+from tests.methods.conftest import assert_equal_steps
 from tests.reference import swin as reference
 from tests.running import train
 
@@ -252,13 +253,7 @@ def test_full_under_autocast(kernel: str, dtype: torch.dtype, images: Tensor) ->
 def test_checkpointing_changes_nothing(name: str, policy: str, images: Tensor) -> None:
     plain, checkpointed = make(SETTINGS[name]), make(SETTINGS[name])
     apply_checkpointing(checkpointed.backbone, policy)
-    losses = []
-    for method in (plain, checkpointed):
-        losses.append(loss_of(method.train(), images))
-        losses[-1].backward()
-    assert torch.equal(*losses)
-    for (key, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
-        assert torch.equal(a.grad, b.grad), key
+    assert_equal_steps(plain, checkpointed, lambda method: loss_of(method, images))
 
 
 def test_prompts_in_bf16_are_near(images: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Tiny backbones with every seam that timm's ViTs have."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.methods.base import Method
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
 SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
@@ -31,6 +33,19 @@ def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer:
 
 def make_backbone(kind: str = "class_token", *, stochastic: bool = False, **changes: Any) -> Backbone:
     return Backbone(make_vit(kind, **changes), mean=MEAN, std=STD, stochastic=stochastic).requires_grad_(False)
+
+
+def assert_equal_steps(one: Method, other: Method, loss_of: Callable[[Method], torch.Tensor]) -> None:
+    """Losses and gradients of two methods to the last bit."""
+    losses = []
+    for method in (one, other):
+        method.train()
+        torch.manual_seed(1)
+        losses.append(loss_of(method))
+        losses[-1].backward()
+    assert torch.equal(*losses)
+    for (name, a), (_, b) in zip(one.trainable(), other.trainable(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from dist_vpt.methods import METHODS, MethodRecipe, attach
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.vpt import VPT
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
-from tests.methods.conftest import KINDS, make_backbone
+from tests.methods.conftest import KINDS, assert_equal_steps, make_backbone
 
 HEAD = {"head.weight", "head.bias"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -139,15 +139,7 @@ def test_two_steps_change_what_is_trained_and_nothing_else(name: str, optimizer:
 def test_checkpointing_changes_nothing(settings: dict[str, Any], policy: str, images: torch.Tensor) -> None:
     plain, checkpointed = make(settings), make(settings)
     apply_checkpointing(checkpointed.backbone, policy)
-    losses = []
-    for method in (plain, checkpointed):
-        method.train()
-        torch.manual_seed(1)
-        losses.append(loss_of(method, images))
-        losses[-1].backward()
-    assert torch.equal(*losses)
-    for (name, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+    assert_equal_steps(plain, checkpointed, lambda method: loss_of(method, images))
 
 
 @pytest.mark.parametrize("name", ["linear", "mlp of one layer"])

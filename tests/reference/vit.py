@@ -511,13 +511,13 @@ def block_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array | Non
     attended_BND, attn_cache = attention_forward(normed_BND, _local(w, "attn."), config, mask_NN)
     scaled_BND, ls1_cache = layer_scale_forward(attended_BND, w.get("ls1.gamma"))
     branch_BND, after_attn_cache = after_forward(scaled_BND, _local(w, "adapter_attn."))
-    middle_BND = x_BND + branch_BND
+    middle_BND = residual(x_BND, branch_BND)
 
     normed_BND, norm2_cache = norm_forward(middle_BND, w["norm2.weight"], w["norm2.bias"], config.eps)
     mixed_BND, mlp_cache = mlp_forward(normed_BND, _local(w, "mlp."))
     scaled_BND, ls2_cache = layer_scale_forward(mixed_BND, w.get("ls2.gamma"))
     branch_BND, after_mlp_cache = after_forward(scaled_BND, _local(w, "adapter_mlp."))
-    out_BND, beside_cache = middle_BND + branch_BND, None
+    out_BND, beside_cache = residual(middle_BND, branch_BND), None
     if "adapter_beside.down.weight" in w:
         beside_BND, beside_cache = adapter_forward(middle_BND, _local(w, "adapter_beside."), relu=True)
         out_BND = out_BND + config.beside_scale * beside_BND
@@ -532,7 +532,7 @@ def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Arra
     dmixed_BND, ls2_grads = layer_scale_backward(dscaled_BND, ls2_cache)
     dnormed_BND, mlp_grads = mlp_backward(dmixed_BND, mlp_cache)
     dbranch_BND, norm2_grads = norm_backward(dnormed_BND, norm2_cache)
-    dmiddle_BND, beside_grads = dout_BND + dbranch_BND, {}
+    dmiddle_BND, beside_grads = residual(dout_BND, dbranch_BND), {}
     if beside_cache is not None:
         dbeside_BND, beside_grads = adapter_backward(beside_scale * dout_BND, beside_cache)
         dmiddle_BND = dmiddle_BND + dbeside_BND
@@ -553,6 +553,11 @@ def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Arra
         | _named("adapter_beside.", beside_grads)
     )
     return dmiddle_BND + dbranch_BND, grads
+
+
+def residual(x_BND: Array, branch_BND: Array) -> Array:
+    """The sum of a stream and a branch: a function of its own, so that rounding.py can round what it gives."""
+    return x_BND + branch_BND
 
 
 def adapter_forward(x_BND: Array, w: Weights, *, relu: bool) -> tuple[Array, Cache]:
