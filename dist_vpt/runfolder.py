@@ -251,7 +251,8 @@ def git_revision() -> str | None:
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+        words = ("git", "--no-optional-locks", *words)  # a lock would outlive a kill
+        return subprocess.run(words, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
         if not git("ls-files", Path(__file__).name).strip():  # installed inside somebody else's repository
