@@ -73,7 +73,7 @@ def losses(folder: Path, split: str) -> list[float]:
         ("vqt", "adamw", 4),
         ("linear", "sgd", 4),
         ("mlp", "adam", 3),
-        ("side", "adam", 3),
+        ("side", "adam", 2),
     ],
 )
 def test_trials_together_are_what_they_are_alone(method: str, optimizer: str, trials: int, tmp_path: Path) -> None:
