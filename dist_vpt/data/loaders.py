@@ -11,6 +11,7 @@ fresh shared memory for each batch would cost a page fault for every 4 KiB.
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict
@@ -334,6 +335,7 @@ class _Pool:
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
             multiprocessing_context=_forkserver() if workers else None,
+            worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # of its own, or each pass would draw from the global one
         )
 
@@ -380,6 +382,18 @@ class _Pool:
         if iterator is not None:
             self._loader._iterator = None
             iterator._shutdown_workers()
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: end when the training process does, however it ends. Torch would wait for the server's end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _unchanged(answer: Any) -> Any:
