@@ -168,13 +168,24 @@ def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
     # Never the reentrant form: it gives no gradient where the tokens before the prompts ask for none.
     run = backbone.run_block
     if policy == "mlp":
-        for block in backbone.blocks:
-            mlp: Any = block.mlp
-            mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
+        # Some blocks have it deeper inside: behind the merging of patches, or beside others.
+        inside = [module for name, module in backbone.blocks.named_modules() if name.endswith(".mlp")]
+        if not inside:
+            raise UserError(
+                f"runtime.checkpointing = mlp: a {type(backbone.blocks[0]).__name__} of the backbone has no MLP as a "
+                "module of its own; use block, every-N or budget-F"
+            )
+        for mlp in inside:
+            mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)  # type: ignore[method-assign]
     elif policy.startswith("budget-"):
         backbone.run_block = _Budget(float(policy.removeprefix("budget-")), run)
     elif policy != "none":
         every = 1 if policy == "block" else int(policy.removeprefix("every-"))
+        if every > len(backbone.blocks):
+            raise UserError(
+                f"runtime.checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, of which none would "
+                f"be computed again; use at most every-{len(backbone.blocks)}, or none"
+            )
         backbone.run_block = partial(_checkpointed, run, frozenset(backbone.blocks[every - 1 :: every]))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
+from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
@@ -177,10 +178,11 @@ def test_full_under_autocast(kernel: str, dtype: torch.dtype, images: Tensor) ->
         assert (a.grad - b.grad).norm() <= 0.1 * a.grad.norm(), name
 
 
+@pytest.mark.parametrize("policy", ["mlp", "block", "every-2", "budget-0.5"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_checkpointing_changes_nothing(name: str, images: Tensor) -> None:
+def test_checkpointing_changes_nothing(name: str, policy: str, images: Tensor) -> None:
     plain, checkpointed = make(SETTINGS[name]), make(SETTINGS[name])
-    apply_checkpointing(checkpointed.backbone, "block")
+    apply_checkpointing(checkpointed.backbone, policy)
     losses = []
     for method in (plain, checkpointed):
         losses.append(loss_of(method.train(), images))
@@ -188,6 +190,18 @@ def test_checkpointing_changes_nothing(name: str, images: Tensor) -> None:
     assert torch.equal(*losses)
     for (key, a), (_, b) in zip(plain.trainable(), checkpointed.trainable(), strict=True):
         assert torch.equal(a.grad, b.grad), key
+
+
+@pytest.mark.parametrize(("policy", "times"), [("none", 1), ("mlp", 2), ("block", 2)])
+def test_the_mlps_of_all_stages_are_computed_again(policy: str, times: int, images: Tensor) -> None:
+    method, run = make(SETTINGS["full"]).train(), []
+    for module in method.backbone.modules():
+        if isinstance(module, Mlp):
+            module.fc1.register_forward_hook(lambda layer, *_: run.append(layer))
+    apply_checkpointing(method.backbone, policy)
+    loss_of(method, images).backward()
+    assert len(run) == 4 * times
+    assert len(set(run)) == 4
 
 
 def test_the_frozen_stream_holds_the_pooled_features(images: Tensor) -> None:
