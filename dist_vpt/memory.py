@@ -183,8 +183,8 @@ def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
         every = 1 if policy == "block" else int(policy.removeprefix("every-"))
         if every > len(backbone.blocks):
             raise UserError(
-                f"runtime.checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, of which none would "
-                f"be computed again; use at most every-{len(backbone.blocks)}, or none"
+                f"runtime.checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, and none would be "
+                f"computed again; use at most every-{len(backbone.blocks)}, or none"
             )
         backbone.run_block = partial(_checkpointed, run, frozenset(backbone.blocks[every - 1 :: every]))
 

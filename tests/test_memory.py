@@ -172,8 +172,16 @@ def test_policies_that_are_none(policy: str) -> None:
 @pytest.mark.parametrize(
     ("policy", "backbone", "message"),
     [
-        ("every-5", {}, "every-5: the backbone has 4 blocks, of which none would be computed again; use at most every-4"),
-        ("mlp", {"block_fn": ParallelScalingBlock}, "mlp: a ParallelScalingBlock of the backbone has no MLP as a module"),
+        (
+            "every-5",
+            {},
+            "every-5: the backbone has 4 blocks, and none would be computed again; use at most every-4",
+        ),
+        (
+            "mlp",
+            {"block_fn": ParallelScalingBlock},
+            "mlp: a ParallelScalingBlock of the backbone has no MLP as a module",
+        ),
     ],
 )
 def test_policies_that_would_do_nothing(policy: str, backbone: dict[str, Any], message: str) -> None:

@@ -29,10 +29,14 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    timm_head = "head"  # timm's name of the linear layer that gives the logits
 
     def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool):
         super().__init__()
+        timms = {module: name for name, module in model.named_modules()}
         self._take_apart(model)
+        # Of each module that has a place in the timm model, by its place here.
+        self.timm_names = {name: timms[module] for name, module in self.named_modules() if module in timms}
         self.stochastic = stochastic
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
@@ -68,6 +72,15 @@ class Backbone(nn.Module):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         return self
+
+    def timm_state(self) -> dict[str, Tensor]:
+        """All tensors under the names that they have in the timm model."""
+        found = {}
+        for name, tensor in self.state_dict().items():
+            module, _, leaf = name.rpartition(".")
+            timms = self.timm_names[module]
+            found[f"{timms}.{leaf}" if timms else leaf] = tensor
+        return found
 
     @property
     def tokens(self) -> int:

@@ -20,6 +20,8 @@ class SwinBackbone(Backbone):
     Blocks of all stages stand in one list; where a stage begins with merging patches, that belongs to its first block.
     """
 
+    timm_head = "head.fc"
+
     def _take_apart(self, swin: SwinTransformer) -> None:  # type: ignore[override]
         self.width = swin.num_features
         self.patch_size = swin.patch_embed.patch_size
