@@ -47,14 +47,14 @@ class Seams:
         return self.qkv.weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
 
 
-def open_block(module: nn.Module, number: int) -> Seams:
+def open_block(module: nn.Module, number: int, fix: str = "choose another backbone, or method.name=linear") -> Seams:
     """The seams of a block. Raises UserError where it computes something else than a plain pre-norm block."""
     block: Any = module
     if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
         attention = type(getattr(block, "attn", block)).__name__
         raise UserError(
             f"block {number} of the backbone is a {type(block).__name__} with {attention}: its inside can be read only "
-            "where it is timm's plain pre-norm Block; choose another backbone, or method.name=linear"
+            f"where it is timm's plain pre-norm Block; {fix}"
         )
     attn = block.attn
     return Seams(
