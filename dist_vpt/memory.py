@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def apply_attention(backbone: "Backbone", kernel: str, compute: torch.dtype, *, 
     chosen = kernel
     if kernel in BACKENDS:
         chosen += f" ({_activate_flash()})" if kernel == "flash" else ""
-        _refuse_missing(kernel, compute, cpu, {getattr(module, "head_dim", 64) for module in choosers})
+        _refuse_missing(kernel, compute, cpu, {_Scores.of(module) for module in choosers})
         backbone.run_block = partial(_with_backend, BACKENDS[kernel], backbone.run_block)
     backbone.chosen["attention"] = chosen
 
@@ -122,18 +122,33 @@ def _activate_flash() -> str:
     )
 
 
-def _refuse_missing(kernel: str, compute: torch.dtype, cpu: bool, widths: Collection[int]) -> None:
+class _Scores(NamedTuple):
+    """What decides whether a kernel can compute an attention's scores."""
+
+    width: int  # of a head
+    biased: bool  # whether something is added to them, as Swin adds a bias by relative position
+    bias_trained: bool
+
+    @classmethod
+    def of(cls, module: Any) -> "_Scores":
+        table = getattr(module, "relative_position_bias_table", None)
+        return cls(getattr(module, "head_dim", 64), table is not None, table is not None and table.requires_grad)
+
+
+def _refuse_missing(kernel: str, compute: torch.dtype, cpu: bool, wanted: Collection[_Scores]) -> None:
     device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
-    for width in widths:
-        q_1HNE = torch.zeros(1, 1, 8, width, dtype=compute, device=device, requires_grad=True)
+    for scores in wanted:
+        q_1HNE = torch.zeros(1, 1, 8, scores.width, dtype=compute, device=device, requires_grad=True)
+        bias_1HNN = torch.zeros(1, 1, 8, 8, dtype=compute, device=device, requires_grad=scores.bias_trained)
         try:
             with sdpa_kernel(BACKENDS[kernel]), warnings.catch_warnings(action="ignore"):
-                nn.functional.scaled_dot_product_attention(q_1HNE, q_1HNE, q_1HNE)
+                nn.functional.scaled_dot_product_attention(q_1HNE, q_1HNE, q_1HNE, bias_1HNN if scores.biased else None)
         except RuntimeError as error:
             precision = str(compute).removeprefix("torch.")
+            bias = f", with a {'trained ' if scores.bias_trained else ''}bias on their scores" if scores.biased else ""
             raise UserError(
                 f"runtime.attention = {kernel}: there is no such kernel for {device}, {precision} and heads of width "
-                f"{width}; set runtime.attention=auto"
+                f"{scores.width}{bias}; set runtime.attention=auto"
             ) from error
 
 

@@ -140,12 +140,21 @@ def linear_of(block: nn.Module, number: int, target: str) -> tuple[str, nn.Linea
 
 
 def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
-    """All that multiplies tokens by a weight: patch embedding, linear layers and norms, under timm's names."""
+    """All that multiplies tokens by a weight: patch embedding, linear layers and norms, under timm's names.
+
+    Raises UserError where that is not all of it, or it has biases elsewhere.
+    """
     if type(backbone.stem.patch_embed) is not PatchEmbed:
         raise UserError(
             f"the backbone embeds patches by a {type(backbone.stem.patch_embed).__name__}: bias and ssf know timm's "
             "plain PatchEmbed; choose another method or backbone"
         )
     for name, module in backbone.named_modules():
+        apart = [own for own, _ in module.named_parameters(recurse=False) if own.endswith("_bias")]
+        if apart:
+            raise UserError(
+                f"{name} of the backbone, a {type(module).__name__}, holds {' and '.join(apart)} apart from the layers "
+                "that they belong to: bias and ssf would pass those by; choose another method or backbone"
+            )
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             yield name.removeprefix("stem."), module

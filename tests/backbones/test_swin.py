@@ -104,6 +104,20 @@ def test_features_in_bf16_are_near(kernel: str, images: Tensor) -> None:
     assert np.linalg.norm(found_BD - wanted_BD) < 0.03 * np.linalg.norm(wanted_BD)
 
 
+@pytest.mark.parametrize("name", ["linear", "full"])
+def test_a_kernel_must_take_the_bias_of_scores_as_the_method_has_it(name: str, images: Tensor) -> None:
+    """On a CPU flash attention takes one that is frozen, and none that is trained."""
+    method = make(SETTINGS[name])
+    if name == "full":
+        message = "attention = sdpa_flash: .* heads of width 64, with a trained bias on their scores; set"
+        with pytest.raises(UserError, match=message):
+            apply_attention(method.backbone, "sdpa_flash", torch.float32, writes=True, cpu=True)
+    else:
+        wanted = method(images)
+        apply_attention(method.backbone, "sdpa_flash", torch.float32, writes=False, cpu=True)
+        assert torch.allclose(method(images), wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_of_all_weights_are_the_references(images: Tensor) -> None:
     """Along one random direction of each tensor, against the reference's own slope there."""
     method = make(SETTINGS["full"]).double().train()
