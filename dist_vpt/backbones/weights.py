@@ -114,7 +114,7 @@ def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
         raise WeightsError(
             f"{path}: not a JAX vision transformer (no 'embedding/kernel' among its {len(tensors)} arrays)"
         )
-    if layout == "timm" and not any(re.match(r"(.*\.)?blocks\.\d+\.|visual\.", name) for name in tensors):
+    if layout == "timm" and not any(re.match(r"(.*\.)?(blocks|layers)\.\d+\.|visual\.", name) for name in tensors):
         raise WeightsError(f"{path}: holds no blocks of a transformer: {ONLY}")
     return layout
 
