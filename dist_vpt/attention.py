@@ -28,6 +28,7 @@ CELL = 112  # pixels of an image's side in a grid
 COLUMNS = 4  # of a grid with a map for each block or head, and the least width of all
 SHOWN = 16  # prompts or queries that a picture has side by side; the others go into further rows
 OVERLAY = 0.65  # share of the colour of the map in a picture
+ONLY = "attention can be drawn of runs on such backbones alone"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _matrices(backbone: Backbone) -> Iterator[list[Tensor]]:
         found.append(widened(inputs[0]))
 
     for number, block in enumerate(backbone.blocks):
-        open_block(block, number)
+        open_block(block, number, ONLY)
     hooks = [block.attn.attn_drop.register_forward_pre_hook(keep) for block in backbone.blocks]  # type: ignore[union-attr]
     try:
         yield found
@@ -106,7 +107,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
 
     All blocks, with the mean over heads or one ``head`` alone; or one ``block``, with the mean and each head.
     """
-    files = image_files(images)
+    files = _named(images)
     opened = open_run(run, adapters, checkpointing="none", attention="eager", compile=False, offload=False)
     backbone, folder = opened.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
     for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
@@ -114,15 +115,16 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
             raise UserError(f"--{name} {value}: the backbone's {name}s are 0 to {count - 1}")
     written = []
     pictures: dict[str, np.ndarray] = {}
-    for file in files:
+    which = "".join(f"-{name}{value}" for name, value in (("block", block), ("head", head)) if value is not None)
+    for called, file in files.items():
         pixels_13SS = opened.show(file).unsqueeze(0).to(opened.device)
         found = attend(opened.method, pixels_13SS)
         if isinstance(opened.method, VPT):  # whose patches may be of a frame, too
             pixels_13SS = opened.method.framed(pixels_13SS).detach()
         image_SS3 = pixels_13SS[0].cpu().permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
         for name, figure in _figures(found, image_SS3, block, head):
-            path = folder / f"{file.stem}-{name}.png"
-            pictures[f"attention/{file.stem}/{name}"] = drawn = _drawn(figure)
+            path = folder / f"{called}-{name}{which}.png"
+            pictures[f"attention/{called}/{name}{which}"] = drawn = _drawn(figure)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, _png(drawn))
             print(path)
@@ -137,8 +139,26 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     return written
 
 
+def _named(images: Sequence[str]) -> dict[str, Path]:
+    """Image files by what their pictures are called: their place below a folder that was given, or their own name.
+
+    Raises UserError for two of one name, of which one picture would be lost.
+    """
+    named: dict[str, Path] = {}
+    for image in images:
+        for file in image_files([image]):
+            place = file.relative_to(image) if Path(image).is_dir() else Path(file.name)
+            name = "-".join(place.with_suffix("").parts)
+            if named.setdefault(name, file) != file:
+                raise UserError(
+                    f"{named[name]} and {file}: the pictures of both would be called {name}-...; give one of them, and "
+                    "the other in a call with an --out of its own"
+                )
+    return named
+
+
 def _heads(backbone: Backbone) -> int:
-    return open_block(backbone.blocks[0], 0).heads
+    return open_block(backbone.blocks[0], 0, ONLY).heads
 
 
 def _figures(found: Attention, image_SS3: np.ndarray, block: int | None, head: int | None) -> Iterator[tuple[str, Any]]:

@@ -213,14 +213,14 @@ def check_attention() -> Finding:
     """Which kernels ``runtime.attention`` can have here."""
     import torch
 
-    from dist_vpt.memory import BACKENDS, refuse_missing
+    from dist_vpt.memory import BACKENDS, Scores, refuse_missing
 
     cpu = not torch.accelerator.is_available()
     there = []
     for kernel in BACKENDS:
         try:
             if kernel != "flash":  # of a package: extras
-                refuse_missing(kernel, torch.bfloat16, cpu, {64})
+                refuse_missing(kernel, torch.bfloat16, cpu, {Scores(width=64)})
                 there.append(kernel)
         except UserError:
             continue

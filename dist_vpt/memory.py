@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def apply_attention(backbone: "Backbone", kernel: str, compute: torch.dtype, *, 
     chosen = kernel
     if kernel in BACKENDS:
         chosen += f" ({_activate_flash()})" if kernel == "flash" else ""
-        refuse_missing(kernel, compute, cpu, {getattr(module, "head_dim", 64) for module in choosers})
+        refuse_missing(kernel, compute, cpu, {Scores.of(module) for module in choosers})
         backbone.run_block = partial(_with_backend, BACKENDS[kernel], backbone.run_block)
     backbone.chosen["attention"] = chosen
 
@@ -141,18 +141,33 @@ def _activate_flash() -> str:
     )
 
 
-def refuse_missing(kernel: str, compute: torch.dtype, cpu: bool, widths: Collection[int]) -> None:
+class Scores(NamedTuple):
+    """What decides whether a kernel can compute an attention's scores."""
+
+    width: int  # of a head
+    biased: bool = False  # whether something is added to them, as Swin adds a bias by relative position
+    bias_trained: bool = False
+
+    @classmethod
+    def of(cls, module: Any) -> "Scores":
+        table = getattr(module, "relative_position_bias_table", None)
+        return cls(getattr(module, "head_dim", 64), table is not None, table is not None and table.requires_grad)
+
+
+def refuse_missing(kernel: str, compute: torch.dtype, cpu: bool, wanted: Collection[Scores]) -> None:
     device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
-    for width in widths:
-        q_1HNE = torch.zeros(1, 1, 8, width, dtype=compute, device=device, requires_grad=True)
+    for scores in wanted:
+        q_1HNE = torch.zeros(1, 1, 8, scores.width, dtype=compute, device=device, requires_grad=True)
+        bias_1HNN = torch.zeros(1, 1, 8, 8, dtype=compute, device=device, requires_grad=scores.bias_trained)
         try:
             with sdpa_kernel(BACKENDS[kernel]), warnings.catch_warnings(action="ignore"):
-                nn.functional.scaled_dot_product_attention(q_1HNE, q_1HNE, q_1HNE)
+                nn.functional.scaled_dot_product_attention(q_1HNE, q_1HNE, q_1HNE, bias_1HNN if scores.biased else None)
         except RuntimeError as error:
             precision = str(compute).removeprefix("torch.")
+            bias = f", with a {'trained ' if scores.bias_trained else ''}bias on their scores" if scores.biased else ""
             raise UserError(
                 f"runtime.attention = {kernel}: there is no such kernel for {device}, {precision} and heads of width "
-                f"{width}; set runtime.attention=auto"
+                f"{scores.width}{bias}; set runtime.attention=auto"
             ) from error
 
 
@@ -187,13 +202,23 @@ def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
     # Never the reentrant form: it gives no gradient where the tokens before the prompts ask for none.
     run = backbone.run_block
     if policy == "mlp":
-        for block in backbone.blocks:
-            mlp: Any = block.mlp
-            mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)
+        inside = [module for name, module in backbone.blocks.named_modules() if name.endswith(".mlp")]
+        if not inside:
+            raise UserError(
+                f"runtime.checkpointing = mlp: a {type(backbone.blocks[0]).__name__} of the backbone has no MLP as a "
+                "module of its own; use block, every-N or budget-F"
+            )
+        for mlp in inside:
+            mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)  # type: ignore[method-assign]
     elif policy.startswith("budget-"):
         backbone.run_block = _Budget(float(policy.removeprefix("budget-")), run)
     elif policy != "none":
         every = 1 if policy == "block" else int(policy.removeprefix("every-"))
+        if every > len(backbone.blocks):
+            raise UserError(
+                f"runtime.checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, and none would be "
+                f"computed again; use at most every-{len(backbone.blocks)}, or none"
+            )
         backbone.run_block = partial(_checkpointed, run, frozenset(backbone.blocks[every - 1 :: every]))
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dist_vpt.backbones.build import describe
+from dist_vpt.backbones.build import describe, plain
 from dist_vpt.build import assemble, channels, make_method, make_view
 from dist_vpt.checkpoint import read_adapters, restore, write_adapters
 from dist_vpt.data import resolve
@@ -126,6 +126,8 @@ def predict(
 def merge(run: str, out: str, adapters: str = "last") -> None:
     """Write the backbone's float32 weights with a run's adapters folded in, and the head, under timm's names.
 
+    The file's head and what is printed say how timm makes the model, and the head how the run was shown images.
+
     Raises UserError for a method that no plain timm model can stand for.
     """
     if Path(out).suffix != ".safetensors":
@@ -146,14 +148,12 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
     method, _ = make_method(recipe, wants, len(classes))
     restore(method, tensors, path)
     size, (mean, std) = recipe.data.image_size or wants.image_size, channels(recipe.data, wants)
-    shown = {"image_size": size, "mean": mean, "std": std, "interpolation": wants.interpolation}
-    write_adapters(Path(out), timm_tensors(method), {"backbone": recipe.backbone.name, "classes": classes, **shown})
-    how = f'timm.create_model("{recipe.backbone.name}", num_classes={len(classes)}, img_size={size})'
-    if recipe.backbone.name == "demo":
-        how = "a timm VisionTransformer of the demo backbone's architecture"
-    if recipe.backbone.pool is not None:
-        how += f", created with num_classes=0, then reset_classifier({len(classes)}, {recipe.backbone.pool!r})"
-    print(f"{out}: weights for {how}")
+    view, model = make_view(recipe.data, wants), plain(recipe.backbone, size, len(classes))
+    shown = {"image_size": size, "mean": mean, "std": std, "resize": view.resize, "fit": view.fit}
+    made = {"architecture": model.architecture, "options": model.options, "pool": model.pool}
+    facts = {"backbone": recipe.backbone.name, "classes": classes, **made, **shown}
+    write_adapters(Path(out), timm_tensors(method), facts)
+    print(f"{out}: weights for\n{model}")
 
 
 def timm_tensors(method: Method) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.memory import apply_attention
 from dist_vpt.methods import MethodRecipe, attach
 from dist_vpt.methods.base import Method
+from tests.backbones.test_swin import make_backbone as make_swin_backbone
 from tests.methods.conftest import make_backbone
 from tests.running import train
 
@@ -147,6 +148,44 @@ def test_pictures_go_into_the_run_and_into_tensorboard(vpt_run: Path, photo: Pat
         assert np.asarray(image.convert("L")).std() > 10
         (shown,) = events.Images(f"attention/seven/{name}")
         assert (shown.width, shown.height) == image.size
+
+
+def test_no_picture_takes_the_place_of_another(vpt_run: Path, photo: Path, tmp_path: Path) -> None:
+    """Images of equal names in the folders of their classes, as image folders have them; all blocks and one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for place in ("cat/000.png", "dog/000.png"):
+        (tmp_path / "in" / place).parent.mkdir(parents=True)
+        (tmp_path / "in" / place).write_bytes(photo.read_bytes())
+    files = show(str(vpt_run), [str(tmp_path / "in")], out=str(tmp_path / "out"))
+    files += show(str(vpt_run), [str(tmp_path / "in")], block=1, head=0, out=str(tmp_path / "out"))
+    names = {
+        f"{animal}-000-{what}{which}"
+        for animal in ("cat", "dog")
+        for what in ("class", "prompts")
+        for which in ("", "-block1-head0")
+    }
+    assert len(files) == len(set(files)) == len(names)
+    assert {file.stem for file in (tmp_path / "out").iterdir()} == names
+    events = EventAccumulator(str(vpt_run / "tb"), size_guidance={"images": 0})
+    events.Reload()
+    tags = {tag.removeprefix("attention/") for tag in events.Tags()["images"]}
+    assert tags >= {f"{name[:7]}/{name[8:]}" for name in names}
+
+
+def test_two_images_of_one_name_are_refused(vpt_run: Path, photo: Path, tmp_path: Path) -> None:
+    other = tmp_path / "seven.jpg"
+    other.write_bytes(photo.read_bytes())
+    with pytest.raises(UserError, match=r"seven.png and .*seven.jpg: the pictures of both would be called seven-"):
+        show(str(vpt_run), [str(photo), str(other)], out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backbone_whose_blocks_cannot_be_opened_is_told(images: torch.Tensor) -> None:
+    """And not that another method would do."""
+    method = attach(TypeAdapter(MethodRecipe).validate_python({"name": "linear"}), make_swin_backbone(), classes=5)
+    with pytest.raises(UserError, match=r"a SwinTransformerBlock with .* Block; attention can be drawn of runs"):
+        attend(method, images)
 
 
 def test_one_block_and_one_head(vpt_run: Path, photo: Path, tmp_path: Path) -> None:

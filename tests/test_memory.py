@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_vpt import memory
@@ -166,6 +167,26 @@ def test_policies_of_a_recipe(policy: str) -> None:
 def test_policies_that_are_none(policy: str) -> None:
     with pytest.raises(RecipeError, match=r"command line: runtime.checkpointing: '.*': must be none, mlp, block"):
         load_recipe([], [f"runtime.checkpointing={policy}"])
+
+
+@pytest.mark.parametrize(
+    ("policy", "backbone", "message"),
+    [
+        (
+            "every-5",
+            {},
+            "every-5: the backbone has 4 blocks, and none would be computed again; use at most every-4",
+        ),
+        (
+            "mlp",
+            {"block_fn": ParallelScalingBlock},
+            "mlp: a ParallelScalingBlock of the backbone has no MLP as a module",
+        ),
+    ],
+)
+def test_policies_that_would_do_nothing(policy: str, backbone: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"runtime.checkpointing = {message}"):
+        make(policy, **backbone)
 
 
 @pytest.mark.parametrize(

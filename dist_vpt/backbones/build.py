@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import safe_open
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -69,7 +70,7 @@ def build(
     """
     model = _create(recipe, image_size, frame)
     difference = _load(model, recipe)
-    pool = recipe.pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
+    pool = _pool(recipe)
     if pool not in (None, model.global_pool):  # after loading: a timm model built for another pooling has other norms
         if isinstance(model, SwinTransformer):
             raise UserError(
@@ -83,6 +84,46 @@ def build(
     backbone = kind(model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
     return backbone, difference
+
+
+@dataclass(frozen=True)
+class Plain:
+    """How timm makes the plain model, with a classifier, that a backbone's merged weights fit."""
+
+    architecture: str  # timm's name of the model; VisionTransformer: the class itself
+    options: dict[str, Any]
+    pool: str | None  # that the classifier is reset to; None: the model's own
+
+    def __str__(self) -> str:
+        """Lines of Python."""
+        words = [f"{name}={value!r}" for name, value in self.options.items()]
+        if self.architecture == "VisionTransformer":
+            lines = [f"model = timm.models.VisionTransformer({', '.join(words)})"]
+        else:
+            lines = [f"model = timm.create_model({', '.join([repr(self.architecture), *words])})"]
+        if self.pool is not None:
+            lines.append(f"model.reset_classifier({self.options['num_classes']}, {self.pool!r})")
+        return "\n".join(lines)
+
+
+def plain(recipe: BackboneRecipe, image_size: int, classes: int) -> Plain:
+    """The plain timm model of a backbone that can be built."""
+    row = ZOO.get(recipe.name)
+    name, options = (row.architecture, row.options) if row else (recipe.name, {})
+    with torch.device("meta"):
+        if recipe.name == "demo":
+            name, options = "VisionTransformer", _demo_metadata()["architecture"]
+            model = VisionTransformer(**options)
+        else:
+            model = create(name, image_size, **options)
+    pool = _pool(recipe)
+    options = options | {"num_classes": classes, "img_size": image_size}
+    return Plain(name, options, None if pool in (None, model.global_pool) else pool)
+
+
+def _pool(recipe: BackboneRecipe) -> str | None:
+    """What the recipe or the weights' row says of pooling; None: the timm model's own."""
+    return recipe.pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
 
 
 def create(architecture: str, image_size: int, **options: Any) -> VisionTransformer | SwinTransformer:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.build import create
 from dist_vpt.backbones.layouts import LAYOUTS, Difference, convert, heads_of
-from dist_vpt.backbones.weights import layout_of, read_tensors
+from dist_vpt.backbones.weights import layout_of, read_tensors, refuse_infinite
 from dist_vpt.backbones.zoo import ZOO, Row
 from dist_vpt.errors import WeightsError
 
@@ -38,6 +38,7 @@ def check(file: str) -> None:
         )
         unsure = " (shapes do not tell which: that is where you have the file from)" if len(fits) > 1 else ""
         lines.append(("fits", ", ".join(fits) + unsure))
+        refuse_infinite(tensors, compared[fits[0]], path)
         lines.append(("loads strictly", f"yes: backbone.name={fits[0]} backbone.weights={path}"))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(str(path))
@@ -49,8 +50,8 @@ def check(file: str) -> None:
     if nearest is not None and _count(compared[nearest]) < len(tensors) / 4:
         raise WeightsError(f"{path}: does not load strictly; as {nearest}:\n{compared[nearest]}")
     raise WeightsError(
-        f"{path}: fits none of the short names of this layout; give the timm model that it is of in backbone.name, and "
-        "training tells every difference"
+        f"{path}: fits none of the short names of this layout; where it is of another VisionTransformer, "
+        "SwinTransformer or DINOv3 of timm's, give that model in backbone.name, and training tells every difference"
     )
 
 

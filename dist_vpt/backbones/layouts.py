@@ -298,13 +298,14 @@ LAYOUTS = {
 # What a file is
 
 
+ONLY = "only plain vision transformers, DINOv3 and Swin Transformers are tuned here; see `dist-vpt backbones`"
+
+
 def recognise(tensors: Tensors) -> str:
     """The name of a file's layout. Raises WeightsError, which says what it is, for a file that no model here fits."""
     foreign = _foreign(tensors)
     if foreign:
-        raise WeightsError(
-            f"holds {foreign}: only vision transformers and Swin Transformers are tuned here; see `dist-vpt backbones`"
-        )
+        raise WeightsError(f"holds {foreign}: {ONLY}")
     for layout, holds in _MARKS.items():
         if holds(tensors):
             return layout
@@ -345,7 +346,16 @@ _FOREIGN: dict[str, Callable[[Tensors], bool]] = {
     "a hybrid (a vision transformer on a ResNet stem)": _any(r"(.*/)?conv_root/|patch_embed\.backbone\."),
     "an MLP-Mixer": _any(r"(.*/)?MixerBlock_\d"),
     "a ResNet (a convolutional network)": _any(r"(.*\.)?layer1\.0\.conv1\.|block1/unit1/"),
-    "a ConvNeXt (a convolutional network)": _any(r".*(dwconv|conv_dw)\.|downsample_layers\.\d"),
+    "a Pyramid Vision Transformer": _any(r"(.*\.)?(attn\.(kv|sr)|mlp\.dwconv)\."),
+    "a ConvNeXt (a convolutional network)": lambda tensors: (
+        _any(r".*(dwconv|conv_dw)\.|downsample_layers\.\d")(tensors) and not _any(r".*attn")(tensors)
+    ),
+    "an XCiT (with attention among channels)": _any(r"blocks\.\d+\.local_mp\."),
+    "an EVA-02 (with queries, keys and values of separate layers)": _any(
+        r"blocks\.\d+\.attn\.(q_proj|inner_attn_ln)\."
+    ),
+    "a CaiT (with blocks of the class token alone)": _any(r"blocks_token_only\."),
+    "a vision transformer with relative positions in its blocks": _any(r"(.*\.)?blocks\.\d+\.attn\.rel_pos"),
     "a Swin Transformer V2": _any(r"layers\.\d+\.blocks\.\d+\.attn\.(logit_scale|cpb_mlp)"),
     "a distilled DeiT (with a second, distillation token)": _any(r"dist_token$"),
     "a BEiT (with relative position biases in its blocks)": _any(r"blocks\.\d+\.attn\.relative_position_bias"),

@@ -47,14 +47,14 @@ class Seams:
         return self.qkv.weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
 
 
-def open_block(module: nn.Module, number: int) -> Seams:
+def open_block(module: nn.Module, number: int, fix: str = "choose another backbone, or method.name=linear") -> Seams:
     """The seams of a block. Raises UserError where it computes something else than a plain pre-norm block."""
     block: Any = module
     if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
         attention = type(getattr(block, "attn", block)).__name__
         raise UserError(
             f"block {number} of the backbone is a {type(block).__name__} with {attention}: its inside can be read only "
-            "where it is timm's plain pre-norm Block; choose another backbone, or method.name=linear"
+            f"where it is timm's plain pre-norm Block; {fix}"
         )
     attn = block.attn
     return Seams(
@@ -140,12 +140,21 @@ def linear_of(block: nn.Module, number: int, target: str) -> tuple[str, nn.Linea
 
 
 def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
-    """All that multiplies tokens by a weight: patch embedding, linear layers and norms, under timm's names."""
+    """All that multiplies tokens by a weight: patch embedding, linear layers and norms, under timm's names.
+
+    Raises UserError where that is not all of it, or it has biases elsewhere.
+    """
     if type(backbone.stem.patch_embed) is not PatchEmbed:
         raise UserError(
             f"the backbone embeds patches by a {type(backbone.stem.patch_embed).__name__}: bias and ssf know timm's "
             "plain PatchEmbed; choose another method or backbone"
         )
     for name, module in backbone.named_modules():
+        apart = [own for own, _ in module.named_parameters(recurse=False) if own.endswith("_bias")]
+        if apart:
+            raise UserError(
+                f"{name} of the backbone, a {type(module).__name__}, holds {' and '.join(apart)} apart from the layers "
+                "that they belong to: bias and ssf would pass those by; choose another method or backbone"
+            )
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             yield backbone.timm_name(name), module

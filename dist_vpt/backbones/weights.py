@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dist_vpt.backbones.layouts import LAYOUTS, Difference, convert, heads_of, recognise
+from dist_vpt.backbones.layouts import LAYOUTS, ONLY, Difference, convert, heads_of, recognise
 from dist_vpt.errors import WeightsError
 
 FAMILIES = {"vit": "a vision transformer", "swin": "a Swin Transformer"}
@@ -89,10 +89,19 @@ def load_into(model: nn.Module, path: Path, *, lenient: bool) -> Difference:
             "" if lenient else ", or use backbone.load=lenient"
         )
         raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{difference}")
+    refuse_infinite(tensors, difference, path)
     own = model.state_dict()
     result = model.load_state_dict(offered, strict=False)
     _prove(model, offered, set(result.missing_keys), own.keys() - offered.keys(), path)
     return difference
+
+
+def refuse_infinite(tensors: dict[str, Tensor], difference: Difference, path: Path) -> None:
+    """Raises WeightsError where what a model takes of a file holds NaN or an infinity."""
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad and name not in difference.left_out:
+            raise WeightsError(f"{path}: {name} holds {bad} that are not finite numbers; download the file again")
 
 
 def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
@@ -105,6 +114,8 @@ def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
         raise WeightsError(
             f"{path}: not a JAX vision transformer (no 'embedding/kernel' among its {len(tensors)} arrays)"
         )
+    if layout == "timm" and not any(re.match(r"(.*\.)?(blocks|layers)\.\d+\.|visual\.", name) for name in tensors):
+        raise WeightsError(f"{path}: holds no blocks of a transformer: {ONLY}")
     return layout
 
 

@@ -10,7 +10,7 @@ import torch
 from dist_vpt.backbones.build import create
 from dist_vpt.backbones.zoo import ZOO
 from dist_vpt.cli import main
-from tests.backbones.published import File, file
+from tests.backbones.published import FILES, File, file
 
 __all__ = ["file"]  # a fixture
 
@@ -67,6 +67,17 @@ def test_a_damaged_file_is_refused_by_the_tensors_name(
     assert re.search(rf"1 {change}.*: {re.escape(name.removeprefix('module.'))}(:|\n)", err)
 
 
+def test_a_number_that_is_none_does_not_load(
+    few_rows: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ZOO, "tiny", FILES["in1k"].row)
+    arrays = FILES["in1k"].arrays()
+    arrays["norm.weight"][0] = float("nan")
+    code, lines, err = said(FILES["in1k"].save(tmp_path, arrays), capsys)
+    assert (code, lines) == (2, {})
+    assert "norm.weight holds 1 that are not finite numbers" in err
+
+
 def whole(architecture: str, **options: Any) -> dict[str, torch.Tensor]:
     """All tensors of a model in full size and without memory: one number each, which the file holds once."""
     with torch.device("meta"):
@@ -105,7 +116,7 @@ def test_a_model_without_a_short_name(tmp_path: Path, capsys: pytest.CaptureFixt
     code, lines, err = said(tmp_path / "a.pth", capsys)
     assert code == 2
     assert lines["shapes"].endswith("images of 224 px, patches of 32, depth 3, width 384")
-    assert "fits none of the short names of this layout; give the timm model" in err
+    assert "fits none of the short names of this layout; where it is of another VisionTransformer" in err
 
 
 def test_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,12 @@ def test_files_of_another_family(name: str, model: tuple[str, int, Any], message
         (["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"], "a language model"),
         (["bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.output.dense.weight"], "a language model"),
         (["features.0.weight", "features.3.weight", "features.6.weight"], "a convolutional network"),
+        (["stages.0.blocks.0.attn.kv.weight", "stages.0.blocks.0.mlp.dwconv.weight"], "a Pyramid Vision Transformer"),
+        (["blocks.0.attn.qkv.weight", "blocks.0.local_mp.conv1.weight"], "an XCiT"),
+        (["blocks.0.attn.q_proj.weight", "blocks.0.mlp.fc1_g.weight"], "an EVA-02"),
+        (["blocks.0.attn.qkv.weight", "blocks_token_only.0.attn.q.weight"], "a CaiT"),
+        (["blocks.0.attn.rel_pos_h", "blocks.0.attn.qkv.weight"], "a vision transformer with relative positions"),
+        (["cls_token", "encoder.0.attention.weight"], "no blocks of a transformer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

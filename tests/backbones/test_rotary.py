@@ -1,5 +1,6 @@
 """DINOv3 as a backbone: against slow float64 mathematics, with prompts and with everything that runs on a backbone."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,30 @@ def test_biases_of_keys_are_held_like_the_weights() -> None:
     backbone, _ = build(recipe, image_size=32, mean=MEAN, std=STD)
     backbone.hold_in(torch.bfloat16)
     assert backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("architecture", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"name": "vpt", "also": ("bias",)}, {"name": "bias"}, {"name": "ssf"}, {"name": "cls"}, {"name": "full"}],
+    ids=str,
+)
+def test_all_that_is_trained_gets_a_gradient_or_is_refused(
+    settings: dict[str, Any], architecture: str, monkeypatch: pytest.MonkeyPatch, images: Tensor
+) -> None:
+    """With biases of queries and values timm never calls the layer that a method would act on."""
+    tiny = {"depth": 2, "embed_dim": 16, "num_heads": 2}
+    monkeypatch.setitem(ZOO, "tiny", replace(FILES["dinov3"].row, architecture=architecture, options=tiny))
+    backbone, _ = build(BackboneRecipe(name="tiny", weights="random"), image_size=32, mean=MEAN, std=STD)
+    recipe = TypeAdapter(MethodRecipe).validate_python(settings)
+    inside = settings["name"] in ("bias", "ssf") or "also" in settings
+    if inside and architecture.endswith("qkvb"):
+        with pytest.raises(UserError, match=r"blocks.0.attn of the backbone, a EvaAttention, holds q_bias and v_bias"):
+            attach(recipe, backbone, 4)
+        return
+    method = attach(recipe, backbone, 4)
+    loss_of(method.train(), images).backward()
+    assert [name for name, parameter in method.trainable() if parameter.grad is None] == []
 
 
 def test_vqt_is_refused(make: Any) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
+from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
@@ -135,6 +136,20 @@ def test_features_in_bf16_are_near(kernel: str, images: Tensor) -> None:
     found_BD = backbone.pool(backbone(images)).double().numpy()
     wanted_BD = expected(published(make_swin()), images)
     assert np.linalg.norm(found_BD - wanted_BD) < 0.03 * np.linalg.norm(wanted_BD)
+
+
+@pytest.mark.parametrize("name", ["linear", "full"])
+def test_a_kernel_must_take_the_bias_of_scores_as_the_method_has_it(name: str, images: Tensor) -> None:
+    """On a CPU flash attention takes one that is frozen, and none that is trained."""
+    method = make(SETTINGS[name])
+    if name == "full":
+        message = "attention = sdpa_flash: .* heads of width 64, with a trained bias on their scores; set"
+        with pytest.raises(UserError, match=message):
+            apply_attention(method.backbone, "sdpa_flash", torch.float32, writes=True, cpu=True)
+    else:
+        wanted = method(images)
+        apply_attention(method.backbone, "sdpa_flash", torch.float32, writes=False, cpu=True)
+        assert torch.allclose(method(images), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_all_weights_are_the_references(images: Tensor) -> None:
@@ -302,6 +317,18 @@ def test_prompts_of_a_stage_may_start_like_its_tokens(images: Tensor) -> None:
         assert torch.allclose(drawn_PD.mean(0), values_XD.mean(0), atol=0.05 * float(values_XD.std()))
         assert torch.allclose(drawn_PD.std(0), values_XD.std(0, correction=0), atol=0.05 * float(values_XD.std()))
         tokens_BND = block(tokens_BND)
+
+
+@pytest.mark.parametrize(("policy", "times"), [("none", 1), ("mlp", 2), ("block", 2)])
+def test_the_mlps_of_all_stages_are_computed_again(policy: str, times: int, images: Tensor) -> None:
+    method, run = make(SETTINGS["full"]).train(), []
+    for module in method.backbone.modules():
+        if isinstance(module, Mlp):
+            module.fc1.register_forward_hook(lambda layer, *_: run.append(layer))
+    apply_checkpointing(method.backbone, policy)
+    loss_of(method, images).backward()
+    assert len(run) == 4 * times
+    assert len(set(run)) == 4
 
 
 def test_the_frozen_stream_holds_the_pooled_features(images: Tensor) -> None:

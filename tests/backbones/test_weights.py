@@ -225,8 +225,21 @@ def test_weights_of_another_architecture(other: dict[str, Any], layout: str, tin
 
 
 def test_lenient_is_no_licence_for_weights_of_nothing_alike(tiny_vit: MakeVit, tmp_path: Path) -> None:
-    save_file({"conv.weight": torch.zeros(3, 3)}, tmp_path / "a.safetensors")
+    save_file({"blocks.0.conv.weight": torch.zeros(3, 3)}, tmp_path / "a.safetensors")
     assert "name the architecture" in refused(tiny_vit(), tmp_path / "a.safetensors", lenient=True)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_number_that_is_none_is_told(number: float, lenient: bool, tiny_vit: MakeVit, tmp_path: Path) -> None:
+    state = tiny_vit(num_classes=3).state_dict()
+    state["head.weight"][0, 0] = number  # left out: no matter
+    save_file(state, tmp_path / "a.safetensors")
+    assert not load_into(tiny_vit(seed=1), tmp_path / "a.safetensors", lenient=lenient)
+    state["blocks.1.mlp.fc1.weight"][3, :2] = number
+    save_file(state, tmp_path / "a.safetensors")
+    message = refused(tiny_vit(seed=1), tmp_path / "a.safetensors", lenient=lenient)
+    assert message.endswith("blocks.1.mlp.fc1.weight holds 2 that are not finite numbers; download the file again")
 
 
 def test_lenient_does_not_resample_patches(tiny_vit: MakeVit, tmp_path: Path) -> None:

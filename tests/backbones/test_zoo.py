@@ -100,8 +100,22 @@ def test_the_table_fits_in_100_columns(capsys: pytest.CaptureFixture[str]) -> No
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert "…" not in "".join(lines)
+    above, facts = {}, []  # the two lines that head a row's section
+    for line in lines:
+        if line.startswith("github.com/"):
+            facts = [line]
+        elif len(facts) == 1:
+            facts.append(line)
+        elif line.split()[:1] and line.split()[0] in ZOO:
+            above[line.split()[0]] = (*facts, line)
+    assert list(above) == list(ZOO)
     for name, row in ZOO.items():
-        line = next(line for line in lines if line.split()[:1] == [name])
+        project, wants, line = above[name]
+        assert project == f"{row.source}, {row.licence}"
         assert line.split()[1:4] == [row.architecture, str(row.size), row.pool]
         assert line.strip().endswith(row.trained)
-    assert any("github.com/facebookresearch/mae, CC-BY-NC-4.0" in line for line in lines)
+        layout, channels, interpolation = wants.split("; ")
+        assert (layout, interpolation) == (f"file layout {row.layout}", row.interpolation)
+        assert channels.startswith(f"{row.channels.name}: mean ")
+        shown = [float(number) for number in re.findall(r"\d\.\d+", channels)]
+        assert shown == pytest.approx([*row.channels.mean, *row.channels.std], abs=1e-6)

@@ -5,19 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from pydantic import TypeAdapter
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.build import DEMO, describe
+from dist_vpt.backbones.zoo import ZOO
 from dist_vpt.build import make_method
 from dist_vpt.checkpoint import read_adapters, restore
 from dist_vpt.cli import main
 from dist_vpt.errors import UserError
 from dist_vpt.methods import MethodRecipe, attach
 from dist_vpt.methods.base import Method
-from dist_vpt.predict import timm_tensors
+from dist_vpt.predict import open_run, timm_tensors
 from dist_vpt.recipe import load_recipe
+from tests.backbones.published import FILES
+from tests.backbones.test_swin import make as make_on_swin
+from tests.backbones.test_swin import make_swin
 from tests.methods.conftest import KINDS, MEAN, STD, make_backbone, make_vit
 from tests.running import train
 
@@ -57,6 +62,19 @@ def test_equal_outputs_of_plain_timm(name: str, kind: str, images: torch.Tensor)
     assert not torch.allclose(after, before, atol=0.1)
 
 
+@pytest.mark.parametrize("name", ["linear", "full"])
+def test_equal_outputs_of_plain_swin(name: str) -> None:
+    """Whose modules stand elsewhere here than in timm's model."""
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    method, plain = make_on_swin(MERGED[name]), make_swin(num_classes=4)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    plain.load_state_dict(timm_tensors(method), strict=True)
+    expected = method.eval()(images)
+    assert torch.allclose(plain.eval()(normalised(images)), expected, atol=1e-4 * float(expected.abs().max()))
+
+
 def normalised(images: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (images / 255 - mean) / std
@@ -82,7 +100,7 @@ def test_a_merged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     run, out = tmp_path / "run", tmp_path / "merged.safetensors"
     train(run, "method.name=lora", "train.batch_size=500", "runtime.precision=bf16", "train.test=false")
     assert main(["merge", str(run), "--out", str(out)]) == 0
-    assert "merged.safetensors: weights for a timm VisionTransformer" in capsys.readouterr().out
+    assert "merged.safetensors: weights for\nmodel = timm.models.VisionTransformer(" in capsys.readouterr().out
     tensors, facts = read_adapters(out)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert (facts["backbone"], facts["image_size"], len(facts["classes"])) == ("demo", 8, 10)
@@ -101,6 +119,30 @@ def test_a_merged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert not difference
     assert main(["merge", str(run), "--out", str(tmp_path / "merged.pth")]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "method"), [("mae", "bias"), ("swin", "full"), ("mocov3", "lora")])
+def test_the_model_that_is_told_gives_what_the_run_gave(
+    kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the weights' short name: it stands for an architecture, its options, and a pooling that timm's has not."""
+    monkeypatch.setitem(ZOO, "tiny", FILES[kind].row)
+    run, out = tmp_path / "run", tmp_path / "merged.safetensors"
+    words = [f"method.name={method}", "backbone.name=tiny", "backbone.weights=random", "data.image_size=32"]
+    result = train(run, *words, "data.resize=bilinear", "train.batch_size=500", "train.eval_batch_size=500")
+    assert main(["merge", str(run), "--out", str(out)]) == 0
+    told = capsys.readouterr().out.split(f"{out}: weights for\n")[1]
+    names: dict[str, Any] = {}
+    exec(told, {"timm": timm}, names)
+    tensors, facts = read_adapters(out)
+    names["model"].load_state_dict(tensors, strict=True)
+    assert {key: facts[key] for key in ("resize", "fit")} == {key: result["protocol"][key] for key in ("resize", "fit")}
+    assert facts["resize"] == "bilinear"
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
+    found = names["model"].eval()((images / 255 - mean) / std)
+    opened = open_run(str(run), "last")
+    assert torch.allclose(found, opened.method(images.to(opened.device)).cpu(), atol=1e-4 * float(found.abs().max()))
 
 
 def demo_architecture() -> dict[str, Any]:
