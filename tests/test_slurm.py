@@ -382,7 +382,7 @@ def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Sign
     wait_for(lambda: step(folder, 510) >= 2 or not forks.running)
     (trainer,) = [psutil.Process(process.pid) for process in forks.processes]
     below = trainer.children(recursive=True)
-    assert len(below) >= 3  # a server, a worker, a tracker of shared memory
+    assert len(below) >= 2  # a server and a worker; a tracker of shared memory, unless it was there before
     for process in (trainer,) if number == signal.SIGKILL else (*below, trainer):
         process.send_signal(number)
     assert forks.finish(60) == [-9 if number == signal.SIGKILL else 75], forks.output[-2000:]
