@@ -25,6 +25,9 @@ def whole_moments(method: Method, optimizer: Any) -> Iterator[tuple[str, Tensor]
         return
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    if hasattr(kept, "checkpoint_event_prologue"):  # ZeRO-3 lets go of the weights that scoring gathered
+        kept.checkpoint_event_prologue()
+        kept.checkpoint_event_epilogue()
     pieces = _pieces(kept)
     _link(kept)
     for name, parameter in method.trainable():
