@@ -36,6 +36,10 @@ class RunFailed(UserError):
     exit_code = 3
 
 
+class OutOfMemory(RunFailed):
+    """A device's memory is not enough; the message ends with what would fit."""
+
+
 class Interrupted(UserError):
     """The run was told to stop, has saved its state and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
