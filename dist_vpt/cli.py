@@ -261,10 +261,22 @@ def _plan(arguments: argparse.Namespace) -> None:
     try:
         recipe = load_recipe(files, overrides)
     except RecipeError as error:
-        if "root is missing" not in str(error):
-            raise
-        recipe = load_recipe(files, [*overrides, "data.root=."])  # a known task's classes need no data
-    plan(recipe, arguments.gpus * arguments.nodes, memory, measured=arguments.measure)
+        recipe = _without_data(files, overrides, error)
+    plan(recipe, arguments.gpus, arguments.nodes, memory, measured=arguments.measure)
+
+
+def _without_data(files: Sequence[str], overrides: Sequence[str], error: RecipeError) -> Any:
+    """The recipe of a known task, whose classes need no data, where all that it lacks is their folder."""
+    from dist_vpt.data.tasks import TASKS
+    from dist_vpt.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(files, [*overrides, "data.root=."])
+    except RecipeError:
+        raise error from None
+    if recipe.data.task not in TASKS:
+        raise error
+    return recipe
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -52,6 +52,7 @@ from dist_vpt.methods.vqt import VQT
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
+from dist_vpt.plan import advice_on_memory
 from dist_vpt.recipe import Recipe, differences
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
@@ -368,7 +369,7 @@ def _finetuned(
     recipes = [job.recipe for job in jobs]
     name = hashlib.sha256(json.dumps([jobs[0].made_of, *(recipe.to_yaml() for recipe in recipes)]).encode())
     state = jobs[0].folder.path.parent / f".finetune-{name.hexdigest()[:16]}.pt"
-    with StopSignal() as stop:
+    with StopSignal() as stop, advice_on_memory(recipes[0], accelerator, trials=len(jobs)):
         p = make_pass(recipes, accelerator, stop, state, show, starts)
         try:
             fit_trials(p)

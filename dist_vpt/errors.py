@@ -42,6 +42,10 @@ class ProcessFailed(UserError):
     exit_code = 4
 
 
+class OutOfMemory(RunFailed):
+    """A device's memory is not enough; the message ends with what would fit."""
+
+
 class Interrupted(UserError):
     """The run was told to stop and can be resumed from its newest state (EX_TEMPFAIL of sysexits.h)."""
 

@@ -8,7 +8,9 @@ is counted by doing it. Weights that several processes share out are then divide
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from dist_vpt.backbones.build import Description, describe
 from dist_vpt.build import make_method, make_view
 from dist_vpt.data.loaders import PIXELS
+from dist_vpt.memory import apply_offload
 from dist_vpt.methods.base import Method
 from dist_vpt.optim import build_optimizer
 from dist_vpt.recipe import Recipe
@@ -44,20 +47,22 @@ class Footprint:
     scoring: int  # the height of scoring a batch
     parameters: int  # numbers, frozen and trained
     trained_parameters: int
+    host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
 
     def on(self, strategy: str, processes: int) -> "Share":
         """What each of several processes holds on its device."""
         w = processes
         if strategy == "ddp" and w == 1:
-            return Share(self.frozen + self.trained, 0, self.optimizer, self.height, self.scoring)
+            return Share(self.frozen + self.trained, 0, self.optimizer, self.height, self.scoring, self.host)
         if strategy == "ddp":  # its buckets are the gradients, and stay
-            return Share(self.frozen + self.trained, self.gradients, self.optimizer, self.working, self.scoring)
+            weights = self.frozen + self.trained
+            return Share(weights, self.gradients, self.optimizer, self.working, self.scoring, self.host)
         bucket = FLOAT32 * min(REDUCE_BUCKET, self.trained // FLOAT32)
         optimizer = (self.optimizer + self.trained) // w  # DeepSpeed steps on a copy of its part
         gradients = self.gradients if strategy == "zero1" else self.gradients // w
         if strategy in ("zero1", "zero2"):
             weights = self.frozen + self.trained
-            return Share(weights, gradients, optimizer, self.working + bucket, self.scoring + bucket)
+            return Share(weights, gradients, optimizer, self.working + bucket, self.scoring + bucket, self.host)
         weights = self.frozen + self.trained
         gathered = min(weights, weights * LIVE_WEIGHTS // max(1, self.parameters))
         offloaded = strategy == "zero3_offload"
@@ -67,6 +72,7 @@ class Footprint:
             0 if offloaded else optimizer,
             self.working + bucket + gathered,
             self.scoring + bucket + gathered,
+            self.host + (weights // w + optimizer if offloaded else 0),
         )
 
 
@@ -79,6 +85,7 @@ class Share:
     optimizer: int
     working: int  # the most that a training step holds beyond those
     scoring: int  # and scoring a batch
+    host: int = 0  # in host memory, at most
 
     @property
     def held(self) -> int:
@@ -95,16 +102,9 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None) -> Footpr
 
     Takes a second or so, and no memory of the device.
     """
-    wants = describe(recipe.backbone)
-    plain = {"compile": False, "offload": False}  # a compiler fuses more than is counted here, and is not waited for
-    random = recipe.model_copy(
-        update={
-            "backbone": recipe.backbone.model_copy(update={"weights": "random"}),
-            "runtime": recipe.runtime.model_copy(update=plain),
-        }
-    )
-    with torch.device("meta"):
-        method, _ = make_method(random, wants, classes)
+    wants, method = describe(recipe.backbone), weightless(recipe, classes)
+    if recipe.runtime.offload:
+        apply_offload(method.backbone, _to_host)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
         optimizer = build_optimizer(recipe.optim, method)
@@ -130,7 +130,27 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None) -> Footpr
             scoring=scoring.height,
             parameters=numbers,
             trained_parameters=sum(p.numel() for p in trained),
+            host=alive.host_height,
         )
+
+
+def weightless(recipe: Recipe, classes: int) -> Method:
+    """The recipe's method on the meta device: all shapes, and no numbers."""
+    plain = {"compile": False, "offload": False}  # a compiler fuses more than is counted here, and is not waited for
+    random = recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update={"weights": "random"}),
+            "runtime": recipe.runtime.model_copy(update=plain),
+        }
+    )
+    with torch.device("meta"):
+        method, _ = make_method(random, describe(recipe.backbone), classes)
+    return method
+
+
+def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """What ``runtime.offload`` does with a tensor; the meta device stands for the host."""
+    return partial(torch.empty_like, torch.empty_like(tensor, device="meta"), device=tensor.device)
 
 
 class _Step:
@@ -188,6 +208,7 @@ class _Alive(TorchDispatchMode):
     def __init__(self, known: list[Tensor]):
         super().__init__()
         self.now = self.height = self.gradients = self.height_without_gradients = 0
+        self.host = self.host_height = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self.of_gradients: set[int] = set()
 
@@ -195,7 +216,7 @@ class _Alive(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(tensor.untyped_storage(), host=tensor.device.type == "meta")
         return made
 
     def is_gradient(self, parameter: Tensor) -> None:
@@ -206,15 +227,23 @@ class _Alive(TorchDispatchMode):
             self.of_gradients.add(storage._cdata)
             self.gradients += self.sizes.get(storage._cdata, 0)
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
+    def _count(self, storage: torch.UntypedStorage, *, host: bool) -> None:
         key = storage._cdata
         if key in self.sizes:
             return
         self.sizes[key] = storage.nbytes()
+        if host:
+            self.host += self.sizes[key]
+            self.host_height = max(self.host_height, self.host)
+            weakref.finalize(storage, self._gone_from_host, key)
+            return
         self.now += self.sizes[key]
         self.height = max(self.height, self.now)
         self.height_without_gradients = max(self.height_without_gradients, self.now - self.gradients)
         weakref.finalize(storage, self._gone, key)
+
+    def _gone_from_host(self, key: int) -> None:
+        self.host -= self.sizes.pop(key)
 
     def _gone(self, key: int) -> None:
         size = self.sizes.pop(key)

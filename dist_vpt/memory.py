@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # workers that load images import this module too, and no mod
     from dist_vpt.recipe import RuntimeRecipe
 
 Run = Callable[[nn.Module, Tensor], Tensor]  # a block on tokens [B, N, D]
+PutAway = Callable[[Tensor], Callable[[], Tensor]]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 LARGE = 2**20  # bytes from which on a tensor that is freed goes back to the system
@@ -287,24 +288,29 @@ class _Budget:
         return frozenset(kept)
 
 
-def apply_offload(backbone: "Backbone") -> None:
-    """Have what blocks keep for backward wait in host memory; weights stay where they are."""
-    backbone.run_block = partial(_offloaded, backbone.run_block)
+def apply_offload(backbone: "Backbone", put_away: PutAway | None = None) -> None:
+    """Have what blocks keep for backward wait in host memory; weights stay where they are.
+
+    ``put_away`` gives for a tensor what brings it back; in host memory unless given.
+    """
+    backbone.run_block = partial(_offloaded, put_away or _to_host, backbone.run_block)
 
 
-def _offloaded(run: Run, block: nn.Module, tokens_BND: Tensor) -> Tensor:
-    def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-        if _of_weights(tensor, block):
-            return tensor
-        # With its strides: what selective checkpointing gives back must be laid out as it was.
-        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, host.copy_(tensor)
+def _offloaded(put_away: PutAway, run: Run, block: nn.Module, tokens_BND: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        return tensor if _of_weights(tensor, block) else put_away(tensor)
 
-    def unpack(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed[1].to(packed[0])
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
 
     with saved_tensors_hooks(pack, unpack):
         return run(block, tokens_BND)
+
+
+def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    # With its strides: what selective checkpointing gives back must be laid out as it was.
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return partial(host.copy_(tensor).to, tensor.device)
 
 
 class _Seen(TorchDispatchMode):

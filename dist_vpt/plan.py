@@ -8,11 +8,14 @@ device's libraries take; rows of ZeRO are on paper, from DeepSpeed's buffers and
 """
 
 import json
-import math
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,31 +23,69 @@ from typing import Any, cast
 import psutil
 import torch
 from accelerate import Accelerator
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.agreement import StopSignal
 from dist_vpt.backbones.build import Description, describe
+from dist_vpt.backbones.zoo import ZOO
 from dist_vpt.build import make_method, make_view
 from dist_vpt.checkpoint import Progress
 from dist_vpt.data import open_splits
 from dist_vpt.data.loaders import PIXELS, Batch
 from dist_vpt.data.tasks import resolve
 from dist_vpt.engine import Training, train_step
-from dist_vpt.errors import RunFailed, UserError
-from dist_vpt.footprint import Share, footprint
+from dist_vpt.errors import OutOfMemory, RunFailed, UserError
+from dist_vpt.footprint import Footprint, Share, footprint, weightless
+from dist_vpt.methods import MethodRecipe
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import RunFolder
-from dist_vpt.strategy import make_accelerator, prepare, strategy
+from dist_vpt.strategy import make_accelerator, prepare, strategy, why_not
 
 GIB, MIB = 2**30, 2**20
 UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": MIB, "mb": 10**6}
 # Of a device's memory, what the estimate does not count: fragmentation, and on a GPU its context and libraries.
 ROOM = 0.06
-CONTEXT = 0.6 * GIB
-# The cheapest in time first (benchmarks/policies.py).
-POLICIES = ("none", "mlp", "budget-0.5", "every-2", "block")
+CONTEXT = int(0.6 * GIB)
+# Checkpointing and offload, the cheapest in time first (benchmarks/policies.py; offload has not been timed).
+POLICIES = (
+    ("none", False),
+    ("mlp", False),
+    ("every-2", False),
+    ("budget-0.5", False),
+    ("block", False),
+    ("none", True),
+    ("block", True),
+)
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")  # the cheapest in time first
+MANY = 4096  # images with which activations are higher than anything that does not grow with them
+WIDTH = 108  # of the table
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"  # of a clone
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a recipe is planned for: a process on each of ``devices`` devices of each of ``nodes`` nodes."""
+
+    memory: int  # bytes of a device
+    devices: int = 1
+    nodes: int = 1
+    gpus: bool = True  # or CPUs
+
+    @property
+    def processes(self) -> int:
+        return self.devices * self.nodes
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of a device that are no process's to hold."""
+        return CONTEXT if self.gpus else 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be held on a device."""
+        return int((self.memory - self.reserved) / (1 + ROOM))
 
 
 @dataclass(frozen=True)
@@ -53,6 +94,7 @@ class Choice:
 
     policy: str
     strategy: str
+    recipe: Recipe  # that has the policy
     overrides: tuple[str, ...]  # that make the recipe so
     share: Share
     largest: int  # images of a micro-batch that fit; 0: not even one
@@ -60,61 +102,90 @@ class Choice:
     fits: bool
 
 
-def plan(recipe: Recipe, devices: int, memory: int | None, *, measured: bool = False) -> None:
+def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measured: bool = False) -> None:
     """Print the table and a recommendation. Raises RunFailed where nothing fits."""
     console = Console(highlight=False)
-    memory = device_memory() if memory is None else memory
+    console.width = max(console.width, WIDTH)
+    gpus = recipe.runtime.device != "cpu" and (memory is not None or torch.cuda.is_available())
+    machines = Machines(device_memory(gpus) if memory is None else memory, devices, nodes, gpus)
     classes = count_classes(recipe)
-    micro = micro_batch(recipe, devices)
-    found = choices(recipe, classes, devices, memory)
-    first = footprint(recipe, classes, micro)
+    method = weightless(as_counted(recipe, gpus=gpus), classes)
+    trained, total = (
+        sum(p.numel() for p in each) for each in ([p for _, p in method.trainable()], method.parameters())
+    )
+    found = choices(recipe, classes, machines)
     console.print(
-        f"{recipe.backbone.name} + {recipe.method.name}: {first.trained_parameters:,} of {first.parameters:,} "
-        f"parameters are trained; {recipe.runtime.precision}; micro-batches of {micro} images on {devices} "
-        f"device{'s' if devices > 1 else ''} with {memory / GIB:.1f} GiB"
+        f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained; "
+        f"{recipe.runtime.precision}; micro-batches of {micro_batch(recipe, machines.processes)} images on "
+        f"{machines.processes} device{'s' if machines.processes > 1 else ''} with {told_memory(machines)}"
     )
     console.print(table(found))
-    for line in known_speeds(recipe):
+    for line in known_speeds(recipe, "cuda" if gpus else "cpu"):
         console.print(line)
     if measured:
         console.print(measure(recipe, classes))
-    console.print(recommendation(recipe, found, devices, memory))
+    console.print(recommendation(recipe, classes, found, machines))
 
 
 def check_memory(recipe: Recipe, accelerator: Accelerator, classes: int) -> str:
     """A warning where the estimate says that a run will not fit on its GPU, or "".
 
-    Raises UserError instead where the recipe says so (``runtime.memory_check``).
+    Raises UserError instead where the recipe says so (``runtime.memory_check``). A compiled run is never refused: it
+    holds less than is counted.
     """
-    if recipe.runtime.memory_check == "ignore" or accelerator.device.type != "cuda":
+    runtime = recipe.runtime
+    if runtime.memory_check == "ignore" or accelerator.device.type != "cuda":
         return ""
     free, _ = torch.cuda.mem_get_info(accelerator.device)
-    processes = accelerator.num_processes
-    share = footprint(recipe, classes, micro_batch(recipe, processes)).on(strategy_file(accelerator), processes)
-    if share.peak * (1 + ROOM) <= free:  # the context is there already
+    machines = machines_of(accelerator, free + CONTEXT)  # the context is there already
+    images = micro_batch(recipe, machines.processes)
+    counted = footprint(as_counted(recipe, gpus=True), classes, images)
+    share = counted.on(strategy_file(accelerator), machines.processes)
+    if share.peak <= machines.room:
         return ""
     said = (
         f"this run is estimated to hold {share.peak / GIB:.1f} GiB on a GPU of which {free / GIB:.1f} GiB are free; "
-        f"{way_out(recipe, classes, processes, int(free + CONTEXT))}"
+        f"{way_out(recipe, classes, machines)}"
     )
-    if recipe.runtime.memory_check == "refuse":
+    if runtime.memory_check == "refuse" and not runtime.compile:
         raise UserError(f"{said}; runtime.memory_check=warn tries it all the same")
     return said
 
 
-def out_of_memory(recipe: Recipe, accelerator: Accelerator, classes: int) -> str:
-    """What to do about an out-of-memory error, from the estimates."""
-    device, processes = accelerator.device, accelerator.num_processes
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else device_memory()
-    return f"out of memory on {device}; {way_out(recipe, classes, processes, memory)}"
+@contextmanager
+def advice_on_memory(recipe: Recipe, accelerator: Accelerator, trials: int = 1) -> Iterator[None]:
+    """Makes of torch's out-of-memory error one that says what to do. ``trials``: so many share the backbone."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(out_of_memory(recipe, accelerator, trials)) from error
 
 
-def way_out(recipe: Recipe, classes: int, processes: int, memory: int) -> str:
+def out_of_memory(recipe: Recipe, accelerator: Accelerator, trials: int = 1) -> str:
+    """What to do about an out-of-memory error, from the estimates, which are of one trial."""
+    device = accelerator.device
+    if trials > 1:
+        return (
+            f"out of memory on {device} with {trials} trials in one pass; set stream.cache=memory, a larger "
+            "train.accumulate or a smaller train.eval_batch_size, or train fewer of them"
+        )
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else device_memory(False)
+    return f"out of memory on {device}; {way_out(recipe, count_classes(recipe), machines_of(accelerator, memory))}"
+
+
+def way_out(recipe: Recipe, classes: int, machines: Machines) -> str:
     """The recommendation, or why there is none."""
     try:
-        return recommendation(recipe, choices(recipe, classes, processes, memory), processes, memory)
+        return recommendation(recipe, classes, choices(recipe, classes, machines), machines)
     except RunFailed as error:
         return str(error)
+
+
+def machines_of(accelerator: Accelerator, memory: int) -> Machines:
+    """Where these processes run, each on a device with ``memory`` bytes."""
+    processes = accelerator.num_processes
+    devices = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    return Machines(memory, devices, processes // devices, accelerator.device.type == "cuda")
 
 
 def strategy_file(accelerator: Accelerator) -> str:
@@ -125,42 +196,78 @@ def strategy_file(accelerator: Accelerator) -> str:
     return "zero3_offload" if "offload_param" in told else name
 
 
-def choices(recipe: Recipe, classes: int, devices: int, memory: int) -> list[Choice]:
-    """Every policy under every strategy that the method has, the cheapest in time first."""
-    micro = micro_batch(recipe, devices)
+def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
+    """Every policy under every strategy that the recipe can have, the cheapest in time first."""
+    processes, scored = machines.processes, recipe.train.eval_batch_size
+    micro, method = micro_batch(recipe, processes), weightless(as_counted(recipe, gpus=machines.gpus), classes)
     found = []
-    for policy, overrides, with_policy in policies(recipe):
-        here, half = (footprint(with_policy, classes, images) for images in (micro, max(1, micro // 2)))
-        for name in strategies(recipe, devices):
-            if name.startswith("zero3") and policy.startswith("budget"):
-                continue  # refused (strategy.py)
-            share = here.on(name, devices)
-            room = int((memory - CONTEXT) / (1 + ROOM)) - share.held
-            each = (share.working - half.on(name, devices).working) / max(1, micro - micro // 2)
-            largest = micro + math.floor((room - share.working) / each) if micro > 1 else int(room >= share.working)
-            scored = recipe.train.eval_batch_size * room // share.scoring
-            enough = largest >= micro and scored >= recipe.train.eval_batch_size
-            found.append(Choice(policy, name, overrides, share, max(0, largest), max(0, scored), enough))
-    return sorted(found, key=lambda choice: strategies(recipe, devices).index(choice.strategy))
+    for policy, overrides, with_policy in policies(recipe, gpus=machines.gpus):
+        counted = as_counted(with_policy, gpus=machines.gpus)
+        count = cache(partial(_of_images, counted, classes))
+        here = footprint(counted, classes, micro)
+        for name in STRATEGIES if processes > 1 else ("ddp",):
+            if why_not(with_policy, name, method):
+                continue
+            share = here.on(name, processes)
+            room, others = machines.room - share.held, partial(_share, count, name, processes)
+            largest = most_images(micro, share, others, room, attrgetter("working"))
+            scores = most_images(scored, share, others, room, attrgetter("scoring"))
+            fits = share.peak <= machines.room
+            found.append(Choice(policy, name, with_policy, overrides, share, largest, scores, fits))
+    return sorted(found, key=lambda choice: STRATEGIES.index(choice.strategy))
 
 
-def policies(recipe: Recipe) -> Iterator[tuple[str, tuple[str, ...], Recipe]]:
-    """Name, overrides and recipe of each memory policy that the method can have."""
-    names = ("none",) if recipe.method.reader else POLICIES
-    for name in names:
-        if recipe.runtime.compile and name.startswith("budget"):
+def _of_images(recipe: Recipe, classes: int, images: int) -> Footprint:
+    """With micro-batches of so many images, as many of which are scored at once."""
+    return footprint(_changed(recipe, "train", eval_batch_size=images), classes, images)
+
+
+def _share(count: Callable[[int], Footprint], name: str, processes: int, images: int) -> Share:
+    return count(images).on(name, processes)
+
+
+def most_images(
+    images: int, share: Share, others: Callable[[int], Share], room: int, height: Callable[[Share], int]
+) -> int:
+    """The most images that ``room`` bytes are enough for, where ``images`` are as high as ``share`` says.
+
+    Few images may be as high as one: then the optimiser's copies of what is trained are. Many are a straight line.
+    """
+    many, twice = height(others(MANY)), height(others(2 * MANY))
+    found = MANY + (room - many) * MANY // (twice - many)
+    if height(share) <= room:
+        return max(images, found)
+    return max(0, min(found, images - 1)) if height(others(1)) <= room else 0
+
+
+def policies(recipe: Recipe, *, gpus: bool) -> Iterator[tuple[str, tuple[str, ...], Recipe]]:
+    """Name, overrides and recipe of each memory policy that the method can have, the recipe's own among them."""
+    runtime = recipe.runtime
+    own = (runtime.checkpointing, runtime.offload and gpus)
+    pairs = [pair for pair in POLICIES if gpus or not pair[1]]
+    if recipe.method.reader:
+        pairs = [own]
+    elif own not in pairs:
+        pairs.insert(1, own)  # where it fits it was chosen for a reason
+    for checkpointing, offload in pairs:
+        if runtime.compile and checkpointing.startswith("budget"):
             continue  # refused (recipe.py)
-        runtime = recipe.runtime.model_copy(update={"checkpointing": name})
-        said = () if name == recipe.runtime.checkpointing else (f"runtime.checkpointing={name}",)
-        yield name, said, recipe.model_copy(update={"runtime": runtime})
+        changes = {"checkpointing": checkpointing, "offload": offload}
+        said = tuple(
+            f"runtime.{key}={str(value).lower()}" for key, value in changes.items() if value != getattr(runtime, key)
+        )
+        yield checkpointing + " + offload" * offload, said, _changed(recipe, "runtime", **changes)
 
 
-def strategies(recipe: Recipe, devices: int) -> tuple[str, ...]:
-    """The cheapest in time first; ZeRO-3 cannot have methods that read weights inside the blocks."""
-    if devices == 1:
-        return ("ddp",)
-    sharded = () if recipe.method.name == "vqt" else ("zero3", "zero3_offload")
-    return ("ddp", "zero1", "zero2", *sharded)
+def as_counted(recipe: Recipe, *, gpus: bool) -> Recipe:
+    """The recipe with the kernel to count for a GPU. Footprints are counted on a CPU, which has other kernels and whose
+    ``auto`` is another one; what fused kernels keep is the same.
+    """
+    return _changed(recipe, "runtime", attention="sdpa") if gpus and recipe.runtime.attention != "eager" else recipe
+
+
+def _changed(recipe: Recipe, section: str, **changes: Any) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=changes)})
 
 
 def micro_batch(recipe: Recipe, devices: int) -> int:
@@ -179,11 +286,13 @@ def table(found: Sequence[Choice]) -> Table:
     shown = Table(box=None, pad_edge=False, collapse_padding=True)
     for name in ("strategy", "policy"):
         shown.add_column(name, no_wrap=True)
-    for name in ("weights", "grads", "optimiser", "training", "scoring", "peak", "fits", "batch"):
+    host = ("host",) if any(one.share.host for one in found) else ()
+    for name in ("weights", "grads", "optimiser", "training", "scoring", "peak", *host, "fits", "batch"):
         shown.add_column(name, justify="right", no_wrap=True)
     for one in found:
         share = one.share
-        cells = (share.weights, share.gradients, share.optimizer, share.working, share.scoring, share.peak)
+        cells = [share.weights, share.gradients, share.optimizer, share.working, share.scoring, share.peak]
+        cells += [share.host] if host else []
         last = ("yes" if one.fits else "no", f"{one.largest:,}" if one.largest else "none")
         shown.add_row(one.strategy, one.policy, *map(_size, cells), *last)
     return shown
@@ -193,28 +302,56 @@ def _size(count: float) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 
-def recommendation(recipe: Recipe, found: Sequence[Choice], devices: int, memory: int) -> str:
+def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machines: Machines) -> str:
     """What to add to the command. Raises RunFailed where nothing fits."""
-    batch, accumulate = recipe.train.batch_size // devices, recipe.train.accumulate
+    batch, accumulate = recipe.train.batch_size // machines.processes, recipe.train.accumulate
     for parts in (n for n in range(accumulate, batch + 1) if batch % n == 0):
         for one in found:
             if one.largest >= batch // parts and one.scored:
+                scored = min(one.scored, recipe.train.eval_batch_size)
+                changed = _changed(one.recipe, "train", accumulate=parts, eval_batch_size=scored)
+                # Between micro-batches gradients wait, which the largest micro-batch alone does not tell.
+                if parts != accumulate and not fits(changed, classes, one.strategy, machines):
+                    continue
                 words = list(one.overrides)
                 words += [f"train.accumulate={parts}"] if parts != accumulate else []
-                few = one.scored < recipe.train.eval_batch_size
-                words += [f"train.eval_batch_size={one.scored}"] if few else []
-                start = "" if devices == 1 else f"; start with launch/local.sh {one.strategy} {devices}"
-                return f"recommended: {' '.join(words) or 'the recipe as it is'}{start}"
+                words += [f"train.eval_batch_size={scored}"] if scored != recipe.train.eval_batch_size else []
+                return f"recommended: {' '.join(words) or 'the recipe as it is'}{start(one.strategy, machines)}"
     least = min(one.share.held for one in found)
     raise RunFailed(
-        f"nothing fits: {memory / GIB:.1f} GiB a device, of which weights and optimiser alone take {least / GIB:.1f} "
-        "GiB in the best case; use more or larger devices, a smaller backbone, or fewer prompts"
+        f"nothing fits: {told_memory(machines)}, of which weights and optimiser alone take {_size(least)} in the best "
+        "case; use more or larger devices, a smaller backbone, or fewer prompts"
     )
 
 
-def device_memory() -> int:
-    """Bytes of this machine's accelerator, or of its free host memory."""
-    if torch.cuda.is_available():
+def fits(recipe: Recipe, classes: int, strategy: str, machines: Machines) -> bool:
+    """Whether the recipe as it is fits, by its own footprint."""
+    counted = as_counted(recipe, gpus=machines.gpus)
+    images = micro_batch(recipe, machines.processes)
+    return footprint(counted, classes, images).on(strategy, machines.processes).peak <= machines.room
+
+
+def start(strategy: str, machines: Machines) -> str:
+    """How to start a recipe on several devices, or ""."""
+    if machines.processes == 1:
+        return ""
+    if machines.nodes == 1:
+        return f"; start with launch/local.sh {strategy} {machines.devices}"
+    return (
+        f"; start with dist-vpt launch slurm ... --nodes {machines.nodes} --gpus-per-node {machines.devices} "
+        f"--strategy {strategy}"
+    )
+
+
+def told_memory(machines: Machines) -> str:
+    """The memory of a device, and what of it is not counted on."""
+    reserved = f"{_size(machines.reserved)} for the GPU's context and libraries and " if machines.reserved else ""
+    return f"{machines.memory / GIB:.1f} GiB each ({reserved}{ROOM:.0%} for fragmentation are left free)"
+
+
+def device_memory(gpus: bool) -> int:
+    """Bytes of this machine's GPU, or of its free host memory."""
+    if gpus:
         return torch.cuda.get_device_properties(0).total_memory
     return psutil.virtual_memory().available
 
@@ -232,21 +369,33 @@ def count_classes(recipe: Recipe) -> int:
     return resolve(recipe.data).classes or len(open_splits(recipe.data).classes)
 
 
-def known_speeds(recipe: Recipe) -> Iterator[str]:
-    """A line for each benchmark of this method, backbone and precision among the results of a clone."""
+def known_speeds(recipe: Recipe, device_type: str) -> Iterator[str]:
+    """A line for each benchmark of this method with these settings, this architecture and precision on such a device,
+    among the results of a clone.
+    """
     for file in sorted(RESULTS.glob("step-*.json")):
         told = json.loads(file.read_text())
-        same = (told["method"], told["backbone"], told["precision"])
-        if same == (recipe.method.name, recipe.backbone.name, recipe.runtime.precision):
+        try:
+            method = TypeAdapter(MethodRecipe).validate_python({"name": told["method"], **told["method_settings"]})
+        except ValidationError:  # of a version whose methods had other settings
+            continue
+        same = (method, architecture(told["backbone"]), told["precision"], told["device_type"])
+        if same == (recipe.method, architecture(recipe.backbone.name), recipe.runtime.precision, device_type):
             yield (
                 f"measured: {told['images_per_s']:.3g} images/s with checkpointing {told['checkpointing']}, batch "
                 f"{told['batch']} at {told['image_size']} px on {told['device']} ({file.name})"
             )
 
 
+def architecture(name: str) -> str:
+    """timm's name of a backbone's model, without that of its weights."""
+    return ZOO[name].architecture if name in ZOO else name.partition(".")[0]
+
+
 def measure(recipe: Recipe, classes: int) -> str:
     """A step of the engine on this machine, one process, and the estimate beside it."""
-    share = footprint(recipe, classes).on("ddp", 1)
+    gpus = recipe.runtime.device != "cpu" and torch.cuda.is_available()
+    share = footprint(as_counted(recipe, gpus=gpus), classes).on("ddp", 1)
     estimate, found = share.held + share.working, measured_bytes(recipe, classes)  # nothing is scored here
     return (
         f"measured: {_size(found)} at the height of a training step on this machine, estimated {_size(estimate)} "

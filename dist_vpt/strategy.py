@@ -85,13 +85,8 @@ def strategy(accelerator: Accelerator) -> str:
 
 def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
     """The method wrapped for the strategy, and an optimiser over what it trains."""
-    if strategy(accelerator) == "zero3" and isinstance(method, Reader) and method.reads.blocks:
-        raise UserError(
-            f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
-            "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)"
-        )
-    if strategy(accelerator) == "zero3":
-        _refuse_under_zero3(recipe)
+    if reason := why_not(recipe, strategy(accelerator), method):
+        raise UserError(reason)
     frozen = {name: p for name, p in method.named_parameters() if not p.requires_grad}
     # Every process reads the same frozen weights from the same file: they need not even be broadcast once.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -107,19 +102,30 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
     return model, optimizer
 
 
-def _refuse_under_zero3(recipe: Recipe) -> None:
+def why_not(recipe: Recipe, name: str, method: Method | None = None) -> str:
+    """Why a recipe cannot have a strategy, with the fix, or "". ``name`` may be that of a file in launch/accelerate."""
     runtime = recipe.runtime
+    if name.startswith("zero") and runtime.precision == "fp16":
+        return "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP"
+    if not name.startswith("zero3"):
+        return ""
+    if isinstance(method, Reader) and method.reads.blocks:
+        return (
+            f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
+            "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)"
+        )
     if runtime.checkpointing.startswith("budget"):
-        raise UserError(
+        return (
             f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward "
             "than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
             "every-N, or start with launch/accelerate/ddp.yaml"
         )
     if runtime.compile:
-        raise UserError(
+        return (
             "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
             "follow; use compile=false, or start with launch/accelerate/ddp.yaml"
         )
+    return ""
 
 
 def frozen_bytes(method: Method) -> tuple[int, int]:
@@ -135,10 +141,8 @@ def frozen_bytes(method: Method) -> tuple[int, int]:
 
 def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
     """Put the recipe's numbers into DeepSpeed's configuration; refuse what contradicts the recipe."""
-    if recipe.runtime.precision == "fp16":
-        raise UserError(
-            "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP"
-        )
+    if reason := why_not(recipe, strategy(accelerator)):
+        raise UserError(reason)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     for key in OURS:
         said = config.get(key)

@@ -30,8 +30,9 @@ from rich.table import Table
 from dist_vpt.agreement import StopSignal
 from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, write_adapters
-from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
+from dist_vpt.errors import Interrupted, OutOfMemory, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.monitor import peak_memory_mib
+from dist_vpt.plan import advice_on_memory
 from dist_vpt.ranks import Ranks
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, load_recipe_from
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
@@ -185,13 +186,14 @@ class Worker:
                 raise UserError("a reader's sweep shares one small model: start it with launch/accelerate/ddp.yaml")
         recipes = [job.recipe for job in jobs]
         self._show(f"{len(jobs)} trials in one pass: {_said(jobs[0].setting)} to {_said(jobs[-1].setting)}")
-        p = make_pass(recipes, self.accelerator, self.stop, state, self._show)
-        try:
-            fit_trials(p)
-            scored = [t for t in p.trials if not t.diverged] if recipes[0].train.test else []
-            tests = [scores.compute() for scores in (score_trials(p, scored, "test") if scored else [])]
-        finally:
-            p.close()
+        with advice_on_memory(recipes[0], self.accelerator, trials=len(jobs)):
+            p = make_pass(recipes, self.accelerator, self.stop, state, self._show)
+            try:
+                fit_trials(p)
+                scored = [t for t in p.trials if not t.diverged] if recipes[0].train.test else []
+                tests = [scores.compute() for scores in (score_trials(p, scored, "test") if scored else [])]
+            finally:
+                p.close()
         for trial, test in zip(scored, tests, strict=True):
             trial.progress.last["test"] = test
             if not math.isfinite(test["loss"]):
@@ -244,6 +246,8 @@ class Worker:
     def _train_alone(self, job: Job) -> None:
         try:
             result = run(job.recipe)
+        except OutOfMemory:  # the others would fare no better, and it is no divergence
+            raise
         except RunFailed as failed:
             self._tell(job, {}, {}, str(failed), 0.0)
             return

@@ -31,14 +31,11 @@ def main(words: list[str] | None = None) -> int:
 
 def run(recipe: "Recipe") -> dict[str, Any]:
     """One run from a recipe to its result, on this process and those started beside it."""
-    import torch
-
     from dist_vpt.agreement import StopSignal
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
-    from dist_vpt.errors import RunFailed
     from dist_vpt.monitor import reset_peak_memory
-    from dist_vpt.plan import check_memory, out_of_memory
+    from dist_vpt.plan import advice_on_memory, check_memory
     from dist_vpt.ranks import Ranks
     from dist_vpt.runfolder import RunFolder, read_json
     from dist_vpt.strategy import make_accelerator
@@ -54,17 +51,15 @@ def run(recipe: "Recipe") -> dict[str, Any]:
         if _claim(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
             return read_json(folder.result)
-        with Ranks(folder, accelerator.process_index, accelerator.num_processes, recipe.run.timeout_minutes):
+        ranks = Ranks(folder, accelerator.process_index, accelerator.num_processes, recipe.run.timeout_minutes)
+        with ranks, advice_on_memory(recipe, accelerator):
             warning = check_memory(recipe, accelerator, len(parts.splits.classes))
             training = _set_up(recipe, parts, train, accelerator, folder, stop)
             leaving.callback(training.close)
             if warning:
                 training.monitor.line(warning)
-            try:
-                fit(training)
-                return _conclude(training, parts)
-            except torch.OutOfMemoryError as error:
-                raise RunFailed(out_of_memory(recipe, accelerator, len(parts.splits.classes))) from error
+            fit(training)
+            return _conclude(training, parts)
 
 
 def _claim(folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", leaving: ExitStack) -> bool:

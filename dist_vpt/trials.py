@@ -34,6 +34,7 @@ from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import reset_peak_memory
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
+from dist_vpt.plan import check_memory
 from dist_vpt.ranks import HERE
 from dist_vpt.recipe import Recipe
 from dist_vpt.runfolder import write_atomically
@@ -108,6 +109,7 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
     recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
     reset_peak_memory()
     parts = assemble(recipe)
+    show(check_memory(recipe, accelerator, len(parts.splits.classes)))  # of one trial: all together hold more
     train = parts.training(recipe, rank, world)
     val = parts.evaluation("val", rank, world) if recipe.data.train_on == "train" else None
     first = parts.method.to(accelerator.device)

@@ -13,10 +13,29 @@ import torch
 from accelerate import Accelerator
 
 from dist_vpt import plan as plan_module
+from dist_vpt.cli import main
 from dist_vpt.errors import RunFailed, UserError
-from dist_vpt.footprint import LIVE_WEIGHTS, REDUCE_BUCKET, Footprint
-from dist_vpt.plan import CONTEXT, GIB, ROOM, check_memory, choices, micro_batch, parse_memory, recommendation
+from dist_vpt.footprint import LIVE_WEIGHTS, REDUCE_BUCKET, Footprint, footprint
+from dist_vpt.plan import (
+    CONTEXT,
+    GIB,
+    MIB,
+    POLICIES,
+    RESULTS,
+    ROOM,
+    Machines,
+    as_counted,
+    check_memory,
+    choices,
+    fits,
+    known_speeds,
+    micro_batch,
+    parse_memory,
+    policies,
+    recommendation,
+)
 from dist_vpt.recipe import Recipe, load_recipe
+from tests.forks import Forks, command
 from tests.running import ROOT, train, words
 
 # Methods, policies, kernels, optimisers and precisions that differ; one process, some with accumulated micro-batches.
@@ -26,22 +45,43 @@ RECIPES: dict[str, list[str]] = {
     "vpt accumulated": ["method.prompts=20", "train.accumulate=2", "runtime.attention=eager"],
     "full": ["method.name=full", "optim.name=adamw", "optim.lr=1e-4"],
     "full in bf16": ["method.name=full", "runtime.precision=bf16", "optim.lr=1e-4"],
+    "full in bf16, budget": ["method.name=full", "runtime.precision=bf16", "runtime.checkpointing=budget-0.5"],
+    "vpt offloaded": ["method.prompts=20", "runtime.offload=true"],
     "vqt": ["method.name=vqt", "method.queries=4", "optim.name=adam", "optim.lr=0.01"],
     "linear": ["method.name=linear"],
 }
 if find_spec("torchao") is not None:
     RECIPES["int8"] = ["method.prompts=20", "runtime.frozen_weights=int8", "runtime.precision=bf16"]
 # Backward on fake tensors starts threads of autograd's, after which this process could not fork: so in another one.
+# What is offloaded waits in NumPy's arrays there, which torch's allocator does not see.
 COUNT = """
 import json, sys
 from dataclasses import asdict
+from dist_vpt import plan
 from dist_vpt.footprint import footprint
+from dist_vpt.memory import apply_offload
 from dist_vpt.recipe import load_recipe
-from dist_vpt.plan import measured_bytes
-told = {}
+import torch
+
+told, waiting, whole = {}, [], plan.make_training
+
+def put_away(tensor):
+    array = tensor.detach().numpy().copy(order="K")
+    waiting.append(array.nbytes)
+    return lambda: torch.from_numpy(array).clone()
+
+def make_training(recipe, wants, classes):
+    kept = recipe.runtime.model_copy(update={"offload": False})
+    training = whole(recipe.model_copy(update={"runtime": kept}), wants, classes)
+    if recipe.runtime.offload:
+        apply_offload(training.method.backbone, put_away)
+    return training
+
+plan.make_training = make_training
 for name, options in json.loads(sys.argv[1]).items():
     recipe = load_recipe([], options)
-    told[name] = [asdict(footprint(recipe, 10)), measured_bytes(recipe, 10)]
+    told[name] = [asdict(footprint(recipe, 10)), plan.measured_bytes(recipe, 10), sum(waiting) // 2]  # of two steps
+    waiting.clear()
 print(json.dumps(told))
 """
 
@@ -51,7 +91,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, tuple[Footprint, int]]:
+def counted() -> dict[str, tuple[Footprint, int, int]]:
     asked = {
         name: words(Path("nowhere"), "data.image_size=24", "train.batch_size=16", *o) for name, o in RECIPES.items()
     }
@@ -59,15 +99,18 @@ def counted() -> dict[str, tuple[Footprint, int]]:
         [sys.executable, "-c", COUNT, json.dumps(asked)], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: (Footprint(**told), held) for name, (told, held) in json.loads(done.stdout.splitlines()[-1]).items()}
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {name: (Footprint(**of), held, waiting) for name, (of, held, waiting) in told.items()}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_counted_bytes_are_those_that_the_engine_s_step_holds(name: str, counted: Any) -> None:
     """float32: but for what kernels take for themselves, which in bf16 is some."""
-    found, held = counted[name]
+    found, held, waiting = counted[name]
     share = found.on("ddp", 1)
     assert share.held + share.working == pytest.approx(held, rel=0.05 if "bf16" in name else 0.01)
+    assert share.host == waiting
+    assert (waiting > 0) == (name == "vpt offloaded")
 
 
 def test_what_stays_between_steps_is_known_by_hand(counted: Any) -> None:
@@ -84,6 +127,7 @@ def test_what_stays_between_steps_is_known_by_hand(counted: Any) -> None:
 def test_policies_hold_less(counted: Any) -> None:
     assert counted["vpt checkpointed"][0].working < counted["vpt"][0].working / 2
     assert counted["vqt"][0].working < counted["vpt"][0].working / 2
+    assert counted["vpt offloaded"][0].working < counted["vpt checkpointed"][0].working
     assert counted["vpt"][0].scoring == counted["vpt checkpointed"][0].scoring  # nothing is kept there anyway
 
 
@@ -152,19 +196,19 @@ def room(gib: float) -> int:
     ],
 )
 def test_what_is_recommended(gib: float, advice: str | None) -> None:
-    some = recipe("train.eval_batch_size=50")
-    found = [c for c in choices(some, 10, 1, room(gib)) if c.policy in ("none", "block")]
+    some, machines = recipe("train.eval_batch_size=50"), Machines(room(gib))
+    found = [c for c in choices(some, 10, machines) if c.policy in ("none", "block")]
     if advice is None:
-        with pytest.raises(RunFailed, match="nothing fits"):
-            recommendation(some, found, 1, room(gib))
+        with pytest.raises(RunFailed, match=r"nothing fits: 1.7 GiB each \(614 MiB for the GPU's .* take 1.00 GiB in"):
+            recommendation(some, 10, found, machines)
         return
-    assert advice.strip() in recommendation(some, found, 1, room(gib))
+    assert advice.strip() in recommendation(some, 10, found, machines)
 
 
 @pytest.mark.usefixtures("by_the_image")
 def test_the_largest_batch_fits_and_one_more_image_does_not() -> None:
     some = recipe()
-    for choice in choices(some, 10, 1, room(5)):
+    for choice in choices(some, 10, Machines(room(5))):
         each = 0.02 if choice.policy == "block" else 0.1
         if choice.policy in ("none", "block"):
             assert 2 + each * choice.largest <= 5 < 2 + each * (choice.largest + 1) + 1e-6
@@ -172,9 +216,42 @@ def test_the_largest_batch_fits_and_one_more_image_does_not() -> None:
 
 @pytest.mark.usefixtures("by_the_image")
 def test_scoring_that_does_not_fit_is_made_smaller() -> None:
-    some = recipe("train.eval_batch_size=500")
-    found = choices(some, 10, 1, room(4))
-    assert "train.eval_batch_size=300" in recommendation(some, found, 1, room(4))
+    some, machines = recipe("train.eval_batch_size=500"), Machines(room(4))
+    assert "train.eval_batch_size=300" in recommendation(some, 10, choices(some, 10, machines), machines)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_the_largest_batch_by_footprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the optimiser's copies of the weights are higher than the activations of few images, too."""
+    monkeypatch.setattr(plan_module, "POLICIES", (("none", False),))
+    file, machines, memory = tmp_path / "told.json", Machines(100 * MIB, gpus=False), 2**20
+    full = [recipe("method.name=full", "train.eval_batch_size=2", f"train.batch_size={n}") for n in (2, 32)]
+    partial = recipe("method.name=partial", "train.eval_batch_size=2", "train.batch_size=2")
+
+    def peak(of: Recipe, images: int) -> int:
+        return footprint(of, 10, images).on("ddp", 1).peak
+
+    def count(rank: int) -> None:
+        told: dict[str, Any] = {"largest": [choices(each, 10, machines)[0].largest for each in (*full, partial)]}
+        told["peaks"] = [peak(full[0], told["largest"][0] + more) for more in (0, 1)]
+        tight = Machines(int((peak(full[0], 1) - memory) * (1 + ROOM)), gpus=False)
+        told["tight"] = [(c.largest, c.fits) for c in choices(full[1], 10, tight)]
+        half = Machines(int(peak(full[1], 16) * (1 + ROOM)) + 1, gpus=False)
+        said = recommendation(full[1], 10, choices(full[1], 10, half), half).removeprefix("recommended: ").split()
+        changed = recipe("method.name=full", "train.eval_batch_size=2", "train.batch_size=32", *said)
+        told["half"] = [said, fits(changed, 10, "ddp", half)]
+        file.write_text(json.dumps(told))
+
+    forks = Forks(1, count, tmp_path / "told.txt")
+    assert forks.finish() == [0], forks.output
+    told = json.loads(file.read_text())
+    assert told["largest"][0] == told["largest"][1]  # whatever the recipe's own batch
+    assert told["largest"][2] > told["largest"][0]
+    assert told["peaks"][0] <= machines.room < told["peaks"][1]
+    assert told["tight"] == [[0, False]]  # no batch is small enough for the weights' own copies
+    # Two micro-batches of 16 hold gradients between them, which one of 16 alone does not.
+    assert told["half"][1]
+    assert told["half"][0] != ["train.accumulate=2"]
 
 
 @pytest.mark.usefixtures("by_the_image")
@@ -186,19 +263,108 @@ def test_a_run_that_cannot_fit_is_refused_or_warned_of(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"estimated to hold 3.6 GiB .* recommended: runtime.checkpointing=block"):
         check_memory(recipe("train.eval_batch_size=50"), gpu, 10)
     assert "recommended" in check_memory(recipe("train.eval_batch_size=50", "runtime.memory_check=warn"), gpu, 10)
+    # A compiler's step holds less than is counted.
+    assert "recommended" in check_memory(recipe("train.eval_batch_size=50", "runtime.compile=true"), gpu, 10)
     assert check_memory(recipe("runtime.memory_check=ignore"), gpu, 10) == ""
     assert check_memory(recipe("train.batch_size=4", "train.eval_batch_size=50"), gpu, 10) == ""
     assert check_memory(recipe("train.batch_size=200"), Accelerator(cpu=True), 10) == ""  # of GPUs alone
 
 
-def test_an_out_of_memory_error_ends_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("by_the_image")
+@pytest.mark.parametrize(
+    ("options", "strategies"),
+    [
+        ([], {"ddp", "zero1", "zero2", "zero3", "zero3_offload"}),
+        (["method.name=linear"], {"ddp", "zero1", "zero2", "zero3", "zero3_offload"}),
+        (["method.name=vqt"], {"ddp", "zero1", "zero2"}),
+        (["runtime.compile=true"], {"ddp", "zero1", "zero2"}),
+        (["runtime.precision=fp16"], {"ddp"}),
+    ],
+    ids=" ".join,
+)
+def test_strategies_that_train_would_refuse_are_not_offered(options: list[str], strategies: set[str]) -> None:
+    found = choices(recipe(*options), 10, Machines(room(9), devices=2))
+    assert {choice.strategy for choice in found} == strategies
+    assert not [c for c in found if c.strategy.startswith("zero3") and c.policy.startswith("budget")]
+
+
+@pytest.mark.usefixtures("by_the_image")
+@pytest.mark.parametrize(
+    ("machines", "start"),
+    [
+        (Machines(room(9)), "recommended: the recipe as it is"),
+        (Machines(room(9), 4), "recommended: the recipe as it is; start with launch/local.sh ddp 4"),
+        (
+            Machines(room(9), 4, 2),
+            "recommended: the recipe as it is; start with dist-vpt launch slurm ... --nodes 2 --gpus-per-node 4 "
+            "--strategy ddp",
+        ),
+    ],
+)
+def test_how_to_start(machines: Machines, start: str) -> None:
+    some = recipe("train.eval_batch_size=50")
+    assert recommendation(some, 10, choices(some, 10, machines), machines) == start
+
+
+@pytest.mark.parametrize("own", ["none", "budget-0.25", "every-3"])
+def test_the_recipe_s_own_policy_is_planned(own: str) -> None:
+    found = list(policies(recipe(f"runtime.checkpointing={own}"), gpus=True))
+    (as_it_is,) = [name for name, said, _ in found if not said]
+    assert as_it_is == own
+    assert len({name for name, _, _ in found}) == len(found) == len(POLICIES) + (own != "none")
+    assert {one.runtime.checkpointing for _, _, one in found} >= {policy for policy, _ in POLICIES}
+
+
+def test_offload_is_planned_for_gpus_alone() -> None:
+    some = recipe("runtime.offload=true")
+    found = {name: said for name, said, _ in policies(some, gpus=True)}
+    assert found["none + offload"] == ()
+    assert found["block"] == ("runtime.checkpointing=block", "runtime.offload=false")
+    found = {name: said for name, said, _ in policies(some, gpus=False)}
+    assert found["none"] == ("runtime.offload=false",)
+    assert not any("offload" in name for name in found)
+
+
+def test_policies_come_in_the_order_of_their_measured_times() -> None:
+    (file,) = RESULTS.glob("policies-*.json")
+    times = json.loads(file.read_text())["step_ms"]
+    measured = [times[policy] for policy, offload in POLICIES if not offload]
+    assert measured == sorted(measured)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "sdpa_cudnn", "flash", "eager"])
+def test_a_gpu_s_kernel_is_counted_where_there_is_none(kernel: str) -> None:
+    some = recipe(f"runtime.attention={kernel}", "runtime.precision=bf16")
+    assert as_counted(some, gpus=False) == some
+    assert as_counted(some, gpus=True).runtime.attention == ("eager" if kernel == "eager" else "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "files"),
+    [
+        (["method.prompts=50"], "cpu", 2),  # with and without checkpointing
+        (["method.prompts=50", "backbone.name=sup_b16_in21k"], "cpu", 2),
+        (["method.prompts=50", "backbone.name=vit_base_patch16_224.augreg_in21k"], "cpu", 2),
+        (["method.prompts=50"], "cuda", 0),
+        (["method.prompts=10"], "cpu", 0),
+        (["method.prompts=50", "method.deep=false"], "cpu", 0),
+        (["method.prompts=50", "backbone.name=vit_large_patch16_224"], "cpu", 0),
+    ],
+)
+def test_speeds_of_the_same_method_on_such_a_device(options: list[str], device: str, files: int) -> None:
+    some = load_recipe([], ["backbone.name=vit_base_patch16_224", "runtime.precision=bf16", *options])
+    assert len(list(known_speeds(some, device))) == files
+
+
+@pytest.mark.parametrize("where", ["dist_vpt.train._set_up", "dist_vpt.engine.fit"])
+def test_an_out_of_memory_error_ends_with_advice(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("dist_vpt.engine.fit", fails)
+    monkeypatch.setattr(where, fails)
     monkeypatch.setattr(plan_module, "way_out", lambda *_: "recommended: less")
     with pytest.raises(RunFailed, match="out of memory on cpu; recommended: less"):
-        train(tmp_path / "run")
+        train(tmp_path / "run", "runtime.device=cpu")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
@@ -220,26 +386,41 @@ def test_a_batch_that_devices_do_not_divide() -> None:
         micro_batch(recipe(), 3)
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 def test_the_command(tmp_path: Path) -> None:
-    def command(*more: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "dist_vpt", "plan", *words(tmp_path / "run", "data.image_size=24"), *more]
-        return subprocess.run(line, capture_output=True, text=True, check=False, cwd=tmp_path)
+    def planned(*more: str) -> Forks:
+        return command(["plan", *words(tmp_path / "run", "method.name=linear"), *more], tmp_path / "told.txt")
 
-    done = command("--gpus", "2", "--gpu-memory", "4GiB", "--measure", "train.accumulate=2")
-    assert done.returncode == 0, done.stderr
+    options = ("--gpus", "2", "--gpu-memory", "4GiB", "--measure", "train.accumulate=2", "runtime.attention=sdpa_cudnn")
+    forks = planned(*options[:-1])
+    assert forks.finish() == [0], forks.output
     for said in (
-        "micro-batches of 50 images on 2 devices with 4.0 GiB",
+        "micro-batches of 50 images on 2 devices with 4.0 GiB each",
         "zero3_offload",
         "measured: ",
         "recommended: ",
     ):
-        assert said in " ".join(done.stdout.split())
-    assert not list(tmp_path.iterdir())
-    done = command("--gpu-memory", "600MiB")
-    assert done.returncode == 3
-    assert "error: nothing fits" in done.stderr
-    assert command("--gpus", "0").returncode == 2
-    assert command("data.task=dtd", "--gpu-memory", "4GiB").returncode == 0  # without its data
-    done = command("data.task=mine", "data.format=vtab_folder", "--gpu-memory", "4GiB")
-    assert done.returncode == 2
-    assert "error: " in done.stderr
+        assert said in " ".join(forks.output.split())
+    assert [file.name for file in tmp_path.iterdir()] == ["told.txt"]
+    assert planned("--gpu-memory", "4GiB", options[-1]).finish() == [0]  # a GPU's kernel, which this machine lacks
+    assert planned("--gpu-memory", "600MiB").finish() == [3]
+    assert "error: nothing fits" in forks.output
+    assert planned("--gpus", "0").finish() == [2]
+
+
+def test_a_plan_needs_no_data_of_a_known_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(plan_module, "plan", lambda recipe, *more, **named: seen.append((recipe.data.task, *more)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train" / "cats").mkdir(parents=True)  # classes of nobody's task
+    assert main(["plan", "data.task=dtd", "--gpus", "4", "--nodes", "2", "--gpu-memory", "4GiB"]) == 0
+    assert seen == [("dtd", 4, 2, 4 * GIB)]
+    assert main(["plan", "data.task=mine", "data.format=image_folder"]) == 2
+    assert "data: root is missing: format 'image_folder' needs the folder of the dataset; set root" in (
+        capsys.readouterr().err
+    )
+    assert main(["plan", "data.task=dtd", "optim.lrr=1"]) == 2
+    assert "2 mistakes" in capsys.readouterr().err
+    assert len(seen) == 1

@@ -17,7 +17,7 @@ import torch
 from dist_vpt import sweep as sweep_module
 from dist_vpt import trials as trials_module
 from dist_vpt.cli import main
-from dist_vpt.errors import RecipeError, RunFailed
+from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.runfolder import read_json
 from dist_vpt.sweep import Job, choose, grid_jobs
@@ -313,6 +313,37 @@ def test_a_diverged_seed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert content["seeds"]["42"] is None
     assert len(content["test"]["top1"]["values"]) == 1
     assert "left out of that mean: seed 42 diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "advice"),
+    [
+        (READER, "dist_vpt.trials.step_trials", "with 6 trials in one pass; set stream.cache=memory"),
+        (GRID, "dist_vpt.engine.train_step", "recommended: less"),  # of writers, no divergence
+    ],
+    ids=["reader", "writer"],
+)
+def test_an_out_of_memory_error_ends_with_advice(  # noqa: PLR0917 (what pytest gives)
+    options: list[str], where: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(where, fails)
+    monkeypatch.setattr("dist_vpt.plan.way_out", lambda *_: "recommended: less")
+    assert main(command(tmp_path, *options)) == RunFailed.exit_code
+    assert f"out of memory on cpu{'; ' if options is GRID else ' '}{advice}" in capsys.readouterr().err
+
+
+def test_a_reader_s_sweep_that_cannot_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_much(recipe: Recipe, accelerator: Any, classes: int) -> str:
+        raise UserError(f"{recipe.method.name} with {classes} classes needs more")
+
+    monkeypatch.setattr(trials_module, "check_memory", too_much)
+    assert main(command(tmp_path, *READER)) == 2
+    assert "linear with 10 classes needs more" in capsys.readouterr().err
 
 
 def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

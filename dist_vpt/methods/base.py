@@ -64,6 +64,15 @@ class Method(nn.Module):
         """Names and parameters that the optimiser gets."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """In which float32 weights that are tuned are computed in the recipe's precision.
+
+        Without its cache of casts, which backward finds empty where checkpointing computes a block again: selective
+        checkpointing takes the casts that are then made for other arithmetic than forward's.
+        """
+        enabled = self.compute != torch.float32
+        return torch.autocast(device.type, self.compute, enabled=enabled, cache_enabled=False)
+
     @property
     def starts_on_images(self) -> bool:
         """Whether training begins with a look at training images (``start``)."""

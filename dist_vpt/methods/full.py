@@ -17,7 +17,7 @@ class Full(Method):
         super().__init__(backbone, classes, compute, tuned=[backbone])
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
-        with torch.autocast(images_B3SS.device.type, self.compute, enabled=self.compute != torch.float32):
+        with self.autocast(images_B3SS.device):
             features_BD = self.backbone.pool(self.backbone(images_B3SS))
         return self.classify(features_BD)
 

@@ -36,7 +36,7 @@ class Partial(Method):
             tokens_BND = backbone.embed(images_B3SS)
             for block in islice(backbone.blocks, self.frozen):
                 tokens_BND = backbone.run_block(block, tokens_BND)
-        with torch.autocast(images_B3SS.device.type, self.compute, enabled=self.compute != torch.float32):
+        with self.autocast(images_B3SS.device):
             for block in islice(backbone.blocks, self.frozen, None):
                 tokens_BND = backbone.run_block(block, tokens_BND)
             features_BD = backbone.pool(backbone.norm(tokens_BND))

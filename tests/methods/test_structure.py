@@ -96,9 +96,9 @@ TRAINED = {
 }
 
 
-def make(settings: dict[str, Any], **backbone: Any) -> Method:
+def make(settings: dict[str, Any], compute: torch.dtype = torch.float32, **backbone: Any) -> Method:
     torch.manual_seed(0)
-    return attach(TypeAdapter(MethodRecipe).validate_python(settings), make_backbone(**backbone), classes=5)
+    return attach(TypeAdapter(MethodRecipe).validate_python(settings), make_backbone(**backbone), 5, compute)
 
 
 def loss_of(method: Method, images: torch.Tensor) -> torch.Tensor:
@@ -134,10 +134,13 @@ def test_two_steps_change_what_is_trained_and_nothing_else(name: str, optimizer:
     assert {key for key in before if key not in dict(method.named_buffers())} >= TRAINED[name]
 
 
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("policy", ["mlp", "block", "every-2", "budget-0.5"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_checkpointing_changes_nothing(settings: dict[str, Any], policy: str, images: torch.Tensor) -> None:
-    plain, checkpointed = make(settings), make(settings)
+def test_checkpointing_changes_nothing(
+    settings: dict[str, Any], policy: str, compute: torch.dtype, images: torch.Tensor
+) -> None:
+    plain, checkpointed = make(settings, compute), make(settings, compute)
     apply_checkpointing(checkpointed.backbone, policy)
     assert_equal_steps(plain, checkpointed, lambda method: loss_of(method, images))
 
