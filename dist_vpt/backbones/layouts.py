@@ -351,8 +351,9 @@ _FOREIGN: dict[str, Callable[[Tensors], bool]] = {
         _any(r".*(dwconv|conv_dw)\.|downsample_layers\.\d")(tensors) and not _any(r".*attn")(tensors)
     ),
     "an XCiT (with attention among channels)": _any(r"blocks\.\d+\.local_mp\."),
-    "an EVA-02 (with queries, keys and values of separate layers)": _any(
-        r"blocks\.\d+\.attn\.(q_proj|inner_attn_ln)\."
+    "an EVA (a vision transformer with queries and values of another kind)": lambda tensors: (
+        _any(r"blocks\.\d+\.attn\.(q_proj|inner_attn_ln)\.")(tensors)
+        or ("pos_embed" in tensors and _any(r"blocks\.\d+\.attn\.q_bias$")(tensors))  # DINOv3 has no table of positions
     ),
     "a CaiT (with blocks of the class token alone)": _any(r"blocks_token_only\."),
     "a vision transformer with relative positions in its blocks": _any(r"(.*\.)?blocks\.\d+\.attn\.rel_pos"),
