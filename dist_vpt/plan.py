@@ -121,10 +121,10 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     )
     console.print(table(found))
     for line in known_speeds(recipe, "cuda" if gpus else "cpu"):
-        console.print(line)
+        console.print(line, soft_wrap=True)
     if measured:
-        console.print(measure(recipe, classes))
-    console.print(recommendation(recipe, classes, found, machines))
+        console.print(measure(recipe, classes), soft_wrap=True)
+    console.print(recommendation(recipe, classes, found, machines), soft_wrap=True)  # to be pasted
 
 
 def check_memory(recipe: Recipe, accelerator: Accelerator, classes: int) -> str:
