@@ -166,6 +166,16 @@ class SweepRecipe(Section):
         return self
 
 
+def grid_axes(grid: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """The keys of a grid, as ``a.b``, each with its values."""
+    for key, value in grid.items():
+        path = f"{at}.{key}" if at else key
+        if isinstance(value, dict):
+            yield from grid_axes(value, path)
+        else:
+            yield path, value
+
+
 class Recipe(Section):
     """A whole run."""
 

@@ -4,6 +4,7 @@ A run that says of itself that it is running is dead where no process holds its 
 """
 
 import json
+import math
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.ranks import SILENT_SECONDS, held, read_place
+from dist_vpt.recipe import grid_axes
 from dist_vpt.runfolder import read_json
 
 COLORS = {
@@ -153,9 +155,7 @@ def _sweep(folder: Path, info: dict[str, Any]) -> Standing:
         sweep = yaml.safe_load((folder / "recipe.yaml").read_text())["sweep"]
     except (OSError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder / 'recipe.yaml'}: cannot be read ({error})") from error
-    trials = 1
-    for values in _leaves(sweep["grid"]):
-        trials *= len(values)
+    trials = math.prod(len(values) for _, values in grid_axes(sweep["grid"]))
     return _pieces(folder, state, reason, trials + len(sweep["seeds"]), info.get("updated"))
 
 
@@ -216,14 +216,6 @@ def _suite(folder: Path) -> list[Standing]:
     reason = {"interrupted": NOBODY, "failed": f"{failed} of {len(states)} have no result"}.get(state)
     whole = Standing(str(folder), "suite", state, reason, states.count("done"), len(states), "sweeps")
     return [whole, *found]
-
-
-def _leaves(grid: dict[str, Any]) -> Iterator[list[Any]]:
-    for value in grid.values():
-        if isinstance(value, dict):
-            yield from _leaves(value)
-        else:
-            yield value
 
 
 def _iso(seconds: float) -> str:

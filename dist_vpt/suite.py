@@ -15,6 +15,7 @@ started, killed and started again.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
-from dist_vpt.recipe import Recipe, load_recipe
+from dist_vpt.recipe import Recipe, grid_axes, load_recipe
 
 if TYPE_CHECKING:
     from dist_vpt.agreement import StopSignal
@@ -72,10 +73,7 @@ class Pair:
 
     def settings(self) -> int:
         """Trials of the grid."""
-        count = 1
-        for values in _leaves(self.recipe.sweep.grid):
-            count *= len(values)
-        return count
+        return math.prod(len(values) for _, values in grid_axes(self.recipe.sweep.grid))
 
     def images(self) -> int | None:
         """Images that go through the backbone, at least where trials stop early; None where no counts are known."""
@@ -589,11 +587,3 @@ def _recipe_file(folder: str, name: str) -> str:
             return str(place / f"{name}.yaml")
     known = [path.stem for place in places for path in place.glob("*.yaml")]
     raise UserError(f"{name}: no such recipe file, and none of that name in configs/{folder}; {nearest(name, known)}")
-
-
-def _leaves(grid: dict[str, Any]) -> Iterator[list[Any]]:
-    for value in grid.values():
-        if isinstance(value, dict):
-            yield from _leaves(value)
-        else:
-            yield value

@@ -17,7 +17,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from dist_vpt.errors import Interrupted, OutOfMemory, RecipeError, RunFailed, Ru
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.plan import advice_on_memory
 from dist_vpt.ranks import Ranks
-from dist_vpt.recipe import Recipe, SweepRecipe, differences, load_recipe_from
+from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.train import device_name, run
@@ -88,7 +88,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
 
 def grid_jobs(recipe: Recipe, folder: Path) -> list[Job]:
     """A trial for every point of the grid. Raises RecipeError where a value is not one that its key takes."""
-    axes = list(_leaves(recipe.sweep.grid))
+    axes = list(grid_axes(recipe.sweep.grid))
     unknown = [said for key, _ in axes if (said := _unknown(recipe.model_dump(mode="json"), key))]
     if unknown:
         raise RecipeError("\n".join(f"sweep.grid.{said}" for said in unknown))
@@ -456,15 +456,6 @@ def _wait_for_claim(folder: RunFolder, recipe: Recipe, stop: StopSignal) -> None
                 "see what it says, or whether the folder is shared by all nodes"
             )
         time.sleep(POLL_SECONDS)
-
-
-def _leaves(grid: dict[str, Any], at: str = "") -> Iterator[tuple[str, list[Any]]]:
-    for key, value in grid.items():
-        path = f"{at}.{key}" if at else key
-        if isinstance(value, dict):
-            yield from _leaves(value, path)
-        else:
-            yield path, value
 
 
 def _short(value: Any) -> str:
