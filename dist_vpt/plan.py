@@ -204,7 +204,12 @@ def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
     for policy, overrides, with_policy in policies(recipe, gpus=machines.gpus):
         counted = as_counted(with_policy, gpus=machines.gpus)
         count = cache(partial(_of_images, counted, classes))
-        here = footprint(counted, classes, micro)
+        try:
+            here = footprint(counted, classes, micro)
+        except UserError:  # a policy that is not for this backbone
+            if not overrides:
+                raise
+            continue
         for name in STRATEGIES if processes > 1 else ("ddp",):
             if why_not(with_policy, name, method):
                 continue

@@ -220,6 +220,21 @@ def test_scoring_that_does_not_fit_is_made_smaller() -> None:
     assert "train.eval_batch_size=300" in recommendation(some, 10, choices(some, 10, machines), machines)
 
 
+def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every-2 for a single block; the recipe's own is refused with the reason."""
+
+    def footprint(recipe: Recipe, classes: int, images: int) -> Footprint:
+        if recipe.runtime.checkpointing == "every-2":
+            raise UserError("a single block")
+        return Footprint(GIB, 0, 0, 0, images, images, 1, parameters=1, trained_parameters=0)
+
+    monkeypatch.setattr(plan_module, "footprint", footprint)
+    rows = {choice.policy for choice in choices(recipe(), 10, Machines(room(4)))}
+    assert rows == {"none", "mlp", "budget-0.5", "block", "none + offload", "block + offload"}
+    with pytest.raises(UserError, match="a single block"):
+        choices(recipe("runtime.checkpointing=every-2"), 10, Machines(room(4)))
+
+
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_largest_batch_by_footprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the optimiser's copies of the weights are higher than the activations of few images, too."""
