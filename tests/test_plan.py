@@ -226,7 +226,7 @@ def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.Mo
     def footprint(recipe: Recipe, classes: int, images: int) -> Footprint:
         if recipe.runtime.checkpointing == "every-2":
             raise UserError("a single block")
-        return Footprint(GIB, 0, 0, 0, images, images, 1, parameters=1, trained_parameters=0)
+        return Footprint(GIB, 0, 0, 0, images * MIB, images * MIB, recipe.train.eval_batch_size, 1, 0)
 
     monkeypatch.setattr(plan_module, "footprint", footprint)
     rows = {choice.policy for choice in choices(recipe(), 10, Machines(room(4)))}
