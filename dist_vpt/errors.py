@@ -37,7 +37,10 @@ class RunFailed(UserError):
 
 
 class ProcessFailed(UserError):
-    """Another process of the run is gone, has failed or hangs; the run is marked as failed with its reason."""
+    """Another process of the run is gone, has failed or hangs; the run is marked as failed with its reason.
+
+    Where that process met a UserError, ``exit_code`` is that error's.
+    """
 
     exit_code = 4
 

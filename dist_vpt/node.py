@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dist_vpt.errors import UserError
+from dist_vpt.errors import ProcessFailed, UserError
 
 NOTHING_LEFT = 60  # exit code of a check: the run is done already
 TOLD = 160  # added to the exit code of a training process
@@ -136,7 +136,8 @@ def _code(codes: Mapping[int, int]) -> int:
         print(f"slurm: process {rank} was ended by signal {number} ({signal.strsignal(number)})", file=sys.stderr)
     if killed:
         return TOLD + KILLED
-    highest = max(codes.values())
+    own = [code for code in codes.values() if code > 0 and code != ProcessFailed.exit_code]
+    highest = max(own or codes.values())  # what the others met because of one must not hide why it failed
     if highest < 0:
         return 128 - highest
     return TOLD + highest if TOLD + highest < 256 else highest

@@ -1,7 +1,7 @@
 """The processes of one run: where each stands, which one failed first, and an end for all where one is gone or hangs.
 
     RUN/ranks/rank-N.json   where process N stands, told every few seconds; locked for as long as the process lives
-    RUN/ranks/failed.json   the first failure: which process, what, where
+    RUN/ranks/failed.json   the first failure: which process, what, where, and the exit code of the others
     RUN/logs/rank-N.log     warnings and errors of process N and where it stood; the first one has train.log
 
 A collective call with a process that is gone raises at once (gloo) or does not return (NCCL), and says in neither case
@@ -150,7 +150,7 @@ class Ranks:
         if agreed or isinstance(error, KeyboardInterrupt) or self._superseded():
             return
         if isinstance(error, ProcessFailed):  # of a run within a sweep: the sweep fails with its reason
-            self._record(int(error.shared), str(error))
+            self._record(int(error.shared), str(error), error.exit_code)
             return
         self._open_log()
         failure = self._first_failure() if of_another(error) else None
@@ -158,14 +158,17 @@ class Ranks:
             said, own = str(error).strip()[:2000], isinstance(error, UserError)
             where = "" if own else f" at {HERE.what} (traceback in {self.log})"
             said = said if own else f"{type(error).__name__}: {said}"
-            told = self._record(self.rank, f"{_named(self._own())}: {said}{where}")
+            # Where starting again is of no use, that is what all exit codes must say.
+            code = error.exit_code if isinstance(error, UserError) else ProcessFailed.exit_code
+            told = self._record(self.rank, f"{_named(self._own())}: {said}{where}", code)
             TELLER.error("\n".join([told["reason"], *traceback.format_exception(error)]))
             return
         TELLER.error(failure["reason"])
-        leaving = threading.Timer(MARGIN_SECONDS, os._exit, [ProcessFailed.exit_code])
+        failed = _as_error(failure)
+        leaving = threading.Timer(MARGIN_SECONDS, os._exit, [failed.exit_code])
         leaving.daemon = True  # the rest of this process may wait for one that is gone
         leaving.start()
-        raise _as_error(failure) from error
+        raise failed from error
 
     def _first_failure(self) -> dict[str, Any] | None:
         """Why another process broke a collective call: what it told, or that it is gone, or that it hangs."""
@@ -272,9 +275,9 @@ class Ranks:
             "see dmesg or the job's log), or its machine is gone; run.resume=auto goes on from the newest state",
         )
 
-    def _record(self, rank: int, reason: str) -> dict[str, Any]:
+    def _record(self, rank: int, reason: str, exit_code: int = ProcessFailed.exit_code) -> dict[str, Any]:
         """Tell all of a failure, unless another was told before, which is returned then."""
-        failure = {"rank": rank, "reason": reason}
+        failure = {"rank": rank, "reason": reason, "exit_code": exit_code}
         if self._descriptor is None:
             return failure
         temporary = self.told / f".failed-{self.rank}.tmp"
@@ -391,6 +394,7 @@ def _named(place: dict[str, Any]) -> str:
 
 def _as_error(failure: dict[str, Any]) -> ProcessFailed:
     error = ProcessFailed(failure["reason"])
+    error.exit_code = failure["exit_code"]
     error.shared = failure["rank"] != 0  # the first process tells it, unless it is the one
     return error
 

@@ -264,6 +264,7 @@ def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: st
         ({"STEP": "137"}, 137, True),  # the launcher was
         ({"STEP": "162"}, 2, False),  # a mistake to mend
         ({"STEP": "163"}, 3, False),  # a loss that is not finite
+        ({"STEP": "164"}, 4, True),  # a process of another node was killed
         ({"STEP": "235", "SLURM_RESTART_COUNT": "8"}, 75, True),
         ({"STEP": "235", "SLURM_RESTART_COUNT": "9"}, 75, False),
         ({"STEP": "0", "SLURM_RESTART_COUNT": "10"}, 2, False),
@@ -365,6 +366,8 @@ def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, al
         ({0: 2}, 162),
         ({0: 1, 1: -9}, 254),  # what failed because of a killed one does not hide it
         ({0: 3, 1: -11}, 254),
+        ({0: 4, 1: 3}, 163),  # nor what another met because of it
+        ({0: 4, 1: -15}, 164),
         ({0: 75, 1: -15}, 235),  # ended by the launcher after the other
         ({0: -15}, 143),
         ({0: 130}, 130),
