@@ -31,12 +31,12 @@ def slurm(
     run = Path(str(recipe.run.dir))
     here = max(gpus, 1)
     directives = [
-        f"--job-name={run.name}",
+        f"--job-name={_quoted(run.name)}",
         f"--nodes={nodes}",
         *([f"--gpus-per-node={gpus}"] if gpus else []),
         f"--cpus-per-task={here * (1 + recipe.data.workers)}",
         f"--time={time}",
-        f"--output={run}-%j.log",
+        f"--output={_quoted(str(run).replace('%', '%%') + '-%j.log')}",
     ]
     text = script("dist-vpt launch slurm", directives, ["train_in_job", strategy, *words], attempts)
     if dry_run:
@@ -77,6 +77,11 @@ def script(writer: str, directives: Sequence[str], call: Sequence[str], attempts
         shlex.join(call),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """As sbatch reads it, where a blank or # would end an option's value."""
+    return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
 
 
 def _check(recipe: "Recipe", *, nodes: int, gpus: int, time: str, strategy: str, attempts: int) -> None:

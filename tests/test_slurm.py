@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from dist_vpt.results import FILE, Result, append, read
 from dist_vpt.suite import plan
 from tests.forks import command
 from tests.running import ROOT, step_losses, train, wait_for, words
-from tests.slurm_cluster import Cluster, Unavailable
+from tests.slurm_cluster import PATH, Cluster, Unavailable
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LAUNCH = ROOT / "launch"
@@ -427,9 +428,9 @@ def test_launch_writes_and_submits_what_the_dry_run_shows(
     assert not run.parent.exists()
     said = dict(line[8:].partition("=")[::2] for line in shown.splitlines() if line.startswith("#SBATCH "))
     assert said == {
-        "--job-name": "a b", "--nodes": "2", "--gpus-per-node": "4", "--ntasks-per-node": "1", "--cpus-per-task": "16",
-        "--time": "4:00:00", "--signal": "B:USR1@120", "--requeue": "", "--open-mode": "append",
-        "--output": f"{run}-%j.log",
+        "--job-name": '"a b"', "--nodes": "2", "--gpus-per-node": "4", "--ntasks-per-node": "1",
+        "--cpus-per-task": "16", "--time": "4:00:00", "--signal": "B:USR1@120", "--requeue": "",
+        "--open-mode": "append", "--output": f'"{run}-%j.log"',
     }  # fmt: skip
     assert f"\nATTEMPTS=5\nsource {LAUNCH}/slurm.sh || exit 2\ntrain_in_job zero3 'run.dir={run}' data.work" in shown
     subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
@@ -442,3 +443,22 @@ def test_launch_writes_and_submits_what_the_dry_run_shows(
         assert main(line) == (2 if code else 0)
         assert told in "".join(capsys.readouterr())
         assert run.with_name("a b.sbatch").read_text() == shown
+
+
+@pytest.mark.skipif(shutil.which("sbatch", path=PATH) is None, reason="no sbatch here (apt-get install slurm-client)")
+def test_sbatch_reads_what_launch_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads the whole script before it finds that nobody listens."""
+    name = 'a "b" #1 50%j'
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "slurm", f"run.dir='runs/{name}'", "--time", "5", "--dry-run"]) == 0
+    (tmp_path / "job").write_text(capsys.readouterr().out)
+    (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\n")
+    environment = os.environ | {"SLURM_CONF": f"{tmp_path}/slurm.conf", "PATH": PATH}
+    done = subprocess.run(
+        ["sbatch", "-v", "job"], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    said = dict(re.findall(r"^sbatch: ([a-z-]+) +: (.*)$", done.stderr, re.MULTILINE))
+    assert said["job-name"] == name, done.stderr
+    assert said["output"].endswith(f"runs/{name.replace('%', '%%')}-%j.log")
