@@ -94,6 +94,10 @@ def _check(recipe: "Recipe", *, nodes: int, gpus: int, time: str, strategy: str,
             raise UserError(f"--{name} {value}: must be at least {least}")
     if not TIME.fullmatch(time):
         raise UserError(f"--time {time}: must be minutes, hours:minutes:seconds or days-hours, as sbatch takes it")
+    from dist_vpt.strategy import why_not
+
+    if reason := why_not(recipe, strategy):
+        raise UserError(f"--strategy {strategy}: {reason}")
     parts = nodes * max(gpus, 1) * recipe.train.accumulate
     if recipe.train.batch_size % parts:
         raise UserError(

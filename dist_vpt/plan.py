@@ -199,8 +199,7 @@ def strategy_file(accelerator: Accelerator) -> str:
 def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
     """Every policy under every strategy that the recipe can have, the cheapest in time first."""
     processes, scored = machines.processes, recipe.train.eval_batch_size
-    micro, method = micro_batch(recipe, processes), weightless(as_counted(recipe, gpus=machines.gpus), classes)
-    found = []
+    micro, found = micro_batch(recipe, processes), []
     for policy, overrides, with_policy in policies(recipe, gpus=machines.gpus):
         counted = as_counted(with_policy, gpus=machines.gpus)
         count = cache(partial(_of_images, counted, classes))
@@ -211,7 +210,7 @@ def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
                 raise
             continue
         for name in STRATEGIES if processes > 1 else ("ddp",):
-            if why_not(with_policy, name, method):
+            if why_not(with_policy, name):
                 continue
             share = here.on(name, processes)
             room, others = machines.room - share.held, partial(_share, count, name, processes)

@@ -12,7 +12,7 @@ from torch import nn
 
 from dist_vpt.errors import UserError
 from dist_vpt.memory import give_back_freed_memory, keep_freed_memory
-from dist_vpt.methods.base import Method, Reader
+from dist_vpt.methods.base import Method
 from dist_vpt.optim import build_optimizer
 from dist_vpt.ranks import MARGIN_SECONDS
 from dist_vpt.recipe import Recipe
@@ -26,6 +26,10 @@ OURS = (
     "amp",
     "torch_autocast",
 )  # what the recipe says, not DeepSpeed's file
+NOT_ON_CPU = (
+    "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto (without a GPU that is "
+    "the CPU), or start with launch/accelerate/ddp.yaml"
+)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -62,10 +66,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.state.deepspeed_plugin is not None:
         _fill_deepspeed(accelerator, recipe)
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        raise UserError(
-            "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto "
-            "(without a GPU that is the CPU), or start with launch/accelerate/ddp.yaml"
-        )
+        raise UserError(NOT_ON_CPU)
     if cpu and strategy(accelerator) != "zero3":
         keep_freed_memory()
     if recipe.runtime.deterministic:
@@ -85,8 +86,6 @@ def strategy(accelerator: Accelerator) -> str:
 
 def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
     """The method wrapped for the strategy, and an optimiser over what it trains."""
-    if reason := why_not(recipe, strategy(accelerator), method):
-        raise UserError(reason)
     frozen = {name: p for name, p in method.named_parameters() if not p.requires_grad}
     # Every process reads the same frozen weights from the same file: they need not even be broadcast once.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -102,30 +101,23 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
     return model, optimizer
 
 
-def why_not(recipe: Recipe, name: str, method: Method | None = None) -> str:
+def why_not(recipe: Recipe, name: str) -> str:
     """Why a recipe cannot have a strategy, with the fix, or "". ``name`` may be that of a file in launch/accelerate."""
-    runtime = recipe.runtime
-    if name.startswith("zero") and runtime.precision == "fp16":
-        return "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP"
-    if not name.startswith("zero3"):
-        return ""
-    if isinstance(method, Reader) and method.reads.blocks:
-        return (
-            f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
-            "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)"
-        )
-    if runtime.checkpointing.startswith("budget"):
-        return (
-            f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward "
-            "than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
-            "every-N, or start with launch/accelerate/ddp.yaml"
-        )
-    if runtime.compile:
-        return (
-            "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
-            "follow; use compile=false, or start with launch/accelerate/ddp.yaml"
-        )
-    return ""
+    runtime, zero, zero3 = recipe.runtime, name.startswith("zero"), name.startswith("zero3")
+    reasons = {
+        NOT_ON_CPU: zero and runtime.device == "cpu",
+        "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP": zero
+        and runtime.precision == "fp16",
+        f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
+        "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)": zero3
+        and recipe.method.reads_blocks,
+        f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward "
+        "than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
+        "every-N, or start with launch/accelerate/ddp.yaml": zero3 and runtime.checkpointing.startswith("budget"),
+        "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
+        "follow; use compile=false, or start with launch/accelerate/ddp.yaml": zero3 and runtime.compile,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def frozen_bytes(method: Method) -> tuple[int, int]:

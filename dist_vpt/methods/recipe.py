@@ -10,6 +10,7 @@ class MethodSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     reader: ClassVar[bool] = False  # whether it only reads the frozen stream
+    reads_blocks: ClassVar[bool] = False  # and that with the weights inside the blocks
 
     @property
     def frame(self) -> int:
@@ -100,6 +101,7 @@ class VQTRecipe(MethodSettings):
     """Query tokens that read the frozen blocks, and a linear head on what they found."""
 
     reader: ClassVar[bool] = True
+    reads_blocks: ClassVar[bool] = True
     name: Literal["vqt"] = Field("vqt", description="Visual Query Tuning")
     queries: int = Field(1, ge=1, description="Q: query tokens of a block; not given: the paper's for a known task")
     blocks: tuple[int, ...] | None = Field(

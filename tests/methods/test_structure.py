@@ -14,7 +14,7 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from dist_vpt.errors import UserError
 from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods import METHODS, MethodRecipe, attach
-from dist_vpt.methods.base import Method
+from dist_vpt.methods.base import Method, Reader
 from dist_vpt.methods.vpt import VPT
 from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
 from tests.methods.conftest import KINDS, assert_equal_steps, make_backbone
@@ -115,6 +115,13 @@ def test_every_method_is_tested() -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_trained_names(name: str) -> None:
     assert {n for n, _ in make(SETTINGS[name]).trainable()} == TRAINED[name]
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_recipe_says_what_its_method_reads(name: str) -> None:
+    method, recipe = make(SETTINGS[name]), TypeAdapter(MethodRecipe).validate_python(SETTINGS[name])
+    assert recipe.reader == isinstance(method, Reader)
+    assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.reads.blocks))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
