@@ -27,6 +27,7 @@ COLORS = {
     "dead": "red",
     "damaged": "red",
 }
+DAMAGED = (RunFolderError, OSError, AttributeError, KeyError, TypeError)  # what a file that is not as written raises
 NARROW = 72  # columns of a terminal below which units and speeds are left out
 NOBODY = "no process is at it; the same command goes on"
 
@@ -107,8 +108,12 @@ def _standings(folder: Path) -> list[Standing]:
             return [pair for pair in _suite(suite)[1:] if pair.folder == str(suite / name)]
         info = read_json(folder / "run.json")
         return [_sweep(folder, info) if info.get("kind") == "sweep" else _run(folder, info)]
-    except (RunFolderError, OSError, AttributeError, KeyError, TypeError) as error:
-        return [Standing(str(folder), "run", "damaged", str(error) or type(error).__name__)]
+    except DAMAGED as error:
+        return [_damaged(folder, "run", error)]
+
+
+def _damaged(folder: Path, kind: str, error: Exception) -> Standing:
+    return Standing(str(folder), kind, "damaged", str(error) or type(error).__name__)
 
 
 def _run(folder: Path, info: dict[str, Any]) -> Standing:
@@ -207,7 +212,10 @@ def _suite(folder: Path) -> list[Standing]:
             state, reason = "interrupted", NOBODY
         total = pair["trials"] + len(pair["seeds"])
         updated = result.finished if result is not None else None
-        found.append(_pieces(place, state, reason, total, updated, max(1, len(mine))))
+        try:
+            found.append(_pieces(place, state, reason, total, updated, max(1, len(mine))))
+        except DAMAGED as error:  # of one sweep, which must not hide the others
+            found.append(_damaged(place, "sweep", error))
     states = [each.status for each in found]
     over = all(state in ("done", "failed") for state in states)
     failed = states.count("failed")

@@ -166,6 +166,16 @@ def test_a_suite_in_the_middle(suite: tuple[Path, ExitStack], capsys: pytest.Cap
     assert [each["status"] for each in found] == ["interrupted", "done", "failed", "interrupted", "waiting"]
 
 
+def test_a_damaged_outcome_hides_one_sweep_alone(
+    suite: tuple[Path, ExitStack], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = suite
+    (folder / "svhn" / "vpt" / "trials" / "000.json").write_text('{"seconds": 4')
+    found = json.loads(told(capsys, str(folder), "--json"))
+    assert [each["status"] for each in found] == ["running", "done", "failed", "damaged", "waiting"]
+    assert f"{folder}/svhn/vpt/trials/000.json: damaged" in told(capsys, str(folder))
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_a_narrow_terminal_shows_all(
     width: int, suite: tuple[Path, ExitStack], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
