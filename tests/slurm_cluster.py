@@ -28,7 +28,7 @@ STARTED = itertools.count()
 
 
 class Unavailable(Exception):
-    """Slurm is not installed here, or cannot be started; the message is the reason."""
+    """Slurm is not installed here, or has no right to be started; the message is the reason."""
 
 
 class Cluster:
@@ -96,6 +96,8 @@ class Cluster:
             while time.monotonic() < deadline and self.run("squeue", "--noheader", check=False).strip():
                 time.sleep(0.2)
         for _, daemon in reversed(self.daemons):
+            if daemon.poll() is not None:
+                continue
             below = [psutil.Process(daemon.pid), *psutil.Process(daemon.pid).children(recursive=True)]
             for process in below[::-1]:
                 _send(process, signal.SIGTERM)
@@ -159,13 +161,14 @@ class Cluster:
         self._wait_for(lambda: all(job["JobState"] in ENDED for job in self.job(number)), seconds, number)
         return self.job(number)[0]
 
-    def _wait_for(self, condition: Callable[[], bool], seconds: float = 20, job: str | None = None) -> None:
+    def _wait_for(self, condition: Callable[[], bool], seconds: float = 60, job: str | None = None) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             ended = [name for name, daemon in self.daemons if daemon.poll() is not None]
             if ended or (job is None and time.monotonic() > deadline):
                 logs = "".join(path.read_text()[-500:] for path in sorted((self.root / "log").glob("*.out")))
-                raise Unavailable(f"{', '.join(ended) or 'Slurm'} did not start: {logs}")
+                # Not Unavailable: a test that is skipped for a mistake of ours would look like success.
+                raise AssertionError(f"{', '.join(ended) or 'Slurm'} did not start or has ended: {logs}")
             assert time.monotonic() < deadline, f"waited in vain for {job}: {self.log(job or '')[-3000:]}"
             time.sleep(0.2 if job is None else 1)
 

@@ -19,9 +19,10 @@ from dist_vpt import node
 from dist_vpt.cli import main
 from dist_vpt.results import FILE, Result, append, read
 from dist_vpt.suite import plan
+from tests import slurm_cluster
 from tests.forks import command
 from tests.running import ROOT, step_losses, train, wait_for, words
-from tests.slurm_cluster import PATH, Cluster, Unavailable
+from tests.slurm_cluster import PATH, PROGRAMS, Cluster, Unavailable
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LAUNCH = ROOT / "launch"
@@ -223,6 +224,20 @@ def test_nothing_of_a_cluster_is_left_behind(tmp_path: Path) -> None:
 
 
 # Without Slurm
+
+
+def test_a_slurm_that_does_not_start_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its programs are not there at all, tests are skipped."""
+    monkeypatch.setattr(slurm_cluster, "PATH", str(tmp_path))
+    with pytest.raises(Unavailable, match="no munged here"):
+        Cluster()
+    for name in PROGRAMS:
+        (tmp_path / name).write_text('#!/bin/bash\ncase "$*" in *munged*) echo no right to; exit 1 ;; esac\n')
+        (tmp_path / name).chmod(0o755)
+    cluster = Cluster()
+    cluster.apart = False
+    with pytest.raises(AssertionError, match=r"munged did not start .*no right to"), cluster:
+        pass
 
 
 @pytest.mark.parametrize("script", sorted(LAUNCH.glob("*.s*")), ids=lambda path: path.name)
