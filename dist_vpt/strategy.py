@@ -52,7 +52,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
                     backend=backend, timeout=timedelta(minutes=recipe.run.timeout_minutes, seconds=MARGIN_SECONDS)
                 ),
                 AutocastKwargs(enabled=False),
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
@@ -87,7 +87,8 @@ def strategy(accelerator: Accelerator) -> str:
 def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
     """The method wrapped for the strategy, and an optimiser over what it trains."""
     frozen = {name: p for name, p in method.named_parameters() if not p.requires_grad}
-    # Every process reads the same frozen weights from the same file: they need not even be broadcast once.
+    # Every process reads the same frozen weights from the same file: they need not even be broadcast once. Buffers are
+    # constants, and with none left to DDP it broadcasts none before a step either.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         method, [*frozen, *(name for name, _ in method.named_buffers())]
     )

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ import yaml
 from PIL import Image
 
 from dist_vpt.backbones.zoo import ZOO
+from dist_vpt.build import assemble
 from dist_vpt.checkpoint import read_adapters
 from dist_vpt.predict import score
+from dist_vpt.recipe import load_recipe
+from dist_vpt.strategy import make_accelerator, prepare
 from tests.backbones.published import FILES
-from tests.forks import Forks, command
+from tests.forks import Forks, command, launched
 from tests.running import ROOT, finish, metrics, start, step_losses, train, wait_for, words, workers_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
@@ -95,6 +99,20 @@ def test_two_processes_equal_one(strategy: str, alone: Path, tmp_path: Path) -> 
     assert score(str(folder), "test", "last")["top1"] == pytest.approx(result["last"]["test"]["top1"])
     saved = sum(p.stat().st_size for p in (folder / "state").rglob("*") if p.is_file())
     assert saved < 2_000_000  # two states without the frozen 1.2 million weights
+
+
+def test_ddp_sends_no_buffers_and_starts_without_a_warning(tmp_path: Path) -> None:
+    def work(rank: int) -> int:
+        recipe = load_recipe([], words(tmp_path / "run"))
+        method, accelerator = assemble(recipe).method, make_accelerator(recipe)
+        assert [*method.buffers()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            model, _ = prepare(recipe, accelerator, method)
+        return len(model.modules_buffers) + model.will_sync_module_buffers()
+
+    forks = launched(work, tmp_path / "told.txt", "ddp")
+    assert forks.finish() == [0, 0], forks.output[-3000:]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
