@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dist_vpt.errors import UserError
+from dist_vpt.errors import Interrupted, UserError
 from dist_vpt.ranks import HERE
 from dist_vpt.signals import STOP, unheard
 
@@ -59,6 +59,13 @@ def agree(accelerator: Accelerator, error: UserError | None, stop: StopSignal | 
         fail_together(accelerator, error)
     if stop is not None:
         stop.agreed = stopped > 0
+
+
+def stop_together(accelerator: Accelerator, told: str) -> NoReturn:
+    """Raise Interrupted where all processes have agreed on a stop."""
+    stopped = Interrupted(told)
+    stopped.shared = accelerator.num_processes > 1  # one process's telling is enough
+    raise stopped
 
 
 def fail_together(accelerator: Accelerator, error: UserError | None) -> NoReturn:

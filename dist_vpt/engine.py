@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
-from dist_vpt.agreement import StopSignal, agree, fail_together, total
+from dist_vpt.agreement import StopSignal, agree, fail_together, stop_together, total
 from dist_vpt.checkpoint import Progress, States, collect
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.errors import DataError, Interrupted, RunFailed
+from dist_vpt.errors import DataError, RunFailed
 from dist_vpt.methods.base import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
@@ -137,7 +137,7 @@ def fit(t: Training) -> None:
             t.monitor.step(t.step, step, progress, logged=logged)
             within = progress.step < t.train.steps_per_epoch
             if t.stop.agreed:
-                raise Interrupted(f"{t.folder.path}: stopped at step {t.step} {_save(t)}")
+                stop_together(t.accelerator, f"{t.folder.path}: stopped at step {t.step} {_save(t)}")
             if within and recipe.run.save_every and t.step % recipe.run.save_every == 0:
                 _save(t)
         _end_epoch(t)
@@ -169,7 +169,8 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
         error = fetched if isinstance(fetched, DataError) else None
         agree(accelerator, error, stop)
         if stop is not None and stop.agreed:
-            raise Interrupted("stopped while scoring a split; the trained state is saved, run.resume=auto goes on")
+            told = "stopped while scoring a split; the trained state is saved, run.resume=auto goes on"
+            stop_together(accelerator, told)
         assert not isinstance(fetched, DataError)
         batch = _to(fetched, accelerator.device)
         scores.update(model(batch["images"]), batch["labels"], batch["weight"], batch["index"])

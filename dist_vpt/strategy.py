@@ -135,7 +135,9 @@ def frozen_bytes(method: Method) -> tuple[int, int]:
 def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
     """Put the recipe's numbers into DeepSpeed's configuration; refuse what contradicts the recipe."""
     if reason := why_not(recipe, strategy(accelerator)):
-        raise UserError(reason)
+        refused = UserError(reason)
+        refused.shared = True  # the recipe is the same everywhere
+        raise refused
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     for key in OURS:
         said = config.get(key)

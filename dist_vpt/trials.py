@@ -23,12 +23,12 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dist_vpt.agreement import StopSignal, agree
+from dist_vpt.agreement import StopSignal, agree, stop_together
 from dist_vpt.build import Parts, assemble, class_weights, make_trial
 from dist_vpt.checkpoint import Progress, collect, restore
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.engine import fetch, fold, global_weight
-from dist_vpt.errors import DataError, Interrupted, RunFolderError
+from dist_vpt.errors import DataError, RunFolderError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
@@ -193,7 +193,7 @@ def fit_trials(p: Pass) -> None:
             if p.stop.agreed:
                 p.seconds = time.monotonic() - began
                 _save(p)
-                raise Interrupted(f"{p.state}: stopped with the state saved; the same command goes on")
+                stop_together(p.accelerator, f"{p.state}: stopped with the state saved; the same command goes on")
         _end_epoch(p)
         p.seconds = time.monotonic() - began
         over = p.epoch == recipe.train.epochs or not p.running
@@ -210,7 +210,7 @@ def score_trials(p: Pass, trials: Sequence[Trial], split: str) -> list[Scores]:
     try:
         for batch, logits in _passed(p, trials, batches):
             if p.stop.agreed:  # only between training and its result: training's end is saved
-                raise Interrupted(f"{p.state}: stopped while {split} was scored; the same command goes on")
+                stop_together(p.accelerator, f"{p.state}: stopped while {split} was scored; the same command goes on")
             for score, each_BK in zip(scores, logits, strict=True):
                 score.update(each_BK, batch["labels"], batch["weight"], batch["index"])
     finally:
