@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_vpt.agreement import StopSignal, agree, fail_together, total
 from dist_vpt.checkpoint import Progress, States, collect
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.errors import DataError, Interrupted, RunFailed
+from dist_vpt.errors import DataError, Diverged, Interrupted, RunFailed
 from dist_vpt.methods.base import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
@@ -122,7 +122,7 @@ def train_step(t: Training, fetched: list[Batch] | DataError, *, norms: bool) ->
 def fit(t: Training) -> None:
     """Train from ``t.progress`` to the end, evaluating and saving as the recipe says.
 
-    Raises RunFailed for a loss that is not finite and Interrupted, with the state saved, after SIGTERM or SIGUSR1.
+    Raises Diverged for a loss that is not finite and Interrupted, with the state saved, after SIGTERM or SIGUSR1.
     """
     recipe, progress, began = t.recipe, t.progress, time.monotonic() - t.progress.seconds
     while progress.epoch < recipe.train.epochs and not progress.ended:
@@ -211,7 +211,7 @@ def fold(*numbers: int) -> int:
 
 def _check_finite(name: str, value: float, t: Training) -> None:
     if not math.isfinite(value):
-        failed = RunFailed(
+        failed = Diverged(
             f"{t.folder.path}: the {name} is {value} at step {t.step} (epoch {t.progress.epoch}), before the optimiser "
             "step; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
         )

@@ -30,7 +30,7 @@ from rich.table import Table
 from dist_vpt.agreement import StopSignal
 from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, write_adapters
-from dist_vpt.errors import Interrupted, OutOfMemory, RecipeError, RunFailed, RunFolderError, UserError, nearest
+from dist_vpt.errors import Diverged, Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.plan import advice_on_memory
 from dist_vpt.ranks import Ranks
@@ -246,10 +246,8 @@ class Worker:
     def _train_alone(self, job: Job) -> None:
         try:
             result = run(job.recipe)
-        except OutOfMemory:  # the others would fare no better, and it is no divergence
-            raise
-        except RunFailed as failed:
-            self._tell(job, {}, {}, str(failed), 0.0)
+        except Diverged as diverged:  # alone: too little memory or disk is no outcome of the setting
+            self._tell(job, {}, {}, str(diverged), 0.0)
             return
         self._tell(job, result["last"], result["best"] or {}, "", result["seconds"])
 
