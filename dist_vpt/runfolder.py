@@ -123,13 +123,15 @@ class RunFolder:
         run.resume=never, any run, and where it is no run folder.
         """
         with self._locked():
-            self._admit(recipe, kind)
-            if self.status().get("status") == "done":
+            try:
+                done = self._begin(recipe, kind)
+            except OSError as error:  # a bare one on main alone would leave the other processes waiting
+                raise RunFolderError(
+                    f"{self.path}: cannot be written ({error}); free space there or choose another run.dir"
+                ) from error
+            if done:
                 yield True
                 return
-            shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
-            write_atomically(self.recipe, recipe.to_yaml())
-            self.mark("running", kind=kind, started=self.status().get("started") or _now(), **_provenance())
             try:
                 yield False
             except BaseException as error:
@@ -146,12 +148,29 @@ class RunFolder:
         content = {**kept, **facts, "status": status, "updated": _now()}
         write_atomically(self.info, json.dumps(content, indent=1) + "\n")
 
+    def _begin(self, recipe: Recipe, kind: str) -> bool:
+        """Make the folder this recipe's, unless what is in it is done already, which is returned."""
+        self._admit(recipe, kind)
+        if self.status().get("status") == "done":
+            return True
+        shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
+        begun = self.recipe.is_file()
+        try:
+            write_atomically(self.recipe, recipe.to_yaml())
+            facts = _provenance()  # takes a moment
+            self.mark("running", kind=kind, started=self.status().get("started") or _now(), **facts)
+        except OSError:
+            if not begun:  # half a beginning would be taken for a run
+                self.recipe.unlink(missing_ok=True)
+            raise
+        return False
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self._refuse_foreign()
         try:
+            self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed by the with below)
+            file = open(self.path / ".lock", "ab+", buffering=0)  # noqa: SIM115 (closed by the with below)
         except OSError as error:
             raise RunFolderError(f"{self.path}: cannot be a run folder ({error}); choose another run.dir") from error
         with file as lock:
@@ -160,12 +179,17 @@ class RunFolder:
             except BlockingIOError:
                 lock.seek(0)
                 raise RunFolderError(
-                    f"{self.path}: another run is at work here ({lock.read().strip() or 'unknown process'}); "
+                    f"{self.path}: another run is at work here ({lock.read().decode().strip() or 'unknown process'}); "
                     "wait for its end or choose another run.dir"
                 ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            except OSError as error:
+                raise RunFolderError(
+                    f"{self.path}: this file system has no locks ({error.strerror}); mount it with them (Lustre: "
+                    "flock), or choose another run.dir"
+                ) from error
+            with suppress(OSError):  # who is at work is told for people; that the disk is full shows next
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
 
     def refuse_sweep(self) -> None:
