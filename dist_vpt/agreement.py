@@ -1,16 +1,19 @@
 """What all processes decide together: to stop on a signal, and to fail with the error that one of them met."""
 
 import signal
+from collections.abc import Callable
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dist_vpt.errors import UserError
+from dist_vpt.errors import RunFailed, UserError
 from dist_vpt.ranks import HERE
+from dist_vpt.runfolder import room_for
 from dist_vpt.signals import STOP, unheard
 
 
@@ -59,6 +62,18 @@ def agree(accelerator: Accelerator, error: UserError | None, stop: StopSignal | 
         fail_together(accelerator, error)
     if stop is not None:
         stop.agreed = stopped > 0
+
+
+def on_main(accelerator: Accelerator, write: Callable[[], Any], what: str, folder: Path, then: str) -> None:
+    """Let main write into a folder, or fail on all processes where the disk is full. A collective call."""
+    failed = None
+    if accelerator.is_main_process:
+        try:
+            with room_for(what, folder, then):
+                write()
+        except RunFailed as error:
+            failed = error
+    agree(accelerator, failed)
 
 
 def fail_together(accelerator: Accelerator, error: UserError | None) -> NoReturn:

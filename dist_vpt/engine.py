@@ -169,7 +169,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
         error = fetched if isinstance(fetched, DataError) else None
         agree(accelerator, error, stop)
         if stop is not None and stop.agreed:
-            raise Interrupted("stopped while scoring a split; the trained state is saved, run.resume=auto goes on")
+            raise Interrupted("stopped while scoring a split; run.resume=auto goes on from the newest saved state")
         assert not isinstance(fetched, DataError)
         batch = _to(fetched, accelerator.device)
         scores.update(model(batch["images"]), batch["labels"], batch["weight"], batch["index"])
@@ -276,16 +276,15 @@ def _save(t: Training) -> str:
     failed = t.states.save(t.method, t.optimizer, t.progress, t.step, t.monitor.flush)
     if failed is None:
         return "with its state saved; run.resume=auto goes on"
-    last = "from the beginning" if t.states.last is None else f"from step {t.states.last}"
     t.monitor.line(
         f"warning: the state of step {t.step} could not be saved ({failed}); training goes on, and would be resumed "
-        f"{last}; free space in {t.folder.state}"
+        f"{t.states.newest}; free space in {t.folder.state}"
     )
     if t.states.failures == MAY_FAIL:
         stays_full = RunFailed(
             f"{t.folder.path}: {MAY_FAIL} states in a row could not be saved, that of step {t.step} because of "
-            f"{failed}; free space there, then run.resume=auto goes on {last}"
+            f"{failed}; free space there, then run.resume=auto goes on {t.states.newest}"
         )
         stays_full.shared = True
         raise stays_full
-    return f"but its state could not be saved ({failed}); run.resume=auto goes on {last}"
+    return f"but its state could not be saved ({failed}); run.resume=auto goes on {t.states.newest}"

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dist_vpt.errors import RunFolderError
+from dist_vpt.errors import RunFailed, RunFolderError
 from dist_vpt.recipe import Recipe, differences, load_recipe
 
 VERSIONS_OF = (
@@ -70,6 +70,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def room_for(what: str, folder: Path, then: str) -> Iterator[None]:
+    """Raise RunFailed where the disk does not take what is written within; ``then``: what comes once there is room."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{folder}: {what} cannot be written ({error}); free space there, then {then}") from error
 
 
 def lock_now(descriptor: int) -> None:
@@ -154,6 +163,8 @@ class RunFolder:
         if self.status().get("status") == "done":
             return True
         shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
+        for left in (path for name in OURS for path in self.path.glob(f".{name}.*.tmp")):
+            left.unlink(missing_ok=True)  # of a write that was killed: no other process writes these
         begun = self.recipe.is_file()
         try:
             write_atomically(self.recipe, recipe.to_yaml())

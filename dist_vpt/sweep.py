@@ -360,7 +360,8 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
                 writer.add_scalar(f"test/{name}_mean", spread["mean"], 0)
                 writer.add_scalar(f"test/{name}_std", spread["std"], 0)
     write_atomically(folder.path / "sweep.json", json.dumps(content, indent=1) + "\n")
-    for left in folder.path.glob(".pass-*.pt"):  # of passes that were divided among another number of processes
+    # Of passes that were divided among another number of processes, and of their writes that were killed.
+    for left in (*folder.path.glob(".pass-*.pt"), *folder.path.glob("..pass-*.tmp")):
         left.unlink()
     folder.mark("done")
     if console is not None:

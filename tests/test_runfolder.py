@@ -321,8 +321,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 
 def test_what_a_killed_write_left_does_not_make_a_folder_foreign(folder: RunFolder) -> None:
     folder.path.mkdir(parents=True)
-    (folder.path / ".recipe.yaml.123.tmp").write_text("half")
+    left = [folder.path / name for name in (".recipe.yaml.123.tmp", ".adapters.safetensors.7.tmp")]
+    for path in left:
+        path.write_text("half")
+    (folder.path / ".thesis.tex.123.tmp").write_text("not ours")
     use(folder)
+    assert set(files(folder.path)) == {"recipe.yaml", "run.json", ".thesis.tex.123.tmp"}
 
 
 # Where numbers come from
