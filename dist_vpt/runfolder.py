@@ -257,9 +257,13 @@ class RunFolder:
 
 
 def read_json(path: Path) -> Any:
-    """A file of a run folder. Raises RunFolderError for a damaged one."""
+    """A file of a run folder. Raises RunFolderError for a damaged one, and for one that is gone."""
     try:
         return json.loads(path.read_text())
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be read ({error.strerror}); restore the file or start the run again"
+        ) from error
     except ValueError as error:
         raise RunFolderError(f"{path}: damaged ({error}); restore the file or start the run again") from error
 
