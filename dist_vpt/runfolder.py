@@ -77,6 +77,8 @@ def room_for(what: str, folder: Path, then: str) -> Iterator[None]:
     """Raise RunFailed where the disk does not take what is written within; ``then``: what comes once there is room."""
     try:
         yield
+    except BrokenPipeError:  # the reader of our output has gone
+        raise
     except OSError as error:
         raise RunFailed(f"{folder}: {what} cannot be written ({error}); free space there, then {then}") from error
 

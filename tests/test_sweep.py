@@ -305,6 +305,28 @@ def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sweep_module.sweep(recipe)["chosen"] == {"optim.lr": 0.1}
 
 
+@pytest.mark.parametrize(
+    ("struck", "what"), [("000.json", "outcomes"), ("adapters", "outcomes"), ("sweep.json", "the table")]
+)
+def test_a_full_disk_ends_a_sweep_in_words(
+    struck: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if struck in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    line = command(tmp_path, *READER, "train.epochs=1", "train.batch_size=500", "run.trackers=[]", "sweep.seeds=[1]")
+    monkeypatch.setattr(os, "replace", full)
+    assert main(line) == RunFailed.exit_code
+    told = f"{tmp_path}: {what} cannot be written ([Errno 28] No space left on device); free space there, then the same"
+    assert told in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(line) == 0
+
+
 def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = trials_module.read
 
