@@ -1,16 +1,19 @@
 """What all processes decide together: to stop on a signal, and to fail with the error that one of them met."""
 
 import signal
+from collections.abc import Callable
 from multiprocessing import resource_tracker
+from pathlib import Path
 from types import FrameType
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from dist_vpt.errors import Interrupted, UserError
+from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.ranks import HERE
+from dist_vpt.runfolder import room_for
 from dist_vpt.signals import STOP, unheard
 
 
@@ -66,6 +69,18 @@ def stop_together(accelerator: Accelerator, told: str) -> NoReturn:
     stopped = Interrupted(told)
     stopped.shared = accelerator.num_processes > 1  # one process's telling is enough
     raise stopped
+
+
+def on_main(accelerator: Accelerator, write: Callable[[], Any], what: str, folder: Path, then: str) -> None:
+    """Let main write into a folder, or fail on all processes where the disk is full. A collective call."""
+    failed = None
+    if accelerator.is_main_process:
+        try:
+            with room_for(what, folder, then):
+                write()
+        except RunFailed as error:
+            failed = error
+    agree(accelerator, failed)
 
 
 def fail_together(accelerator: Accelerator, error: UserError | None) -> NoReturn:

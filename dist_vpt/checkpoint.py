@@ -160,6 +160,11 @@ class States:
         self.failures = 0  # saves in a row that failed
         self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # not on disk yet
 
+    @property
+    def newest(self) -> str:
+        """Where a resumed run would go on."""
+        return "from the beginning" if self.last is None else f"from step {self.last}"
+
     def keep_best(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """The best epoch's adapters, to be written with the next state: what is resumed finds those of its state."""
         self._best = (tensors, facts)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_vpt.agreement import StopSignal, agree, fail_together, stop_together, total
 from dist_vpt.checkpoint import Progress, States, collect
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.errors import DataError, RunFailed
+from dist_vpt.errors import DataError, Diverged, RunFailed
 from dist_vpt.methods.base import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
@@ -122,7 +122,7 @@ def train_step(t: Training, fetched: list[Batch] | DataError, *, norms: bool) ->
 def fit(t: Training) -> None:
     """Train from ``t.progress`` to the end, evaluating and saving as the recipe says.
 
-    Raises RunFailed for a loss that is not finite and Interrupted, with the state saved, after SIGTERM or SIGUSR1.
+    Raises Diverged for a loss that is not finite and Interrupted, with the state saved, after SIGTERM or SIGUSR1.
     """
     recipe, progress, began = t.recipe, t.progress, time.monotonic() - t.progress.seconds
     while progress.epoch < recipe.train.epochs and not progress.ended:
@@ -169,7 +169,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
         error = fetched if isinstance(fetched, DataError) else None
         agree(accelerator, error, stop)
         if stop is not None and stop.agreed:
-            told = "stopped while scoring a split; the trained state is saved, run.resume=auto goes on"
+            told = "stopped while scoring a split; run.resume=auto goes on from the newest saved state"
             stop_together(accelerator, told)
         assert not isinstance(fetched, DataError)
         batch = _to(fetched, accelerator.device)
@@ -212,7 +212,7 @@ def fold(*numbers: int) -> int:
 
 def _check_finite(name: str, value: float, t: Training) -> None:
     if not math.isfinite(value):
-        failed = RunFailed(
+        failed = Diverged(
             f"{t.folder.path}: the {name} is {value} at step {t.step} (epoch {t.progress.epoch}), before the optimiser "
             "step; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
         )
@@ -277,16 +277,15 @@ def _save(t: Training) -> str:
     failed = t.states.save(t.method, t.optimizer, t.progress, t.step, t.monitor.flush)
     if failed is None:
         return "with its state saved; run.resume=auto goes on"
-    last = "from the beginning" if t.states.last is None else f"from step {t.states.last}"
     t.monitor.line(
         f"warning: the state of step {t.step} could not be saved ({failed}); training goes on, and would be resumed "
-        f"{last}; free space in {t.folder.state}"
+        f"{t.states.newest}; free space in {t.folder.state}"
     )
     if t.states.failures == MAY_FAIL:
         stays_full = RunFailed(
             f"{t.folder.path}: {MAY_FAIL} states in a row could not be saved, that of step {t.step} because of "
-            f"{failed}; free space there, then run.resume=auto goes on {last}"
+            f"{failed}; free space there, then run.resume=auto goes on {t.states.newest}"
         )
         stays_full.shared = True
         raise stays_full
-    return f"but its state could not be saved ({failed}); run.resume=auto goes on {last}"
+    return f"but its state could not be saved ({failed}); run.resume=auto goes on {t.states.newest}"

@@ -45,6 +45,10 @@ class ProcessFailed(UserError):
     exit_code = 4
 
 
+class Diverged(RunFailed):
+    """A loss or a gradient is not finite: the setting's own fault, which a sweep goes on after."""
+
+
 class OutOfMemory(RunFailed):
     """A device's memory is not enough; the message ends with what would fit."""
 

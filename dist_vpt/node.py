@@ -35,16 +35,17 @@ def main(words: Sequence[str] | None = None) -> int:
 def check(words: Sequence[str], told: Mapping[str, str]) -> int:
     """Tell what would keep the job from running here, each in a line; ``told``: Slurm's variables."""
     from dist_vpt.recipe import load_recipe, split_arguments
-    from dist_vpt.runfolder import RunFolder
+    from dist_vpt.runfolder import RunFolder, read_json
 
     try:
         recipe = load_recipe(*split_arguments(words))
+        folder = RunFolder(str(recipe.run.dir))
+        if folder.holds(recipe, "run") and folder.status()["status"] == "done":
+            read_json(folder.result)  # without it, the job has not succeeded
+            print(f"{folder.path}: done already; its numbers are in {folder.result}")
+            return NOTHING_LEFT
     except UserError as error:
         return _tell([str(error)], told)
-    folder = RunFolder(str(recipe.run.dir))
-    if folder.holds(recipe, "run") and folder.status()["status"] == "done":
-        print(f"{folder.path}: done already; its numbers are in {folder.result}")
-        return NOTHING_LEFT
     return _tell([*_unresolved(told), *_port_taken(told), *_too_few_gpus(told)], told)
 
 

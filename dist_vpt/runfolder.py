@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dist_vpt.errors import RunFolderError
+from dist_vpt.errors import RunFailed, RunFolderError
 from dist_vpt.recipe import Recipe, differences, load_recipe
 
 VERSIONS_OF = (
@@ -72,6 +72,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+@contextmanager
+def room_for(what: str, folder: Path, then: str) -> Iterator[None]:
+    """Raise RunFailed where the disk does not take what is written within; ``then``: what comes once there is room."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of our output has gone
+        raise
+    except OSError as error:
+        raise RunFailed(f"{folder}: {what} cannot be written ({error}); free space there, then {then}") from error
+
+
 def lock_now(descriptor: int) -> None:
     """Lock a file that nobody else may hold; ``dist-vpt status`` looks at it for a moment.
 
@@ -123,13 +134,15 @@ class RunFolder:
         run.resume=never, any run, and where it is no run folder.
         """
         with self._locked():
-            self._admit(recipe, kind)
-            if self.status().get("status") == "done":
+            try:
+                done = self._begin(recipe, kind)
+            except OSError as error:  # a bare one on main alone would leave the other processes waiting
+                raise RunFolderError(
+                    f"{self.path}: cannot be written ({error}); free space there or choose another run.dir"
+                ) from error
+            if done:
                 yield True
                 return
-            shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
-            write_atomically(self.recipe, recipe.to_yaml())
-            self.mark("running", kind=kind, started=self.status().get("started") or _now(), **_provenance())
             try:
                 yield False
             except BaseException as error:
@@ -146,12 +159,31 @@ class RunFolder:
         content = {**kept, **facts, "status": status, "updated": _now()}
         write_atomically(self.info, json.dumps(content, indent=1) + "\n")
 
+    def _begin(self, recipe: Recipe, kind: str) -> bool:
+        """Make the folder this recipe's, unless what is in it is done already, which is returned."""
+        self._admit(recipe, kind)
+        if self.status().get("status") == "done":
+            return True
+        shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
+        for left in (path for name in OURS for path in self.path.glob(f".{name}.*.tmp")):
+            left.unlink(missing_ok=True)  # of a write that was killed: no other process writes these
+        begun = self.recipe.is_file()
+        try:
+            write_atomically(self.recipe, recipe.to_yaml())
+            facts = _provenance()  # takes a moment
+            self.mark("running", kind=kind, started=self.status().get("started") or _now(), **facts)
+        except OSError:
+            if not begun:  # half a beginning would be taken for a run
+                self.recipe.unlink(missing_ok=True)
+            raise
+        return False
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self._refuse_foreign()
         try:
+            self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed by the with below)
+            file = open(self.path / ".lock", "ab+", buffering=0)  # noqa: SIM115 (closed by the with below)
         except OSError as error:
             raise RunFolderError(f"{self.path}: cannot be a run folder ({error}); choose another run.dir") from error
         with file as lock:
@@ -160,12 +192,17 @@ class RunFolder:
             except BlockingIOError:
                 lock.seek(0)
                 raise RunFolderError(
-                    f"{self.path}: another run is at work here ({lock.read().strip() or 'unknown process'}); "
+                    f"{self.path}: another run is at work here ({lock.read().decode().strip() or 'unknown process'}); "
                     "wait for its end or choose another run.dir"
                 ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
+            except OSError as error:
+                raise RunFolderError(
+                    f"{self.path}: this file system has no locks ({error.strerror}); mount it with them (Lustre: "
+                    "flock), or choose another run.dir"
+                ) from error
+            with suppress(OSError):  # who is at work is told for people; that the disk is full shows next
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
 
     def refuse_sweep(self) -> None:
@@ -222,9 +259,13 @@ class RunFolder:
 
 
 def read_json(path: Path) -> Any:
-    """A file of a run folder. Raises RunFolderError for a damaged one."""
+    """A file of a run folder. Raises RunFolderError for a damaged one, and for one that is gone."""
     try:
         return json.loads(path.read_text())
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be read ({error.strerror}); restore the file or start the run again"
+        ) from error
     except ValueError as error:
         raise RunFolderError(f"{path}: damaged ({error}); restore the file or start the run again") from error
 

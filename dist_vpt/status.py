@@ -118,6 +118,8 @@ def _damaged(folder: Path, kind: str, error: Exception) -> Standing:
 
 def _run(folder: Path, info: dict[str, Any]) -> Standing:
     state, reason = _state(folder, info)
+    if state == "done":
+        read_json(folder / "result.json")  # it ended well, and its numbers may be lost since
     place = read_place(folder, 0)
     progress = place.get("progress", {})
     running = state == "running"

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,6 +151,7 @@ def suite(
     pairs = [_settled(pair) for pair in pairs]
     _admit(folder, pairs)
     mine = list(pairs) if only is None else [_element(pairs, only)]
+    reasons: dict[str, str] = {}
     if {pair.key for pair in mine} <= _done(folder):
         count = 0  # torch is not even loaded
     else:
@@ -162,10 +163,12 @@ def suite(
     if count > 1:
         _start(count, [*arguments, *([] if only is None else ["--only", str(only)])])
     elif count:
-        _Runner(folder, mine).work()
+        runner = _Runner(folder, mine)
+        runner.work()
+        reasons = runner.failed
     if STARTED in os.environ:
         return  # who started it tells the end
-    failed = _conclude(folder, mine)
+    failed = _conclude(folder, mine, reasons)
     if failed:
         raise RunFailed(f"{len(failed)} of {len(mine)} have no result:\n" + "\n".join(failed))
 
@@ -222,6 +225,7 @@ class _Runner:
         from rich.console import Console
 
         self.folder, self.pairs = folder, pairs
+        self.failed: dict[str, str] = {}  # reasons by the pairs' keys, also where the disk has no room for them
         with _locked(folder / "claims" / "clock", wait=True):  # the file server's clock, which failures are told by
             (folder / "claims" / "clock").touch()
             self.began = (folder / "claims" / "clock").stat().st_mtime
@@ -273,9 +277,14 @@ class _Runner:
             self._fail(pair, str(error))
             return True
         except Exception as error:  # out of memory, a full disk, a bug: the other pairs go on
-            told = _claim_file(self.folder, pair, "traceback")
-            told.write_text(traceback.format_exc())
-            self._fail(pair, f"{type(error).__name__}: {str(error).strip()[:500]} (traceback in {told})")
+            told, reason = _claim_file(self.folder, pair, "traceback"), f"{type(error).__name__}: {error}".strip()[:500]
+            try:
+                told.write_text(traceback.format_exc())
+            except OSError:
+                traceback.print_exc()
+            else:
+                reason += f" (traceback in {told})"
+            self._fail(pair, reason)
             return True
         return False
 
@@ -330,16 +339,20 @@ class _Runner:
     def _over(self, pair: Pair) -> bool:
         """Whether the pair has a result, or has failed since this runner began."""
         failed = _claim_file(self.folder, pair, "failed")
-        if failed.is_file() and failed.stat().st_mtime >= self.began:
+        if pair.key in self.failed or (failed.is_file() and failed.stat().st_mtime >= self.began):
             return True
         return pair.key in _done(self.folder)
 
     def _fail(self, pair: Pair, reason: str) -> None:
         from dist_vpt.results import FILE, append
 
-        _claim_file(self.folder, pair, "failed").write_text(reason + "\n")
-        append(self.folder / FILE, _result(pair, failed=reason))
+        self.failed[pair.key] = reason
         self._show(f"{pair.name}: failed: {reason}")
+        try:
+            _claim_file(self.folder, pair, "failed").write_text(reason + "\n")
+            append(self.folder / FILE, _result(pair, failed=reason))
+        except (OSError, UserError) as error:
+            self._show(f"warning: this could not be written down ({error})")
 
     def _show(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -436,8 +449,11 @@ def _done(folder: Path) -> set[str]:
     return {result.run for result in _results(folder) if not result.failed}
 
 
-def _conclude(folder: Path, pairs: Sequence[Pair]) -> list[str]:
-    """Print the table of a suite; returns a line for each pair without a result."""
+def _conclude(folder: Path, pairs: Sequence[Pair], reasons: Mapping[str, str]) -> list[str]:
+    """Print the table of a suite; returns a line for each pair without a result.
+
+    ``reasons``: of failures by key, for those that the folder does not tell.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -450,7 +466,7 @@ def _conclude(folder: Path, pairs: Sequence[Pair]) -> list[str]:
     for pair in pairs:
         result = found.get(pair.key)
         if result is None or result.failed:
-            reason = result.failed if result else "was not begun"
+            reason = result.failed if result else reasons.get(pair.key, "was not begun")
             failed.append(f"  {pair.name}: {reason}")
             table.add_row(pair.task, pair.method, "failed")
             continue
@@ -475,7 +491,7 @@ def _conclude(folder: Path, pairs: Sequence[Pair]) -> list[str]:
 
 def _admit(folder: Path, pairs: Sequence[Pair]) -> None:
     """Write the plan, or compare it with the one that is there: the same, or more pairs of the same recipes."""
-    from dist_vpt.runfolder import read_json, write_atomically
+    from dist_vpt.runfolder import read_json, room_for, write_atomically
 
     file = folder / "manifest.json"
     try:
@@ -499,7 +515,8 @@ def _admit(folder: Path, pairs: Sequence[Pair]) -> None:
             for pair in pairs
         }
         if known | told != known:
-            write_atomically(file, json.dumps({"pairs": known | told}, indent=1) + "\n")
+            with room_for("the plan", folder, "the same command goes on"):
+                write_atomically(file, json.dumps({"pairs": known | told}, indent=1) + "\n")
 
 
 def _start(count: int, arguments: Sequence[str]) -> None:
@@ -563,7 +580,13 @@ def _claim_file(folder: Path, pair: Pair, piece: str) -> Path:
 @contextmanager
 def _locked(file: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a lock that ends with this process; yields whether it was to be had."""
-    with open(file, "a") as lock:
+    try:
+        opened = open(file, "a")  # noqa: SIM115 (closed by the with below)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be opened ({error.strerror}); free space there, or choose another --out"
+        ) from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

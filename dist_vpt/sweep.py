@@ -27,20 +27,21 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.agreement import StopSignal
+from dist_vpt.agreement import StopSignal, on_main
 from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, write_adapters
-from dist_vpt.errors import Interrupted, OutOfMemory, RecipeError, RunFailed, RunFolderError, UserError, nearest
+from dist_vpt.errors import Diverged, Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.plan import advice_on_memory
 from dist_vpt.ranks import Ranks
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
-from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
+from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.train import device_name, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
 
 POLL_SECONDS = 0.5
+GOES_ON = "the same command goes on"
 # What launchers tell a process of the others; a process that trains trials of its own must not see it.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -83,7 +84,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         results = worker.wait_for(finals)
         if rank:
             return {}
-        return conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - began, console)
+        with room_for("the table", folder.path, GOES_ON):
+            return conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - began, console)
 
 
 def grid_jobs(recipe: Recipe, folder: Path) -> list[Job]:
@@ -198,7 +200,8 @@ class Worker:
             trial.progress.last["test"] = test
             if not math.isfinite(test["loss"]):
                 trial.diverged = f"the loss on test was {test['loss']}"
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             for job, trial in zip(jobs, p.trials, strict=True):
                 if job.number not in untold:
                     continue
@@ -206,7 +209,8 @@ class Worker:
                     self._write_run(job, trial, p.parts, p.seconds / len(jobs))
                 self._tell(job, trial.progress.last, trial.progress.best, trial.diverged, p.seconds / len(jobs))
             state.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, write, "outcomes", self.folder.path, GOES_ON)
 
     def _state_of(self, jobs: Sequence[Job]) -> Path:
         """Where a pass of these jobs keeps its state while it is under way."""
@@ -246,10 +250,8 @@ class Worker:
     def _train_alone(self, job: Job) -> None:
         try:
             result = run(job.recipe)
-        except OutOfMemory:  # the others would fare no better, and it is no divergence
-            raise
-        except RunFailed as failed:
-            self._tell(job, {}, {}, str(failed), 0.0)
+        except Diverged as diverged:  # alone: too little memory or disk is no outcome of the setting
+            self._tell(job, {}, {}, str(diverged), 0.0)
             return
         self._tell(job, result["last"], result["best"] or {}, "", result["seconds"])
 
@@ -262,8 +264,9 @@ class Worker:
             "seconds": round(seconds, 3),
             "recipe": job.recipe.model_dump(mode="json"),
         }
-        job.outcome.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(job.outcome, json.dumps(outcome, indent=1) + "\n")
+        with room_for("outcomes", self.folder.path, GOES_ON):
+            job.outcome.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(job.outcome, json.dumps(outcome, indent=1) + "\n")
 
     def _show(self, text: str) -> None:
         if self.first and text:
@@ -362,7 +365,8 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
                 writer.add_scalar(f"test/{name}_mean", spread["mean"], 0)
                 writer.add_scalar(f"test/{name}_std", spread["std"], 0)
     write_atomically(folder.path / "sweep.json", json.dumps(content, indent=1) + "\n")
-    for left in folder.path.glob(".pass-*.pt"):  # of passes that were divided among another number of processes
+    # Of passes that were divided among another number of processes, and of their writes that were killed.
+    for left in (*folder.path.glob(".pass-*.pt"), *folder.path.glob("..pass-*.tmp")):
         left.unlink()
     folder.mark("done")
     if console is not None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +86,13 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     folder: "RunFolder",
     stop: "StopSignal",
 ) -> "Training":
+    from dist_vpt.agreement import on_main
     from dist_vpt.build import class_weights
     from dist_vpt.checkpoint import States
     from dist_vpt.engine import Training
     from dist_vpt.monitor import Monitor
     from dist_vpt.ranks import HERE
-    from dist_vpt.runfolder import write_atomically
+    from dist_vpt.runfolder import room_for, write_atomically
     from dist_vpt.strategy import prepare, strategy
 
     HERE.at("the start", "setting up")
@@ -137,8 +137,13 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
     ]
     headline += [f"note: {note}" for note in parts.splits.notes]
-    if parts.splits.carved and accelerator.is_main_process:
-        write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
+    then = f"run.resume=auto goes on {states.newest}"
+    if parts.splits.carved:
+
+        def write_splits() -> None:
+            write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
+
+        on_main(accelerator, write_splits, "the splits", folder.path, then)
     if stream:
         headline.append(stream)
     if parts.difference.left_out:
@@ -146,7 +151,8 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     if parts.difference:
         headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
     headline += resumed
-    training.monitor.start(headline, progress, recipe.train.epochs * train.steps_per_epoch, training.step)
+    with room_for("the log", folder.path, then):
+        training.monitor.start(headline, progress, recipe.train.epochs * train.steps_per_epoch, training.step)
     return training
 
 
@@ -154,6 +160,7 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
     from accelerate.utils import gather_object
 
+    from dist_vpt.agreement import on_main
     from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
     from dist_vpt.engine import evaluate
     from dist_vpt.monitor import MIB, peak_memory_mib
@@ -167,11 +174,13 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
     held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
 
+    then = f"run.resume=auto goes on {t.states.newest}"
+
     def write_tensors() -> None:
         t.states.write_best()
         write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
 
-    _on_main(t, write_tensors)
+    on_main(t.accelerator, write_tensors, "the results", t.folder.path, then)
     last, best, scores = dict(progress.last), dict(progress.best) or None, None
     if t.recipe.train.test:
         test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
@@ -210,29 +219,12 @@ def _conclude(t: "Training", parts: "Parts") -> dict[str, Any]:
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
 
-    _on_main(t, write_result)
+    on_main(t.accelerator, write_result, "the results", t.folder.path, then)
     if scores is not None:  # last: a picture that cannot be drawn must not cost a finished run its result
         confusion_KK = scores.confusion().cpu().numpy()
         t.monitor.pictures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
     t.accelerator.wait_for_everyone()
     return result
-
-
-def _on_main(t: "Training", write: Callable[[], None]) -> None:
-    """Let main write what a run leaves, or fail on all processes where the disk is full. A collective call."""
-    from dist_vpt.agreement import agree
-    from dist_vpt.errors import RunFailed
-
-    failed = None
-    if t.accelerator.is_main_process:
-        try:
-            write()
-        except OSError as error:
-            failed = RunFailed(
-                f"{t.folder.path}: the results cannot be written ({error}); free space there, then run.resume=auto "
-                f"goes on from step {t.states.last}"
-            )
-    agree(t.accelerator, failed)
 
 
 def device_name(device: Any) -> str:

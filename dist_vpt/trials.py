@@ -18,17 +18,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dist_vpt.agreement import StopSignal, agree, stop_together
+from dist_vpt.agreement import StopSignal, agree, stop_together, total
 from dist_vpt.build import Parts, assemble, class_weights, make_trial
 from dist_vpt.checkpoint import Progress, collect, restore
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.engine import fetch, fold, global_weight
-from dist_vpt.errors import DataError, RunFolderError
+from dist_vpt.engine import MAY_FAIL, fetch, fold, global_weight
+from dist_vpt.errors import DataError, RunFailed, RunFolderError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
@@ -76,6 +76,7 @@ class Pass:
     epoch: int = 0
     step: int = 0  # of the epoch
     seconds: float = 0.0
+    failures: int = 0  # saves in a row that failed
 
     @property
     def recipe(self) -> Recipe:
@@ -179,7 +180,7 @@ def step_trials(p: Pass, fetched: list[Batch] | DataError) -> None:
 def fit_trials(p: Pass) -> None:
     """Train to the end; each trial is scored on val (if there is one) after the epochs that the recipe says.
 
-    Raises Interrupted, with the state saved, after SIGTERM or SIGUSR1.
+    Raises Interrupted, with the state saved, after SIGTERM or SIGUSR1, and RunFailed where the disk stays full.
     """
     recipe, began, saved = p.recipe, time.monotonic() - p.seconds, time.monotonic()
     while p.epoch < recipe.train.epochs and p.running:
@@ -192,12 +193,12 @@ def fit_trials(p: Pass) -> None:
             p.step += 1
             if p.stop.agreed:
                 p.seconds = time.monotonic() - began
-                _save(p)
-                stop_together(p.accelerator, f"{p.state}: stopped with the state saved; the same command goes on")
+                stop_together(p.accelerator, f"{p.state}: stopped {_save(p)}")
         _end_epoch(p)
         p.seconds = time.monotonic() - began
         over = p.epoch == recipe.train.epochs or not p.running
-        if over or time.monotonic() - saved > SAVE_SECONDS:
+        due = p.accelerator.is_main_process and time.monotonic() - saved > SAVE_SECONDS  # others' clocks differ
+        if over or total(p.accelerator, due)[0]:
             _save(p)
             saved = time.monotonic()
 
@@ -326,9 +327,37 @@ def _quick_scores(p: Pass, trials: Sequence[Trial], batches: EvalBatches) -> lis
     ]
 
 
-def _save(p: Pass) -> None:
-    if not p.accelerator.is_main_process:
-        return
+def _save(p: Pass) -> str:
+    """Save the pass, or warn that it failed; what that means for one that stops here. A collective call.
+
+    Raises RunFailed after MAY_FAIL failures in a row.
+    """
+    failed = None
+    if p.accelerator.is_main_process:
+        try:
+            _write(p)
+        except OSError as error:
+            failed = str(error)
+    failed = broadcast_object_list([failed])[0]
+    p.failures = p.failures + 1 if failed else 0
+    if failed is None:
+        return "with the state saved; the same command goes on"
+    newest = "from the state before" if p.state.is_file() else "from the beginning of these trials"
+    p.show(
+        f"warning: the state of epoch {p.epoch} could not be saved ({failed}); training goes on, and would be resumed "
+        f"{newest}; free space in {p.state.parent}"
+    )
+    if p.failures == MAY_FAIL:
+        stays_full = RunFailed(
+            f"{p.state}: could not be saved {MAY_FAIL} times in a row, now because of {failed}; free space there, then "
+            f"the same command goes on {newest}"
+        )
+        stays_full.shared = True
+        raise stays_full
+    return f"but its state could not be saved ({failed}); the same command goes on {newest}"
+
+
+def _write(p: Pass) -> None:
     content = {
         "epoch": p.epoch,
         "step": p.step,

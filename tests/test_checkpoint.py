@@ -205,6 +205,19 @@ def test_a_signal_on_a_full_disk_stops_the_run_and_says_what_is_lost(stopped: Pa
     assert metrics(folder) == metrics(stopped / "whole")
 
 
+def test_a_full_disk_at_the_end_says_where_the_run_would_go_on(tmp_path: Path) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    once = ("train.batch_size=500", "train.epochs=1", "train.test=false", "run.trackers=[]")
+    with pytest.MonkeyPatch.context() as patch:
+        no_space(0, 100, patch)
+        patch.setattr(checkpoint, "write_atomically", full)
+        with pytest.raises(RunFailed, match=r"results cannot be written .* run.resume=auto goes on from the beginning"):
+            train(tmp_path / "run", *once)
+    train(tmp_path / "run", *once, "run.resume=auto")
+
+
 def test_a_resumed_run_may_pay_time_for_memory(stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped / "run", folder)

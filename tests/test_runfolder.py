@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -166,6 +168,51 @@ def test_where_no_folder_can_be(place: str, tmp_path: Path, monkeypatch: pytest.
     assert "choose another run.dir" in message
 
 
+@pytest.mark.parametrize("writes", [0, 1])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_claim_on_a_full_disk_leaves_the_folder_as_it_was(
+    writes: int, begun: bool, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, replace, left = ["run.resume=auto"] * begun, os.replace, [None] * writes
+    if begun:
+        use(folder, *options, status="interrupted")
+
+    def full(*paths: Any) -> None:
+        if not left:
+            raise OSError(28, "No space left on device")
+        left.pop()
+        replace(*paths)
+
+    monkeypatch.setattr(runfolder.os, "replace", full)
+    message = refused(folder, *options)
+    assert f"{folder.path}: cannot be written ([Errno 28] No space left on device); free space" in message
+    monkeypatch.undo()
+    use(folder, *options)
+
+
+def test_a_lock_whose_owner_cannot_be_written_down_is_one(folder: RunFolder) -> None:
+    """Nor does closing it bring up an error of its own; a file size of 0 bytes is a full disk to the lock alone."""
+    use(folder, status="interrupted")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        message = refused(folder, "run.resume=auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "cannot be written ([Errno 27] File too large" in message
+
+
+def test_a_file_system_without_locks_is_told(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(runfolder.fcntl, "flock", no_locks)
+    message = refused(folder)
+    assert "this file system has no locks (No locks available); mount it with them (Lustre: flock), or" in message
+
+
 def test_a_run_that_failed_before_it_saved_anything_is_replaced(folder: RunFolder) -> None:
     with pytest.raises(RunFailed):
         use(folder, then=RunFailed("the loss is nan"))
@@ -274,8 +321,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 
 def test_what_a_killed_write_left_does_not_make_a_folder_foreign(folder: RunFolder) -> None:
     folder.path.mkdir(parents=True)
-    (folder.path / ".recipe.yaml.123.tmp").write_text("half")
+    left = [folder.path / name for name in (".recipe.yaml.123.tmp", ".adapters.safetensors.7.tmp")]
+    for path in left:
+        path.write_text("half")
+    (folder.path / ".thesis.tex.123.tmp").write_text("not ours")
     use(folder)
+    assert set(files(folder.path)) == {"recipe.yaml", "run.json", ".thesis.tex.123.tmp"}
 
 
 # Where numbers come from

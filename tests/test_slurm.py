@@ -372,6 +372,10 @@ def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, al
     assert re.match(rf"slurm: n2: port {port} cannot be had \(.*in use\); give a free one: MASTER_PORT=", lines[0])
     assert re.match(r"slurm: n2: 1000 GPUs were asked for and torch sees \d+; leave this node out", lines[1])
     assert node.check(words(alone, *OPTIONS, "run.resume=auto"), told) == node.NOTHING_LEFT
+    lost = shutil.copytree(alone, tmp_path / "lost")
+    (lost / "result.json").unlink()
+    assert node.check(words(lost, *OPTIONS, "run.resume=auto"), told) == 2  # done, and its result is gone
+    assert f"slurm: n2: {lost}/result.json: cannot be read (No such file" in capsys.readouterr().err
     assert node.check(words(alone, *OPTIONS, "seed=9"), told) == 0  # that is told by train, which compares
 
 

@@ -54,6 +54,7 @@ def ended(folder: Path, error: BaseException | None = None) -> None:
         ):
             if error is not None:
                 raise error
+            run.result.write_text("{}")
             run.mark("done")
 
 
@@ -100,17 +101,21 @@ def test_how_runs_have_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ended(tmp_path / "failed", ZeroDivisionError("a bug of ours"))
     ended(tmp_path / "broken")
     (tmp_path / "broken" / "run.json").write_text('{"status": "do')
+    ended(tmp_path / "lost")
+    (tmp_path / "lost" / "result.json").unlink()
     found = standings(capsys, tmp_path)
     assert {name: each["status"] for name, each in found.items()} == {
         "well": "done",
         "stopped": "interrupted",
         "failed": "failed",
         "broken": "damaged",
+        "lost": "damaged",
     }
     shown = told(capsys, str(tmp_path))
     assert f"{tmp_path}/failed: a bug of ours" in shown
     assert f"{tmp_path}/a/stopped: stopped at step 7" in shown
     assert f"\n{tmp_path}/broken/run.json: damaged" in shown
+    assert f"\n{tmp_path}/lost/result.json: cannot be read" in shown
 
 
 def test_a_sweep_by_its_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -344,6 +344,36 @@ def test_what_nobody_expected_fails_its_pair_alone(root: Path, tmp_path: Path) -
     assert {name for name, result in results(tmp_path).items() if result.failed} == {"eurosat/reader", "eurosat/writer"}
 
 
+def test_a_full_disk_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
+    """Also where there is no room to write the failure down."""
+
+    def full(rank: int) -> None:
+        work, write = sweep.Worker.work, Path.write_text
+        no_room = OSError(28, "No space left on device")
+
+        def worked(self: sweep.Worker, jobs: Any) -> None:
+            if self.recipe.method.name == "vpt":
+                raise no_room
+            work(self, jobs)
+
+        def written(self: Path, *args: Any, **kwargs: Any) -> int:
+            if self.parent.name == "claims":
+                raise no_room
+            return write(self, *args, **kwargs)
+
+        sweep.Worker.work, Path.write_text = worked, written  # type: ignore[method-assign, assignment]
+
+    arguments = words(tmp_path, root, "train.epochs=1", "sweep.seeds=[1]")
+    arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]
+    run = command(arguments, tmp_path / "told.txt", before=full)
+    assert run.finish() == [RunFailed.exit_code], run.output
+    assert "1 of 2 have no result:\n  svhn/writer: OSError: [Errno 28] No space left on device" in run.output
+    assert "warning: this could not be written down ([Errno 28] No space left on device)" in run.output
+    assert list(results(tmp_path)) == ["svhn/reader"]
+    run = command(arguments, tmp_path / "again.txt")
+    assert run.finish() == [0], run.output
+
+
 def test_processes_of_a_launcher_are_runners(root: Path, tmp_path: Path) -> None:
     arguments = words(tmp_path, root)
     arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_vpt import checkpoint
 from dist_vpt import sweep as sweep_module
 from dist_vpt import trials as trials_module
 from dist_vpt.cli import main
@@ -282,6 +283,48 @@ def test_every_trial_diverges_within_an_epoch(tmp_path: Path, capsys: pytest.Cap
     for _ in range(2):  # the second time from the outcomes
         assert main(words) == 3
         assert "every trial of the grid diverged; lower sweep.grid.optim.lr" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is told of a trial whose states could not be saved, and the same command trains it."""
+    options = ["train.batch_size=250", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
+    recipe = load_recipe([], words(tmp_path, "sweep.seeds=[1]", "optim.name=sgd", *options))
+    save = checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "001" in str(path):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunFailed, match="001: 3 states in a row could not be saved"):
+        sweep_module.sweep(recipe)
+    assert [p.name for p in (tmp_path / "trials").glob("*.json")] == ["000.json"]
+    assert "the loss is" in read_json(tmp_path / "trials" / "000.json")["diverged"]
+    monkeypatch.undo()
+    assert sweep_module.sweep(recipe)["chosen"] == {"optim.lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("struck", "what"), [("000.json", "outcomes"), ("adapters", "outcomes"), ("sweep.json", "the table")]
+)
+def test_a_full_disk_ends_a_sweep_in_words(
+    struck: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if struck in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    line = command(tmp_path, *READER, "train.epochs=1", "train.batch_size=500", "run.trackers=[]", "sweep.seeds=[1]")
+    monkeypatch.setattr(os, "replace", full)
+    assert main(line) == RunFailed.exit_code
+    told = f"{tmp_path}: {what} cannot be written ([Errno 28] No space left on device); free space there, then the same"
+    assert told in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(line) == 0
 
 
 def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

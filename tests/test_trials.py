@@ -1,6 +1,7 @@
 """Trials in one pass: each is what it would be alone, whatever the others do."""
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch.amp import GradScaler
 
-from dist_vpt import stream_cache
+from dist_vpt import stream_cache, trials
 from dist_vpt.agreement import StopSignal
 from dist_vpt.checkpoint import collect
-from dist_vpt.errors import Interrupted, RunFolderError
+from dist_vpt.errors import Interrupted, RunFailed, RunFolderError
 from dist_vpt.frozen_stream import Observed
 from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.strategy import make_accelerator
@@ -196,6 +197,44 @@ def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
         assert a.progress.last == b.progress.last
         for name, tensor in collect(a.reader).items():
             assert torch.equal(tensor, collect(b.reader)[name])
+
+
+def test_a_full_disk_costs_saves_and_then_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = settings("linear", "sgd", 2)
+    whole = fitted(tmp_path / "whole", each)
+    write, attempts = trials.write_atomically, count(1)
+    monkeypatch.setattr(trials, "SAVE_SECONDS", -1.0)  # a save an epoch
+
+    def full_at(*numbers: int) -> None:
+        def full(path: Path, content: bytes) -> None:
+            if next(attempts) in numbers:
+                raise OSError(28, "No space left on device")
+            write(path, content)
+
+        monkeypatch.setattr(trials, "write_atomically", full)
+
+    full_at(1, 3, 4)
+    said: list[str] = []
+    spared = make(tmp_path / "spared", each, said.append)
+    fit_trials(spared)
+    spared.close()
+    warnings = [line for line in said if line.startswith("warning: the state of epoch ")]
+    assert [line.split()[5] for line in warnings] == ["1", "3", "4"]
+    assert "training goes on, and would be resumed from the beginning of these trials" in warnings[0]
+    assert "training goes on, and would be resumed from the state before" in warnings[1]
+
+    attempts = count(1)
+    full_at(2, 3, 4)
+    struck = make(tmp_path / "struck", each)
+    with pytest.raises(RunFailed, match=r"could not be saved 3 times in a row, .* goes on from the state before"):
+        fit_trials(struck)
+    struck.close()
+    resumed = make(tmp_path / "struck", each, said.append)
+    assert resumed.epoch == 1
+    fit_trials(resumed)
+    resumed.close()
+    for a, b, c in zip(whole.trials, spared.trials, resumed.trials, strict=True):
+        assert a.progress.last == b.progress.last == c.progress.last
 
 
 def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> None:
