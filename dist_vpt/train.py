@@ -107,7 +107,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     val = None
     if recipe.data.train_on == "train" and parts.splits.val:
         val = parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
-    stream = parts.use_cached_stream(recipe, accelerator, train, val)
+    stream = parts.use_cached_stream(recipe, accelerator, train, val, stop)
     training = Training(
         recipe=recipe,
         accelerator=accelerator,

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch.amp import GradScaler
 
-from dist_vpt import stream_cache
+from dist_vpt import stream_cache, trials
 from dist_vpt.agreement import StopSignal
 from dist_vpt.checkpoint import collect
 from dist_vpt.errors import Interrupted, RunFolderError
@@ -196,6 +196,34 @@ def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
         assert a.progress.last == b.progress.last
         for name, tensor in collect(a.reader).items():
             assert torch.equal(tensor, collect(b.reader)[name])
+
+
+def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = settings("linear", "sgd", 2)
+    whole = fitted(tmp_path / "a", each)
+    interrupted = make(tmp_path / "b", each)
+    score, scored = trials._quick_scores, []
+
+    def asks_to_stop(p: Pass, *args: Any) -> Any:
+        p.stop.asked = len(scored) == 1
+        scored.append(p.epoch)
+        return score(p, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "_quick_scores", asks_to_stop)
+        with pytest.raises(Interrupted, match="stopped while a split was scored; the same command goes on"):
+            fit_trials(interrupted)
+    interrupted.close()
+    assert len(scored) == 2
+    resumed = make(tmp_path / "b", each)
+    assert (resumed.epoch, resumed.step) == (scored[1], resumed.train.steps_per_epoch)
+    fit_trials(resumed)
+    resumed.close()
+    for a, b in zip(whole.trials, resumed.trials, strict=True):
+        assert a.progress == b.progress
+        assert all(torch.equal(tensor, b.best[name]) for name, tensor in a.best.items())
 
 
 def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> None:
