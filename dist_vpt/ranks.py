@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from dist_vpt.errors import Interrupted, ProcessFailed, UserError
+from dist_vpt.errors import Interrupted, ProcessFailed, RunFolderError, UserError
 from dist_vpt.runfolder import RunFolder, lock_now
 
 BEAT_SECONDS = 5.0  # between two signs of life; a tenth of the timeout where that is shorter
@@ -122,7 +122,14 @@ class Ranks:
         with contextlib.suppress(OSError):  # a full disk must not end a run that needs none
             self.told.mkdir(exist_ok=True)
             self._descriptor = os.open(self.told / f"rank-{self.rank}.json", os.O_RDWR | os.O_CREAT, 0o666)
-            lock_now(self._descriptor)
+            try:
+                lock_now(self._descriptor)
+            except BlockingIOError:
+                os.close(self._descriptor)
+                raise RunFolderError(
+                    f"{self.folder.path}: another process {self.rank} of {self.world} is at work here; wait for the "
+                    "end of its run or choose another run.dir"
+                ) from None
             self._tell()
         if self.rank:
             self._open_log()

@@ -1,5 +1,6 @@
 """One process of several fails, is killed or hangs: all end soon, with the reason of the first, told by each."""
 
+import fcntl
 import json
 import os
 import re
@@ -17,6 +18,9 @@ from dist_vpt import engine, ranks, rendezvous, strategy
 from dist_vpt.build import Parts
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import TrainBatches
+from dist_vpt.errors import RunFolderError
+from dist_vpt.recipe import load_recipe
+from dist_vpt.runfolder import RunFolder
 from tests.forks import Forks, command
 from tests.running import ROOT, words
 
@@ -134,6 +138,44 @@ def test_processes_that_share_the_batches_of_a_sweep(tmp_path: Path) -> None:
     assert info["status"] == "failed"
     assert info["reason"].startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on ")
     assert not list((folder / "trials").glob("*.json")), "none of them diverged"
+
+
+def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(tmp_path: Path) -> None:
+    """The folder still says that the sweep is running, which the first process has not begun anew."""
+    folder = tmp_path / "sweep"
+    grid = ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]", "method.name=linear"]
+    options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]", "stream.cache=none")
+    recipe = load_recipe([], [*options, "run.resume=auto"])
+    with RunFolder(folder).claimed(recipe, "sweep"):
+        left = (folder / "run.json").read_bytes()
+    (folder / "run.json").write_bytes(left)
+
+    def before(rank: int) -> None:
+        ranks.LEAVE_SECONDS, ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 1.0, 0.3, 0.3
+        if rank:
+            before_step(is_killed)
+        else:
+            time.sleep(3)  # the other one is there first
+
+    forks = command(["sweep", *options], tmp_path / "told.txt", "ddp", before)
+    assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
+    reason = json.loads((folder / "run.json").read_text())["reason"]
+    assert reason.startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on "), reason
+    assert "ended without a word" in reason
+
+
+def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe([], words(tmp_path / "run"))
+    with RunFolder(tmp_path / "run").claimed(recipe):
+        (tmp_path / "run" / "ranks").mkdir()
+        with open(tmp_path / "run" / "ranks" / "rank-1.json", "w") as living:
+            fcntl.flock(living, fcntl.LOCK_EX)
+            with (
+                pytest.raises(RunFolderError, match="another process 1 of 2 is at work here; wait for the end"),
+                ranks.Ranks(RunFolder(tmp_path / "run"), 1, 2, 1.0),
+            ):
+                pytest.fail("it took the place")
+            assert (tmp_path / "run" / "ranks" / "rank-1.json").read_text() == ""
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
