@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dist_vpt.errors import RunFolderError
+from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.recipe import Recipe, differences, load_recipe
 
 VERSIONS_OF = (
@@ -46,6 +46,7 @@ OURS = (
     "logs",
     "recipe.yaml",
 )
+LOGS = ("train.log", "logs")  # a run that is started again writes on in them
 MAY_CHANGE = (
     "run.",
     "data.root",  # a dataset may have moved
@@ -188,9 +189,13 @@ class RunFolder:
         self._refuse_foreign()
         status = self.status().get("status")
         if status == "failed" and not any(path.exists() for path in (self.state, self.adapters, self.best)):
-            for name in OURS:  # a run that failed before it saved anything leaves nothing to lose
+            kept: Sequence[str] = ()
+            with suppress(UserError):  # of a recipe that cannot be read, too, nothing is kept
+                kept = () if self._changed(recipe) else LOGS
+            for name in OURS:  # a run that failed before it saved anything leaves nothing to lose but why it failed
                 path = self.path / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if name not in kept:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
         found = self.status().get("kind", kind)
         if found != kind:

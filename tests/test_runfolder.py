@@ -181,6 +181,20 @@ def test_a_run_that_failed_before_it_saved_anything_is_replaced(folder: RunFolde
     assert folder.load().optim.lr == 0.1
 
 
+@pytest.mark.parametrize("change", ["run.resume=auto", "data.workers=3"])
+def test_the_next_attempt_keeps_why_the_one_before_failed(folder: RunFolder, change: str) -> None:
+    with pytest.raises(RunFailed):
+        use(folder, then=RunFailed("the loss is nan"))
+    (folder.path / "logs").mkdir()
+    (folder.path / "logs" / "rank-1.log").write_text("Traceback\n")
+    folder.log.write_text("old\n")
+    folder.metrics.write_text("{}\n")
+    use(folder, change)
+    assert (folder.path / "logs" / "rank-1.log").read_text() == "Traceback\n"
+    assert folder.log.read_text() == "old\n"
+    assert not folder.metrics.exists()
+
+
 @pytest.mark.parametrize("kept", ["state/step-00000001/state.json", "adapters.safetensors", "best.safetensors"])
 def test_a_failed_run_that_saved_something_is_kept(folder: RunFolder, kept: str) -> None:
     with pytest.raises(RunFailed):
