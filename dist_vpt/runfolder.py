@@ -47,6 +47,7 @@ OURS = (
     "recipe.yaml",
 )
 LOGS = ("train.log", "logs")  # a run that is started again writes on in them
+SEEN_SECONDS = 90.0  # so long may a node go on believing that a file is not there (on NFS at most a minute)
 MAY_CHANGE = (
     "run.",
     "data.root",  # a dataset may have moved
@@ -179,6 +180,15 @@ class RunFolder:
         status = self.status()
         begun = status.get("status") in ("running", "done") and status.get("kind") == kind and self.recipe.is_file()
         return begun and not self._changed(recipe)
+
+    def seen(self) -> bool:
+        """Whether this process finds the recipe of a run that main has begun: another node may see it late."""
+        deadline = time.monotonic() + SEEN_SECONDS
+        while not self.recipe.is_file():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(min(1.0, SEEN_SECONDS))
+        return True
 
     def _changed(self, recipe: Recipe) -> list[str]:
         return [d for d in differences(self.load(), recipe) if not d.startswith(MAY_CHANGE)]

@@ -69,18 +69,28 @@ def run(recipe: "Recipe") -> dict[str, Any]:
 def claim(
     folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", leaving: ExitStack, kind: str = "run"
 ) -> bool:
-    """Main holds the folder for the run or sweep, or all processes fail with its reason; whether it is done already."""
+    """Main holds the folder for the run or sweep, or all processes fail with its reason; whether it is done already.
+
+    They fail as well where one of them does not see the folder: nobody could watch it.
+    """
     from accelerate.utils import broadcast_object_list
 
     from dist_vpt.agreement import agree
-    from dist_vpt.errors import UserError
+    from dist_vpt.errors import RunFolderError, UserError
 
-    done, refused = False, None
+    done: bool = False
+    refused: UserError | None = None
     if accelerator.is_main_process:
         try:
             done = leaving.enter_context(folder.claimed(recipe, kind))
         except UserError as error:
             refused = error
+    agree(accelerator, refused)
+    if not folder.seen():
+        refused = RunFolderError(
+            f"{folder.path}: process {accelerator.process_index} sees no run here, where process 0 has just begun one; "
+            "every process needs to see the run folder: choose a run.dir that all nodes share"
+        )
     agree(accelerator, refused)
     return broadcast_object_list([done])[0]
 

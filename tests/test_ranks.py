@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from dist_vpt import engine, ranks, rendezvous, strategy
+from dist_vpt import engine, ranks, rendezvous, runfolder, strategy
 from dist_vpt.build import Parts
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import TrainBatches
@@ -176,6 +176,69 @@ def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:
             ):
                 pytest.fail("it took the place")
             assert (tmp_path / "run" / "ranks" / "rank-1.json").read_text() == ""
+
+
+def test_a_process_that_does_not_see_the_run_folder_ends_all(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        runfolder.SEEN_SECONDS = 0.2
+        if rank:
+            whole = RunFolder.__init__
+
+            def elsewhere(self: RunFolder, path: str | Path) -> None:
+                whole(self, path)
+                self.recipe = tmp_path / "another machine's" / "recipe.yaml"
+
+            RunFolder.__init__ = elsewhere  # type: ignore[method-assign]
+
+    forks = forked("ddp", tmp_path / "run", before)
+    assert forks.finish(60) == [2, 2], forks.output[-3000:]
+    assert forks.output.count("error: ") == 1
+    assert f"{tmp_path / 'run'}: process 1 sees no run here, where process 0 has just begun one" in forks.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], Any]) -> list[str]:
+    """Process 1 of 2 is in the folder, then something happens to ranks/: with what reasons its thread would end it."""
+    reasons: list[str] = []
+    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(ranks, "LEAVE_SECONDS", 0.02)
+    monkeypatch.setattr(ranks.Ranks, "_end", lambda self, failure: reasons.append(failure["reason"]))
+    with folder.claimed(load_recipe([], words(folder.path))), ranks.Ranks(folder, 1, 2, 1.0):
+        then(folder.path / "ranks")
+        deadline = time.monotonic() + 5
+        while not reasons and time.monotonic() < deadline:
+            time.sleep(0.02)
+    return reasons
+
+
+def test_a_process_that_hung_while_its_run_was_started_again_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started_again(told: Path) -> None:
+        (told / "new").write_text("")
+        os.replace(told / "new", told / "rank-1.json")
+
+    reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, started_again)
+    assert "its run was started again while it hung" in reasons[0]
+
+
+def test_a_process_that_cannot_tell_where_it_stands_says_so_and_still_looks_at_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = os.open
+
+    def full(path: Any, *args: Any) -> int:
+        if Path(path).name == "rank-1.json":
+            raise OSError(28, "No space left on device", str(path))
+        return whole(path, *args)
+
+    monkeypatch.setattr(ranks.os, "open", full)
+    failure = json.dumps({"rank": 0, "reason": "process 0 of 2: its memory ran out"})
+    reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, lambda told: (told / "failed.json").write_text(failure))
+    assert reasons[0] == "process 0 of 2: its memory ran out"
+    told = capsys.readouterr().err
+    assert "No space left on device" in told
+    assert "process 1 cannot tell where it stands, and no other sees its end" in told
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:

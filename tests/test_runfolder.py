@@ -247,6 +247,14 @@ def test_a_damaged_folder(folder: RunFolder, name: str) -> None:
     assert caught.type.__name__ in ("RunFolderError", "RecipeError")
 
 
+def test_a_recipe_that_a_machine_sees_late(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runfolder, "SEEN_SECONDS", 0.1)
+    assert not folder.seen()
+    monkeypatch.setattr(runfolder, "SEEN_SECONDS", 90.0)
+    monkeypatch.setattr(runfolder.time, "sleep", lambda seconds: use(folder))
+    assert folder.seen()
+
+
 def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not a run folder"):
         RunFolder(tmp_path / "nix").load()
