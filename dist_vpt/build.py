@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from dist_vpt.agreement import StopSignal
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.build import Description, build, describe
 from dist_vpt.backbones.weights import Difference
@@ -112,12 +113,14 @@ class Parts:
         accelerator: Accelerator,
         train: TrainBatches,
         val: EvalBatches | None,
+        stop: StopSignal,
         *,
         shared: bool = False,
     ) -> str:
         """For a reader, have batches come from a cache of the frozen stream as the recipe says; a line tells it.
 
         ``shared``: several readers will share each batch. A collective call. The backbone must be on its device.
+        Raises Interrupted where ``stop`` was asked.
         """
         if not isinstance(self.method, Reader):
             return ""
@@ -136,6 +139,7 @@ class Parts:
             self.view,
             {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
             accelerator,
+            stop,
             passes=recipe.train.epochs,
         )
         for name, feed in feeds.items():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dist_vpt.agreement import StopSignal, agree, fail_together, stop_together, total
 from dist_vpt.checkpoint import Progress, States, collect
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.errors import DataError, Diverged, RunFailed
+from dist_vpt.errors import DataError, Diverged, Interrupted, RunFailed
 from dist_vpt.methods.base import Method
 from dist_vpt.metrics import Scores
 from dist_vpt.monitor import Monitor
@@ -140,7 +140,11 @@ def fit(t: Training) -> None:
                 stop_together(t.accelerator, f"{t.folder.path}: stopped at step {t.step} {_save(t)}")
             if within and recipe.run.save_every and t.step % recipe.run.save_every == 0:
                 _save(t)
-        _end_epoch(t)
+        try:
+            _end_epoch(t)
+        except Interrupted:  # as of the epoch's last step: a resumed run scores val
+            progress.seconds = time.monotonic() - began
+            stop_together(t.accelerator, f"{t.folder.path}: stopped at step {t.step}, while val was scored, {_save(t)}")
         progress.seconds = time.monotonic() - began
         over = progress.ended or progress.epoch == recipe.train.epochs
         if over or not recipe.run.save_every or t.step % recipe.run.save_every == 0:
@@ -252,14 +256,16 @@ def _norms(t: Training, before: list[Tensor]) -> tuple[float, float]:
 
 
 def _end_epoch(t: Training) -> None:
-    """Metrics, best epoch and early stopping at the end of an epoch."""
-    recipe, progress = t.recipe, t.progress
-    trained = progress.end_epoch()
-    epoch = progress.epoch
-    t.monitor.scores(epoch, t.step, "train", trained)
-    final = progress.epoch == recipe.train.epochs
-    if t.val is not None and (final or progress.epoch % recipe.train.eval_every == 0):
-        scores = evaluate(t.accelerator, t.model, t.val, len(t.class_weights)).compute()
+    """Metrics, best epoch and early stopping at the end of an epoch.
+
+    Raises Interrupted, with the epoch not ended, where a stop was asked while val is scored.
+    """
+    recipe, progress, epoch = t.recipe, t.progress, t.progress.epoch + 1  # as people count
+    scored, scores = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
+    if t.val is not None and scored:
+        scores = evaluate(t.accelerator, t.model, t.val, len(t.class_weights), stop=t.stop).compute()
+    t.monitor.scores(epoch, t.step, "train", progress.end_epoch())
+    if scores is not None:
         t.monitor.scores(epoch, t.step, "val", scores)
         if progress.scored(scores, recipe.train.early_stop):
             tensors = collect(t.method)

@@ -197,7 +197,8 @@ class Monitor:
             self.bar.stop()
             self.bar = None
         with self._without_room_no_curves():
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # its processes may go on together with another run
+                tracker.finish()
 
     def _append(self, path: Path, text: str) -> None:
         """Add to a file, later where the disk is full: nothing is lost while the process lives."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from dist_vpt.errors import Interrupted, ProcessFailed, UserError
+from dist_vpt.errors import Interrupted, ProcessFailed, RunFolderError, UserError
 from dist_vpt.runfolder import RunFolder, lock_now
 
 BEAT_SECONDS = 5.0  # between two signs of life; a tenth of the timeout where that is shorter
@@ -117,13 +117,21 @@ class Ranks:
 
     def __enter__(self) -> "Ranks":
         HERE.progress = {}
-        if not self.folder.recipe.is_file():  # another machine's folder, of which this process sees nothing
-            return self
-        with contextlib.suppress(OSError):  # a full disk must not end a run that needs none
+        try:
             self.told.mkdir(exist_ok=True)
             self._descriptor = os.open(self.told / f"rank-{self.rank}.json", os.O_RDWR | os.O_CREAT, 0o666)
-            lock_now(self._descriptor)
+            try:
+                lock_now(self._descriptor)
+            except BlockingIOError:
+                os.close(self._descriptor)
+                raise RunFolderError(
+                    f"{self.folder.path}: another process {self.rank} of {self.world} is at work here; wait for the "
+                    "end of its run or choose another run.dir"
+                ) from None
             self._tell()
+        except OSError as error:  # a full disk must not end a run that needs none
+            said = f"warning: {error}: process {self.rank} cannot tell where it stands, and no other sees its end"
+            print(said, file=sys.stderr, flush=True)
         if self.rank:
             self._open_log()
         threading.Thread(target=self._watch, daemon=True, name="ranks").start()
@@ -194,9 +202,9 @@ class Ranks:
             if time.monotonic() - told >= self.beat:
                 self._tell()
                 told = time.monotonic()
-            if self.world == 1 or self._superseded():
+            if self.world == 1:
                 continue
-            failure = self._failure() or self._missed()
+            failure = self._started_again() if self._superseded() else self._failure() or self._missed()
             if failure is not None and not self._left.wait(LEAVE_SECONDS):
                 self._end(failure)
 
@@ -304,10 +312,17 @@ class Ranks:
     def _superseded(self) -> bool:
         """Whether the run was started again in the folder, while this process hung."""
         try:
-            mine = os.fstat(self._descriptor) if self._descriptor is not None else None
-            return mine is None or mine.st_ino != os.stat(self.told / f"rank-{self.rank}.json").st_ino
+            if self._descriptor is None:  # it could not tell where it stands: it still looks at the others
+                return False
+            return os.fstat(self._descriptor).st_ino != os.stat(self.told / f"rank-{self.rank}.json").st_ino
         except OSError:
             return True
+
+    def _started_again(self) -> dict[str, Any] | None:
+        """Why this process has no run any more; nothing where its folder was removed, which ends no run."""
+        if not (self.told / f"rank-{self.rank}.json").exists():
+            return None
+        return {"rank": self.rank, "reason": f"{_named(self._own())}: its run was started again while it hung"}
 
     def _place(self, rank: int) -> dict[str, Any]:
         return read_place(self.folder.path, rank) if rank != self.rank else self._own()

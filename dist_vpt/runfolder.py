@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dist_vpt.errors import RunFailed, RunFolderError
+from dist_vpt.errors import RunFailed, RunFolderError, UserError
 from dist_vpt.recipe import Recipe, differences, load_recipe
 
 VERSIONS_OF = (
@@ -46,6 +46,8 @@ OURS = (
     "logs",
     "recipe.yaml",
 )
+LOGS = ("train.log", "logs")  # a run that is started again writes on in them
+SEEN_SECONDS = 90.0  # so long may a node go on believing that a file is not there (on NFS at most a minute)
 MAY_CHANGE = (
     "run.",
     "data.root",  # a dataset may have moved
@@ -216,6 +218,15 @@ class RunFolder:
         begun = status.get("status") in ("running", "done") and status.get("kind") == kind and self.recipe.is_file()
         return begun and not self._changed(recipe)
 
+    def seen(self) -> bool:
+        """Whether this process finds the recipe of a run that main has begun: another node may see it late."""
+        deadline = time.monotonic() + SEEN_SECONDS
+        while not self.recipe.is_file():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(min(1.0, SEEN_SECONDS))
+        return True
+
     def _changed(self, recipe: Recipe) -> list[str]:
         return [d for d in differences(self.load(), recipe) if not d.startswith(MAY_CHANGE)]
 
@@ -225,9 +236,13 @@ class RunFolder:
         self._refuse_foreign()
         status = self.status().get("status")
         if status == "failed" and not any(path.exists() for path in (self.state, self.adapters, self.best)):
-            for name in OURS:  # a run that failed before it saved anything leaves nothing to lose
+            kept: Sequence[str] = ()
+            with suppress(UserError):  # of a recipe that cannot be read, too, nothing is kept
+                kept = () if self._changed(recipe) else LOGS
+            for name in OURS:  # a run that failed before it saved anything leaves nothing to lose but why it failed
                 path = self.path / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                if name not in kept:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
         found = self.status().get("kind", kind)
         if found != kind:

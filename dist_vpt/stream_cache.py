@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 import psutil
@@ -24,12 +25,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from dist_vpt.agreement import agree
+from dist_vpt.agreement import StopSignal, agree
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import View
-from dist_vpt.errors import DataError, UserError
+from dist_vpt.errors import DataError, Interrupted, UserError
 from dist_vpt.frozen_stream import Observed, Reads, observe
 from dist_vpt.recipe import StreamRecipe
 from dist_vpt.runfolder import write_atomically
@@ -39,6 +40,7 @@ Place = Literal["none", "device", "memory", "disk"]
 ROOM = 0.8  # share of the free memory or disk that a cache may take
 FORMAT = 2  # of the files
 CHUNK = 2**26  # bytes per read while files are checked
+POLL_SECONDS = 0.2  # between two looks at a cache that another process builds
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     view: View,
     sources: Mapping[str, tuple[Split, Callable[[int, int], EvalBatches]]],
     accelerator: Accelerator,
+    stop: StopSignal,
     *,
     passes: int,
 ) -> tuple[dict[str, StreamFeed], str]:
@@ -96,7 +99,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     ``wanted``: what is kept in memory or on the accelerator if there is room for it, and what is kept else.
     ``sources``: name -> split, and what gives process (rank, world) its share of the images once. ``passes``: how
     often they are read; a stream that is read once is not kept. A collective call. Raises UserError on all processes
-    where the recipe asks for a cache that cannot be.
+    where the recipe asks for a cache that cannot be, and Interrupted where ``stop`` was asked.
     """
     images = sum(len(split) for split, _ in sources.values())
     asked = StreamRecipe(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
@@ -128,11 +131,11 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
                 with _told():
                     folder, verify = _folder(recipe, facts(name)), accelerator.is_local_main_process
                     kept, skipped = on_disk(
-                        folder, facts(name), backbone, reads, make_batches, accelerator.device, verify=verify
+                        folder, facts(name), backbone, reads, make_batches, accelerator.device, stop, verify=verify
                     )
             else:
                 with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
-                    kept = fill(backbone, reads, batches, split, accelerator, place)
+                    kept = fill(backbone, reads, batches, split, accelerator, place, stop)
                 skipped = batches.skipped
             feeds[name] = StreamFeed(kept, split.labels, skipped)
         except UserError as failed:
@@ -221,9 +224,18 @@ def _kept(place: Place, needed: tuple[int, int], room: float, where: str) -> tup
 
 
 def fill(  # noqa: PLR0917 (what is computed, of what, where it goes)
-    backbone: Backbone, reads: Reads, batches: EvalBatches, split: Split, accelerator: Accelerator, place: Place
+    backbone: Backbone,
+    reads: Reads,
+    batches: EvalBatches,
+    split: Split,
+    accelerator: Accelerator,
+    place: Place,
+    stop: StopSignal,
 ) -> StreamCache:
-    """Compute the stream of a split and hold it in memory. A collective call: processes share the work."""
+    """Compute the stream of a split and hold it in memory. A collective call: processes share the work.
+
+    Raises a process's DataError on all of them, and Interrupted where ``stop`` was asked.
+    """
     device = accelerator.device if place == "device" else torch.device("cpu")
     arrays = {
         name: torch.empty(shape, dtype=backbone.dtype, device=device)
@@ -232,7 +244,7 @@ def fill(  # noqa: PLR0917 (what is computed, of what, where it goes)
     readable_n = np.zeros(len(split), bool)
     unread = iter(batches)
     for _ in range(len(batches)):
-        batch = _next(unread, accelerator)
+        batch = _next(unread, accelerator, stop)
         observed = observe(backbone, batch["images"].to(accelerator.device), reads)
         index_B, weight_B = batch["index"], batch["weight"]
         if accelerator.num_processes > 1:
@@ -252,6 +264,7 @@ def on_disk(  # noqa: PLR0917 (what is computed, of what, where it goes)
     reads: Reads,
     make_batches: Callable[[int, int], EvalBatches],
     device: torch.device,
+    stop: StopSignal,
     *,
     verify: bool = True,
 ) -> tuple[StreamCache, set[str]]:
@@ -259,15 +272,15 @@ def on_disk(  # noqa: PLR0917 (what is computed, of what, where it goes)
 
     Returns it with the files that could not be read. ``verify``: read the files whole and compare their checksums.
     Raises DataError for a cache that is damaged or was made of something else, and where there is no room for a new
-    one.
+    one; Interrupted where ``stop`` was asked of this process while it builds the cache or waits for who does.
     """
     wanted = shapes(backbone, reads, facts["count"])
     if not folder.exists():  # one that is there is whole, and may be read where nothing may be written
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_suffix(".lock")):
+        with _locked(folder.with_suffix(".lock"), stop):
             if not folder.exists():
                 with closing(make_batches(0, 1)) as batches:
-                    _build(folder, facts, wanted, backbone, reads, batches, device)
+                    _build(folder, facts, wanted, backbone, reads, batches, device, stop)
     return _opened(folder, facts, wanted, backbone.dtype, reads, verify)
 
 
@@ -296,13 +309,15 @@ def identity(split: Split, view: View, backbone: Backbone, reads: Reads) -> dict
     }
 
 
-def _next(batches: Iterator[Batch], accelerator: Accelerator) -> Batch:
-    """The next batch, or on all processes the error that one of them met."""
+def _next(batches: Iterator[Batch], accelerator: Accelerator, stop: StopSignal) -> Batch:
+    """The next batch, or on all processes the error that one of them met or the stop that it was asked for."""
     try:
         batch, error = next(batches), None
     except DataError as failed:
         batch, error = None, failed
-    agree(accelerator, error)
+    agree(accelerator, error, stop)
+    if stop.agreed:
+        raise _stopped()
     assert batch is not None
     return batch
 
@@ -336,6 +351,7 @@ def _build(  # noqa: PLR0917 (as on_disk)
     reads: Reads,
     batches: EvalBatches,
     device: torch.device,
+    stop: StopSignal,
 ) -> None:
     temporary = _unfinished(target)
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed: we hold the lock
@@ -344,6 +360,8 @@ def _build(  # noqa: PLR0917 (as on_disk)
         arrays = {name: _mapped(temporary / f"{name}.bin", wanted[name], backbone.dtype, new=True) for name in wanted}
         readable_n = np.zeros(facts["count"], bool)
         for batch in batches:
+            if stop.asked:  # the other processes wait for this one, and hear of it when it has given up
+                raise _stopped()
             _write(arrays, reads, observe(backbone, batch["images"].to(device), reads), batch["index"])
             real_B = batch["index"] != PADDING
             readable_n[batch["index"][real_B].numpy()] = batch["weight"][real_B].numpy() > 0
@@ -436,11 +454,29 @@ def _sync(file: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Wait for the others that build the same cache."""
+def _locked(path: Path, stop: StopSignal) -> Iterator[None]:
+    """Wait for the others that build the same cache, which may be another run's and never hear of this one's stop."""
     with open(path, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not _lock(file):
+            if stop.asked:
+                raise _stopped()
+            time.sleep(POLL_SECONDS)
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the lock could be had at once."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _stopped() -> Interrupted:
+    return Interrupted(
+        "stopped while the frozen stream was computed; started again (run.resume=auto), the run computes it anew"
+    )
 
 
 @contextmanager

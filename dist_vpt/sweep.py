@@ -37,7 +37,7 @@ from dist_vpt.ranks import Ranks
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
-from dist_vpt.train import device_name, run
+from dist_vpt.train import claim, device_name, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
 
 POLL_SECONDS = 0.5
@@ -64,17 +64,27 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         alone()
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
-    if rank == 0:  # mistakes in data and weights show before anything is written
+    together = recipe.sweep.split == "batch"  # or each is on its own
+    if rank == 0 or together:  # mistakes in data and weights show before anything is written or waited for
         assemble(grid[0].recipe).method.train()
     with StopSignal() as stop, ExitStack() as leaving:
-        if rank == 0 and leaving.enter_context(folder.claimed(recipe, kind="sweep")):
+        accelerator, done = None, False
+        if together:
+            accelerator = make_accelerator(grid[0].recipe)
+            leaving.callback(accelerator.end_training)
+            done = claim(folder, recipe, accelerator, leaving, "sweep")
+        elif rank == 0:
+            done = leaving.enter_context(folder.claimed(recipe, "sweep"))
+        else:
+            _wait_for_claim(folder, recipe, stop)
+        if done:
+            if rank:
+                return {}
             _print(read_json(folder.path / "sweep.json"), folder.path, console)
             return read_json(folder.path / "sweep.json")
-        if rank:
-            _wait_for_claim(folder, recipe, stop)
-        if recipe.sweep.split == "batch":  # or each is on its own
+        if together:
             leaving.enter_context(Ranks(folder, rank, world, recipe.run.timeout_minutes))
-        worker = Worker(recipe, folder, rank, world, stop, console)
+        worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
         began = time.monotonic()
         worker.work(grid)
         outcomes = worker.wait_for(grid)
@@ -134,12 +144,19 @@ class Worker:
     """What one process does of a sweep."""
 
     def __init__(  # noqa: PLR0917 (a sweep as one process sees it)
-        self, recipe: Recipe, folder: RunFolder, rank: int, world: int, stop: StopSignal, console: Console
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        rank: int,
+        world: int,
+        stop: StopSignal,
+        console: Console,
+        accelerator: Accelerator | None = None,
     ):
         self.recipe, self.folder, self.stop, self.console = recipe, folder, stop, console
         shared = recipe.sweep.split == "batch"
         self.first, (self.rank, self.world) = rank == 0, (0, 1) if shared else (rank, world)
-        self.accelerator: Accelerator | None = None
+        self.accelerator = accelerator  # where each is on its own, made when it is needed
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Do what has no outcome yet of this process's share, which does not depend on when it looks."""

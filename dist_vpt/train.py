@@ -30,6 +30,8 @@ def main(words: list[str] | None = None) -> int:
 
 def run(recipe: "Recipe") -> dict[str, Any]:
     """One run from a recipe to its result, on this process and those started beside it."""
+    from torch import distributed
+
     from dist_vpt.agreement import StopSignal
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
@@ -43,11 +45,13 @@ def run(recipe: "Recipe") -> dict[str, Any]:
     parts = assemble(recipe)  # before any process waits for another: mistakes in data and weights show at once
     folder = RunFolder(str(recipe.run.dir))
     with StopSignal() as stop, ExitStack() as leaving:
+        within = distributed.is_initialized()  # a sweep, whose processes stay together for its next run
         accelerator = make_accelerator(recipe)
-        leaving.callback(accelerator.end_training)
+        if not within:
+            leaving.callback(accelerator.end_training)
         train = parts.training(recipe, accelerator.process_index, accelerator.num_processes)
         parts.method.train()  # a method that cannot be trained from here says so before anything is written
-        if _claim(folder, recipe, accelerator, leaving):
+        if claim(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
             return read_json(folder.result)
         ranks = Ranks(folder, accelerator.process_index, accelerator.num_processes, recipe.run.timeout_minutes)
@@ -61,19 +65,31 @@ def run(recipe: "Recipe") -> dict[str, Any]:
             return _conclude(training, parts)
 
 
-def _claim(folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", leaving: ExitStack) -> bool:
-    """Main holds the folder for the run, or all processes fail with its reason; whether the run is done already."""
+def claim(
+    folder: "RunFolder", recipe: "Recipe", accelerator: "Accelerator", leaving: ExitStack, kind: str = "run"
+) -> bool:
+    """Main holds the folder for the run or sweep, or all processes fail with its reason; whether it is done already.
+
+    They fail as well where one of them does not see the folder: nobody could watch it.
+    """
     from accelerate.utils import broadcast_object_list
 
     from dist_vpt.agreement import agree
-    from dist_vpt.errors import UserError
+    from dist_vpt.errors import RunFolderError, UserError
 
-    done, refused = False, None
+    done: bool = False
+    refused: UserError | None = None
     if accelerator.is_main_process:
         try:
-            done = leaving.enter_context(folder.claimed(recipe))
+            done = leaving.enter_context(folder.claimed(recipe, kind))
         except UserError as error:
             refused = error
+    agree(accelerator, refused)
+    if not folder.seen():
+        refused = RunFolderError(
+            f"{folder.path}: process {accelerator.process_index} sees no run here, where process 0 has just begun one; "
+            "every process needs to see the run folder: choose a run.dir that all nodes share"
+        )
     agree(accelerator, refused)
     return broadcast_object_list([done])[0]
 
@@ -107,7 +123,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     val = None
     if recipe.data.train_on == "train" and parts.splits.val:
         val = parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
-    stream = parts.use_cached_stream(recipe, accelerator, train, val)
+    stream = parts.use_cached_stream(recipe, accelerator, train, val, stop)
     training = Training(
         recipe=recipe,
         accelerator=accelerator,

@@ -28,7 +28,7 @@ from dist_vpt.build import Parts, assemble, class_weights, make_trial
 from dist_vpt.checkpoint import Progress, collect, restore
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.engine import MAY_FAIL, fetch, fold, global_weight
-from dist_vpt.errors import DataError, RunFailed, RunFolderError
+from dist_vpt.errors import DataError, Interrupted, RunFailed, RunFolderError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
@@ -132,7 +132,7 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
     labels = parts.splits[recipe.data.train_on].labels
     weights_K = class_weights(recipe.train.class_weights, labels, len(parts.splits.classes)).to(accelerator.device)
     made = Pass(trials, parts, accelerator, train, val, weights_K, stop, state, show)
-    show(parts.use_cached_stream(recipe, accelerator, train, val, shared=len(recipes) > 1))
+    show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
     if state.is_file():
         _load(made)
         show(f"resumed from {state} at epoch {made.epoch + 1}")
@@ -194,7 +194,11 @@ def fit_trials(p: Pass) -> None:
             if p.stop.agreed:
                 p.seconds = time.monotonic() - began
                 stop_together(p.accelerator, f"{p.state}: stopped {_save(p)}")
-        _end_epoch(p)
+        try:
+            _end_epoch(p)
+        except Interrupted:  # as of the epoch's last step: gone on with, its trials are scored
+            p.seconds = time.monotonic() - began
+            stop_together(p.accelerator, f"{p.state}: stopped while val was scored, {_save(p)}")
         p.seconds = time.monotonic() - began
         over = p.epoch == recipe.train.epochs or not p.running
         due = p.accelerator.is_main_process and time.monotonic() - saved > SAVE_SECONDS  # others' clocks differ
@@ -210,8 +214,6 @@ def score_trials(p: Pass, trials: Sequence[Trial], split: str) -> list[Scores]:
     scores = [Scores(len(p.parts.splits.classes), p.accelerator.device) for _ in trials]
     try:
         for batch, logits in _passed(p, trials, batches):
-            if p.stop.agreed:  # only between training and its result: training's end is saved
-                stop_together(p.accelerator, f"{p.state}: stopped while {split} was scored; the same command goes on")
             for score, each_BK in zip(scores, logits, strict=True):
                 score.update(each_BK, batch["labels"], batch["weight"], batch["index"])
     finally:
@@ -238,13 +240,15 @@ def _observed(p: Pass, batch: Batch) -> Observed:
 
 
 def _passed(p: Pass, trials: Sequence[Trial], batches: EvalBatches) -> Any:
-    """Each batch of a split with the logits of every trial."""
+    """Each batch of a split with the logits of every trial. Raises Interrupted where a stop was asked."""
     for trial in trials:
         trial.reader.eval()
     unread = iter(batches)
     for _ in range(len(batches)):
         fetched = fetch(unread)
         agree(p.accelerator, fetched if isinstance(fetched, DataError) else None, p.stop)
+        if p.stop.agreed:
+            stop_together(p.accelerator, f"{p.state}: stopped while a split was scored; the same command goes on")
         batch = send_to_device(fetched, p.accelerator.device)
         yield batch, read(trials, _observed(p, batch))
 
@@ -292,14 +296,16 @@ def _update(p: Pass, step: int) -> None:
 
 def _end_epoch(p: Pass) -> None:
     HERE.at(f"epoch {p.epoch + 1}", "scoring val")
-    p.epoch, p.step = p.epoch + 1, 0
-    ended = p.running
+    recipe, ended, done = p.recipe, p.running, p.epoch + 1
+    found: list[dict[str, float]] = []
+    if p.val is not None and ended and (done == recipe.train.epochs or done % recipe.train.eval_every == 0):
+        found = _quick_scores(p, ended, p.val)  # before the epoch ends: after a stop it is still to be scored
+    p.epoch, p.step = done, 0
     for trial in ended:
         trial.progress.end_epoch()
-    final, recipe = p.epoch == p.recipe.train.epochs, p.recipe
-    if p.val is None or not ended or not (final or p.epoch % recipe.train.eval_every == 0):
+    if not found:
         return
-    for trial, scores in zip(ended, _quick_scores(p, ended, p.val), strict=True):
+    for trial, scores in zip(ended, found, strict=True):
         _check_finite(trial, "loss on val", scores["loss"], p.epoch * p.train.steps_per_epoch)
         if trial.running and trial.progress.scored(scores, recipe.train.early_stop):
             trial.best = collect(trial.reader)

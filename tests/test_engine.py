@@ -12,6 +12,7 @@ import torch
 
 from dist_vpt import engine
 from dist_vpt.build import class_weights
+from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.recipe import load_recipe
 from dist_vpt.train import run
@@ -212,8 +213,6 @@ def _bytes(path: Path) -> dict[str, list[float]]:
 
 
 def test_a_signal_during_the_last_scoring_keeps_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dist_vpt.data.loaders import EvalBatches
-
     batches = EvalBatches.__iter__
 
     def signalled(self: EvalBatches) -> Any:
@@ -231,6 +230,40 @@ def test_a_signal_during_the_last_scoring_keeps_the_training(tmp_path: Path, mon
     result = train(tmp_path / "run", "run.resume=auto")
     assert not steps
     assert "test" in result["last"]
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_signal_while_val_is_scored_is_heard_there_and_val_is_scored_again(
+    epoch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("train.epochs=2", "train.eval_batch_size=50", "runtime.deterministic=true", "train.test=false")
+    options += ("run.trackers=[]",)
+    train(tmp_path / "whole", *options)
+    batches, read, steps, scored = EvalBatches.__iter__, [], [], []
+
+    def signalled(self: EvalBatches) -> Any:
+        scored.append(1)
+        for number, batch in enumerate(batches(self)):
+            if len(scored) == epoch and number == 1:
+                signal.raise_signal(signal.SIGUSR1)
+            read.append(number)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EvalBatches, "__iter__", signalled)
+        with pytest.raises(Interrupted, match=f"at step {5 * epoch}, while val was scored, with its state saved"):
+            train(tmp_path / "run", *options)
+    assert read == [*([0, 1, 2, 3] * (epoch - 1)), 0, 1], "the rest of val was not scored first"
+    step = engine.train_step
+    monkeypatch.setattr(engine, "train_step", lambda *args, **more: (steps.append(1), step(*args, **more))[1])
+    train(tmp_path / "run", *options, "run.resume=auto")
+    assert len(steps) == 10 - 5 * epoch, "no step is done again"
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    for name in ("adapters", "best"):
+        assert _bytes(tmp_path / "run" / f"{name}.safetensors") == _bytes(tmp_path / "whole" / f"{name}.safetensors")
+    for name in ("last", "best"):
+        results = [json.loads((tmp_path / x / "result.json").read_text())[name] for x in ("whole", "run")]
+        assert results[0] == results[1]
 
 
 def test_missing_wandb_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One process of several fails, is killed or hangs: all end soon, with the reason of the first, told by each."""
 
+import fcntl
 import json
 import os
 import re
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from dist_vpt import engine, ranks, rendezvous, strategy
+from dist_vpt import engine, ranks, rendezvous, runfolder, strategy
 from dist_vpt.build import Parts
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import TrainBatches
-from dist_vpt.errors import OutOfMemory
+from dist_vpt.errors import OutOfMemory, RunFolderError
+from dist_vpt.recipe import load_recipe
+from dist_vpt.runfolder import RunFolder
 from tests.forks import Forks, command
 from tests.running import ROOT, words
 
@@ -143,6 +146,107 @@ def test_processes_that_share_the_batches_of_a_sweep(tmp_path: Path) -> None:
     assert info["status"] == "failed"
     assert info["reason"].startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on ")
     assert not list((folder / "trials").glob("*.json")), "none of them diverged"
+
+
+def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(tmp_path: Path) -> None:
+    """The folder still says that the sweep is running, which the first process has not begun anew."""
+    folder = tmp_path / "sweep"
+    grid = ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]", "method.name=linear"]
+    options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]", "stream.cache=none")
+    recipe = load_recipe([], [*options, "run.resume=auto"])
+    with RunFolder(folder).claimed(recipe, "sweep"):
+        left = (folder / "run.json").read_bytes()
+    (folder / "run.json").write_bytes(left)
+
+    def before(rank: int) -> None:
+        ranks.LEAVE_SECONDS, ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 1.0, 0.3, 0.3
+        if rank:
+            before_step(is_killed)
+        else:
+            time.sleep(3)  # the other one is there first
+
+    forks = command(["sweep", *options], tmp_path / "told.txt", "ddp", before)
+    assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
+    reason = json.loads((folder / "run.json").read_text())["reason"]
+    assert reason.startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on "), reason
+    assert "ended without a word" in reason
+
+
+def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe([], words(tmp_path / "run"))
+    with RunFolder(tmp_path / "run").claimed(recipe):
+        (tmp_path / "run" / "ranks").mkdir()
+        with open(tmp_path / "run" / "ranks" / "rank-1.json", "w") as living:
+            fcntl.flock(living, fcntl.LOCK_EX)
+            with (
+                pytest.raises(RunFolderError, match="another process 1 of 2 is at work here; wait for the end"),
+                ranks.Ranks(RunFolder(tmp_path / "run"), 1, 2, 1.0),
+            ):
+                pytest.fail("it took the place")
+            assert (tmp_path / "run" / "ranks" / "rank-1.json").read_text() == ""
+
+
+def test_a_process_that_does_not_see_the_run_folder_ends_all(tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        runfolder.SEEN_SECONDS = 0.2
+        if rank:
+            whole = RunFolder.__init__
+
+            def elsewhere(self: RunFolder, path: str | Path) -> None:
+                whole(self, path)
+                self.recipe = tmp_path / "another machine's" / "recipe.yaml"
+
+            RunFolder.__init__ = elsewhere  # type: ignore[method-assign]
+
+    forks = forked("ddp", tmp_path / "run", before)
+    assert forks.finish(60) == [2, 2], forks.output[-3000:]
+    assert forks.output.count("error: ") == 1
+    assert f"{tmp_path / 'run'}: process 1 sees no run here, where process 0 has just begun one" in forks.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], Any]) -> list[str]:
+    """Process 1 of 2 is in the folder, then something happens to ranks/: with what reasons its thread would end it."""
+    reasons: list[str] = []
+    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(ranks, "LEAVE_SECONDS", 0.02)
+    monkeypatch.setattr(ranks.Ranks, "_end", lambda self, failure: reasons.append(failure["reason"]))
+    with folder.claimed(load_recipe([], words(folder.path))), ranks.Ranks(folder, 1, 2, 1.0):
+        then(folder.path / "ranks")
+        deadline = time.monotonic() + 5
+        while not reasons and time.monotonic() < deadline:
+            time.sleep(0.02)
+    return reasons
+
+
+def test_a_process_that_hung_while_its_run_was_started_again_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started_again(told: Path) -> None:
+        (told / "new").write_text("")
+        os.replace(told / "new", told / "rank-1.json")
+
+    reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, started_again)
+    assert "its run was started again while it hung" in reasons[0]
+
+
+def test_a_process_that_cannot_tell_where_it_stands_says_so_and_still_looks_at_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = os.open
+
+    def full(path: Any, *args: Any) -> int:
+        if Path(path).name == "rank-1.json":
+            raise OSError(28, "No space left on device", str(path))
+        return whole(path, *args)
+
+    monkeypatch.setattr(ranks.os, "open", full)
+    failure = json.dumps({"rank": 0, "reason": "process 0 of 2: its memory ran out"})
+    reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, lambda told: (told / "failed.json").write_text(failure))
+    assert reasons[0] == "process 0 of 2: its memory ran out"
+    told = capsys.readouterr().err
+    assert "No space left on device" in told
+    assert "process 1 cannot tell where it stands, and no other sees its end" in told
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:

@@ -228,6 +228,20 @@ def test_a_run_that_failed_before_it_saved_anything_is_replaced(folder: RunFolde
     assert folder.load().optim.lr == 0.1
 
 
+@pytest.mark.parametrize("change", ["run.resume=auto", "data.workers=3"])
+def test_the_next_attempt_keeps_why_the_one_before_failed(folder: RunFolder, change: str) -> None:
+    with pytest.raises(RunFailed):
+        use(folder, then=RunFailed("the loss is nan"))
+    (folder.path / "logs").mkdir()
+    (folder.path / "logs" / "rank-1.log").write_text("Traceback\n")
+    folder.log.write_text("old\n")
+    folder.metrics.write_text("{}\n")
+    use(folder, change)
+    assert (folder.path / "logs" / "rank-1.log").read_text() == "Traceback\n"
+    assert folder.log.read_text() == "old\n"
+    assert not folder.metrics.exists()
+
+
 @pytest.mark.parametrize("kept", ["state/step-00000001/state.json", "adapters.safetensors", "best.safetensors"])
 def test_a_failed_run_that_saved_something_is_kept(folder: RunFolder, kept: str) -> None:
     with pytest.raises(RunFailed):
@@ -278,6 +292,14 @@ def test_a_damaged_folder(folder: RunFolder, name: str) -> None:
     with pytest.raises(ValueError, match=name) as caught:
         use(folder, "run.resume=auto")
     assert caught.type.__name__ in ("RunFolderError", "RecipeError")
+
+
+def test_a_recipe_that_a_machine_sees_late(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runfolder, "SEEN_SECONDS", 0.1)
+    assert not folder.seen()
+    monkeypatch.setattr(runfolder, "SEEN_SECONDS", 90.0)
+    monkeypatch.setattr(runfolder.time, "sleep", lambda seconds: use(folder))
+    assert folder.seen()
 
 
 def test_no_run_folder(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from PIL import Image
 
 from dist_vpt import engine, stream_cache
 from dist_vpt import strategy as strategy_module
+from dist_vpt.agreement import StopSignal
 from dist_vpt.build import Parts, assemble
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import PADDING
-from dist_vpt.errors import RecipeError, UserError
+from dist_vpt.errors import Interrupted, RecipeError, UserError
 from dist_vpt.frozen_stream import Observed, Reads, observe
 from dist_vpt.methods import base
 from dist_vpt.methods.base import Reader
@@ -108,20 +109,21 @@ def facts_of(parts: Parts, split: str = "train") -> dict[str, Any]:
     return identity(parts.splits[split], parts.view, parts.method.backbone, parts.method.reads)
 
 
-def cache_of(folder: Path, parts: Parts, split: str = "train") -> StreamCache:
+def cache_of(folder: Path, parts: Parts, split: str = "train", stop: StopSignal | None = None) -> StreamCache:
     """The cache of a split below a folder, built or opened."""
     assert isinstance(parts.method, Reader)
     facts = facts_of(parts, split)
     target = stream_cache._folder(StreamRecipe(cache="disk", dir=str(folder)), facts)
     device = torch.device("cpu")
     backbone, batches = parts.method.backbone, partial(parts.evaluation, split)
-    return on_disk(target, facts, backbone, parts.method.reads, batches, device)[0]
+    return on_disk(target, facts, backbone, parts.method.reads, batches, device, stop or StopSignal())[0]
 
 
 def in_memory(parts: Parts, split: str = "train") -> StreamCache:
     assert isinstance(parts.method, Reader)
     backbone, batches = parts.method.backbone, parts.evaluation(split, 0, 1)
-    return fill(backbone, parts.method.reads, batches, parts.splits[split], Accelerator(cpu=True), "memory")
+    accelerator = Accelerator(cpu=True)
+    return fill(backbone, parts.method.reads, batches, parts.splits[split], accelerator, "memory", StopSignal())
 
 
 def tensors(cache: StreamCache) -> list[torch.Tensor]:
@@ -322,6 +324,47 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
     monkeypatch.undo()
     assert all(map(torch.equal, tensors(cache_of(tmp_path, parts)), tensors(in_memory(parts))))
     assert [path.suffix for path in folders(tmp_path)] == [""]
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_a_signal_while_the_stream_is_computed_is_heard_there(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*FAST, *READERS["linear"], "train.epochs=2", f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
+    calls: list[int] = []
+
+    def signalled(*args: Any) -> Observed:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return observe(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_cache, "observe", signalled)
+        with pytest.raises(Interrupted, match="stopped while the frozen stream was computed; started again"):
+            train(tmp_path / "run", *options)
+    assert len(calls) == 2, "the other batches were not computed first"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    assert place == "memory" or not folders(tmp_path / "cache")
+    train(tmp_path / "run", *options, "run.resume=auto")
+    assert len(scores(metrics(tmp_path / "run"))) > 0
+
+
+def test_a_signal_is_heard_while_another_run_builds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, looks = parts_of(*FAST), []
+    target = stream_cache._folder(StreamRecipe(cache="disk", dir=str(tmp_path)), facts_of(parts))
+    with StopSignal() as stop, stream_cache._locked(target.with_suffix(".lock"), StopSignal()):
+
+        def asked(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == 2:
+                signal.raise_signal(signal.SIGUSR1)
+
+        monkeypatch.setattr(stream_cache.time, "sleep", asked)
+        with pytest.raises(Interrupted, match="stopped while the frozen stream was computed"):
+            cache_of(tmp_path, parts, stop=stop)
+    assert len(looks) == 2
+    assert not folders(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -604,8 +647,8 @@ def test_all_that_is_asked_for_is_kept(reads: Reads, tmp_path: Path) -> None:
     parts = parts_of("data.image_size=16")
     backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
     facts = identity(parts.splits["val"], parts.view, backbone, reads)
-    memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory")
-    disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"))
+    memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory", StopSignal())
+    disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"), StopSignal())
     images = torch.cat([batch["images"] for batch in batches(0, 1)])
     wanted = observe(backbone, images, reads)
     for cache in (memory, disk):

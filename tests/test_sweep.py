@@ -239,6 +239,19 @@ def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None
 
 
 @pytest.mark.distributed
+def test_writers_that_share_the_batches_are_swept_one_after_the_other(tmp_path: Path) -> None:
+    grid = ["train.batch_size=500", "run.trackers=[]", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42]"]
+    one = swept(tmp_path / "one", *grid)
+    forks = forked(command(tmp_path / "two", *grid, "sweep.split=batch"), tmp_path / "two.txt", "ddp")
+    assert forks.finish() == [0, 0], forks.output
+    two = json.loads((tmp_path / "two" / "sweep.json").read_text())
+    assert json.loads((tmp_path / "two" / "seeds" / "42" / "result.json").read_text())["processes"] == 2
+    for a, b in zip([*one["trials"], one], [*two["trials"], two], strict=True):
+        found, wanted = (c["last"]["val"]["loss"] if "last" in c else c["test"]["loss"]["mean"] for c in (b, a))
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_process_that_starts_late_finds_its_share(late: int, tmp_path: Path) -> None:
     """Neither takes what the other has done for a change of its share, nor a folder that nobody has claimed."""

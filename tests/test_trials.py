@@ -237,6 +237,34 @@ def test_a_full_disk_costs_saves_and_then_the_pass(tmp_path: Path, monkeypatch: 
         assert a.progress.last == b.progress.last == c.progress.last
 
 
+def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = settings("linear", "sgd", 2)
+    whole = fitted(tmp_path / "a", each)
+    interrupted = make(tmp_path / "b", each)
+    score, scored = trials._quick_scores, []
+
+    def asks_to_stop(p: Pass, *args: Any) -> Any:
+        p.stop.asked = len(scored) == 1
+        scored.append(p.epoch)
+        return score(p, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "_quick_scores", asks_to_stop)
+        with pytest.raises(Interrupted, match="stopped while val was scored, with the state saved"):
+            fit_trials(interrupted)
+    interrupted.close()
+    assert len(scored) == 2
+    resumed = make(tmp_path / "b", each)
+    assert (resumed.epoch, resumed.step) == (scored[1], resumed.train.steps_per_epoch)
+    fit_trials(resumed)
+    resumed.close()
+    for a, b in zip(whole.trials, resumed.trials, strict=True):
+        assert a.progress == b.progress
+        assert all(torch.equal(tensor, b.best[name]) for name, tensor in a.best.items())
+
+
 def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> None:
     each = settings("linear", "sgd", 2)
     fitted(tmp_path, each)
