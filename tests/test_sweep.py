@@ -201,7 +201,7 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
 def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=2000", "sweep.seeds=[42]", *GRID[:1]]
     forks = start(tmp_path / "sweep", *grid)
-    wait_for((tmp_path / "sweep" / "run.json").exists)
+    wait_for(lambda: "epoch 1/2000" in forks.output)  # before, while the stream is computed, there is nothing to save
     forks.send(signal.SIGTERM)
     assert forks.finish() == [75], forks.output
     assert json.loads((tmp_path / "sweep" / "run.json").read_text())["status"] == "interrupted"
