@@ -7,8 +7,10 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from dist_vpt.runfolder import RunFolder, git_revision, versions, write_atomical
 # Holds the folder in argv[1] until its standard input ends.
 HOLDER = """
 import sys
+import time
 from dist_vpt.recipe import load_recipe
 from dist_vpt.runfolder import RunFolder
 with RunFolder(sys.argv[1]).claimed(load_recipe([], ["run.dir=" + sys.argv[1]])):
@@ -298,7 +301,8 @@ def test_a_recipe_that_a_machine_sees_late(folder: RunFolder, monkeypatch: pytes
     monkeypatch.setattr(runfolder, "SEEN_SECONDS", 0.1)
     assert not folder.seen()
     monkeypatch.setattr(runfolder, "SEEN_SECONDS", 90.0)
-    monkeypatch.setattr(runfolder.time, "sleep", lambda seconds: use(folder))
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: use(folder))  # which needs the true one
+    monkeypatch.setattr(runfolder, "time", clock)
     assert folder.seen()
 
 
