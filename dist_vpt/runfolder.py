@@ -158,7 +158,7 @@ class RunFolder:
     def mark(self, status: str, **facts: Any) -> None:
         """Set the run's status and facts in run.json."""
         kept = {k: v for k, v in self.status().items() if k != "reason"}
-        content = {**kept, **facts, "status": status, "updated": _now()}
+        content = {**kept, "updated": _now(), **facts, "status": status}
         write_atomically(self.info, json.dumps(content, indent=1) + "\n")
 
     def _begin(self, recipe: Recipe, kind: str) -> bool:
@@ -172,8 +172,8 @@ class RunFolder:
         begun = self.recipe.is_file()
         try:
             write_atomically(self.recipe, recipe.to_yaml())
-            facts = _provenance()  # takes a moment
-            self.mark("running", kind=kind, started=self.status().get("started") or _now(), **facts)
+            now = _now()
+            self.mark("running", kind=kind, started=self.status().get("started") or now, **_provenance(), updated=now)
         except OSError:
             if not begun:  # half a beginning would be taken for a run
                 self.recipe.unlink(missing_ok=True)
