@@ -118,7 +118,7 @@ def test_truncated_weights(run: Path, capsys: pytest.CaptureFixture[str], tmp_pa
 def test_weights_of_nothing_alike(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
     words = [f"backbone.weights={tmp_path}/a.safetensors", "backbone.load=lenient"]
-    assert "not weights of this architecture" in fault(run, capsys, *words)
+    assert "holds no blocks of a transformer: only plain vision transformers" in fault(run, capsys, *words)
 
 
 def test_the_folder_of_another_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,7 @@ def is_killed() -> None:
 
 
 def is_interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are started deaf to it
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1)
 

@@ -403,6 +403,7 @@ def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Sign
     folder = tmp_path / "run"
     forks = command(["train", *words(folder, *OPTIONS, "train.epochs=30", *LOADED)], tmp_path / "told.txt")
     wait_for(lambda: step(folder, 510) >= 2 or not forks.running)
+    assert forks.running, forks.output[-3000:]
     (trainer,) = [psutil.Process(process.pid) for process in forks.processes]
     below = trainer.children(recursive=True)
     assert len(below) >= 2  # a server and a worker; a tracker of shared memory, unless it was there before
