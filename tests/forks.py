@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Forks:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
+        forkserver._forkserver.__init__()  # type: ignore[misc]  # one that tests have started is no child of this process
         if self.told is not None:
             file = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)
