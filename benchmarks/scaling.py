@@ -7,7 +7,8 @@ W GPUs (or processes), G of them in a node, n bytes of a whole tensor.
 
 **Measured**: every method under every strategy on W processes by benchmarks/traffic.py, ``--images`` of a process,
 so that the work of each stays the same: bytes counted, and the fastest step of all turns (in each turn every one is
-started once). ``apart`` are W single processes at the same time that exchange nothing.
+started once). ``apart`` are W single processes at the same time that exchange nothing; under ZeRO one process is
+measured too, which exchanges nothing either and pays for the engine.
 
 **On paper** a step is compute + exchange. Compute: the operations of forward and backward (``model_flops`` of step.py)
 times the images of a GPU, over ``--tflops``, and ``--overhead-ms`` that a step costs with any batch. Exchange: a
@@ -26,9 +27,10 @@ nodes, and takes G - 1 latencies of the one and log2 M of the other; an all-redu
 number of GPUs up to which the efficiency is at least 90 % and 50 %; ``hidden_stops_at`` the same if all that moves
 bytes were hidden behind the computing, and only latencies were not. The truth lies between the two.
 
-**Checked**: the model's bytes and step times beside the measured ones, with the relative error. For this the network is
-this machine's, from plain all-reduces of 12 bytes and of 16 MiB, and compute is the step time of ``apart``; nothing is
-fitted to the steps that are compared.
+**Checked**: the model's bytes and step times beside the measured ones, with the relative error. For this what a
+collective takes is this machine's, a + b n for each kind from plain ones of a few bytes and of 16 MiB, and compute is
+the step time of ``apart``, with what the strategy's engine adds to the step of one process alone; nothing is fitted to
+the steps that are compared.
 
 The last line of the output is one JSON object, which also goes to a file in ``--out``.
 """
@@ -74,6 +76,8 @@ SHARDING = json.loads((ROOT / "launch" / "accelerate" / "zero3.json").read_text(
 SMALL = SHARDING["stage3_param_persistence_threshold"]  # numbers of a tensor that ZeRO-3 keeps whole
 LIVE = SHARDING["stage3_max_live_parameters"]  # numbers that may stay gathered from forward to backward
 REDUCED = SHARDING["reduce_bucket_size"]  # numbers, of ZeRO 1 and 2 too
+# Collectives, and how many passes of a ring each is; a gather is ZeRO-3's all-gather, with its copies.
+TIMES = {"all_reduce": 2, "reduce": 1, "reduce_scatter": 1, "all_gather": 1, "gather": 1}
 GRADIENT = 4  # bytes: what is trained is float32
 ENGINE = 12  # bytes of what the engine sums
 
@@ -115,20 +119,27 @@ class Work:
     blocks: int
     reader: bool
 
-    def passes(self, strategy: str, gpus: int) -> tuple[float, int]:
-        """Bytes that a step passes by reduce-scatters and all-gathers (all-reduces count twice), and how many."""
+    def passes(self, strategy: str, gpus: int) -> dict[str, tuple[float, int]]:
+        """Bytes of whole tensors that go through each kind of collective in a step, and how many of it there are."""
         if gpus == 1:
-            return 0, 0
+            return {}
         if strategy in ("ddp", "zero0"):
-            return 2 * (self.trained + 2 * ENGINE), 2 * (2 + math.ceil(self.trained / BUCKET))
+            return {"all_reduce": (self.trained + 2 * ENGINE, 2 + math.ceil(self.trained / BUCKET))}
+        sums = {"all_reduce": (2 * ENGINE, 4)}
         if strategy in ("zero1", "zero2"):
             reduces = gpus + math.ceil(self.trained / GRADIENT / REDUCED) - 1
-            return 2 * (self.trained + 2 * ENGINE), 2 * 4 + reduces + 1
+            return sums | {"reduce": (self.trained, reduces), "all_gather": (self.trained, 1)}
         again = (
             0.0 if self.reader else max(0.0, 1 - LIVE / max(1, self.sharded_numbers))
         )  # of the weights, for backward
-        size = self.sharded * (1 + again) + self.trained + self.whole + 2 * 2 * ENGINE
-        return size, 2 * 4 + 1 + self.whole_tensors + round(2 * self.blocks * (1 + again))
+        gathers = self.whole_tensors + round(2 * self.blocks * (1 + again))
+        gathered = self.sharded * (1 + again) + self.whole
+        return sums | {"reduce_scatter": (self.trained, 1), "gather": (gathered, gathers)}
+
+
+def sent(passes: dict[str, tuple[float, int]]) -> tuple[float, int]:
+    """Bytes that pass as in a reduce-scatter or an all-gather, and how often: an all-reduce is both."""
+    return tuple(sum(TIMES[kind] * each[place] for kind, each in passes.items()) for place in (0, 1))  # type: ignore[return-value]
 
 
 def main(words: list[str] | None = None) -> int:
@@ -158,19 +169,13 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     first = next(iter(recipes.values()))
     measured: list[dict[str, Any]] = []
-    plain: dict[str, float] = {}
     if not arguments.paper:
         found = measure(recipes, arguments)
-        plain = {
-            size: min(one["allreduce_ms"][size] for one in found if one["allreduce_ms"])
-            for size in next(one["allreduce_ms"] for one in found if one["allreduce_ms"])
-        }
-        measured = check(found, {name: work(recipe, arguments.classes) for name, recipe in recipes.items()}, plain)
+        measured = check(found, {name: work(recipe, arguments.classes) for name, recipe in recipes.items()})
         for line in measured_table(measured):
             print(line)
     return {
         "measured": measured,
-        "allreduce_ms": plain,
         "paper": on_paper(arguments),
         "backbone": first.backbone.name,
         "image_size": first.data.image_size or describe(first.backbone).image_size,
@@ -206,14 +211,20 @@ def measure(recipes: dict[str, Recipe], arguments: argparse.Namespace) -> list[d
     return list(best.values())
 
 
+def of_strategy(found: list[dict[str, Any]], strategy: str, processes: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of plain collectives, the fastest in any process of the strategy: memory is kept or not by it."""
+    timed = [one["collectives_ms"] for one in found if (one["strategy"], one["processes"]) == (strategy, processes)]
+    return {kind: {size: min(one[kind][size] for one in timed) for size in sizes} for kind, sizes in timed[0].items()}
+
+
 def groups(
     methods: Sequence[str] | dict[str, Recipe], strategies: Sequence[str], processes: Sequence[int]
 ) -> Iterator[tuple[str, str, int]]:
     """Method, strategy and processes of everything that is measured."""
     for method in methods:
-        for number in processes:
+        for number in sorted({1, *processes}):  # one process alone tells what an engine adds
             yield method, "apart", number
-            for strategy in strategies if number > 1 else ():
+            for strategy in strategies if number > 1 else [s for s in strategies if s.startswith("zero")]:
                 if (method, strategy) != ("vqt", "zero3"):  # refused (strategy.py)
                     yield method, strategy, number
 
@@ -289,31 +300,34 @@ def threads(processes: Sequence[int]) -> str:
     return str(max(1, (os.cpu_count() or 1) // max(processes)))
 
 
-def check(found: list[dict[str, Any]], works: dict[str, Work], plain: dict[str, float]) -> list[dict[str, Any]]:
+def check(found: list[dict[str, Any]], works: dict[str, Work]) -> list[dict[str, Any]]:
     """What was measured, with the model's bytes and times beside it."""
     checked = []
-    alone = {(one["method"], one["processes"]): one["step_ms"] for one in found if one["strategy"] == "apart"}
+    took = {(one["method"], one["strategy"], one["processes"]): one["step_ms"] for one in found}
     for one in found:
         told = {name: one[name] for name in ("method", "strategy", "processes", "step_ms", "step_bytes", "start_bytes")}
         told |= {name: one[name] for name in ("wire_bytes", "calls", "gradient_bytes")}
-        w = one["processes"]
-        if one["strategy"] != "apart":
-            here, (size, calls) = network_of(plain, w), works[one["method"]].passes(one["strategy"], w)
-            seconds = here.moving(size, w) + calls * here.waiting(w)
-            told["model_bytes"] = round((w - 1) / w * size)
+        method, strategy, w = one["method"], one["strategy"], one["processes"]
+        if strategy != "apart" and w > 1:
+            passes, plain = works[method].passes(strategy, w), of_strategy(found, strategy, w)
+            exchange = sum(taken(plain[kind], size, calls) for kind, (size, calls) in passes.items())
+            engine = took.get((method, strategy, 1), took[method, "apart", 1]) - took[method, "apart", 1]
+            told["collectives_ms"] = plain
+            told["model_bytes"] = round((w - 1) / w * sent(passes)[0])
             told["bytes_error"] = rounded(told["model_bytes"] / one["step_bytes"] - 1)
-            told["model_ms"] = rounded(alone[one["method"], w] + 1e3 * seconds)
+            told |= {"compute_ms": took[method, "apart", w], "engine_ms": rounded(engine)}
+            told["exchange_ms"] = rounded(exchange)
+            told["model_ms"] = rounded(took[method, "apart", w] + max(0.0, engine) + exchange)
             told["ms_error"] = rounded(told["model_ms"] / one["step_ms"] - 1)
         checked.append(told)
     return checked
 
 
-def network_of(plain: dict[str, float], processes: int) -> Network:
-    """This machine as one node, from all-reduces of a few bytes and of many."""
-    (few, short), (many, long) = sorted((int(size), ms / 1e3) for size, ms in plain.items())
-    moving = max(long - short, 1e-9)
-    rate = 2 * (processes - 1) / processes * (many - few) / moving
-    return Network(processes, rate, rate, short / (2 * (processes - 1)), 0.0)
+def taken(plain: dict[str, float], size: float, calls: int) -> float:
+    """Milliseconds of so many collectives of one kind on ``size`` bytes in all: a line through few and many bytes."""
+    (few, short), (many, long) = sorted((int(bytes_), ms) for bytes_, ms in plain.items())
+    rate = max(0.0, long - short) / (many - few)
+    return calls * max(0.0, short - rate * few) + rate * size
 
 
 def work(recipe: Recipe, classes: int) -> Work:
@@ -386,13 +400,13 @@ def row(has: Work, strategy: str, network: Network, computing: dict[int, float],
     """Step times by number of GPUs, and where the efficiency falls below 90 % and 50 %."""
     plain, hidden = {}, {}
     for w, compute in computing.items():
-        size, calls = has.passes(strategy, w)
+        size, calls = sent(has.passes(strategy, w))
         moving, waiting = network.moving(size, w), calls * network.waiting(w)
         plain[w] = compute + moving + waiting
         hidden[w] = max(compute, moving) + waiting
     return {
         "step_ms": {str(w): rounded(1e3 * seconds) for w, seconds in plain.items()},
-        "bytes_of_a_gpu": {str(w): round((w - 1) / w * has.passes(strategy, w)[0]) for w in computing},
+        "bytes_of_a_gpu": {str(w): round((w - 1) / w * sent(has.passes(strategy, w))[0]) for w in computing},
         "stops_at": stops(plain, weak=weak),
         "hidden_stops_at": stops(hidden, weak=weak),
     }
@@ -416,7 +430,7 @@ def measured_table(found: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{'method':<9} {'strategy':<8} {'W':>2} {'bytes':>12} {'model':>12} {'error':>7} {'ms':>8} {'model':>8}"
     for one in found:
         start = f"{one['method']:<9} {one['strategy']:<8} {one['processes']:>2}"
-        if one["strategy"] == "apart":
+        if "model_ms" not in one:
             yield f"{start} {0:>12} {'':>12} {'':>7} {one['step_ms']:>8.1f}"
             continue
         yield (

@@ -14,7 +14,8 @@ own, on synthetic images. The last line of the output is one JSON object:
 - ``wire_bytes``: what the operating system says that the process's TCP connections to the others sent during that
   step, headers of gloo's messages included; null where the collectives use something else than TCP.
 - ``step_ms``: the fastest of ``--repeats`` steps, without counting.
-- ``allreduce_ms``: of an all-reduce of so many bytes alone, the fastest of several.
+- ``collectives_ms``: of each kind of collective alone, by the bytes of its whole tensor, the fastest of several;
+  ``gather`` is an all-gather as ZeRO-3 does it, into new memory and from there into new memory again.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import struct
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,7 +64,7 @@ COLLECTIVES = {
 }
 BYTES_SENT, BYTES_SENT_AGAIN = 200, 208  # offsets in Linux's struct tcp_info
 GRADIENT = 4  # bytes: what is trained is float32
-PLAIN = (12, 16 * 2**20)  # bytes of all-reduces timed for themselves: what the engine sums in each step, and a lot
+FEW, MANY = 4, 8 * 2**20  # bytes of each process in collectives timed for themselves
 WARM_UP = 3  # steps: DDP orders its buckets by the first, ZeRO-3 learns the order of the modules from two
 
 
@@ -124,25 +127,46 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
         "calls": dict(sent.calls),
         "wire_bytes": after - before if on_tcp else None,  # type: ignore[operator]
         "step_ms": None if fastest is None else rounded(fastest * 1e3),
-        "allreduce_ms": {size: rounded(1e3 * time_allreduce(size, accelerator.device)) for size in PLAIN}
-        if processes > 1
-        else None,
+        "collectives_ms": time_collectives(accelerator.device) if processes > 1 else None,
         "gradient_bytes": GRADIENT * training.parameters["trained"],
         "parameters": training.parameters,
     }
 
 
-def time_allreduce(size: int, device: torch.device, repeats: int = 10) -> float:
-    """Seconds of an all-reduce of so many bytes, the fastest of ``repeats``. A collective call."""
-    numbers, fastest = torch.ones(size // 4, device=device), float("inf")
-    for _ in range(repeats):
-        dist.barrier()
-        synchronise(device)
-        began = time.perf_counter()
-        dist.all_reduce(numbers)
-        synchronise(device)
-        fastest = min(fastest, time.perf_counter() - began)
-    return fastest
+def time_collectives(device: torch.device, repeats: int = 10) -> dict[str, dict[int, float]]:
+    """Milliseconds of each kind by the bytes of its whole tensor, the fastest of ``repeats``. A collective call."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    found: dict[str, dict[int, float]] = {}
+    for size in (FEW, MANY):
+        part, whole = torch.ones(size // 4, device=device), torch.ones(world * size // 4, device=device)
+
+        def gather(part: Tensor = part) -> None:
+            flat = part.new_empty(world * len(part))
+            parts = flat.chunk(world)
+            torch.cat([part], out=parts[rank])
+            dist.all_gather_into_tensor(flat, parts[rank])
+            torch.cat(parts)
+
+        calls: dict[str, Callable[[], Any]] = {
+            "all_reduce": partial(dist.all_reduce, whole),
+            "reduce": partial(dist.reduce, whole, 0),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
+            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
+            "gather": gather,
+        }
+        for name, call in calls.items():
+            fastest = min(_seconds(call, device) for _ in range(repeats))
+            found.setdefault(name, {})[whole.nbytes] = rounded(1e3 * fastest)
+    return found
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    dist.barrier()
+    synchronise(device)
+    began = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - began
 
 
 def wire_bytes() -> int | None:

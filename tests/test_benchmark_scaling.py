@@ -68,15 +68,18 @@ def test_processes_exchange_the_gradients_of_what_trains_and_no_more(strategy: s
         reduced = 0.25 if strategy in {"zero1", "zero2"} else 0
         if found["wire_bytes"] is not None:
             assert found["wire_bytes"] == pytest.approx((1 + reduced) * GRADIENTS, rel=0.01)
-        size, _ = scaling.work(load_recipe([], [*VIT_B, *VPT]), K).passes(strategy, 2)
+        size, _ = scaling.sent(scaling.work(load_recipe([], [*VIT_B, *VPT]), K).passes(strategy, 2))
         assert found["step_bytes"] == pytest.approx(size / 2, rel=1e-4)
+        times = found["collectives_ms"]
+        assert set(times) == set(scaling.TIMES)
+        assert all(ms > 0 for sizes in times.values() for ms in sizes.values())
 
 
 @pytest.mark.distributed
 def test_zero3_gathers_what_it_shards_and_a_reader_only_once(tmp_path: Path) -> None:
     words = ["backbone.name=demo", "backbone.weights=random", "train.batch_size=2", "method.name=linear"]
     for found in measured("zero3", tmp_path, *words):
-        size, _ = scaling.work(load_recipe([], words), K).passes("zero3", 2)
+        size, _ = scaling.sent(scaling.work(load_recipe([], words), K).passes("zero3", 2))
         assert found["step_bytes"] == pytest.approx(size / 2, rel=0.01)
         assert found["wire_bytes"] is None or found["wire_bytes"] > found["step_bytes"]
 
@@ -123,10 +126,12 @@ def test_where_scaling_stops() -> None:
     assert scaling.stops({1: 16.0, 2: 8.0, 4: 5.0, 8: 4.0, 16: 1.0}, weak=False) == {"90%": 2, "50%": 16}
 
 
-def test_the_network_of_this_machine_is_that_of_its_all_reduces() -> None:
-    found = scaling.network_of({"12": 2.0, "1000012": 102.0}, 2)
-    assert found.inside == pytest.approx(1e6 / 0.1)
-    assert 2 * (found.moving(1e6, 2) + found.waiting(2)) == pytest.approx(0.102)
+def test_what_collectives_take_is_on_a_line_through_few_and_many_bytes() -> None:
+    plain = {"12": 2.0, "1000012": 102.0}
+    assert scaling.taken(plain, 12, 1) == pytest.approx(2.0)
+    assert scaling.taken(plain, 1_000_012, 1) == pytest.approx(102.0)
+    assert scaling.taken(plain, 500_000, 3) == pytest.approx(3 * (2.0 - 12e-4) + 50.0)
+    assert scaling.taken({"12": 2.0, "1000012": 1.0}, 10**9, 1) == pytest.approx(2.0)  # no rate was seen
 
 
 def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,7 +154,8 @@ print(json.dumps({
     "told": told, "words": sys.argv[1:], "config": file and json.load(open(file)),
     "step_bytes": 51424 if together else 0, "start_bytes": 0, "wire_bytes": None, "gradient_bytes": 51400,
     "calls": {}, "step_ms": 9.0 + int(told["RANK"] or 0) + 2 * together,
-    "allreduce_ms": {"12": 0.5, "16777216": 20.0} if together else None,
+    "collectives_ms": dict.fromkeys(("all_reduce", "reduce", "all_gather"), {"8": 0.5, "16777216": 20.0})
+    if told["WORLD_SIZE"] == "2" else None,
 }))
 """)
     monkeypatch.setattr(scaling, "TRAFFIC", stand_in)
@@ -176,21 +182,26 @@ def test_last_line_is_the_file_with_both_tables(
 ) -> None:
     monkeypatch.setattr(scaling, "BACKBONES", ("demo",))
     monkeypatch.setattr(scaling, "model_flops", lambda recipe, wants, classes: 10**9)  # test_benchmark_step.py
-    words = ["backbone.name=demo", "--methods", "linear", "--strategies", "ddp", "--turns", "1", "--out", str(quick)]
+    words = ["backbone.name=demo", "--methods", "linear", "--strategies", "ddp", "zero1", "--processes", "2"]
+    words += ["--turns", "1", "--out", str(quick)]
     assert scaling.main(words) == 0
     out = capsys.readouterr().out
     (file,) = quick.iterdir()
     result = json.loads(file.read_text())
     assert (file.name, json.loads(out.splitlines()[-1])) == ("scaling-demo-b2-fp32-cpu.json", result)
-    alone, apart, ddp = result["measured"]
+    alone, engine, apart, ddp, zero1 = result["measured"]
     assert [(one["strategy"], one["processes"]) for one in result["measured"]] == [
-        *(("apart", 1), ("apart", 2), ("ddp", 2))
+        *(("apart", 1), ("zero1", 1), ("apart", 2), ("ddp", 2), ("zero1", 2))
     ]
     assert (alone["step_bytes"], apart["step_bytes"], ddp["step_bytes"]) == (0, 0, 51424)
     assert abs(ddp["bytes_error"]) < 0.01  # 128 + 1 numbers for each of 100 classes
     # The slower process counts; 9 ms of computing, three all-reduces, and hardly any bytes.
     assert ddp["step_ms"] == 12
     assert ddp["model_ms"] == pytest.approx(9 + 3 * 0.5, rel=0.02)
+    assert (engine["step_ms"], "model_ms" in engine) == (11, False)
+    # ZeRO's engine took 2 ms more of one process; four all-reduces, two reductions, one gather.
+    assert zero1["model_ms"] == pytest.approx(9 + 2 + 7 * 0.5, rel=0.02)
+    assert (zero1["compute_ms"], zero1["engine_ms"]) == (9, 2)
     assert ddp["ms_error"] == pytest.approx(ddp["model_ms"] / 12 - 1, abs=1e-4)
     for kind in ("weak", "strong"):
         rows = {(one["method"], one["strategy"]): one for one in result["paper"][kind]}
