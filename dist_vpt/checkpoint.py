@@ -23,7 +23,7 @@ from dist_vpt.errors import RunFolderError, UserError, WeightsError
 from dist_vpt.methods.base import Method
 from dist_vpt.moments import set_moments, whole_moments
 from dist_vpt.recipe import EarlyStopRecipe
-from dist_vpt.runfolder import RunFolder, read_json, write_atomically
+from dist_vpt.runfolder import RunFolder, read_json, sync, write_atomically
 from dist_vpt.strategy import strategy
 
 KEPT = 2  # saved states in a run folder
@@ -221,12 +221,12 @@ class States:
             **asdict(progress),
         }
         for path in temporary.iterdir():
-            _sync(path)
+            sync(path)
         marker = facts | {"sha256": _checksum(facts)}
         write_atomically(temporary / MARKER, json.dumps(marker, indent=1) + "\n")
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, final)
-        _sync(state)
+        sync(state)
         for old in sorted(state.glob("step-*"))[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -337,11 +337,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # file systems without hard links
         shutil.copy2(source, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

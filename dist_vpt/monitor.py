@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +237,7 @@ class Monitor:
         speed, left = self.images_per_s(progress), self._left(number, progress)
         return (
             f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
-            f"{speed:.1f} images/s  {peak_memory_mib():.0f} MiB  {_clock(left)} left"
+            f"{speed:.1f} images/s  {peak_memory_mib():.0f} MiB  {timedelta(seconds=round(left))} left"
         )
 
     def _left(self, number: int, progress: "checkpoint.Progress") -> float:
@@ -312,9 +313,3 @@ def _hparams(recipe: Recipe) -> dict[str, Any]:
 
     add(recipe.model_dump(mode="json"), "")
     return flat
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -74,6 +74,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """Return when the disk has a file's content, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def room_for(what: str, folder: Path, then: str) -> Iterator[None]:
     """Raise RunFailed where the disk does not take what is written within; ``then``: what comes once there is room."""

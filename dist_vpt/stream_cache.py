@@ -33,7 +33,7 @@ from dist_vpt.data.transforms import View
 from dist_vpt.errors import DataError, Interrupted, UserError
 from dist_vpt.frozen_stream import Observed, Reads, observe
 from dist_vpt.recipe import StreamRecipe
-from dist_vpt.runfolder import write_atomically
+from dist_vpt.runfolder import sync, write_atomically
 
 Place = Literal["none", "device", "memory", "disk"]
 
@@ -367,7 +367,7 @@ def _build(  # noqa: PLR0917 (as on_disk)
             readable_n[batch["index"][real_B].numpy()] = batch["weight"][real_B].numpy() > 0
         del arrays
         for name in wanted:
-            _sync(temporary / f"{name}.bin")
+            sync(temporary / f"{name}.bin")
         content: dict[str, Any] = {
             "facts": facts,
             "checksums": {name: _checksum(temporary / f"{name}.bin") for name in wanted},
@@ -446,11 +446,6 @@ def _checksum(file: Path) -> int:
 def _own_checksum(content: dict[str, Any]) -> int:
     """Of stream.json, but for the checksum in it."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb+") as written:
-        os.fsync(written.fileno())
 
 
 @contextmanager
