@@ -27,6 +27,7 @@ from tests.slurm_cluster import PATH, PROGRAMS, Cluster, Unavailable
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LAUNCH = ROOT / "launch"
 OPTIONS = ("train.batch_size=60", "train.epochs=2", "run.save_every=4")  # 34 steps
+EPOCH = 17  # steps
 LOADED = ("data.workers=1", "data.cache=none")
 CPUS = ("--gpus-per-node=0", "--cpus-per-task=4")
 
@@ -90,13 +91,18 @@ def step(folder: Path, steps: int = 34) -> int:
     return int(told[-1]) if told else 0
 
 
+def resumed(folder: Path) -> list[int]:
+    """The steps at which attempts have gone on."""
+    return [int(step) for step in re.findall(r"resumed from \S+ at step (\d+)", (folder / "train.log").read_text())]
+
+
 # Found by Python where it starts, in the processes that train: the first attempts take their time.
 SLOWLY = """
 import os, sys
 if sys.orig_argv[2:4] == ["-m", "dist_vpt.train"] and os.environ["SLURM_JOB_NAME"] == "disturbed":
     import time
     from dist_vpt import engine
-    seconds, step = (2.0, 0.5, 0.5, 0.0)[int(os.environ.get("SLURM_RESTART_COUNT", "0"))], engine.train_step
+    seconds, step = (2.0, 1.0, 0.5, 0.0)[int(os.environ.get("SLURM_RESTART_COUNT", "0"))], engine.train_step
     def slowly(*arguments, **named):
         time.sleep(seconds)
         return step(*arguments, **named)
@@ -108,7 +114,7 @@ if sys.orig_argv[2:4] == ["-m", "dist_vpt.train"] and os.environ["SLURM_JOB_NAME
 def test_a_job_that_is_stopped_started_again_and_killed_equals_a_local_run(
     cluster: Cluster, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The time limit comes, then a requeue, then the end of one node's process: all in mid-epoch, by `launch slurm`."""
+    """The time limit comes, then a requeue in mid-epoch, then the end of one node's process; by `launch slurm`."""
     folder = tmp_path / "disturbed"
     (tmp_path / "sitecustomize.py").write_text(SLOWLY)
     for name, value in cluster.environment.items():
@@ -128,7 +134,7 @@ def test_a_job_that_is_stopped_started_again_and_killed_equals_a_local_run(
         assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
         cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
         at = step(folder)
-        wait_for(lambda: step(folder) >= at + 3)
+        wait_for(lambda: step(folder) >= at + 3 and 3 <= step(folder) % EPOCH <= 13)
         cluster.run("scontrol", "requeue", job)
         wait_for(lambda: "attempt 3 of 10," in log.read_text())
         assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
@@ -142,6 +148,8 @@ def test_a_job_that_is_stopped_started_again_and_killed_equals_a_local_run(
     finally:
         print(log.read_text() if log.exists() else "no log")
     assert cluster.job(job)[0]["Restarts"] == "3"
+    _, requeued, _ = resumed(folder)
+    assert requeued % EPOCH
     equal(folder, alone)
     assert "process 1 was ended by signal 9 (Killed)" in log.read_text()
 
