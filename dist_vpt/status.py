@@ -8,8 +8,8 @@ import math
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,8 @@ def _state(folder: Path, info: dict[str, Any]) -> tuple[str, str | None]:
     if again.get("status") != "running" or held(folder / ".lock"):  # it has just ended, or begun
         return again.get("status", "damaged"), again.get("reason")
     at = f", at {place['what']}" if place else ""
-    return "dead", f"its process (pid {info.get('pid')} on {info.get('host')}) is gone{at}; run.resume=auto goes on"
+    then = "the same command goes on" if info.get("kind") == "sweep" else "run.resume=auto goes on"
+    return "dead", f"its process (pid {info.get('pid')} on {info.get('host')}) is gone{at}; {then}"
 
 
 def _sweep(folder: Path, info: dict[str, Any]) -> Standing:
@@ -163,7 +164,22 @@ def _sweep(folder: Path, info: dict[str, Any]) -> Standing:
     except (OSError, yaml.YAMLError) as error:
         raise RunFolderError(f"{folder / 'recipe.yaml'}: cannot be read ({error})") from error
     trials = math.prod(len(values) for _, values in grid_axes(sweep["grid"]))
-    return _pieces(folder, state, reason, trials + len(sweep["seeds"]), info.get("updated"))
+    place = read_place(folder, 0)
+    updated = max(info.get("updated", ""), _iso(place["time"]) if place else "") or None
+    total = trials + len(sweep["seeds"])
+    found = _pieces(folder, state, reason, total, updated)
+    under_way = place.get("progress", {})
+    if state != "running" or "trials" not in under_way:
+        return found
+    whole = under_way["seconds"] + under_way["seconds_left"]
+    later = total - (found.done or 0) - under_way["trials"]  # as long each as those of this pass
+    return replace(
+        found,
+        epoch=under_way["epoch"],
+        epochs=under_way["epochs"],
+        images_per_s=under_way["images_per_s"],
+        seconds_left=round(under_way["seconds_left"] + max(0, later) * whole / under_way["trials"], 1),
+    )
 
 
 def _pieces(  # noqa: PLR0917 (how a sweep stands, and what to count)
@@ -279,7 +295,7 @@ def _screen(found: Sequence[Standing], folders: Sequence[str], width: int) -> An
         table.add_column("images/s", justify="right")
     for each in found:
         speed = f"{each.images_per_s:.1f}" if each.images_per_s is not None else ""
-        left = clock(each.seconds_left) if each.seconds_left is not None else ""
+        left = str(timedelta(seconds=round(each.seconds_left))) if each.seconds_left is not None else ""
         cells: list[Any] = [
             Text(each.folder),
             Text(each.status, COLORS.get(each.status, "")),
@@ -291,10 +307,3 @@ def _screen(found: Sequence[Standing], folders: Sequence[str], width: int) -> An
     told = [(each.folder, each.reason) for each in found if each.reason]
     reasons = [Text(reason if reason.startswith(folder) else f"{folder}: {reason}") for folder, reason in told]
     return Group(table, *([Text("")] if reasons else []), *reasons)
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

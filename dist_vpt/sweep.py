@@ -37,7 +37,7 @@ from dist_vpt.ranks import Ranks
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
-from dist_vpt.train import claim, device_name, run
+from dist_vpt.train import claim, device_name, meet, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
 
 POLL_SECONDS = 0.5
@@ -65,15 +65,17 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
     together = recipe.sweep.split == "batch"  # or each is on its own
-    if rank == 0 or together:  # mistakes in data and weights show before anything is written or waited for
+
+    def check(*_: int) -> None:  # mistakes in data and weights show before anything is written or waited for
         assemble(grid[0].recipe).method.train()
+
     with StopSignal() as stop, ExitStack() as leaving:
         accelerator, done = None, False
         if together:
-            accelerator = make_accelerator(grid[0].recipe)
-            leaving.callback(accelerator.end_training)
+            accelerator, _ = meet(grid[0].recipe, check, leaving)
             done = claim(folder, recipe, accelerator, leaving, "sweep")
         elif rank == 0:
+            check()
             done = leaving.enter_context(folder.claimed(recipe, "sweep"))
         else:
             _wait_for_claim(folder, recipe, stop)
@@ -82,8 +84,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
                 return {}
             _print(read_json(folder.path / "sweep.json"), folder.path, console)
             return read_json(folder.path / "sweep.json")
-        if together:
-            leaving.enter_context(Ranks(folder, rank, world, recipe.run.timeout_minutes))
+        if together or rank == 0:  # where each is on its own, nobody but `status` looks at them
+            leaving.enter_context(Ranks(folder, rank, world if together else 1, recipe.run.timeout_minutes))
         worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
         began = time.monotonic()
         worker.work(grid)

@@ -1,9 +1,11 @@
 """``accelerate launch -m dist_vpt.train RECIPE... a.b=c``: parse, build, fit, conclude."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dist_vpt.cli import guarded
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from dist_vpt.recipe import Recipe
     from dist_vpt.runfolder import RunFolder
 
+Made = TypeVar("Made")
+
 
 def main(words: list[str] | None = None) -> int:
     """Train as the recipe says; returns the exit code."""
@@ -30,8 +34,6 @@ def main(words: list[str] | None = None) -> int:
 
 def run(recipe: "Recipe") -> dict[str, Any]:
     """One run from a recipe to its result, on this process and those started beside it."""
-    from torch import distributed
-
     from dist_vpt.agreement import StopSignal
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
@@ -39,18 +41,18 @@ def run(recipe: "Recipe") -> dict[str, Any]:
     from dist_vpt.plan import advice_on_memory, check_memory
     from dist_vpt.ranks import Ranks
     from dist_vpt.runfolder import RunFolder, read_json
-    from dist_vpt.strategy import make_accelerator
 
     reset_peak_memory()
-    parts = assemble(recipe)  # before any process waits for another: mistakes in data and weights show at once
     folder = RunFolder(str(recipe.run.dir))
     with StopSignal() as stop, ExitStack() as leaving:
-        within = distributed.is_initialized()  # a sweep, whose processes stay together for its next run
-        accelerator = make_accelerator(recipe)
-        if not within:
-            leaving.callback(accelerator.end_training)
-        train = parts.training(recipe, accelerator.process_index, accelerator.num_processes)
-        parts.method.train()  # a method that cannot be trained from here says so before anything is written
+
+        def make(rank: int, world: int) -> tuple["Parts", "TrainBatches"]:
+            parts = assemble(recipe)
+            train = parts.training(recipe, rank, world)
+            parts.method.train()  # a method that cannot be trained from here says so before anything is written
+            return parts, train
+
+        accelerator, (parts, train) = meet(recipe, make, leaving)
         if claim(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
             return read_json(folder.result)
@@ -63,6 +65,37 @@ def run(recipe: "Recipe") -> dict[str, Any]:
                 training.monitor.line(warning)
             fit(training)
             return _conclude(training, parts)
+
+
+def meet(recipe: "Recipe", make: "Callable[[int, int], Made]", leaving: ExitStack) -> "tuple[Accelerator, Made]":
+    """What this process makes by itself of its rank and the number of processes, and the Accelerator of all of them.
+
+    Made before any process waits for another, so that mistakes in data and weights show at once; one that several
+    processes meet is told once. Raises UserError.
+    """
+    from torch import distributed
+
+    from dist_vpt.agreement import agree
+    from dist_vpt.errors import UserError
+    from dist_vpt.strategy import make_accelerator
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    within = distributed.is_initialized()  # a sweep, whose processes stay together for its next run
+    made, refused = [], None
+    try:
+        made.append(make(rank, world))
+    except UserError as error:
+        refused = error
+        if world == 1:
+            raise
+    try:
+        accelerator = make_accelerator(recipe)
+    except UserError as error:
+        raise refused or error from None
+    if not within:
+        leaving.callback(accelerator.end_training)
+    agree(accelerator, refused)
+    return accelerator, made[0]
 
 
 def claim(

@@ -191,6 +191,7 @@ def fit_trials(p: Pass) -> None:
             HERE.at(f"step {p.epoch * p.train.steps_per_epoch + p.step}", "reading images")
             step_trials(p, fetch(batches))
             p.step += 1
+            HERE.progress = _progress(p, time.monotonic() - began)
             if p.stop.agreed:
                 p.seconds = time.monotonic() - began
                 stop_together(p.accelerator, f"{p.state}: stopped {_save(p)}")
@@ -205,6 +206,22 @@ def fit_trials(p: Pass) -> None:
         if over or total(p.accelerator, due)[0]:
             _save(p)
             saved = time.monotonic()
+    HERE.progress = {}
+
+
+def _progress(p: Pass, seconds: float) -> dict[str, float]:
+    """How far a pass is, for ``dist-vpt status``."""
+    done, steps = p.epoch * p.train.steps_per_epoch + p.step, p.recipe.train.epochs * p.train.steps_per_epoch
+    return {
+        "step": done,
+        "steps": steps,
+        "epoch": p.epoch + 1,
+        "epochs": p.recipe.train.epochs,
+        "trials": len(p.trials),
+        "seconds": round(seconds, 3),
+        "seconds_left": round(seconds / done * (steps - done), 3),
+        "images_per_s": round(max(trial.progress.images for trial in p.trials) / seconds, 2),
+    }
 
 
 @torch.no_grad()

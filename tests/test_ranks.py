@@ -22,7 +22,7 @@ from dist_vpt.errors import OutOfMemory, RunFolderError
 from dist_vpt.recipe import load_recipe
 from dist_vpt.runfolder import RunFolder
 from tests.forks import Forks, command
-from tests.running import ROOT, words
+from tests.running import ROOT, SMALLEST, few_images, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
 FAILS_AT = 3  # steps that are done before
@@ -171,6 +171,24 @@ def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(tmp_pa
     reason = json.loads((folder / "run.json").read_text())["reason"]
     assert reason.startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on "), reason
     assert "ended without a word" in reason
+
+
+@pytest.mark.parametrize("call", ["train", "sweep"])
+@pytest.mark.parametrize("met_by", [{0, 1}, {1}], ids=["both", "one"])
+def test_a_mistake_that_shows_before_processes_meet_is_told_once(call: str, met_by: set[int], tmp_path: Path) -> None:
+    (tmp_path / "there" / "data").mkdir(parents=True)
+    few_images(tmp_path / "there" / "data")
+
+    def before(rank: int) -> None:
+        os.chdir(tmp_path if rank in met_by else tmp_path / "there")  # as on a node without the data
+
+    options = [*SMALLEST, "data.root=data", f"run.dir={tmp_path / 'run'}", "run.trackers=[]"]
+    options += ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}"] if call == "sweep" else []
+    forks = command([call, *options], tmp_path / "told.txt", "ddp", before)
+    assert forks.finish(90) == [2, 2], forks.output[-3000:]
+    assert f"error: data.root 'data': {tmp_path}/data is not a folder" in forks.output
+    assert forks.output.count("error: ") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dist_vpt import status as status_module
 from dist_vpt.cli import main
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.errors import Interrupted
+from dist_vpt.ranks import read_place
 from dist_vpt.recipe import load_recipe
 from dist_vpt.results import Protocol, Result, append
 from dist_vpt.runfolder import RunFolder
@@ -58,22 +59,23 @@ def ended(folder: Path, error: BaseException | None = None) -> None:
             run.mark("done")
 
 
+def wait_in_the_second_epoch(rank: int) -> None:
+    """No more images come there."""
+    whole = TrainBatches.epoch
+
+    def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
+        for step, batches in enumerate(whole(self, epoch, start_step)):
+            if epoch == 1 and step == STEPS_DONE:
+                time.sleep(300)
+            yield batches
+
+    TrainBatches.epoch = epoch  # type: ignore[method-assign]
+
+
 def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "one"
-
-    def before(rank: int) -> None:
-        whole = TrainBatches.epoch
-
-        def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
-            for step, batches in enumerate(whole(self, epoch, start_step)):
-                if epoch == 1 and step == STEPS_DONE:
-                    time.sleep(300)
-                yield batches
-
-        TrainBatches.epoch = epoch  # type: ignore[method-assign]
-
     options = words(folder, "train.epochs=4", "train.batch_size=200", "run.trackers=[]", "run.timeout_minutes=0.01")
-    forks = command(["train", *options], tmp_path / "told.txt", before=before)
+    forks = command(["train", *options], tmp_path / "told.txt", before=wait_in_the_second_epoch)
     number = 5 + STEPS_DONE
 
     def arrived() -> bool:
@@ -129,6 +131,44 @@ def test_a_sweep_by_its_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (sweep["kind"], sweep["status"], sweep["done"], sweep["total"]) == ("sweep", "running", 2, 6 + 2)
     assert sweep["seconds_left"] == 6 * 15
     assert "2/8 trials and seeds" in told(capsys, str(folder))
+
+
+def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six trials of a reader train together, of which none has an outcome before all have."""
+    folder = tmp_path / "sweep"
+    options = words(folder, "method.name=linear", "train.epochs=4", "train.batch_size=200", "run.trackers=[]")
+    options += ["sweep.grid={optim: {lr: [1.0, 0.1, 0.2], weight_decay: [0.0, 0.1]}}", "sweep.seeds=[1, 2]"]
+    options += ["run.timeout_minutes=0.01"]  # a sign of life every 0.06 s
+    forks = command(["sweep", *options], tmp_path / "told.txt", before=wait_in_the_second_epoch)
+    number = 5 + STEPS_DONE
+
+    def there() -> dict[str, Any]:
+        return read_place(folder, 0).get("progress", {})
+
+    wait_for(lambda: not forks.running or there().get("step") == number)
+    sweep = standings(capsys, folder)["sweep"]
+    assert (sweep["status"], sweep["done"], sweep["total"], sweep["epoch"], sweep["epochs"]) == ("running", 0, 8, 2, 4)
+    assert sweep["images_per_s"] == pytest.approx(number * 200 / there()["seconds"], rel=0.02)
+    left, spent = there()["seconds_left"], there()["seconds"]
+    assert left == pytest.approx(spent / number * (20 - number), rel=0.02)
+    assert sweep["seconds_left"] == pytest.approx(left + 2 * (spent + left) / 6, abs=0.06)  # the seeds come later
+    assert "0/8 trials and seeds, epoch 2/4" in told(capsys, str(folder))
+    with monkeypatch.context() as far:  # on a machine that our locks do not reach, a sign of life is enough
+        far.setattr("dist_vpt.status.held", lambda file: False)
+        far.setattr("dist_vpt.status.socket.gethostname", lambda: "elsewhere")
+        assert standings(capsys, folder)["sweep"]["status"] == "running"
+        far.setattr("dist_vpt.status.SILENT_SECONDS", -1)
+        assert standings(capsys, folder)["sweep"]["status"] == "dead"
+    forks.send(signal.SIGKILL)
+    assert forks.finish() == [-signal.SIGKILL]
+    sweep = standings(capsys, folder)["sweep"]
+    assert (sweep["status"], sweep["epoch"], sweep["images_per_s"], sweep["seconds_left"]) == ("dead", None, None, None)
+    assert sweep["reason"] == (
+        f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
+        "images; the same command goes on"
+    )
 
 
 @pytest.fixture

@@ -189,7 +189,9 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
         wait_for(lambda moment=moment: (tmp_path / "killed" / moment).exists())
         forks.send(signal.SIGKILL)
         assert forks.finish() == [-signal.SIGKILL], forks.output
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*/*.json")}
+    outcomes = [p for part in ("trials", "seeds") for p in (tmp_path / "killed" / part).glob("*.json")]
+    before = {p: p.stat().st_mtime_ns for p in outcomes}
+    assert before
     again = start(tmp_path / "killed", *grid)
     assert again.finish() == [0], again.output
     assert {p: p.stat().st_mtime_ns for p in before} == before  # nothing was trained twice
