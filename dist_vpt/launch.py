@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 TIME = re.compile(r"\d+(:\d\d){0,2}|\d+-\d+(:\d\d){0,2}")  # minutes, M:S, H:M:S; days-H, days-H:M, days-H:M:S
+LEAVES = 120  # seconds before its time limit a job is told to save
+SHORTEST = 180  # seconds of an attempt that has time for anything
 
 
 def slurm(
@@ -38,7 +40,8 @@ def slurm(
         f"--time={time}",
         f"--output={_quoted(str(run).replace('%', '%%') + '-%j.log')}",
     ]
-    text = script("dist-vpt launch slurm", directives, ["train_in_job", strategy, *words], attempts)
+    notes = [f"# The log's folder must be there (Slurm makes none): mkdir -p {shlex.quote(str(run.parent))}"]
+    text = script("dist-vpt launch slurm", directives, ["train_in_job", strategy, *words], attempts, notes)
     if dry_run:
         print(text, end="")
         return
@@ -59,17 +62,24 @@ def slurm(
     print(f"job {job} of {file}, log in {run}-{job}.log")
 
 
-def script(writer: str, directives: Sequence[str], call: Sequence[str], attempts: int | None = None) -> str:
+def script(
+    writer: str,
+    directives: Sequence[str],
+    call: Sequence[str],
+    attempts: int | None = None,
+    notes: Sequence[str] = (),
+) -> str:
     """A job's script: options for sbatch, then a call of launch/slurm.sh with this Python in this folder."""
     shared = LAUNCH / "slurm.sh"
     if not shared.is_file():
         raise UserError(f"{shared}: is not there; Slurm scripts need a clone of the repository (pip install -e CLONE)")
-    always = ["--ntasks-per-node=1", "--signal=B:USR1@120", "--requeue", "--open-mode=append"]
+    always = ["--ntasks-per-node=1", f"--signal=B:USR1@{LEAVES}", "--requeue", "--open-mode=append"]
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH {directive}" for directive in (*directives, *always)),
         f"# Written by {writer}. More options (partition, account, ...) may be given to sbatch, or as its variables",
         "# (SBATCH_PARTITION, SBATCH_ACCOUNT, ...). Started again, it goes on.",
+        *notes,
         f"cd {shlex.quote(os.getcwd())} || exit 2",
         f"python={shlex.quote(sys.executable)}",
         *([f"ATTEMPTS={attempts}"] if attempts else []),
@@ -77,6 +87,14 @@ def script(writer: str, directives: Sequence[str], call: Sequence[str], attempts
         shlex.join(call),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _seconds(time: str) -> int:
+    """Of a limit as sbatch takes it."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False))
 
 
 def _quoted(text: str) -> str:
@@ -93,7 +111,15 @@ def _check(recipe: "Recipe", *, nodes: int, gpus: int, time: str, strategy: str,
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if not TIME.fullmatch(time):
-        raise UserError(f"--time {time}: must be minutes, hours:minutes:seconds or days-hours, as sbatch takes it")
+        raise UserError(
+            f"--time {time}: must be as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+            "days-hours:minutes or days-hours:minutes:seconds"
+        )
+    if _seconds(time) < SHORTEST:
+        raise UserError(
+            f"--time {time}: must be {SHORTEST} seconds or more; an attempt saves and leaves {LEAVES} seconds before "
+            "its end"
+        )
     from dist_vpt.strategy import why_not
 
     if reason := why_not(recipe, strategy):

@@ -365,6 +365,8 @@ def test_every_node_is_checked_and_an_element_has_its_sweep(tmp_path: Path) -> N
     assert "scontrol requeue 5_3\n" in done.stdout
     done = in_job(tmp_path, "--tasks", "dtd", "--runners", "1", call="suite_in_job", **array)
     assert "-m dist_vpt suite --tasks dtd --runners 1\n" in done.stdout
+    done = in_job(tmp_path, "--tasks", "dtd", "--runners=1", call="suite_in_job", **array)
+    assert "-m dist_vpt suite --tasks dtd --runners=1\n" in done.stdout
 
 
 def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, alone: Path) -> None:
@@ -428,7 +430,12 @@ def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Sign
         (["--gpus-per-node", "-1"], "--gpus-per-node -1: must be at least 0"),
         (["--attempts", "0"], "--attempts 0: must be at least 1"),
         (["--strategy", "zero4"], "--strategy zero4: no launch/accelerate/zero4.yaml; did you mean 'zero"),
-        (["--time", "soon"], "--time soon: must be minutes, hours:minutes:seconds or days-hours"),
+        (
+            ["--time", "soon"],
+            "--time soon: must be as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds,",
+        ),
+        (["--time", "2"], "--time 2: must be 180 seconds or more"),
+        (["--time", "0:02:59"], "--time 0:02:59: must be 180 seconds or more"),
         (["--nodes", "3"], "train.batch_size = 64: must be a multiple of 3 = 3 nodes x 1 processes x 1 accumulated"),
         (["seeds=1"], "command line: seeds = 1: unknown key"),
         (["runtime.precision=fp16", "--strategy", "zero2"], "--strategy zero2: runtime.precision = fp16: DeepSpeed"),
@@ -465,6 +472,7 @@ def test_launch_writes_and_submits_what_the_dry_run_shows(
         "--open-mode": "append", "--output": f'"{run}-%j.log"',
     }  # fmt: skip
     assert f"\nATTEMPTS=5\nsource {LAUNCH}/slurm.sh || exit 2\ntrain_in_job zero3 'run.dir={run}' data.work" in shown
+    assert f"mkdir -p {run.parent}\n" in shown
     subprocess.run(["bash", "-n"], input=shown, text=True, check=True)
     for code, told in ((0, f"job 12 of {run}.sbatch, log in {run}-12.log\n"), (1, "refused by sbatch (no such part)")):
         (tmp_path / "sbatch").write_text(
