@@ -1,6 +1,7 @@
 """What all processes decide together: to stop on a signal, and to fail with the error that one of them met."""
 
 import signal
+import socket
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -84,9 +85,12 @@ def on_main(accelerator: Accelerator, write: Callable[[], Any], what: str, folde
 
 
 def fail_together(accelerator: Accelerator, error: UserError | None) -> NoReturn:
-    """Raise the first process's error on every process. A collective call."""
+    """Raise the first process's error on every process, with its place unless it is main. A collective call."""
     if accelerator.num_processes > 1:
-        error = next(e for e in gather_object([error]) if e is not None)
+        met = gather_object([(error, socket.gethostname())])
+        rank, error, host = next((r, e, host) for r, (e, host) in enumerate(met) if e is not None)
+        if rank:
+            error.args = (f"process {rank} on {host}: {error}",)
     assert error is not None
     error.shared = True  # one process's telling is enough
     raise error

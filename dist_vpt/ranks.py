@@ -97,7 +97,7 @@ def read_place(folder: Path, rank: int) -> dict[str, Any]:
 
 
 class Ranks:
-    """Held by every process of a run while it trains.
+    """Held by every process of a run while it trains; ``minutes``: how long one may keep the others waiting.
 
     Entered where all have agreed that the folder is theirs. Raises ProcessFailed, with the first failure's reason, in
     place of what a process meets because of another; a process that cannot come back to raise it is ended.
@@ -110,6 +110,7 @@ class Ranks:
         self.beat = min(BEAT_SECONDS, 6 * minutes)
         self.poll = min(POLL_SECONDS, 6 * minutes)
         self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="ranks")
         self._beats = 0
         self._seen: dict[int, tuple[int, float]] = {}  # of each process the last sign of life, and when it was new
         self._descriptor: int | None = None
@@ -134,7 +135,7 @@ class Ranks:
             print(said, file=sys.stderr, flush=True)
         if self.rank:
             self._open_log()
-        threading.Thread(target=self._watch, daemon=True, name="ranks").start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -145,6 +146,8 @@ class Ranks:
                 self._fail(error)
         finally:
             self._left.set()
+            if self._thread.ident is not None:
+                self._thread.join(LEAVE_SECONDS)  # or it might write into a file that gets the descriptor next
             self._tell()
             self._close_log()
             if self._descriptor is not None:
@@ -153,6 +156,8 @@ class Ranks:
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others of this process's failure, or raise theirs in its place."""
+        if isinstance(error, Interrupted) and not error.shared and (failure := self._failure() or self._any_gone()):
+            raise _as_error(failure) from error  # stopped by a launcher, because of another process
         agreed = isinstance(error, UserError) and error.shared and not isinstance(error, ProcessFailed)
         agreed |= isinstance(error, Interrupted)
         if agreed or isinstance(error, KeyboardInterrupt) or self._superseded():
@@ -183,17 +188,21 @@ class Ranks:
         deadline = time.monotonic() + 3 * self.beat
         while time.monotonic() < deadline:
             failure = self._failure()
+            failure = failure or self._any_gone()
             if failure is not None:
                 return failure
-            for rank in range(self.world):
-                if rank != self.rank and self._gone(rank, 0.0, 2 * self.beat):
-                    return self._record_gone(rank)
             time.sleep(0.05)
         for rank in range(self.world):
             if rank != self.rank and self._place(rank).get("left"):
                 return self._record_gone(rank)
         late = self._late()
         return self._record(*late) if late is not None else None
+
+    def _any_gone(self) -> dict[str, Any] | None:
+        for rank in range(self.world):
+            if rank != self.rank and self._gone(rank, 0.0, 2 * self.beat):
+                return self._record_gone(rank)
+        return None
 
     def _watch(self) -> None:
         """The thread: tells where this process stands, and ends it where the run is lost and it does not see that."""
@@ -322,7 +331,8 @@ class Ranks:
         """Why this process has no run any more; nothing where its folder was removed, which ends no run."""
         if not (self.told / f"rank-{self.rank}.json").exists():
             return None
-        return {"rank": self.rank, "reason": f"{_named(self._own())}: its run was started again while it hung"}
+        reason = f"{_named(self._own())}: its run was started again while it hung"
+        return {"rank": self.rank, "reason": reason, "exit_code": ProcessFailed.exit_code}
 
     def _place(self, rank: int) -> dict[str, Any]:
         return read_place(self.folder.path, rank) if rank != self.rank else self._own()

@@ -244,7 +244,8 @@ class RunFolder:
             return
         self._refuse_foreign()
         status = self.status().get("status")
-        if status == "failed" and not any(path.exists() for path in (self.state, self.adapters, self.best)):
+        outcomes = (self.path / "trials", self.path / "seeds")  # of a sweep
+        if status == "failed" and not any(p.exists() for p in (self.state, self.adapters, self.best, *outcomes)):
             kept: Sequence[str] = ()
             with suppress(UserError):  # of a recipe that cannot be read, too, nothing is kept
                 kept = () if self._changed(recipe) else LOGS

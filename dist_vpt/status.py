@@ -166,19 +166,19 @@ def _sweep(folder: Path, info: dict[str, Any]) -> Standing:
     trials = math.prod(len(values) for _, values in grid_axes(sweep["grid"]))
     place = read_place(folder, 0)
     updated = max(info.get("updated", ""), _iso(place["time"]) if place else "") or None
-    total = trials + len(sweep["seeds"])
-    found = _pieces(folder, state, reason, total, updated)
-    under_way = place.get("progress", {})
-    if state != "running" or "trials" not in under_way:
+    total, sharing = trials + len(sweep["seeds"]), place.get("world", 1) if sweep["split"] == "trials" else 1
+    found = _pieces(folder, state, reason, total, updated, sharing)
+    passes = [p for rank in range(sharing) if "trials" in (p := read_place(folder, rank).get("progress", {}))]
+    if state != "running" or not passes:
         return found
-    whole = under_way["seconds"] + under_way["seconds_left"]
-    later = total - (found.done or 0) - under_way["trials"]  # as long each as those of this pass
+    later = max(0, total - (found.done or 0) - sum(p["trials"] for p in passes))  # as long each as those of now
+    each = sum((p["seconds"] + p["seconds_left"]) / p["trials"] for p in passes) / len(passes)
     return replace(
         found,
-        epoch=under_way["epoch"],
-        epochs=under_way["epochs"],
-        images_per_s=under_way["images_per_s"],
-        seconds_left=round(under_way["seconds_left"] + max(0, later) * whole / under_way["trials"], 1),
+        epoch=passes[0]["epoch"],
+        epochs=passes[0]["epochs"],
+        images_per_s=round(sum(p["images_per_s"] for p in passes), 2),
+        seconds_left=round(max(p["seconds_left"] for p in passes) + later * each / sharing, 1),
     )
 
 

@@ -360,7 +360,7 @@ def _build(  # noqa: PLR0917 (as on_disk)
         arrays = {name: _mapped(temporary / f"{name}.bin", wanted[name], backbone.dtype, new=True) for name in wanted}
         readable_n = np.zeros(facts["count"], bool)
         for batch in batches:
-            if stop.asked:  # the other processes wait for this one, and hear of it when it has given up
+            if stop.asked:  # of this process alone, another one takes the lock and builds it
                 raise _stopped()
             _write(arrays, reads, observe(backbone, batch["images"].to(device), reads), batch["index"])
             real_B = batch["index"] != PADDING

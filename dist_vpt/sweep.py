@@ -37,7 +37,7 @@ from dist_vpt.ranks import Ranks
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
-from dist_vpt.train import claim, device_name, meet, run
+from dist_vpt.train import attempt, claim, device_name, meet, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
 
 POLL_SECONDS = 0.5
@@ -65,17 +65,20 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
     together = recipe.sweep.split == "batch"  # or each is on its own
+    refused = None
+    if rank == 0 or together:  # mistakes in data and weights show before anything is written or waited for
 
-    def check(*_: int) -> None:  # mistakes in data and weights show before anything is written or waited for
-        assemble(grid[0].recipe).method.train()
+        def check() -> None:
+            assemble(grid[0].recipe).method.train()
 
+        _, refused = attempt(check)
     with StopSignal() as stop, ExitStack() as leaving:
         accelerator, done = None, False
         if together:
-            accelerator, _ = meet(grid[0].recipe, check, leaving)
+            accelerator = meet(grid[0].recipe, refused, leaving)
+            _refuse_deepspeed(recipe, accelerator)
             done = claim(folder, recipe, accelerator, leaving, "sweep")
         elif rank == 0:
-            check()
             done = leaving.enter_context(folder.claimed(recipe, "sweep"))
         else:
             _wait_for_claim(folder, recipe, stop)
@@ -84,9 +87,11 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
                 return {}
             _print(read_json(folder.path / "sweep.json"), folder.path, console)
             return read_json(folder.path / "sweep.json")
-        if together or rank == 0:  # where each is on its own, nobody but `status` looks at them
-            leaving.enter_context(Ranks(folder, rank, world if together else 1, recipe.run.timeout_minutes))
+        # Where each is on its own, none keeps the others waiting.
+        leaving.enter_context(Ranks(folder, rank, world, recipe.run.timeout_minutes if together else math.inf))
         worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
+        for doubt in recipe.doubts:
+            worker.show(f"note: {doubt}")
         began = time.monotonic()
         worker.work(grid)
         outcomes = worker.wait_for(grid)
@@ -178,7 +183,7 @@ class Worker:
             if self.stop.asked:
                 raise Interrupted(f"{self.folder.path}: stopped; the same command goes on")
             if waiting:
-                self._show(f"waiting for {len(missing)} trials of other processes")
+                self.show(f"waiting for {len(missing)} trials of other processes")
                 waiting = False
             time.sleep(POLL_SECONDS)
         return [read_outcome(job) for job in jobs]
@@ -203,12 +208,10 @@ class Worker:
             state = self._state_of(jobs)
         if self.accelerator is None:
             self.accelerator = make_accelerator(self.recipe)
-            if self.accelerator.state.deepspeed_plugin is not None:
-                raise UserError("a reader's sweep shares one small model: start it with launch/accelerate/ddp.yaml")
         recipes = [job.recipe for job in jobs]
-        self._show(f"{len(jobs)} trials in one pass: {_said(jobs[0].setting)} to {_said(jobs[-1].setting)}")
+        self.show(f"{len(jobs)} trials in one pass: {_said(jobs[0].setting)} to {_said(jobs[-1].setting)}")
         with advice_on_memory(recipes[0], self.accelerator, trials=len(jobs)):
-            p = make_pass(recipes, self.accelerator, self.stop, state, self._show)
+            p = make_pass(recipes, self.accelerator, self.stop, state, self.show)
             try:
                 fit_trials(p)
                 scored = [t for t in p.trials if not t.diverged] if recipes[0].train.test else []
@@ -287,9 +290,17 @@ class Worker:
             job.outcome.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(job.outcome, json.dumps(outcome, indent=1) + "\n")
 
-    def _show(self, text: str) -> None:
+    def show(self, text: str) -> None:
+        """Print a line, on the first process."""
         if self.first and text:
             self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _refuse_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:
+    if recipe.method.reader and accelerator.state.deepspeed_plugin is not None:
+        refused = UserError("a reader's sweep shares one small model: start it with launch/accelerate/ddp.yaml")
+        refused.shared = True  # the recipe and the launcher's file are the same everywhere
+        raise refused
 
 
 def read_outcome(job: Job) -> dict[str, Any]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dist_vpt.build import Parts
     from dist_vpt.data.loaders import TrainBatches
     from dist_vpt.engine import Training
+    from dist_vpt.errors import UserError
     from dist_vpt.recipe import Recipe
     from dist_vpt.runfolder import RunFolder
 
@@ -28,8 +29,8 @@ def main(words: list[str] | None = None) -> int:
     from dist_vpt.recipe import load_recipe, split_arguments
 
     words = sys.argv[1:] if words is None else words
-    files, overrides = split_arguments([word for word in words if word != "--debug"])
-    return guarded(lambda: run(load_recipe(files, overrides)), debug="--debug" in words)
+    told = [word for word in words if word != "--debug"]
+    return guarded(lambda: run(load_recipe(*split_arguments(told))), debug="--debug" in words)
 
 
 def run(recipe: "Recipe") -> dict[str, Any]:
@@ -42,17 +43,19 @@ def run(recipe: "Recipe") -> dict[str, Any]:
     from dist_vpt.ranks import Ranks
     from dist_vpt.runfolder import RunFolder, read_json
 
+    def make() -> tuple["Parts", "TrainBatches"]:
+        parts = assemble(recipe)
+        train = parts.training(recipe, int(os.environ.get("RANK", "0")), processes())
+        parts.method.train()  # a method that cannot be trained from here says so before anything is written
+        return parts, train
+
     reset_peak_memory()
     folder = RunFolder(str(recipe.run.dir))
+    made, refused = attempt(make)  # before any process waits for another
     with StopSignal() as stop, ExitStack() as leaving:
-
-        def make(rank: int, world: int) -> tuple["Parts", "TrainBatches"]:
-            parts = assemble(recipe)
-            train = parts.training(recipe, rank, world)
-            parts.method.train()  # a method that cannot be trained from here says so before anything is written
-            return parts, train
-
-        accelerator, (parts, train) = meet(recipe, make, leaving)
+        accelerator = meet(recipe, refused, leaving)
+        assert made is not None
+        parts, train = made
         if claim(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
             return read_json(folder.result)
@@ -67,35 +70,42 @@ def run(recipe: "Recipe") -> dict[str, Any]:
             return _conclude(training, parts)
 
 
-def meet(recipe: "Recipe", make: "Callable[[int, int], Made]", leaving: ExitStack) -> "tuple[Accelerator, Made]":
-    """What this process makes by itself of its rank and the number of processes, and the Accelerator of all of them.
+def processes() -> int:
+    """How many the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    Made before any process waits for another, so that mistakes in data and weights show at once; one that several
-    processes meet is told once. Raises UserError.
-    """
+
+def attempt(make: "Callable[[], Made]") -> "tuple[Made | None, UserError | None]":
+    """What this process makes by itself, or, where others are there to agree with, the mistake that it meets."""
+    from dist_vpt.errors import UserError
+
+    try:
+        return make(), None
+    except UserError as error:
+        if processes() == 1:
+            raise
+        return None, error
+
+
+def meet(recipe: "Recipe", refused: "UserError | None", leaving: ExitStack) -> "Accelerator":
+    """The Accelerator of all processes, or the mistake that one or several of them have met, told once."""
     from torch import distributed
 
     from dist_vpt.agreement import agree
     from dist_vpt.errors import UserError
     from dist_vpt.strategy import make_accelerator
 
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     within = distributed.is_initialized()  # a sweep, whose processes stay together for its next run
-    made, refused = [], None
-    try:
-        made.append(make(rank, world))
-    except UserError as error:
-        refused = error
-        if world == 1:
-            raise
     try:
         accelerator = make_accelerator(recipe)
-    except UserError as error:
-        raise refused or error from None
-    if not within:
-        leaving.callback(accelerator.end_training)
-    agree(accelerator, refused)
-    return accelerator, made[0]
+        if not within:
+            leaving.callback(accelerator.end_training)
+        agree(accelerator, refused)
+    except (UserError, RuntimeError) as error:  # of a collective call that another process does not come to
+        if refused is None or (isinstance(error, UserError) and error.shared):
+            raise
+        raise refused from error
+    return accelerator
 
 
 def claim(
@@ -120,8 +130,8 @@ def claim(
     agree(accelerator, refused)
     if not folder.seen():
         refused = RunFolderError(
-            f"{folder.path}: process {accelerator.process_index} sees no run here, where process 0 has just begun one; "
-            "every process needs to see the run folder: choose a run.dir that all nodes share"
+            f"{folder.path}: no run is seen here, where process 0 has just begun one; every process "
+            "needs to see the run folder: choose a run.dir that all nodes share"
         )
     agree(accelerator, refused)
     return broadcast_object_list([done])[0]
@@ -185,7 +195,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         f"run folder {folder.path}",
         "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
     ]
-    headline += [f"note: {note}" for note in parts.splits.notes]
+    headline += [f"note: {note}" for note in (*recipe.doubts, *parts.splits.notes)]
     then = f"run.resume=auto goes on {states.newest}"
     if parts.splits.carved:
 

@@ -1,5 +1,6 @@
 """One process of several fails, is killed or hangs: all end soon, with the reason of the first, told by each."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -134,14 +135,19 @@ def test_all_end_with_the_reason_of_the_first(
         assert f"in {fault.__name__}" in logs[broken].read_text(), "where it failed or hung"
 
 
-def test_processes_that_share_the_batches_of_a_sweep(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["batch", "trials"])
+def test_processes_that_share_a_sweep(split: str, tmp_path: Path) -> None:
     """Each trial is a run in a folder of its own, within the sweep's."""
     folder = tmp_path / "sweep"
-    grid = ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]"]
+    grid = [f"sweep.split={split}", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]"]
     options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]")
-    forks = command(
-        ["sweep", *options], tmp_path / "told.txt", "ddp", lambda rank: before_step(is_killed) if rank else None
-    )
+
+    def before(rank: int) -> None:
+        ranks.LEAVE_SECONDS, ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 1.0, 0.3, 0.3
+        if rank:
+            before_step(is_killed)
+
+    forks = command(["sweep", *options], tmp_path / "told.txt", "ddp", before)
     assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
     info = json.loads((folder / "run.json").read_text())
     assert info["status"] == "failed"
@@ -186,7 +192,8 @@ def test_a_mistake_that_shows_before_processes_meet_is_told_once(call: str, met_
     options += ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}"] if call == "sweep" else []
     forks = command([call, *options], tmp_path / "told.txt", "ddp", before)
     assert forks.finish(90) == [2, 2], forks.output[-3000:]
-    assert f"error: data.root 'data': {tmp_path}/data is not a folder" in forks.output
+    who = "" if 0 in met_by else f"process 1 on {socket.gethostname()}: "
+    assert f"error: {who}data.root 'data': {tmp_path}/data is not a folder" in forks.output
     assert forks.output.count("error: ") == 1
     assert not (tmp_path / "run").exists()
 
@@ -220,16 +227,33 @@ def test_a_process_that_does_not_see_the_run_folder_ends_all(tmp_path: Path) -> 
     forks = forked("ddp", tmp_path / "run", before)
     assert forks.finish(60) == [2, 2], forks.output[-3000:]
     assert forks.output.count("error: ") == 1
-    assert f"{tmp_path / 'run'}: process 1 sees no run here, where process 0 has just begun one" in forks.output
+    here = (
+        f"process 1 on {socket.gethostname()}: {tmp_path / 'run'}: no run is seen here, where process 0 has just begun"
+    )
+    assert here in forks.output
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], Any]) -> list[str]:
-    """Process 1 of 2 is in the folder, then something happens to ranks/: with what reasons its thread would end it."""
+    """Process 1 of 2 is in the folder, then something happens to ranks/: with what reasons its thread ends it."""
+    told: list[str] = []
     reasons: list[str] = []
+    whole = ranks.Ranks._end
+
+    def end(self: ranks.Ranks, failure: dict[str, Any]) -> None:
+        told.append(failure["reason"])
+        with contextlib.suppress(SystemExit):
+            whole(self, failure)
+
+    def leave(code: int) -> None:  # the thread, in place of the tests' own process
+        assert code == 4
+        reasons.append(told[-1])
+        raise SystemExit
+
+    monkeypatch.setattr(ranks.os, "_exit", leave)
     monkeypatch.setattr(ranks, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(ranks, "LEAVE_SECONDS", 0.02)
-    monkeypatch.setattr(ranks.Ranks, "_end", lambda self, failure: reasons.append(failure["reason"]))
+    monkeypatch.setattr(ranks.Ranks, "_end", end)
     with folder.claimed(load_recipe([], words(folder.path))), ranks.Ranks(folder, 1, 2, 1.0):
         then(folder.path / "ranks")
         deadline = time.monotonic() + 5
@@ -260,7 +284,7 @@ def test_a_process_that_cannot_tell_where_it_stands_says_so_and_still_looks_at_t
         return whole(path, *args)
 
     monkeypatch.setattr(ranks.os, "open", full)
-    failure = json.dumps({"rank": 0, "reason": "process 0 of 2: its memory ran out"})
+    failure = json.dumps({"rank": 0, "reason": "process 0 of 2: its memory ran out", "exit_code": 4})
     reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, lambda told: (told / "failed.json").write_text(failure))
     assert reasons[0] == "process 0 of 2: its memory ran out"
     told = capsys.readouterr().err

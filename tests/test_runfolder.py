@@ -245,7 +245,16 @@ def test_the_next_attempt_keeps_why_the_one_before_failed(folder: RunFolder, cha
     assert not folder.metrics.exists()
 
 
-@pytest.mark.parametrize("kept", ["state/step-00000001/state.json", "adapters.safetensors", "best.safetensors"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "state/step-00000001/state.json",
+        "adapters.safetensors",
+        "best.safetensors",
+        "trials/000.json",  # of a sweep
+        "seeds/44.json",
+    ],
+)
 def test_a_failed_run_that_saved_something_is_kept(folder: RunFolder, kept: str) -> None:
     with pytest.raises(RunFailed):
         use(folder, then=RunFailed("the loss is nan"))

@@ -171,6 +171,21 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     )
 
 
+def test_a_sweep_whose_trials_two_processes_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 20 trials each trains ten in one pass; five seeds are to come."""
+    folder = tmp_path / "sweep"
+    grid = (f"sweep.grid={{optim: {{lr: {[n / 10 for n in range(1, 21)]}}}}}", "sweep.seeds=[1, 2, 3, 4, 5]")
+    with RunFolder(folder).claimed(load_recipe([], [f"run.dir={folder}", *grid]), kind="sweep"):
+        (folder / "ranks").mkdir()
+        for rank, left in enumerate((30.0, 50.0)):
+            progress = {"trials": 10, "epoch": 4, "epochs": 9, "seconds": 60.0, "seconds_left": left}
+            place = {"world": 2, "time": time.time(), "progress": progress | {"images_per_s": 7.5}}
+            (folder / "ranks" / f"rank-{rank}.json").write_text(json.dumps(place))
+        sweep = standings(capsys, folder)["sweep"]
+    assert (sweep["done"], sweep["total"], sweep["epoch"], sweep["images_per_s"]) == (0, 25, 4, 15)
+    assert sweep["seconds_left"] == 50 + 5 * 10 / 2  # a trial takes 9 s and 11 s
+
+
 @pytest.fixture
 def suite(tmp_path: Path) -> Iterator[tuple[Path, ExitStack]]:
     """A suite of four sweeps: one has a result, one has failed, a runner is at one, and one has not begun."""
