@@ -28,9 +28,9 @@ number of GPUs up to which the efficiency is at least 90 % and 50 %; ``hidden_st
 bytes were hidden behind the computing, and only latencies were not. The truth lies between the two.
 
 **Checked**: the model's bytes and step times beside the measured ones, with the relative error. For this what a
-collective takes is this machine's, a + b n for each kind from plain ones of a few bytes and of 16 MiB, and compute is
-the step time of ``apart``, with what the strategy's engine adds to the step of one process alone; nothing is fitted to
-the steps that are compared.
+collective takes is this machine's, a + b n for each kind from plain ones of a few bytes and of many MiB, and compute is
+the step time of ``apart``, with what the strategy's engine adds to the step of one process alone (which updates all
+that ZeRO shares among several); nothing is fitted to the steps that are compared.
 
 The last line of the output is one JSON object, which also goes to a file in ``--out``.
 """
@@ -212,7 +212,7 @@ def measure(recipes: dict[str, Recipe], arguments: argparse.Namespace) -> list[d
 
 
 def of_strategy(found: list[dict[str, Any]], strategy: str, processes: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of plain collectives, the fastest in any process of the strategy: memory is kept or not by it."""
+    """Milliseconds of plain collectives, the fastest of the strategy's starts: it decides whether memory is kept."""
     timed = [one["collectives_ms"] for one in found if (one["strategy"], one["processes"]) == (strategy, processes)]
     return {kind: {size: min(one[kind][size] for one in timed) for size in sizes} for kind, sizes in timed[0].items()}
 
@@ -315,9 +315,10 @@ def check(found: list[dict[str, Any]], works: dict[str, Work]) -> list[dict[str,
             told["collectives_ms"] = plain
             told["model_bytes"] = round((w - 1) / w * sent(passes)[0])
             told["bytes_error"] = rounded(told["model_bytes"] / one["step_bytes"] - 1)
+            engine = max(0.0, engine)  # noise may take it below
             told |= {"compute_ms": took[method, "apart", w], "engine_ms": rounded(engine)}
             told["exchange_ms"] = rounded(exchange)
-            told["model_ms"] = rounded(took[method, "apart", w] + max(0.0, engine) + exchange)
+            told["model_ms"] = rounded(took[method, "apart", w] + engine + exchange)
             told["ms_error"] = rounded(told["model_ms"] / one["step_ms"] - 1)
         checked.append(told)
     return checked
