@@ -10,13 +10,17 @@ from typing import Any
 from dist_vpt import __version__
 from dist_vpt.errors import RecipeError, UserError
 
+RECIPE = ("recipe", "overrides", "words")  # lists of words that are, or may be, keys of the recipe
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit code."""
     parser = _parser()
     arguments, more = parser.parse_known_args(words)
     if any(word.startswith("-") for word in more) or (more and "rest" not in arguments):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        keys = getattr(arguments, "rest", "") in RECIPE
+        hint = " (keys of the recipe are words such as train.epochs=3)" if keys else ""
+        parser.error(f"unrecognized arguments: {' '.join(more)}{hint}")
     if more:  # argparse takes no words of a list after an option
         getattr(arguments, arguments.rest).extend(more)
     return guarded(lambda: arguments.call(arguments), debug=arguments.debug)

@@ -34,6 +34,7 @@ EXTRAS = {
     "prepare": ("tensorflow",),
     "wandb": ("wandb",),
     "flash": ("flash_attn",),
+    "int8": ("torchao",),
 }
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED")
 

@@ -190,6 +190,14 @@ class Recipe(Section):
     run: RunRecipe = Field(default_factory=RunRecipe, description="the run folder")
     sweep: SweepRecipe = Field(default_factory=SweepRecipe, description="what `dist-vpt sweep` tries")
 
+    @property
+    def doubts(self) -> list[str]:
+        """What is allowed, and hardly meant."""
+        if self.backbone.name == "demo" and self.data.task != "digits":
+            letters = "the backbone is demo, which has seen printed letters of 24 px alone"
+            return [f"{letters}; others are in configs/backbone and told by `dist-vpt backbones`"]
+        return []
+
     @model_validator(mode="after")
     def _rules(self) -> Self:
         mistakes = list(self._mistakes())
@@ -342,9 +350,20 @@ def _broken_rules(draft: _Draft, error: ValidationError) -> list[str]:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Command-line words -> recipe files and ``a.b=c`` overrides."""
+    """Command-line words -> recipe files and ``a.b=c`` overrides. Raises RecipeError for a lone ``=``."""
+    if "=" in arguments:
+        at = arguments.index("=")
+        key, value = (" ".join(arguments[part]) for part in (slice(max(at - 1, 0), at), slice(at + 1, at + 2)))
+        raise RecipeError(f"command line: {key} = {value}: a key and its value are one word; write {key}={value}")
     overrides = [word for word in arguments if re.match(r"[A-Za-z_][\w.]*=", word)]
     return [word for word in arguments if word not in overrides], overrides
+
+
+def says_method(file: str) -> bool:
+    """Whether a recipe file, or one that it inherits from, says anything of the method."""
+    draft = _Draft(data={})
+    _read(Path(file), draft, asked_by=COMMAND_LINE, open_files=())
+    return "method" in draft.data
 
 
 def json_schema() -> dict[str, Any]:

@@ -93,9 +93,12 @@ class Pair:
 
 def plan(tasks: Sequence[str], methods: Sequence[str], words: Sequence[str], root: str | None, out: str) -> list[Pair]:
     """The pairs of a suite, tasks in the tables' order. Raises UserError with all mistakes of all recipes."""
-    from dist_vpt.recipe import split_arguments
+    from dist_vpt.recipe import says_method, split_arguments
 
     files, overrides = split_arguments(words)
+    for method in methods:
+        if not says_method(_recipe_file("method", method)):
+            raise UserError(f"--method {method}: says no method; other recipes come before --tasks and --method")
     pairs, mistakes = [], []
     for name, file in task_recipes(tasks):
         for method in methods:
@@ -191,6 +194,8 @@ def show_plan(pairs: Sequence[Pair]) -> None:
     trials = sum(pair.settings() for pair in pairs)
     images = sum(pair.images() or 0 for pair in pairs)
     seeds = sum(len(pair.recipe.sweep.seeds) for pair in pairs)
+    for doubt in {doubt: 1 for pair in pairs for doubt in pair.recipe.doubts}:
+        console.print(f"note: {doubt}", markup=False)
     unknown = "; ? where only the dataset itself can tell" if any(pair.images() is None for pair in pairs) else ""
     console.print(f"in all {trials:,} trials and {seeds:,} seeds, {images:,} images through the backbone{unknown}")
 

@@ -142,6 +142,27 @@ def test_words_that_make_no_command(words: list[str], capsys: pytest.CaptureFixt
     assert "usage: dist-vpt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("call", ["train", "sweep", "plan"])
+def test_keys_given_as_on_other_command_lines(call: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([call, "seed=1", "--epochs", "3"])
+    assert "unrecognized arguments: --epochs 3 (keys of the recipe are words such as train.epochs=3)" in (
+        capsys.readouterr().err
+    )
+    assert main([call, "optim.lr", "=", "4"]) == 2
+    told = "error: command line: optim.lr = 4: a key and its value are one word; write optim.lr=4\n"
+    assert capsys.readouterr().err == told
+
+
+def test_local_sh_takes_no_word_that_is_nothing() -> None:
+    script = Path(__file__).parents[1] / "launch" / "local.sh"
+    for words in (["zero9", "seed=1"], ["ddp", "2", "nix.yaml"]):
+        done = subprocess.run([script, *words], capture_output=True, text=True, check=False)
+        nothing = next(word for word in words if word in {"zero9", "nix.yaml"})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"local.sh: {nothing}: neither a strategy of launch/accelerate nor a recipe file\n"
+
+
 @pytest.mark.parametrize(
     ("words", "files_and_overrides"),
     [

@@ -263,7 +263,7 @@ def test_slurm(monkeypatch: Patch) -> None:
 
 def test_extras(monkeypatch: Patch) -> None:
     monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "wandb" else object())
-    has(doctor.check_extras(), "ok", "installed: hf, tfds, prepare, flash", "pip install 'dist-vpt[wandb]'")
+    has(doctor.check_extras(), "ok", "installed: hf, tfds, prepare, flash, int8", "pip install 'dist-vpt[wandb]'")
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     has(doctor.check_extras(), "ok", "installed: none")
 

@@ -557,3 +557,10 @@ def test_rules_over_several_keys_are_told_beside_wrong_keys() -> None:
 
 def test_a_rule_that_only_a_default_breaks_is_not_told() -> None:
     assert len(refused("train.epochs=0", "optim.warmup_epochs=200")) == 1
+
+
+def test_the_demo_backbone_on_other_images_is_doubted() -> None:
+    (doubt,) = load_recipe([], ["data.task=dtd", "data.root=somewhere"]).doubts
+    assert doubt.startswith("the backbone is demo, which has seen printed letters of 24 px alone; others are in ")
+    assert load_recipe([], ["data.task=dtd", "data.root=somewhere", "backbone.name=sup_b16_in21k"]).doubts == []
+    assert load_recipe([]).doubts == []

@@ -232,6 +232,10 @@ def test_all_mistakes_are_told_at_once() -> None:
         plan(["dtd", "svhn"], ["linear"], [], None, "out")
     with pytest.raises(UserError, match="dtd/linear is asked for twice"):
         plan(["dtd"], ["linear", "linear"], [], "somewhere", "out")
+    backbone = str(ROOT / "configs" / "backbone" / "vit_b16_in21k.yaml")
+    with pytest.raises(UserError, match=r"--method .*vit_b16_in21k.yaml: says no method; other recipes come before"):
+        plan(["dtd"], ["linear", backbone], [], "somewhere", "out")
+    assert [pair.method for pair in plan(["dtd"], ["vpt_deep", "side"], [], "somewhere", "out")] == ["vpt_deep", "side"]
 
 
 def test_what_a_plan_costs() -> None:

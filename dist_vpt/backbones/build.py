@@ -220,7 +220,8 @@ def _from_hub(name: str) -> Path:
 
 def _known(name: str) -> str:
     if not timm.is_model(name):
-        raise UserError(f"backbone.name = {name}: not a timm model; {nearest(name, ['demo', *ZOO, *_models()])}")
+        hint = nearest(name, ["demo", *ZOO, *_models()])
+        raise UserError(f"backbone.name = {name}: neither a short name (`dist-vpt backbones`) nor a timm model; {hint}")
     architecture, _, tag = name.partition(".")
     tags = {known.partition(".")[2] for known in timm.list_models(f"{architecture}.*", include_tags=True)}
     if tag and tag not in tags:
@@ -229,7 +230,7 @@ def _known(name: str) -> str:
 
 
 def _models() -> list[str]:
-    return [*timm.list_models("*vit*"), *timm.list_models("swin_*")]
+    return timm.list_models(["vit_*", "deit*", "swin_*"])
 
 
 def _check_windows(image_size: int, own_size: int, swin: SwinTransformer) -> None:

@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0] or type(error).__name__
         if isinstance(error, UnpicklingError):
             found = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"a pickle of {found[1]}" if found else "a pickle"
+            reason = f"a pickle of {found[1]}" if found else "neither tensors nor words about them"
         raise WeightsError(
             f"{path}: not a file of plain tensors ({reason}). "
             "Pickled objects are never executed: convert the weights to .safetensors where you trust them"

@@ -93,7 +93,10 @@ def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") 
     rows = [_row(name) for name in tasks]
     unknown = [row.name for row in rows if row.tfds is None]
     if unknown:
-        raise UserError(f"{unknown[0]}: TensorFlow Datasets does not have it; its folder is described in the README")
+        raise UserError(
+            f"{unknown[0]}: TensorFlow Datasets does not have it; what its folder is stands in "
+            f"configs/fgvc/{unknown[0]}.yaml"
+        )
     library, console, failed = tfds.packages(), Console(highlight=False), []
     left = {}
     for row in rows:

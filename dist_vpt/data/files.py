@@ -3,13 +3,14 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from dist_vpt.data.images import decode
 from dist_vpt.data.recipe import DataRecipe
-from dist_vpt.errors import DataError, nearest
+from dist_vpt.errors import DataError
 
 SHOWN = 10  # mistakes that a message spells out; the rest is counted
 
@@ -88,7 +89,8 @@ def open_root(recipe: DataRecipe) -> Path:
     root = Path(recipe.root).expanduser().absolute()
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
-        hint = nearest(root.name, siblings) if siblings else f"{root.parent} holds no folder"
+        near = get_close_matches(root.name, siblings, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "name the folder of the dataset"
         raise DataError(f"data.root {recipe.root!r}: {root} is not a folder; {hint}")
     return root
 

@@ -186,7 +186,7 @@ def test_weights_of_another_backbone() -> None:
     [
         ("vit_tiny_patch16_225", "did you mean 'vit_tiny_patch16_224'?"),
         ("dem", "did you mean 'demo'?"),
-        ("ViT-B/16", "not a timm model"),
+        ("ViT-B/16", "neither a short name (`dist-vpt backbones`) nor a timm model"),
         ("vit_tiny_patch16_224.augreg_in21", "did you mean 'augreg_in21k'?"),
         ("vit_tiny_patch16_224.nonsense", "timm has no weights 'nonsense' for it"),
     ],
