@@ -146,8 +146,7 @@ class Ranks:
                 self._fail(error)
         finally:
             self._left.set()
-            if self._thread.ident is not None:
-                self._thread.join(LEAVE_SECONDS)  # or it might write into a file that gets the descriptor next
+            self._thread.join(LEAVE_SECONDS)  # or it might write into a file that gets the descriptor next
             self._tell()
             self._close_log()
             if self._descriptor is not None:
@@ -187,8 +186,7 @@ class Ranks:
         """Why another process broke a collective call: what it told, or that it is gone, or that it hangs."""
         deadline = time.monotonic() + 3 * self.beat
         while time.monotonic() < deadline:
-            failure = self._failure()
-            failure = failure or self._any_gone()
+            failure = self._failure() or self._any_gone()
             if failure is not None:
                 return failure
             time.sleep(0.05)

@@ -211,6 +211,17 @@ def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_a_reader_s_sweep_has_nothing_for_deepspeed(tmp_path: Path) -> None:
+    file = str(ROOT / "launch" / "accelerate" / "zero2.json")
+    forks = start(tmp_path / "sweep", *READER, "sweep.split=batch", strategy=file)
+    assert forks.finish() == [2, 2], forks.output
+    assert (
+        forks.output.count("error: a reader's sweep shares one small model: start it with launch/accelerate/ddp") == 1
+    )
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("split", ["trials", "batch"])
 def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
