@@ -13,7 +13,7 @@ python=python
 gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
 processes=$((gpus > 0 ? gpus : 1))
 if [ $# -gt 0 ] && [[ $1 =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
-if [ $# -gt 0 ] && [[ $1 != *=* ]] && [ ! -f "$1" ]; then
+if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]] && [ ! -f "$1" ]; then
   echo "local.sh: $1: neither a strategy of launch/accelerate nor a recipe file" >&2; exit 2
 fi
 if [ $# -eq 0 ]; then sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; fi

@@ -22,6 +22,7 @@ from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.errors import OutOfMemory, RunFolderError
 from dist_vpt.recipe import load_recipe
 from dist_vpt.runfolder import RunFolder
+from dist_vpt.train import meet
 from tests.forks import Forks, command
 from tests.running import ROOT, SMALLEST, few_images, words
 
@@ -153,6 +154,39 @@ def test_processes_that_share_a_sweep(split: str, tmp_path: Path) -> None:
     assert info["status"] == "failed"
     assert info["reason"].startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on ")
     assert not list((folder / "trials").glob("*.json")), "none of them diverged"
+
+
+def test_a_launcher_s_stop_because_of_another_process_is_its_failure(tmp_path: Path) -> None:
+    """Where trials are shared each process trains alone, and SIGTERM is all that the first one sees of the other."""
+    folder = tmp_path / "sweep"
+    options = words(folder, "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]", "train.batch_size=100",
+                    "train.epochs=2000", "run.trackers=[]")  # fmt: skip
+
+    def before(rank: int) -> None:
+        ranks.LEAVE_SECONDS = 60.0  # the thread beside the training does not come to end it
+        if rank:
+            before_step(has_a_bug)
+
+    forks = command(["sweep", *options], tmp_path / "told.txt", "ddp", before)
+    forks.processes[1].join(60)
+    forks.send(signal.SIGTERM)
+    assert forks.finish(60) == [4, 1], forks.output[-3000:]
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "failed"
+    assert "ZeroDivisionError: a bug of ours" in info["reason"]
+
+
+def test_a_mistake_is_told_where_the_processes_never_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(strategy, "make_accelerator", fails)
+    refused = RunFolderError("my own")
+    for error in (RuntimeError("gloo: connection closed"), RunFolderError("wandb is not installed")):
+        with pytest.raises(RunFolderError, match=r"^my own$"), contextlib.ExitStack() as leaving:
+            meet(load_recipe([]), refused, leaving)
+        with pytest.raises(type(error), match=str(error)), contextlib.ExitStack() as leaving:
+            meet(load_recipe([]), None, leaving)
 
 
 def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(tmp_path: Path) -> None:
