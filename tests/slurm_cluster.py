@@ -109,6 +109,7 @@ class Cluster:
             _send(process, signal.SIGKILL)
         if self.apart:
             for node in NODES:
+                self._ip("link", "del", self._end(node), check=False)  # its namespace would take it along, but later
                 self._ip("netns", "del", self._namespace(node), check=False)
             self._ip("link", "del", self._bridge, check=False)
         shutil.rmtree(self.root, ignore_errors=True)
