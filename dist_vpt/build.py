@@ -134,6 +134,7 @@ class Parts:
             del wanted[recipe.data.train_on]
         feeds, line = open_streams(
             recipe.stream,
+            self.data,
             self.method.backbone,
             (self.method.shares if shared else self.method.reads, self.method.reads),
             self.view,

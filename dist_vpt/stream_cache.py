@@ -28,6 +28,7 @@ from torch import Tensor
 from dist_vpt.agreement import StopSignal, agree
 from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
+from dist_vpt.data.recipe import DataRecipe
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import View
 from dist_vpt.errors import DataError, Interrupted, UserError
@@ -85,6 +86,7 @@ class StreamFeed:
 
 def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     recipe: StreamRecipe,
+    data: DataRecipe,
     backbone: Backbone,
     wanted: tuple[Reads, Reads],
     view: View,
@@ -108,7 +110,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
 
     @cache
     def facts(name: str) -> dict[str, Any]:
-        return identity(sources[name][0], view, backbone, wanted[1])
+        return identity(sources[name][0], view, data.max_megapixels, backbone, wanted[1])
 
     def new() -> int:
         """Bytes of files that are not there and not begun."""
@@ -133,6 +135,8 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
                     kept, skipped = on_disk(
                         folder, facts(name), backbone, reads, make_batches, accelerator.device, stop, verify=verify
                     )
+                    if skipped and data.bad_images == "fail":
+                        raise DataError(_lacking(folder, skipped))
             else:
                 with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
                     kept = fill(backbone, reads, batches, split, accelerator, place, stop)
@@ -284,7 +288,7 @@ def on_disk(  # noqa: PLR0917 (what is computed, of what, where it goes)
     return _opened(folder, facts, wanted, backbone.dtype, reads, verify)
 
 
-def identity(split: Split, view: View, backbone: Backbone, reads: Reads) -> dict[str, Any]:
+def identity(split: Split, view: View, max_megapixels: float, backbone: Backbone, reads: Reads) -> dict[str, Any]:
     """What a cache depends on: backbone, preprocessing, the split's images and labels, and the dtype."""
     model, weights, images = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     model.update(repr((backbone, backbone.own_pool.keywords)).encode())
@@ -300,6 +304,7 @@ def identity(split: Split, view: View, backbone: Backbone, reads: Reads) -> dict
         "model": model.hexdigest(),
         "weights": weights.hexdigest(),
         "view": asdict(view),
+        "max_megapixels": max_megapixels,  # larger images are not in it
         "split": split.name,
         "count": len(split),
         "images": images.hexdigest(),
@@ -307,6 +312,17 @@ def identity(split: Split, view: View, backbone: Backbone, reads: Reads) -> dict
         "blocks": list(reads.blocks),
         "fields": [*reads.fields, *(["pixels"] if reads.pixels else [])],
     }
+
+
+def _lacking(folder: Path, skipped: set[str]) -> str:
+    """Of a cache that another run has made."""
+    first, more = sorted(skipped)[0], len(skipped) - 1
+    return (
+        f"{folder}: made with data.bad_images=skip, this stream cache lacks {first}"
+        + (f" and {more} more files" if more else "")
+        + " that could not be read; replace what is damaged, or remove this folder where it can be read by now, or set "
+        "data.bad_images=skip"
+    )
 
 
 def _next(batches: Iterator[Batch], accelerator: Accelerator, stop: StopSignal) -> Batch:

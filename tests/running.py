@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def few_images(root: Path) -> Path:
     for name, kept in (("train800", lines), ("val200", lines[:6]), ("train800val200", lines), ("test", lines[:6])):
         (root / f"{name}.txt").write_text("".join(kept))
     return root
+
+
+def pictures(folder: Path, *, broken: Callable[[int], bool] = lambda i: False) -> tuple[str, ...]:
+    """Overrides for 60 small images in two classes, with seeded splits."""
+    for i in range(60):
+        path = folder / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (4 * i, 200 * (i % 2), 0)).save(path)
+        if broken(i):
+            path.write_bytes(path.read_bytes()[:40])
+    return ("data.task=mine", "data.format=image_folder", f"data.root={folder}", "train.batch_size=16")
 
 
 def words(folder: Path, *overrides: str) -> list[str]:

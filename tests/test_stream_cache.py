@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from dist_vpt import engine, stream_cache
 from dist_vpt.agreement import StopSignal
@@ -33,7 +32,7 @@ from dist_vpt.strategy import why_not
 from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
 from tests.forks import FORK, Forks, command
 from tests.methods.conftest import make_backbone
-from tests.running import ROOT, metrics, train, words
+from tests.running import ROOT, metrics, pictures, train, words
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 FAST = ("run.trackers=[]", "train.test=false", "train.eval_batch_size=96")
@@ -107,7 +106,9 @@ def parts_of(*overrides: str) -> Parts:
 
 def facts_of(parts: Parts, split: str = "train") -> dict[str, Any]:
     assert isinstance(parts.method, Reader)
-    return identity(parts.splits[split], parts.view, parts.method.backbone, parts.method.reads)
+    return identity(
+        parts.splits[split], parts.view, parts.data.max_megapixels, parts.method.backbone, parts.method.reads
+    )
 
 
 def cache_of(folder: Path, parts: Parts, split: str = "train", stop: StopSignal | None = None) -> StreamCache:
@@ -139,17 +140,6 @@ def folders(cache: Path) -> list[Path]:
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns, p.read_bytes()) for p in files}
-
-
-def pictures(folder: Path, *, broken: Callable[[int], bool] = lambda i: False) -> tuple[str, ...]:
-    """Overrides for 60 small images in two classes, with seeded splits."""
-    for i in range(60):
-        path = folder / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 8), (4 * i, 200 * (i % 2), 0)).save(path)
-        if broken(i):
-            path.write_bytes(path.read_bytes()[:40])
-    return ("data.task=mine", "data.format=image_folder", f"data.root={folder}", "train.batch_size=16")
 
 
 def two_processes(
@@ -203,6 +193,19 @@ def test_unreadable_images_are_skipped_and_reported_alike(tmp_path: Path) -> Non
         found = run(tmp_path / name, *options, f"stream.cache={'disk' if more else 'memory'}", *more)
         assert_equal(found, live, 1e-6)
         assert found.result["skipped_images"] == live.result["skipped_images"]
+
+
+def test_what_another_run_has_skipped_stops_one_that_wants_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = pictures(tmp_path / "data", broken=lambda i: i in (3, 10))
+    options = (*data, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}", "run.trackers=[]")
+    train(tmp_path / "skips", *options, "data.bad_images=skip")
+    told = message(capsys, tmp_path / "fails", *options)
+    assert "made with data.bad_images=skip, this stream cache lacks" in told
+    assert "replace what is damaged, or remove this folder" in told
+    pictures(tmp_path / "data")
+    assert train(tmp_path / "whole", *options)["skipped_images"] == []
 
 
 def test_what_is_augmented_stays_live(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -477,6 +480,7 @@ def test_what_makes_another_cache(tmp_path: Path) -> None:
         "split": facts_of(parts, "val"),
         "trainval": facts_of(parts, "trainval"),
         "dtype": facts_of(parts_of(*data, "runtime.precision=bf16")),
+        "largest image": facts_of(parts_of(*data, "data.max_megapixels=20")),
         "image size": facts_of(parts_of(*data, "data.image_size=12")),
         "kernel": facts_of(parts_of(*data, "data.resize=bilinear")),
         "mean": facts_of(parts_of(*data, "data.mean=[0.4,0.5,0.5]", "data.std=[0.5,0.5,0.5]")),
@@ -486,7 +490,7 @@ def test_what_makes_another_cache(tmp_path: Path) -> None:
         "attention": facts_of(parts_of(*data, "runtime.attention=eager")),
     }
     labels = replace(parts.splits["train"], given=1 - parts.splits["train"].labels)
-    other["labels"] = identity(labels, parts.view, parts.method.backbone, parts.method.reads)  # type: ignore[attr-defined]
+    other["labels"] = identity(labels, parts.view, 178.0, parts.method.backbone, parts.method.reads)  # type: ignore[attr-defined]
     attention: Any = parts.method.backbone.blocks[2].attn
     attention.num_heads *= 2
     other["heads"] = facts_of(parts)
@@ -647,7 +651,7 @@ def test_padding_has_no_weight() -> None:
 def test_all_that_is_asked_for_is_kept(reads: Reads, tmp_path: Path) -> None:
     parts = parts_of("data.image_size=16")
     backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
-    facts = identity(parts.splits["val"], parts.view, backbone, reads)
+    facts = identity(parts.splits["val"], parts.view, 178.0, backbone, reads)
     memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory", StopSignal())
     disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"), StopSignal())
     images = torch.cat([batch["images"] for batch in batches(0, 1)])
