@@ -4,6 +4,7 @@ K classes, S image side.
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -51,9 +52,14 @@ def peak_memory_mib() -> float:
     return peak / (MIB if sys.platform == "darwin" else 1024)
 
 
-def reset_peak_memory() -> None:
-    """Count the peak anew, from what is held now: a process may do several runs. (macOS cannot.)"""
+def forget_memory() -> None:
+    """Give back what an earlier run of this process held, and count the peak anew (macOS cannot).
+
+    What torch's allocator keeps for later would count as taken where a run asks whether it fits.
+    """
+    gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

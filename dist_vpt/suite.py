@@ -364,15 +364,12 @@ class _Runner:
 
 
 def _forget_accelerator() -> None:
-    """Accelerate's state is the process's: a pair of another precision needs its own. GPU memory is given back, too."""
-    import torch
+    """Accelerate's state is the process's: a pair of another precision needs its own."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _check_roots(pairs: Sequence[Pair]) -> None:

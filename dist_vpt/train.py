@@ -38,7 +38,7 @@ def run(recipe: "Recipe") -> dict[str, Any]:
     from dist_vpt.agreement import StopSignal
     from dist_vpt.build import assemble
     from dist_vpt.engine import fit
-    from dist_vpt.monitor import reset_peak_memory
+    from dist_vpt.monitor import forget_memory
     from dist_vpt.plan import advice_on_memory, check_memory
     from dist_vpt.ranks import Ranks
     from dist_vpt.runfolder import RunFolder, read_json
@@ -49,7 +49,7 @@ def run(recipe: "Recipe") -> dict[str, Any]:
         parts.method.train()  # a method that cannot be trained from here says so before anything is written
         return parts, train
 
-    reset_peak_memory()
+    forget_memory()
     folder = RunFolder(str(recipe.run.dir))
     made, refused = attempt(make)  # before any process waits for another
     with StopSignal() as stop, ExitStack() as leaving:

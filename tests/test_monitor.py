@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dist_vpt import monitor, plan, trials
+from dist_vpt.agreement import StopSignal
 from dist_vpt.data import DataRecipe, open_splits
 from dist_vpt.data.transforms import View
 from dist_vpt.metrics import Mistake
-from dist_vpt.monitor import _hparams, confusion_figure, mistakes_figure, peak_memory_mib
+from dist_vpt.monitor import _hparams, confusion_figure, forget_memory, mistakes_figure, peak_memory_mib
 from dist_vpt.recipe import load_recipe
+from dist_vpt.strategy import make_accelerator
 
 from .running import metrics, train
 
@@ -195,3 +199,36 @@ def test_hparams_are_flat_and_plain() -> None:
 
 def test_peak_memory_is_in_mib() -> None:
     assert 50 < peak_memory_mib() < 50_000
+
+
+def test_a_gpu_s_memory_is_given_back_before_a_run_asks_whether_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch's allocator keeps of the run before counts as taken. Without a GPU: the calls alone."""
+    called: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("is_available", "is_initialized"):
+            patch.setattr(torch.cuda, name, lambda: True)
+        for name in ("empty_cache", "reset_peak_memory_stats"):
+            patch.setattr(torch.cuda, name, lambda name=name: called.append(name))
+        forget_memory()
+    assert called == ["empty_cache", "reset_peak_memory_stats"]
+    for module, words in ((monitor, ()), (trials, ("method.name=linear",))):
+        asked: list[str] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "forget_memory", lambda asked=asked: asked.append("given back"))
+            check = plan.check_memory
+
+            def checked(*words: Any, asked: list[str] = asked, check: Any = check) -> Any:
+                asked.append("asked")
+                return check(*words)
+
+            patch.setattr(plan, "check_memory", checked)
+            patch.setattr(trials, "check_memory", checked)
+            if words:
+                recipe = load_recipe([], [*words, "data.workers=0", f"run.dir={tmp_path / 'pass'}"])
+                made = trials.make_pass([recipe], make_accelerator(recipe), StopSignal(), tmp_path / "pass.pt", print)
+                made.close()
+            else:
+                train(tmp_path / "run", "run.trackers=[]")
+        assert asked == ["given back", "asked"]
