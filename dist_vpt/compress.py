@@ -45,7 +45,7 @@ from dist_vpt.build import Parts, assemble, class_weights, make_trial
 from dist_vpt.checkpoint import Progress, collect, read_adapters, restore, write_adapters
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Split
-from dist_vpt.errors import RunFailed, RunFolderError, UserError
+from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, UserError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.recipe import VQTRecipe
 from dist_vpt.methods.vqt import VQT
@@ -54,12 +54,13 @@ from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
 from dist_vpt.plan import advice_on_memory
 from dist_vpt.recipe import Recipe, differences
-from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, versions, write_atomically
+from dist_vpt.runfolder import MAY_CHANGE, RunFolder, lasting, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.stream_cache import ROOM, StreamCache, StreamFeed
 from dist_vpt.train import device_name
 from dist_vpt.trials import fit_trials, make_pass, score_trials
 
+GOES_ON = "the same command goes on"
 Mode = Literal["compress", "featselect", "finetune"]
 
 
@@ -96,10 +97,22 @@ class Features:
     scored: EvalBatches
     class_weights: Tensor  # [K]
     skipped: set[str]  # files that could not be read
+    stop: StopSignal
 
     @property
     def device(self) -> torch.device:
         return self.class_weights.device
+
+
+@dataclass(frozen=True)
+class About:
+    """What a fraction's result tells of the run that it was made from."""
+
+    source: Source
+    uncompressed: dict[str, Any]  # split, number of features, size of the adapters, scores
+    skipped: set[str]  # files that could not be read
+    frozen: int  # numbers of the backbone
+    device: str
 
 
 @dataclass(frozen=True)
@@ -134,38 +147,42 @@ def compress(  # noqa: PLR0917 (the options of the command)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compress: works on one process; start it without accelerate launch")
     source, parts, method = open_run(run, adapters, overrides)
+    augment = parts.view.augment
     into = Path(out) if out is not None else Path(run) / "compressed"
     there = next(path for path in (into, *into.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"--out {into}: {there} is a file; name a folder")
     made_of = {"mode": mode, "lasso": lasso, "sha256": hashlib.sha256(source.adapters.read_bytes()).hexdigest()}
     job_of = partial(_job, source.recipe, method.all_features, into, made_of)
+    show = partial(console.print, markup=False, soft_wrap=True)
     jobs = [job_of(fraction) for fraction in fractions]
     todo = [job for job in jobs if not _is_done(job)]
     if todo:
-        with ExitStack() as leaving:
+        with StopSignal() as stop, ExitStack() as leaving:
             accelerator = make_accelerator(source.recipe)
             leaving.callback(accelerator.end_training)
             for job in todo:
                 leaving.enter_context(job.folder.claimed(job.recipe))
-            features = fix_features(source, parts, method, accelerator)
-            uncompressed = {
-                "split": source.scored,
-                "features": method.all_features,
-                "bytes": source.adapters.stat().st_size,
-                **score(features, method, features.scored),
-            }
-            show = partial(console.print, markup=False, soft_wrap=True)
+            features = fix_features(source, parts, method, accelerator, stop)
+            about = _about(features, accelerator)
             show(f"{method.all_features:,} features of each image, from fixed queries")
-            if parts.view.augment != "none":
-                show(f"images are shown to heads as to evaluation: without data.augment = {parts.view.augment}")
+            if augment != "none":
+                show(f"images are shown to heads as to evaluation: without data.augment = {augment}")
             if mode == "finetune":
-                made = _finetuned(todo, features, lasso, accelerator, show)
+                together, state = _pass_of(jobs, todo)
+                starts = None
+                if not state.is_file():
+                    starts = [made.tensors for _, made in _on_features("featselect", together, features, lasso, show)]
+                del features, parts, method  # the pass has a backbone and memory of its own
+                made = _finetuned(together, starts, about, accelerator, stop, state, show)
             else:
                 made = _on_features(mode, todo, features, lasso, show)
             for job, trained in made:  # each is written before the next one is begun
-                _write_run(job, trained, features, uncompressed, accelerator)
-    return _conclude(into, jobs, job_of, console)
+                if job in todo:
+                    with room_for("the results", job.folder.path, GOES_ON):
+                        _write_run(job, trained, about)
+    with room_for("the curve", into, GOES_ON):
+        return _conclude(into, jobs, job_of, console)
 
 
 def open_run(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Source, Parts, VQT]:
@@ -198,10 +215,11 @@ def open_run(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Source,
     return Source(recipe, path, tensors, parts.splits.classes, scored), parts, parts.method
 
 
-def fix_features(source: Source, parts: Parts, method: VQT, accelerator: Accelerator) -> Features:
+def fix_features(source: Source, parts: Parts, method: VQT, accelerator: Accelerator, stop: StopSignal) -> Features:
     """The features of the splits that are trained on and scored, each image computed once.
 
-    Raises UserError where memory does not hold them, DataError for an image that cannot be read.
+    Raises UserError where memory does not hold them, DataError for an image that cannot be read, and Interrupted where
+    ``stop`` was asked.
     """
     recipe, device = source.recipe, accelerator.device
     has_val = recipe.data.train_on == "train" and parts.splits.val is not None
@@ -214,7 +232,7 @@ def fix_features(source: Source, parts: Parts, method: VQT, accelerator: Acceler
             "free some, or leave the test split out with train.test=false"
         )
     method.to(device).eval()
-    feeds = {name: _feed(method, parts.evaluation(name, 0, 1), parts.splits[name], device) for name in names}
+    feeds = {name: _feed(method, parts.evaluation(name, 0, 1), parts.splits[name], device, stop) for name in names}
 
     def evaluation(name: str) -> EvalBatches:
         batches = parts.evaluation(name, 0, 1)
@@ -234,21 +252,28 @@ def fix_features(source: Source, parts: Parts, method: VQT, accelerator: Acceler
         scored=evaluation(source.scored),
         class_weights=class_weights(recipe.train.class_weights, labels_n, len(source.classes)).to(device),
         skipped={file for feed in feeds.values() for file in feed.skipped},
+        stop=stop,
     )
 
 
 @torch.no_grad()
-def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device) -> StreamFeed:
+def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device, stop: StopSignal) -> StreamFeed:
     features_nF = torch.empty(len(split), method.all_features)
     readable_n = np.zeros(len(split), bool)
     try:
         for batch in batches:
+            _heed(stop)
             observed = observe(method.backbone, batch["images"].to(device), method.reads)
             features_nF[batch["index"]] = method.features(observed).cpu()
             readable_n[batch["index"].numpy()] = batch["weight"].numpy() > 0
     finally:
         batches.close()
     return StreamFeed(StreamCache(Observed(features_nF), readable_n), split.labels, batches.skipped)
+
+
+def _heed(stop: StopSignal) -> None:
+    if stop.asked:
+        raise Interrupted(f"compress: stopped; {GOES_ON}, from the fractions that are written")
 
 
 def group_lasso(weight_KF: Tensor) -> Tensor:
@@ -285,7 +310,7 @@ def fresh_head(f: Features, recipe: Recipe, kept: Tensor | None = None) -> VQT:
 def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
     """Train a reader's head on the features as the recipe says; the best epoch is kept and early stopping obeyed.
 
-    Raises RunFailed for a loss that is not finite.
+    Raises RunFailed for a loss that is not finite, and Interrupted where a stop was asked.
     """
     recipe, began = f.source.recipe, time.monotonic()
     progress, best_tensors = Progress(), {}
@@ -312,6 +337,7 @@ def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
             optimizer.zero_grad()
             right = ((logits_BK.argmax(1) == labels_B) * counts_B).sum()
             progress.count(loss.item(), right.item(), counts_B.sum().item())
+        _heed(f.stop)
         progress.end_epoch()
         due = progress.epoch == recipe.train.epochs or progress.epoch % recipe.train.eval_every == 0
         if f.val is not None and due and progress.scored(score(f, reader, f.val), recipe.train.early_stop):
@@ -358,27 +384,45 @@ def _on_features(
         yield job, trained
 
 
-def _finetuned(
-    jobs: Sequence[Job], f: Features, lasso: float, accelerator: Accelerator, show: Callable[[str], None]
+def _pass_of(jobs: Sequence[Job], todo: Sequence[Job]) -> tuple[Sequence[Job], Path]:
+    """The fractions that `finetune` trains together, and the file of their state while it is under way.
+
+    What was killed after its end, and has told a part of its fractions, is gone on with as the whole that it was.
+    """
+
+    def state(some: Sequence[Job]) -> Path:
+        facts = json.dumps([some[0].made_of, *(lasting(job.recipe) for job in some)])
+        return some[0].folder.path.parent / f".finetune-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.pt"
+
+    together = jobs if state(jobs).is_file() else todo
+    return together, state(together)
+
+
+def _finetuned(  # noqa: PLR0917 (what a pass is made of)
+    jobs: Sequence[Job],
+    starts: Sequence[dict[str, Tensor]] | None,
+    about: About,
+    accelerator: Accelerator,
+    stop: StopSignal,
+    state: Path,
+    show: Callable[[str], None],
 ) -> Iterator[tuple[Job, Trained]]:
     """Each job with queries and head trained on from `featselect`'s, all in one pass over the frozen stream.
 
     Raises Interrupted, with the state saved, after SIGTERM or SIGUSR1.
     """
-    starts = [trained.tensors for _, trained in _on_features("featselect", jobs, f, lasso, show)]
     recipes = [job.recipe for job in jobs]
-    name = hashlib.sha256(json.dumps([jobs[0].made_of, *(recipe.to_yaml() for recipe in recipes)]).encode())
-    state = jobs[0].folder.path.parent / f".finetune-{name.hexdigest()[:16]}.pt"
-    with StopSignal() as stop, advice_on_memory(recipes[0], accelerator, trials=len(jobs)):
-        p = make_pass(recipes, accelerator, stop, state, show, starts)
+    with advice_on_memory(recipes[0], accelerator, trials=len(jobs)):
+        p = make_pass(recipes, accelerator, stop, state, show, starts, keeps_best=True)
         try:
             fit_trials(p)
             alive = [(job, trial) for job, trial in zip(jobs, p.trials, strict=True) if not trial.diverged]
-            if f.source.scored == "test" and alive:
+            if about.source.scored == "test" and alive:
                 for (_, trial), scores in zip(alive, score_trials(p, [t for _, t in alive], "test"), strict=True):
                     trial.progress.last["test"] = scores.compute()
         finally:
             p.close()
+    about.skipped.update(p.skipped)
     for job, trial in alive:
         progress, seconds = trial.progress, p.seconds / len(jobs)
         yield job, Trained(collect(trial.reader), progress.last, progress.best, trial.best, seconds, progress.images)
@@ -390,9 +434,20 @@ def _finetuned(
         raise RunFailed(f"{said}; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm")
 
 
-def _write_run(job: Job, trained: Trained, f: Features, uncompressed: dict[str, Any], accelerator: Accelerator) -> None:
+def _about(f: Features, accelerator: Accelerator) -> About:
+    uncompressed = {
+        "split": f.source.scored,
+        "features": f.method.all_features,
+        "bytes": f.source.adapters.stat().st_size,
+        **score(f, f.method, f.scored),
+    }
+    frozen = sum(p.numel() for p in f.method.backbone.parameters())
+    return About(f.source, uncompressed, set(f.skipped), frozen, device_name(accelerator.device))
+
+
+def _write_run(job: Job, trained: Trained, about: About) -> None:
     """A fraction as the run folder that `train` would have written of it, for eval and predict."""
-    folder, facts = job.folder, {"recipe": job.recipe.model_dump(mode="json"), "classes": list(f.source.classes)}
+    folder, facts = job.folder, {"recipe": job.recipe.model_dump(mode="json"), "classes": list(about.source.classes)}
     write_adapters(folder.adapters, trained.tensors, facts | {"epoch": trained.last["epoch"]})
     if trained.best_tensors:
         write_adapters(folder.best, trained.best_tensors, facts | {"epoch": trained.best["epoch"]})
@@ -402,18 +457,18 @@ def _write_run(job: Job, trained: Trained, f: Features, uncompressed: dict[str, 
         "best": trained.best or None,
         "compression": {
             **job.made_of,
-            "source": str(f.source.adapters),
+            "source": str(about.source.adapters),
             "keep": job.keep,
             "features": job.features,
             "bytes": folder.adapters.stat().st_size,
-            "uncompressed": uncompressed,
+            "uncompressed": about.uncompressed,
         },
         "seconds": round(trained.seconds, 3),
         "images_per_s": round(trained.images / max(trained.seconds, 1e-9), 2),
         "peak_memory_mib": round(peak_memory_mib(), 1),
-        "parameters": {"trained": own, "total": own + sum(p.numel() for p in f.method.backbone.parameters())},
-        "skipped_images": sorted(f.skipped),
-        "device": device_name(accelerator.device),
+        "parameters": {"trained": own, "total": own + about.frozen},
+        "skipped_images": sorted(about.skipped),
+        "device": about.device,
         "processes": 1,
         "precision": job.recipe.runtime.precision,
         "seed": job.recipe.seed,

@@ -11,7 +11,6 @@ after its own, in a ring, and at failed.json; it needs no process group, and add
 
 import contextlib
 import faulthandler
-import fcntl
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from dist_vpt.errors import Interrupted, ProcessFailed, RunFolderError, UserError
-from dist_vpt.runfolder import RunFolder, lock_now
+from dist_vpt.runfolder import RunFolder, held, lock_now
 
 BEAT_SECONDS = 5.0  # between two signs of life; a tenth of the timeout where that is shorter
 POLL_SECONDS = 2.0  # between two looks at the others; likewise
@@ -73,18 +72,6 @@ class Place:
 
 
 HERE = Place()
-
-
-def held(file: Path) -> bool:
-    """Whether a process holds a lock on the file."""
-    try:
-        with open(file) as opened:
-            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def read_place(folder: Path, rank: int) -> dict[str, Any]:

@@ -378,17 +378,22 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+def flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """All keys of a recipe, written with dots, with their values."""
+
+    def below(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict):
+            yield at, value
+            return
+        for key, inner in value.items():
+            yield from below(inner, f"{at}.{key}" if at else key)
+
+    return below(recipe.model_dump(mode="json"), "")
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """``key: old -> new`` for every key of two recipes that differs."""
-
-    def flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from flat(inner, f"{at}.{key}" if at else key)
-        else:
-            yield at, value
-
-    before, after = dict(flat(old.model_dump(mode="json"))), dict(flat(new.model_dump(mode="json")))
+    before, after = dict(flat(old)), dict(flat(new))
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in dict.fromkeys([*before, *after])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vpt.errors import RunFailed, RunFolderError, UserError
-from dist_vpt.recipe import Recipe, differences, load_recipe
+from dist_vpt.recipe import Recipe, differences, flat, load_recipe
 
 VERSIONS_OF = (
     "dist-vpt",
@@ -59,7 +59,7 @@ MAY_CHANGE = (
 )  # a resumed run's numbers stay equal
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file whole or not at all, also through a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
@@ -106,6 +106,23 @@ def lock_now(descriptor: int) -> None:
     return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def held(file: Path) -> bool:
+    """Whether a process holds a lock on the file."""
+    try:
+        with open(file) as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def lasting(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that make its numbers, with their values: all but those that may change meanwhile."""
+    return {key: value for key, value in flat(recipe) if not key.startswith(MAY_CHANGE)}
+
+
 class RunFolder:
     """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/.
 
@@ -126,6 +143,7 @@ class RunFolder:
         )
         self.splits = self.path / "splits.json"
         self.adapters, self.best = self.path / "adapters.safetensors", self.path / "best.safetensors"
+        self._holder = ""  # this process, while it holds the folder
 
     def load(self, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe that the run was started with, with overrides on top."""
@@ -164,6 +182,14 @@ class RunFolder:
                         self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
                 raise
 
+    def under_way(self) -> bool:
+        """Whether the process that began what is in the folder still holds it, and has begun it in this hold."""
+        try:
+            holder = (self.path / ".lock").read_text()
+        except OSError:
+            return False
+        return holder == self.status().get("holder") and held(self.path / ".lock")
+
     def mark(self, status: str, **facts: Any) -> None:
         """Set the run's status and facts in run.json."""
         kept = {k: v for k, v in self.status().items() if k != "reason"}
@@ -182,7 +208,8 @@ class RunFolder:
         try:
             write_atomically(self.recipe, recipe.to_yaml())
             now = _now()
-            self.mark("running", kind=kind, started=self.status().get("started") or now, **_provenance(), updated=now)
+            started = self.status().get("started") or now
+            self.mark("running", kind=kind, started=started, **_provenance(), holder=self._holder, updated=now)
         except OSError:
             if not begun:  # half a beginning would be taken for a run
                 self.recipe.unlink(missing_ok=True)
@@ -211,9 +238,10 @@ class RunFolder:
                     f"{self.path}: this file system has no locks ({error.strerror}); mount it with them (Lustre: "
                     "flock), or choose another run.dir"
                 ) from error
-            with suppress(OSError):  # who is at work is told for people; that the disk is full shows next
+            self._holder = f"process {os.getpid()} on {socket.gethostname()} since {_now('microseconds')}"
+            with suppress(OSError):  # that the disk is full shows next
                 lock.truncate(0)
-                lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                lock.write(self._holder.encode())
             yield
 
     def refuse_sweep(self) -> None:
@@ -295,10 +323,10 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(f"{path}: damaged ({error}); restore the file or start the run again") from error
 
 
-def _now() -> str:
+def _now(precision: str = "seconds") -> str:
     from datetime import UTC, datetime
 
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec=precision)
 
 
 def versions() -> dict[str, str]:

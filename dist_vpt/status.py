@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_vpt.errors import RunFolderError, UserError
-from dist_vpt.ranks import SILENT_SECONDS, held, read_place
+from dist_vpt.ranks import SILENT_SECONDS, read_place
 from dist_vpt.recipe import grid_axes
-from dist_vpt.runfolder import read_json
+from dist_vpt.runfolder import held, read_json
 
 COLORS = {
     "running": "cyan",

@@ -6,7 +6,7 @@ through the sweep's folder) or the batches (``sweep.split=batch``).
 
     RUN/recipe.yaml, run.json     the sweep's recipe and status
     RUN/trials/NNN.json           one trial of the grid: its setting, its recipe, last and best epoch on val
-    RUN/seeds/SEED/               one run on trainval: adapters and result.json, as `train` writes them
+    RUN/seeds/SEED/               one run on trainval: adapters and result.json, which eval, predict and compress take
     RUN/sweep.json, heatmap.png   the table, the choice, mean and standard deviation on test
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +36,8 @@ from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.plan import advice_on_memory
 from dist_vpt.ranks import Ranks
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
-from dist_vpt.runfolder import MAY_CHANGE, RunFolder, read_json, room_for, versions, write_atomically
-from dist_vpt.strategy import make_accelerator
+from dist_vpt.runfolder import MAY_CHANGE, RunFolder, lasting, read_json, room_for, versions, write_atomically
+from dist_vpt.strategy import make_accelerator, strategy
 from dist_vpt.train import attempt, claim, device_name, meet, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
 
@@ -69,7 +70,10 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     if rank == 0 or together:  # mistakes in data and weights show before anything is written or waited for
 
         def check() -> None:
-            assemble(grid[0].recipe).method.train()
+            parts = assemble(grid[0].recipe)
+            for name in ("val", "trainval", "test"):
+                parts.splits[name]  # a missing one is told now, not after hours of training
+            parts.method.train()
 
         _, refused = attempt(check)
     with StopSignal() as stop, ExitStack() as leaving:
@@ -81,7 +85,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         elif rank == 0:
             done = leaving.enter_context(folder.claimed(recipe, "sweep"))
         else:
-            _wait_for_claim(folder, recipe, stop)
+            _wait_for_claim(folder, recipe, stop)  # else its place among the processes would be swept away
         if done:
             if rank:
                 return {}
@@ -141,7 +145,10 @@ def choose(jobs: Sequence[Job], outcomes: Sequence[dict[str, Any]]) -> Job:
     """The trial with the best accuracy on val after its last epoch; ties go to the smaller learning rate."""
     alive = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if not outcome["diverged"]]
     if not alive:
-        raise RunFailed("every trial of the grid diverged; lower sweep.grid.optim.lr or set optim.clip_norm")
+        raise RunFailed(
+            "every trial of the grid diverged; choose another run.dir, and smaller values of sweep.grid.optim.lr or an "
+            "optim.clip_norm"
+        )
     return min(alive, key=lambda found: (-found[1]["last"]["val"]["top1"], found[0].recipe.optim.lr, found[0].number))[
         0
     ]
@@ -162,7 +169,7 @@ class Worker:
     ):
         self.recipe, self.folder, self.stop, self.console = recipe, folder, stop, console
         shared = recipe.sweep.split == "batch"
-        self.first, (self.rank, self.world) = rank == 0, (0, 1) if shared else (rank, world)
+        self.first, (self.rank, self.world), self.shared = rank == 0, (0, 1) if shared else (rank, world), shared
         self.accelerator = accelerator  # where each is on its own, made when it is needed
 
     def work(self, jobs: Sequence[Job]) -> None:
@@ -173,7 +180,7 @@ class Worker:
                 self._train_together(together)
             return
         for job in mine:
-            if not self.done(job):
+            if not self._agreed(self.done(job)):
                 self._train_alone(job)
 
     def wait_for(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
@@ -198,12 +205,17 @@ class Worker:
             raise RunFolderError(f"{job.outcome}: is of another trial ({'; '.join(changed)}); choose another run.dir")
         return True
 
+    def _agreed(self, found: Any) -> Any:
+        """What main has found in the folder, where batches are shared: another node may see a file late."""
+        return broadcast_object_list([found])[0] if self.shared else found
+
     def _train_together(self, jobs: Sequence[Job]) -> None:
-        untold = [job.number for job in jobs if not self.done(job)]
+        untold = self._agreed([job.number for job in jobs if not self.done(job)])
         if not untold:
             return
         state = self._state_of(jobs)
-        if not state.is_file():  # of a pass that was killed after its end, whose outcomes are partly told, there is one
+        # Of a pass that was killed after its end, whose outcomes are partly told, there is one.
+        if not self._agreed(state.is_file()):
             jobs = [job for job in jobs if job.number in untold]
             state = self._state_of(jobs)
         if self.accelerator is None:
@@ -218,6 +230,9 @@ class Worker:
                 tests = [scores.compute() for scores in (score_trials(p, scored, "test") if scored else [])]
             finally:
                 p.close()
+        skipped = sorted(p.skipped)
+        if skipped:
+            self.show(f"{len(skipped)} unreadable images skipped")
         for trial, test in zip(scored, tests, strict=True):
             trial.progress.last["test"] = test
             if not math.isfinite(test["loss"]):
@@ -228,19 +243,20 @@ class Worker:
                 if job.number not in untold:
                     continue
                 if recipes[0].train.test and not trial.diverged:
-                    self._write_run(job, trial, p.parts, p.seconds / len(jobs))
-                self._tell(job, trial.progress.last, trial.progress.best, trial.diverged, p.seconds / len(jobs))
+                    self._write_run(job, trial, p.parts, p.seconds / len(jobs), skipped)
+                progress, seconds = trial.progress, p.seconds / len(jobs)
+                self._tell(job, progress.last, progress.best, trial.diverged, seconds, skipped)
             state.unlink(missing_ok=True)
 
         on_main(self.accelerator, write, "outcomes", self.folder.path, GOES_ON)
 
     def _state_of(self, jobs: Sequence[Job]) -> Path:
         """Where a pass of these jobs keeps its state while it is under way."""
-        name = hashlib.sha256("\n".join(job.recipe.to_yaml() for job in jobs).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([lasting(job.recipe) for job in jobs]).encode()).hexdigest()[:16]
         return self.folder.path / f".pass-{name}.pt"
 
-    def _write_run(self, job: Job, trial: Trial, parts: Parts, seconds: float) -> None:
-        """A trial as the run folder that `train` would have written of it, for eval, predict and compress."""
+    def _write_run(self, job: Job, trial: Trial, parts: Parts, seconds: float, skipped: Sequence[str]) -> None:
+        """A trial as a run folder that eval, predict and compress take."""
         assert self.accelerator is not None
         folder, tensors = RunFolder(str(job.recipe.run.dir)), collect(trial.reader)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -256,9 +272,12 @@ class Worker:
                 "trained": sum(p.numel() for _, p in trial.reader.trainable()),
                 "total": sum(p.numel() for p in trial.reader.parameters()),
             },
+            "skipped_images": list(skipped),
             "device": device_name(self.accelerator.device),
             "processes": self.accelerator.num_processes,
+            "strategy": strategy(self.accelerator),
             "precision": job.recipe.runtime.precision,
+            "runtime": trial.reader.backbone.chosen,
             "seed": job.recipe.seed,
             "protocol": parts.protocol(),
             "versions": versions(),
@@ -271,19 +290,36 @@ class Worker:
 
     def _train_alone(self, job: Job) -> None:
         try:
-            result = run(job.recipe)
-        except Diverged as diverged:  # alone: too little memory or disk is no outcome of the setting
-            self._tell(job, {}, {}, str(diverged), 0.0)
-            return
-        self._tell(job, result["last"], result["best"] or {}, "", result["seconds"])
+            result, diverged = run(job.recipe), ""
+        except Diverged as error:  # alone: too little memory or disk is no outcome of the setting
+            result, diverged = {"last": {}, "best": {}, "seconds": 0.0, "skipped_images": []}, str(error)
 
-    def _tell(self, job: Job, last: dict[str, Any], best: dict[str, Any], diverged: str, seconds: float) -> None:
+        def write() -> None:
+            last, best, seconds = result["last"], result["best"] or {}, result["seconds"]
+            self._tell(job, last, best, diverged, seconds, result["skipped_images"])
+
+        if self.shared:
+            assert self.accelerator is not None
+            on_main(self.accelerator, write, "outcomes", self.folder.path, GOES_ON)
+        else:
+            write()
+
+    def _tell(  # noqa: PLR0917 (what there is to tell)
+        self,
+        job: Job,
+        last: dict[str, Any],
+        best: dict[str, Any],
+        diverged: str,
+        seconds: float,
+        skipped: Sequence[str],
+    ) -> None:
         outcome = {
             "setting": job.setting,
             "last": last,
             "best": best or None,
             "diverged": diverged or None,
             "seconds": round(seconds, 3),
+            "skipped_images": list(skipped),
             "recipe": job.recipe.model_dump(mode="json"),
         }
         with room_for("outcomes", self.folder.path, GOES_ON):
@@ -383,6 +419,7 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
             {"number": job.number, **{key: outcome[key] for key in ("setting", "last", "best", "diverged", "seconds")}}
             for job, outcome in zip(grid, outcomes, strict=True)
         ],
+        "skipped_images": sorted({file for o in [*outcomes, *results] for file in o.get("skipped_images", ())}),
         "seconds": {"of this session": round(seconds, 1), "training": round(trained, 1)},
         "versions": versions(),
     }
@@ -427,6 +464,8 @@ def _print(content: dict[str, Any], folder: Path, console: Console) -> None:
         )
     for seed, reason in content["diverged_seeds"].items():
         console.print(f"left out of that mean: seed {seed} diverged ({reason})", markup=False, soft_wrap=True)
+    if skipped := content.get("skipped_images"):
+        console.print(f"without {len(skipped)} images that cannot be read: they are named in the file below")
     console.print(str(folder / "sweep.json"), markup=False, soft_wrap=True)
 
 
@@ -479,9 +518,12 @@ def _unknown(data: dict[str, Any], key: str) -> str:
 
 
 def _wait_for_claim(folder: RunFolder, recipe: Recipe, stop: StopSignal) -> None:
-    """Until the first process has claimed the folder. Others that would start before it might be in a wrong one."""
+    """Until the first process has claimed the folder. Others that would start before it might be in a wrong one.
+
+    A sweep that was killed still says that it runs: what counts is that somebody holds the folder and began it anew.
+    """
     deadline = time.monotonic() + 60 * recipe.run.timeout_minutes
-    while not folder.holds(recipe, "sweep"):
+    while not (folder.holds(recipe, "sweep") and (folder.status().get("status") == "done" or folder.under_way())):
         if stop.asked:
             raise Interrupted(f"{folder.path}: stopped; the same command goes on")
         if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -28,18 +28,18 @@ from dist_vpt.build import Parts, assemble, class_weights, make_trial
 from dist_vpt.checkpoint import Progress, collect, restore
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.engine import MAY_FAIL, fetch, fold, global_weight
-from dist_vpt.errors import DataError, Interrupted, RunFailed, RunFolderError
+from dist_vpt.errors import DataError, Interrupted, RunFailed, RunFolderError, UserError
 from dist_vpt.frozen_stream import Observed, observe
 from dist_vpt.methods.base import Reader
 from dist_vpt.metrics import Scores
-from dist_vpt.monitor import reset_peak_memory
+from dist_vpt.monitor import forget_memory
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
 from dist_vpt.plan import check_memory
 from dist_vpt.ranks import HERE
 from dist_vpt.recipe import Recipe
-from dist_vpt.runfolder import write_atomically
+from dist_vpt.runfolder import lasting, write_atomically
 
-SAVE_SECONDS = 30.0  # at least so long between saved states of a pass
+SAVE_SECONDS = 30.0  # at least so long between states saved at the ends of epochs
 MAY_DIFFER = ("seed", "optim.lr", "optim.weight_decay", "method.dropout", "method.queries", "run.dir")
 
 
@@ -53,7 +53,7 @@ class Trial:
     scaler: GradScaler  # does nothing unless the stream is of fp16
     progress: Progress = field(default_factory=Progress)
     diverged: str = ""  # why it was ended
-    best: dict[str, Tensor] = field(default_factory=dict)  # trained tensors of the best epoch on val
+    best: dict[str, Tensor] = field(default_factory=dict)  # trained tensors of the best epoch on val, where kept
 
     @property
     def running(self) -> bool:
@@ -73,6 +73,8 @@ class Pass:
     stop: StopSignal
     state: Path  # file of the pass's state while it is under way
     show: Callable[[str], None]
+    keeps_best: bool = False
+    skipped: set[str] = field(default_factory=set)  # files that no process could read
     epoch: int = 0
     step: int = 0  # of the epoch
     seconds: float = 0.0
@@ -101,18 +103,20 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
     state: Path,
     show: Callable[[str], None],
     starts: Sequence[dict[str, Tensor]] | None = None,
+    *,
+    keeps_best: bool = False,
 ) -> Pass:
-    """Build the trials of ``recipes`` on one frozen backbone, cache its stream as they say, go back to ``state``.
+    """Build the trials of ``recipes`` on one frozen backbone, go back to ``state``, cache the stream as they say.
 
-    Trials begin with the tensors of ``starts``, where given. A collective call of the accelerator's processes.
-    Raises UserError as a single run would.
+    Trials begin with the tensors of ``starts``, where given. ``keeps_best``: hold and save each trial's tensors of its
+    best epoch on val, too. A collective call of the accelerator's processes. Raises UserError as a single run would.
     """
     recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
-    reset_peak_memory()
+    forget_memory()
     parts = assemble(recipe)
     show(check_memory(recipe, accelerator, len(parts.splits.classes)))  # of one trial: all together hold more
     train = parts.training(recipe, rank, world)
-    val = parts.evaluation("val", rank, world) if recipe.data.train_on == "train" else None
+    val = parts.evaluation("val", rank, world) if recipe.data.train_on == "train" and parts.splits.val else None
     first = parts.method.to(accelerator.device)
     assert isinstance(first, Reader)
     readers = [first, *(make_trial(each, first.backbone, len(parts.splits.classes)) for each in recipes[1:])]
@@ -127,15 +131,21 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
     ]
     for trial, tensors in zip(trials, starts or [], strict=starts is not None):
         restore(trial.reader, tensors, state)
-    for trial in trials:
-        trial.reader.train()  # what cannot be trained says so before the stream is computed
     labels = parts.splits[recipe.data.train_on].labels
     weights_K = class_weights(recipe.train.class_weights, labels, len(parts.splits.classes)).to(accelerator.device)
-    made = Pass(trials, parts, accelerator, train, val, weights_K, stop, state, show)
-    show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
-    if state.is_file():
-        _load(made)
+    made = Pass(trials, parts, accelerator, train, val, weights_K, stop, state, show, keeps_best)
+    # All that can be refused is, before the stream is computed. Main says whether there is a state.
+    if broadcast_object_list([state.is_file()])[0]:
+        refused: UserError | None = None
+        try:
+            _load(made)
+        except RunFolderError as damaged:
+            refused = damaged
+        agree(accelerator, refused)
         show(f"resumed from {state} at epoch {made.epoch + 1}")
+    for trial in trials:
+        trial.reader.train()  # what cannot be trained says so
+    show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
     return made
 
 
@@ -191,10 +201,13 @@ def fit_trials(p: Pass) -> None:
             HERE.at(f"step {p.epoch * p.train.steps_per_epoch + p.step}", "reading images")
             step_trials(p, fetch(batches))
             p.step += 1
-            HERE.progress = _progress(p, time.monotonic() - began)
+            p.seconds = time.monotonic() - began
+            HERE.progress = _progress(p)
             if p.stop.agreed:
-                p.seconds = time.monotonic() - began
                 stop_together(p.accelerator, f"{p.state}: stopped {_save(p)}")
+            every, done = recipe.run.save_every, p.epoch * p.train.steps_per_epoch + p.step
+            if every and done % every == 0 and p.step < p.train.steps_per_epoch:
+                _save(p)
         try:
             _end_epoch(p)
         except Interrupted:  # as of the epoch's last step: gone on with, its trials are scored
@@ -209,8 +222,9 @@ def fit_trials(p: Pass) -> None:
     HERE.progress = {}
 
 
-def _progress(p: Pass, seconds: float) -> dict[str, float]:
+def _progress(p: Pass) -> dict[str, float]:
     """How far a pass is, for ``dist-vpt status``."""
+    seconds = p.seconds
     done, steps = p.epoch * p.train.steps_per_epoch + p.step, p.recipe.train.epochs * p.train.steps_per_epoch
     return {
         "step": done,
@@ -227,6 +241,7 @@ def _progress(p: Pass, seconds: float) -> dict[str, float]:
 @torch.no_grad()
 def score_trials(p: Pass, trials: Sequence[Trial], split: str) -> list[Scores]:
     """Stream a split once through the backbone and score it with all trials. A collective call."""
+    HERE.at("the end", f"scoring {split}")
     batches = p.parts.evaluation(split, p.accelerator.process_index, p.accelerator.num_processes)
     scores = [Scores(len(p.parts.splits.classes), p.accelerator.device) for _ in trials]
     try:
@@ -235,6 +250,7 @@ def score_trials(p: Pass, trials: Sequence[Trial], split: str) -> list[Scores]:
                 score.update(each_BK, batch["labels"], batch["weight"], batch["index"])
     finally:
         batches.close()
+    p.skipped |= set(gather_object(sorted(batches.skipped)))
     return scores
 
 
@@ -312,10 +328,10 @@ def _update(p: Pass, step: int) -> None:
 
 
 def _end_epoch(p: Pass) -> None:
-    HERE.at(f"epoch {p.epoch + 1}", "scoring val")
     recipe, ended, done = p.recipe, p.running, p.epoch + 1
     found: list[dict[str, float]] = []
     if p.val is not None and ended and (done == recipe.train.epochs or done % recipe.train.eval_every == 0):
+        HERE.at(f"epoch {done}", "scoring val")
         found = _quick_scores(p, ended, p.val)  # before the epoch ends: after a stop it is still to be scored
     p.epoch, p.step = done, 0
     for trial in ended:
@@ -324,7 +340,7 @@ def _end_epoch(p: Pass) -> None:
         return
     for trial, scores in zip(ended, found, strict=True):
         _check_finite(trial, "loss on val", scores["loss"], p.epoch * p.train.steps_per_epoch)
-        if trial.running and trial.progress.scored(scores, recipe.train.early_stop):
+        if trial.running and trial.progress.scored(scores, recipe.train.early_stop) and p.keeps_best:
             trial.best = collect(trial.reader)
     top1 = [trial.progress.last["val"]["top1"] for trial in ended if not trial.diverged]
     shown = f"{min(top1):.2f} to {max(top1):.2f} %" if top1 else "all diverged"
@@ -355,7 +371,9 @@ def _save(p: Pass) -> str:
 
     Raises RunFailed after MAY_FAIL failures in a row.
     """
-    failed = None
+    HERE.at(f"epoch {p.epoch + 1}", "saving the state")
+    failed, unreadable = None, p.train.skipped | (p.val.skipped if p.val is not None else set())
+    p.skipped |= set(gather_object(sorted(unreadable)))
     if p.accelerator.is_main_process:
         try:
             _write(p)
@@ -385,7 +403,8 @@ def _write(p: Pass) -> None:
         "epoch": p.epoch,
         "step": p.step,
         "seconds": p.seconds,
-        "recipes": [trial.recipe.to_yaml() for trial in p.trials],
+        "skipped": sorted(p.skipped),
+        "recipes": [lasting(trial.recipe) for trial in p.trials],
         "trials": [
             {
                 "trained": collect(trial.reader),
@@ -400,13 +419,13 @@ def _write(p: Pass) -> None:
     }
     file = io.BytesIO()
     torch.save(content, file)
-    write_atomically(p.state, file.getvalue())
+    write_atomically(p.state, file.getbuffer())
 
 
 def _load(p: Pass) -> None:
     try:
         content = torch.load(p.state, map_location="cpu", weights_only=True)
-        if content["recipes"] != [trial.recipe.to_yaml() for trial in p.trials]:
+        if content["recipes"] != [lasting(trial.recipe) for trial in p.trials]:
             raise ValueError("it is of other trials")
         for trial, saved in zip(p.trials, content["trials"], strict=True):
             restore(trial.reader, saved["trained"], p.state)
@@ -414,5 +433,11 @@ def _load(p: Pass) -> None:
             trial.scaler.load_state_dict(saved["scaler"])
             trial.progress, trial.diverged, trial.best = Progress(**saved["progress"]), saved["diverged"], saved["best"]
         p.epoch, p.step, p.seconds = content["epoch"], content["step"], content["seconds"]
+        p.skipped = set(content["skipped"])
+    except FileNotFoundError as error:
+        raise RunFolderError(
+            f"{p.state}: is not seen here, where process 0 sees it; start again in a minute, or choose a run.dir that "
+            "all nodes share"
+        ) from error
     except Exception as error:  # torch.load's errors come in many types; all mean that the file is no state of ours
         raise RunFolderError(f"{p.state}: damaged state ({error}); remove it to train its trials anew") from error

@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from timm.models.vision_transformer import Block
 
 from dist_vpt import compress as module
+from dist_vpt.agreement import StopSignal
 from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
 from dist_vpt.cli import main
@@ -438,6 +439,56 @@ def test_a_stopped_finetuning_goes_on(source: Path, tmp_path: Path, monkeypatch:
     again(source, [0.2], "finetune", out=str(tmp_path / "run"))
     wanted, found = adapters(tmp_path / "whole" / "finetune-0.2"), adapters(folder)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("at", ["features", "a head"])
+def test_what_is_stopped_before_a_fraction_is_there_goes_on(
+    at: str, source: Path, selected: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"features": "observe", "a head": "head_loss"}[at]
+    called = getattr(module, name)
+
+    def stopped(*words: Any) -> Any:
+        StopSignal.entered[-1].asked = True
+        return called(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, stopped)
+        with pytest.raises(Interrupted, match="compress: stopped; the same command goes on"):
+            again(source, [0.5], out=str(tmp_path))
+    assert status(tmp_path / "featselect-0.5") == "interrupted"
+    again(source, [0.5], out=str(tmp_path))
+    wanted, found = adapters(selected[0] / "featselect-0.5"), adapters(tmp_path / "featselect-0.5")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_full_disk_loses_nothing_that_was_finetuned(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, fit, epochs = module.write_adapters, module.fit_trials, []
+
+    def full(path: Path, *words: Any) -> None:
+        if "finetune-0.2" in str(path):
+            raise OSError(28, "No space left on device")
+        write(path, *words)
+
+    def counted(p: Any) -> None:
+        before = p.epoch
+        fit(p)
+        epochs.append(p.epoch - before)
+
+    monkeypatch.setattr(module, "fit_trials", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_adapters", full)
+        with pytest.raises(RunFailed, match=r"finetune-0.2: the results cannot be written .* the same command goes on"):
+            again(source, [0.5, 0.2], "finetune", out=str(tmp_path))
+    assert (status(tmp_path / "finetune-0.5"), status(tmp_path / "finetune-0.2")) == ("done", "failed")
+    before = (tmp_path / "finetune-0.5" / "adapters.safetensors").stat().st_mtime_ns
+    curve = again(source, [0.5, 0.2], "finetune", out=str(tmp_path))
+    assert epochs == [2, 0]  # trained once
+    assert [point["keep"] for point in curve["points"]] == [0.5, 0.2]
+    assert (tmp_path / "finetune-0.5" / "adapters.safetensors").stat().st_mtime_ns == before
+    assert not list(tmp_path.glob(".finetune*"))
 
 
 def test_a_loss_that_is_not_finite(source: Path, tmp_path: Path) -> None:

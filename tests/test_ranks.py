@@ -189,10 +189,11 @@ def test_a_mistake_is_told_where_the_processes_never_meet(monkeypatch: pytest.Mo
             meet(load_recipe([]), None, leaving)
 
 
-def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", ["batch", "trials"])
+def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(split: str, tmp_path: Path) -> None:
     """The folder still says that the sweep is running, which the first process has not begun anew."""
     folder = tmp_path / "sweep"
-    grid = ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]", "method.name=linear"]
+    grid = [f"sweep.split={split}", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]", "method.name=linear"]
     options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]", "stream.cache=none")
     recipe = load_recipe([], [*options, "run.resume=auto"])
     with RunFolder(folder).claimed(recipe, "sweep"):

@@ -291,7 +291,7 @@ def test_two_runs_at_once(folder: RunFolder) -> None:
         assert other.stdout.readline() == "held\n"
         for resume in ("never", "auto"):
             message = refused(folder, f"run.resume={resume}")
-            assert f"another run is at work here (process {other.pid} on {platform.node()})" in message
+            assert f"another run is at work here (process {other.pid} on {platform.node()} since " in message
         other.kill()  # a killed process leaves no lock behind
     assert "status: running" in refused(folder)
     use(folder, "run.resume=auto")

@@ -24,7 +24,7 @@ from dist_vpt.runfolder import read_json
 from dist_vpt.sweep import Job, choose, grid_jobs
 from tests.forks import ROOT, Forks
 from tests.forks import command as forked
-from tests.running import wait_for, words
+from tests.running import SMALLEST, few_images, pictures, wait_for, words
 
 GRID = ["sweep.grid.optim.lr=[0.5, 0.1, 0.02]", "sweep.grid.optim.weight_decay=[0.01, 0.0]", "sweep.seeds=[42, 44]"]
 READER = ["method.name=linear", "train.epochs=2", *GRID]
@@ -200,14 +200,59 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
     assert killed["seeds"] == whole["seeds"]
 
 
-def test_sigterm_stops_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    grid = ["method.name=vqt", "train.epochs=2000", "sweep.seeds=[42]", *GRID[:1]]
-    forks = start(tmp_path / "sweep", *grid)
-    wait_for(lambda: "epoch 1/2000" in forks.output)  # before, while the stream is computed, there is nothing to save
-    forks.send(signal.SIGTERM)
-    assert forks.finish() == [75], forks.output
-    assert json.loads((tmp_path / "sweep" / "run.json").read_text())["status"] == "interrupted"
-    assert list((tmp_path / "sweep").glob(".pass-*.pt"))
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_pass_that_is_ended_in_its_middle_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    grid = ["method.name=vqt", "train.epochs=4", "train.batch_size=100", "run.trackers=[]", *GRID]
+    whole, folder = swept(tmp_path / "whole", *grid), tmp_path / "ended"
+
+    def before(_: int) -> None:
+        step = trials_module.step_trials
+        trials_module.SAVE_SECONDS = -1.0  # a state an epoch
+
+        def struck(p: trials_module.Pass, fetched: Any) -> None:
+            if (p.epoch, p.step) == (2, 4):
+                os.kill(os.getpid(), number)
+            step(p, fetched)
+
+        trials_module.step_trials = struck
+
+    ended = start(folder, *grid, before=before)
+    assert ended.finish() == [75 if number == signal.SIGTERM else -number], ended.output
+    assert read_json(folder / "run.json")["status"] == ("interrupted" if number == signal.SIGTERM else "running")
+    assert not (folder / "trials").exists()
+    again = forked(command(folder, *grid, "data.workers=1"), tmp_path / "again.txt")  # as may be changed
+    assert again.finish() == [0], again.output
+    assert "pt at epoch 3" in again.output
+    assert "epoch 2/4" not in again.output.partition("trials in one pass: seed=")[0]
+    assert without_times(read_json(folder / "sweep.json"))["trials"] == without_times(whole)["trials"]
+    assert read_json(folder / "sweep.json")["seeds"] == whole["seeds"]
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt"])
+@pytest.mark.parametrize("missing", ["val", "test"])
+def test_a_split_that_is_missing_is_told_before_the_grid(
+    missing: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few_images(tmp_path)
+    (tmp_path / {"val": "val200.txt", "test": "test.txt"}[missing]).unlink()
+    options = [word for word in SMALLEST if not word.startswith("method.")]
+    options += [f"data.root={tmp_path}", f"method.name={method}", f"run.dir={tmp_path / 'run'}"]
+    assert main(["sweep", *options, "sweep.grid.optim.lr=[0.1]"]) == 2
+    assert f"split '{missing}' is missing" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt"])
+def test_images_that_are_skipped_are_told(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
+    options = [f"method.name={method}", *data, "data.bad_images=skip", "run.trackers=[]", "sweep.seeds=[1]"]
+    content = swept(tmp_path / "sweep", *options, "sweep.grid.optim.lr=[0.5, 0.1]")
+    named = {Path(file).name for file in content["skipped_images"]}
+    assert named == {f"{i}.png" for i in range(60) if i % 7 == 3}  # those of test come with the seeds
+    assert "without 9 images that cannot be read" in capsys.readouterr().out
+    seed = read_json(tmp_path / "sweep" / "seeds" / "1" / "result.json")
+    assert set(seed["skipped_images"]) == set(content["skipped_images"])
+    assert {"strategy", "runtime", "device"} < set(seed)
 
 
 @pytest.mark.distributed
@@ -308,7 +353,8 @@ def test_every_trial_diverges_within_an_epoch(tmp_path: Path, capsys: pytest.Cap
     words += ["train.batch_size=50", "optim.name=sgd"]
     for _ in range(2):  # the second time from the outcomes
         assert main(words) == 3
-        assert "every trial of the grid diverged; lower sweep.grid.optim.lr" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "every trial of the grid diverged; choose another run.dir, and smaller values of sweep.grid.opt" in told
 
 
 def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

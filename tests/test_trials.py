@@ -1,6 +1,7 @@
 """Trials in one pass: each is what it would be alone, whatever the others do."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from dist_vpt.recipe import Recipe, load_recipe
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.stream_cache import ROOM, nbytes
 from dist_vpt.trials import Pass, fit_trials, make_pass, score_trials
-from tests.running import metrics, train, words
+from tests.running import metrics, pictures, train, words
 
 # 50 steps: 5 epochs of 10 steps.
 COMMON = ["train.batch_size=100", "train.epochs=5", "train.order_seed=11", "optim.warmup_epochs=1"]
@@ -49,14 +50,16 @@ def recipes(tmp_path: Path, each: Sequence[Sequence[str]]) -> list[Recipe]:
     return [load_recipe([], words(tmp_path / f"alone-{t}", *some)) for t, some in enumerate(each)]
 
 
-def make(tmp_path: Path, each: Sequence[Sequence[str]], show: Callable[[str], None] = lambda _: None) -> Pass:
+def make(
+    tmp_path: Path, each: Sequence[Sequence[str]], show: Callable[[str], None] = lambda _: None, **more: bool
+) -> Pass:
     tmp_path.mkdir(exist_ok=True)
     some = recipes(tmp_path, each)
-    return make_pass(some, make_accelerator(some[0]), StopSignal(), tmp_path / "pass.pt", show)
+    return make_pass(some, make_accelerator(some[0]), StopSignal(), tmp_path / "pass.pt", show, **more)
 
 
-def fitted(tmp_path: Path, each: Sequence[Sequence[str]]) -> Pass:
-    made = make(tmp_path, each)
+def fitted(tmp_path: Path, each: Sequence[Sequence[str]], **more: bool) -> Pass:
+    made = make(tmp_path, each, **more)
     fit_trials(made)
     made.close()
     return made
@@ -162,10 +165,11 @@ def test_trials_stop_early_each_on_its_own(tmp_path: Path) -> None:
     assert first.progress.ended
     assert first.progress.last["epoch"] == 2  # the first evaluation always rises, the second did not
     assert second.progress.last["epoch"] > first.progress.last["epoch"]
+    assert not first.best  # nobody asked for it
 
 
 def test_the_best_epoch_is_kept_beside_the_last(tmp_path: Path) -> None:
-    done = fitted(tmp_path, settings("linear", "sgd", 2))
+    done = fitted(tmp_path, settings("linear", "sgd", 2), keeps_best=True)
     for trial in done.trials:
         assert trial.progress.best["val"]["top1"] >= trial.progress.last["val"]["top1"]
         assert trial.best.keys() == collect(trial.reader).keys()
@@ -241,8 +245,8 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each = settings("linear", "sgd", 2)
-    whole = fitted(tmp_path / "a", each)
-    interrupted = make(tmp_path / "b", each)
+    whole = fitted(tmp_path / "a", each, keeps_best=True)
+    interrupted = make(tmp_path / "b", each, keeps_best=True)
     score, scored = trials._quick_scores, []
 
     def asks_to_stop(p: Pass, *args: Any) -> Any:
@@ -256,7 +260,7 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
             fit_trials(interrupted)
     interrupted.close()
     assert len(scored) == 2
-    resumed = make(tmp_path / "b", each)
+    resumed = make(tmp_path / "b", each, keeps_best=True)
     assert (resumed.epoch, resumed.step) == (scored[1], resumed.train.steps_per_epoch)
     fit_trials(resumed)
     resumed.close()
@@ -271,8 +275,67 @@ def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> 
     with pytest.raises(RunFolderError, match=r"pass.pt: damaged state \(it is of other trials\)"):
         make(tmp_path, list(reversed(each)))
     (tmp_path / "pass.pt").write_bytes(b"PK\x03\x04 not a state")
+    said: list[str] = []
     with pytest.raises(RunFolderError, match=r"damaged state .* remove it to train its trials anew"):
-        make(tmp_path, each)
+        make(tmp_path, each, said.append)
+    assert not any("frozen stream" in line for line in said)  # told before that is computed
+
+
+def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill then costs the steps since, also in an epoch that takes hours."""
+    each = [[*some, "run.save_every=4"] for some in settings("vqt", "adam", 2)]
+    whole = fitted(tmp_path / "whole", settings("vqt", "adam", 2))
+    step, write, saved = trials.step_trials, trials._write, []
+
+    def killed(p: Pass, fetched: Any) -> None:
+        if (p.epoch, p.step) == (2, 6):
+            raise KeyboardInterrupt
+        step(p, fetched)
+
+    def noted(p: Pass) -> None:
+        saved.append(p.epoch * p.train.steps_per_epoch + p.step)
+        write(p)
+
+    monkeypatch.setattr(trials, "_write", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "step_trials", killed)
+        struck = make(tmp_path / "struck", each)
+        with pytest.raises(KeyboardInterrupt):
+            fit_trials(struck)
+        struck.close()
+    assert saved == [4, 8, 12, 16, 24]  # 20 is the end of an epoch, which is saved where half a minute has gone by
+    moved = [[*some, "data.workers=1", "run.save_every=null"] for some in each]  # what may change in a run
+    resumed = make(tmp_path / "struck", moved)
+    assert (resumed.epoch, resumed.step) == (2, 4)
+    fit_trials(resumed)
+    resumed.close()
+    for a, b in zip(whole.trials, resumed.trials, strict=True):
+        assert a.progress.last == b.progress.last
+
+
+def test_without_val_trials_are_trained_and_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trials.assemble
+
+    def without_val(recipe: Recipe) -> Any:
+        parts = made(recipe)
+        return replace(parts, splits=replace(parts.splits, val=None))
+
+    monkeypatch.setattr(trials, "assemble", without_val)
+    done = fitted(tmp_path, settings("linear", "sgd", 2))
+    assert [set(trial.progress.last) for trial in done.trials] == [{"epoch", "train"}] * 2
+
+
+def test_unreadable_images_are_known_after_a_resumption(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "data", broken=lambda i: i % 3 == 1)
+    each = [["method.name=linear", *data, "data.bad_images=skip", "train.epochs=1", "stream.cache=none"]]
+    done = fitted(tmp_path / "run", each)
+    assert 0 < len(done.skipped) < 20
+    known = set(done.skipped)
+    again = make(tmp_path / "run", each)
+    assert again.skipped == known
+    score_trials(again, again.trials, "test")
+    assert len(again.skipped) == 20
+    again.close()
 
 
 def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
