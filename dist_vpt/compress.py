@@ -139,7 +139,8 @@ def compress(  # noqa: PLR0917 (the options of the command)
     """Compress a run to each fraction of ``keep`` that is not there yet; returns the content of MODE-curve.json.
 
     Raises UserError for a run that is not VQT's, for adapters, data or fractions that do not fit, and where a folder
-    holds another compression; RunFailed for a loss that is not finite.
+    holds another compression; RunFailed for a loss that is not finite and for a full disk; Interrupted after SIGTERM or
+    SIGUSR1.
     """
     fractions, console = _fractions(keep), Console(highlight=False)
     if not 0 <= lasso < math.inf:
@@ -169,7 +170,7 @@ def compress(  # noqa: PLR0917 (the options of the command)
             if augment != "none":
                 show(f"images are shown to heads as to evaluation: without data.augment = {augment}")
             if mode == "finetune":
-                together, state = _pass_of(jobs, todo)
+                together, state = _pass_of(todo, job_of)
                 starts = None
                 if not state.is_file():
                     starts = [made.tensors for _, made in _on_features("featselect", together, features, lasso, show)]
@@ -177,10 +178,13 @@ def compress(  # noqa: PLR0917 (the options of the command)
                 made = _finetuned(together, starts, about, accelerator, stop, state, show)
             else:
                 made = _on_features(mode, todo, features, lasso, show)
+            waiting = {job.keep for job in todo}
             for job, trained in made:  # each is written before the next one is begun
-                if job in todo:
+                if job.keep in waiting:
                     with room_for("the results", job.folder.path, GOES_ON):
                         _write_run(job, trained, about)
+    if mode == "finetune":
+        _forget_passes(jobs[0], job_of)
     with room_for("the curve", into, GOES_ON):
         return _conclude(into, jobs, job_of, console)
 
@@ -384,18 +388,35 @@ def _on_features(
         yield job, trained
 
 
-def _pass_of(jobs: Sequence[Job], todo: Sequence[Job]) -> tuple[Sequence[Job], Path]:
+def _pass_of(todo: Sequence[Job], job_of: Callable[[float], Job]) -> tuple[Sequence[Job], Path]:
     """The fractions that `finetune` trains together, and the file of their state while it is under way.
 
-    What was killed after its end, and has told a part of its fractions, is gone on with as the whole that it was.
+    What was ended before all of its fractions were told is gone on with as the whole that it was.
     """
+    for fractions, file in _passes(todo[0]):
+        if fractions.issuperset(job.keep for job in todo):
+            return [job_of(fraction) for fraction in sorted(fractions, reverse=True)], file
+    told = "_".join(str(job.keep) for job in todo)
+    return todo, todo[0].folder.path.parent / f"{_pass_name(todo[0])}_{told}.pt"
 
-    def state(some: Sequence[Job]) -> Path:
-        facts = json.dumps([some[0].made_of, *(lasting(job.recipe) for job in some)])
-        return some[0].folder.path.parent / f".finetune-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.pt"
 
-    together = jobs if state(jobs).is_file() else todo
-    return together, state(together)
+def _passes(job: Job) -> list[tuple[set[float], Path]]:
+    """Passes of fractions that are made as this one, by their fractions, with their states."""
+    files = job.folder.path.parent.glob(f"{_pass_name(job)}_*.pt")
+    return [({float(word) for word in file.stem.split("_")[1:]}, file) for file in files]
+
+
+def _pass_name(job: Job) -> str:
+    facts = [job.made_of, {key: value for key, value in lasting(job.recipe).items() if key != "method.keep"}]
+    return f".finetune-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
+
+
+def _forget_passes(job: Job, job_of: Callable[[float], Job]) -> None:
+    """Remove states, and what killed writes have left of them, of passes whose fractions are all there."""
+    for fractions, file in _passes(job):
+        if all(_is_done(job_of(fraction)) for fraction in fractions):
+            for left in (file, *file.parent.glob(f".{file.name}.*.tmp")):
+                left.unlink(missing_ok=True)
 
 
 def _finetuned(  # noqa: PLR0917 (what a pass is made of)
@@ -426,12 +447,14 @@ def _finetuned(  # noqa: PLR0917 (what a pass is made of)
     for job, trial in alive:
         progress, seconds = trial.progress, p.seconds / len(jobs)
         yield job, Trained(collect(trial.reader), progress.last, progress.best, trial.best, seconds, progress.images)
-    state.unlink(missing_ok=True)
     if len(alive) < len(jobs):
         said = "; ".join(
             f"{job.folder.path}: {t.diverged}" for job, t in zip(jobs, p.trials, strict=True) if t.diverged
         )
-        raise RunFailed(f"{said}; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm")
+        state.unlink(missing_ok=True)
+        raise RunFailed(
+            f"{said}; choose another --out, and a lower optim.lr, a longer optim.warmup_epochs or an optim.clip_norm"
+        )
 
 
 def _about(f: Features, accelerator: Accelerator) -> About:

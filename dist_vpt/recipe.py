@@ -124,7 +124,11 @@ class RunRecipe(Section):
         "never",
         description="auto: go on from the newest state in the folder, if there is one; never: refuse a used folder",
     )
-    save_every: int | None = Field(None, ge=1, description="steps between saved states; null: at the end of each epoch")
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between saved states; null: at ends of epochs, in a reader's sweep 30 seconds apart",
+    )
     log_every: int = Field(10, ge=1, description="steps between log lines and TensorBoard scalars")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="where curves are sent")
     timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others before it gives up")

@@ -95,11 +95,11 @@ def room_for(what: str, folder: Path, then: str) -> Iterator[None]:
 
 
 def lock_now(descriptor: int) -> None:
-    """Lock a file that nobody else may hold; ``dist-vpt status`` looks at it for a moment.
+    """Lock a file that nobody else may hold; ``dist-vpt status`` and processes that wait look at it for a moment.
 
     Raises BlockingIOError where somebody holds it.
     """
-    for _ in range(2):
+    for _ in range(5):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         time.sleep(0.05)
@@ -143,7 +143,7 @@ class RunFolder:
         )
         self.splits = self.path / "splits.json"
         self.adapters, self.best = self.path / "adapters.safetensors", self.path / "best.safetensors"
-        self._holder = ""  # this process, while it holds the folder
+        self._holder = ""  # this process, since it last took the folder
 
     def load(self, overrides: Sequence[str] = ()) -> Recipe:
         """The recipe that the run was started with, with overrides on top."""
@@ -184,11 +184,13 @@ class RunFolder:
 
     def under_way(self) -> bool:
         """Whether the process that began what is in the folder still holds it, and has begun it in this hold."""
+        if not held(self.path / ".lock"):  # first: who has just taken it has not said so yet
+            return False
         try:
             holder = (self.path / ".lock").read_text()
         except OSError:
             return False
-        return holder == self.status().get("holder") and held(self.path / ".lock")
+        return holder == self.status().get("holder")
 
     def mark(self, status: str, **facts: Any) -> None:
         """Set the run's status and facts in run.json."""
@@ -242,6 +244,7 @@ class RunFolder:
             with suppress(OSError):  # that the disk is full shows next
                 lock.truncate(0)
                 lock.write(self._holder.encode())
+                os.fsync(lock.fileno())  # or other machines see it late
             yield
 
     def refuse_sweep(self) -> None:

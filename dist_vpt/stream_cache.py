@@ -289,7 +289,7 @@ def on_disk(  # noqa: PLR0917 (what is computed, of what, where it goes)
 
 
 def identity(split: Split, view: View, max_megapixels: float, backbone: Backbone, reads: Reads) -> dict[str, Any]:
-    """What a cache depends on: backbone, preprocessing, the split's images and labels, and the dtype."""
+    """What a cache depends on: backbone, preprocessing, the largest image, the split's images and labels, the dtype."""
     model, weights, images = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     model.update(repr((backbone, backbone.own_pool.keywords)).encode())
     for module in backbone.modules():  # what their repr leaves out

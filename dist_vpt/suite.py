@@ -258,7 +258,8 @@ class _Runner:
 
     def _do_a_piece(self, pair: Pair, stop: "StopSignal") -> bool:
         """Whether there was something to do."""
-        from dist_vpt.sweep import Worker
+        from dist_vpt.data import open_splits
+        from dist_vpt.sweep import Worker, check_splits
 
         worker: Worker | None = None
         try:
@@ -272,6 +273,7 @@ class _Runner:
                         self._end(pair, worker)
                     elif any(not worker.done(job) for job in jobs):
                         self._show(f"{pair.name}: {name}")
+                        check_splits(open_splits(pair.recipe.data))
                         worker.work(jobs)
                     else:
                         continue

@@ -31,10 +31,11 @@ from rich.table import Table
 from dist_vpt.agreement import StopSignal, on_main
 from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, write_adapters
+from dist_vpt.data.splits import Splits
 from dist_vpt.errors import Diverged, Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.plan import advice_on_memory
-from dist_vpt.ranks import Ranks
+from dist_vpt.ranks import Ranks, read_place
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
 from dist_vpt.runfolder import MAY_CHANGE, RunFolder, lasting, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator, strategy
@@ -71,8 +72,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
 
         def check() -> None:
             parts = assemble(grid[0].recipe)
-            for name in ("val", "trainval", "test"):
-                parts.splits[name]  # a missing one is told now, not after hours of training
+            check_splits(parts.splits)
             parts.method.train()
 
         _, refused = attempt(check)
@@ -107,6 +107,12 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             return {}
         with room_for("the table", folder.path, GOES_ON):
             return conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - began, console)
+
+
+def check_splits(splits: Splits) -> None:
+    """Raises DataError where one that a sweep needs is missing: now, not after hours of training."""
+    for name in ("val", "trainval", "test"):
+        splits[name]
 
 
 def grid_jobs(recipe: Recipe, folder: Path) -> list[Job]:
@@ -146,8 +152,8 @@ def choose(jobs: Sequence[Job], outcomes: Sequence[dict[str, Any]]) -> Job:
     alive = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if not outcome["diverged"]]
     if not alive:
         raise RunFailed(
-            "every trial of the grid diverged; choose another run.dir, and smaller values of sweep.grid.optim.lr or an "
-            "optim.clip_norm"
+            "every trial of the grid diverged; choose another run.dir (of a suite: another --out), and smaller values "
+            "of sweep.grid.optim.lr or an optim.clip_norm"
         )
     return min(alive, key=lambda found: (-found[1]["last"]["val"]["top1"], found[0].recipe.optim.lr, found[0].number))[
         0
@@ -168,7 +174,7 @@ class Worker:
         accelerator: Accelerator | None = None,
     ):
         self.recipe, self.folder, self.stop, self.console = recipe, folder, stop, console
-        shared = recipe.sweep.split == "batch"
+        shared = accelerator is not None and recipe.sweep.split == "batch"  # a suite's runners share no batch
         self.first, (self.rank, self.world), self.shared = rank == 0, (0, 1) if shared else (rank, world), shared
         self.accelerator = accelerator  # where each is on its own, made when it is needed
 
@@ -407,7 +413,8 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     if not scores:
         raise RunFailed(
             f"all seeds of the chosen setting diverged ({_said(chosen.setting)}: {next(iter(lost.values()))}); "
-            "choose another run.dir, and smaller values of sweep.grid.optim.lr or an optim.clip_norm"
+            "choose another run.dir (of a suite: another --out), and smaller values of sweep.grid.optim.lr or an "
+            "optim.clip_norm"
         )
     trained = sum(o["seconds"] for o in [*outcomes, *results])
     content: dict[str, Any] = {
@@ -522,8 +529,13 @@ def _wait_for_claim(folder: RunFolder, recipe: Recipe, stop: StopSignal) -> None
 
     A sweep that was killed still says that it runs: what counts is that somebody holds the folder and began it anew.
     """
-    deadline = time.monotonic() + 60 * recipe.run.timeout_minutes
-    while not (folder.holds(recipe, "sweep") and (folder.status().get("status") == "done" or folder.under_way())):
+    deadline, beat = time.monotonic() + 60 * recipe.run.timeout_minutes, None
+    while True:
+        # Where locks do not reach other machines, the first process's signs of life say the same.
+        last, beat = beat, read_place(folder.path, 0).get("beat")
+        alive = folder.under_way() or (last is not None and beat is not None and beat != last)
+        if folder.holds(recipe, "sweep") and (alive or folder.status().get("status") == "done"):
+            return
         if stop.asked:
             raise Interrupted(f"{folder.path}: stopped; the same command goes on")
         if time.monotonic() > deadline:

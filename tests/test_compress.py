@@ -477,18 +477,21 @@ def test_a_full_disk_loses_nothing_that_was_finetuned(
         fit(p)
         epochs.append(p.epoch - before)
 
+    again(source, [0.9], "finetune", out=str(tmp_path))  # made before
     monkeypatch.setattr(module, "fit_trials", counted)
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_adapters", full)
         with pytest.raises(RunFailed, match=r"finetune-0.2: the results cannot be written .* the same command goes on"):
-            again(source, [0.5, 0.2], "finetune", out=str(tmp_path))
+            again(source, [0.9, 0.5, 0.2], "finetune", out=str(tmp_path))
     assert (status(tmp_path / "finetune-0.5"), status(tmp_path / "finetune-0.2")) == ("done", "failed")
     before = (tmp_path / "finetune-0.5" / "adapters.safetensors").stat().st_mtime_ns
-    curve = again(source, [0.5, 0.2], "finetune", out=str(tmp_path))
+    [state] = tmp_path.glob(".finetune*")
+    (tmp_path / f".{state.name}.123.tmp").write_text("what a killed write has left")
+    curve = again(source, [0.9, 0.5, 0.2], "finetune", out=str(tmp_path))
     assert epochs == [2, 0]  # trained once
-    assert [point["keep"] for point in curve["points"]] == [0.5, 0.2]
+    assert [point["keep"] for point in curve["points"]] == [0.9, 0.5, 0.2]
     assert (tmp_path / "finetune-0.5" / "adapters.safetensors").stat().st_mtime_ns == before
-    assert not list(tmp_path.glob(".finetune*"))
+    assert not list(tmp_path.glob(".*finetune*"))
 
 
 def test_a_loss_that_is_not_finite(source: Path, tmp_path: Path) -> None:
@@ -509,7 +512,7 @@ def test_a_fraction_that_diverges_takes_no_other_with_it(
         p.trials[1].diverged = "the loss was nan at step 3"
 
     monkeypatch.setattr(module, "fit_trials", fit_trials)
-    with pytest.raises(RunFailed, match=r"finetune-0.2: the loss was nan at step 3; lower optim\.lr"):
+    with pytest.raises(RunFailed, match=r"finetune-0.2: the loss was nan at step 3; choose another --out"):
         again(source, [0.2, 0.5], "finetune", out=str(tmp_path))
     assert (status(tmp_path / "finetune-0.5"), status(tmp_path / "finetune-0.2")) == ("done", "failed")
 

@@ -417,3 +417,17 @@ def test_no_git_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_json_is_plain_json(folder: RunFolder) -> None:
     use(folder)
     assert json.loads(folder.info.read_text())["status"] == "done"
+
+
+def test_who_waits_sees_whether_a_run_was_begun_by_who_holds_its_folder(tmp_path: Path) -> None:
+    recipe = load_recipe([], [f"run.dir={tmp_path / 'run'}", "run.resume=auto"])
+    folder, waiting = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    assert not waiting.under_way()
+    with folder.claimed(recipe):
+        assert waiting.under_way()
+        left = folder.info.read_bytes()
+    folder.info.write_bytes(left)  # as after a kill
+    assert not waiting.under_way()
+    with folder._locked():  # started again, and about to begin
+        assert waiting.holds(recipe, "run")
+        assert not waiting.under_way()

@@ -18,7 +18,7 @@ from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.results import Result, read
 from dist_vpt.suite import Pair, plan, suite, task_recipes
 from tests.forks import Forks, command
-from tests.running import ROOT
+from tests.running import ROOT, few_images
 from tests.tfds_copies import elsewhere
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -85,6 +85,25 @@ def test_status_tells_that_all_is_done(undisturbed: Path, capsys: pytest.Capture
     whole, *sweeps = json.loads(capsys.readouterr().out)
     assert (whole["kind"], whole["status"], whole["done"], whole["total"]) == ("suite", "done", 6, 6)
     assert [(each["status"], each["done"], each["total"]) for each in sweeps] == [("done", 4, 4)] * 6
+
+
+def test_a_split_that_is_missing_is_told_before_a_trial_is_trained(tmp_path: Path) -> None:
+    """And runners of a suite share no batch, whatever a recipe says of one sweep."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (few_images(data) / "val200.txt").rename(tmp_path / "val200.txt")
+    line = [
+        "suite", *SMALL, "data.format=vtab_folder", "sweep.split=batch", "--tasks", "dtd", "--method",
+        *recipes(tmp_path), "--root", str(data), "--out", str(tmp_path / "suite"),
+    ]  # fmt: skip
+    run = command(line, tmp_path / "told.txt")
+    assert run.finish() == [3], run.output
+    assert run.output.count("failed: split 'val' is missing") == 2
+    assert not list((tmp_path / "suite").rglob("trials"))
+    (tmp_path / "val200.txt").rename(data / "val200.txt")
+    again = command(line, tmp_path / "again.txt")
+    assert again.finish() == [0], again.output
+    assert set(results(tmp_path)) == {"dtd/reader", "dtd/writer"}
 
 
 def test_a_suite_ends_with_a_result_for_every_pair(undisturbed: Path) -> None:
