@@ -54,13 +54,12 @@ from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.optim import build_optimizer, multiplier, set_lr
 from dist_vpt.plan import advice_on_memory
 from dist_vpt.recipe import Recipe, differences
-from dist_vpt.runfolder import MAY_CHANGE, RunFolder, lasting, read_json, room_for, versions, write_atomically
+from dist_vpt.runfolder import GOES_ON, MAY_CHANGE, RunFolder, lasting, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.stream_cache import ROOM, StreamCache, StreamFeed
 from dist_vpt.train import device_name
 from dist_vpt.trials import fit_trials, make_pass, score_trials
 
-GOES_ON = "the same command goes on"
 Mode = Literal["compress", "featselect", "finetune"]
 
 

@@ -46,6 +46,7 @@ OURS = (
     "logs",
     "recipe.yaml",
 )
+GOES_ON = "the same command goes on"  # of sweeps and compressions
 LOGS = ("train.log", "logs")  # a run that is started again writes on in them
 SEEN_SECONDS = 90.0  # so long may a node go on believing that a file is not there (on NFS at most a minute)
 MAY_CHANGE = (

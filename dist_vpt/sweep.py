@@ -37,13 +37,12 @@ from dist_vpt.monitor import peak_memory_mib
 from dist_vpt.plan import advice_on_memory
 from dist_vpt.ranks import Ranks, read_place
 from dist_vpt.recipe import Recipe, SweepRecipe, differences, grid_axes, load_recipe_from
-from dist_vpt.runfolder import MAY_CHANGE, RunFolder, lasting, read_json, room_for, versions, write_atomically
+from dist_vpt.runfolder import GOES_ON, MAY_CHANGE, RunFolder, lasting, read_json, room_for, versions, write_atomically
 from dist_vpt.strategy import make_accelerator, strategy
 from dist_vpt.train import attempt, claim, device_name, meet, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
 
 POLL_SECONDS = 0.5
-GOES_ON = "the same command goes on"
 # What launchers tell a process of the others; a process that trains trials of its own must not see it.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -224,7 +224,6 @@ def fit_trials(p: Pass) -> None:
 
 def _progress(p: Pass) -> dict[str, float]:
     """How far a pass is, for ``dist-vpt status``."""
-    seconds = p.seconds
     done, steps = p.epoch * p.train.steps_per_epoch + p.step, p.recipe.train.epochs * p.train.steps_per_epoch
     return {
         "step": done,
@@ -232,9 +231,9 @@ def _progress(p: Pass) -> dict[str, float]:
         "epoch": p.epoch + 1,
         "epochs": p.recipe.train.epochs,
         "trials": len(p.trials),
-        "seconds": round(seconds, 3),
-        "seconds_left": round(seconds / done * (steps - done), 3),
-        "images_per_s": round(max(trial.progress.images for trial in p.trials) / seconds, 2),
+        "seconds": round(p.seconds, 3),
+        "seconds_left": round(p.seconds / done * (steps - done), 3),
+        "images_per_s": round(max(trial.progress.images for trial in p.trials) / p.seconds, 2),
     }
 
 
