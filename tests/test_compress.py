@@ -17,12 +17,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from timm.models.vision_transformer import Block
 
 from dist_vpt import compress as module
+from dist_vpt import fixed_features
 from dist_vpt.agreement import StopSignal
 from dist_vpt.build import Parts, assemble
 from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
 from dist_vpt.cli import main
-from dist_vpt.compress import best_features, compress, group_lasso, head_loss
+from dist_vpt.compress import compress
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, UserError, WeightsError
+from dist_vpt.fixed_features import best_features, group_lasso, head_loss
 from dist_vpt.frozen_stream import observe
 from dist_vpt.methods import attach
 from dist_vpt.methods.recipe import VQTRecipe
@@ -446,14 +448,14 @@ def test_what_is_stopped_before_a_fraction_is_there_goes_on(
     at: str, source: Path, selected: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = {"features": "observe", "a head": "head_loss"}[at]
-    called = getattr(module, name)
+    called = getattr(fixed_features, name)
 
     def stopped(*words: Any) -> Any:
         StopSignal.entered[-1].asked = True
         return called(*words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, stopped)
+        patch.setattr(fixed_features, name, stopped)
         with pytest.raises(Interrupted, match="compress: stopped; the same command goes on"):
             again(source, [0.5], out=str(tmp_path))
     assert status(tmp_path / "featselect-0.5") == "interrupted"
@@ -596,7 +598,7 @@ def test_several_processes_are_refused(source: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_features_that_memory_does_not_hold(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROOM", 0)
+    monkeypatch.setattr(fixed_features, "ROOM", 0)
     with pytest.raises(UserError, match=r"the features take 0.00 GiB and 0.00 GiB of memory may be used"):
         again(source, [0.5], out=str(tmp_path))
 
