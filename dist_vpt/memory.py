@@ -72,12 +72,16 @@ def give_back_freed_memory() -> bool:
     Where weights are gathered and freed all the time, freed places are hardly ever of the size that is wanted next: a
     process that shares weights out would grow to the size of one that does not.
     """
-    library = ctypes.CDLL(None)
-    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
-    if not mallopt or not trim or not mallopt(M_MMAP_THRESHOLD, LARGE):
-        return False
-    trim(0)
-    return True
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, LARGE) and trim_freed_memory())
+
+
+def trim_freed_memory() -> bool:
+    """Give back the host memory that is free by now, and no other; whether this process's malloc can (glibc's)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
+    return bool(trim)
 
 
 def apply_runtime(backbone: "Backbone", runtime: "RuntimeRecipe", compute: torch.dtype, *, writes: bool) -> None:

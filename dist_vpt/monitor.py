@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import View
+from dist_vpt.memory import trim_freed_memory
 from dist_vpt.metrics import Mistake
 from dist_vpt.ranks import HERE, TELLER
 from dist_vpt.recipe import Recipe
@@ -55,9 +56,10 @@ def peak_memory_mib() -> float:
 def forget_memory() -> None:
     """Give back what an earlier run of this process held, and count the peak anew (macOS cannot).
 
-    What torch's allocator keeps for later would count as taken where a run asks whether it fits.
+    What torch's allocator and malloc keep for later would count as taken where a run asks whether it fits.
     """
     gc.collect()
+    trim_freed_memory()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dist_vpt.memory import give_back_freed_memory, keep_freed_memory
+from dist_vpt.memory import give_back_freed_memory, keep_freed_memory, trim_freed_memory
 
 BYTES = 64 * 2**20  # more than glibc ever keeps by itself
 
@@ -43,6 +43,22 @@ for size in range(8, 16):  # gathered again, each in turn, and freed
     torch.ones({BYTES} // 4 // size)
 print(held() - before)
 """
+FORGETS = f"""
+import psutil, torch
+from dist_vpt.memory import keep_freed_memory
+from dist_vpt.monitor import forget_memory
+def held():
+    return psutil.Process().memory_info().rss
+assert keep_freed_memory()
+torch.ones({BYTES} // 4)
+before = held()
+stream = [torch.ones({BYTES} // 4) for _ in range(8)]
+above = torch.ones(1000)  # so that it is no end of the heap that is freed
+del stream
+kept = held() - before
+forget_memory()
+print(kept, held() - before)
+"""
 ON_GLIBC = pytest.mark.skipif(sys.platform != "linux", reason="of glibc alone")
 
 
@@ -66,7 +82,17 @@ def test_freed_memory_is_given_back() -> None:
     assert grown["give back"] < -0.35 * whole  # of at most half of it: torch itself has grown, too
 
 
+@ON_GLIBC
+def test_the_next_run_of_a_process_finds_its_memory_free() -> None:
+    """Else the seeds of a sweep whose grid has filled the memory would find no room to keep the stream in."""
+    done = subprocess.run([sys.executable, "-c", FORGETS], capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert kept > 6 * BYTES
+    assert left < BYTES
+
+
 def test_where_malloc_cannot_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda _: object())
     assert keep_freed_memory() is False
     assert give_back_freed_memory() is False
+    assert trim_freed_memory() is False
