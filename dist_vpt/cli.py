@@ -333,6 +333,9 @@ def _suite(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         show_plan(pairs)
     elif arguments.slurm:
+        if arguments.only is not None:
+            raise UserError("--only: a job array numbers the sweeps by itself; leave it out, or --slurm")
+        again += ["--runners", str(arguments.runners)] if arguments.runners is not None else []
         slurm_array(pairs, again, Path(arguments.slurm))
         print(f"sbatch {arguments.slurm}")
     else:

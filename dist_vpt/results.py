@@ -62,7 +62,7 @@ class Parameters(_Line):
 class Result(_Line):
     """One task under one method: chosen on val, trained on trainval once for each seed, scored on test."""
 
-    run: str  # hash of the resolved recipe without its run part
+    run: str  # hash of what makes the numbers in the resolved recipe
     task: str
     group: str | None
     method: str  # as the suite was asked for it: the stem of the method's recipe

@@ -53,6 +53,9 @@ MAY_CHANGE = (
     "run.",
     "data.root",  # a dataset may have moved
     "data.workers",
+    "data.cache",
+    "data.bad_images",  # an image that ended the run may be left out from there on
+    "stream.",
     "train.eval_batch_size",
     "runtime.checkpointing",  # memory for time
     "runtime.offload",
@@ -280,7 +283,7 @@ class RunFolder:
         if status == "failed" and not any(p.exists() for p in (self.state, self.adapters, self.best, *outcomes)):
             kept: Sequence[str] = ()
             with suppress(UserError):  # of a recipe that cannot be read, too, nothing is kept
-                kept = () if self._changed(recipe) else LOGS
+                kept = () if self._changed(recipe) else (*LOGS, "recipe.yaml")  # without one it would be no run
             for name in OURS:  # a run that failed before it saved anything leaves nothing to lose but why it failed
                 path = self.path / name
                 if name not in kept:

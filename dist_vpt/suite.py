@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.recipe import Recipe, grid_axes, load_recipe
+from dist_vpt.runfolder import RunFolder, lasting, read_json, room_for, write_atomically
 
 if TYPE_CHECKING:
     from dist_vpt.agreement import StopSignal
@@ -67,9 +68,7 @@ class Pair:
     @property
     def key(self) -> str:
         """Hash of the resolved recipe, without where the run lies and what changes no number."""
-        content = self.recipe.model_dump(mode="json")
-        del content["run"], content["data"]["workers"], content["data"]["root"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(lasting(self.recipe), sort_keys=True).encode()).hexdigest()[:12]
 
     def settings(self) -> int:
         """Trials of the grid."""
@@ -213,7 +212,6 @@ def slurm_array(pairs: Sequence[Pair], arguments: Sequence[str], file: Path) -> 
         "--output=slurm-%A_%a.log",
     ]
     text = script("dist-vpt suite --slurm", directives, ["suite_in_job", *arguments])
-    from dist_vpt.runfolder import write_atomically
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -320,7 +318,6 @@ class _Runner:
 
     def _begun(self, pair: Pair) -> Any:
         """The sweep's folder, with its recipe in it."""
-        from dist_vpt.runfolder import RunFolder
 
         folder = RunFolder(pair.folder)
         with _locked(_claim_file(self.folder, pair, "begin"), wait=True):
@@ -409,7 +406,6 @@ def _result(
     from datetime import UTC, datetime
 
     from dist_vpt.results import Parameters, Protocol, Result, Spread
-    from dist_vpt.runfolder import RunFolder, read_json
 
     recipe = pair.recipe
     common = {
@@ -495,7 +491,6 @@ def _conclude(folder: Path, pairs: Sequence[Pair], reasons: Mapping[str, str]) -
 
 def _admit(folder: Path, pairs: Sequence[Pair]) -> None:
     """Write the plan, or compare it with the one that is there: the same, or more pairs of the same recipes."""
-    from dist_vpt.runfolder import read_json, room_for, write_atomically
 
     file = folder / "manifest.json"
     try:
@@ -531,6 +526,7 @@ def _start(count: int, arguments: Sequence[str]) -> None:
         environment = {
             **os.environ,
             STARTED: str(number),
+            "LOCAL_WORLD_SIZE": str(count),  # of which each may fill a share of the memory
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // count))),
         }
         if devices:

@@ -129,6 +129,8 @@ def test_another_recipes_run_is_refused_and_the_difference_named(folder: RunFold
     "change",
     [
         "data.workers=3",
+        "data.cache=memory",
+        "data.bad_images=skip",
         "train.eval_batch_size=7",
         "run.log_every=3",
         "run.timeout_minutes=1",
@@ -146,6 +148,21 @@ def test_what_changes_no_number_may_differ(folder: RunFolder, change: str) -> No
 def test_what_changes_numbers_may_not_differ(folder: RunFolder, change: str) -> None:
     use(folder, status="interrupted")
     assert "another recipe" in refused(folder, change, "run.resume=auto")
+
+
+def test_a_beginning_that_is_cut_short_leaves_a_run(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(folder, status="failed")
+    (folder.path / ".pass-1.pt").write_bytes(b"hours of work")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dist_vpt.runfolder.write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            use(folder, "run.resume=auto")
+    use(folder, "run.resume=auto")
+    assert (folder.path / ".pass-1.pt").exists()
 
 
 def test_a_folder_of_other_files_is_refused_and_left_alone(folder: RunFolder) -> None:

@@ -308,6 +308,9 @@ def test_a_job_array_has_an_element_for_each_pair(tmp_path: Path) -> None:
     )
     assert text.endswith(f"\n{line}\n")
     subprocess.run(["bash", "-n", str(file)], check=True)
+    assert main([*words, "--slurm", str(file), "--runners", "2"]) == 0
+    assert file.read_text().endswith(f"\n{line} --runners 2\n")
+    assert main([*words, "--slurm", str(file), "--only", "2"]) == 2
 
 
 def test_an_element_does_its_own_pair(root: Path, tmp_path: Path) -> None:
