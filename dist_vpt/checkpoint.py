@@ -139,7 +139,8 @@ class Progress:
         if best:
             self.best = self.last
         if stopping is not None:
-            rose = scores["top1"] > self.to_beat + stopping.min_delta
+            # In shares of a percent that no split is large enough to need: scores are computed in more than one dtype.
+            rose = round(scores["top1"] - self.to_beat - stopping.min_delta, 4) > 0
             self.to_beat = scores["top1"] if rose else self.to_beat
             self.without_rise = 0 if rose else self.without_rise + 1
             self.ended = self.without_rise >= stopping.patience

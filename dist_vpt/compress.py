@@ -20,7 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -195,8 +195,9 @@ def _on_features(
             trained = Trained(cut, last, {}, {}, scoring.seconds, scoring.images)
         else:
             trained = train_head(f, reader)
-        trained.last[f.source.scored] = score(f, reader, f.scored)
-        yield job, trained
+        # Not written into last itself, which may be the best epoch, too.
+        last = {**trained.last, f.source.scored: score(f, reader, f.scored)}
+        yield job, replace(trained, last=last)
 
 
 def _pass_of(todo: Sequence[Job], job_of: Callable[[float], Job]) -> tuple[Sequence[Job], Path]:
@@ -251,7 +252,7 @@ def _finetuned(  # noqa: PLR0917 (what a pass is made of)
             alive = [(job, trial) for job, trial in zip(jobs, p.trials, strict=True) if not trial.diverged]
             if about.source.scored == "test" and alive:
                 for (_, trial), scores in zip(alive, score_trials(p, [t for _, t in alive], "test"), strict=True):
-                    trial.progress.last["test"] = scores.compute()
+                    trial.progress.last = {**trial.progress.last, "test": scores.compute()}
         finally:
             p.close()
     about.skipped.update(p.skipped)

@@ -90,7 +90,7 @@ def fix_features(source: Source, parts: Parts, method: VQT, accelerator: Acceler
     if needed > free:
         raise UserError(
             f"compress: the features take {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB of memory may be used; "
-            "free some, or leave the test split out with train.test=false"
+            "free some" + (", or leave the test split out with train.test=false" if has_val else "")
         )
     method.to(device).eval()
     feeds = {name: _feed(method, parts.evaluation(name, 0, 1), parts.splits[name], device, stop) for name in names}

@@ -282,6 +282,7 @@ def on_disk(  # noqa: PLR0917 (what is computed, of what, where it goes)
     if not folder.exists():  # one that is there is whole, and may be read where nothing may be written
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder.with_suffix(".lock"), stop):
+            os.listdir(folder.parent)  # NFS may answer from before: what another node has built is looked for anew
             if not folder.exists():
                 with closing(make_batches(0, 1)) as batches:
                     _build(folder, facts, wanted, backbone, reads, batches, device, stop)
@@ -392,10 +393,20 @@ def _build(  # noqa: PLR0917 (as on_disk)
         }
         content["checksum"] = _own_checksum(content)
         write_atomically(temporary / "stream.json", json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, target)
+        _publish(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Give a whole cache its name, unless another node's, seen late, has it already."""
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        if not (target / "stream.json").is_file():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _opened(  # noqa: PLR0917 (as on_disk)
@@ -443,7 +454,7 @@ def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, new: bool
         except OSError as error:
             raise DataError(
                 f"{file}: {size / 2**30:.2f} GiB cannot be written there ({error.strerror}); make room, choose another "
-                "stream.dir or set stream.cache=auto"
+                "stream.dir or set stream.cache=none"
             ) from error
     mapped = np.memmap(file, np.uint8, mode="r+" if new else "r")
     with warnings.catch_warnings():

@@ -43,8 +43,9 @@ from dist_vpt.train import attempt, claim, device_name, meet, run
 from dist_vpt.trials import MAY_DIFFER, Trial, fit_trials, make_pass, score_trials
 
 POLL_SECONDS = 0.5
-# What launchers tell a process of the others; a process that trains trials of its own must not see it.
-LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What launchers tell a process of the others; a process that trains trials of its own must not see it. How many share
+# the machine (LOCAL_WORLD_SIZE) it must: the memory is one.
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,12 @@ def grid_jobs(recipe: Recipe, folder: Path) -> list[Job]:
         jobs.append(Job(number, setting, trial, folder / "trials" / f"{number:03d}.json"))
     if mistakes:
         raise RecipeError("sweep.grid: " + "\n".join(dict.fromkeys(mistakes)))
+    other = [job for job in jobs if job.recipe.method.reader != recipe.method.reader]
+    if other:
+        raise RecipeError(
+            f"sweep.grid.method.name: {other[0].recipe.method.name} and the recipe's {recipe.method.name} cannot share "
+            "a sweep, since one reads the frozen stream and the other changes it; sweep them apart"
+        )
     return jobs
 
 
@@ -440,7 +447,7 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     write_atomically(folder.path / "sweep.json", json.dumps(content, indent=1) + "\n")
     # Of passes that were divided among another number of processes, and of their writes that were killed.
     for left in (*folder.path.glob(".pass-*.pt"), *folder.path.glob("..pass-*.tmp")):
-        left.unlink()
+        left.unlink(missing_ok=True)  # where trials are split, who told the last outcome removes its own
     folder.mark("done")
     if console is not None:
         _print(content, folder.path, console)

@@ -145,7 +145,8 @@ def make_pass(  # noqa: PLR0917 (as a sweep and a compression see it)
         show(f"resumed from {state} at epoch {made.epoch + 1}")
     for trial in trials:
         trial.reader.train()  # what cannot be trained says so
-    show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
+    if made.running and made.epoch < recipe.train.epochs:  # else it was stopped after its end, and reads no more
+        show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
     return made
 
 

@@ -209,6 +209,7 @@ def test_eval_gives_the_reported_numbers(kept: str, selected: tuple[Path, dict[s
     folder = selected[0] / "featselect-0.5"
     reported = result(folder)[kept]["val"]
     assert score(str(folder), "val", kept) == pytest.approx(reported, abs=1e-5)
+    assert "test" not in result(folder)["best"]  # also where the best epoch is the last one
     if kept == "last":
         reported = result(folder)["last"]["test"]
         assert score(str(folder), "test", kept) == pytest.approx(reported, abs=1e-5)

@@ -30,6 +30,7 @@ from dist_vpt.methods.base import Reader
 from dist_vpt.recipe import StreamRecipe, load_recipe
 from dist_vpt.strategy import why_not
 from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
+from dist_vpt.sweep import alone
 from tests.forks import FORK, Forks, command
 from tests.methods.conftest import make_backbone
 from tests.running import ROOT, metrics, pictures, train, words
@@ -560,6 +561,27 @@ def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.Monk
     place, _, line = choose(StreamRecipe(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)
     assert place == "none"
     assert "0.80 GiB may be used in memory for each of 4 processes" in line
+
+
+def test_processes_that_train_alone_share_the_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "CUDA_VISIBLE_DEVICES": "5"}
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    alone()
+    assert "WORLD_SIZE" not in os.environ
+    _free(monkeypatch, 4.0, 0)
+    assert choose(StreamRecipe(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)[0] == "none"
+
+
+def test_a_cache_of_another_node_that_is_seen_late_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "stream.cache=disk")
+    built = run(tmp_path / "built", *options)
+    before, exists = folders(tmp_path / "cache"), Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: self not in before and exists(self))
+    assert_equal(run(tmp_path / "late", *options), built)
+    assert folders(tmp_path / "cache") == before
+    assert not list((tmp_path / "cache").glob(".*.tmp"))
 
 
 def test_files_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,7 @@ def test_grids_over_other_keys_are_passes_of_their_own(tmp_path: Path, capsys: p
         ("sweep.grid.optim.lr=0.1", "grid.optim.lr = 0.1: must be a list"),
         ("sweep.grid.optim.lr=[0.1, 0.1]", "each said once"),
         ("sweep.grid.seed=[1, 2]", "grid.seed: is the sweep's own"),
+        ("sweep.grid.method.name=[linear, cls]", "cls and the recipe's linear cannot share a sweep"),
         ("sweep.grid.train.test=[true, false]", "grid.train.test: is the sweep's own"),
         ("backbone.weights=missing.safetensors", "missing.safetensors: no such weights file"),
         ("sweep.seeds=[1, 1]", "seeds = [1, 1]: each once"),

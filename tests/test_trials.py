@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,10 +16,10 @@ from torch.amp import GradScaler
 
 from dist_vpt import stream_cache, trials
 from dist_vpt.agreement import StopSignal
-from dist_vpt.checkpoint import collect
+from dist_vpt.checkpoint import Progress, collect, restore
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError
 from dist_vpt.frozen_stream import Observed
-from dist_vpt.recipe import Recipe, load_recipe
+from dist_vpt.recipe import EarlyStopRecipe, Recipe, load_recipe
 from dist_vpt.strategy import make_accelerator
 from dist_vpt.stream_cache import ROOM, nbytes
 from dist_vpt.trials import Pass, fit_trials, make_pass, score_trials
@@ -82,19 +83,39 @@ def losses(folder: Path, split: str) -> list[float]:
     ],
 )
 def test_trials_together_are_what_they_are_alone(method: str, optimizer: str, trials: int, tmp_path: Path) -> None:
-    each = settings(method, optimizer, trials)
+    together = assert_as_alone(tmp_path, settings(method, optimizer, trials))
+    assert all(trial.progress.images == 5000 for trial in together.trials)
+
+
+def test_smaller_batches_and_weights_are_those_of_a_run_alone(tmp_path: Path) -> None:
+    more = ["train.batch_size=130", "train.epochs=2", "train.label_smoothing=0.1", "train.class_weights=inv"]
+    assert_as_alone(tmp_path, [[*some, *more] for some in settings("linear", "adam", 2)])
+
+
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_images_that_cannot_be_read_weigh_nothing(cache: str, tmp_path: Path) -> None:
+    data = pictures(tmp_path / "data", broken=lambda i: i % 3 == 1)
+    more = [*data, "data.bad_images=skip", f"stream.cache={cache}", "train.class_weights=inv", "train.epochs=2"]
+    together = assert_as_alone(tmp_path, [[*some, *more] for some in settings("linear", "adam", 2)])
+    assert len(together.skipped) == 20
+
+
+def assert_as_alone(tmp_path: Path, each: Sequence[Sequence[str]]) -> Pass:
+    """Trains trials in one pass and each as a run, and compares them."""
     together = fitted(tmp_path, each)
     tests = [scores.compute() for scores in score_trials(together, together.trials, "test")]
     for t, some in enumerate(each):
         folder = tmp_path / f"alone-{t}"
         result = train(folder, *some, *QUIET)
         trial = together.trials[t]
-        assert trial.progress.last["train"]["loss"] == pytest.approx(losses(folder, "train")[-1], rel=1e-5)
+        of_train = next(line for line in reversed(metrics(folder)) if line["split"] == "train")
+        assert trial.progress.last["train"]["loss"] == pytest.approx(of_train["loss"], rel=1e-5)
+        assert trial.progress.last["train"]["top1"] == pytest.approx(of_train["top1"], abs=1e-4)
         assert trial.progress.last["val"]["loss"] == pytest.approx(losses(folder, "val")[-1], rel=1e-5)
         assert trial.progress.last["val"]["top1"] == pytest.approx(result["last"]["val"]["top1"], abs=1e-4)
         assert tests[t]["loss"] == pytest.approx(result["last"]["test"]["loss"], rel=1e-5)
         assert tests[t]["top1"] == pytest.approx(result["last"]["test"]["top1"], abs=1e-4)
-        assert trial.progress.images == 5000
+    return together
 
 
 def test_live_equals_cached(tmp_path: Path) -> None:
@@ -170,10 +191,33 @@ def test_trials_stop_early_each_on_its_own(tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_kept_beside_the_last(tmp_path: Path) -> None:
-    done = fitted(tmp_path, settings("linear", "sgd", 2), keeps_best=True)
+    wild = [*settings("linear", "sgd", 1)[0], "optim.lr=30"]
+    done = fitted(tmp_path, [*settings("linear", "sgd", 1), [w for w in wild if w != "optim.lr=0.5"]], keeps_best=True)
+    epochs = [(trial.progress.best["epoch"], trial.progress.last["epoch"]) for trial in done.trials]
+    assert any(best < last for best, last in epochs)
     for trial in done.trials:
-        assert trial.progress.best["val"]["top1"] >= trial.progress.last["val"]["top1"]
-        assert trial.best.keys() == collect(trial.reader).keys()
+        restore(trial.reader, trial.best, tmp_path)
+    for trial, scores in zip(done.trials, score_trials(done, done.trials, "val"), strict=True):
+        assert scores.compute()["top1"] == pytest.approx(trial.progress.best["val"]["top1"], abs=1e-4)
+
+
+def test_a_rise_is_the_same_in_float32_and_float64(tmp_path: Path) -> None:
+    """A run alone and a pass of trials compute their scores in different types."""
+    for dtype in (np.float32, np.float64):
+        progress = Progress()
+        for right in (181, 182):
+            progress.scored({"top1": 100 * float(dtype(right) / dtype(200))}, EarlyStopRecipe(min_delta=0.5))
+        assert progress.without_rise == 1
+
+
+def test_a_pass_that_was_stopped_after_its_end_computes_no_stream(tmp_path: Path) -> None:
+    each = settings("linear", "sgd", 2)
+    fitted(tmp_path, each)
+    said: list[str] = []
+    again = make(tmp_path, each, said.append)
+    fit_trials(again)
+    again.close()
+    assert not any("frozen stream" in line for line in said)
 
 
 def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
