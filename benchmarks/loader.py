@@ -1,6 +1,6 @@
 """How fast images are loaded, and how much memory a large split takes.
 
-    python benchmarks/loader.py [--images 1500] [--examples 73728]
+    python benchmarks/loader.py [--images 1500] [--examples 73728]      (needs dist-vpt[tfds])
 
 Two measurements, made on files of their own in a temporary folder:
 

@@ -44,7 +44,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a file that is not theirs
         # Torch's own words on a pickle advise to load it all the same: they are left out, but for the object's name.
         reason = str(error).split("\n")[0] or type(error).__name__
-        if isinstance(error, UnpicklingError):
+        if "TorchScript" in reason:
+            reason = "a TorchScript archive, which is a program"
+        elif isinstance(error, UnpicklingError):
             found = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"a pickle of {found[1]}" if found else "neither tensors nor words about them"
         raise WeightsError(

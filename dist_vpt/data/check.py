@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.data import DataRecipe, Split, open_splits, tfds
-from dist_vpt.data.tasks import TASKS, Task
+from dist_vpt.data.tasks import TASKS, Task, Tfds
 from dist_vpt.errors import DataError, UserError, nearest
 
 SPLITS = ("train", "val", "trainval", "test")
@@ -98,21 +98,21 @@ def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") 
             f"configs/fgvc/{unknown[0]}.yaml"
         )
     library, console, failed = tfds.packages(), Console(highlight=False), []
-    left = {}
+    left: dict[str, Tfds] = {}
     for row in rows:
         assert row.tfds is not None
         there = tfds.find(Path(root), row.tfds)
         if there is None:
-            left[row.tfds.builder] = row.name  # one builder may serve two tasks
+            left[row.tfds.builder] = row.tfds  # one builder may serve two tasks
         else:
             console.print(f"{row.name}: prepared already, {there}", soft_wrap=True)
     if left and not _has_tensorflow():
         raise UserError("preparing needs TensorFlow, training does not: pip install 'dist-vpt[prepare]'")
-    for name in left:
+    for name, wanted in left.items():
         builder: Any = None
         console.print(f"{name}: is being prepared in {root}", soft_wrap=True)
         try:
-            builder = library.builder(name, data_dir=root)
+            builder = _builder(wanted, library, root)
             _prepare(builder, library, file_format)
         except Exception as error:  # downloads fail in many ways; the other datasets go on
             failed.append(f"{name}: {_reason(builder, error)}")
@@ -124,6 +124,14 @@ def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") 
 
 def _has_tensorflow() -> bool:
     return find_spec("tensorflow") is not None
+
+
+def _builder(wanted: Tfds, library: Any, root: str) -> Any:
+    """Of the version that the published numbers were made with, or of the newest where that is made no more."""
+    try:
+        return library.builder(wanted.builder, version=wanted.version, data_dir=root)
+    except AssertionError:
+        return library.builder(wanted.builder, data_dir=root)
 
 
 def _prepare(builder: Any, library: Any, file_format: str) -> None:

@@ -28,7 +28,7 @@ class HfSource:
     def read(self, i: int, max_megapixels: float) -> Image.Image:
         stored = self.dataset[i][self.column]
         if stored is None:
-            raise DataError(f"{self.where(i)}: has no image; remove the record, or set data.bad_images: skip")
+            raise DataError(f"{self.where(i)}: has no image; remove the record, or set data.bad_images=skip")
         encoded = stored["path"] if stored["bytes"] is None else stored["bytes"]
         return decode(encoded, self.where(i), max_megapixels, upright=True)
 
@@ -64,7 +64,8 @@ def open_splits(recipe: DataRecipe, task: Task) -> Splits:
         found[name] = Split(name, labels[name], HfSource(column, image, place))
     for name in ("train", "val"):
         if name in missing:
-            raise DataError(f"{missing[name]}; choose a split with labels with data.hf.splits: {{{name}: ...}}")
+            named = ", ".join(f"{each}: ..." for each in dict.fromkeys(("train", name)))
+            raise DataError(f"{missing[name]}; name those with labels, all that are used: 'data.hf.splits={{{named}}}'")
     return complete(
         recipe,
         classes,
@@ -89,7 +90,7 @@ def _parts(recipe: DataRecipe, datasets: Any) -> dict[str, Any]:
     if "train" not in chosen:
         raise DataError(
             f"data.root {recipe.root!r}: has no split 'train' but {', '.join(map(repr, theirs))}; "
-            f"say which to train on with data.hf.splits: {{train: ...}}"
+            "say which to train on: 'data.hf.splits={train: ...}'"
         )
     return {ours: theirs[name] for ours, name in chosen.items()}
 

@@ -419,5 +419,5 @@ def _check_memory(pictures: _Pictures, images: int, world: int) -> None:
         raise DataError(
             f"data.cache: memory needs {needed / 2**30:.1f} GiB for {images} images of {view.image_size} px "
             f"on {processes} processes of this machine, and {available / 2**30:.1f} GiB are free; "
-            f"set data.cache: none"
+            f"set data.cache=none"
         )

@@ -28,7 +28,8 @@ class HfRecipe(BaseModel):
     label: str | None = Field(default=None, description="column of the labels; none: the only ClassLabel column")
     splits: dict[Literal["train", "val", "test"], str] = Field(
         default_factory=dict,
-        description="our split name to theirs, e.g. {val: 'train[90%:]'}; empty: train, validation and test",
+        description="our split name to theirs, e.g. {train: 'train[:90%]', val: 'train[90%:]'}; none given: train, "
+        "validation and test",
     )
 
 

@@ -264,6 +264,13 @@ def test_code_inside_of_training_arguments_is_never_executed(legacy: bool, tmp_p
     assert target.exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_is_named(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "a.pt"))
+    with pytest.raises(WeightsError, match=r"plain tensors \(a TorchScript archive, which is a program\)"):
+        read_tensors(tmp_path / "a.pt")
+
+
 def test_another_object_is_named(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.ones(2)}, "config": Innocent()}, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=r"a pickle of tests\.backbones\.test_layouts\.Innocent"):

@@ -165,6 +165,23 @@ def test_prepare_fetches_and_reads_again(
     assert "dtd: prepared already" in capsys.readouterr().out
 
 
+def test_the_published_version_is_prepared_where_the_library_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {}
+
+    def prepared(self: Any, **_: Any) -> None:
+        made[self.name] = (str(self.version), [str(version) for version in self.versions])
+
+    monkeypatch.setattr(module, "_has_tensorflow", lambda: True)
+    monkeypatch.setattr(tfds_library.core.DatasetBuilder, "download_and_prepare", prepared)
+    prepare(str(tmp_path), ["dtd", "kitti", "oxford_iiit_pet"])
+    assert made["dtd"][0].startswith("3.")
+    for name in ("kitti", "oxford_iiit_pet"):
+        version, makes = made[name]
+        assert version == ("3.2.0" if "3.2.0" in makes else makes[0])
+
+
 def test_what_cannot_be_prepared_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any, **_: Any) -> None:
         if "retinopathy" in self.name:

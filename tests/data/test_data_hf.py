@@ -157,7 +157,7 @@ def test_hidden_labels(tmp_path, opened):
     with pytest.raises(DataError, match=r"'test' is missing: .*split 'test' record 0 has label -1, so its labels are"):
         splits["test"]
     save(tmp_path / "b", train=part([1, 2], [0, -1]))
-    refused(opened, "'train' record 1 has label -1.*data.hf.splits: {train: ...}", root=str(tmp_path / "b"))
+    refused(opened, "'train' record 1 has label -1.*'data.hf.splits={train: ...}'", root=str(tmp_path / "b"))
 
 
 def test_splits_must_agree(tmp_path, opened):
@@ -177,7 +177,7 @@ def test_splits_must_agree(tmp_path, opened):
 
 def test_no_split_to_train_on(tmp_path, opened):
     save(tmp_path, all=part([1, 2], [0, 1]))
-    refused(opened, r"has no split 'train' but 'all'; say which to train on with data.hf.splits: {train: \.\.\.}")
+    refused(opened, r"has no split 'train' but 'all'; say which to train on: 'data.hf.splits={train: \.\.\.}'")
     refused(opened, "data.hf.splits.train 'every': no such saved split; valid: all", hf={"splits": {"train": "every"}})
     splits = opened("hf", hf={"splits": {"train": "all", "val": "all", "test": "all"}})
     assert greys(splits.val) == [1, 2]
