@@ -13,6 +13,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from dist_vpt.cli import main
@@ -31,6 +32,8 @@ class Forks:
             process.start()
 
     def _work(self, work: Callable[[int], Any], rank: int) -> None:
+        # Renews torch's pool of threads while there is one thread: autograd's, started together, would race to do it.
+        torch.set_num_threads(torch.get_num_threads())
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
