@@ -212,7 +212,6 @@ def slurm_array(pairs: Sequence[Pair], arguments: Sequence[str], file: Path) -> 
         "--output=slurm-%A_%a.log",
     ]
     text = script("dist-vpt suite --slurm", directives, ["suite_in_job", *arguments])
-
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)
@@ -318,7 +317,6 @@ class _Runner:
 
     def _begun(self, pair: Pair) -> Any:
         """The sweep's folder, with its recipe in it."""
-
         folder = RunFolder(pair.folder)
         with _locked(_claim_file(self.folder, pair, "begin"), wait=True):
             if not folder.holds(pair.recipe, "sweep"):
@@ -491,7 +489,6 @@ def _conclude(folder: Path, pairs: Sequence[Pair], reasons: Mapping[str, str]) -
 
 def _admit(folder: Path, pairs: Sequence[Pair]) -> None:
     """Write the plan, or compare it with the one that is there: the same, or more pairs of the same recipes."""
-
     file = folder / "manifest.json"
     try:
         (folder / "claims").mkdir(parents=True, exist_ok=True)

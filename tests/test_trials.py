@@ -201,7 +201,7 @@ def test_the_best_epoch_is_kept_beside_the_last(tmp_path: Path) -> None:
         assert scores.compute()["top1"] == pytest.approx(trial.progress.best["val"]["top1"], abs=1e-4)
 
 
-def test_a_rise_is_the_same_in_float32_and_float64(tmp_path: Path) -> None:
+def test_a_rise_is_the_same_in_float32_and_float64() -> None:
     """A run alone and a pass of trials compute their scores in different types."""
     for dtype in (np.float32, np.float64):
         progress = Progress()
