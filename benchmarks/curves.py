@@ -11,7 +11,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_vpt.cli import guarded
+from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.errors import RunFolderError
 
 PANELS = {
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, required=True, help="an .svg or .png file")
     options = parser.parse_args()
-    return guarded(lambda: draw(options.run, options.out), debug=False)
+    return run_with_exit_code(lambda: draw(options.run, options.out), debug=False)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from dist_vpt.data import DataRecipe, open_splits
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats import open_splits
+from dist_vpt.data.formats.tfds import Piece, TfdsSource
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import LateLabels, Split
-from dist_vpt.data.tfds import Piece, TfdsSource
-from dist_vpt.data.transforms import View, vpt_resize
-from dist_vpt.memory import keep_freed_memory
-from dist_vpt.runfolder import versions
+from dist_vpt.data.transforms import ImageTransform, vpt_resize
+from dist_vpt.runs.provenance import versions
+from dist_vpt.runtime.allocator import keep_freed_memory
 
 MIB = 2**20
 SIDE = 224
@@ -60,8 +61,8 @@ def speed(folder: Path, images: int) -> dict[str, float]:
     """images/s of the loader and of the bare loop."""
     keep_freed_memory()  # as training does
     root = make_jpegs(folder / "jpegs", images)
-    split = open_splits(DataRecipe(task="jpegs", format="vtab_folder", root=str(root))).train
-    batches = TrainBatches(split, View(SIDE, "vpt"), batch_size=BATCH, workers=WORKERS)
+    split = open_splits(DataConfig(task="jpegs", format="vtab_folder", root=str(root))).train
+    batches = TrainBatches(split, ImageTransform(SIDE, "vpt"), batch_size=BATCH, workers=WORKERS)
     for _ in batches.epoch(0):  # workers have started, files are in the page cache
         pass
     loader, bare = [], []
@@ -115,7 +116,7 @@ def resident_mib(folder: Path, examples: int) -> dict[str, Any]:
     before = this.memory_full_info().pss
     source = TfdsSource([Piece(str(file), 0, examples, examples)], "tfrecord", "dsprites_ori", 16)
     split = Split("test", LateLabels(examples, source.labels), source)
-    batches = EvalBatches(split, View(64, "vpt"), 256, workers=WORKERS)
+    batches = EvalBatches(split, ImageTransform(64, "vpt"), 256, workers=WORKERS)
     largest = seen = 0
     for number, batch in enumerate(batches):
         seen += int(batch["weight"].sum())

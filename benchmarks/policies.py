@@ -34,17 +34,17 @@ from step import (
     synthetic_batches,
 )
 
-from dist_vpt.backbones.build import describe
-from dist_vpt.build import make_method
-from dist_vpt.cli import guarded
+from dist_vpt.backbones.build import preprocessing_of
+from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.errors import UserError
-from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods.base import Method
-from dist_vpt.monitor import MIB
-from dist_vpt.recipe import Recipe, load_recipe, split_arguments
-from dist_vpt.runfolder import versions
-from dist_vpt.strategy import make_accelerator
-from dist_vpt.train import device_name
+from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.provenance import device_name, versions
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
+from dist_vpt.runtime.peak_memory import MIB
+from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.components import build_method
 
 POLICIES = ["none", "budget-0.75", "mlp", "every-2", "budget-0.5", "budget-0.25", "block"]
 
@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> int:
         result = benchmark(recipe, arguments.policies, repeats=arguments.repeats, classes=arguments.classes)
         conclude(result, Path(arguments.out) / file_name(result))
 
-    return guarded(call, debug=arguments.debug)
+    return run_with_exit_code(call, debug=arguments.debug)
 
 
 def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int) -> dict[str, Any]:
@@ -67,8 +67,8 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
         raise UserError("--policies: all are compared with none; begin with it, and leave runtime.checkpointing out")
     load = round(os.getloadavg()[0], 1)
     device = make_accelerator(recipe).device
-    wants = describe(recipe.backbone)
-    plain = make_method(recipe, wants, classes)[0].to(device).train()
+    wants = preprocessing_of(recipe.backbone)
+    plain = build_method(recipe, wants, classes)[0].to(device).train()
     batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, wants, classes)[0].items()})  # type: ignore[attr-defined]
     methods = {policy: under(policy, plain, recipe) for policy in policies}
     saved = {p: saved_for_backward(m, partial(micro_batch_loss, m, recipe, batch)) for p, m in methods.items()}

@@ -43,18 +43,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_vpt.backbones.build import Description, describe
-from dist_vpt.build import DTYPES, make_method
-from dist_vpt.cli import guarded
+from dist_vpt.backbones.build import Preprocessing, preprocessing_of
+from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.data.loaders import Batch
-from dist_vpt.engine import Training, train_step
 from dist_vpt.errors import UserError
+from dist_vpt.files import write_atomically
 from dist_vpt.methods.base import Method
-from dist_vpt.monitor import MIB, peak_memory_mib
-from dist_vpt.plan import make_training, synthetic_batches
-from dist_vpt.recipe import Recipe, load_recipe, split_arguments
-from dist_vpt.runfolder import versions, write_atomically
-from dist_vpt.train import device_name
+from dist_vpt.planning.planner import make_training, synthetic_batches
+from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.provenance import device_name, versions
+from dist_vpt.runtime.peak_memory import MIB, peak_memory_mib
+from dist_vpt.training.components import DTYPES, build_method
+from dist_vpt.training.engine import TrainState, train_step
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL_SIDE = {"cpu": 2048}  # elsewhere 8192
@@ -70,7 +71,7 @@ def main(words: list[str] | None = None) -> int:
         result = benchmark(recipe, repeats=arguments.repeats, classes=arguments.classes)
         conclude(result, Path(arguments.out) / file_name(result))
 
-    return guarded(call, debug=arguments.debug)
+    return run_with_exit_code(call, debug=arguments.debug)
 
 
 def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         raise UserError("benchmarks/step.py measures one process; start it with `python`, not with a launcher")
     load = round(os.getloadavg()[0], 1)
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})})
-    wants = describe(recipe.backbone)
+    wants = preprocessing_of(recipe.backbone)
     training = make_training(recipe, wants, classes)
     device = training.accelerator.device
     batches = synthetic_batches(recipe, wants, classes)
@@ -151,7 +152,7 @@ def saved_storages(method: nn.Module) -> Iterator[dict[int, torch.UntypedStorage
         yield saved
 
 
-def model_flops(recipe: Recipe, wants: Description, classes: int) -> int:
+def model_flops(recipe: Recipe, wants: Preprocessing, classes: int) -> int:
     """Operations per image of one training step; see the head of this file."""
     plain = recipe.model_copy(
         update={
@@ -162,7 +163,7 @@ def model_flops(recipe: Recipe, wants: Description, classes: int) -> int:
         }
     )
     with torch.device("meta"):
-        method: Method = make_method(plain, wants, classes)[0].train()
+        method: Method = build_method(plain, wants, classes)[0].train()
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         method.to_empty(device="cpu")  # fake tensors: shapes of a real device (autocast wants one), and no numbers
         batch = synthetic_batches(plain, wants, classes)[0]
@@ -171,7 +172,7 @@ def model_flops(recipe: Recipe, wants: Description, classes: int) -> int:
     return round(counter.get_total_flops() / len(batch["labels"]))
 
 
-def time_steps(training: Training, batches: list[Batch], repeats: int) -> float:
+def time_steps(training: TrainState, batches: list[Batch], repeats: int) -> float:
     """Median seconds of the engine's step over ``repeats`` of them, after warm-up."""
     device = training.accelerator.device
 

@@ -61,23 +61,24 @@ from step import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_vpt.agreement import StopSignal
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.build import describe
-from dist_vpt.build import DTYPES, make_method, make_trial
-from dist_vpt.cli import guarded
+from dist_vpt.backbones.build import preprocessing_of
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.data.loaders import Batch
+from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RunFailed, UserError
-from dist_vpt.frozen_stream import Observed, Reads, observe
+from dist_vpt.frozen_stream.cache import StreamCache, nbytes
+from dist_vpt.frozen_stream.config import StreamConfig
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.methods.vqt import VQT
-from dist_vpt.monitor import MIB
-from dist_vpt.optim import build_optimizer, set_lr
-from dist_vpt.recipe import Recipe, StreamRecipe, load_recipe, split_arguments
-from dist_vpt.runfolder import versions
-from dist_vpt.strategy import make_accelerator
-from dist_vpt.stream_cache import StreamCache, nbytes
-from dist_vpt.train import device_name
-from dist_vpt.trials import Pass, Trial, gradient_scaler, step_trials
+from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.provenance import device_name, versions
+from dist_vpt.runtime.peak_memory import MIB
+from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.components import DTYPES, build_method, build_reader
+from dist_vpt.training.optim import build_optimizer, set_lr
+from dist_vpt.training.trials import Trial, TrialGroup, gradient_scaler, step_trials
 
 DEFAULTS = Path(__file__).with_suffix(".yaml")
 WAYS = ("split", "cached", "cached_trials")
@@ -108,7 +109,7 @@ def main(words: list[str] | None = None) -> int:
         result = benchmark(load_recipe([DEFAULTS, *files], overrides), arguments)
         conclude(result, Path(arguments.out) / file_name(result))
 
-    return guarded(call, debug=arguments.debug)
+    return run_with_exit_code(call, debug=arguments.debug)
 
 
 def benchmark(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def benchmark(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     if images < batch:
         raise UserError(f"--images {images}: must be at least a batch, {batch}; raise it or lower train.batch_size")
     micro = min(batch, options.published_batch)
-    photos = synthetic_batches(_with_batch(recipe, images), describe(recipe.backbone), options.classes)[0]
+    photos = synthetic_batches(_with_batch(recipe, images), preprocessing_of(recipe.backbone), options.classes)[0]
     ways: dict[str, dict[str, Way]] = {name: {} for name in ("published", *WAYS)}
     differences: Numbers = {name: {} for name in WAYS}
     for precision in TOLERANCE:
@@ -179,7 +180,9 @@ class Bench:
             cached, shared = (send_to_device(c[index_B], self.accelerator.device) for c in (self.cache, self.shared))
             seeds = [self.recipe.seed] * len(self.readers)
             found = {
-                "split": first.read_many([first], observe(first.backbone, images_B3SS, first.reads), seeds[:1])[0],
+                "split": first.read_many([first], compute_stream(first.backbone, images_B3SS, first.reads), seeds[:1])[
+                    0
+                ],
                 "cached": first.read_many([first], cached, seeds[:1])[0],
                 "cached_trials": first.read_many(self.readers, shared, seeds)[0],
             }
@@ -239,7 +242,7 @@ class Bench:
             for t, reader in enumerate(readers)
         ]
         nowhere = cast(Any, None)
-        p = Pass(
+        p = TrialGroup(
             trials=trials,
             parts=nowhere,
             accelerator=self.accelerator,
@@ -266,10 +269,10 @@ def make_bench(
     """Build the published way and all trials on one backbone, and compute the frozen stream of all images."""
     own = {"precision": precision, "attention": attention(accelerator.device)[precision]}
     recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=own)})
-    method, _ = make_method(recipe, describe(recipe.backbone), options.classes)
+    method, _ = build_method(recipe, preprocessing_of(recipe.backbone), options.classes)
     first = cast(VQT, method.to(accelerator.device))
     others = [
-        cast(VQT, make_trial(_with_seed(recipe, t), first.backbone, options.classes).to(accelerator.device))
+        cast(VQT, build_reader(_with_seed(recipe, t), first.backbone, options.classes).to(accelerator.device))
         for t in range(1, options.trials)
     ]
     torch.manual_seed(recipe.seed)
@@ -285,19 +288,19 @@ def make_bench(
 
 
 def make_cache(
-    backbone: Backbone, reads: Reads, images_n3SS: Tensor, device: torch.device, place: torch.device
+    backbone: Backbone, reads: StreamSpec, images_n3SS: Tensor, device: torch.device, place: torch.device
 ) -> StreamCache:
     """The frozen stream of all images, computed on ``device`` and held in ``place``."""
     parts = []
     for images_B3SS in images_n3SS.split(FILL_BATCH):
-        observed = observe(backbone, images_B3SS.to(device), reads)
+        observed = compute_stream(backbone, images_B3SS.to(device), reads)
         parts.append(send_to_device(observed, place))
     pooled, *fields = zip(*parts, strict=True)
 
     def joined(blocks: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, ...]:
         return tuple(torch.cat(block) for block in zip(*blocks, strict=True))
 
-    return StreamCache(Observed(torch.cat(pooled), *map(joined, fields)), np.ones(len(images_n3SS), bool))
+    return StreamCache(StreamOutput(torch.cat(pooled), *map(joined, fields)), np.ones(len(images_n3SS), bool))
 
 
 def random_batches(kept: Batch, batch: int) -> Callable[[], Batch]:
@@ -403,7 +406,7 @@ def _check(recipe: Recipe) -> None:
         wrong.append(f"runtime.attention = {recipe.runtime.attention}: the quicker kernel is used; leave it out")
     if recipe.train.accumulate != 1:
         wrong.append(f"train.accumulate = {recipe.train.accumulate}: must be 1 here; use --published-batch")
-    if recipe.stream != StreamRecipe():
+    if recipe.stream != StreamConfig():
         wrong.append("stream: live and cached are both measured; leave it out (--device-cache is for GPUs)")
     if wrong:
         raise UserError("\n".join(wrong))

@@ -41,12 +41,13 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent))  # as when this file is the script
 from step import LR, count, rounded, synchronise
 
-from dist_vpt.backbones.build import describe
-from dist_vpt.cli import guarded
-from dist_vpt.engine import train_step
-from dist_vpt.plan import make_training, synthetic_batches
-from dist_vpt.recipe import Recipe, load_recipe, split_arguments
-from dist_vpt.strategy import strategy
+from dist_vpt.backbones.build import preprocessing_of
+from dist_vpt.cli.main import run_with_exit_code
+from dist_vpt.planning.planner import make_training, synthetic_batches
+from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.training.accelerator import strategy_name
+from dist_vpt.training.engine import train_step
 
 # Collective -> which argument holds the whole tensor, and how often (W - 1) / W of it is sent.
 COLLECTIVES = {
@@ -91,7 +92,7 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     """All numbers of this process. A collective call."""
     optim = recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})
     recipe = recipe.model_copy(update={"optim": optim})
-    wants = describe(recipe.backbone)
+    wants = preprocessing_of(recipe.backbone)
     with Sent() as start:
         training = make_training(recipe, wants, classes)
     accelerator = training.accelerator
@@ -119,7 +120,7 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     fastest = min(step() for _ in range(repeats)) if repeats else None
     on_tcp = processes > 1 and dist.get_backend() == "gloo" and before is not None and after is not None
     return {
-        "strategy": strategy(accelerator),
+        "strategy": strategy_name(accelerator),
         "processes": processes,
         "rank": rank,
         "step_bytes": round(sent.bytes),
@@ -210,7 +211,7 @@ def main(words: list[str] | None = None) -> int:
         recipe = load_recipe(*split_arguments(arguments.recipe))
         print(json.dumps(measure(recipe, classes=arguments.classes, repeats=arguments.repeats)), flush=True)
 
-    return guarded(call, debug=arguments.debug)
+    return run_with_exit_code(call, debug=arguments.debug)
 
 
 if __name__ == "__main__":

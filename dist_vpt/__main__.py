@@ -2,6 +2,6 @@
 
 import sys
 
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 
 sys.exit(main())

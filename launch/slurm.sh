@@ -29,12 +29,12 @@ train_in_job() {
     export -f _check_node _has_package
     _on_every_node bash -c '_check_node "$@"' bash "$python" "$@" || _finish $?
   fi
-  _run _on_every_node "$python" -m dist_vpt.node train "$root/launch/accelerate/$strategy.yaml" "$@"
+  _run _on_every_node "$python" -m dist_vpt.cli.slurm_node train "$root/launch/accelerate/$strategy.yaml" "$@"
 }
 
 suite_in_job() {
   _begin "$@"
-  { _has_package "$python" && "$python" -m dist_vpt.node gpus; } || exit 2
+  { _has_package "$python" && "$python" -m dist_vpt.cli.slurm_node gpus; } || exit 2
   # With --runners N an element takes whatever trials and seeds of the suite are left, N at a time.
   case " $* " in *" --runners "* | *" --runners="*) ;; *) set -- "$@" --only "${SLURM_ARRAY_TASK_ID:-0}" ;; esac
   _run _on_every_node "$python" -m dist_vpt suite "$@"
@@ -58,11 +58,11 @@ _fail() {
 
 # A node's part of the checks; exported to the other nodes.
 _check_node() {
-  _has_package "$1" && "$1" -m dist_vpt.node check "${@:2}"
+  _has_package "$1" && "$1" -m dist_vpt.cli.slurm_node check "${@:2}"
 }
 
 _has_package() {
-  "$1" -c 'import dist_vpt.recipe' 2>/dev/null && return
+  "$1" -c 'import dist_vpt.recipe.loading' 2>/dev/null && return
   echo "slurm: ${SLURMD_NODENAME:-$HOSTNAME}: environment not activated: $(command -v "$1" || echo "no $1 here, which")" \
     "has no dist_vpt; activate it before sbatch, or set up .venv with \`make setup\`" >&2
   return 2
@@ -92,7 +92,7 @@ _run() {
 # End the script, or have Slurm start it again.
 _finish() {
   local code=$1
-  if [ "$code" -ge 160 ]; then code=$((code - 160)); fi  # of dist_vpt.node
+  if [ "$code" -ge 160 ]; then code=$((code - 160)); fi  # of dist_vpt.cli.slurm_node
   case $code in 0 | 2 | 3) exit "$code" ;; 60) exit 0 ;; esac
   if [ "$attempt" -ge "$attempts" ]; then
     echo "slurm: attempt $attempt of $attempts ended with exit code $code; submit it again to go on where it stopped" >&2

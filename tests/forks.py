@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 FORK = multiprocessing.get_context("fork")

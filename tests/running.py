@@ -15,8 +15,8 @@ import psutil
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from dist_vpt.recipe import load_recipe
-from dist_vpt.train import run
+from dist_vpt.experiments.run import run
+from dist_vpt.recipe.loading import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = [

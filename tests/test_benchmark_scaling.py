@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_vpt.recipe import load_recipe
+from dist_vpt.recipe.loading import load_recipe
 from tests.forks import launched
 from tests.running import ROOT
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from dist_vpt.backbones.build import describe
-from dist_vpt.build import make_method
-from dist_vpt.recipe import Recipe, load_recipe
+from dist_vpt.backbones.build import preprocessing_of
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.training.components import build_method
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step.py"
 _spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
@@ -51,8 +52,8 @@ def tiny(*overrides: str) -> Recipe:
 @cache
 def saved_mib(*overrides: str) -> float:
     recipe = tiny(*overrides)
-    wants = describe(recipe.backbone)
-    method = make_method(recipe, wants, K)[0].train()
+    wants = preprocessing_of(recipe.backbone)
+    method = build_method(recipe, wants, K)[0].train()
     batch = step.synthetic_batches(recipe, wants, K)[0]
     return step.saved_for_backward(method, lambda: step.micro_batch_loss(method, recipe, batch)) / 2**20
 
@@ -64,7 +65,7 @@ def flops(*overrides: str) -> int:
     code = f"""
 import runpy, sys
 from dist_vpt.backbones.build import describe
-from dist_vpt.recipe import load_recipe
+from dist_vpt.recipe.loading import load_recipe
 recipe = load_recipe([], sys.argv[2:])
 print(runpy.run_path(sys.argv[1])["model_flops"](recipe, describe(recipe.backbone), {K}))
 """

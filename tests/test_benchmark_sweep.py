@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt.methods.recipe import VQTRecipe
+from dist_vpt.methods.config import VQTConfig
 from dist_vpt.methods.vqt import VQT
 from tests.methods.test_vqt import BACKBONES, loss_of, make, make_backbone
 
@@ -141,7 +141,7 @@ def test_the_published_way_leaves_blocks_out(benchmarks: tuple[ModuleType, Modul
 def make_both(which: str, published_vqt: ModuleType, **settings: Any) -> tuple[VQT, VQT]:
     split = make(torch.float64, which, **settings)
     backbone = make_backbone(torch.float64, **BACKBONES[which])
-    published = published_vqt.PublishedVQT(VQTRecipe(**settings), backbone, 4, torch.float64).double()
+    published = published_vqt.PublishedVQT(VQTConfig(**settings), backbone, 4, torch.float64).double()
     published.load_state_dict(split.state_dict())
     return split.train(), published.train()
 

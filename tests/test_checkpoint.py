@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt import checkpoint, engine
-from dist_vpt.checkpoint import read_adapters, restore, write_adapters
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, WeightsError
 from dist_vpt.methods import attach
-from dist_vpt.methods.recipe import VPTRecipe
+from dist_vpt.methods.config import VPTConfig
+from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
+from dist_vpt.training import checkpointing, engine
 from tests.forks import command
 from tests.methods.conftest import make_backbone
 from tests.running import metrics, train, words
@@ -46,10 +46,10 @@ def kill_at(point: str) -> None:
 
         return call
 
-    checkpoint.save_file = counted(checkpoint.save_file, "tensors")
-    checkpoint.write_atomically = counted(checkpoint.write_atomically, "json")
-    checkpoint.os.replace = counted(os.replace, "rename")
-    checkpoint.shutil.rmtree = counted(checkpoint.shutil.rmtree, "prune")
+    checkpointing.save_file = counted(checkpointing.save_file, "tensors")
+    checkpointing.write_atomically = counted(checkpointing.write_atomically, "json")
+    os.replace = counted(os.replace, "rename")
+    shutil.rmtree = counted(shutil.rmtree, "prune")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_kill_during_a_save_loses_at_most_that_save(point: str, stopped: Path,
 def signal_at(number: int, patch: pytest.MonkeyPatch) -> None:
     step = engine.train_step
 
-    def counted(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+    def counted(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
         if t.step == number - 1:
             signal.raise_signal(signal.SIGTERM)
         return step(t, *args, **kwargs)
@@ -91,7 +91,7 @@ def signal_at(number: int, patch: pytest.MonkeyPatch) -> None:
 
 def no_space(after: int, times: int, patch: pytest.MonkeyPatch) -> None:
     """So many saves find the disk full, after so many that do not."""
-    save, saves = checkpoint.save_file, 0
+    save, saves = checkpointing.save_file, 0
 
     def full(tensors: Any, path: Path) -> None:
         nonlocal saves
@@ -101,7 +101,7 @@ def no_space(after: int, times: int, patch: pytest.MonkeyPatch) -> None:
             raise OSError(28, "No space left on device", str(path))
         save(tensors, path)
 
-    patch.setattr(checkpoint, "save_file", full)
+    patch.setattr(checkpointing, "save_file", full)
 
 
 def states(folder: Path) -> list[str]:
@@ -212,7 +212,7 @@ def test_a_full_disk_at_the_end_says_where_the_run_would_go_on(tmp_path: Path) -
     once = ("train.batch_size=500", "train.epochs=1", "train.test=false", "run.trackers=[]")
     with pytest.MonkeyPatch.context() as patch:
         no_space(0, 100, patch)
-        patch.setattr(checkpoint, "write_atomically", full)
+        patch.setattr(checkpointing, "write_atomically", full)
         with pytest.raises(RunFailed, match=r"results cannot be written .* run.resume=auto goes on from the beginning"):
             train(tmp_path / "run", *once)
     train(tmp_path / "run", *once, "run.resume=auto")
@@ -229,7 +229,7 @@ def test_a_resumed_run_may_pay_time_for_memory(stopped: Path, tmp_path: Path) ->
 
 def test_adapters_of_another_method_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vpt = attach(VPTRecipe(prompts=2), make_backbone(), 5)
+    vpt = attach(VPTConfig(prompts=2), make_backbone(), 5)
     path = tmp_path / "a.safetensors"
     tensors = {name: p.detach().clone() for name, p in vpt.trainable()}
     write_adapters(path, tensors, {"classes": ["a", "b"]})
@@ -238,7 +238,7 @@ def test_adapters_of_another_method_are_refused(tmp_path: Path) -> None:
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in found)
     with pytest.raises(WeightsError, match=r"prompts has shape \(3, 2, 16\), this recipe's \(3, 4, 16\)"):
-        restore(attach(VPTRecipe(prompts=4), make_backbone(), 5), found, path)
+        restore(attach(VPTConfig(prompts=4), make_backbone(), 5), found, path)
     with pytest.raises(WeightsError, match=r"missing: \['prompts'\]"):
         restore(vpt, {"head.weight": found["head.weight"], "head.bias": found["head.bias"]}, path)
 

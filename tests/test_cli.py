@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_vpt import __version__, cli
-from dist_vpt.cli import guarded, main
+from dist_vpt import __version__
+from dist_vpt.cli.main import main, run_with_exit_code
+from dist_vpt.cli.main import main as cli
 from dist_vpt.errors import Interrupted, RunFailed, UserError
-from dist_vpt.recipe import json_schema, load_recipe
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import json_schema
 
 # Every sub-command with its arguments. A change here is a change of what users type.
 COMMANDS = {
@@ -90,11 +92,11 @@ def test_sub_commands_and_options() -> None:
 def test_importing_the_package_and_asking_for_help_imports_no_torch() -> None:
     code = """
 import contextlib, sys
-import dist_vpt.cli
+import dist_vpt.cli.main
 commands = ("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor")
 for words in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
-        dist_vpt.cli.main(words)
+        dist_vpt.cli.main.main(words)
 heavy = {"torch", "timm", "numpy", "accelerate", "pydantic", "torchmetrics", "matplotlib", "jinja2", "rich"}
 heavy &= set(sys.modules)
 assert not heavy, heavy
@@ -193,7 +195,7 @@ def test_train_passes_recipe_words_on(
 )
 def test_overrides_of_eval_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr("dist_vpt.predict.score", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("dist_vpt.inference.evaluate.evaluate_run", lambda *arguments: seen.append(arguments))
     assert main(words) == 0
     assert seen == [("run", "val", "last", ["x=1", "y=2"])]
 
@@ -209,7 +211,7 @@ def test_overrides_of_eval_may_stand_anywhere(words: list[str], monkeypatch: pyt
 )
 def test_images_of_predict_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr("dist_vpt.predict.predict", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("dist_vpt.inference.predict.predict", lambda *arguments: seen.append(arguments))
     assert main(words) == 0
     assert seen == [("run", ["a.png", "b.png"], "last", 3, None)]
 
@@ -225,7 +227,7 @@ def test_images_of_predict_may_stand_anywhere(words: list[str], monkeypatch: pyt
 )
 def test_overrides_of_compress_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr("dist_vpt.compress.compress", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr("dist_vpt.experiments.compress.compress", lambda *arguments: seen.append(arguments))
     assert main(words) == 0
     assert seen == [("run", ["0.7", "0.5"], "featselect", "last", 1e-4, None, ["x=1", "y=2"])]
 
@@ -235,7 +237,7 @@ def test_overrides_of_compress_may_stand_anywhere(words: list[str], monkeypatch:
 )
 def test_folders_of_report_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr("dist_vpt.report.report", lambda *arguments, **named: seen.append((*arguments, named)))
+    monkeypatch.setattr("dist_vpt.report.tables.report", lambda *arguments, **named: seen.append((*arguments, named)))
     assert main(words) == 0
     assert main([*words, "--no-published"]) == 0
     assert seen == [(["a", "b"], "c", {"with_published": shown}) for shown in (True, False)]
@@ -270,25 +272,25 @@ def test_a_users_mistake_is_one_message(
     error: UserError, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    assert guarded(lambda: _raising(error), debug=False) == code
+    assert run_with_exit_code(lambda: _raising(error), debug=False) == code
     assert capsys.readouterr().err == "error: mend it\n"
     with pytest.raises(type(error)):
-        guarded(lambda: _raising(error), debug=True)
+        run_with_exit_code(lambda: _raising(error), debug=True)
     monkeypatch.setenv("RANK", "3")
-    guarded(lambda: _raising(error), debug=False)
+    run_with_exit_code(lambda: _raising(error), debug=False)
     assert capsys.readouterr().err == "[process 3] error: mend it\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        guarded(lambda: 1 / 0, debug=False)
+        run_with_exit_code(lambda: 1 / 0, debug=False)
 
 
 def test_control_c(capsys: pytest.CaptureFixture[str]) -> None:
-    assert guarded(lambda: _raising(KeyboardInterrupt()), debug=False) == 130
+    assert run_with_exit_code(lambda: _raising(KeyboardInterrupt()), debug=False) == 130
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(KeyboardInterrupt):
-        guarded(lambda: _raising(KeyboardInterrupt()), debug=True)
+        run_with_exit_code(lambda: _raising(KeyboardInterrupt()), debug=True)
 
 
 def test_tracebacks_are_for_debug() -> None:

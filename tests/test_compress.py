@@ -16,22 +16,23 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from timm.models.vision_transformer import Block
 
-from dist_vpt import compress as module
-from dist_vpt import fixed_features
-from dist_vpt.agreement import StopSignal
-from dist_vpt.build import Parts, assemble
-from dist_vpt.checkpoint import collect, read_adapters, restore, write_adapters
-from dist_vpt.cli import main
-from dist_vpt.compress import compress
+from dist_vpt.cli.main import main
+from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, UserError, WeightsError
-from dist_vpt.fixed_features import best_features, group_lasso, head_loss
-from dist_vpt.frozen_stream import observe
+from dist_vpt.experiments import compress as module
+from dist_vpt.experiments import fixed_features
+from dist_vpt.experiments.compress import compress
+from dist_vpt.experiments.fixed_features import best_features, group_lasso, head_loss
+from dist_vpt.frozen_stream.observe import compute_stream
+from dist_vpt.inference.evaluate import evaluate_run
+from dist_vpt.inference.predict import predict
 from dist_vpt.methods import attach
-from dist_vpt.methods.recipe import VQTRecipe
+from dist_vpt.methods.config import VQTConfig
 from dist_vpt.methods.vqt import VQT
-from dist_vpt.predict import predict, score
-from dist_vpt.recipe import load_recipe
-from dist_vpt.runfolder import RunFolder
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.training.components import Components, build_components
 from tests.methods.conftest import make_backbone
 from tests.running import train, words
 
@@ -94,7 +95,7 @@ def status(folder: Path) -> str:
 
 def loaded(folder: Path) -> tuple[VQT, Any]:
     """A run's method with its adapters, and its splits."""
-    parts = assemble(RunFolder(folder).load())
+    parts = build_components(RunFolder(folder).load())
     assert isinstance(parts.method, VQT)
     restore(parts.method, adapters(folder), folder)
     parts.method.eval()
@@ -103,7 +104,7 @@ def loaded(folder: Path) -> tuple[VQT, Any]:
 
 def make_vqt(**settings: Any) -> VQT:
     torch.manual_seed(0)
-    method = attach(VQTRecipe(**settings), make_backbone(), 5)
+    method = attach(VQTConfig(**settings), make_backbone(), 5)
     assert isinstance(method, VQT)
     return method
 
@@ -173,7 +174,7 @@ def test_each_fraction_is_a_run_folder(source: Path, selected: tuple[Path, dict[
         folder = out / f"featselect-{share}"
         assert status(folder) == "done"
         recipe = RunFolder(folder).load()
-        assert isinstance(recipe.method, VQTRecipe)
+        assert isinstance(recipe.method, VQTConfig)
         assert recipe.method.keep == features
         assert recipe.run.dir == str(folder)
         tensors = adapters(folder)
@@ -208,11 +209,11 @@ def test_the_curve(source: Path, selected: tuple[Path, dict[str, Any]]) -> None:
 def test_eval_gives_the_reported_numbers(kept: str, selected: tuple[Path, dict[str, Any]]) -> None:
     folder = selected[0] / "featselect-0.5"
     reported = result(folder)[kept]["val"]
-    assert score(str(folder), "val", kept) == pytest.approx(reported, abs=1e-5)
+    assert evaluate_run(str(folder), "val", kept) == pytest.approx(reported, abs=1e-5)
     assert "test" not in result(folder)["best"]  # also where the best epoch is the last one
     if kept == "last":
         reported = result(folder)["last"]["test"]
-        assert score(str(folder), "test", kept) == pytest.approx(reported, abs=1e-5)
+        assert evaluate_run(str(folder), "test", kept) == pytest.approx(reported, abs=1e-5)
 
 
 def test_a_smaller_head_is_the_head_on_the_kept_columns(source: Path, selected: tuple[Path, dict[str, Any]]) -> None:
@@ -221,7 +222,7 @@ def test_a_smaller_head_is_the_head_on_the_kept_columns(source: Path, selected: 
     batches = parts.evaluation("test", 0, 1)
     batch = next(iter(batches))
     with torch.no_grad():
-        features_BF = whole.features(observe(whole.backbone, batch["images"], whole.reads)).double().numpy()
+        features_BF = whole.features(compute_stream(whole.backbone, batch["images"], whole.reads)).double().numpy()
         logits_BK = small(batch["images"]).numpy()
     own = {name: tensor.double().numpy() for name, tensor in adapters(selected[0] / "featselect-0.1").items()}
     columns = own["kept"].astype(int)
@@ -292,7 +293,7 @@ def test_compress_cuts_the_head_of_the_group_lasso(source: Path, tmp_path: Path)
     again(source, [0.3], "featselect", lasso=0.01, out=str(tmp_path))
     assert adapters(tmp_path / "featselect-0.3")["kept"].tolist() == kept
     reported = result(tmp_path / "compress-0.3")["last"]
-    assert score(str(tmp_path / "compress-0.3"), "test", "last") == pytest.approx(reported["test"], abs=1e-5)
+    assert evaluate_run(str(tmp_path / "compress-0.3"), "test", "last") == pytest.approx(reported["test"], abs=1e-5)
 
 
 def test_a_stronger_lasso_makes_norms_smaller(source: Path, tmp_path: Path) -> None:
@@ -337,7 +338,7 @@ def test_finetune_changes_queries_and_head_and_nothing_else(
         assert all(torch.equal(before[name], started[name]) for name in started)
         assert all(torch.equal(after[name], ended[name]) for name in ended)
         reported = result(tmp_path / f"finetune-{share}")["last"]["test"]
-        assert score(str(tmp_path / f"finetune-{share}"), "test", "last") == pytest.approx(reported, abs=1e-3)
+        assert evaluate_run(str(tmp_path / f"finetune-{share}"), "test", "last") == pytest.approx(reported, abs=1e-3)
     assert not list(tmp_path.glob(".finetune*"))
 
 
@@ -647,7 +648,7 @@ def test_an_index_that_names_no_features_is_told_before_it_is_used(kept: list[in
 def test_a_recipe_that_keeps_features_cannot_be_trained_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Parts, "use_cached_stream", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(Components, "use_cached_stream", lambda *_: pytest.fail("computed"))
     with pytest.raises(UserError, match=r"method.keep = 7: adapters must name the kept features"):
         train(tmp_path / "run", *RUN, "method.keep=7")
     assert not (tmp_path / "run").exists()

@@ -10,12 +10,12 @@ import torch
 import yaml
 from PIL import Image
 
-from dist_vpt.backbones.zoo import ZOO
-from dist_vpt.build import assemble
-from dist_vpt.checkpoint import read_adapters
-from dist_vpt.predict import score
-from dist_vpt.recipe import load_recipe
-from dist_vpt.strategy import make_accelerator, prepare
+from dist_vpt.backbones.weights.zoo import ZOO
+from dist_vpt.inference.evaluate import evaluate_run
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runs.adapters import read_adapters
+from dist_vpt.training.accelerator import make_accelerator, prepare
+from dist_vpt.training.components import build_components
 from tests.backbones.published import FILES
 from tests.forks import Forks, command, launched
 from tests.running import ROOT, finish, metrics, start, step_losses, train, wait_for, words, workers_of
@@ -96,7 +96,7 @@ def test_two_processes_equal_one(strategy: str, alone: Path, tmp_path: Path) -> 
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], atol=1e-4), name
-    assert score(str(folder), "test", "last")["top1"] == pytest.approx(result["last"]["test"]["top1"])
+    assert evaluate_run(str(folder), "test", "last")["top1"] == pytest.approx(result["last"]["test"]["top1"])
     saved = sum(p.stat().st_size for p in (folder / "state").rglob("*") if p.is_file())
     assert saved < 2_000_000  # two states without the frozen 1.2 million weights
 
@@ -104,7 +104,7 @@ def test_two_processes_equal_one(strategy: str, alone: Path, tmp_path: Path) -> 
 def test_ddp_sends_no_buffers_and_starts_without_a_warning(tmp_path: Path) -> None:
     def work(rank: int) -> int:
         recipe = load_recipe([], words(tmp_path / "run"))
-        method, accelerator = assemble(recipe).method, make_accelerator(recipe)
+        method, accelerator = build_components(recipe).method, make_accelerator(recipe)
         assert [*method.buffers()]
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
@@ -191,8 +191,8 @@ def assert_equal_on_two(strategy: str, tmp_path: Path, *settings: str) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], atol=1e-4), name
-    assert score(str(tmp_path / "alone"), "test", "last") == pytest.approx(result["last"]["test"])
-    assert score(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(
+    assert evaluate_run(str(tmp_path / "alone"), "test", "last") == pytest.approx(result["last"]["test"])
+    assert evaluate_run(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(
         result["last"]["test"]["loss"], abs=1e-3
     )
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt import doctor
-from dist_vpt.cli import main
-from dist_vpt.doctor import Finding
+from dist_vpt.cli import doctor
+from dist_vpt.cli.doctor import CheckResult
+from dist_vpt.cli.main import main
 
 Patch = pytest.MonkeyPatch
 Usage = namedtuple("Usage", "total used free")
@@ -68,7 +68,7 @@ def program(monkeypatch: Patch, code: int, output: str = "", error: str = "") ->
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
 
 
-def has(finding: Finding, level: str, *words: str) -> None:
+def has(finding: CheckResult, level: str, *words: str) -> None:
     """What is wrong is told with how to mend it, on one line; what is well needs no mending."""
     assert finding.level == level, finding
     assert bool(finding.fix) == (level != "ok"), finding
@@ -138,7 +138,7 @@ def test_attention(monkeypatch: Patch) -> None:
         if kernel != "sdpa_efficient":
             raise doctor.UserError("not here")
 
-    monkeypatch.setattr("dist_vpt.memory.refuse_missing", math_alone)
+    monkeypatch.setattr("dist_vpt.runtime.attention.refuse_missing", math_alone)
     has(doctor.check_attention(), "warning", "no flash kernel on this GPU, only eager, sdpa_efficient", "sm_80")
 
 
@@ -268,19 +268,19 @@ def test_extras(monkeypatch: Patch) -> None:
     has(doctor.check_extras(), "ok", "installed: none")
 
 
-def quick(monkeypatch: Patch, **findings: Callable[[], Finding]) -> None:
+def quick(monkeypatch: Patch, **findings: Callable[[], CheckResult]) -> None:
     monkeypatch.setattr(doctor, "checks", lambda run_dir: findings)
 
 
-def fine() -> Finding:
-    return Finding("ok", "all is well")
+def fine() -> CheckResult:
+    return CheckResult("ok", "all is well")
 
 
-def odd() -> Finding:
-    return Finding("warning", "this is slow", "use another")
+def odd() -> CheckResult:
+    return CheckResult("warning", "this is slow", "use another")
 
 
-def broken() -> Finding:
+def broken() -> CheckResult:
     raise ImportError("libcudart.so: cannot open\nmore")
 
 
@@ -321,7 +321,7 @@ def test_all_checks_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("columns", [40, 120])
 def test_a_terminal_shows_all_words_within_its_width(columns: int, monkeypatch: Patch) -> None:
     found = {
-        "shared memory": Finding("error", "32 MiB free in /dev/shm: loader workers die", "docker run --shm-size=8g")
+        "shared memory": CheckResult("error", "32 MiB free in /dev/shm: loader workers die", "docker run --shm-size=8g")
     }
     ours, theirs = pty.openpty()
     monkeypatch.setenv("COLUMNS", str(columns))

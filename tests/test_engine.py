@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt import engine
-from dist_vpt.build import class_weights
 from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.errors import Interrupted, RunFailed, UserError
-from dist_vpt.recipe import load_recipe
-from dist_vpt.train import run
+from dist_vpt.experiments.run import run
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.training import engine
+from dist_vpt.training.components import class_weights
 from tests.running import TINY, metrics, train
 
 LEARNS = ("optim.name=adamw", "optim.lr=0.05", "train.batch_size=50")
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeyp
     poison_at, seen = 3, []
     step = engine.train_step
 
-    def poisoned(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+    def poisoned(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
         if t.step == poison_at:
             seen.append(t.method.prompts.detach().clone())
             with torch.no_grad():
@@ -115,7 +115,7 @@ def test_gradient_clipping_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     updates = []
     step = engine.train_step
 
-    def watched(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+    def watched(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
         done = step(t, *args, **{**kwargs, "norms": True})
         updates.append((done.gradient_norm, done.update_norm / done.lr))
         return done
@@ -141,7 +141,7 @@ def test_the_best_epoch_is_scored_with_its_own_adapters(tmp_path: Path, monkeypa
     """A run that gets worse after its first epoch keeps that epoch's adapters and their test score."""
     step = engine.train_step
 
-    def spoiled(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+    def spoiled(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
         done = step(t, *args, **kwargs)
         if t.progress.epoch == 1:
             with torch.no_grad():
@@ -152,10 +152,10 @@ def test_the_best_epoch_is_scored_with_its_own_adapters(tmp_path: Path, monkeypa
     result = train(tmp_path / "run", *LEARNS, "train.epochs=2", "data.image_size=16")
     assert result["best"]["epoch"] == 1
     assert result["best"]["test"]["top1"] > 40 > result["last"]["test"]["top1"]
-    from dist_vpt.predict import score
+    from dist_vpt.inference.evaluate import evaluate_run
 
-    assert score(str(tmp_path / "run"), "test", "best") == result["best"]["test"]
-    assert score(str(tmp_path / "run"), "test", "last") == result["last"]["test"]
+    assert evaluate_run(str(tmp_path / "run"), "test", "best") == result["best"]["test"]
+    assert evaluate_run(str(tmp_path / "run"), "test", "last") == result["last"]["test"]
 
 
 def test_trainval_has_no_validation_and_no_best_epoch(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_class_weights_come_from_real_counts() -> None:
 
 
 def test_seeds_of_neighbouring_steps_differ() -> None:
-    seeds = {engine.fold(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
+    seeds = {engine.fold_in(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
     assert len(seeds) == 800
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -198,7 +198,7 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
 def _interrupt_at(number: int, patch: pytest.MonkeyPatch) -> None:
     step = engine.train_step
 
-    def counted(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+    def counted(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
         if t.step == number - 1:
             signal.raise_signal(signal.SIGUSR1)
         return step(t, *args, **kwargs)
@@ -207,7 +207,7 @@ def _interrupt_at(number: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def _bytes(path: Path) -> dict[str, list[float]]:
-    from dist_vpt.checkpoint import read_adapters
+    from dist_vpt.runs.adapters import read_adapters
 
     return {name: tensor.flatten().tolist() for name, tensor in read_adapters(path)[0].items()}
 

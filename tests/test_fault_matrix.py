@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from dist_vpt import checkpoint, engine
-from dist_vpt.checkpoint import read_adapters
+from dist_vpt.runs.adapters import read_adapters
+from dist_vpt.training import checkpointing, engine
 from tests.forks import Forks, command
 from tests.running import ROOT, SMALLEST, few_images, metrics
 
@@ -132,19 +132,19 @@ def armed(session: Session) -> Callable[[int], None]:
 
         train_step = engine.train_step
 
-        def step(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+        def step(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
             nonlocal now
             now = t.step
             at("step")
             return train_step(t, *args, **kwargs)
 
         engine.train_step = step
-        checkpoint.save_file = struck(checkpoint.save_file, "tensors")
-        checkpoint.write_atomically = struck(checkpoint.write_atomically, "marker")
-        checkpoint.os = Struck(os, replace=struck(os.replace, "rename"))
-        checkpoint.shutil = Struck(shutil, rmtree=struck(shutil.rmtree, "prune"))
+        checkpointing.save_file = struck(checkpointing.save_file, "tensors")
+        checkpointing.write_atomically = struck(checkpointing.write_atomically, "marker")
+        checkpointing.os = Struck(os, replace=struck(os.replace, "rename"))
+        checkpointing.shutil = Struck(shutil, rmtree=struck(shutil.rmtree, "prune"))
         if rank == 1:
-            checkpoint.broadcast_object_list = struck(checkpoint.broadcast_object_list, "waiting")
+            checkpointing.broadcast_object_list = struck(checkpointing.broadcast_object_list, "waiting")
 
     return before
 

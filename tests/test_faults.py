@@ -11,13 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dist_vpt import train as train_module
 from dist_vpt.backbones.build import DEMO
-from dist_vpt.cli import main
-from dist_vpt.recipe import load_recipe
-from dist_vpt.runfolder import RunFolder
-
-from .running import TINY, train
+from dist_vpt.cli.main import main
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runs.folder import RunFolder
+from tests.running import TINY, train
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -149,10 +147,10 @@ def test_two_runs_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_batch_that_the_processes_do_not_divide(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dist_vpt.build import Parts
+    from dist_vpt.training.components import Components
 
-    alone = Parts.feeding
-    monkeypatch.setattr(Parts, "feeding", lambda self, rank, world: alone(self, rank, 3))
+    alone = Components.feeding
+    monkeypatch.setattr(Components, "feeding", lambda self, rank, world: alone(self, rank, 3))
     assert main(["train", *TINY, f"run.dir={run}", "train.batch_size=8", "train.accumulate=2"]) == 2
     message = capsys.readouterr().err
     assert "error: batch_size 8: must be a multiple of 6 = 3 processes x 2 accumulated micro-batches; take 6 or 12" in (
@@ -183,10 +181,10 @@ def test_a_loss_that_is_not_finite(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_module_that_accelerate_launches_speaks_alike(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_module.main([f"run.dir={run}", "train.epoch=1"]) == 2
+    assert train.main([f"run.dir={run}", "train.epoch=1"]) == 2
     assert "did you mean 'epochs'?" in capsys.readouterr().err
     with pytest.raises(ValueError, match="did you mean 'epochs'"):
-        train_module.main([f"run.dir={run}", "train.epoch=1", "--debug"])
+        train.main([f"run.dir={run}", "train.epoch=1", "--debug"])
     assert not run.exists()
 
 

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from dist_vpt.memory import give_back_freed_memory, keep_freed_memory, trim_freed_memory
+from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory, trim_freed_memory
 
 BYTES = 64 * 2**20  # more than glibc ever keeps by itself
 
 STEPS = f"""
 import resource, sys, torch
-from dist_vpt.memory import keep_freed_memory
+from dist_vpt.runtime.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
@@ -29,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 SHARES = f"""
 import psutil, sys, torch
-from dist_vpt.memory import give_back_freed_memory
+from dist_vpt.runtime.allocator import give_back_freed_memory
 def held():
     return psutil.Process().memory_info().rss
 torch.ones({BYTES} // 12)  # freed: now glibc takes tensors up to this size from its heap
@@ -45,8 +45,8 @@ print(held() - before)
 """
 FORGETS = f"""
 import psutil, torch
-from dist_vpt.memory import keep_freed_memory
-from dist_vpt.monitor import forget_memory
+from dist_vpt.runtime.allocator import keep_freed_memory
+from dist_vpt.runtime.peak_memory import free_and_reset_peak
 def held():
     return psutil.Process().memory_info().rss
 assert keep_freed_memory()
@@ -56,7 +56,7 @@ stream = [torch.ones({BYTES} // 4) for _ in range(8)]
 above = torch.ones(1000)  # so that it is no end of the heap that is freed
 del stream
 kept = held() - before
-forget_memory()
+free_and_reset_peak()
 print(kept, held() - before)
 """
 ON_GLIBC = pytest.mark.skipif(sys.platform != "linux", reason="of glibc alone")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dist_vpt import engine
-from dist_vpt.checkpoint import read_adapters
 from dist_vpt.errors import RunFailed
+from dist_vpt.runs.adapters import read_adapters
+from dist_vpt.training import engine
 from tests.running import metrics, train
 
 OPTIONS = ("train.batch_size=250", "train.epochs=3", "run.save_every=1", "runtime.deterministic=true")
@@ -35,7 +35,7 @@ def full_between(first: int, last: int, disk: Path, patch: pytest.MonkeyPatch) -
     """Fill the disk before step ``first`` is made, and free it before step ``last``."""
     step, filler = engine.train_step, disk / "filler"
 
-    def disturbed(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+    def disturbed(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
         if t.step == first:
             with suppress(OSError), open(filler, "wb", buffering=0) as file:
                 while True:

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 from dist_vpt.errors import RecipeError, UserError
-from dist_vpt.int8 import apply_int8
-from dist_vpt.memory import apply_checkpointing
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
-from dist_vpt.recipe import load_recipe
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
+from dist_vpt.runtime.int8 import apply_int8
 from tests.forks import command
 from tests.methods.conftest import make_backbone
 from tests.methods.test_against_reference import VARIANTS, recipe_of

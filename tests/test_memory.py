@@ -14,12 +14,15 @@ from pydantic import TypeAdapter
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_vpt import memory
 from dist_vpt.errors import RecipeError, UserError
-from dist_vpt.memory import apply_attention, apply_checkpointing, apply_compile, apply_offload
-from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
-from dist_vpt.recipe import load_recipe
+from dist_vpt.methods.config import MethodConfig
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
+from dist_vpt.runtime.attention import apply_attention
+from dist_vpt.runtime.compile import apply_compile
+from dist_vpt.runtime.offload import apply_offload
 from tests.methods.conftest import make_backbone
 from tests.methods.test_structure import loss_of
 from tests.running import train
@@ -35,7 +38,7 @@ VPT: dict[str, Any] = {"name": "vpt"}
 def make(policy: str = "none", kernel: str = "sdpa", settings: dict[str, Any] = VPT, **backbone: Any) -> Method:
     torch.manual_seed(0)
     made = make_backbone(**({"depth": L} | backbone))
-    method = attach(TypeAdapter(MethodRecipe).validate_python(settings), made, classes=5).train()
+    method = attach(TypeAdapter(MethodConfig).validate_python(settings), made, classes=5).train()
     apply_attention(method.backbone, kernel, torch.float32, writes=True, cpu=True)
     apply_checkpointing(method.backbone, policy)
     return method
@@ -235,11 +238,11 @@ def test_flash_without_a_package_and_with_one(monkeypatch: pytest.MonkeyPatch) -
             raise ModuleNotFoundError("No module named 'flash_nine'")
         activated.append(name)
 
-    monkeypatch.setattr(memory.attention, "activate_flash_attention_impl", activate, raising=False)
-    monkeypatch.setattr(memory.attention, "list_flash_attention_impls", lambda: ["FA9"], raising=False)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA9"], raising=False)
     with pytest.raises(UserError, match=r"\(FA9: No module named 'flash_nine'\); pip install 'dist-vpt\[flash\]', or"):
         make(kernel="flash")
-    monkeypatch.setattr(memory.attention, "list_flash_attention_impls", lambda: ["FA8", "FA9"], raising=False)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA8", "FA9"], raising=False)
     assert make(kernel="flash").backbone.chosen == {"attention": "flash (FA8)"}
     assert activated == ["FA8"]
 
@@ -256,7 +259,7 @@ def test_offload_copies_what_is_kept_but_no_weights(policy: str, monkeypatch: py
 
     apply_offload(method.backbone)
     with monkeypatch.context() as patch:
-        patch.setattr(memory.torch, "empty_like", counted)
+        patch.setattr(torch, "empty_like", counted)
         found = numbers(method)
     for a, b in zip(found, numbers(make()), strict=True):
         assert torch.equal(a, b)
@@ -305,7 +308,7 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatc
     def no_compiler(device: str) -> None:
         raise RuntimeError(f"no compiler for {device}\nand a page of advice")
 
-    monkeypatch.setattr(memory, "_try_compiler", no_compiler)
+    monkeypatch.setattr(compile, "_try_compiler", no_compiler)
     result = train(tmp_path / "run", "runtime.compile=true", "runtime.checkpointing=block")
     plain = train(tmp_path / "plain")
     assert result["last"]["test"] == plain["last"]["test"]

@@ -7,7 +7,7 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 from torch import Tensor
 
 from dist_vpt.errors import DataError
-from dist_vpt.metrics import MISTAKES_KEPT, Scores
+from dist_vpt.training.metrics import MISTAKES_KEPT, Scores
 
 CPU = torch.device("cpu")
 

@@ -12,16 +12,20 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dist_vpt import monitor, plan, trials
-from dist_vpt.agreement import StopSignal
-from dist_vpt.data import DataRecipe, open_splits
-from dist_vpt.data.transforms import View
-from dist_vpt.metrics import Mistake
-from dist_vpt.monitor import _hparams, confusion_figure, forget_memory, mistakes_figure, peak_memory_mib
-from dist_vpt.recipe import load_recipe
-from dist_vpt.strategy import make_accelerator
-
-from .running import metrics, train
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats import open_splits
+from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.experiments import run as run_module
+from dist_vpt.planning import planner
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runtime.peak_memory import free_and_reset_peak, peak_memory_mib
+from dist_vpt.training import trials
+from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.figures import confusion_figure, mistakes_figure
+from dist_vpt.training.logger import _hparams
+from dist_vpt.training.metrics import Mistake
+from tests.running import metrics, train
 
 EPOCHS, STEPS, SIDE = 2, 5, 16  # steps of 200 images, of 16 pixels a side
 NORMS = ["norm/gradient", "norm/parameter", "norm/update"]
@@ -175,10 +179,10 @@ def test_large_confusion_figures_stay_readable(classes: int, numbers: bool, name
 
 @pytest.mark.parametrize(("count", "panels"), [(1, 1), (4, 4), (5, 8), (16, 16)])
 def test_mistakes_figure(count: int, panels: int) -> None:
-    test = open_splits(DataRecipe()).test
+    test = open_splits(DataConfig()).test
     assert test is not None
     mistakes = [Mistake(i, int(test.labels[i]), 3, 0.5) for i in range(count)]
-    view = View(16, "bicubic")
+    view = ImageTransform(16, "bicubic")
     figure = mistakes_figure(mistakes, test, view, tuple("abcdefghij"))
     assert len(figure.axes) == panels
     shown = [axes for axes in figure.axes if axes.images]
@@ -211,23 +215,25 @@ def test_a_gpu_s_memory_is_given_back_before_a_run_asks_whether_it_fits(
             patch.setattr(torch.cuda, name, lambda: True)
         for name in ("empty_cache", "reset_peak_memory_stats"):
             patch.setattr(torch.cuda, name, lambda name=name: called.append(name))
-        forget_memory()
+        free_and_reset_peak()
     assert called == ["empty_cache", "reset_peak_memory_stats"]
-    for module, words in ((monitor, ()), (trials, ("method.name=linear",))):
+    for module, words in ((run_module, ()), (trials, ("method.name=linear",))):
         asked: list[str] = []
         with monkeypatch.context() as patch:
-            patch.setattr(module, "forget_memory", lambda asked=asked: asked.append("given back"))
-            check = plan.check_memory
+            patch.setattr(module, "free_and_reset_peak", lambda asked=asked: asked.append("given back"))
+            check = planner.check_memory
 
             def checked(*words: Any, asked: list[str] = asked, check: Any = check) -> Any:
                 asked.append("asked")
                 return check(*words)
 
-            patch.setattr(plan, "check_memory", checked)
+            patch.setattr(run_module, "check_memory", checked)
             patch.setattr(trials, "check_memory", checked)
             if words:
                 recipe = load_recipe([], [*words, "data.workers=0", f"run.dir={tmp_path / 'pass'}"])
-                made = trials.make_pass([recipe], make_accelerator(recipe), StopSignal(), tmp_path / "pass.pt", print)
+                made = trials.build_trial_group(
+                    [recipe], make_accelerator(recipe), StopSignal(), tmp_path / "pass.pt", print
+                )
                 made.close()
             else:
                 train(tmp_path / "run", "run.trackers=[]")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from dist_vpt.optim import OptimRecipe, build_optimizer, multiplier, set_lr
-
-from .reference import optim as reference_optim
-from .reference import schedule as reference_schedule
+from dist_vpt.recipe.schema import OptimConfig
+from dist_vpt.training.optim import build_optimizer, multiplier, set_lr
+from tests.reference import optim as reference_optim
+from tests.reference import schedule as reference_schedule
 
 STEPS = 7
 
@@ -37,17 +37,17 @@ DECAYED = {"weight", "prompts"}
 @pytest.mark.parametrize(("warmup", "epochs"), [(0, 1), (0, 5), (2, 5), (0.5, 3), (4.5, 5), (10, 100)])
 @pytest.mark.parametrize("steps", [1, 3, 16])
 def test_cosine_is_the_reference_at_every_step(warmup: float, epochs: int, steps: int) -> None:
-    by_step = OptimRecipe(warmup_epochs=warmup)
+    by_step = OptimConfig(warmup_epochs=warmup)
     found = [multiplier(by_step, step, steps, epochs) for step in range(epochs * steps)]
     assert found == pytest.approx(reference_schedule.per_step(warmup, epochs, steps), abs=1e-12)
-    by_epoch = OptimRecipe(warmup_epochs=warmup, per="epoch")
+    by_epoch = OptimConfig(warmup_epochs=warmup, per="epoch")
     found = [multiplier(by_epoch, step, steps, epochs) for step in range(epochs * steps)]
     expected = [value for value in reference_schedule.per_epoch(warmup, epochs) for _ in range(steps)]
     assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_shape_of_the_schedule() -> None:
-    recipe = OptimRecipe(warmup_epochs=2)
+    recipe = OptimConfig(warmup_epochs=2)
     values = [multiplier(recipe, step, 10, 10) for step in range(101)]
     assert values[0] == 0
     assert values[10] == 0.5
@@ -59,14 +59,14 @@ def test_the_shape_of_the_schedule() -> None:
 
 
 def test_constant_stays_after_its_warmup() -> None:
-    recipe = OptimRecipe(warmup_epochs=1, schedule="constant")
+    recipe = OptimConfig(warmup_epochs=1, schedule="constant")
     assert [multiplier(recipe, step, 4, 3) for step in range(12)] == [0, 0.25, 0.5, 0.75, *[1.0] * 8]
 
 
 def test_the_peak_is_for_a_batch_of_256() -> None:
-    assert OptimRecipe(lr=0.5).peak_lr(256) == 0.5
-    assert OptimRecipe(lr=0.5).peak_lr(64) == 0.125
-    assert OptimRecipe(lr=0.5, scale_lr=False).peak_lr(64) == 0.5
+    assert OptimConfig(lr=0.5).peak_lr(256) == 0.5
+    assert OptimConfig(lr=0.5).peak_lr(64) == 0.125
+    assert OptimConfig(lr=0.5, scale_lr=False).peak_lr(64) == 0.5
 
 
 Settings = dict[str, object]
@@ -87,7 +87,7 @@ Settings = dict[str, object]
     ids=str,
 )
 def test_optimisers_are_the_reference_over_several_steps(settings: Settings) -> None:
-    recipe, method = OptimRecipe(**settings), Few()  # type: ignore[arg-type]
+    recipe, method = OptimConfig(**settings), Few()  # type: ignore[arg-type]
     optimizer = build_optimizer(recipe, method)  # type: ignore[arg-type]
     values = {name: p.detach().numpy().copy() for name, p in method.named_parameters()}
     states: dict[str, object] = dict.fromkeys(values)
@@ -106,7 +106,7 @@ def test_optimisers_are_the_reference_over_several_steps(settings: Settings) -> 
         np.testing.assert_allclose(parameter.detach().numpy(), values[name], rtol=1e-12, atol=1e-12, err_msg=name)
 
 
-def _reference_step(recipe: OptimRecipe) -> Callable[..., tuple[np.ndarray, object]]:
+def _reference_step(recipe: OptimConfig) -> Callable[..., tuple[np.ndarray, object]]:
     def step(value: np.ndarray, gradient: np.ndarray, state: object, **options: float) -> tuple[np.ndarray, object]:
         if recipe.name == "sgd":
             return reference_optim.sgd_step(
@@ -121,7 +121,7 @@ def _reference_step(recipe: OptimRecipe) -> Callable[..., tuple[np.ndarray, obje
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_only_weights_and_prompts_decay_and_what_is_frozen_is_not_there(name: str) -> None:
     method = Few()
-    optimizer = build_optimizer(OptimRecipe(name=name, weight_decay=0.3), method)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(name=name, weight_decay=0.3), method)  # type: ignore[arg-type]
     names = {id(p): n for n, p in method.named_parameters()}
     found = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert found == {"weight": 0.3, "prompts": 0.3, "bias": 0.0, "scale": 0.0}
@@ -131,7 +131,7 @@ def test_only_weights_and_prompts_decay_and_what_is_frozen_is_not_there(name: st
 def test_a_forgotten_learning_rate_changes_nothing(name: str) -> None:
     method = Few()
     before = {n: p.detach().clone() for n, p in method.named_parameters()}
-    optimizer = build_optimizer(OptimRecipe(name=name), method)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(name=name), method)  # type: ignore[arg-type]
     for _, parameter in method.trainable():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -139,6 +139,6 @@ def test_a_forgotten_learning_rate_changes_nothing(name: str) -> None:
 
 
 def test_set_lr_reaches_all_groups() -> None:
-    optimizer = build_optimizer(OptimRecipe(), Few())  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(), Few())  # type: ignore[arg-type]
     set_lr(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

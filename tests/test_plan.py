@@ -12,11 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dist_vpt import plan as plan_module
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 from dist_vpt.errors import RunFailed, UserError
-from dist_vpt.footprint import LIVE_WEIGHTS, REDUCE_BUCKET, Footprint, footprint
-from dist_vpt.plan import (
+from dist_vpt.planning import planner as plan_module
+from dist_vpt.planning.footprint import LIVE_WEIGHTS, REDUCE_BUCKET, MemoryEstimate, footprint
+from dist_vpt.planning.planner import (
     CONTEXT,
     GIB,
     MIB,
@@ -34,7 +34,8 @@ from dist_vpt.plan import (
     policies,
     recommendation,
 )
-from dist_vpt.recipe import Recipe, load_recipe
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe
 from tests.forks import Forks, command
 from tests.running import ROOT, train, words
 
@@ -57,13 +58,13 @@ if find_spec("torchao") is not None:
 COUNT = """
 import json, sys
 from dataclasses import asdict
-from dist_vpt import plan
-from dist_vpt.footprint import footprint
-from dist_vpt.memory import apply_offload
-from dist_vpt.recipe import load_recipe
+from dist_vpt.planning import planner
+from dist_vpt.planning.footprint import footprint
+from dist_vpt.runtime.offload import apply_offload
+from dist_vpt.recipe.loading import load_recipe
 import torch
 
-told, waiting, whole = {}, [], plan.make_training
+told, waiting, whole = {}, [], planner.make_training
 
 def put_away(tensor):
     array = tensor.detach().numpy().copy(order="K")
@@ -77,10 +78,10 @@ def make_training(recipe, wants, classes):
         apply_offload(training.method.backbone, put_away)
     return training
 
-plan.make_training = make_training
+planner.make_training = make_training
 for name, options in json.loads(sys.argv[1]).items():
     recipe = load_recipe([], options)
-    told[name] = [asdict(footprint(recipe, 10)), plan.measured_bytes(recipe, 10), sum(waiting) // 2]  # of two steps
+    told[name] = [asdict(footprint(recipe, 10)), planner.measured_bytes(recipe, 10), sum(waiting) // 2]  # of two steps
     waiting.clear()
 print(json.dumps(told))
 """
@@ -91,7 +92,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[str, tuple[Footprint, int, int]]:
+def counted() -> dict[str, tuple[MemoryEstimate, int, int]]:
     asked = {
         name: words(Path("nowhere"), "data.image_size=24", "train.batch_size=16", *o) for name, o in RECIPES.items()
     }
@@ -100,7 +101,7 @@ def counted() -> dict[str, tuple[Footprint, int, int]]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    return {name: (Footprint(**of), held, waiting) for name, (of, held, waiting) in told.items()}
+    return {name: (MemoryEstimate(**of), held, waiting) for name, (of, held, waiting) in told.items()}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -131,7 +132,7 @@ def test_policies_hold_less(counted: Any) -> None:
     assert counted["vpt"][0].scoring == counted["vpt checkpointed"][0].scoring  # nothing is kept there anyway
 
 
-FOOTPRINT = Footprint(
+FOOTPRINT = MemoryEstimate(
     frozen=1000, trained=400, gradients=400, optimizer=800, working=5000, height=5100, scoring=700,
     parameters=350, trained_parameters=100,
 )  # fmt: skip
@@ -155,7 +156,7 @@ def test_shares_by_hand(strategy: str, processes: int, held: int, beyond: int) -
 
 def test_zero3_never_gathers_more_than_its_file_says() -> None:
     numbers = 10 * LIVE_WEIGHTS
-    large = Footprint(2 * numbers, 0, 0, 0, 0, 0, 0, parameters=numbers, trained_parameters=0)
+    large = MemoryEstimate(2 * numbers, 0, 0, 0, 0, 0, 0, parameters=numbers, trained_parameters=0)
     assert large.on("zero3", 2).peak == numbers + 2 * LIVE_WEIGHTS
 
 
@@ -171,10 +172,10 @@ def test_the_sizes_are_those_of_the_files() -> None:
 def by_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 1 GiB and 0.1 GiB an image, 0.02 where blocks are checkpointed; scoring takes 0.01 GiB an image."""
 
-    def footprint(recipe: Recipe, classes: int, images: int) -> Footprint:
+    def footprint(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
         each = {"none": 0.1, "block": 0.02}.get(recipe.runtime.checkpointing, 0.1)
         step, scoring = int((1 + each * images) * GIB), int(0.01 * recipe.train.eval_batch_size * GIB)
-        return Footprint(GIB, 0, 0, 0, step, step, scoring, parameters=1, trained_parameters=0)
+        return MemoryEstimate(GIB, 0, 0, 0, step, step, scoring, parameters=1, trained_parameters=0)
 
     monkeypatch.setattr(plan_module, "footprint", footprint)
 
@@ -223,10 +224,10 @@ def test_scoring_that_does_not_fit_is_made_smaller() -> None:
 def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """As every-2 for a single block; the recipe's own is refused with the reason."""
 
-    def footprint(recipe: Recipe, classes: int, images: int) -> Footprint:
+    def footprint(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
         if recipe.runtime.checkpointing == "every-2":
             raise UserError("a single block")
-        return Footprint(GIB, 0, 0, 0, images * MIB, images * MIB, recipe.train.eval_batch_size, 1, 0)
+        return MemoryEstimate(GIB, 0, 0, 0, images * MIB, images * MIB, recipe.train.eval_batch_size, 1, 0)
 
     monkeypatch.setattr(plan_module, "footprint", footprint)
     rows = {choice.policy for choice in choices(recipe(), 10, Machines(room(4)))}
@@ -371,13 +372,13 @@ def test_speeds_of_the_same_method_on_such_a_device(options: list[str], device: 
     assert len(list(known_speeds(some, device))) == files
 
 
-@pytest.mark.parametrize("where", ["dist_vpt.train._set_up", "dist_vpt.engine.fit"])
+@pytest.mark.parametrize("where", ["dist_vpt.experiments.run._set_up", "dist_vpt.training.engine.fit"])
 def test_an_out_of_memory_error_ends_with_advice(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(where, fails)
-    monkeypatch.setattr(plan_module, "way_out", lambda *_: "recommended: less")
+    monkeypatch.setattr(plan_module, "suggestion", lambda *_: "recommended: less")
     with pytest.raises(RunFailed, match="out of memory on cpu; recommended: less"):
         train(tmp_path / "run", "runtime.device=cpu")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"

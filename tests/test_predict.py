@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from dist_vpt.checkpoint import read_adapters, write_adapters
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 from dist_vpt.errors import DataError, RunFolderError, UserError, WeightsError
-from dist_vpt.predict import predict, score
-
-from .running import train
+from dist_vpt.inference.evaluate import evaluate_run
+from dist_vpt.inference.predict import predict
+from dist_vpt.runs.adapters import read_adapters, write_adapters
+from tests.running import train
 
 DIGITS = 12  # images written out for prediction
 
@@ -59,20 +59,20 @@ def test_eval_gives_the_runs_own_numbers(
     adapters: str, split: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reported = result(folder)[adapters][split]
-    assert score(str(folder), split, adapters) == reported
+    assert evaluate_run(str(folder), split, adapters) == reported
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{split} split, {adapters} adapters" in shown
     assert shown.count(f"{reported['top1']:.4f}") >= 2
 
 
 def test_eval_of_what_the_run_did_not_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scores = score(str(folder), "trainval", "last")
+    scores = evaluate_run(str(folder), "trainval", "last")
     assert set(scores) == set(result(folder)["last"]["test"])
     assert "1,200 images" in " ".join(capsys.readouterr().out.split())
 
 
 def test_eval_with_overrides_of_how_it_is_computed(folder: Path) -> None:
-    scores = score(str(folder), "test", "last", ["train.eval_batch_size=17", "data.cache=none"])
+    scores = evaluate_run(str(folder), "test", "last", ["train.eval_batch_size=17", "data.cache=none"])
     assert scores == pytest.approx(result(folder)["last"]["test"], abs=1e-4)
 
 
@@ -80,7 +80,7 @@ def test_eval_reads_the_adapters(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     tensors, facts = read_adapters(copy / "adapters.safetensors")
     write_adapters(copy / "adapters.safetensors", {n: -t for n, t in tensors.items()}, facts)
-    assert score(str(copy), "test", "last")["top1"] < result(folder)["last"]["test"]["top1"] - 10
+    assert evaluate_run(str(copy), "test", "last")["top1"] < result(folder)["last"]["test"]["top1"] - 10
 
 
 def test_eval_leaves_the_run_as_it_was(folder: Path) -> None:
@@ -99,7 +99,7 @@ def test_eval_leaves_the_run_as_it_was(folder: Path) -> None:
 )
 def test_eval_with_another_recipe(overrides: list[str], message: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message):
-        score(str(folder), "test", "last", overrides)
+        evaluate_run(str(folder), "test", "last", overrides)
 
 
 def test_eval_on_data_with_other_classes(folder: Path, tmp_path: Path) -> None:
@@ -108,25 +108,27 @@ def test_eval_on_data_with_other_classes(folder: Path, tmp_path: Path) -> None:
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
     with pytest.raises(UserError, match="other classes"):
-        score(str(folder), "test", "last", ["data.task=mine", "data.format=image_folder", f"data.root={tmp_path}"])
+        evaluate_run(
+            str(folder), "test", "last", ["data.task=mine", "data.format=image_folder", f"data.root={tmp_path}"]
+        )
 
 
 def test_eval_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not a run folder"):
-        score(str(tmp_path), "test", "last")
+        evaluate_run(str(tmp_path), "test", "last")
 
 
 def test_eval_before_the_run_has_ended(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "recipe.yaml", tmp_path)
     with pytest.raises(WeightsError, match="no adapters here"):
-        score(str(tmp_path), "test", "last")
+        evaluate_run(str(tmp_path), "test", "last")
 
 
 def test_damaged_adapters(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "recipe.yaml", tmp_path)
     (tmp_path / "adapters.safetensors").write_bytes((folder / "adapters.safetensors").read_bytes()[:500])
     with pytest.raises(WeightsError, match="damaged adapters"):
-        score(str(tmp_path), "test", "last")
+        evaluate_run(str(tmp_path), "test", "last")
 
 
 # Classifying images
@@ -148,9 +150,10 @@ def test_predict_knows_digits(folder: Path, pictures: Path, capsys: pytest.Captu
 
 
 def test_predict_agrees_with_the_evaluation(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from dist_vpt.data import DataRecipe, open_splits
+    from dist_vpt.data.config import DataConfig
+    from dist_vpt.data.formats import open_splits
 
-    test = open_splits(DataRecipe()).test
+    test = open_splits(DataConfig()).test
     assert test is not None
     for i in range(len(test)):
         Image.fromarray(np.asarray(test.read(i))).save(tmp_path / f"{i:04}.png")
@@ -250,4 +253,4 @@ def test_a_damaged_result(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     (copy / "result.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"result\.json: damaged"):
-        score(str(copy), "val", "last")
+        evaluate_run(str(copy), "val", "last")

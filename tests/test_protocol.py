@@ -7,14 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_vpt.backbones.build import Description
-from dist_vpt.build import assemble, channels
-from dist_vpt.data.recipe import DataRecipe
-from dist_vpt.recipe import load_recipe
-from dist_vpt.sweep import sweep
+from dist_vpt.backbones.build import Preprocessing
+from dist_vpt.data.config import DataConfig
+from dist_vpt.experiments.sweep import sweep
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.training.components import build_components, channels
 from tests.running import train, words
 
-WANTS = Description(24, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic")
+WANTS = Preprocessing(24, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic")
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -31,11 +31,11 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     ],
 )
 def test_mean_and_std(settings, wanted) -> None:
-    assert channels(DataRecipe(**settings), WANTS) == wanted
+    assert channels(DataConfig(**settings), WANTS) == wanted
 
 
 def test_float_pixels_are_normalised_as_whole_ones_are() -> None:
-    method = assemble(load_recipe([], words(Path("x"), "data.normalize=vpt"))).method
+    method = build_components(load_recipe([], words(Path("x"), "data.normalize=vpt"))).method
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(method(images), method(images.float()))
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in IMAGENET)

@@ -15,14 +15,17 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from dist_vpt import engine, ranks, rendezvous, runfolder, strategy
-from dist_vpt.build import Parts
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import TrainBatches
+from dist_vpt.distributed import rendezvous, watchdog
 from dist_vpt.errors import OutOfMemory, RunFolderError
-from dist_vpt.recipe import load_recipe
-from dist_vpt.runfolder import RunFolder
-from dist_vpt.train import meet
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runs import folder
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.training import accelerator as strategy
+from dist_vpt.training import engine
+from dist_vpt.training.accelerator import init_accelerator
+from dist_vpt.training.components import Components
 from tests.forks import Forks, command
 from tests.running import ROOT, SMALLEST, few_images, words
 
@@ -100,7 +103,7 @@ def test_all_end_with_the_reason_of_the_first(
         fault()
 
     def before(rank: int) -> None:
-        ranks.LEAVE_SECONDS, ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 1.0, 0.3, 0.3
+        watchdog.LEAVE_SECONDS, watchdog.BEAT_SECONDS, watchdog.POLL_SECONDS = 1.0, 0.3, 0.3
         if rank == broken:
             before_step(befalls)
         elif "silent" in strategy:
@@ -144,7 +147,7 @@ def test_processes_that_share_a_sweep(split: str, tmp_path: Path) -> None:
     options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]")
 
     def before(rank: int) -> None:
-        ranks.LEAVE_SECONDS, ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 1.0, 0.3, 0.3
+        watchdog.LEAVE_SECONDS, watchdog.BEAT_SECONDS, watchdog.POLL_SECONDS = 1.0, 0.3, 0.3
         if rank:
             before_step(is_killed)
 
@@ -163,7 +166,7 @@ def test_a_launcher_s_stop_because_of_another_process_is_its_failure(tmp_path: P
                     "train.epochs=2000", "run.trackers=[]")  # fmt: skip
 
     def before(rank: int) -> None:
-        ranks.LEAVE_SECONDS = 60.0  # the thread beside the training does not come to end it
+        watchdog.LEAVE_SECONDS = 60.0  # the thread beside the training does not come to end it
         if rank:
             before_step(has_a_bug)
 
@@ -184,9 +187,9 @@ def test_a_mistake_is_told_where_the_processes_never_meet(monkeypatch: pytest.Mo
     refused = RunFolderError("my own")
     for error in (RuntimeError("gloo: connection closed"), RunFolderError("wandb is not installed")):
         with pytest.raises(RunFolderError, match=r"^my own$"), contextlib.ExitStack() as leaving:
-            meet(load_recipe([]), refused, leaving)
+            init_accelerator(load_recipe([]), refused, leaving)
         with pytest.raises(type(error), match=str(error)), contextlib.ExitStack() as leaving:
-            meet(load_recipe([]), None, leaving)
+            init_accelerator(load_recipe([]), None, leaving)
 
 
 @pytest.mark.parametrize("split", ["batch", "trials"])
@@ -201,7 +204,7 @@ def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(split:
     (folder / "run.json").write_bytes(left)
 
     def before(rank: int) -> None:
-        ranks.LEAVE_SECONDS, ranks.BEAT_SECONDS, ranks.POLL_SECONDS = 1.0, 0.3, 0.3
+        watchdog.LEAVE_SECONDS, watchdog.BEAT_SECONDS, watchdog.POLL_SECONDS = 1.0, 0.3, 0.3
         if rank:
             before_step(is_killed)
         else:
@@ -241,7 +244,7 @@ def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:
             fcntl.flock(living, fcntl.LOCK_EX)
             with (
                 pytest.raises(RunFolderError, match="another process 1 of 2 is at work here; wait for the end"),
-                ranks.Ranks(RunFolder(tmp_path / "run"), 1, 2, 1.0),
+                watchdog.RankWatchdog(RunFolder(tmp_path / "run"), 1, 2, 1.0),
             ):
                 pytest.fail("it took the place")
             assert (tmp_path / "run" / "ranks" / "rank-1.json").read_text() == ""
@@ -249,7 +252,7 @@ def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_process_that_does_not_see_the_run_folder_ends_all(tmp_path: Path) -> None:
     def before(rank: int) -> None:
-        runfolder.SEEN_SECONDS = 0.2
+        folder.SEEN_SECONDS = 0.2
         if rank:
             whole = RunFolder.__init__
 
@@ -273,9 +276,9 @@ def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[
     """Process 1 of 2 is in the folder, then something happens to ranks/: with what reasons its thread ends it."""
     told: list[str] = []
     reasons: list[str] = []
-    whole = ranks.Ranks._end
+    whole = watchdog.RankWatchdog._end
 
-    def end(self: ranks.Ranks, failure: dict[str, Any]) -> None:
+    def end(self: watchdog.RankWatchdog, failure: dict[str, Any]) -> None:
         told.append(failure["reason"])
         with contextlib.suppress(SystemExit):
             whole(self, failure)
@@ -285,11 +288,11 @@ def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[
         reasons.append(told[-1])
         raise SystemExit
 
-    monkeypatch.setattr(ranks.os, "_exit", leave)
-    monkeypatch.setattr(ranks, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(ranks, "LEAVE_SECONDS", 0.02)
-    monkeypatch.setattr(ranks.Ranks, "_end", end)
-    with folder.claimed(load_recipe([], words(folder.path))), ranks.Ranks(folder, 1, 2, 1.0):
+    monkeypatch.setattr(watchdog.os, "_exit", leave)
+    monkeypatch.setattr(watchdog, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(watchdog, "LEAVE_SECONDS", 0.02)
+    monkeypatch.setattr(watchdog.RankWatchdog, "_end", end)
+    with folder.claimed(load_recipe([], words(folder.path))), watchdog.RankWatchdog(folder, 1, 2, 1.0):
         then(folder.path / "ranks")
         deadline = time.monotonic() + 5
         while not reasons and time.monotonic() < deadline:
@@ -318,7 +321,7 @@ def test_a_process_that_cannot_tell_where_it_stands_says_so_and_still_looks_at_t
             raise OSError(28, "No space left on device", str(path))
         return whole(path, *args)
 
-    monkeypatch.setattr(ranks.os, "open", full)
+    monkeypatch.setattr(watchdog.os, "open", full)
     failure = json.dumps({"rank": 0, "reason": "process 0 of 2: its memory ran out", "exit_code": 4})
     reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, lambda told: (told / "failed.json").write_text(failure))
     assert reasons[0] == "process 0 of 2: its memory ran out"
@@ -372,9 +375,9 @@ def test_where_processes_do_not_meet(rank: int, address: str, told: str, tmp_pat
 
 def test_a_worker_that_is_killed_on_one_process_is_told_by_all(tmp_path: Path) -> None:
     def before(rank: int) -> None:
-        whole, feeding = TrainBatches.epoch, Parts.feeding
+        whole, feeding = TrainBatches.epoch, Components.feeding
         if rank == 0:  # workers take long to start
-            Parts.feeding = lambda *a: feeding(*a) | {"workers": 0}  # type: ignore[method-assign]
+            Components.feeding = lambda *a: feeding(*a) | {"workers": 0}  # type: ignore[method-assign]
 
         def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
             for step, batches in enumerate(whole(self, epoch, start_step)):

@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from dist_vpt.errors import RecipeError
-from dist_vpt.methods.recipe import LinearRecipe, VPTRecipe
-from dist_vpt.recipe import Recipe, differences, json_schema, load_recipe, split_arguments
+from dist_vpt.methods.config import LinearConfig, VPTConfig
+from dist_vpt.recipe.differences import differences
+from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.recipe.schema import Recipe, json_schema
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPE_FILES = 59
@@ -36,7 +38,7 @@ def test_no_file_is_the_default_recipe() -> None:
     recipe = load_recipe([])
     assert recipe == Recipe().model_copy(update={"run": recipe.run})
     assert recipe.run.dir == "runs/default"
-    assert isinstance(recipe.method, VPTRecipe)
+    assert isinstance(recipe.method, VPTConfig)
 
 
 def test_bases_win_in_order_and_the_file_over_all(write: Write) -> None:
@@ -169,28 +171,28 @@ def test_an_empty_section_changes_nothing(write: Write) -> None:
     write("a.yaml", "train: {epochs: 7}\nmethod: {prompts: 3}")
     recipe = load_recipe([write("b.yaml", "base: a.yaml\ntrain: {}\nmethod: {}")], ["train.early_stop={}"])
     assert recipe.train.epochs == 7
-    assert recipe.method == VPTRecipe(prompts=3)
+    assert recipe.method == VPTConfig(prompts=3)
     assert recipe.train.early_stop is not None
 
 
 def test_another_method_drops_the_settings_of_the_old_one(write: Write) -> None:
     write("vpt.yaml", "method: {name: vpt, prompts: 50, deep: false}")
-    assert load_recipe([write("linear.yaml", "base: vpt.yaml\nmethod: {name: linear}")]).method == LinearRecipe()
-    assert load_recipe([write("b.yaml", "base: vpt.yaml")], ["method.name=linear"]).method == LinearRecipe()
+    assert load_recipe([write("linear.yaml", "base: vpt.yaml\nmethod: {name: linear}")]).method == LinearConfig()
+    assert load_recipe([write("b.yaml", "base: vpt.yaml")], ["method.name=linear"]).method == LinearConfig()
     same = load_recipe([write("c.yaml", "base: vpt.yaml\nmethod: {name: vpt, prompts: 7}")]).method
-    assert same == VPTRecipe(prompts=7, deep=False)
+    assert same == VPTConfig(prompts=7, deep=False)
     back = load_recipe([write("d.yaml", "base: linear.yaml\nmethod: {name: vpt, prompts: 7}")]).method
-    assert back == VPTRecipe(prompts=7)
+    assert back == VPTConfig(prompts=7)
 
 
 def test_a_method_without_a_name_is_the_default_one(write: Write) -> None:
-    assert load_recipe([write("a.yaml", "method: {prompts: 3}")]).method == VPTRecipe(prompts=3)
+    assert load_recipe([write("a.yaml", "method: {prompts: 3}")]).method == VPTConfig(prompts=3)
 
 
 def test_the_order_of_overrides_of_a_method_does_not_matter(write: Write) -> None:
     file = write("a.yaml", "method: {name: linear}")
     for overrides in (["method.name=vpt", "method.prompts=3"], ["method.prompts=3", "method.name=vpt"]):
-        assert load_recipe([file], overrides).method == VPTRecipe(prompts=3)
+        assert load_recipe([file], overrides).method == VPTConfig(prompts=3)
     assert refused("method.prompts=3", "method.name=linear") == [
         "command line: method.prompts = 3: unknown key; valid: name"
     ]
@@ -512,7 +514,7 @@ def test_the_schema_names_every_key() -> None:
     named = {model["title"]: set(model["properties"]) for model in _objects(schema)}
     resolved = load_recipe([], ["train.early_stop={}"])
     sections = [s for _, s in resolved if hasattr(s, "model_fields")]
-    sections += [resolved.data.hf, resolved.train.early_stop, LinearRecipe()]
+    sections += [resolved.data.hf, resolved.train.early_stop, LinearConfig()]
     assert len(sections) == 12
     for section in sections:
         assert named[type(section).__name__] == set(type(section).model_fields)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dist_vpt.backbones.zoo import ZOO
-from dist_vpt.cli import _parser
+from dist_vpt.backbones.weights.zoo import ZOO
+from dist_vpt.cli.main import _parser
 from dist_vpt.data.tasks import TASKS
-from dist_vpt.published import published
-from dist_vpt.recipe import load_recipe, split_arguments
-from dist_vpt.suite import plan
+from dist_vpt.experiments.suite import plan_experiments
+from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.report.published import published
 from tests.running import ROOT
 
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
@@ -36,7 +36,7 @@ def test_a_methods_head_says_command_result_and_cost(file: Path, monkeypatch: py
     monkeypatch.chdir(ROOT)
     arguments, more = _parser().parse_known_args(command(file))
     assert not more
-    pairs = plan(arguments.tasks, arguments.method, arguments.words, ".", arguments.out)
+    pairs = plan_experiments(arguments.tasks, arguments.method, arguments.words, ".", arguments.out)
     assert len(pairs) == 19
     assert arguments.method == [file.stem]
     assert re.search(

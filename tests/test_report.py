@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from dist_vpt import report as report_module
-from dist_vpt.cli import main
-from dist_vpt.comparison import ABSENT, Cell, Own, Row, Table, _letters, compare
+from dist_vpt.cli.main import main
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import UserError
-from dist_vpt.figures import figures
-from dist_vpt.published import Published, published
-from dist_vpt.report import csv_lines, forms, gather, html, latex, markdown, show
-from dist_vpt.results import Parameters, Protocol, Result, append, spread
+from dist_vpt.report import tables as report_module
+from dist_vpt.report.comparison import ABSENT, Cell, Own, Row, Table, _letters, compare
+from dist_vpt.report.figures import figures
+from dist_vpt.report.published import Published, published
+from dist_vpt.report.tables import csv_lines, forms, gather, html, latex, markdown, show
+from dist_vpt.runs.results import Parameters, Protocol, Result, append, spread
 
 NATURAL = ("cifar100", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397")
 SPECIALIZED = ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy")

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from dist_vpt.errors import UserError
-from dist_vpt.results import Parameters, Protocol, Result, append, read, spread
+from dist_vpt.runs.results import Parameters, Protocol, Result, append, read, spread
 
 PROTOCOL: dict[str, Any] = {
     "storage": "tfds dtd:3.0.1 (array_record)",

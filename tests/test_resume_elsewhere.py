@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from dist_vpt import engine
-from dist_vpt.predict import score
+from dist_vpt.inference.evaluate import evaluate_run
+from dist_vpt.training import engine
 from tests.forks import command
 from tests.running import ROOT, SMALLEST, few_images, step_losses
 
@@ -44,7 +44,7 @@ def stop_at(step: int) -> Callable[[int], None]:
     def before(rank: int) -> None:
         train_step = engine.train_step
 
-        def signalled(t: engine.Training, *args: Any, **kwargs: Any) -> engine.Step:
+        def signalled(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
             if rank == 0 and t.step == step - 1:
                 signal.raise_signal(signal.SIGUSR1)
             return train_step(t, *args, **kwargs)
@@ -85,4 +85,4 @@ def test_another_strategy_and_number_of_processes(optimizer: str, tmp_path: Path
     for name, tensor in ours.items():
         assert float((tensor - theirs[name]).abs().max()) < 1e-4, name
     reported = json.loads((tmp_path / "run" / "result.json").read_text())["last"]["test"]["loss"]
-    assert score(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(reported, abs=1e-5)
+    assert evaluate_run(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(reported, abs=1e-5)

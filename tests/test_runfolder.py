@@ -1,5 +1,6 @@
 """Who may write in a run folder, and what a file in it looks like at any moment."""
 
+import fcntl
 import json
 import os
 import platform
@@ -16,17 +17,21 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt import __version__, runfolder
+from dist_vpt import __version__
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError
-from dist_vpt.recipe import Recipe, load_recipe
-from dist_vpt.runfolder import RunFolder, git_revision, versions, write_atomically
+from dist_vpt.files import write_atomically
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs import provenance
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.provenance import git_revision, versions
 
 # Holds the folder in argv[1] until its standard input ends.
 HOLDER = """
 import sys
 import time
-from dist_vpt.recipe import load_recipe
-from dist_vpt.runfolder import RunFolder
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runs.folder import RunFolder
 with RunFolder(sys.argv[1]).claimed(load_recipe([], ["run.dir=" + sys.argv[1]])):
     print("held", flush=True)
     sys.stdin.read()
@@ -158,7 +163,7 @@ def test_a_beginning_that_is_cut_short_leaves_a_run(folder: RunFolder, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dist_vpt.runfolder.write_atomically", killed)
+        patch.setattr("dist_vpt.files.write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             use(folder, "run.resume=auto")
     use(folder, "run.resume=auto")
@@ -203,7 +208,7 @@ def test_a_claim_on_a_full_disk_leaves_the_folder_as_it_was(
         left.pop()
         replace(*paths)
 
-    monkeypatch.setattr(runfolder.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     message = refused(folder, *options)
     assert f"{folder.path}: cannot be written ([Errno 28] No space left on device); free space" in message
     monkeypatch.undo()
@@ -228,7 +233,7 @@ def test_a_file_system_without_locks_is_told(folder: RunFolder, monkeypatch: pyt
     def no_locks(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(runfolder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     message = refused(folder)
     assert "this file system has no locks (No locks available); mount it with them (Lustre: flock), or" in message
 
@@ -324,11 +329,11 @@ def test_a_damaged_folder(folder: RunFolder, name: str) -> None:
 
 
 def test_a_recipe_that_a_machine_sees_late(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runfolder, "SEEN_SECONDS", 0.1)
+    monkeypatch.setattr(folder, "SEEN_SECONDS", 0.1)
     assert not folder.seen()
-    monkeypatch.setattr(runfolder, "SEEN_SECONDS", 90.0)
+    monkeypatch.setattr(folder, "SEEN_SECONDS", 90.0)
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: use(folder))  # which needs the true one
-    monkeypatch.setattr(runfolder, "time", clock)
+    monkeypatch.setattr(folder, "time", clock)
     assert folder.seen()
 
 
@@ -364,7 +369,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runfolder.os, where, full)
+    monkeypatch.setattr(os, where, full)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
@@ -389,11 +394,11 @@ def test_versions() -> None:
     assert found["python"] == platform.python_version()
     assert torch.__version__.startswith(found["torch"])  # which may add the build, as in +cpu
     assert found["dist-vpt"] == __version__
-    assert set(found) == {"python", *runfolder.VERSIONS_OF}
+    assert set(found) == {"python", *provenance.VERSIONS_OF}
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runfolder, "VERSIONS_OF", ("torch", "no-such-package"))
+    monkeypatch.setattr(provenance, "VERSIONS_OF", ("torch", "no-such-package"))
     assert set(versions()) == {"python", "torch"}
 
 
@@ -409,7 +414,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
     git("init", "-q")
     (tmp_path / "runfolder.py").write_text("1")
-    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "runfolder.py"))
+    monkeypatch.setattr(folder, "__file__", str(tmp_path / "runfolder.py"))
     return git
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_vpt import node
-from dist_vpt.cli import main
-from dist_vpt.results import FILE, Result, append, read
-from dist_vpt.suite import plan
+from dist_vpt.cli import slurm_node as node
+from dist_vpt.cli.main import main
+from dist_vpt.experiments.suite import plan_experiments
+from dist_vpt.runs.results import FILE, Result, append, read
 from tests import slurm_cluster
 from tests.forks import command
 from tests.running import ROOT, step_losses, train, wait_for, words
@@ -101,7 +101,7 @@ SLOWLY = """
 import os, sys
 if sys.orig_argv[2:4] == ["-m", "dist_vpt.train"] and os.environ["SLURM_JOB_NAME"] == "disturbed":
     import time
-    from dist_vpt import engine
+    from dist_vpt.training import engine
     seconds, step = (2.0, 1.0, 0.5, 0.0)[int(os.environ.get("SLURM_RESTART_COUNT", "0"))], engine.train_step
     def slowly(*arguments, **named):
         time.sleep(seconds)
@@ -177,7 +177,7 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
     assert local.finish() == [0], local.output
     expected = results(tmp_path / "local")
     (tmp_path / "array").mkdir()
-    for number, pair in enumerate(plan(list(map(str, tasks)), ["linear"], common, None, "out")):
+    for number, pair in enumerate(plan_experiments(list(map(str, tasks)), ["linear"], common, None, "out")):
         if number not in LEFT:
             done = expected[f"{left[0].stem}/linear"].model_copy(update={"run": pair.key, "folder": pair.name})
             append(tmp_path / "array" / FILE, done)

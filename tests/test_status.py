@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from dist_vpt import status as status_module
-from dist_vpt.cli import main
+from dist_vpt.cli import status as status_module
+from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import TrainBatches
+from dist_vpt.distributed.rank_status import read_rank_status
 from dist_vpt.errors import Interrupted
-from dist_vpt.ranks import read_place
-from dist_vpt.recipe import load_recipe
-from dist_vpt.results import Protocol, Result, append
-from dist_vpt.runfolder import RunFolder
-from dist_vpt.suite import Pair, _claim_file, _locked
+from dist_vpt.experiments.suite import Experiment, _claim_file, _locked
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.results import Protocol, Result, append
 from tests.forks import command
 from tests.running import wait_for, words
 
@@ -48,7 +48,7 @@ def ended(folder: Path, error: BaseException | None = None) -> None:
     """A run that has ended, well or with an error."""
     run = RunFolder(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dist_vpt.runfolder.git_revision", lambda: None)
+        patch.setattr("dist_vpt.runs.provenance.git_revision", lambda: None)
         with (
             nullcontext() if error is None else pytest.raises(type(error)),
             run.claimed(load_recipe([], [f"run.dir={folder}"])),
@@ -145,7 +145,7 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     number = 5 + STEPS_DONE
 
     def there() -> dict[str, Any]:
-        return read_place(folder, 0).get("progress", {})
+        return read_rank_status(folder, 0).get("progress", {})
 
     wait_for(lambda: not forks.running or there().get("step") == number)
     sweep = standings(capsys, folder)["sweep"]
@@ -156,10 +156,10 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     assert sweep["seconds_left"] == pytest.approx(left + 2 * (spent + left) / 6, abs=0.06)  # the seeds come later
     assert "0/8 trials and seeds, epoch 2/4" in told(capsys, str(folder))
     with monkeypatch.context() as far:  # on a machine that our locks do not reach, a sign of life is enough
-        far.setattr("dist_vpt.status.held", lambda file: False)
-        far.setattr("dist_vpt.status.socket.gethostname", lambda: "elsewhere")
+        far.setattr("dist_vpt.cli.status.held", lambda file: False)
+        far.setattr("dist_vpt.cli.status.socket.gethostname", lambda: "elsewhere")
         assert standings(capsys, folder)["sweep"]["status"] == "running"
-        far.setattr("dist_vpt.status.SILENT_SECONDS", -1)
+        far.setattr("dist_vpt.cli.status.SILENT_SECONDS", -1)
         assert standings(capsys, folder)["sweep"]["status"] == "dead"
     forks.send(signal.SIGKILL)
     assert forks.finish() == [-signal.SIGKILL]
@@ -190,7 +190,7 @@ def test_a_sweep_whose_trials_two_processes_share(tmp_path: Path, capsys: pytest
 def suite(tmp_path: Path) -> Iterator[tuple[Path, ExitStack]]:
     """A suite of four sweeps: one has a result, one has failed, a runner is at one, and one has not begun."""
     folder, recipe = tmp_path / "suite", load_recipe([])
-    pairs = {name: Pair(name, "vpt", recipe) for name in ("caltech101", "dtd", "svhn", "eurosat")}
+    pairs = {name: Experiment(name, "vpt", recipe) for name in ("caltech101", "dtd", "svhn", "eurosat")}
     (folder / "claims").mkdir(parents=True)
     content = {pair.name: {"recipe": f"of {name}", "trials": 3, "seeds": [1, 2]} for name, pair in pairs.items()}
     (folder / "manifest.json").write_text(json.dumps({"pairs": content}))
@@ -281,7 +281,9 @@ def test_watching_ends_with_control_c(
 
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     ended(tmp_path / "run")
-    code = "import sys; from dist_vpt.cli import main; main(['status', sys.argv[1]]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from dist_vpt.cli.main import main; main(['status', sys.argv[1]]); print('torch' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, timeout=120
     )

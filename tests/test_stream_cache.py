@@ -18,19 +18,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dist_vpt import engine, stream_cache
-from dist_vpt.agreement import StopSignal
-from dist_vpt.build import Parts, assemble
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import PADDING
+from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RecipeError, UserError
-from dist_vpt.frozen_stream import Observed, Reads, observe
+from dist_vpt.experiments.sweep import detach_from_launcher
+from dist_vpt.frozen_stream import cache as stream_cache
+from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, choose, fill, identity, nbytes, on_disk
+from dist_vpt.frozen_stream.config import StreamConfig
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.methods import base
 from dist_vpt.methods.base import Reader
-from dist_vpt.recipe import StreamRecipe, load_recipe
-from dist_vpt.strategy import why_not
-from dist_vpt.stream_cache import StreamCache, StreamFeed, choose, fill, identity, nbytes, on_disk
-from dist_vpt.sweep import alone
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.training import engine
+from dist_vpt.training.accelerator import unsupported_reason
+from dist_vpt.training.components import Components, build_components
 from tests.forks import FORK, Forks, command
 from tests.methods.conftest import make_backbone
 from tests.running import ROOT, metrics, pictures, train, words
@@ -70,13 +72,13 @@ def run(folder: Path, *overrides: str) -> Outcome:
         losses.append(done.loss)
         return done
 
-    def counted(backbone: Any, images: torch.Tensor, reads: Reads) -> Any:
+    def counted(backbone: Any, images: torch.Tensor, reads: StreamSpec) -> Any:
         live.append(len(images))
-        return observe(backbone, images, reads)
+        return compute_stream(backbone, images, reads)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "train_step", told)
-        patch.setattr(base, "observe", counted)
+        patch.setattr(base, "compute_stream", counted)
         result = train(folder, *overrides)
     line = next(line for line in (folder / "train.log").read_text().splitlines() if "frozen stream" in line)
     return Outcome(losses, metrics(folder), sum(live), line, result)
@@ -100,29 +102,29 @@ def scores(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {f"{one['split']} {one['epoch']} {name}": one[name] for one in lines for name in numbers if name in one}
 
 
-def parts_of(*overrides: str) -> Parts:
+def parts_of(*overrides: str) -> Components:
     method = () if any(word.startswith("method.name=") for word in overrides) else ("method.name=vqt",)
-    return assemble(load_recipe([], words(Path("nowhere"), *method, *overrides)))
+    return build_components(load_recipe([], words(Path("nowhere"), *method, *overrides)))
 
 
-def facts_of(parts: Parts, split: str = "train") -> dict[str, Any]:
+def facts_of(parts: Components, split: str = "train") -> dict[str, Any]:
     assert isinstance(parts.method, Reader)
     return identity(
         parts.splits[split], parts.view, parts.data.max_megapixels, parts.method.backbone, parts.method.reads
     )
 
 
-def cache_of(folder: Path, parts: Parts, split: str = "train", stop: StopSignal | None = None) -> StreamCache:
+def cache_of(folder: Path, parts: Components, split: str = "train", stop: StopSignal | None = None) -> StreamCache:
     """The cache of a split below a folder, built or opened."""
     assert isinstance(parts.method, Reader)
     facts = facts_of(parts, split)
-    target = stream_cache._folder(StreamRecipe(cache="disk", dir=str(folder)), facts)
+    target = stream_cache._folder(StreamConfig(cache="disk", dir=str(folder)), facts)
     device = torch.device("cpu")
     backbone, batches = parts.method.backbone, partial(parts.evaluation, split)
     return on_disk(target, facts, backbone, parts.method.reads, batches, device, stop or StopSignal())[0]
 
 
-def in_memory(parts: Parts, split: str = "train") -> StreamCache:
+def in_memory(parts: Components, split: str = "train") -> StreamCache:
     assert isinstance(parts.method, Reader)
     backbone, batches = parts.method.backbone, parts.evaluation(split, 0, 1)
     accelerator = Accelerator(cpu=True)
@@ -321,9 +323,9 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        return observe(*args)
+        return compute_stream(*args)
 
-    monkeypatch.setattr(stream_cache, "observe", killed)
+    monkeypatch.setattr(stream_cache, "compute_stream", killed)
     assert Forks(1, lambda rank: cache_of(tmp_path, parts)).finish() == [-signal.SIGKILL]
     assert [path.suffix for path in folders(tmp_path)] == [".tmp"]
     monkeypatch.undo()
@@ -338,14 +340,14 @@ def test_a_signal_while_the_stream_is_computed_is_heard_there(
     options = (*FAST, *READERS["linear"], "train.epochs=2", f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
     calls: list[int] = []
 
-    def signalled(*args: Any) -> Observed:
+    def signalled(*args: Any) -> StreamOutput:
         calls.append(1)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGUSR1)
-        return observe(*args)
+        return compute_stream(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stream_cache, "observe", signalled)
+        patch.setattr(stream_cache, "compute_stream", signalled)
         with pytest.raises(Interrupted, match="stopped while the frozen stream was computed; started again"):
             train(tmp_path / "run", *options)
     assert len(calls) == 2, "the other batches were not computed first"
@@ -357,7 +359,7 @@ def test_a_signal_while_the_stream_is_computed_is_heard_there(
 
 def test_a_signal_is_heard_while_another_run_builds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, looks = parts_of(*FAST), []
-    target = stream_cache._folder(StreamRecipe(cache="disk", dir=str(tmp_path)), facts_of(parts))
+    target = stream_cache._folder(StreamConfig(cache="disk", dir=str(tmp_path)), facts_of(parts))
     with StopSignal() as stop, stream_cache._locked(target.with_suffix(".lock"), StopSignal()):
 
         def asked(seconds: float) -> None:
@@ -542,7 +544,7 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
     """1 GiB fits into 2 GiB, and into no 1 GiB: room is left for others."""
     _free(monkeypatch, memory, disk)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int((gpu or 0) * GIB), 80 * GIB))
-    asked = StreamRecipe(**{"dir": str(tmp_path / "not" / "there"), **recipe})
+    asked = StreamConfig(**{"dir": str(tmp_path / "not" / "there"), **recipe})
     device = torch.device("cpu" if gpu is None else "cuda")
     found, first, line = choose(asked, (int(1.5 * GIB), GIB), device, lambda: GIB)
     assert found == place
@@ -558,7 +560,7 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
 def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     _free(monkeypatch, 4.0, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    place, _, line = choose(StreamRecipe(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)
+    place, _, line = choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)
     assert place == "none"
     assert "0.80 GiB may be used in memory for each of 4 processes" in line
 
@@ -568,10 +570,10 @@ def test_processes_that_train_alone_share_the_memory_all_the_same(monkeypatch: p
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    alone()
+    detach_from_launcher()
     assert "WORLD_SIZE" not in os.environ
     _free(monkeypatch, 4.0, 0)
-    assert choose(StreamRecipe(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)[0] == "none"
+    assert choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)[0] == "none"
 
 
 def test_a_cache_of_another_node_that_is_seen_late_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,7 +605,7 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
     options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "data.cache=none")
     live = run(tmp_path / "none", *options, "stream.cache=none")
     _free(monkeypatch, 0, 0)
-    monkeypatch.setattr(stream_cache, "observe", None)
+    monkeypatch.setattr(stream_cache, "compute_stream", None)
     for asked, where in {"memory": "in memory", "device": "in memory", "disk": f"in {tmp_path}/cache"}.items():
         told = message(capsys, tmp_path / asked, *options, f"stream.cache={asked}")
         assert f"stream.cache = {asked}: the frozen stream takes 0.00 GiB, and 0.00 GiB may be used {where}; " in told
@@ -650,9 +652,9 @@ def test_recipes_that_contradict_themselves(overrides: tuple[str, ...], mistake:
 
 
 def test_padding_has_no_weight() -> None:
-    kept = Observed(torch.arange(8.0).view(4, 2), (torch.arange(24.0).view(4, 3, 2),))
+    kept = StreamOutput(torch.arange(8.0).view(4, 2), (torch.arange(24.0).view(4, 3, 2),))
     cache = StreamCache(kept, np.array([True, True, False, True]))
-    feed = StreamFeed(cache, np.array([5, 6, 7, 8]), {"x.png"})
+    feed = CachedBatches(cache, np.array([5, 6, 7, 8]), {"x.png"})
     first, second = feed([(0, np.array([3, PADDING, 1])), (0, np.array([2, PADDING, PADDING]))])
     assert first["weight"].tolist() == [1, 0, 1]
     assert first["index"].tolist() == [3, PADDING, 1]
@@ -667,21 +669,26 @@ def test_padding_has_no_weight() -> None:
 
 @pytest.mark.parametrize(
     "reads",
-    [Reads((0, 2), key_scales=True), Reads((0, 2), keys=True), Reads((0, 2), pixels=True), Reads(pixels=True)],
+    [
+        StreamSpec((0, 2), key_scales=True),
+        StreamSpec((0, 2), keys=True),
+        StreamSpec((0, 2), pixels=True),
+        StreamSpec(pixels=True),
+    ],
     ids=["scales", "keys", "normed and pixels", "pixels"],
 )
-def test_all_that_is_asked_for_is_kept(reads: Reads, tmp_path: Path) -> None:
+def test_all_that_is_asked_for_is_kept(reads: StreamSpec, tmp_path: Path) -> None:
     parts = parts_of("data.image_size=16")
     backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
     facts = identity(parts.splits["val"], parts.view, 178.0, backbone, reads)
     memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory", StopSignal())
     disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"), StopSignal())
     images = torch.cat([batch["images"] for batch in batches(0, 1)])
-    wanted = observe(backbone, images, reads)
+    wanted = compute_stream(backbone, images, reads)
     for cache in (memory, disk):
         found = cache[torch.arange(200)]
         count = {name: len(reads.blocks) for name in reads.fields} | {"pixels": int(reads.pixels)}
-        assert [len(each) for each in found[1:]] == [count.get(name, 0) for name in Observed._fields[1:]]
+        assert [len(each) for each in found[1:]] == [count.get(name, 0) for name in StreamOutput._fields[1:]]
         for a, b in zip(tensors(cache), tensors(StreamCache(wanted, np.ones(200, bool))), strict=True):
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
@@ -694,14 +701,14 @@ def test_the_size_of_a_stream_is_what_it_holds() -> None:
 
 
 def test_what_zero3_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = why_not(load_recipe([], ["data.task=digits", *READERS["vqt"]]), "zero3")
+    refused = unsupported_reason(load_recipe([], ["data.task=digits", *READERS["vqt"]]), "zero3")
     assert re.match(r"method.name = vqt: .* ZeRO-3 .* start with launch/accelerate/ddp.yaml", refused)
-    assert not why_not(load_recipe([], ["data.task=digits", *READERS["linear"]]), "zero3")
-    recipe = StreamRecipe(cache="disk", dir=str(tmp_path))
+    assert not unsupported_reason(load_recipe([], ["data.task=digits", *READERS["linear"]]), "zero3")
+    recipe = StreamConfig(cache="disk", dir=str(tmp_path))
     with pytest.raises(UserError, match=r"ZeRO-3 .* set stream.cache=memory, or start with launch/accelerate/ddp.yaml"):
         choose(recipe, (0, 0), torch.device("cpu"), lambda: 0, sharded=True)
     _free(monkeypatch, 0, 8.0)
-    assert choose(StreamRecipe(dir=str(tmp_path)), (1, 1), torch.device("cpu"), lambda: 1, sharded=True)[0] == "none"
+    assert choose(StreamConfig(dir=str(tmp_path)), (1, 1), torch.device("cpu"), lambda: 1, sharded=True)[0] == "none"
 
 
 @pytest.mark.distributed

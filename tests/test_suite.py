@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from dist_vpt import sweep
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
 from dist_vpt.errors import RecipeError, RunFailed, UserError
-from dist_vpt.results import Result, read
-from dist_vpt.suite import Pair, plan, suite, task_recipes
+from dist_vpt.experiments import sweep
+from dist_vpt.experiments.suite import Experiment, plan_experiments, suite, task_recipes
+from dist_vpt.runs.results import Result, read
 from tests.forks import Forks, command
 from tests.running import ROOT, few_images
 from tests.tfds_copies import elsewhere
@@ -224,7 +224,7 @@ def test_another_recipe_is_refused(undisturbed: Path, root: Path) -> None:
 
 
 def run_here(folder: Path, root: Path, *more: str) -> None:
-    pairs = plan(TASKS, recipes(folder), [*SMALL, *more], str(root), str(folder / "suite"))
+    pairs = plan_experiments(TASKS, recipes(folder), [*SMALL, *more], str(root), str(folder / "suite"))
     suite(pairs, str(folder / "suite"), runners=1, arguments=[])
 
 
@@ -240,26 +240,29 @@ def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
     ):
         task_recipes(["dtdd"])
     with pytest.raises(UserError, match=r"vpt_dep: no such recipe file, .* did you mean 'vpt_deep'"):
-        plan(["dtd"], ["vpt_dep"], [], "somewhere", "out")
+        plan_experiments(["dtd"], ["vpt_dep"], [], "somewhere", "out")
 
 
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        plan(["dtd", "svhn"], ["linear"], ["train.epochs=0"], "somewhere", "out")
+        plan_experiments(["dtd", "svhn"], ["linear"], ["train.epochs=0"], "somewhere", "out")
     assert str(caught.value).count("train.epochs = 0") == 2
     with pytest.raises(RecipeError, match=r"^--root DIR is missing: the folder in which the datasets lie$"):
-        plan(["dtd", "svhn"], ["linear"], [], None, "out")
+        plan_experiments(["dtd", "svhn"], ["linear"], [], None, "out")
     with pytest.raises(UserError, match="dtd/linear is asked for twice"):
-        plan(["dtd"], ["linear", "linear"], [], "somewhere", "out")
+        plan_experiments(["dtd"], ["linear", "linear"], [], "somewhere", "out")
     backbone = str(ROOT / "configs" / "backbone" / "vit_b16_in21k.yaml")
     with pytest.raises(UserError, match=r"--method .*vit_b16_in21k.yaml: says no method; other recipes come before"):
-        plan(["dtd"], ["linear", backbone], [], "somewhere", "out")
-    assert [pair.method for pair in plan(["dtd"], ["vpt_deep", "side"], [], "somewhere", "out")] == ["vpt_deep", "side"]
+        plan_experiments(["dtd"], ["linear", backbone], [], "somewhere", "out")
+    assert [pair.method for pair in plan_experiments(["dtd"], ["vpt_deep", "side"], [], "somewhere", "out")] == [
+        "vpt_deep",
+        "side",
+    ]
 
 
 def test_what_a_plan_costs() -> None:
     def images(method: str, task: str = "dtd", *more: str) -> int | None:
-        return plan([task], [method], list(more), "somewhere", "out")[0].images()
+        return plan_experiments([task], [method], list(more), "somewhere", "out")[0].images()
 
     assert images("vpt_deep") == 40 * 100 * (800 + 200) + 5 * (100 * 1000 + 1880)
     assert images("vpt_deep", "dtd", "train.eval_every=50") == 40 * (100 * 800 + 2 * 200) + 5 * (100 * 1000 + 1880)
@@ -280,7 +283,7 @@ def test_the_plan_is_shown_and_nothing_done(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_dry_run_needs_no_torch() -> None:
     code = (
-        "import sys; from dist_vpt.cli import main;"
+        "import sys; from dist_vpt.cli.main import main;"
         "main(['suite', '--tasks', 'vtab', '--method', 'vpt_deep', 'vqt', '--root', 'x', '--dry-run']);"
         "assert 'torch' not in sys.modules"
     )
@@ -314,7 +317,7 @@ def test_a_job_array_has_an_element_for_each_pair(tmp_path: Path) -> None:
 
 
 def test_an_element_does_its_own_pair(root: Path, tmp_path: Path) -> None:
-    pairs = plan(["svhn", "eurosat"], recipes(tmp_path)[:1], SMALL, str(root), str(tmp_path / "suite"))
+    pairs = plan_experiments(["svhn", "eurosat"], recipes(tmp_path)[:1], SMALL, str(root), str(tmp_path / "suite"))
     run = Forks(1, lambda rank: suite(pairs, str(tmp_path / "suite"), only=1, arguments=[]), tmp_path / "told.txt")
     assert run.finish() == [0], run.output
     assert list(results(tmp_path)) == ["eurosat/reader"]
@@ -324,7 +327,7 @@ def test_an_element_does_its_own_pair(root: Path, tmp_path: Path) -> None:
 
 def test_the_key_does_not_depend_on_places() -> None:
     def key(*more: str, out: str = "out", root: str = "here") -> str:
-        pair: Pair = plan(["dtd"], ["linear"], list(more), root, out)[0]
+        pair: Experiment = plan_experiments(["dtd"], ["linear"], list(more), root, out)[0]
         return pair.key
 
     assert key() == key("data.workers=9", out="elsewhere", root="there")
@@ -410,7 +413,7 @@ def test_processes_of_a_launcher_are_runners(root: Path, tmp_path: Path) -> None
 
 def test_an_own_task_may_inherit_another_method(tmp_path: Path) -> None:
     own = ROOT / "configs" / "quickstart.yaml"
-    (pair,) = plan([str(own)], ["linear"], ["backbone.drop_path=0.0"], None, "out")
+    (pair,) = plan_experiments([str(own)], ["linear"], ["backbone.drop_path=0.0"], None, "out")
     assert (pair.name, pair.recipe.method.name, pair.recipe.train.epochs) == ("quickstart/linear", "linear", 30)
 
 
@@ -432,7 +435,7 @@ def test_places_that_cannot_be(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is one task's folder \(train800.txt\), and 3 tasks are asked for"):
         run_here(tmp_path, one)
     with pytest.raises(UserError, match="--runners 0: must be at least 1"):
-        suite(plan(TASKS, recipes(tmp_path), SMALL, str(root), "out"), "out", runners=0, arguments=[])
+        suite(plan_experiments(TASKS, recipes(tmp_path), SMALL, str(root), "out"), "out", runners=0, arguments=[])
     with pytest.raises(UserError, match="--tasks ,: names no task"):
         task_recipes([","])
     file = tmp_path / "file"
@@ -444,7 +447,11 @@ def test_what_the_key_is_of_depends_on_the_storage(root: Path, tmp_path: Path) -
     """Results of prepared datasets and of vtab-1k folders are never taken for each other."""
     run_here(tmp_path, root, "train.epochs=1")
     kept = results(tmp_path)["svhn/reader"]
-    (unsettled, *_) = plan(TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1"], str(root), str(tmp_path / "suite"))
+    (unsettled, *_) = plan_experiments(
+        TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1"], str(root), str(tmp_path / "suite")
+    )
     assert kept.run != unsettled.key
-    settled = plan(TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1", "data.format=tfds"], str(root), "out")[0]
+    settled = plan_experiments(
+        TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1", "data.format=tfds"], str(root), "out"
+    )[0]
     assert kept.run == settled.key

@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt import checkpoint, runfolder
-from dist_vpt import sweep as sweep_module
-from dist_vpt import trials as trials_module
-from dist_vpt.agreement import StopSignal
-from dist_vpt.cli import main
+from dist_vpt.cli.main import main
+from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RecipeError, RunFailed, UserError
-from dist_vpt.recipe import Recipe, load_recipe
-from dist_vpt.runfolder import RunFolder, read_json
-from dist_vpt.sweep import Job, choose, grid_jobs
+from dist_vpt.experiments import sweep as sweep_module
+from dist_vpt.experiments.sweep import SweepJob, choose, grid_jobs
+from dist_vpt.files import read_json
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.training import checkpointing
+from dist_vpt.training import trials as trials_module
 from tests.forks import ROOT, Forks
 from tests.forks import command as forked
 from tests.running import SMALLEST, few_images, pictures, wait_for, words
@@ -149,7 +151,7 @@ def test_bad_grids_are_refused(override: str, message: str, tmp_path: Path, caps
     assert not (tmp_path / "sweep").exists()
 
 
-def jobs(tmp_path: Path, *overrides: str) -> tuple[Recipe, list[Job]]:
+def jobs(tmp_path: Path, *overrides: str) -> tuple[Recipe, list[SweepJob]]:
     recipe = load_recipe([], words(tmp_path, *READER, *overrides))
     return recipe, grid_jobs(recipe, tmp_path)
 
@@ -211,7 +213,7 @@ def test_a_pass_that_is_ended_in_its_middle_goes_on(number: signal.Signals, tmp_
         step = trials_module.step_trials
         trials_module.SAVE_SECONDS = -1.0  # a state an epoch
 
-        def struck(p: trials_module.Pass, fetched: Any) -> None:
+        def struck(p: trials_module.TrialGroup, fetched: Any) -> None:
             if (p.epoch, p.step) == (2, 4):
                 os.kill(os.getpid(), number)
             step(p, fetched)
@@ -332,9 +334,11 @@ def test_a_claim_is_seen_where_locks_reach_no_other_machine(tmp_path: Path, monk
     """By signs of life of the first process, which are new: the last ones of a killed attempt lie there, too."""
     recipe = load_recipe([], [*words(tmp_path / "sweep", *READER), "run.resume=auto"])
     folder, beats = RunFolder(tmp_path / "sweep"), iter([7, 7, None, 1])
-    monkeypatch.setattr(runfolder, "held", lambda _: False)
+    monkeypatch.setattr(sweep_module, "is_locked", lambda _: False)
     monkeypatch.setattr(sweep_module, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(sweep_module, "read_place", lambda *_: {} if (beat := next(beats)) is None else {"beat": beat})
+    monkeypatch.setattr(
+        sweep_module, "read_rank_status", lambda *_: {} if (beat := next(beats)) is None else {"beat": beat}
+    )
     with folder.claimed(recipe, "sweep"):
         stop = StopSignal()
         with pytest.raises(StopIteration):  # none of these is a sign of the next attempt
@@ -379,14 +383,14 @@ def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.Monkey
     """Nothing is told of a trial whose states could not be saved, and the same command trains it."""
     options = ["train.batch_size=250", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
     recipe = load_recipe([], words(tmp_path, "sweep.seeds=[1]", "optim.name=sgd", *options))
-    save = checkpoint.save_file
+    save = checkpointing.save_file
 
     def full(tensors: Any, path: Path) -> None:
         if "001" in str(path):
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpointing, "save_file", full)
     with pytest.raises(RunFailed, match="001: 3 states in a row could not be saved"):
         sweep_module.sweep(recipe)
     assert [p.name for p in (tmp_path / "trials").glob("*.json")] == ["000.json"]
@@ -451,8 +455,8 @@ def test_a_diverged_seed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("options", "where", "advice"),
     [
-        (READER, "dist_vpt.trials.step_trials", "with 6 trials in one pass; set stream.cache=memory"),
-        (GRID, "dist_vpt.engine.train_step", "recommended: less"),  # of writers, no divergence
+        (READER, "dist_vpt.training.trials.step_trials", "with 6 trials in one pass; set stream.cache=memory"),
+        (GRID, "dist_vpt.training.engine.train_step", "recommended: less"),  # of writers, no divergence
     ],
     ids=["reader", "writer"],
 )
@@ -463,7 +467,7 @@ def test_an_out_of_memory_error_ends_with_advice(  # noqa: PLR0917 (what pytest 
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(where, fails)
-    monkeypatch.setattr("dist_vpt.plan.way_out", lambda *_: "recommended: less")
+    monkeypatch.setattr("dist_vpt.planning.planner.suggestion", lambda *_: "recommended: less")
     assert main(command(tmp_path, *options)) == RunFailed.exit_code
     assert f"out of memory on cpu{'; ' if options is GRID else ' '}{advice}" in capsys.readouterr().err
 

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from dist_vpt.data.tasks import TASKS
-from dist_vpt.recipe import load_recipe
+from dist_vpt.recipe.loading import load_recipe
 from tests.running import ROOT
 
 METHODS = sorted((ROOT / "configs" / "method").glob("*.yaml"))
 RECIPES = sorted([*(ROOT / "configs" / "vtab").glob("*.yaml"), *(ROOT / "configs" / "fgvc").glob("*.yaml")])
-PUBLISHED = json.loads((ROOT / "dist_vpt" / "published.json").read_text())["tables"]
+PUBLISHED = json.loads((ROOT / "dist_vpt" / "report" / "published.json").read_text())["tables"]
 
 
 def test_every_row_has_a_recipe() -> None:

@@ -14,15 +14,18 @@ import torch
 from accelerate import Accelerator
 from torch.amp import GradScaler
 
-from dist_vpt import stream_cache, trials
-from dist_vpt.agreement import StopSignal
-from dist_vpt.checkpoint import Progress, collect, restore
+from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError
-from dist_vpt.frozen_stream import Observed
-from dist_vpt.recipe import EarlyStopRecipe, Recipe, load_recipe
-from dist_vpt.strategy import make_accelerator
-from dist_vpt.stream_cache import ROOM, nbytes
-from dist_vpt.trials import Pass, fit_trials, make_pass, score_trials
+from dist_vpt.frozen_stream import cache as stream_cache
+from dist_vpt.frozen_stream.cache import ROOM, nbytes
+from dist_vpt.frozen_stream.observe import StreamOutput
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import EarlyStopConfig, Recipe
+from dist_vpt.runs.adapters import collect, restore
+from dist_vpt.runs.progress import Progress
+from dist_vpt.training import trials
+from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.trials import TrialGroup, build_trial_group, fit_trials, score_trials
 from tests.running import metrics, pictures, train, words
 
 # 50 steps: 5 epochs of 10 steps.
@@ -54,13 +57,13 @@ def recipes(tmp_path: Path, each: Sequence[Sequence[str]]) -> list[Recipe]:
 
 def make(
     tmp_path: Path, each: Sequence[Sequence[str]], show: Callable[[str], None] = lambda _: None, **more: bool
-) -> Pass:
+) -> TrialGroup:
     tmp_path.mkdir(exist_ok=True)
     some = recipes(tmp_path, each)
-    return make_pass(some, make_accelerator(some[0]), StopSignal(), tmp_path / "pass.pt", show, **more)
+    return build_trial_group(some, make_accelerator(some[0]), StopSignal(), tmp_path / "pass.pt", show, **more)
 
 
-def fitted(tmp_path: Path, each: Sequence[Sequence[str]], **more: bool) -> Pass:
+def fitted(tmp_path: Path, each: Sequence[Sequence[str]], **more: bool) -> TrialGroup:
     made = make(tmp_path, each, **more)
     fit_trials(made)
     made.close()
@@ -100,7 +103,7 @@ def test_images_that_cannot_be_read_weigh_nothing(cache: str, tmp_path: Path) ->
     assert len(together.skipped) == 20
 
 
-def assert_as_alone(tmp_path: Path, each: Sequence[Sequence[str]]) -> Pass:
+def assert_as_alone(tmp_path: Path, each: Sequence[Sequence[str]]) -> TrialGroup:
     """Trains trials in one pass and each as a run, and compares them."""
     together = fitted(tmp_path, each)
     tests = [scores.compute() for scores in score_trials(together, together.trials, "test")]
@@ -132,7 +135,7 @@ def test_keys_and_values_are_kept_for_several_trials_where_there_is_room(
     """They make another order of additions, and nothing else."""
     each = settings("vqt", "adam", 3)
 
-    def kept(made: Pass) -> Observed:
+    def kept(made: TrialGroup) -> StreamOutput:
         return next(made.train.epoch(0))[0]["images"]
 
     roomy, one = make(tmp_path / "a", each), make(tmp_path / "b", each[:1])
@@ -206,7 +209,7 @@ def test_a_rise_is_the_same_in_float32_and_float64() -> None:
     for dtype in (np.float32, np.float64):
         progress = Progress()
         for right in (181, 182):
-            progress.scored({"top1": 100 * float(dtype(right) / dtype(200))}, EarlyStopRecipe(min_delta=0.5))
+            progress.scored({"top1": 100 * float(dtype(right) / dtype(200))}, EarlyStopConfig(min_delta=0.5))
         assert progress.without_rise == 1
 
 
@@ -294,7 +297,7 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
     interrupted = make(tmp_path / "b", each, keeps_best=True)
     score, scored = trials._quick_scores, []
 
-    def asks_to_stop(p: Pass, *args: Any) -> Any:
+    def asks_to_stop(p: TrialGroup, *args: Any) -> Any:
         p.stop.asked = len(scored) == 1
         scored.append(p.epoch)
         return score(p, *args)
@@ -332,12 +335,12 @@ def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypat
     whole = fitted(tmp_path / "whole", settings("vqt", "adam", 2))
     step, write, saved = trials.step_trials, trials._write, []
 
-    def killed(p: Pass, fetched: Any) -> None:
+    def killed(p: TrialGroup, fetched: Any) -> None:
         if (p.epoch, p.step) == (2, 6):
             raise KeyboardInterrupt
         step(p, fetched)
 
-    def noted(p: Pass) -> None:
+    def noted(p: TrialGroup) -> None:
         saved.append(p.epoch * p.train.steps_per_epoch + p.step)
         write(p)
 
@@ -366,7 +369,7 @@ def test_without_val_trials_are_trained_and_not_scored(tmp_path: Path, monkeypat
         parts = made(recipe)
         return replace(parts, splits=replace(parts.splits, val=None))
 
-    monkeypatch.setattr(trials, "assemble", without_val)
+    monkeypatch.setattr(trials, "build_components", without_val)
     done = fitted(tmp_path, settings("linear", "sgd", 2))
     assert [set(trial.progress.last) for trial in done.trials] == [{"epoch", "train"}] * 2
 
@@ -387,11 +390,11 @@ def test_unreadable_images_are_known_after_a_resumption(tmp_path: Path) -> None:
 def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
     """On a CPU, where a recipe cannot ask for it: `train` and `sweep` want a GPU for fp16."""
 
-    def made(name: str, precision: str) -> Pass:
+    def made(name: str, precision: str) -> TrialGroup:
         each = [["train.epochs=2", *some, f"runtime.precision={precision}"] for some in settings("vqt", "adam", 3)]
         (tmp_path / name).mkdir()
         some = recipes(tmp_path / name, each)
-        return make_pass(some, Accelerator(cpu=True), StopSignal(), tmp_path / name / "pass.pt", lambda _: None)
+        return build_trial_group(some, Accelerator(cpu=True), StopSignal(), tmp_path / name / "pass.pt", lambda _: None)
 
     wanted, found = made("fp32", "fp32"), made("fp16", "fp16")
     overflowing = made("overflow", "fp16")
@@ -412,6 +415,6 @@ def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
     assert [t.scaler.get_scale() for t in again.trials] == [t.scaler.get_scale() for t in overflowing.trials]
 
 
-def made_again(p: Pass, state: Path) -> Pass:
+def made_again(p: TrialGroup, state: Path) -> TrialGroup:
     """From its saved state."""
-    return make_pass([t.recipe for t in p.trials], Accelerator(cpu=True), StopSignal(), state, lambda _: None)
+    return build_trial_group([t.recipe for t in p.trials], Accelerator(cpu=True), StopSignal(), state, lambda _: None)

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.layouts import Difference
-from dist_vpt.backbones.recipe import BackboneRecipe
-from dist_vpt.backbones.rotary import RotaryBackbone, is_dinov3
+from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.dinov3 import RotaryBackbone, is_dinov3
 from dist_vpt.backbones.swin import SwinBackbone
-from dist_vpt.backbones.weights import load_into
-from dist_vpt.backbones.zoo import ZOO
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.backbones.weights.loading import load_into
+from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.errors import UserError, WeightsError, nearest
 
 DEMO = Path(__file__).parent / "demo" / "demo.safetensors"
@@ -28,7 +28,7 @@ SUPPORTED = (
 
 
 @dataclass(frozen=True)
-class Description:
+class Preprocessing:
     """What weights want of their images; known without building the model."""
 
     image_size: int  # pixels
@@ -37,29 +37,29 @@ class Description:
     interpolation: str
 
 
-def describe(recipe: BackboneRecipe) -> Description:
+def preprocessing_of(recipe: BackboneConfig) -> Preprocessing:
     """The preprocessing that the backbone's weights were trained with."""
     if recipe.name == "demo":
         wants = _demo_metadata()["preprocessing"]
-        return Description(wants["image_size"], tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"])
+        return Preprocessing(wants["image_size"], tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"])
     if recipe.name in ZOO:
         row = ZOO[recipe.name]
-        return Description(row.size, row.channels.mean, row.channels.std, row.interpolation)
+        return Preprocessing(row.size, row.channels.mean, row.channels.std, row.interpolation)
     cfg = timm.get_pretrained_cfg(_known(recipe.name))
     if cfg is None:
         raise UserError(f"backbone.name = {recipe.name}: timm has no preprocessing for it; name its weights' tag")
     interpolation = cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bicubic"
-    return Description(cfg.input_size[-1], tuple(cfg.mean), tuple(cfg.std), interpolation)
+    return Preprocessing(cfg.input_size[-1], tuple(cfg.mean), tuple(cfg.std), interpolation)
 
 
 def build(
-    recipe: BackboneRecipe,
+    recipe: BackboneConfig,
     *,
     image_size: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     frame: int = 0,
-) -> tuple[Backbone, Difference]:
+) -> tuple[Backbone, LoadReport]:
     """Build the backbone, load its weights; frozen, in float32 and in eval mode.
 
     ``frame``: pixels that will be put on each side of an image.
@@ -106,7 +106,7 @@ class Plain:
         return "\n".join(lines)
 
 
-def plain(recipe: BackboneRecipe, image_size: int, classes: int) -> Plain:
+def plain(recipe: BackboneConfig, image_size: int, classes: int) -> Plain:
     """The plain timm model of a backbone that can be built."""
     row = ZOO.get(recipe.name)
     name, options = (row.architecture, row.options) if row else (recipe.name, {})
@@ -121,7 +121,7 @@ def plain(recipe: BackboneRecipe, image_size: int, classes: int) -> Plain:
     return Plain(name, options, None if pool in (None, model.global_pool) else pool)
 
 
-def _pool(recipe: BackboneRecipe) -> str | None:
+def _pool(recipe: BackboneConfig) -> str | None:
     """What the recipe or the weights' row says of pooling; None: the timm model's own."""
     return recipe.pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
 
@@ -146,7 +146,7 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
     return model
 
 
-def _create(recipe: BackboneRecipe, image_size: int, frame: int = 0) -> VisionTransformer | SwinTransformer:
+def _create(recipe: BackboneConfig, image_size: int, frame: int = 0) -> VisionTransformer | SwinTransformer:
     framed = image_size + 2 * frame
     if recipe.name == "demo":
         architecture = _demo_metadata()["architecture"] | {
@@ -163,15 +163,15 @@ def _create(recipe: BackboneRecipe, image_size: int, frame: int = 0) -> VisionTr
             raise UserError(
                 "method.location = pad: on Swin prompts are prepended to the patches of each window; leave it out"
             )
-        _check_windows(image_size, describe(recipe).image_size, model)
+        _check_windows(image_size, preprocessing_of(recipe).image_size, model)
     else:
         _check_patches(image_size, model.patch_embed.patch_size[0], frame)
     return model
 
 
-def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneRecipe) -> Difference:
+def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) -> LoadReport:
     if recipe.weights == "random":
-        return Difference()
+        return LoadReport()
     if recipe.weights != "pretrained":
         return load_into(model, Path(recipe.weights), lenient=recipe.load == "lenient")
     if recipe.name == "demo":
@@ -265,6 +265,3 @@ def _demo_metadata() -> dict[str, Any]:
     with safe_open(DEMO, "pt") as file:
         metadata = file.metadata()
     return {key: json.loads(metadata[key]) for key in ("architecture", "preprocessing")}
-
-
-__all__ = ["DEMO", "Description", "build", "describe"]

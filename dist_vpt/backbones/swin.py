@@ -18,7 +18,7 @@ from timm.layers import global_pool_nlc
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.vit import Backbone
 
 
 class SwinBackbone(Backbone):

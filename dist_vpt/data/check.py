@@ -12,7 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.data import DataRecipe, Split, open_splits, tfds
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats import open_splits, tfds
+from dist_vpt.data.splits import Split
 from dist_vpt.data.tasks import TASKS, Task, Tfds
 from dist_vpt.errors import DataError, UserError, nearest
 
@@ -151,7 +153,7 @@ def _reason(builder: Any, error: Exception) -> str:
 def _checked(root: str, row: Task) -> Checked:
     one = Checked(row.name)
     try:
-        splits = open_splits(DataRecipe(task=row.name, root=root, counts="any", absent_classes="allow"))
+        splits = open_splits(DataConfig(task=row.name, root=root, counts="any", absent_classes="allow"))
     except DataError as error:
         if not _is_absent(root, row):
             one.storage = one.storage or "?"

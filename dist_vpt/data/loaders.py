@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
-from dist_vpt.data.transforms import View
+from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.signals import block_stop_signals
 from dist_vpt.errors import DataError, UserError
-from dist_vpt.signals import unheard
 
 BadImages = Literal["fail", "skip"]
 
@@ -47,7 +47,7 @@ class Batch(TypedDict):
     index: torch.Tensor  # int64 [b]: place in the split, -1 for padding
 
 
-class Feed(Protocol):
+class BatchSource(Protocol):
     """Where batches come from: images that are decoded, or a cache of what the frozen backbone makes of them."""
 
     skipped: set[str]  # files that could not be read so far
@@ -63,7 +63,7 @@ class TrainBatches:
     def __init__(
         self,
         split: Split,
-        view: View,
+        view: ImageTransform,
         *,
         batch_size: int,
         accumulate: int = 1,
@@ -90,7 +90,7 @@ class TrainBatches:
         self._accumulate, self._rank, self._world = accumulate, rank, world
         pictures = _Pictures(split, view, True, bad_images, max_megapixels)
         batches = _Batches(pictures, seed)
-        self._feed: Feed = _Feed(batches, batch_size // parts, workers, cache, range(len(split)), world)
+        self._feed: BatchSource = _Feed(batches, batch_size // parts, workers, cache, range(len(split)), world)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -117,7 +117,7 @@ class TrainBatches:
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._accumulate)]
 
-    def use(self, feed: Feed) -> None:
+    def use(self, feed: BatchSource) -> None:
         """Take the same batches from another feed from now on."""
         self._feed.close()
         self._feed = feed
@@ -133,7 +133,7 @@ class EvalBatches:
     def __init__(
         self,
         split: Split,
-        view: View,
+        view: ImageTransform,
         batch_size: int,
         *,
         rank: int = 0,
@@ -151,7 +151,7 @@ class EvalBatches:
         self._batch_size = batch_size
         pictures = _Pictures(split, view, False, bad_images, max_megapixels)
         mine = [int(i) for i in self._indices if i != PADDING]
-        self._feed: Feed = _Feed(_Batches(pictures, 0), batch_size, workers, cache, mine, world)
+        self._feed: BatchSource = _Feed(_Batches(pictures, 0), batch_size, workers, cache, mine, world)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -164,7 +164,7 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         return self._feed([(0, self._indices[start : start + self._batch_size]) for start in self._starts])
 
-    def use(self, feed: Feed) -> None:
+    def use(self, feed: BatchSource) -> None:
         """Take the same batches from another feed from now on."""
         self._feed.close()
         self._feed = feed
@@ -183,7 +183,7 @@ class _Pictures:
     """The unchanging pixels of some images, and the files that could not be read. W worker processes."""
 
     split: Split
-    view: View
+    view: ImageTransform
     train: bool
     bad_images: BadImages
     max_megapixels: float
@@ -344,7 +344,7 @@ class _Pool:
         if self.workers and self._loader._iterator is None:
             self._pictures.reading = torch.full((self.workers,), PADDING).share_memory_()
         try:
-            with unheard():
+            with block_stop_signals():
                 answers = iter(self._loader)
             for answer in answers:
                 if isinstance(answer, DataError):

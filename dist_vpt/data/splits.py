@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from dist_vpt.data.recipe import DataRecipe
+from dist_vpt.data.config import DataConfig
 from dist_vpt.errors import DataError, nearest
 
 Picture = Image.Image | np.ndarray  # RGB, or uint8 [height, width, 3]
@@ -162,7 +162,7 @@ def shuffled(n: int, *key: int) -> np.ndarray:
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
 
 
-def carve(labels: np.ndarray, count: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_holdout(labels: np.ndarray, count: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows kept and ``count`` rows carved, each class in proportion and never its last image; both sorted.
 
     Fewer than ``count`` are carved where the classes are too small to give so many.
@@ -179,8 +179,8 @@ def carve(labels: np.ndarray, count: int, *key: int) -> tuple[np.ndarray, np.nda
     return np.setdiff1d(np.arange(len(labels)), carved), carved
 
 
-def complete(
-    recipe: DataRecipe,
+def with_missing_splits(
+    recipe: DataConfig,
     classes: tuple[str, ...],
     train: Split,
     val: Split | None,
@@ -193,10 +193,10 @@ def complete(
     every = len(train)
     carved = (*(("test",) if test is None and carve_test else ()), *(("val",) if val is None else ()))
     if test is None and carve_test:
-        train, test = _carve_fraction(train, "test", recipe.test_fraction, every, recipe.split_seed)
+        train, test = _holdout_fraction(train, "test", recipe.test_fraction, every, recipe.split_seed)
     if val is None:
         trainval = replace(train, name="trainval")
-        train, val = _carve_fraction(train, "val", recipe.val_fraction, every, recipe.split_seed)
+        train, val = _holdout_fraction(train, "val", recipe.val_fraction, every, recipe.split_seed)
     else:
         trainval = join("trainval", train, val)
     return Splits(classes, train, val, trainval, test, missing or {}, carved=carved)
@@ -204,11 +204,11 @@ def complete(
 
 def fraction_of(split: Split, fraction: float, seed: int) -> Split:
     """A part of a split, each class in proportion and with one image at least."""
-    return split.subset(split.name, carve(split.labels, round((1 - fraction) * len(split)), seed)[0])
+    return split.subset(split.name, stratified_holdout(split.labels, round((1 - fraction) * len(split)), seed)[0])
 
 
-def _carve_fraction(split: Split, name: str, fraction: float, every: int, seed: int) -> tuple[Split, Split]:
-    kept_rows, carved_rows = carve(split.labels, round(fraction * every), seed)
+def _holdout_fraction(split: Split, name: str, fraction: float, every: int, seed: int) -> tuple[Split, Split]:
+    kept_rows, carved_rows = stratified_holdout(split.labels, round(fraction * every), seed)
     if not len(carved_rows):
         raise DataError(
             f"{split.where(0)} and the rest of split {split.name!r}: {name}_fraction {fraction:g} of {every} "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from dist_vpt.data.recipe import DataRecipe
+    pass
 
 Format = Literal["digits", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf"]
 Resize = Literal["vpt", "bilinear", "bicubic"]
@@ -183,7 +183,6 @@ _ROWS = (
     _fgvc("stanford_cars", 196, 8041, "Stanford-cars", "StanfordCars", prompts=200),
 )  # fmt: skip
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
-
 # What a task that is no row gets from its storage format.
 FORMAT_TASKS: dict[Format, Task] = {
     "digits": Task(name="", format="digits", classes=10, fit="squash", cache="memory"),
@@ -192,23 +191,3 @@ FORMAT_TASKS: dict[Format, Task] = {
     "image_folder": Task(name="", format="image_folder", upright=True),
     "hf": Task(name="", format="hf", upright=True),
 }
-
-
-def resolve(recipe: DataRecipe) -> Task:
-    """The task's row, or for a free name the format's, with the recipe's own settings on top."""
-    if recipe.task in TASKS:
-        task = TASKS[recipe.task]
-    else:
-        assert recipe.format is not None  # DataRecipe asks for a format where the task is no row
-        task = replace(FORMAT_TASKS[recipe.format], name=recipe.task)
-    return replace(
-        task,
-        format=recipe.format or task.format,
-        resize=recipe.resize or task.resize,
-        fit=recipe.fit or task.fit,
-        normalize=recipe.normalize or task.normalize,
-        augment=recipe.augment or task.augment,
-        cache=recipe.cache or task.cache,
-        counts=task.counts if recipe.counts == "published" else (),
-        few=task.few if recipe.absent_classes is None else recipe.absent_classes == "allow",
-    )

@@ -20,7 +20,7 @@ SHORTER_SIDES = {448: 512, 384: 438, 336: 384, 224: 256, 112: 128}
 
 
 @dataclass(frozen=True)
-class View:
+class ImageTransform:
     """How pictures are shown to the backbone."""
 
     image_size: int  # S, pixels

@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dist_vpt.methods.recipe import MethodRecipe
+from dist_vpt.methods.config import MethodConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from dist_vpt.backbones.backbone import Backbone
+    from dist_vpt.backbones.vit import Backbone
     from dist_vpt.methods.base import Method
 
 # Name -> module:class; imported when asked for, so that a recipe is read without torch.
@@ -29,7 +29,7 @@ METHODS = {
 }
 
 
-def attach(recipe: MethodRecipe, backbone: "Backbone", classes: int, compute: "torch.dtype | None" = None) -> "Method":
+def attach(recipe: MethodConfig, backbone: "Backbone", classes: int, compute: "torch.dtype | None" = None) -> "Method":
     """Attach the method that the recipe names to a float32 backbone, to be computed in ``compute`` (None: float32).
 
     What is trained stays float32; frozen weights are held in ``compute`` from here on. Raises UserError for a method
@@ -41,6 +41,3 @@ def attach(recipe: MethodRecipe, backbone: "Backbone", classes: int, compute: "t
     method = getattr(import_module(module), name)
     method.check_backbone(backbone)
     return method(recipe, backbone, classes, compute or torch.float32)
-
-
-__all__ = ["METHODS", "MethodRecipe", "attach"]

@@ -10,25 +10,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import open_block
-from dist_vpt.methods.inside import Bottleneck, Inside, after
-from dist_vpt.methods.recipe import AdapterRecipe
+from dist_vpt.backbones.blocks import unpack_block
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.methods.config import AdapterConfig
+from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_output
 
 
-class Adapter(Inside):
+class Adapter(HookedMethod):
     """``adapters.BLOCK.attn`` (houlsby) and ``adapters.BLOCK.mlp``, each with down and up; they start as nothing."""
 
-    def __init__(self, recipe: AdapterRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: AdapterConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
-            seams = open_block(block, number)
+            seams = unpack_block(block, number)
             ends = {"mlp": seams.ls2} if recipe.style == "pfeiffer" else {"attn": seams.ls1, "mlp": seams.ls2}
             adapters = nn.ModuleDict()
             for branch, end in ends.items():
                 adapter = _Serial(backbone.width, recipe.bottleneck, F.gelu)
-                after(end, adapter.added_to)
+                replace_output(end, adapter.added_to)
                 adapters[branch] = adapter
             self.adapters.append(adapters)
 

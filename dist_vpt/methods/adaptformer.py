@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import Seams, open_block
-from dist_vpt.methods.inside import Bottleneck, Inside, after
-from dist_vpt.methods.recipe import AdaptFormerRecipe
+from dist_vpt.backbones.blocks import BlockParts, unpack_block
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.methods.config import AdaptFormerConfig
+from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_output
 
 
-class AdaptFormer(Inside):
+class AdaptFormer(HookedMethod):
     """``adapters.BLOCK``, each with down and up; they start as nothing."""
 
-    def __init__(self, recipe: AdaptFormerRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: AdaptFormerConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
             adapter = _Beside(backbone.width, recipe.bottleneck, recipe.scale)
-            adapter.stand_beside(open_block(block, number))
+            adapter.stand_beside(unpack_block(block, number))
             self.adapters.append(adapter)
 
 
@@ -36,10 +36,10 @@ class _Beside(Bottleneck):
         self.scale = scale
         self.read: Tensor | None = None  # x', on its way from where the MLP's branch begins to where it ends
 
-    def stand_beside(self, seams: Seams) -> None:
+    def stand_beside(self, seams: BlockParts) -> None:
         """Read where the MLP's branch begins, write where it ends."""
-        after(seams.norm2, self._begin)
-        after(seams.ls2, self._end)
+        replace_output(seams.norm2, self._begin)
+        replace_output(seams.ls2, self._end)
 
     def _begin(self, x_BND: Tensor, normed_BND: Tensor) -> Tensor:
         self.read = x_BND

@@ -18,10 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.swin import SwinBackbone
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream import Observed, Reads, observe
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 
 
 class Method(nn.Module):
@@ -105,23 +105,23 @@ class Reader(Method):
     """A method that never changes the image's tokens: the backbone runs without autograd."""
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> StreamSpec:
         """What is read of the frozen stream besides the pooled features."""
-        return Reads()
+        return StreamSpec()
 
     @property
-    def shares(self) -> Reads:
+    def shares(self) -> StreamSpec:
         """What is rather kept of the stream where it is computed once and many readers share it: larger, and further on
         the way."""
         return self.reads
 
-    def read(self, observed: Observed) -> Tensor:
+    def read(self, observed: StreamOutput) -> Tensor:
         """Logits [B, K] from what the stream holds of B images."""
         raise NotImplementedError
 
     @classmethod
     def read_many(
-        cls, readers: Sequence["Reader"], observed: Observed, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["Reader"], observed: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
         """Logits [B, K] of T readers from one reading of the stream, each as it would compute them alone.
 
@@ -134,9 +134,9 @@ class Reader(Method):
             logits.append(reader.read(observed))
         return logits
 
-    def forward(self, images: Tensor | Observed) -> Tensor:
-        if not isinstance(images, Observed):
-            images = observe(self.backbone, images, self.reads)
+    def forward(self, images: Tensor | StreamOutput) -> Tensor:
+        if not isinstance(images, StreamOutput):
+            images = compute_stream(self.backbone, images, self.reads)
         return self.read(images)
 
 

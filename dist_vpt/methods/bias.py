@@ -9,16 +9,16 @@ norms before and after the blocks, the class token's attention pooling included 
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import operations
-from dist_vpt.methods.inside import Inside, after, channel_shape, graft
-from dist_vpt.methods.recipe import BiasRecipe
+from dist_vpt.backbones.blocks import operations
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.methods.config import BiasConfig
+from dist_vpt.methods.hooks import HookedMethod, attach_module, channel_shape, replace_output
 
 
-class Bias(Inside):
+class Bias(HookedMethod):
     """Float32 biases under timm's names, below ``biases``."""
 
-    def __init__(self, recipe: BiasRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: BiasConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         biases = Biases(backbone)
         super().__init__(backbone, classes, compute)
         self.biases = biases
@@ -41,8 +41,8 @@ class Biases(nn.Module):
             if isinstance(bias_D, nn.Parameter):
                 shift = _Shift(bias_D, channel_shape(module))
                 module.register_parameter("bias", None)
-                after(module, shift.added_to)
-                graft(self, name, shift)
+                replace_output(module, shift.added_to)
+                attach_module(self, name, shift)
 
 
 class _Shift(nn.Module):

@@ -6,16 +6,16 @@ B batch, N tokens, D width.
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
-from dist_vpt.methods.inside import Inside
-from dist_vpt.methods.recipe import ClsRecipe
+from dist_vpt.methods.config import ClsConfig
+from dist_vpt.methods.hooks import HookedMethod
 
 
-class Cls(Inside):
+class Cls(HookedMethod):
     """One trained token, ``class_token.token`` [1, 1, D], before the first block."""
 
-    def __init__(self, recipe: ClsRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: ClsConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         class_token = ClassToken(backbone, again=recipe.again)
         super().__init__(backbone, classes, compute)
         self.class_token = class_token

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.recipe import FullRecipe
+from dist_vpt.methods.config import FullConfig
 
 
 class Full(Method):
@@ -13,7 +13,7 @@ class Full(Method):
 
     on_swin = True
 
-    def __init__(self, recipe: FullRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: FullConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute, tuned=[backbone])
 
     def forward(self, images_B3SS: Tensor) -> Tensor:

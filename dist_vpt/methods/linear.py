@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.frozen_stream import Observed
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.recipe import LinearRecipe
+from dist_vpt.methods.config import LinearConfig
 
 
 class Linear(Reader):
@@ -14,10 +14,10 @@ class Linear(Reader):
 
     on_swin = True
 
-    def __init__(self, recipe: LinearRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: LinearConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
 
-    def read(self, observed: Observed) -> Tensor:
+    def read(self, observed: StreamOutput) -> Tensor:
         return self.classify(observed.pooled)
 
     def merged(self) -> dict[str, Tensor]:

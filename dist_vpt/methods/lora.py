@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import linear_of
-from dist_vpt.methods.inside import Inside, Projection, after
-from dist_vpt.methods.recipe import LoRARecipe
+from dist_vpt.backbones.blocks import linear_of
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.methods.config import LoRAConfig
+from dist_vpt.methods.hooks import HookedMethod, Projection, replace_output
 
 
-class LoRA(Inside):
+class LoRA(HookedMethod):
     """``lora.BLOCK.TARGET.down`` is A, ``up`` is B. B starts at zero, A does not, so that both train."""
 
-    def __init__(self, recipe: LoRARecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: LoRAConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
         self.recipe = recipe
         self.lora = nn.ModuleList()
@@ -28,7 +28,7 @@ class LoRA(Inside):
             for target in recipe.targets:
                 _, linear, rows = linear_of(block, number, target)
                 update = _LowRank(recipe, linear.in_features, len(range(linear.out_features)[rows]), rows)
-                after(linear, update.added_to)
+                replace_output(linear, update.added_to)
                 updates[target] = update
             self.lora.append(updates)
 
@@ -43,7 +43,7 @@ class LoRA(Inside):
 
 
 class _LowRank(nn.Module):
-    def __init__(self, recipe: LoRARecipe, inputs: int, outputs: int, rows: slice):
+    def __init__(self, recipe: LoRAConfig, inputs: int, outputs: int, rows: slice):
         super().__init__()
         self.scale, self.dropout, self.rows = recipe.alpha / recipe.rank, recipe.dropout, rows
         self.down, self.up = Projection(inputs, recipe.rank, bias=False), Projection(recipe.rank, outputs, bias=False)

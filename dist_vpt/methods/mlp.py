@@ -5,10 +5,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.frozen_stream import Observed
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.recipe import MLPRecipe
+from dist_vpt.methods.config import MLPConfig
 
 
 class MLP(Reader):
@@ -16,7 +16,7 @@ class MLP(Reader):
 
     on_swin = True
 
-    def __init__(self, recipe: MLPRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: MLPConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         width = recipe.width or backbone.width
         super().__init__(backbone, classes, compute, features=width if recipe.layers > 1 else None)
         hidden: list[nn.Module] = []
@@ -27,5 +27,5 @@ class MLP(Reader):
             hidden += [layer, nn.GELU(), nn.Dropout(recipe.dropout)]
         self.head = nn.Sequential(*hidden, self.head)
 
-    def read(self, observed: Observed) -> Tensor:
+    def read(self, observed: StreamOutput) -> Tensor:
         return self.classify(observed.pooled)

@@ -8,10 +8,10 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.recipe import PartialRecipe
+from dist_vpt.methods.config import PartialConfig
 
 
 class Partial(Method):
@@ -20,7 +20,7 @@ class Partial(Method):
     What comes before runs without autograd, held in the recipe's precision.
     """
 
-    def __init__(self, recipe: PartialRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: PartialConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         depth = len(backbone.blocks)
         if recipe.blocks > depth:
             raise UserError(f"method.blocks = {recipe.blocks}: the backbone has {depth} blocks; use at most that many")

@@ -12,10 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.frozen_stream import Observed, Reads
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.recipe import SideRecipe
+from dist_vpt.methods.config import SideConfig
 
 
 class Side(Reader):
@@ -23,7 +23,7 @@ class Side(Reader):
 
     on_swin = True
 
-    def __init__(self, recipe: SideRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: SideConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
         layers: list[nn.Module] = []
         for before, after in pairwise([3, *[recipe.channels] * recipe.layers]):
@@ -37,10 +37,10 @@ class Side(Reader):
         self.blend = nn.Parameter(torch.zeros(1))
 
     @property
-    def reads(self) -> Reads:
-        return Reads(pixels=True)
+    def reads(self) -> StreamSpec:
+        return StreamSpec(pixels=True)
 
-    def read(self, observed: Observed) -> Tensor:
+    def read(self, observed: StreamOutput) -> Tensor:
         (pixels_B3SS,) = observed.pixels
         side_BD = self.side(pixels_B3SS.to(self.blend.dtype))
         share = self.blend.sigmoid()

@@ -11,23 +11,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import operations
+from dist_vpt.backbones.blocks import operations
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
-from dist_vpt.methods.inside import Inside, after, channel_shape, graft
-from dist_vpt.methods.recipe import SSFRecipe
+from dist_vpt.methods.config import SSFConfig
+from dist_vpt.methods.hooks import HookedMethod, attach_module, channel_shape, replace_output
 
 
-class SSF(Inside):
+class SSF(HookedMethod):
     """Scales (1 at first) and shifts (0 at first) under the names of timm's modules, below ``ssf``."""
 
-    def __init__(self, recipe: SSFRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: SSFConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
         self.ssf = nn.Module()
         for name, module in operations(backbone):
             pair = _ScaleShift(len(module.weight), channel_shape(module))  # type: ignore[arg-type]
-            after(module, pair.applied_to)
-            graft(self.ssf, name, pair)
+            replace_output(module, pair.applied_to)
+            attach_module(self.ssf, name, pair)
 
     def merged(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_vpt.backbones.backbone import Backbone
 from dist_vpt.backbones.swin import SwinBackbone
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.bias import Biases
 from dist_vpt.methods.cls import ClassToken
-from dist_vpt.methods.inside import after
-from dist_vpt.methods.recipe import VPTRecipe
+from dist_vpt.methods.config import VPTConfig
+from dist_vpt.methods.hooks import replace_output
 
 
 class VPT(Method):
@@ -32,7 +32,7 @@ class VPT(Method):
     on_swin = True
     prompts: nn.Parameter  # where one tensor holds them all
 
-    def __init__(self, recipe: VPTRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: VPTConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         if isinstance(backbone, SwinBackbone):
             _check_for_swin(recipe)
         also: dict[str, nn.Module] = {}  # made first: they start at the weights in float32
@@ -73,7 +73,7 @@ class VPT(Method):
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
             nn.init.zeros_(self.projection.bias)
         if recipe.location == "below":
-            after(backbone.stem.patch_embed.proj, self._with_channels)
+            replace_output(backbone.stem.patch_embed.proj, self._with_channels)
 
     @property
     def sets(self) -> list[Tensor]:
@@ -174,7 +174,7 @@ def _moments(tokens_BND: Tensor) -> Tensor:
     return torch.stack([torch.full_like(tokens_XD[0], len(tokens_XD)), tokens_XD.sum(0), tokens_XD.square().sum(0)])
 
 
-def _shape(recipe: VPTRecipe, backbone: Backbone, width: int) -> tuple[int, int]:
+def _shape(recipe: VPTConfig, backbone: Backbone, width: int) -> tuple[int, int]:
     """Of one set: how many, and the numbers of each."""
     patch, numbers = math.prod(backbone.patch_size), recipe.projection or width
     return {
@@ -187,7 +187,7 @@ def _shape(recipe: VPTRecipe, backbone: Backbone, width: int) -> tuple[int, int]
     }[recipe.location]
 
 
-def _check_for_swin(recipe: VPTRecipe) -> None:
+def _check_for_swin(recipe: VPTConfig) -> None:
     """Raises UserError for what needs the same width in all blocks, or a ViT's embedding."""
     settings = recipe.model_dump(mode="json")
     for key, wanted, why in (
@@ -200,7 +200,7 @@ def _check_for_swin(recipe: VPTRecipe) -> None:
             raise UserError(f"method.{key} = {settings[key]}: {why}; leave it out")
 
 
-def _schedule(recipe: VPTRecipe, blocks: int) -> dict[int, int]:
+def _schedule(recipe: VPTConfig, blocks: int) -> dict[int, int]:
     """Block number -> number of the prompt set that is written before it."""
     if not recipe.deep:
         return {0: 0}

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.seams import Seams, centres, has_key_norm, keys_and_values, open_block, widened
+from dist_vpt.backbones.blocks import BlockParts, centres, has_key_norm, keys_and_values, unpack_block, widened
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream import Observed, Reads
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.recipe import VQTRecipe
+from dist_vpt.methods.config import VQTConfig
 
 
 class VQT(Reader):
@@ -46,7 +46,7 @@ class VQT(Reader):
 
     kept: Tensor | None
 
-    def __init__(self, recipe: VQTRecipe, backbone: Backbone, classes: int, compute: torch.dtype):
+    def __init__(self, recipe: VQTConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         depth = len(backbone.blocks)
         blocks = tuple(range(depth)) if recipe.blocks is None else recipe.blocks
         if blocks[-1] >= depth:
@@ -58,7 +58,7 @@ class VQT(Reader):
         super().__init__(backbone, classes, compute, features=recipe.keep or found)
         self.recipe, self.blocks, self.all_features = recipe, blocks, found
         self.register_buffer("kept", None if recipe.keep is None else torch.full((recipe.keep,), -1))
-        seams = [open_block(backbone.blocks[number], number) for number in blocks]
+        seams = [unpack_block(backbone.blocks[number], number) for number in blocks]
         self.key_norm = any(has_key_norm(s) for s in seams)
         if self.key_norm and recipe.form == "absorbed":
             centres(seams[0].k_norm)  # refuses a norm that cannot be absorbed
@@ -68,14 +68,14 @@ class VQT(Reader):
             self.pool_weights = nn.Parameter(torch.full((len(blocks), recipe.queries), 1.0 / recipe.queries))
 
     @property
-    def reads(self) -> Reads:
+    def reads(self) -> StreamSpec:
         if self.recipe.form == "projected":
-            return Reads(self.blocks, keys=True)
-        return Reads(self.blocks, key_scales=self.key_norm)
+            return StreamSpec(self.blocks, keys=True)
+        return StreamSpec(self.blocks, key_scales=self.key_norm)
 
     @property
-    def shares(self) -> Reads:
-        return self.reads if self.recipe.form == "absorbed" else Reads(self.blocks, keys=True)
+    def shares(self) -> StreamSpec:
+        return self.reads if self.recipe.form == "absorbed" else StreamSpec(self.blocks, keys=True)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from super().adapter_tensors()
@@ -97,23 +97,23 @@ class VQT(Reader):
         """The head on those of the features that it reads."""
         return super().classify(features_BF if self.kept is None else features_BF.index_select(1, self.kept))
 
-    def features(self, observed: Observed) -> Tensor:
+    def features(self, observed: StreamOutput) -> Tensor:
         """All features [B, F] of the images, of which the head may read some alone."""
         return self.features_of_many([self], observed)[0]
 
-    def read(self, observed: Observed) -> Tensor:
+    def read(self, observed: StreamOutput) -> Tensor:
         return self.read_many([self], observed)[0]
 
     @classmethod
     def read_many(  # type: ignore[override]
-        cls, readers: Sequence["VQT"], observed: Observed, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["VQT"], observed: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
         found = cls.features_of_many(readers, observed, seeds)
         return [reader.classify(features_BF) for reader, features_BF in zip(readers, found, strict=True)]
 
     @classmethod
     def features_of_many(
-        cls, readers: Sequence["VQT"], observed: Observed, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["VQT"], observed: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
         """The features [B, F] of each reader, from one reading of the stream.
 
@@ -132,7 +132,7 @@ class VQT(Reader):
         answers = []  # for each block one of each reader, [B, Q_t, D]; never all in one tensor, which would be large
         for i, number in enumerate(first.blocks):
             z_QD = _asked(runs, i)
-            seams = open_block(first.backbone.blocks[number], number)
+            seams = unpack_block(first.backbone.blocks[number], number)
             attend = first._attention(seams, observed, i, sum(sizes))
             answers.append(answer(seams, z_QD.to(observed.pooled.dtype), attend).split(sizes, dim=1))
         return [
@@ -151,7 +151,7 @@ class VQT(Reader):
         kept_BLQD = torch.rand(images, *self.queries.shape, device=self.queries.device) >= self._dropout
         return kept_BLQD.to(self.queries.dtype) / (1 - self._dropout)
 
-    def _attention(self, seams: Seams, observed: Observed, i: int, queries: int) -> "Attend":
+    def _attention(self, seams: BlockParts, observed: StreamOutput, i: int, queries: int) -> "Attend":
         """How so many queries attend to the i-th block that is read."""
         if observed.keys:
             return partial(_attend_projected, observed.keys[i], observed.values[i])
@@ -242,7 +242,7 @@ def _asked(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
 
-def answer(seams: Seams, z_QD: Tensor, attend: Attend) -> Tensor:
+def answer(seams: BlockParts, z_QD: Tensor, attend: Attend) -> Tensor:
     """z'' [B, Q, D]: a block's outputs for queries z, [Q, D] or one set for each image, [B, Q, D]."""
     q_QHE = seams.q_norm(seams.project(0, seams.norm1(z_QD))) * seams.scale
     heads_BQHE = attend(q_QHE)
@@ -250,7 +250,7 @@ def answer(seams: Seams, z_QD: Tensor, attend: Attend) -> Tensor:
     return z_BQD + seams.ls2(seams.mlp(seams.norm2(z_BQD)))
 
 
-def _attend_absorbed(seams: Seams, n_BND: Tensor, scale_BNH: Tensor | None, q_QHE: Tensor) -> Tensor:
+def _attend_absorbed(seams: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None, q_QHE: Tensor) -> Tensor:
     weight_ED, bias_E = seams.weights(1)
     heads, per_image = seams.heads, q_QHE.ndim == 4
     if has_key_norm(seams):  # its scale of the channels goes to the query, its mean's removal too (that is symmetric)

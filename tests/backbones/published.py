@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vpt.backbones.zoo import CLIP, HALF, IMAGENET, ZOO, Row
+from dist_vpt.backbones.weights.zoo import CLIP, HALF, IMAGENET, ZOO, Row
 from tests.reference import rotary, swin, vit
 
 D, H, DEPTH, G, SIDE = 16, 2, 2, 16, 32

@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones import build as module
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.build import DEMO, build, describe
-from dist_vpt.backbones.recipe import BackboneRecipe
+from dist_vpt.backbones.build import DEMO, build, preprocessing_of
+from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError, WeightsError
 
 SMALL = "test_vit"  # timm's own model for tests: width 64, 6 blocks, patches of 16 pixels
 
 
 def built(image_size: int = 32, dtype: torch.dtype = torch.float32, **settings: Any) -> Backbone:
-    recipe = BackboneRecipe(**({"name": SMALL, "weights": "random"} | settings))
-    wants = describe(recipe)
+    recipe = BackboneConfig(**({"name": SMALL, "weights": "random"} | settings))
+    wants = preprocessing_of(recipe)
     return build(recipe, image_size=image_size, mean=wants.mean, std=wants.std)[0].hold_in(dtype)
 
 
@@ -37,11 +37,11 @@ def images() -> torch.Tensor:
 
 
 def test_the_preprocessing_that_weights_want() -> None:
-    demo = describe(BackboneRecipe())
+    demo = preprocessing_of(BackboneConfig())
     assert (demo.image_size, demo.mean, demo.std, demo.interpolation) == (24, (0.5,) * 3, (0.5,) * 3, "bicubic")
-    augreg = describe(BackboneRecipe(name="vit_base_patch16_224.augreg_in21k"))
+    augreg = preprocessing_of(BackboneConfig(name="vit_base_patch16_224.augreg_in21k"))
     assert (augreg.image_size, augreg.mean, augreg.interpolation) == (224, (0.5,) * 3, "bicubic")
-    deit = describe(BackboneRecipe(name="deit3_small_patch16_384"))
+    deit = preprocessing_of(BackboneConfig(name="deit3_small_patch16_384"))
     assert (deit.image_size, deit.mean, deit.std) == (384, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -149,7 +149,7 @@ def test_pooling_instead_of_a_models_attention_pooling() -> None:
 
 def test_weights_from_a_file(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    source = module._create(BackboneRecipe(name=SMALL), 48)
+    source = module._create(BackboneConfig(name=SMALL), 48)
     save_file(source.state_dict(), tmp_path / "a.safetensors")
     backbone = built(weights=str(tmp_path / "a.safetensors"), image_size=48)
     own = {name.removeprefix("stem."): tensor for name, tensor in backbone.state_dict().items()}
@@ -159,10 +159,10 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load", ["strict", "lenient"])
 def test_the_recipe_says_how_weights_are_loaded(load: str, tmp_path: Path) -> None:
-    state = module._create(BackboneRecipe(name=SMALL), 32).state_dict()
+    state = module._create(BackboneConfig(name=SMALL), 32).state_dict()
     del state["norm.weight"]
     save_file(state, tmp_path / "a.safetensors")
-    recipe = BackboneRecipe(name=SMALL, weights=str(tmp_path / "a.safetensors"), load=load)
+    recipe = BackboneConfig(name=SMALL, weights=str(tmp_path / "a.safetensors"), load=load)
     arguments: dict[str, Any] = {"image_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     if load == "lenient":
         assert build(recipe, **arguments)[1].missing == ("norm.weight",)
@@ -228,7 +228,7 @@ def test_an_image_size_that_the_patches_do_not_divide(name: str, size: int, fix:
     [(224, 10, "16; use method.prompts=16"), (30, 5, "16; use method.prompts=9"), (33, 8, "that 16 divides")],
 )
 def test_a_frame_that_does_not_go_with_the_patches(size: int, frame: int, fix: str) -> None:
-    recipe = BackboneRecipe(name=SMALL, weights="random")
+    recipe = BackboneConfig(name=SMALL, weights="random")
     with pytest.raises(UserError) as caught:
         build(recipe, image_size=size, mean=(0.5,) * 3, std=(0.5,) * 3, frame=frame)
     assert str(caught.value).startswith(f"image size {size} with a frame of {frame} pixels (method.location = pad) is ")
@@ -275,7 +275,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[t
 @pytest.mark.parametrize("filename", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_from_the_hub(filename: str, hub: Callable[..., Any], tmp_path: Path) -> None:
     torch.manual_seed(1)
-    source: VisionTransformer = module._create(BackboneRecipe(name=SMALL), 32)
+    source: VisionTransformer = module._create(BackboneConfig(name=SMALL), 32)
     path = tmp_path / filename
     save_file(source.state_dict(), path) if path.suffix == ".safetensors" else torch.save(source.state_dict(), path)
     asked = hub(**{filename.replace(".", "_"): path})

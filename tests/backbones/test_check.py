@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_vpt.backbones.build import create
-from dist_vpt.backbones.zoo import ZOO
-from dist_vpt.cli import main
+from dist_vpt.backbones.weights.zoo import ZOO
+from dist_vpt.cli.main import main
 from tests.backbones.published import FILES, File, file
 
 __all__ = ["file"]  # a fixture

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vpt.backbones.backbone import Backbone
-from dist_vpt.backbones.build import build, create, describe
-from dist_vpt.backbones.layouts import recognise
-from dist_vpt.backbones.recipe import BackboneRecipe
-from dist_vpt.backbones.weights import load_into, read_tensors
-from dist_vpt.backbones.zoo import ZOO, Row
+from dist_vpt.backbones.build import build, create, preprocessing_of
+from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.backbones.weights.layouts import recognise
+from dist_vpt.backbones.weights.loading import load_into, read_tensors
+from dist_vpt.backbones.weights.zoo import ZOO, Row
 from dist_vpt.errors import WeightsError
 from tests.backbones.published import FILES, SWIN, VIT, Arrays, File, file, filled, fixed_positions, torch_vit
 
@@ -22,8 +22,8 @@ TOLERANCE = 2e-5  # float32, relative to the largest number, as for the methods
 
 
 def built(path: Path) -> Backbone:
-    recipe = BackboneRecipe(name="tiny", weights=str(path))
-    wants = describe(recipe)
+    recipe = BackboneConfig(name="tiny", weights=str(path))
+    wants = preprocessing_of(recipe)
     return build(recipe, image_size=wants.image_size, mean=wants.mean, std=wants.std)[0]
 
 

@@ -11,13 +11,15 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dist_vpt.backbones.build import build
-from dist_vpt.backbones.recipe import BackboneRecipe
-from dist_vpt.backbones.rotary import RotaryBackbone
-from dist_vpt.backbones.zoo import ZOO
+from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.dinov3 import RotaryBackbone
+from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.errors import UserError
-from dist_vpt.memory import apply_attention, apply_checkpointing
-from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.config import MethodConfig
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
+from dist_vpt.runtime.attention import apply_attention
 from tests.backbones.published import FILES, Arrays
 from tests.methods.conftest import assert_equal_steps
 from tests.reference import rotary as reference
@@ -45,10 +47,10 @@ def make(arrays: Arrays, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     path = str(FILES["dinov3"].save(tmp_path, arrays))
 
     def make_method(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Method:
-        backbone, _ = build(BackboneRecipe(name="tiny", weights=path), image_size=32, mean=MEAN, std=STD)
+        backbone, _ = build(BackboneConfig(name="tiny", weights=path), image_size=32, mean=MEAN, std=STD)
         assert isinstance(backbone, RotaryBackbone)
         torch.manual_seed(3)
-        method = attach(TypeAdapter(MethodRecipe).validate_python(settings), backbone, 4, dtype)
+        method = attach(TypeAdapter(MethodConfig).validate_python(settings), backbone, 4, dtype)
         for name, parameter in method.named_parameters():
             if name == "prompts":
                 torch.nn.init.normal_(parameter)
@@ -121,7 +123,7 @@ def test_bf16_is_near(name: str, make: Any, images: Tensor) -> None:
 
 
 def test_biases_of_keys_are_held_like_the_weights() -> None:
-    recipe = BackboneRecipe(name="vit_tiny_patch16_dinov3_qkvb", weights="random")
+    recipe = BackboneConfig(name="vit_tiny_patch16_dinov3_qkvb", weights="random")
     backbone, _ = build(recipe, image_size=32, mean=MEAN, std=STD)
     backbone.hold_in(torch.bfloat16)
     assert backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16
@@ -139,8 +141,8 @@ def test_all_that_is_trained_gets_a_gradient_or_is_refused(
     """With biases of queries and values timm never calls the layer that a method would act on."""
     tiny = {"depth": 2, "embed_dim": 16, "num_heads": 2}
     monkeypatch.setitem(ZOO, "tiny", replace(FILES["dinov3"].row, architecture=architecture, options=tiny))
-    backbone, _ = build(BackboneRecipe(name="tiny", weights="random"), image_size=32, mean=MEAN, std=STD)
-    recipe = TypeAdapter(MethodRecipe).validate_python(settings)
+    backbone, _ = build(BackboneConfig(name="tiny", weights="random"), image_size=32, mean=MEAN, std=STD)
+    recipe = TypeAdapter(MethodConfig).validate_python(settings)
     inside = settings["name"] in ("bias", "ssf") or "also" in settings
     if inside and architecture.endswith("qkvb"):
         with pytest.raises(UserError, match=r"blocks.0.attn of the backbone, a EvaAttention, holds q_bias and v_bias"):

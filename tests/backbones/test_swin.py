@@ -12,17 +12,21 @@ from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
-from dist_vpt.backbones.build import build, describe
-from dist_vpt.backbones.recipe import BackboneRecipe
+from dist_vpt.backbones.build import build, preprocessing_of
+from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.swin import SwinBackbone
-from dist_vpt.backbones.zoo import ZOO
+from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream import Reads, observe
-from dist_vpt.memory import apply_attention, apply_checkpointing
-from dist_vpt.methods import METHODS, MethodRecipe, attach
+from dist_vpt.frozen_stream.observe import StreamSpec, compute_stream
+from dist_vpt.inference.evaluate import evaluate_run
+from dist_vpt.inference.merge import timm_tensors
+from dist_vpt.methods import METHODS, attach
 from dist_vpt.methods.base import Method
-from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
-from dist_vpt.predict import score, timm_tensors
+from dist_vpt.methods.config import MethodConfig
+from dist_vpt.recipe.schema import OptimConfig
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
+from dist_vpt.runtime.attention import apply_attention
+from dist_vpt.training.optim import build_optimizer, set_lr
 from tests.backbones.published import FILES
 from tests.methods.conftest import assert_equal_steps
 from tests.reference import swin as reference
@@ -72,7 +76,7 @@ def make_backbone(dtype: torch.dtype = torch.float32, *, stochastic: bool = Fals
 
 
 def make(settings: dict[str, Any], dtype: torch.dtype = torch.float32, **backbone: Any) -> Method:
-    recipe = TypeAdapter(MethodRecipe).validate_python(settings)
+    recipe = TypeAdapter(MethodConfig).validate_python(settings)
     torch.manual_seed(3)
     return attach(recipe, make_backbone(dtype, **backbone), 4, dtype)
 
@@ -238,7 +242,7 @@ def test_two_steps_change_what_is_trained_and_nothing_else(name: str, images: Te
         n for n, _ in method.named_parameters() if name == "full" and n.startswith("backbone.")
     }
     before = {key: tensor.clone() for key, tensor in method.state_dict().items()}
-    steps = build_optimizer(OptimRecipe(name="adamw", weight_decay=0.01), method)
+    steps = build_optimizer(OptimConfig(name="adamw", weight_decay=0.01), method)
     set_lr(steps, 0.01)
     for _ in range(2):
         method.train()
@@ -252,7 +256,7 @@ def test_two_steps_change_what_is_trained_and_nothing_else(name: str, images: Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_full_under_autocast(kernel: str, dtype: torch.dtype, images: Tensor) -> None:
-    recipe = TypeAdapter(MethodRecipe).validate_python(SETTINGS["full"])
+    recipe = TypeAdapter(MethodConfig).validate_python(SETTINGS["full"])
     methods = []
     for compute in (torch.float32, dtype):
         torch.manual_seed(3)
@@ -272,7 +276,7 @@ def test_checkpointing_changes_nothing(name: str, policy: str, images: Tensor) -
 
 
 def test_prompts_in_bf16_are_near(images: Tensor) -> None:
-    recipe = TypeAdapter(MethodRecipe).validate_python(SETTINGS["vpt deep"])
+    recipe = TypeAdapter(MethodConfig).validate_python(SETTINGS["vpt deep"])
     found = []
     for compute in (torch.float32, torch.bfloat16):
         torch.manual_seed(3)
@@ -333,7 +337,7 @@ def test_the_mlps_of_all_stages_are_computed_again(policy: str, times: int, imag
 
 def test_the_frozen_stream_holds_the_pooled_features(images: Tensor) -> None:
     backbone = make_backbone()
-    observed = observe(backbone, images, Reads())
+    observed = compute_stream(backbone, images, StreamSpec())
     assert torch.equal(observed.pooled, backbone.pool(backbone(images)))
     assert not observed.pooled.requires_grad
 
@@ -370,8 +374,8 @@ def test_what_prompts_on_swin_cannot_be_is_refused(settings: dict[str, Any], mes
 
 
 def built(name: str, image_size: int, **settings: Any) -> SwinBackbone:
-    recipe = BackboneRecipe(name=name, weights="random", **settings)
-    wants = describe(recipe)
+    recipe = BackboneConfig(name=name, weights="random", **settings)
+    wants = preprocessing_of(recipe)
     backbone, _ = build(recipe, image_size=image_size, mean=wants.mean, std=wants.std)
     assert isinstance(backbone, SwinBackbone)
     return backbone
@@ -403,7 +407,7 @@ def test_an_image_size_that_windows_do_not_tile(
 
 def test_swin_has_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
-    recipe = BackboneRecipe(name="tiny", weights="random")
+    recipe = BackboneConfig(name="tiny", weights="random")
     with pytest.raises(UserError, match=r"method.location = pad: on Swin prompts are prepended to the patches"):
         build(recipe, image_size=32, mean=MEAN, std=STD, frame=2)
 
@@ -435,4 +439,4 @@ def test_a_run_is_scored_as_it_was(
     words = [f"backbone.weights={file}", "backbone.name=tiny", "data.image_size=32", f"method.name={method}", *more]
     result = train(tmp_path / "run", *words)
     assert "left out of the weights' file: head (2), " in (tmp_path / "run" / "train.log").read_text()
-    assert score(str(tmp_path / "run"), "test", "last") == result["last"]["test"]
+    assert evaluate_run(str(tmp_path / "run"), "test", "last") == result["last"]["test"]

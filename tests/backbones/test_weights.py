@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
-from dist_vpt.backbones.weights import Difference, load_into, read_tensors
+from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.backbones.weights.loading import load_into, read_tensors
 from dist_vpt.errors import WeightsError
 
 MakeVit = Callable[..., VisionTransformer]
@@ -166,7 +167,7 @@ def test_lenient_returns_the_difference_and_loads_the_rest(tiny_vit: MakeVit, tm
     source, vit = tiny_vit(seed=1), tiny_vit(seed=2)
     before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
     difference = load_into(vit, changed(source, tmp_path / "a.safetensors"), lenient=True)
-    assert difference == Difference(
+    assert difference == LoadReport(
         missing=("blocks.1.norm2.bias",),
         unexpected=("extra.thing",),
         mismatched=("norm.weight: file (3,), model (8,)",),
@@ -194,7 +195,7 @@ def test_what_was_loaded_is_proven(tiny_vit: MakeVit, tmp_path: Path, monkeypatc
 
 
 def test_a_long_list_is_cut() -> None:
-    shown = str(Difference(missing=tuple(f"n{i}" for i in range(11))))
+    shown = str(LoadReport(missing=tuple(f"n{i}" for i in range(11))))
     assert shown == "  11 missing in the file: n0, n1, n2, n3, n4, n5, n6, n7 and 3 more"
 
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from dist_vpt.backbones import build as module
-from dist_vpt.backbones.build import build, create, describe
-from dist_vpt.backbones.layouts import LAYOUTS, heads_of
-from dist_vpt.backbones.recipe import BackboneRecipe
-from dist_vpt.backbones.zoo import CLIP, HALF, IMAGENET, ZOO
-from dist_vpt.cli import main
+from dist_vpt.backbones.build import build, create, preprocessing_of
+from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.weights.layouts import LAYOUTS, heads_of
+from dist_vpt.backbones.weights.zoo import CLIP, HALF, IMAGENET, ZOO
+from dist_vpt.cli.main import main
 from dist_vpt.errors import WeightsError
 from tests.backbones.published import FILES
 
@@ -72,7 +72,7 @@ def _published_shape(name: str) -> tuple[int, Any, int]:
 
 
 def test_a_short_name_says_the_preprocessing() -> None:
-    moco, jax = (describe(BackboneRecipe(name=name)) for name in ("mocov3_b16", "sup_b16_ft384"))
+    moco, jax = (preprocessing_of(BackboneConfig(name=name)) for name in ("mocov3_b16", "sup_b16_ft384"))
     assert (moco.image_size, moco.mean, moco.std, moco.interpolation) == (224, *IMAGENET[1:], "bilinear")
     assert (jax.image_size, jax.mean, jax.std, jax.interpolation) == (384, *HALF[1:], "bicubic")
 
@@ -83,7 +83,7 @@ def test_pretrained_weights_of_a_short_name_are_timms(monkeypatch: pytest.Monkey
     save_file(source.state_dict(), tmp_path / "a.safetensors")
     monkeypatch.setitem(ZOO, "tiny", type(row)(**(vars(row) | {"tag": "mae"})))
     monkeypatch.setattr(module, "_from_hub", lambda name: asked.append(name) or tmp_path / "a.safetensors")
-    backbone, _ = build(BackboneRecipe(name="tiny"), image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    backbone, _ = build(BackboneConfig(name="tiny"), image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert asked == ["vit_base_patch16_224.mae"]
     assert torch.equal(backbone.norm.weight, source.norm.weight)
 
@@ -92,7 +92,7 @@ def test_weights_that_the_hub_lacks_are_fetched_from_the_project() -> None:
     with pytest.raises(
         WeightsError, match=r"fetch the file from github\.com/facebookresearch/moco-v3 and give backbone"
     ):
-        build(BackboneRecipe(name="mocov3_s16"), image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
+        build(BackboneConfig(name="mocov3_s16"), image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def test_the_table_fits_in_100_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_vpt.data import DataRecipe, Splits, open_splits
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats import open_splits
+from dist_vpt.data.splits import Splits
 
 SaveImage = Callable[..., Path]
 
@@ -33,6 +35,6 @@ def opened(tmp_path: Path) -> Callable[..., Splits]:
 
     def open_as(storage: str, **settings) -> Splits:
         settings = {"task": "mine", "format": storage, "root": str(tmp_path), **settings}
-        return open_splits(DataRecipe(**settings))
+        return open_splits(DataConfig(**settings))
 
     return open_as

@@ -10,10 +10,11 @@ import pytest
 import tensorflow_datasets as tfds_library
 from PIL import Image
 
-from dist_vpt.cli import main
-from dist_vpt.data import DataRecipe, open_splits
+from dist_vpt.cli.main import main
 from dist_vpt.data import check as module
 from dist_vpt.data.check import Checked, check, histogram, prepare
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats import open_splits
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import DataError, UserError
 from tests import tfds_copies
@@ -70,7 +71,7 @@ def test_a_folder_as_published_is_ok(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_folders_are_found_under_every_name_in_circulation(name: str, tmp_path: Path) -> None:
     folder(tmp_path, name, {**WHOLE, "test.txt": 10000}, 100)
     assert found(tmp_path, "cifar100")["cifar100"].wrong == []
-    assert len(open_splits(DataRecipe(task="cifar100", root=str(tmp_path / name))).train) == 800
+    assert len(open_splits(DataConfig(task="cifar100", root=str(tmp_path / name))).train) == 800
 
 
 def test_what_differs_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +160,7 @@ def test_prepare_fetches_and_reads_again(
     assert main(["data", "prepare", "dtd", "dsprites_loc", "dsprites_ori", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("is being prepared") == 2  # a builder serves two tasks
     for task in ("dtd", "dsprites_ori"):
-        splits = open_splits(DataRecipe(task=task, root=str(tmp_path), counts="any"))
+        splits = open_splits(DataConfig(task=task, root=str(tmp_path), counts="any"))
         assert len(splits.train.labels) == 800
     assert main(["data", "prepare", "dtd", "--root", str(tmp_path)]) == 0
     assert "dtd: prepared already" in capsys.readouterr().out

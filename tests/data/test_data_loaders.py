@@ -10,16 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dist_vpt.data import Split
 from dist_vpt.data.images import decode
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
-from dist_vpt.data.splits import ArraySource, shuffled
-from dist_vpt.data.transforms import View
+from dist_vpt.data.splits import ArraySource, Split, shuffled
+from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError, UserError
 
 N, SEED, EPOCH = 53, 7, 3
-PLAIN = View(8, "bilinear", "squash")
-AUGMENTED = View(16, "bilinear", "crop", "fgvc")
+PLAIN = ImageTransform(8, "bilinear", "squash")
+AUGMENTED = ImageTransform(16, "bilinear", "crop", "fgvc")
 
 
 def make_split(n: int = N) -> Split:

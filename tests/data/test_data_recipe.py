@@ -6,8 +6,10 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from dist_vpt.data import FORMATS, TASKS, DataRecipe, Splits, Task, open_splits, resolve
-from dist_vpt.data.tasks import FORMAT_TASKS
+from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.formats import FORMATS, open_splits
+from dist_vpt.data.splits import Splits
+from dist_vpt.data.tasks import FORMAT_TASKS, TASKS, Task
 from dist_vpt.errors import DataError
 
 OWN = {"task": "mine", "root": "somewhere"}
@@ -47,40 +49,40 @@ OWN = {"task": "mine", "root": "somewhere"}
 )
 def test_mistake_is_told(settings, says):
     with pytest.raises(ValidationError, match=says):
-        DataRecipe(**settings)
+        DataConfig(**settings)
 
 
 def test_fraction_that_is_not_read_does_not_count():
-    assert DataRecipe(**OWN, format="fgvc_json", val_fraction=0.9).val_fraction == 0.9
+    assert DataConfig(**OWN, format="fgvc_json", val_fraction=0.9).val_fraction == 0.9
 
 
 def test_all_mistakes_are_told_at_once():
     with pytest.raises(ValidationError) as caught:
-        DataRecipe(root="x", mean=(0, 0, 0), val_fraction=0.2)
+        DataConfig(root="x", mean=(0, 0, 0), val_fraction=0.2)
     assert all(word in str(caught.value) for word in ("root 'x'", "mean and std", "val_fraction 0.2"))
 
 
 def test_dumped_recipe_loads_again():
-    recipe = DataRecipe(task="mine", format="hf", root="x", hf={"splits": {"val": "train[:5]"}})
-    assert DataRecipe(**recipe.model_dump()) == recipe
-    assert DataRecipe(**DataRecipe().model_dump()) == DataRecipe()
+    recipe = DataConfig(task="mine", format="hf", root="x", hf={"splits": {"val": "train[:5]"}})
+    assert DataConfig(**recipe.model_dump()) == recipe
+    assert DataConfig(**DataConfig().model_dump()) == DataConfig()
 
 
 def test_every_field_is_described():
-    for model in (DataRecipe, type(DataRecipe().hf)):
+    for model in (DataConfig, type(DataConfig().hf)):
         assert all(field.description for field in model.model_fields.values())
 
 
 def test_row_gives_what_the_recipe_leaves_open():
-    assert resolve(DataRecipe()) == TASKS["digits"]
-    assert resolve(DataRecipe(cache="none", fit="crop", resize="vpt", normalize="none")) == Task(
+    assert resolve(DataConfig()) == TASKS["digits"]
+    assert resolve(DataConfig(cache="none", fit="crop", resize="vpt", normalize="none")) == Task(
         name="digits", format="digits", classes=10, fit="crop", cache="none", resize="vpt", normalize="none"
     )
 
 
 def test_format_gives_it_for_a_free_name():
     def of(storage):
-        task = resolve(DataRecipe(**OWN, format=storage))
+        task = resolve(DataConfig(**OWN, format=storage))
         assert (task.name, task.format, task.classes) == ("mine", storage, None)
         return task.fit, task.augment, task.cache
 
@@ -96,7 +98,7 @@ def test_every_format_can_be_opened_and_has_defaults():
 def test_number_of_classes_must_be_the_tasks(monkeypatch):
     monkeypatch.setitem(TASKS, "digits", Task(name="digits", format="digits", classes=11))
     with pytest.raises(DataError, match="digits: 10 classes, but task 'digits' has 11; complete the dataset"):
-        open_splits(DataRecipe())
+        open_splits(DataConfig())
 
 
 def test_recipe_and_table_need_no_torch():
@@ -105,4 +107,4 @@ def test_recipe_and_table_need_no_torch():
 
 
 def test_digits_are_opened():
-    assert isinstance(open_splits(DataRecipe()), Splits)
+    assert isinstance(open_splits(DataConfig()), Splits)

@@ -5,8 +5,18 @@ import pickle
 import numpy as np
 import pytest
 
-from dist_vpt.data import DataRecipe, Split, Splits, open_splits
-from dist_vpt.data.splits import ArraySource, carve, class_order, complete, join, shuffled
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats import open_splits
+from dist_vpt.data.splits import (
+    ArraySource,
+    Split,
+    Splits,
+    class_order,
+    join,
+    shuffled,
+    stratified_holdout,
+    with_missing_splits,
+)
 from dist_vpt.errors import DataError
 
 
@@ -29,7 +39,7 @@ def test_shuffled_is_a_pinned_function_of_its_key():
 @pytest.mark.parametrize("count", [0, 1, 10, 37, 99, 100])
 def test_carve_takes_each_class_in_proportion(count):
     labels = np.repeat([0, 1, 2], [50, 30, 20])
-    kept, carved = carve(labels, count, 0)
+    kept, carved = stratified_holdout(labels, count, 0)
     assert sorted([*kept, *carved]) == list(range(100))
     expected = min(count, 97)  # each class keeps one
     assert len(carved) == expected
@@ -39,15 +49,15 @@ def test_carve_takes_each_class_in_proportion(count):
 
 def test_carve_keeps_the_last_image_of_a_class():
     labels = np.array([0] * 10 + [1])
-    kept, carved = carve(labels, 9, 0)
+    kept, carved = stratified_holdout(labels, 9, 0)
     assert len(carved) == 9
     assert set(labels[kept]) == {0, 1}
 
 
 def test_carve_depends_on_the_seed_alone():
     labels = np.repeat([0, 1], 50)
-    assert np.array_equal(carve(labels, 10, 3)[1], carve(labels, 10, 3)[1])
-    assert not np.array_equal(carve(labels, 10, 3)[1], carve(labels, 10, 4)[1])
+    assert np.array_equal(stratified_holdout(labels, 10, 3)[1], stratified_holdout(labels, 10, 3)[1])
+    assert not np.array_equal(stratified_holdout(labels, 10, 3)[1], stratified_holdout(labels, 10, 4)[1])
 
 
 def test_subset_and_join_keep_image_label_and_name_together():
@@ -71,9 +81,9 @@ def test_missing_split_says_why():
 
 
 def test_complete_carves_what_is_missing():
-    recipe = DataRecipe(task="mine", format="image_folder", root="x", val_fraction=0.1, test_fraction=0.2)
+    recipe = DataConfig(task="mine", format="image_folder", root="x", val_fraction=0.1, test_fraction=0.2)
     every = numbered("train", list(range(100)), [0, 1] * 50)
-    splits = complete(recipe, ("0", "1"), every, None, None)
+    splits = with_missing_splits(recipe, ("0", "1"), every, None, None)
     parts = [values(splits[name]) for name in ("train", "val", "test")]
     assert [len(part) for part in parts] == [70, 10, 20]
     assert sorted(value for part in parts for value in part) == list(range(100))
@@ -84,16 +94,16 @@ def test_complete_carves_what_is_missing():
 
 
 def test_complete_keeps_what_is_there():
-    recipe = DataRecipe(task="mine", format="image_folder", root="x")
+    recipe = DataConfig(task="mine", format="image_folder", root="x")
     train, val, test = (numbered(name, [k], [0]) for k, name in enumerate(("train", "val", "test")))
-    splits = complete(recipe, ("0",), train, val, test)
+    splits = with_missing_splits(recipe, ("0",), train, val, test)
     assert [values(splits[name]) for name in ("train", "val", "trainval", "test")] == [[0], [1], [0, 1], [2]]
 
 
 def test_fraction_that_carves_nothing_is_refused():
-    recipe = DataRecipe(task="mine", format="image_folder", root="x")
+    recipe = DataConfig(task="mine", format="image_folder", root="x")
     with pytest.raises(DataError, match=r"'train': test_fraction 0.2 of 2 images carves none.*raise data.test"):
-        complete(recipe, ("0", "1"), numbered("train", [1, 2], [0, 1]), None, None)
+        with_missing_splits(recipe, ("0", "1"), numbered("train", [1, 2], [0, 1]), None, None)
 
 
 def test_class_order():
@@ -102,7 +112,7 @@ def test_class_order():
 
 
 def test_digits_have_their_counts_and_are_stratified():
-    splits = open_splits(DataRecipe())
+    splits = open_splits(DataConfig())
     assert {name: len(splits[name]) for name in ("train", "val", "trainval", "test")} == {
         "train": 1000,
         "val": 200,
@@ -119,7 +129,7 @@ def test_digits_have_their_counts_and_are_stratified():
 
 def test_digits_are_disjoint_and_follow_the_seed():
     def records(seed, name):
-        split = open_splits(DataRecipe(split_seed=seed))[name]
+        split = open_splits(DataConfig(split_seed=seed))[name]
         return [split.where(i) for i in range(len(split))]
 
     parts = [set(records(0, name)) for name in ("train", "val", "test")]
@@ -131,7 +141,7 @@ def test_digits_are_disjoint_and_follow_the_seed():
 
 
 def test_splits_can_be_sent_to_a_worker():
-    val = open_splits(DataRecipe()).val
+    val = open_splits(DataConfig()).val
     copy = pickle.loads(pickle.dumps(val))
     assert np.array_equal(copy.read(3), val.read(3))
     assert copy.where(3) == val.where(3)

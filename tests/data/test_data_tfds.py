@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_vpt.data import TASKS, DataRecipe, Splits, open_splits, tfds
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats import open_splits, tfds
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
-from dist_vpt.data.transforms import View
+from dist_vpt.data.splits import Splits
+from dist_vpt.data.tasks import TASKS
+from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError, UserError
 from tests.reference import vtab
 from tests.tfds_copies import as_tfrecord, prepare
@@ -44,7 +47,7 @@ def own_copy(tmp_path: Path, copies: dict[str, Path]) -> Callable[[str, str], Pa
 
 
 def opened(task: str, root: Path, **settings: Any) -> Splits:
-    return open_splits(DataRecipe(task=task, root=str(root), **{"counts": "any", **settings}))
+    return open_splits(DataConfig(task=task, root=str(root), **{"counts": "any", **settings}))
 
 
 def test_there_are_nineteen_tasks_in_three_groups() -> None:
@@ -125,7 +128,7 @@ def test_edges_of_kitti_bins(edge: float) -> None:
 def test_workers_read_after_the_parent_did(kind: str, copies: dict[str, Path]) -> None:
     split = opened("caltech101", copies[kind]).train
     split.read(0)
-    view = View(32, "vpt")
+    view = ImageTransform(32, "vpt")
     alone, shared = (TrainBatches(split, view, batch_size=100, workers=workers) for workers in (0, 2))
     for a, b in zip(alone.epoch(0), shared.epoch(0), strict=True):
         assert (a[0]["images"] == b[0]["images"]).all()
@@ -169,10 +172,10 @@ def test_the_package_needs_no_tfds() -> None:
     code = """
 import sys
 sys.modules['tensorflow_datasets'] = None
-import dist_vpt.cli, dist_vpt.recipe, dist_vpt.sweep, dist_vpt.data.tfds
+import dist_vpt.cli.main, dist_vpt.recipe.loading, dist_vpt.experiments.sweep, dist_vpt.data.formats.tfds
 from dist_vpt.errors import UserError
 try:
-    dist_vpt.data.tfds.packages()
+    dist_vpt.data.formats.tfds.packages()
 except UserError as error:
     assert "pip install 'dist-vpt[tfds]'" in str(error)
 else:
@@ -272,7 +275,7 @@ def test_a_damaged_picture_is_named_or_skipped(copies: dict[str, Path], monkeypa
         test = opened(task, copies["tfrecord"])["test"]
         with pytest.raises(DataError, match=r"record \d+: the image cannot be read"):
             test.read(3)
-        batches = EvalBatches(test, View(16, "vpt"), 50, bad_images="skip")
+        batches = EvalBatches(test, ImageTransform(16, "vpt"), 50, bad_images="skip")
         assert sum(float(batch["weight"].sum()) for batch in batches) == len(test) - 1
         assert len(batches.skipped) == 1
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as tv
 
-from dist_vpt.data.transforms import View, vpt_resize
+from dist_vpt.data.transforms import ImageTransform, vpt_resize
 
 
 def picture(width=90, height=61, seed=0):
@@ -21,33 +21,33 @@ KERNELS = {"bilinear": tv.InterpolationMode.BILINEAR, "bicubic": tv.Interpolatio
 @pytest.mark.parametrize("size", [(90, 61), (61, 90), (64, 64), (33, 200), (500, 301), (20, 20)])
 def test_squash_and_crop_are_torchvisions(kernel, size):
     image = picture(*size)
-    squash = View(48, kernel, "squash").eval(image)
+    squash = ImageTransform(48, kernel, "squash").eval(image)
     assert torch.equal(squash, tv.PILToTensor()(tv.Resize((48, 48), KERNELS[kernel])(image)))
     for side in (48, 49):
-        view = View(side, kernel, "crop")
+        view = ImageTransform(side, kernel, "crop")
         theirs = tv.Compose([tv.Resize(view.shorter_side, KERNELS[kernel]), tv.CenterCrop(side), tv.PILToTensor()])
         assert torch.equal(view.eval(image), theirs(image))
 
 
 def test_shorter_sides():
     sizes = {448: 512, 384: 438, 336: 384, 224: 256, 112: 128, 32: 37, 240: 274}
-    assert {size: View(size, "bicubic").shorter_side for size in sizes} == sizes
+    assert {size: ImageTransform(size, "bicubic").shorter_side for size in sizes} == sizes
 
 
 def test_arrays_and_pictures_give_the_same():
-    view, image = View(16, "bicubic", "crop"), picture()
+    view, image = ImageTransform(16, "bicubic", "crop"), picture()
     assert torch.equal(view.eval(np.asarray(image)), view.eval(image))
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees():
     for fit in ("squash", "crop"):
-        view = View(16, "bilinear", fit)
+        view = ImageTransform(16, "bilinear", fit)
         assert torch.equal(view.train(picture(), 0, 5, 7), view.eval(picture()))
 
 
 @pytest.mark.parametrize(("fit", "width"), [("crop", 54), ("squash", 37)])
 def test_random_part_is_a_crop_and_a_flip(fit, width):
-    view = View(32, "bicubic", fit, "fgvc")
+    view = ImageTransform(32, "bicubic", fit, "fgvc")
     image = picture()
     whole = view.fixed(image, train=True)
     assert whole.shape == (37, width, 3)
@@ -69,7 +69,7 @@ def test_random_part_is_a_crop_and_a_flip(fit, width):
 
 
 def test_random_part_depends_on_seed_epoch_and_index_alone():
-    view, image = View(32, "bicubic", "crop", "fgvc"), picture(400, 61)
+    view, image = ImageTransform(32, "bicubic", "crop", "fgvc"), picture(400, 61)
 
     def draw(*key):
         return view.train(image, *key).numpy().tobytes()
@@ -86,9 +86,11 @@ def test_random_part_depends_on_seed_epoch_and_index_alone():
 
 def test_evaluation_of_an_augmented_view_is_not_random():
     image = picture()
-    assert torch.equal(View(32, "bicubic", "crop", "fgvc").eval(image), View(32, "bicubic", "crop").eval(image))
-    squashed = View(32, "bicubic", "squash", "fgvc")
-    assert torch.equal(squashed.eval(image), View(32, "bicubic", "squash").eval(image))
+    assert torch.equal(
+        ImageTransform(32, "bicubic", "crop", "fgvc").eval(image), ImageTransform(32, "bicubic", "crop").eval(image)
+    )
+    squashed = ImageTransform(32, "bicubic", "squash", "fgvc")
+    assert torch.equal(squashed.eval(image), ImageTransform(32, "bicubic", "squash").eval(image))
 
 
 def slow_resize(pixels, height, width):
@@ -135,7 +137,7 @@ def test_vpt_resize_is_its_formula(size):
 
 
 def test_vpt_view_is_float_and_keeps_whole_pictures():
-    image, view = picture(90, 61), View(48, "vpt")
+    image, view = picture(90, 61), ImageTransform(48, "vpt")
     kept = view.fixed(image, train=True)
     assert (kept.dtype, kept.shape) == (np.uint8, (61, 90, 3))
     shown = view.eval(image)
@@ -146,9 +148,9 @@ def test_vpt_view_is_float_and_keeps_whole_pictures():
 
 def test_vpt_view_may_be_cropped():
     image = picture(90, 61)
-    shown = View(48, "vpt", "crop").eval(image).numpy().transpose(1, 2, 0)
+    shown = ImageTransform(48, "vpt", "crop").eval(image).numpy().transpose(1, 2, 0)
     whole = vpt_resize(np.asarray(image), 55, 81)  # 48 px are cut out of a shorter side of 55
     assert np.array_equal(shown, whole[4:52, 16:64])
-    pixels = View(48, "vpt", "crop", "fgvc").train(image, 0, 1, 2).numpy().transpose(1, 2, 0)
+    pixels = ImageTransform(48, "vpt", "crop", "fgvc").train(image, 0, 1, 2).numpy().transpose(1, 2, 0)
     windows = [whole[i : i + 48, j : j + 48] for i in range(8) for j in range(34)]
     assert any(np.array_equal(pixels, cut) or np.array_equal(pixels, cut[:, ::-1]) for cut in windows)

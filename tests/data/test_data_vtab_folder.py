@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from dist_vpt.data import TASKS, Task
+from dist_vpt.data.tasks import TASKS, Task
 from dist_vpt.errors import DataError
 
 LISTS = {

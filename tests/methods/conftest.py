@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.base import Method
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter
 
-from dist_vpt.memory import apply_checkpointing
-from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.config import MethodConfig
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from tests.methods.conftest import KINDS, MEAN, STD, make_backbone, make_vit
 from tests.reference import inside, side
 from tests.reference import vit as reference
@@ -267,8 +268,8 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, np.ndarray], 
         assert np.abs(error).max() < TOLERANCE[dtype] * scale, f"{name}: off by {np.abs(error).max() / scale:.2e}"
 
 
-def recipe_of(settings: dict[str, Any]) -> MethodRecipe:
-    return TypeAdapter(MethodRecipe).validate_python(settings)
+def recipe_of(settings: dict[str, Any]) -> MethodConfig:
+    return TypeAdapter(MethodConfig).validate_python(settings)
 
 
 def make(settings: dict[str, Any], kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Method:

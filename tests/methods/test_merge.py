@@ -10,16 +10,18 @@ import torch
 from pydantic import TypeAdapter
 from timm.models.vision_transformer import VisionTransformer
 
-from dist_vpt.backbones.build import DEMO, describe
-from dist_vpt.backbones.zoo import ZOO
-from dist_vpt.build import make_method
-from dist_vpt.checkpoint import read_adapters, restore
-from dist_vpt.cli import main
+from dist_vpt.backbones.build import DEMO, preprocessing_of
+from dist_vpt.backbones.weights.zoo import ZOO
+from dist_vpt.cli.main import main
 from dist_vpt.errors import UserError
-from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.inference.load import load_run
+from dist_vpt.inference.merge import timm_tensors
+from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
-from dist_vpt.predict import open_run, timm_tensors
-from dist_vpt.recipe import load_recipe
+from dist_vpt.methods.config import MethodConfig
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.runs.adapters import read_adapters, restore
+from dist_vpt.training.components import build_method
 from tests.backbones.published import FILES
 from tests.backbones.test_swin import make as make_on_swin
 from tests.backbones.test_swin import make_swin
@@ -39,7 +41,7 @@ MERGED: dict[str, dict[str, Any]] = {
 
 
 def make(settings: dict[str, Any], kind: str = "class_token", **changes: Any) -> Method:
-    method = attach(TypeAdapter(MethodRecipe).validate_python(settings), make_backbone(kind, **changes), classes=4)
+    method = attach(TypeAdapter(MethodConfig).validate_python(settings), make_backbone(kind, **changes), classes=4)
     torch.manual_seed(3)
     with torch.no_grad():
         for _, parameter in method.trainable():
@@ -105,7 +107,7 @@ def test_a_merged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert (facts["backbone"], facts["image_size"], len(facts["classes"])) == ("demo", 8, 10)
     recipe = load_recipe([run / "recipe.yaml"], ["runtime.precision=fp32"])
-    method, _ = make_method(recipe, describe(recipe.backbone), 10)
+    method, _ = build_method(recipe, preprocessing_of(recipe.backbone), 10)
     adapters = run / "adapters.safetensors"
     restore(method, read_adapters(adapters)[0], adapters)
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
@@ -115,7 +117,7 @@ def test_a_merged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     expected = plain((images - backbone.mean) / backbone.std)
     assert torch.allclose(method.eval()(images), expected, atol=1e-4)
     again = load_recipe([run / "recipe.yaml"], ["method.name=linear", f"backbone.weights={out}"])
-    _, difference = make_method(again, describe(again.backbone), 10)
+    _, difference = build_method(again, preprocessing_of(again.backbone), 10)
     assert not difference
     assert main(["merge", str(run), "--out", str(tmp_path / "merged.pth")]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
@@ -141,7 +143,7 @@ def test_the_model_that_is_told_gives_what_the_run_gave(
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(facts[key]).view(3, 1, 1) for key in ("mean", "std"))
     found = names["model"].eval()((images / 255 - mean) / std)
-    opened = open_run(str(run), "last")
+    opened = load_run(str(run), "last")
     assert torch.allclose(found, opened.method(images.to(opened.device)).cpu(), atol=1e-4 * float(found.abs().max()))
 
 

@@ -12,11 +12,13 @@ from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock
 
 from dist_vpt.errors import UserError
-from dist_vpt.memory import apply_checkpointing
-from dist_vpt.methods import METHODS, MethodRecipe, attach
+from dist_vpt.methods import METHODS, attach
 from dist_vpt.methods.base import Method, Reader
+from dist_vpt.methods.config import MethodConfig
 from dist_vpt.methods.vpt import VPT
-from dist_vpt.optim import OptimRecipe, build_optimizer, set_lr
+from dist_vpt.recipe.schema import OptimConfig
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
+from dist_vpt.training.optim import build_optimizer, set_lr
 from tests.methods.conftest import KINDS, assert_equal_steps, make_backbone
 
 HEAD = {"head.weight", "head.bias"}
@@ -98,7 +100,7 @@ TRAINED = {
 
 def make(settings: dict[str, Any], compute: torch.dtype = torch.float32, **backbone: Any) -> Method:
     torch.manual_seed(0)
-    return attach(TypeAdapter(MethodRecipe).validate_python(settings), make_backbone(**backbone), 5, compute)
+    return attach(TypeAdapter(MethodConfig).validate_python(settings), make_backbone(**backbone), 5, compute)
 
 
 def loss_of(method: Method, images: torch.Tensor) -> torch.Tensor:
@@ -119,7 +121,7 @@ def test_trained_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_recipe_says_what_its_method_reads(name: str) -> None:
-    method, recipe = make(SETTINGS[name]), TypeAdapter(MethodRecipe).validate_python(SETTINGS[name])
+    method, recipe = make(SETTINGS[name]), TypeAdapter(MethodConfig).validate_python(SETTINGS[name])
     assert recipe.reader == isinstance(method, Reader)
     assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.reads.blocks))
 
@@ -129,7 +131,7 @@ def test_a_recipe_says_what_its_method_reads(name: str) -> None:
 def test_two_steps_change_what_is_trained_and_nothing_else(name: str, optimizer: str, images: torch.Tensor) -> None:
     method = make(SETTINGS[name])
     before = copy.deepcopy(method.state_dict())
-    steps = build_optimizer(OptimRecipe(name=optimizer, weight_decay=0.01), method)
+    steps = build_optimizer(OptimConfig(name=optimizer, weight_decay=0.01), method)
     set_lr(steps, 0.01)
     for _ in range(2):
         method.train()
@@ -163,7 +165,7 @@ def test_a_head_keeps_nothing_of_the_backbone(name: str, images: torch.Tensor) -
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, s in SETTINGS.items() if TypeAdapter(MethodRecipe).validate_python(s).reader]
+    "name", [n for n, s in SETTINGS.items() if TypeAdapter(MethodConfig).validate_python(s).reader]
 )
 def test_a_reader_sees_the_stream_without_autograd(name: str, images: torch.Tensor) -> None:
     method = make(SETTINGS[name])
@@ -193,7 +195,7 @@ def test_a_method_inside_starts_as_the_frozen_backbone(name: str, kind: str, ima
 def test_a_method_inside_widens_no_tokens(name: str, images: torch.Tensor) -> None:
     """Under bf16, backward keeps no float32 numbers of tokens but a few a token (a norm's mean, attention's sums)."""
     torch.manual_seed(0)
-    recipe = TypeAdapter(MethodRecipe).validate_python(SETTINGS[name])
+    recipe = TypeAdapter(MethodConfig).validate_python(SETTINGS[name])
     method = attach(recipe, make_backbone(), 5, torch.bfloat16)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -269,7 +271,7 @@ def test_prompt_dropout_is_drawn_per_image_and_off_in_eval(images: torch.Tensor)
 
 def test_prompts_start_as_published() -> None:
     backbone = make_backbone(embed_dim=64, num_heads=2)
-    method = attach(TypeAdapter(MethodRecipe).validate_python({"name": "vpt", "prompts": 50}), backbone, 5)
+    method = attach(TypeAdapter(MethodConfig).validate_python({"name": "vpt", "prompts": 50}), backbone, 5)
     bound = math.sqrt(6 / (3 * 8 * 8 + 64))
     assert method.prompts.shape == (3, 50, 64)
     assert bound * 0.99 < method.prompts.abs().max() <= bound
@@ -308,7 +310,7 @@ def test_a_class_token_to_start_from_is_needed() -> None:
 def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor) -> None:
     torch.manual_seed(0)
     backbone = make_backbone()
-    method = attach(TypeAdapter(MethodRecipe).validate_python({"name": "vpt"}), backbone, 5, torch.bfloat16)
+    method = attach(TypeAdapter(MethodConfig).validate_python({"name": "vpt"}), backbone, 5, torch.bfloat16)
     assert {p.dtype for _, p in method.trainable()} == {torch.float32}
     assert {p.dtype for p in method.backbone.parameters()} == {torch.bfloat16}
     assert backbone.mean.dtype == torch.float32

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 
-from dist_vpt.backbones.backbone import Backbone
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream import Observed, Reads, observe
-from dist_vpt.methods import MethodRecipe, attach
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
+from dist_vpt.methods import attach
+from dist_vpt.methods.config import MethodConfig
 from dist_vpt.methods.vqt import VQT, cheaper_form
 from tests.methods.conftest import MEAN, STD, make_vit
 from tests.reference import vit, vqt
@@ -38,7 +39,7 @@ def make_backbone(dtype: torch.dtype, kind: str, **changes: Any) -> Backbone:
 
 
 def make(dtype: torch.dtype, which: str, **settings: Any) -> VQT:
-    recipe = TypeAdapter(MethodRecipe).validate_python({"name": "vqt", **settings})
+    recipe = TypeAdapter(MethodConfig).validate_python({"name": "vqt", **settings})
     torch.manual_seed(3)
     method = attach(recipe, make_backbone(dtype, **BACKBONES[which]), 4, dtype).to(dtype)
     assert isinstance(method, VQT)
@@ -188,7 +189,7 @@ def test_readers_together_are_what_they_are_alone(form: str, dropout: float, ima
     )
     for reader in together[1:]:
         reader.backbone = together[0].backbone
-    observed = observe(together[0].backbone, images, together[0].reads)
+    observed = compute_stream(together[0].backbone, images, together[0].reads)
     for reader in (*together, *alone):
         reader.train()
     logits = VQT.read_many(together, observed, seeds=[7, 8, 9])
@@ -206,7 +207,7 @@ def test_readers_together_are_what_they_are_alone(form: str, dropout: float, ima
 
 def test_the_absorbed_form_keeps_what_it_reads_and_little_else(images: torch.Tensor) -> None:
     method = make(torch.float32, "plain", form="absorbed")
-    observed = observe(method.backbone, images, method.reads)
+    observed = compute_stream(method.backbone, images, method.reads)
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -225,13 +226,13 @@ def test_the_absorbed_form_keeps_what_it_reads_and_little_else(images: torch.Ten
 
 def test_the_stream_holds_what_blocks_see(images: torch.Tensor) -> None:
     backbone = make_backbone(torch.float64, "registers")
-    observed = observe(backbone, images, Reads((0, 2), key_scales=True))
+    observed = compute_stream(backbone, images, StreamSpec((0, 2), key_scales=True))
     tokens = backbone.embed(images)
     seen = []
     for block in backbone.blocks:
         seen.append(block.norm1(tokens))
         tokens = block(tokens)
-    assert isinstance(observed, Observed)
+    assert isinstance(observed, StreamOutput)
     assert torch.equal(observed.normed[0], seen[0])
     assert torch.equal(observed.normed[1], seen[2])
     assert torch.equal(observed.pooled, backbone.pool(backbone.norm(tokens)))
@@ -245,7 +246,7 @@ def test_kept_keys_and_values_give_what_normalised_inputs_give(which: str, image
     assert method.reads.fields[0] == "normed"
     assert method.shares.fields == ("keys", "values")
     assert make(torch.float64, which, form="absorbed").shares.fields[0] == "normed"
-    live, kept = (observe(method.backbone, images, reads) for reads in (method.reads, method.shares))
+    live, kept = (compute_stream(method.backbone, images, reads) for reads in (method.reads, method.shares))
     assert not any(t.requires_grad for t in (*kept.keys, *kept.values))
     assert torch.allclose(method(kept), method(live), rtol=1e-12, atol=1e-12)
 
@@ -267,6 +268,6 @@ def test_another_kind_of_block_is_refused() -> None:
 
     vit = make_vit("class_token", block_fn=ResPostBlock, init_values=0.1)
     backbone = Backbone(vit, mean=MEAN, std=STD, stochastic=False)
-    recipe = TypeAdapter(MethodRecipe).validate_python({"name": "vqt"})
+    recipe = TypeAdapter(MethodConfig).validate_python({"name": "vqt"})
     with pytest.raises(UserError, match="block 0 of the backbone is a ResPostBlock"):
         attach(recipe, backbone, 4)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .vit import Array, Weights
+from tests.reference.vit import Array, Weights
 
 Rows = tuple[int, int]  # of a weight: the first, and the one after the last
 Updates = Mapping[tuple[str, Rows], tuple[Array, Array]]  # (weight's name, rows) -> (A [r, D], B [O, r])

@@ -10,8 +10,9 @@ from unittest.mock import patch
 
 import numpy as np
 
+from tests.reference.vit import Array, Cache
+
 from . import vit
-from .vit import Array, Cache
 
 # Each takes tokens or their gradients first, and gives them, alone or first of two.
 KERNELS = ("gelu", "layer_scale", "after", "adapter", "block", "mlp", "attention")

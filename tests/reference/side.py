@@ -9,8 +9,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from tests.reference.vit import Array, Cache
+
 from . import vit
-from .vit import Array, Cache
 
 
 def forward_backward(

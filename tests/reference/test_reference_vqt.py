@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from . import vit, vqt
-from .test_reference import (
+from tests.reference.test_reference import (
     BATCH,
     CLASSES,
     DEPTH,
@@ -23,6 +22,8 @@ from .test_reference import (
     to_torch,
     torch_loss,
 )
+
+from . import vit, vqt
 
 QUERIES, HIDDEN = 2, 6  # Q, and the width of the MLP head
 LABELS, EXAMPLE_WEIGHT = np.array([0, 3, 1]), np.array([1.0, 0.5, 2.0])

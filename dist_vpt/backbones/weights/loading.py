@@ -1,0 +1,140 @@
+"""Weight files: read without executing anything, loaded with the difference proven."""
+
+import argparse
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from dist_vpt.backbones.weights.layouts import LAYOUTS, ONLY, LoadReport, convert, heads_of, recognise
+from dist_vpt.errors import WeightsError
+
+FAMILIES = {"vit": "a vision transformer", "swin": "a Swin Transformer"}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a .safetensors, .npz or torch file of tensors. No pickle is ever executed.
+
+    Raises WeightsError for a missing, damaged or foreign file.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such weights file; give backbone.weights an existing .safetensors, .pth or .npz"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments: numbers and words
+            return _tensors_of(torch.load(path, map_location="cpu", weights_only=True), path)
+    except WeightsError:
+        raise
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a safetensors file ({error}); download it again") from error
+    except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a file that is not theirs
+        # Torch's own words on a pickle advise to load it all the same: they are left out, but for the object's name.
+        reason = str(error).split("\n")[0] or type(error).__name__
+        if "TorchScript" in reason:
+            reason = "a TorchScript archive, which is a program"
+        elif isinstance(error, UnpicklingError):
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"a pickle of {found[1]}" if found else "neither tensors nor words about them"
+        raise WeightsError(
+            f"{path}: not a file of plain tensors ({reason}). "
+            "Pickled objects are never executed: convert the weights to .safetensors where you trust them"
+        ) from error
+
+
+def _tensors_of(content: object, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(f"{path}: holds no mapping of names to tensors (at most below 'model' or 'state_dict')")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def load_into(model: nn.Module, path: Path, *, lenient: bool) -> LoadReport:
+    """Load a file into a timm model, resampling its position embedding to the model's grid.
+
+    Strict: raises WeightsError unless the two sets of tensors are equal (what the file's layout has besides, such as a
+    classifier, is left out). Lenient: returns the difference, after checking that all the rest is bit-equal to the
+    file's.
+    """
+    tensors = read_tensors(path)
+    layout = layout_of(tensors, path)
+    family = "swin" if isinstance(model, SwinTransformer) else "vit"
+    if LAYOUTS[layout].family != family:
+        raise WeightsError(
+            f"{path}: holds {FAMILIES[LAYOUTS[layout].family]}, and backbone.name is {FAMILIES[family]}; "
+            f"mend backbone.name (`dist-vpt backbones check {path}` says which fit)"
+        )
+    if layout.startswith("mocov3") and getattr(model, "embed_dim", 0) == 384 and heads_of(model) != 12:
+        raise WeightsError(
+            f"{path}: MoCo v3's ViT-S has 12 attention heads, the model {heads_of(model)}; set backbone.name=mocov3_s16"
+        )
+    if layout == "timm" and not any(name.startswith(("patch_embed.", "blocks.", "norm.")) for name in tensors):
+        tensors = _converted_by_timm(tensors, model, path)
+    offered, difference = convert(layout, tensors, model)
+    if difference and (not lenient or not offered):
+        fix = "name the architecture they are of in backbone.name" + (
+            "" if lenient else ", or use backbone.load=lenient"
+        )
+        raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{difference}")
+    refuse_infinite(tensors, difference, path)
+    own = model.state_dict()
+    result = model.load_state_dict(offered, strict=False)
+    _prove(model, offered, set(result.missing_keys), own.keys() - offered.keys(), path)
+    return difference
+
+
+def refuse_infinite(tensors: dict[str, Tensor], difference: LoadReport, path: Path) -> None:
+    """Raises WeightsError where what a model takes of a file holds NaN or an infinity."""
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad and name not in difference.left_out:
+            raise WeightsError(f"{path}: {name} holds {bad} that are not finite numbers; download the file again")
+
+
+def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
+    """The name of a file's layout. Raises WeightsError for one that no model here fits, and says what it is."""
+    try:
+        layout = recognise(tensors)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    if path.suffix == ".npz" and layout != "jax":
+        raise WeightsError(
+            f"{path}: not a JAX vision transformer (no 'embedding/kernel' among its {len(tensors)} arrays)"
+        )
+    if layout == "timm" and not any(re.match(r"(.*\.)?(blocks|layers)\.\d+\.|visual\.", name) for name in tensors):
+        raise WeightsError(f"{path}: holds no blocks of a transformer: {ONLY}")
+    return layout
+
+
+def _converted_by_timm(tensors: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
+    """Layouts that timm knows and this package does not: a vision tower inside of something else."""
+    if not isinstance(model, VisionTransformer):
+        return tensors
+    try:
+        return checkpoint_filter_fn(tensors, model)
+    except Exception as error:  # timm assumes its own layouts; whatever breaks is a foreign one
+        raise WeightsError(f"{path}: not weights of this architecture (timm cannot convert them: {error})") from error
+
+
+def _prove(model: nn.Module, loaded: dict[str, Tensor], missing: set[str], expected: set[str], path: Path) -> None:
+    if missing != expected:
+        raise WeightsError(f"{path}: torch reports {sorted(missing)} as missing, the comparison {sorted(expected)}")
+    own = model.state_dict()
+    for name, tensor in loaded.items():
+        if not torch.equal(own[name], tensor.to(own[name].dtype)):
+            raise WeightsError(f"{path}: {name} differs from the file after loading")

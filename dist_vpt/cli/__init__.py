@@ -1,0 +1,1 @@
+"""The command dist-vpt: a file a command group."""

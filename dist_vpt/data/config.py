@@ -1,0 +1,181 @@
+"""The data part of a recipe: which task, where it lies, how its images are shown to the backbone."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dist_vpt.data.tasks import FORMAT_TASKS, TASKS, Augment, Cache, Fit, Format, Normalize, Resize, Task
+from dist_vpt.errors import nearest
+
+# Which formats read a fraction: the others bring their splits with them.
+READS_FRACTION = ("fgvc_json",)
+READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf")
+READS_TEST_FRACTION = ("image_folder", "hf")
+
+Channels = tuple[float, float, float]
+PositiveChannels = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+class HfConfig(BaseModel):
+    """What only a HuggingFace dataset needs to be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    config: str | None = Field(default=None, description="configuration (subset) of a hub dataset; none: its default")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset; none: its newest")
+    image: str | None = Field(default=None, description="column of the images; none: the only Image column")
+    label: str | None = Field(default=None, description="column of the labels; none: the only ClassLabel column")
+    splits: dict[Literal["train", "val", "test"], str] = Field(
+        default_factory=dict,
+        description="our split name to theirs, e.g. {train: 'train[:90%]', val: 'train[90%:]'}; none given: train, "
+        "validation and test",
+    )
+
+
+class DataConfig(BaseModel):
+    """A task, its storage and its view."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    task: str = Field(default="digits", description="a known task, or any name where format and root are given")
+    format: Format | None = Field(default=None, description="how the dataset is stored; none: the task's own format")
+    root: str | None = Field(
+        default=None,
+        description="folder of the dataset, or the one where the datasets of known tasks lie, relative to the working "
+        "directory; hf: a folder or a hub id",
+    )
+    train_on: Literal["train", "trainval"] = Field(default="train", description="the split that is trained on")
+    fraction: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="part of train that is used: that of train_PERCENT.json where it stands, else carved",
+    )
+    val_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="part of the images carved for val where the storage has no val",
+    )
+    test_fraction: float = Field(
+        default=0.2,
+        gt=0,
+        lt=1,
+        description="part of the images carved for test where the storage has no test",
+    )
+    split_seed: int = Field(default=0, ge=0, description="seed of the carved splits")
+    image_size: int | None = Field(
+        default=None,
+        ge=8,
+        le=4096,
+        description="side of the square image in pixels; none: what the weights want",
+    )
+    resize: Resize | None = Field(
+        default=None,
+        description="kernel; vpt: the published VPT loader's (TensorFlow 1's bilinear); none given: the task's, "
+        "then what the weights want",
+    )
+    fit: Fit | None = Field(
+        default=None,
+        description="squash to a square, or resize the shorter side and crop; none given: the task's",
+    )
+    normalize: Normalize | None = Field(
+        default=None,
+        description="mean and std of the channels; vpt: ImageNet's, weights: what the weights want, none: 0 and 1; "
+        "none given: the task's",
+    )
+    mean: Channels | None = Field(default=None, description="mean of the channels, of 0..1, in place of normalize")
+    std: PositiveChannels | None = Field(
+        default=None, description="standard deviation of the channels, of 0..1, in place of normalize"
+    )
+    augment: Augment | None = Field(
+        default=None, description="fgvc: random crop and flip in training; none given: the task's"
+    )
+    cache: Cache | None = Field(
+        default=None,
+        description="memory: decode and resize each image once per process; none given: the task's",
+    )
+    workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
+    bad_images: Literal["fail", "skip"] = Field(
+        default="fail",
+        description="skip: an unreadable image counts nothing and is reported; fail: it stops the run",
+    )
+    absent_classes: Literal["fail", "allow"] | None = Field(
+        default=None,
+        description="allow: classes without an image in the split that is trained on; none given: fail, but for the "
+        "small splits of VTAB-1k",
+    )
+    counts: Literal["published", "any"] = Field(
+        default="published", description="any: a known task's splits may have other numbers of images than published"
+    )
+    max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
+    hf: HfConfig = Field(default=HfConfig(), description="what only a HuggingFace dataset needs")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        mistakes = list(self._mistakes())
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    def _mistakes(self) -> Iterator[str]:
+        storage = self.format or (TASKS[self.task].format if self.task in TASKS else None)
+        if storage is None:
+            yield (
+                f"task {self.task!r} is not a known task ({nearest(self.task, TASKS)}); "
+                f"for a dataset of your own give format and root as well"
+            )
+            return
+        if storage == "digits" and self.root is not None:
+            yield f"root {self.root!r}: digits come with scikit-learn; remove root or set format"
+        if storage != "digits" and not self.root:
+            yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
+        if (self.mean is None) != (self.std is None):
+            yield "mean and std go together: give both or neither"
+        if self.mean is not None and self.normalize is not None:
+            yield f"normalize {self.normalize!r}: mean and std say the same otherwise; give either"
+        fields = type(self).model_fields
+        for name, readers in (
+            ("fraction", READS_FRACTION),
+            ("val_fraction", READS_VAL_FRACTION),
+            ("test_fraction", READS_TEST_FRACTION),
+        ):
+            value = getattr(self, name)
+            if storage not in readers and value != fields[name].default:
+                yield f"{name} {value}: format {storage!r} brings its own splits; remove {name}"
+        if storage in READS_TEST_FRACTION and self.val_fraction + self.test_fraction >= 1:
+            yield (
+                f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
+                f"their sum must be below 1 to leave images for train; lower one"
+            )
+        if storage == "tfds" and (self.task not in TASKS or TASKS[self.task].tfds is None):
+            known = [name for name, row in TASKS.items() if row.tfds]
+            yield f"format 'tfds': task {self.task!r} is none that is read from there; {nearest(self.task, known)}"
+        if storage != "hf" and self.hf != HfConfig():
+            yield f"hf: only format 'hf' reads it and the format is {storage!r}; remove hf or set format: hf"
+
+
+if TYPE_CHECKING:
+    from dist_vpt.data.config import DataConfig
+
+
+def resolve(recipe: DataConfig) -> Task:
+    """The task's row, or for a free name the format's, with the recipe's own settings on top."""
+    if recipe.task in TASKS:
+        task = TASKS[recipe.task]
+    else:
+        assert recipe.format is not None  # DataConfig asks for a format where the task is no row
+        task = replace(FORMAT_TASKS[recipe.format], name=recipe.task)
+    return replace(
+        task,
+        format=recipe.format or task.format,
+        resize=recipe.resize or task.resize,
+        fit=recipe.fit or task.fit,
+        normalize=recipe.normalize or task.normalize,
+        augment=recipe.augment or task.augment,
+        cache=recipe.cache or task.cache,
+        counts=task.counts if recipe.counts == "published" else (),
+        few=task.few if recipe.absent_classes is None else recipe.absent_classes == "allow",
+    )

@@ -1,0 +1,90 @@
+"""From a recipe's data part to labelled splits and batches. Knows nothing of models or of Accelerate."""
+
+from dataclasses import replace
+from importlib import import_module
+
+import numpy as np
+
+from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.formats.files import Mistakes, open_home, open_root
+from dist_vpt.data.splits import Splits
+from dist_vpt.data.tasks import Format, Task
+from dist_vpt.errors import DataError
+
+# Storage format -> module:function that opens it; imported when asked for.
+FORMATS: dict[Format, str] = {
+    "digits": "dist_vpt.data.formats.digits:open_splits",
+    "tfds": "dist_vpt.data.formats.tfds:open_splits",
+    "vtab_folder": "dist_vpt.data.formats.vtab_folder:open_splits",
+    "fgvc_json": "dist_vpt.data.formats.fgvc_json:open_splits",
+    "image_folder": "dist_vpt.data.formats.image_folder:open_splits",
+    "hf": "dist_vpt.data.formats.hf:open_splits",
+}
+
+
+def open_splits(recipe: DataConfig) -> Splits:
+    """The splits of the recipe's task, checked as far as possible without decoding an image."""
+    task = resolve(recipe)
+    storage = stored_as(recipe, task)
+    module, function = FORMATS[storage].split(":")
+    splits: Splits = getattr(import_module(module), function)(recipe, task)
+    notes = (*splits.notes, *_beside(recipe, task, storage))
+    splits = replace(splits, storage=splits.storage or storage, notes=notes)
+    place = recipe.root or task.name
+    if task.classes is not None and len(splits.classes) != task.classes:
+        raise DataError(
+            f"{place}: {len(splits.classes)} classes, but task {task.name!r} has "
+            f"{task.classes}; complete the dataset, or give it a task name of its own"
+        )
+    _check_counts(place, task, splits)
+    if not task.few:
+        _check_absent(place, recipe.train_on, splits)
+    return splits
+
+
+def stored_as(recipe: DataConfig, task: Task) -> Format:
+    """The storage format: what the recipe says, else for a task of VTAB-1k what is found below the root."""
+    if recipe.format is not None or task.tfds is None:
+        return task.format
+    from dist_vpt.data.formats import tfds, vtab_folder
+
+    if tfds.find(open_root(recipe), task.tfds) is not None:
+        return "tfds"
+    home = open_home(recipe, task.folders, vtab_folder.LISTS["train"])
+    if (home / vtab_folder.LISTS["train"]).is_file():
+        return "vtab_folder"
+    folders = " or ".join(f"{name}/{vtab_folder.LISTS['train']}" for name in task.folders)
+    raise DataError(f"{tfds.missing(recipe, task)}; nor is there a vtab-1k folder ({folders})")
+
+
+def _beside(recipe: DataConfig, task: Task, storage: Format) -> list[str]:
+    """A note where the other storage lies below the root too, and nobody chose between them."""
+    if recipe.format is not None or storage != "tfds" or not task.folders:
+        return []
+    from dist_vpt.data.formats.vtab_folder import LISTS
+
+    home = open_home(recipe, task.folders, LISTS["train"])
+    return [f"{home} is there too; data.format=vtab_folder reads it"] if (home / LISTS["train"]).is_file() else []
+
+
+def _check_counts(place: str, task: Task, splits: Splits) -> None:
+    mistakes = Mistakes()
+    for name, count in task.counts:
+        split = getattr(splits, name)
+        if split is not None and len(split) != count:
+            mistakes.add(
+                f"{place}: split {name!r} of task {task.name!r}",
+                f"{len(split):,} images, and the published one has {count:,}; complete the dataset, or accept that "
+                "with data.counts=any",
+            )
+    mistakes.check()
+
+
+def _check_absent(place: str, train_on: str, splits: Splits) -> None:
+    absent = np.setdiff1d(np.arange(len(splits.classes)), splits[train_on].labels)
+    if len(absent):
+        names = ", ".join(splits.classes[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
+        raise DataError(
+            f"{place}: {len(absent)} of {len(splits.classes)} classes have no image in split "
+            f"{train_on!r} ({names}); complete it, or accept that with data.absent_classes=allow"
+        )

@@ -1,0 +1,90 @@
+"""FGVC folders: train.json, val.json and test.json map an image's relative path to its class id.
+
+A path starts at the root, at ``images`` or at ``Images``. Ids are whole numbers or text; their order on train
+gives the labels of every split. A part of train (``data.fraction``) is that of train_PERCENT.json, or is carved.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats.files import FileSource, Folder, Mistakes, open_home, read_text
+from dist_vpt.data.splits import Split, Splits, class_order, fraction_of, with_missing_splits
+from dist_vpt.data.tasks import Task
+from dist_vpt.errors import DataError, nearest
+
+
+def open_splits(recipe: DataConfig, task: Task) -> Splits:
+    root = open_home(recipe, task.folders, "train.json")
+    files = {name: root / f"{name}.json" for name in ("train", "val", "test")}
+    reduced = root / f"train_{100 * recipe.fraction:g}.json"
+    if recipe.fraction < 1 and reduced.exists():
+        files["train"] = reduced
+    entries = {name: _entries(file) for name, file in files.items() if name == "train" or file.exists()}
+    mistakes = Mistakes()
+    for name, pairs in entries.items():
+        _check(files[name], pairs, mistakes)
+    mistakes.check()
+    classes = class_order(str(value) for _, value in entries["train"])
+    folder, label_of = Folder(root, ("", "images", "Images")), {name: k for k, name in enumerate(classes)}
+    found = {
+        name: _split(name, files[name], pairs, folder=folder, label_of=label_of, mistakes=mistakes)
+        for name, pairs in entries.items()
+    }
+    mistakes.check()
+    if recipe.fraction < 1 and files["train"] != reduced:
+        found["train"] = fraction_of(found["train"], recipe.fraction, recipe.split_seed)
+    missing = {"test": f"there is no {files['test']}; add it: an object of 'relative/path': class id"}
+    val, test = found.get("val"), found.get("test")
+    return with_missing_splits(recipe, classes, found["train"], val, test, carve_test=False, missing=missing)
+
+
+def _entries(file: Path) -> list[tuple[str, Any]]:
+    """The object's pairs as they stand in the file: a dict would hide a path that occurs twice."""
+    try:
+        parsed = json.loads(read_text(file), object_pairs_hook=tuple)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}: is not JSON ({error.msg}); mend the file") from None
+    if not isinstance(parsed, tuple):
+        raise DataError(f"{file}: holds a {type(parsed).__name__}; an object of 'relative/path': class id is needed")
+    return list(parsed)
+
+
+def _check(file: Path, pairs: list[tuple[str, Any]], mistakes: Mistakes) -> None:
+    if not pairs:
+        mistakes.add(file, "holds no image; a 'relative/path': class id is needed")
+    seen = set()
+    for path, value in pairs:
+        place = f"{file}: {path!r}"
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            mistakes.add(place, f"class id {value!r} is neither a whole number nor text; mend it")
+        if path in seen:
+            mistakes.add(place, "occurs twice; remove one")
+        seen.add(path)
+
+
+def _split(
+    name: str,
+    file: Path,
+    pairs: list[tuple[str, Any]],
+    *,
+    folder: Folder,
+    label_of: dict[str, int],
+    mistakes: Mistakes,
+) -> Split:
+    files, labels = [], []
+    for path, value in pairs:
+        if str(value) not in label_of:
+            hint = nearest(str(value), label_of)
+            mistakes.add(f"{file}: {path!r}", f"class id {value!r} has no image in train; {hint}")
+            continue
+        try:
+            files.append(folder.find(path))
+        except ValueError as error:
+            mistakes.add(f"{file}: {path!r}", str(error))
+            continue
+        labels.append(label_of[str(value)])
+    return Split(name, np.array(labels, np.int64), FileSource(folder.root, tuple(files)))

@@ -1,0 +1,120 @@
+"""Datasets that are a folder of image files: finding them, reading them, and reporting all that is wrong."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.images import decode
+from dist_vpt.errors import DataError
+
+SHOWN = 10  # mistakes that a message spells out; the rest is counted
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """Images by their paths."""
+
+    root: Path  # absolute
+    files: tuple[str, ...]  # relative to the root
+    upright: bool = False  # turn as the EXIF orientation says
+
+    def read(self, i: int, max_megapixels: float) -> Image.Image:
+        return decode(self.root / self.files[i], self.where(i), max_megapixels, self.upright)
+
+    def where(self, i: int) -> str:
+        return str(self.root / self.files[i])
+
+    def identity(self, i: int) -> str:
+        found = (self.root / self.files[i]).stat()
+        return f"{self.files[i]} {found.st_size} {found.st_mtime_ns} {self.upright}"
+
+
+class Mistakes:
+    """Collects what is wrong with a dataset, so that one message tells it all."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+
+    def add(self, place: object, what: str = "") -> None:
+        """``place`` may be a whole message."""
+        self._found.append(f"{place}: {what}" if what else str(place))
+
+    def check(self) -> None:
+        """Raise a DataError if there was any."""
+        if self._found:
+            more = len(self._found) - SHOWN
+            rest = [f"... and {more} more, {len(self._found)} in all"] if more > 0 else []
+            raise DataError("\n".join(self._found[:SHOWN] + rest))
+
+
+class Folder:
+    """The files below a root, each folder listed once: a dataset may have a hundred thousand of them."""
+
+    def __init__(self, root: Path, below: tuple[str, ...]):
+        self.root = root
+        self._below = below  # folders in which a relative path may start, in this order
+        self._listings: dict[str, frozenset[str]] = {}
+
+    def find(self, path: str) -> str:
+        """The path from the root on; ValueError(value, rule and fix) where it leads nowhere or out of it."""
+        parts = PurePosixPath(path).parts
+        if path.startswith(("/", "\\")) or ".." in parts:
+            raise ValueError(f"path {path!r} leaves the dataset's folder; give it relative to the folder, without '..'")
+        for start in self._below:
+            inner = str(PurePosixPath(start, *parts))
+            folder, name = os.path.split(inner)
+            if name in self._listing(folder):
+                return inner
+        places = " or ".join(str(self.root / start) for start in self._below)
+        raise ValueError(f"there is no file {path!r} in {places}; restore it or remove its entry")
+
+    def _listing(self, folder: str) -> frozenset[str]:
+        if folder not in self._listings:
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    self._listings[folder] = frozenset(e.name for e in entries if e.is_file())
+            except (FileNotFoundError, NotADirectoryError):
+                self._listings[folder] = frozenset()
+        return self._listings[folder]
+
+
+def open_root(recipe: DataConfig) -> Path:
+    """The recipe's root as an absolute path, or a DataError if it is no folder."""
+    assert recipe.root is not None  # DataConfig asks for it
+    root = Path(recipe.root).expanduser().absolute()
+    if not root.is_dir():
+        siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
+        near = get_close_matches(root.name, siblings, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "name the folder of the dataset"
+        raise DataError(f"data.root {recipe.root!r}: {root} is not a folder; {hint}")
+    return root
+
+
+def open_home(recipe: DataConfig, names: Sequence[str], holds: str) -> Path:
+    """The dataset's folder, which holds a file of that name: the recipe's root, or a folder of these names below it.
+
+    Names are found whatever their case. The root where there is none.
+    """
+    root = open_root(recipe)
+    if (root / holds).is_file():
+        return root
+    below = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    found = [below[name.lower()] for name in names if name.lower() in below]
+    return next((path for path in found if (path / holds).is_file()), root)
+
+
+def read_text(file: Path) -> str:
+    """The text of a small file of the dataset."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{file}: there is no such file, and the format needs it; add it") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); mend the file or its rights") from None

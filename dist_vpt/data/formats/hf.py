@@ -1,0 +1,181 @@
+"""HuggingFace datasets: from the hub, saved to disk, or a folder that the library can read as a dataset."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.images import decode
+from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
+from dist_vpt.data.tasks import Task
+from dist_vpt.errors import DataError, UserError, nearest
+
+SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+SAVED = ("dataset_dict.json", "state.json")  # one of them lies in a folder written by save_to_disk
+
+
+@dataclass(frozen=True, eq=False)
+class HfSource:
+    """The image column of a dataset, undecoded. Pickles as paths where the dataset is a file on disk."""
+
+    dataset: Any  # datasets.Dataset with one column
+    column: str
+    name: str  # of the dataset and split, for messages
+
+    def read(self, i: int, max_megapixels: float) -> Image.Image:
+        stored = self.dataset[i][self.column]
+        if stored is None:
+            raise DataError(f"{self.where(i)}: has no image; remove the record, or set data.bad_images=skip")
+        encoded = stored["path"] if stored["bytes"] is None else stored["bytes"]
+        return decode(encoded, self.where(i), max_megapixels, upright=True)
+
+    def where(self, i: int) -> str:
+        stored = self.dataset[i][self.column]
+        path = stored and stored["path"]
+        return f"{self.name} record {i}" + (f" ({path})" if path else "")
+
+    def identity(self, i: int) -> str:
+        return f"{self.dataset._fingerprint} {i}"
+
+
+def open_splits(recipe: DataConfig, task: Task) -> Splits:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("format 'hf' needs the package datasets; pip install 'dist-vpt[hf]'") from None
+    parts = _parts(recipe, datasets)
+    features = parts["train"].features
+    image = _column(recipe, "image", recipe.hf.image, datasets.Image, features)
+    label = _column(recipe, "label", recipe.hf.label, datasets.ClassLabel, features)
+    labels, classes = _labels(recipe, parts, label)
+    found, missing = {}, {}
+    for name, part in parts.items():
+        hidden = np.flatnonzero(labels[name] < 0)
+        place = f"{recipe.root} split {name!r}"
+        if len(hidden):
+            missing[name] = f"{place} record {hidden[0]} has label -1, so its labels are hidden"
+            continue
+        if not isinstance(part.features.get(image), datasets.Image):
+            raise DataError(f"{place}: column {image!r} is no Image column there; mend the dataset")
+        column = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        found[name] = Split(name, labels[name], HfSource(column, image, place))
+    for name in ("train", "val"):
+        if name in missing:
+            named = ", ".join(f"{each}: ..." for each in dict.fromkeys(("train", name)))
+            raise DataError(f"{missing[name]}; name those with labels, all that are used: 'data.hf.splits={{{named}}}'")
+    return with_missing_splits(
+        recipe,
+        classes,
+        found["train"],
+        found.get("val"),
+        found.get("test"),
+        carve_test="test" not in missing,
+        missing=missing,
+    )
+
+
+def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
+    """Our split names to the dataset's splits: as the recipe says, or by their names."""
+    theirs = _open(recipe, datasets)
+    chosen = {str(ours): name for ours, name in recipe.hf.splits.items()}
+    if not chosen:
+        by_name = {ours: [name for name in names if name in theirs] for ours, names in SPLIT_NAMES.items()}
+        chosen = {ours: names[0] for ours, names in by_name.items() if names}
+    for ours, name in chosen.items():
+        if name not in theirs:
+            raise DataError(f"data.hf.splits.{ours} {name!r}: no such saved split; {nearest(name, theirs)}")
+    if "train" not in chosen:
+        raise DataError(
+            f"data.root {recipe.root!r}: has no split 'train' but {', '.join(map(repr, theirs))}; "
+            "say which to train on: 'data.hf.splits={train: ...}'"
+        )
+    return {ours: theirs[name] for ours, name in chosen.items()}
+
+
+def _open(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
+    """The dataset's own splits; where the recipe chooses splits by expressions, these."""
+    assert recipe.root is not None  # DataConfig asks for it
+    folder = Path(recipe.root).expanduser()
+    root = str(folder) if folder.is_dir() else recipe.root
+    try:
+        if any((folder / file).is_file() for file in SAVED):
+            stored = datasets.load_from_disk(root)
+            return stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
+        where = {"path": root, "name": recipe.hf.config, "revision": recipe.hf.revision}
+        if recipe.hf.splits:
+            return {name: datasets.load_dataset(**where, split=name) for name in recipe.hf.splits.values()}
+        return datasets.load_dataset(**where)
+    except Exception as error:  # the library and its network clients raise errors of many families
+        kind = "" if folder.is_dir() else "is no folder here, and as a dataset of the hub it "
+        raise DataError(
+            f"data.root {recipe.root!r}: {kind}cannot be opened ({type(error).__name__}: {error}); check the "
+            f"name and data.hf, and without a network download the dataset first"
+        ) from error
+
+
+def _column(recipe: DataConfig, role: str, asked: str | None, kind: type, features: Any) -> str:
+    if asked is not None:
+        if asked not in features:
+            raise DataError(f"data.hf.{role} {asked!r}: no such column; {nearest(asked, features)}")
+        if role == "image" and not isinstance(features[asked], kind):
+            raise DataError(
+                f"data.hf.image {asked!r}: is a {type(features[asked]).__name__} column; choose an Image one"
+            )
+        return asked
+    columns = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(columns) != 1:
+        raise DataError(
+            f"{recipe.root}: has {len(columns)} {kind.__name__} columns among {', '.join(features)}; exactly "
+            f"one is found by itself, so say which with data.hf.{role}"
+        )
+    return columns[0]
+
+
+def _labels(recipe: DataConfig, parts: dict[str, Any], column: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Labels int64 [n] of each split, and the class names: a ClassLabel's, or the values found in train."""
+    values = {name: _values(f"{recipe.root} split {name!r}", part, column) for name, part in parts.items()}
+    declared = {name: getattr(part.features[column], "names", None) for name, part in parts.items()}
+    for name, names in declared.items():
+        if names != declared["train"]:
+            raise DataError(
+                f"{recipe.root} split {name!r}: the classes of column {column!r} differ from those of train; "
+                f"save all splits with the same ClassLabel"
+            )
+    if declared["train"] is not None:
+        numbers = {name: np.array(part, np.int64) for name, part in values.items()}
+        for name, numbers_n in numbers.items():
+            outside = np.flatnonzero(numbers_n >= len(declared["train"]))
+            if len(outside):
+                raise DataError(
+                    f"{recipe.root} split {name!r} record {outside[0]}: {column} {numbers_n[outside[0]]} must be below "
+                    f"{len(declared['train'])}, the number of its classes; mend the record"
+                )
+        return numbers, tuple(declared["train"])
+    classes = class_order(map(str, values["train"]))
+    label_of = {value: k for k, value in enumerate(classes)}
+    labels = {name: np.empty(len(part), np.int64) for name, part in values.items()}
+    for name, part in values.items():
+        for i, value in enumerate(map(str, part)):
+            if value not in label_of:
+                raise DataError(
+                    f"{recipe.root} split {name!r} record {i}: {column} {value!r} has no image in train; "
+                    f"{nearest(value, classes)}"
+                )
+            labels[name][i] = label_of[value]
+    return labels, classes
+
+
+def _values(place: str, part: Any, column: str) -> list[int | str]:
+    if column not in part.features:
+        raise DataError(f"{place}: has no column {column!r}; {nearest(column, part.features)}")
+    values = list(part[column])
+    for i, value in enumerate(values):
+        if not isinstance(value, int | str):
+            raise DataError(
+                f"{place} record {i}: {column} {value!r} is no class; mend the record, or say which column "
+                f"is the label with data.hf.label"
+            )
+    return values

@@ -1,0 +1,1 @@
+"""Several processes of one run: their launcher, collective calls, and an end for all where one fails."""

@@ -1,0 +1,232 @@
+"""One run, from a recipe to its result, on this process and those started beside it."""
+
+import json
+import os
+from contextlib import ExitStack
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from dist_vpt.data.loaders import TrainBatches
+from dist_vpt.distributed.collectives import on_main_process, raise_on_any_rank
+from dist_vpt.distributed.rank_status import phase
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.distributed.watchdog import RankWatchdog
+from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.files import raising_disk_full, read_json, write_atomically
+from dist_vpt.planning.planner import advice_on_memory, check_memory
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.provenance import device_name, versions
+from dist_vpt.runtime.peak_memory import MIB, free_and_reset_peak, peak_memory_mib
+from dist_vpt.training.accelerator import (
+    capture_user_error,
+    frozen_bytes,
+    init_accelerator,
+    prepare,
+    processes,
+    strategy_name,
+)
+from dist_vpt.training.checkpointing import States
+from dist_vpt.training.components import Components, build_components, class_weights
+from dist_vpt.training.engine import TrainState, evaluate, fit
+from dist_vpt.training.logger import RunLogger
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """One run from a recipe to its result, on this process and those started beside it."""
+
+    def make() -> tuple[Components, TrainBatches]:
+        parts = build_components(recipe)
+        train = parts.training(recipe, int(os.environ.get("RANK", "0")), processes())
+        parts.method.train()  # a method that cannot be trained from here says so before anything is written
+        return parts, train
+
+    free_and_reset_peak()
+    folder = RunFolder(str(recipe.run.dir))
+    made, refused = capture_user_error(make)  # before any process waits for another
+    with StopSignal() as stop, ExitStack() as leaving:
+        accelerator = init_accelerator(recipe, refused, leaving)
+        assert made is not None
+        parts, train = made
+        if acquire(folder, recipe, accelerator, leaving):
+            accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
+            return read_json(folder.result)
+        ranks = RankWatchdog(folder, accelerator.process_index, accelerator.num_processes, recipe.run.timeout_minutes)
+        with ranks, advice_on_memory(recipe, accelerator):
+            warning = check_memory(recipe, accelerator, len(parts.splits.classes))
+            training = _set_up(recipe, parts, train, accelerator, folder, stop)
+            leaving.callback(training.close)
+            if warning:
+                training.monitor.line(warning)
+            fit(training)
+            return _conclude(training, parts)
+
+
+def acquire(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, leaving: ExitStack, kind: str = "run") -> bool:
+    """Main holds the folder for the run or sweep, or all processes fail with its reason; whether it is done already.
+
+    They fail as well where one of them does not see the folder: nobody could watch it.
+    """
+
+    done: bool = False
+    refused: UserError | None = None
+    if accelerator.is_main_process:
+        try:
+            done = leaving.enter_context(folder.claimed(recipe, kind))
+        except UserError as error:
+            refused = error
+    raise_on_any_rank(accelerator, refused)
+    if not folder.seen():
+        refused = RunFolderError(
+            f"{folder.path}: no run is seen here, where process 0 has just begun one; every process "
+            "needs to see the run folder: choose a run.dir that all nodes share"
+        )
+    raise_on_any_rank(accelerator, refused)
+    return broadcast_object_list([done])[0]
+
+
+def _set_up(  # noqa: PLR0917 (what a Training is made of)
+    recipe: Recipe,
+    parts: Components,
+    train: TrainBatches,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    stop: StopSignal,
+) -> TrainState:
+
+    phase.at("the start", "setting up")
+    split = parts.splits[recipe.data.train_on]
+    weights = class_weights(recipe.train.class_weights, split.labels, len(parts.splits.classes))
+    total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
+    trained = sum(p.numel() for _, p in parts.method.trainable())
+    parts.start(recipe, accelerator.device)
+    model, optimizer = prepare(recipe, accelerator, parts.method)
+    states = States(folder, accelerator)
+    progress, resumed = states.resume(parts.method, optimizer)
+    val = None
+    if recipe.data.train_on == "train" and parts.splits.val:
+        val = parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
+    stream = parts.use_cached_stream(recipe, accelerator, train, val, stop)
+    training = TrainState(
+        recipe=recipe,
+        accelerator=accelerator,
+        method=parts.method,
+        model=model,
+        optimizer=optimizer,
+        train=train,
+        val=val,
+        class_weights=weights.to(accelerator.device),
+        folder=folder,
+        states=states,
+        monitor=RunLogger(recipe, accelerator, folder),
+        facts={"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)},
+        progress=progress,
+        parameters={"trained": trained, "total": total},
+        stop=stop,
+    )
+    headline = [
+        f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
+        f"({100 * trained / total:.2f} %)",
+        f"{recipe.data.task}: {len(split):,} images of {len(parts.splits.classes)} classes "
+        f"at {parts.view.image_size} px; "
+        f"{recipe.train.epochs} epochs of {train.steps_per_epoch} steps of {recipe.train.batch_size} images",
+        f"{strategy_name(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
+        f"{recipe.runtime.precision}; "
+        f"run folder {folder.path}",
+        "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
+    ]
+    headline += [f"note: {note}" for note in (*recipe.doubts, *parts.splits.notes)]
+    then = f"run.resume=auto goes on {states.newest}"
+    if parts.splits.carved:
+
+        def write_splits() -> None:
+            write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
+
+        on_main_process(accelerator, write_splits, "the splits", folder.path, then)
+    if stream:
+        headline.append(stream)
+    if parts.difference.left_out:
+        headline.append(f"left out of the weights' file: {parts.difference.told_left_out()}")
+    if parts.difference:
+        headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
+    headline += resumed
+    with raising_disk_full("the log", folder.path, then):
+        training.monitor.start(headline, progress, recipe.train.epochs * train.steps_per_epoch, training.step)
+    return training
+
+
+def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
+    """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
+
+    phase.at("the end", "writing the result")
+    progress, classes = t.progress, parts.splits.classes
+    images_per_s = t.monitor.images_per_s(progress)
+    held, whole = frozen_bytes(t.method)  # between steps
+    tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
+
+    then = f"run.resume=auto goes on {t.states.newest}"
+
+    def write_tensors() -> None:
+        t.states.write_best()
+        write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
+
+    on_main_process(t.accelerator, write_tensors, "the results", t.folder.path, then)
+    last, best, scores = dict(progress.last), dict(progress.best) or None, None
+    if t.recipe.train.test:
+        test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
+        scores = evaluate(t.accelerator, t.model, test, len(classes), confusion=True, stop=t.stop)
+        last["test"] = scores.compute()
+        t.monitor.scores(last["epoch"], t.step, "test", last["test"])
+        if best and best["epoch"] == last["epoch"]:
+            best["test"] = last["test"]
+        elif best:
+            restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
+            best["test"] = evaluate(t.accelerator, t.model, test, len(classes), stop=t.stop).compute()
+        skipped |= set(gather_object(sorted(test.skipped)))
+        test.close()
+    result = {
+        "last": last,
+        "best": best,
+        "seconds": round(progress.seconds, 3),
+        "images_per_s": round(images_per_s, 2),
+        "peak_memory_mib": round(peak_memory_mib(), 1),
+        "frozen_weights_mib": {"held": round(held / MIB, 2), "whole": round(whole / MIB, 2)},
+        "parameters": t.parameters,
+        "skipped_images": sorted(skipped),
+        "device": device_name(t.accelerator.device),
+        "processes": t.accelerator.num_processes,
+        "strategy": strategy_name(t.accelerator),
+        "precision": t.recipe.runtime.precision,
+        "runtime": t.method.backbone.chosen,
+        "seed": t.recipe.seed,
+        "protocol": parts.protocol(),
+        "versions": versions(),
+    }
+
+    def write_result() -> None:
+        t.monitor.flush()
+        write_atomically(t.folder.result, json.dumps(result, indent=1) + "\n")
+        t.folder.mark("done")
+        t.monitor.line(_summary(result, t))
+
+    on_main_process(t.accelerator, write_result, "the results", t.folder.path, then)
+    if scores is not None:  # last: a picture that cannot be drawn must not cost a finished run its result
+        confusion_KK = scores.confusion().cpu().numpy()
+        t.monitor.pictures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
+    t.accelerator.wait_for_everyone()
+    return result
+
+
+def _summary(result: dict[str, Any], t: TrainState) -> str:
+    last, best = result["last"], result["best"]
+    parts = [f"done in {result['seconds']:.1f} s ({result['images_per_s']:.0f} images/s)"]
+    if "test" in last:
+        parts.append(f"test top1 {last['test']['top1']:.2f} % after the last epoch")
+    if best and "test" in best:
+        parts.append(f"{best['test']['top1']:.2f} % with the best epoch on val ({best['epoch']})")
+    if result["skipped_images"]:
+        parts.append(f"{len(result['skipped_images'])} unreadable images skipped")
+    return "; ".join(parts) + f"\n{t.folder.result}"

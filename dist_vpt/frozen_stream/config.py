@@ -1,0 +1,25 @@
+"""Where the frozen stream of a reader is kept."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class StreamConfig(BaseModel):
+    """Where a reader's frozen stream is kept between epochs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    cache: Literal["auto", "none", "device", "memory", "disk"] = Field(
+        "auto",
+        description="none: computed anew for each batch; device, memory, disk: computed once and kept on the "
+        "accelerator, in host memory, or in stream.dir; auto: the first of device, memory and (with stream.dir) disk "
+        "that it fits in, else none",
+    )
+    dir: str | None = Field(None, min_length=1, description="folder of the cache files; they serve later runs too")
+
+    @model_validator(mode="after")
+    def _disk_has_a_folder(self) -> Self:
+        if self.cache == "disk" and self.dir is None:
+            raise ValueError("cache = disk: needs a folder for its files; set stream.dir")
+        return self

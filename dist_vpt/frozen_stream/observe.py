@@ -1,0 +1,64 @@
+"""The frozen stream: what readers see of a frozen backbone, block by block, computed without autograd.
+
+B images, S image side, N tokens, D width, H heads, E = D / H.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_vpt.backbones.blocks import key_scale, keys_and_values, unpack_block
+from dist_vpt.backbones.vit import Backbone
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a reader asks of the stream besides the pooled features."""
+
+    blocks: tuple[int, ...] = ()  # whose normalised inputs it reads, rising
+    key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
+    keys: bool = False  # keys and values in place of the two: twice the bytes, and nothing left to project
+    pixels: bool = False  # and the image itself
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of Observed that hold something for each block."""
+        if self.keys:
+            return ("keys", "values")
+        return ("normed", "key_scales") if self.key_scales else ("normed",)
+
+
+class StreamOutput(NamedTuple):
+    """What the frozen stream holds of some images, in the backbone's dtype."""
+
+    pooled: Tensor  # [B, D]: the weights' own pooling of the last block's normalised tokens
+    normed: tuple[Tensor, ...] = ()  # [B, N, D] for each block that is read: what its attention sees
+    key_scales: tuple[Tensor, ...] = ()  # [B, N, H] for each of them; empty unless asked for
+    keys: tuple[Tensor, ...] = ()  # [B, H, N, E], and of values, in place of the two above where asked for
+    values: tuple[Tensor, ...] = ()
+    pixels: tuple[Tensor, ...] = ()  # [B, 3, S, S], normalised, alone; empty unless asked for
+
+
+@torch.no_grad()
+def compute_stream(backbone: Backbone, images_B3SS: Tensor, reads: StreamSpec) -> StreamOutput:
+    """Run the frozen backbone on images (uint8 [B, 3, S, S]) and keep what is read of it."""
+    tokens_BND = backbone.embed(images_B3SS)
+    normed, scales, keys, values = [], [], [], []
+    for number, block in enumerate(backbone.blocks):
+        if number in reads.blocks:
+            seams = unpack_block(block, number)
+            normed_BND = seams.norm1(tokens_BND)
+            if reads.keys:
+                keys_BHNE, values_BHNE = keys_and_values(seams, normed_BND)
+                keys.append(keys_BHNE)
+                values.append(values_BHNE)
+            else:
+                normed.append(normed_BND)
+                if reads.key_scales:
+                    scales.append(key_scale(seams, normed_BND))
+        tokens_BND = backbone.run_block(block, tokens_BND)
+    pooled_BD = backbone.pool(backbone.norm(tokens_BND))
+    pixels = (backbone.normalised(images_B3SS),) if reads.pixels else ()
+    return StreamOutput(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values), pixels)

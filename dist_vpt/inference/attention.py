@@ -1,0 +1,250 @@
+"""What a run's tokens attend to: attention of the class token, and of each prompt or query, to the image's patches.
+
+B images, L blocks that are shown, H heads, N tokens, R tokens whose attention is shown, M patches, D width, E = D / H,
+S image side.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_vpt.backbones.blocks import unpack_block, widened
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.errors import UserError
+from dist_vpt.files import write_atomically
+from dist_vpt.frozen_stream.observe import StreamSpec, compute_stream
+from dist_vpt.inference.load import load_run
+from dist_vpt.inference.predict import image_files
+from dist_vpt.methods.base import Method
+from dist_vpt.methods.vpt import VPT
+from dist_vpt.methods.vqt import VQT
+from dist_vpt.runs.folder import RunFolder
+
+CELL = 112  # pixels of an image's side in a grid
+COLUMNS = 4  # of a grid with a map for each block or head, and the least width of all
+SHOWN = 16  # prompts or queries that a picture has side by side; the others go into further rows
+OVERLAY = 0.65  # share of the colour of the map in a picture
+ONLY = "attention can be drawn of runs on such backbones alone"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Weights of the patches in the softmax over all tokens, [B, H, R, M] for each block, float32."""
+
+    whole: list[Tensor]  # R = 1: of the class token, or without one the mean over the patches' own
+    own: list[Tensor]  # of each prompt or query; R = 0 in a block that has none
+    names: tuple[str, str]  # what the two are called
+
+
+@torch.no_grad()
+def attend(method: Method, images_B3SS: Tensor) -> Attention:
+    """Run a method whose kernel is eager on images. Raises UserError for blocks that are not timm's plain ones."""
+    backbone = method.backbone
+    with _matrices(backbone) as found:
+        if isinstance(method, VQT):
+            own = _queries(method, images_B3SS)
+        else:
+            method(images_B3SS)
+            own = [weights_BHNN[:, :, backbone.prefix : -backbone.patches] for weights_BHNN in found]
+    has_class = backbone.stem.cls_token is not None
+    rows = [weights[:, :, :1] if has_class else weights[:, :, -backbone.patches :].mean(2, True) for weights in found]
+    return Attention(
+        [weights[..., -backbone.patches :] for weights in rows],
+        [weights[..., -backbone.patches :] for weights in own],
+        ("class" if has_class else "patches", "query" if isinstance(method, VQT) else "prompt"),
+    )
+
+
+@contextmanager
+def _matrices(backbone: Backbone) -> Iterator[list[Tensor]]:
+    """What eager attention computes inside the context: [B, H, N, N] of each block."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(widened(inputs[0]))
+
+    for number, block in enumerate(backbone.blocks):
+        unpack_block(block, number, ONLY)
+    hooks = [block.attn.attn_drop.register_forward_pre_hook(keep) for block in backbone.blocks]  # type: ignore[union-attr]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _queries(method: VQT, images_B3SS: Tensor) -> list[Tensor]:
+    """Attention of VQT's queries to the image's tokens, [B, H, Q, N] of each block; none where a block has none."""
+    backbone = method.backbone
+    observed = compute_stream(backbone, images_B3SS, StreamSpec(method.blocks, keys=True))
+    found: list[Tensor] = []
+    for number, block in enumerate(backbone.blocks):
+        seams = unpack_block(block, number)
+        if number not in method.blocks:
+            found.append(torch.zeros(len(images_B3SS), seams.heads, 0, backbone.tokens, device=images_B3SS.device))
+            continue
+        i = method.blocks.index(number)
+        z_QD = method.queries[i].to(backbone.dtype)
+        q_QHE = seams.q_norm(seams.project(0, seams.norm1(z_QD))) * seams.scale
+        scores_BHQN = q_QHE.transpose(0, 1) @ observed.keys[i].transpose(2, 3)
+        found.append(widened(scores_BHQN).softmax(-1))
+    return found
+
+
+def show(  # noqa: PLR0917 (a run, images, which maps, where to)
+    run: str,
+    images: Sequence[str],
+    adapters: str = "last",
+    block: int | None = None,
+    head: int | None = None,
+    out: str | None = None,
+) -> list[Path]:
+    """Pictures of a run's attention to image files, in a folder and in the run's TensorBoard; returns the files.
+
+    All blocks, with the mean over heads or one ``head`` alone; or one ``block``, with the mean and each head.
+    """
+    files = _named(images)
+    opened = load_run(run, adapters, checkpointing="none", attention="eager", compile=False, offload=False)
+    backbone, folder = opened.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
+    for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
+        if value is not None and not 0 <= value < count:
+            raise UserError(f"--{name} {value}: the backbone's {name}s are 0 to {count - 1}")
+    written = []
+    pictures: dict[str, np.ndarray] = {}
+    which = "".join(f"-{name}{value}" for name, value in (("block", block), ("head", head)) if value is not None)
+    for called, file in files.items():
+        pixels_13SS = opened.show(file).unsqueeze(0).to(opened.device)
+        found = attend(opened.method, pixels_13SS)
+        if isinstance(opened.method, VPT):  # whose patches may be of a frame, too
+            pixels_13SS = opened.method.framed(pixels_13SS).detach()
+        image_SS3 = pixels_13SS[0].cpu().permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
+        for name, figure in _figures(found, image_SS3, block, head):
+            path = folder / f"{called}-{name}{which}.png"
+            pictures[f"attention/{called}/{name}{which}"] = drawn = _drawn(figure)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, _png(drawn))
+            print(path)
+            written.append(path)
+    events = RunFolder(run).path / "tb"
+    if events.is_dir():
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(events)) as writer:
+            for name, drawn in pictures.items():
+                writer.add_image(name, drawn, dataformats="HWC")
+    return written
+
+
+def _named(images: Sequence[str]) -> dict[str, Path]:
+    """Image files by what their pictures are called: their place below a folder that was given, or their own name.
+
+    Raises UserError for two of one name, of which one picture would be lost.
+    """
+    named: dict[str, Path] = {}
+    for image in images:
+        for file in image_files([image]):
+            place = file.relative_to(image) if Path(image).is_dir() else Path(file.name)
+            name = "-".join(place.with_suffix("").parts)
+            if named.setdefault(name, file) != file:
+                raise UserError(
+                    f"{named[name]} and {file}: the pictures of both would be called {name}-...; give one of them, and "
+                    "the other in a call with an --out of its own"
+                )
+    return named
+
+
+def _heads(backbone: Backbone) -> int:
+    return unpack_block(backbone.blocks[0], 0, ONLY).heads
+
+
+def _figures(found: Attention, image_SS3: np.ndarray, block: int | None, head: int | None) -> Iterator[tuple[str, Any]]:
+    """Names and figures of one image: a map in each cell, over the image."""
+    numbers = range(len(found.whole)) if block is None else [block]
+    whole, own = found.names
+    of = "mean over heads" if head is None else f"head {head}"
+
+    def chosen(weights_BHRM: Tensor) -> Tensor:
+        weights_HRM = weights_BHRM[0].cpu()
+        return weights_HRM.mean(0) if head is None else weights_HRM[head]
+
+    cells = {f"block {number}": chosen(found.whole[number])[0] for number in numbers}
+    if block is not None and head is None:
+        cells = {"mean": cells[f"block {block}"]}
+        cells |= {f"head {h}": weights_RM[0] for h, weights_RM in enumerate(found.whole[block][0].cpu())}
+    kind = "class token" if whole == "class" else "mean over the patches"
+    where = of if block is None else f"block {block}"
+    yield whole, _grid([list(cells.items())], image_SS3, f"Attention of the {kind} to the patches, {where}", COLUMNS)
+    rows = []
+    for number in numbers:
+        maps_RM = chosen(found.own[number])
+        if len(maps_RM):
+            rows.append([(f"block {number}, {own} {r}", weights_M) for r, weights_M in enumerate(maps_RM)])
+    if rows:
+        columns = min(SHOWN, max(len(row) for row in rows))
+        if columns == 1:
+            rows, columns = [[row[0] for row in rows]], COLUMNS
+        name = {"prompt": "prompts", "query": "queries"}[own]
+        yield name, _grid(rows, image_SS3, f"Attention of each {own} to the patches, {of}", columns)
+
+
+def _grid(rows: list[list[tuple[str, Tensor]]], image_SS3: np.ndarray, title: str, columns: int) -> Any:
+    """A figure with a cell for each map, rows longer than ``columns`` wrapped; colours are of each map's range."""
+    from matplotlib.figure import Figure
+
+    lines = [row[at : at + columns] for row in rows for at in range(0, len(row), columns)]
+    columns = max(COLUMNS, *map(len, lines))
+    label, head = 0.22, 0.3  # inches
+    figure = Figure(figsize=(columns * CELL / 100 + 0.1, len(lines) * (CELL / 100 + label) + head), dpi=100)
+    width, height = figure.get_size_inches()
+    for r, line in enumerate(lines):
+        for c, (name, weights_M) in enumerate(line):
+            bottom = height - head - (r + 1) * (CELL / 100 + label)
+            side = CELL / 100 - 0.06
+            axes = figure.add_axes(
+                ((0.05 + c * CELL / 100) / width, (bottom + 0.03) / height, side / width, side / height)
+            )
+            axes.imshow(_overlaid(image_SS3, weights_M.numpy()))
+            axes.set_axis_off()
+            axes.set_title(name, fontsize=6, pad=2)
+    figure.text(0.05 / width, 1 - head / 2 / height, title, fontsize=8, va="center")
+    return figure
+
+
+def _overlaid(image_SS3: np.ndarray, weights_M: np.ndarray) -> np.ndarray:
+    """The image in grey under the map in colours, dark for the least weight and bright for the most."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    side = round(len(weights_M) ** 0.5)
+    least, most = weights_M.min(), weights_M.max()
+    scaled_SS = ((weights_M - least) / max(most - least, 1e-12)).reshape(side, side)
+    large = Image.fromarray((scaled_SS * 255).astype(np.uint8)).resize(
+        image_SS3.shape[1::-1], Image.Resampling.BILINEAR
+    )
+    color_SS3 = colormaps["inferno"](np.asarray(large))[..., :3]
+    grey_SS1 = image_SS3.mean(2, keepdims=True)
+    return OVERLAY * color_SS3 + (1 - OVERLAY) * grey_SS1
+
+
+def _drawn(figure: Any) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _png(drawn_HW3: np.ndarray) -> bytes:
+    import io
+
+    from PIL import Image
+
+    written = io.BytesIO()
+    Image.fromarray(drawn_HW3).save(written, format="png")
+    return written.getvalue()

@@ -1,0 +1,50 @@
+"""A split scored again with a run's adapters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_vpt.errors import UserError
+from dist_vpt.files import read_json
+from dist_vpt.inference.load import classes_of
+from dist_vpt.runs.adapters import read_adapters, restore
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.components import build_components
+from dist_vpt.training.engine import evaluate
+
+
+def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it."""
+    folder = RunFolder(run)
+    folder.refuse_sweep()
+    recipe = folder.load(overrides)
+    parts = build_components(recipe)
+    path = folder.best if adapters == "best" else folder.adapters
+    tensors, facts = read_adapters(path)
+    restore(parts.method, tensors, path)
+    if list(parts.splits.classes) != classes_of(facts, path):
+        raise UserError(f"{run}: was trained on other classes than {recipe.data.task} has here; mend data.root")
+    accelerator = make_accelerator(recipe)
+    model = accelerator.prepare_model(parts.method, evaluation_mode=True)
+    batches = parts.evaluation(split, accelerator.process_index, accelerator.num_processes)
+    scores = evaluate(accelerator, model, batches, len(parts.splits.classes)).compute()
+    batches.close()
+    if accelerator.is_main_process:
+        reported = _reported(folder, adapters).get(split, {})
+        table = Table(title=f"{run}: {split} split, {adapters} adapters, {len(parts.splits[split]):,} images")
+        for column in ("score", "now", "reported by the run"):
+            table.add_column(column, justify="left" if column == "score" else "right")
+        for name, value in scores.items():
+            table.add_row(name, f"{value:.4f}", f"{reported[name]:.4f}" if name in reported else "-")
+        Console().print(table)
+    accelerator.end_training()
+    return scores
+
+
+def _reported(folder: RunFolder, adapters: str) -> dict[str, Any]:
+    if not folder.result.is_file():
+        return {}
+    return read_json(folder.result)[adapters] or {}

@@ -1,0 +1,62 @@
+"""A run's method with its adapters, ready to score images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_vpt.backbones.build import preprocessing_of
+from dist_vpt.data.config import resolve
+from dist_vpt.data.images import decode
+from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.errors import WeightsError
+from dist_vpt.methods.base import Method
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.adapters import read_adapters, restore
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.training.components import build_method, build_transform
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's method with its adapters, on its device and ready to score."""
+
+    recipe: Recipe
+    method: Method
+    classes: list[str]
+    device: torch.device
+    view: ImageTransform
+
+    def show(self, file: Path) -> Tensor:
+        """An image file as the method is shown it, [3, S, S]."""
+        upright = resolve(self.recipe.data).upright
+        return self.view.eval(decode(file, str(file), self.recipe.data.max_megapixels, upright=upright))
+
+
+def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
+    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime that are to be others."""
+    folder = RunFolder(run)
+    folder.refuse_sweep()
+    path = folder.best if adapters == "best" else folder.adapters
+    recipe = folder.load()
+    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
+    tensors, facts = read_adapters(path)
+    classes = classes_of(facts, path)
+    wants = preprocessing_of(recipe.backbone)
+    method, _ = build_method(recipe, wants, len(classes))
+    restore(method, tensors, path)
+    device = device_of(recipe)
+    return LoadedRun(recipe, method.to(device).eval(), classes, device, build_transform(recipe.data, wants))
+
+
+def classes_of(facts: dict[str, Any], path: Path) -> list[str]:
+    if "classes" not in facts:
+        raise WeightsError(f"{path}: names no classes, so that a run did not write it; restore the run's own file")
+    return facts["classes"]
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator if accelerator is not None and recipe.runtime.device == "auto" else torch.device("cpu")

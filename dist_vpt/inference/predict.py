@@ -1,0 +1,81 @@
+"""What a run's adapters are good for: scoring a split again, classifying images, and merging into plain weights.
+
+B batch, K classes.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_vpt.data.formats.image_folder import EXTENSIONS
+from dist_vpt.errors import UserError
+from dist_vpt.files import write_atomically
+from dist_vpt.inference.load import load_run
+
+
+def predict(
+    run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
+) -> list[dict[str, Any]]:
+    """Classify image files: for each, class names and probabilities, the likeliest first; as CSV or JSON."""
+    if top < 1:
+        raise UserError(f"--top {top}: must be at least 1")
+    if out and Path(out).suffix not in (".csv", ".json"):
+        raise UserError(f"--out {out}: must end in .csv or .json")
+    if out and not Path(out).parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
+    opened, files = load_run(run, adapters), image_files(images)
+    classes, size = opened.classes, opened.recipe.train.eval_batch_size
+    rows = []
+    for start in range(0, len(files), size):
+        some = files[start : start + size]
+        batch = torch.stack([opened.show(file) for file in some])
+        with torch.no_grad():
+            probabilities_BK = opened.method(batch.to(opened.device)).float().softmax(1).cpu()
+        for file, row in zip(some, probabilities_BK, strict=True):
+            values, indices = row.topk(min(top, len(classes)))
+            best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+            rows.append(
+                {
+                    "image": str(file),
+                    "predictions": [{"class": c, "probability": round(p, 6)} for c, p in best],
+                }
+            )
+    _write(rows, out)
+    return rows
+
+
+def _write(rows: list[dict[str, Any]], out: str | None) -> None:
+    if out and out.endswith(".json"):
+        write_atomically(Path(out), json.dumps(rows, indent=1) + "\n")
+        return
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "rank", "class", "probability"])
+    for row in rows:
+        for rank, prediction in enumerate(row["predictions"], 1):
+            writer.writerow([row["image"], rank, prediction["class"], prediction["probability"]])
+    if out:
+        write_atomically(Path(out), text.getvalue())
+    else:
+        sys.stdout.write(text.getvalue())
+
+
+def image_files(images: Sequence[str]) -> list[Path]:
+    files: list[Path] = []
+    for image in map(Path, images):
+        if image.is_dir():
+            inside = sorted(p for p in image.rglob("[!.]*") if p.suffix.lower() in EXTENSIONS)
+            if not inside:
+                raise UserError(f"{image}: no images in this folder ({', '.join(sorted(EXTENSIONS))})")
+            files += inside
+        elif image.is_file():
+            files.append(image)
+        else:
+            raise UserError(f"{image}: no such file or folder")
+    return files

@@ -1,0 +1,259 @@
+"""Bytes that a run holds on a device, counted without allocating the model.
+
+B images of a micro-batch, K classes, W processes.
+
+The training step and the scoring of a batch are run on fake tensors (shapes and dtypes, no numbers), and every
+storage that they make is counted for as long as it lives: whatever a method, a kernel or a checkpointing policy does
+is counted by doing it. Weights that several processes share out are then divided as the strategy does.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_vpt.backbones.build import Preprocessing, preprocessing_of
+from dist_vpt.data.loaders import PIXELS
+from dist_vpt.methods.base import Method
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runtime.offload import apply_offload
+from dist_vpt.training.components import build_method, build_transform
+from dist_vpt.training.optim import build_optimizer
+
+FLOAT32 = 4  # bytes
+# Of launch/accelerate/*.json, in numbers: gradients that are reduced at once, weights that ZeRO-3 holds gathered.
+REDUCE_BUCKET = 50_000_000
+LIVE_WEIGHTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one process that has the device to itself."""
+
+    frozen: int  # weights that are not trained, and buffers
+    trained: int  # tensors that are trained, float32
+    gradients: int
+    optimizer: int  # its state
+    working: int  # activations and all else that a training step holds at its height, without the gradients
+    height: int  # a training step's height, with the gradients that are alive then
+    scoring: int  # the height of scoring a batch
+    parameters: int  # numbers, frozen and trained
+    trained_parameters: int
+    host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
+
+    def on(self, strategy: str, processes: int) -> "PerDeviceMemory":
+        """What each of several processes holds on its device."""
+        w = processes
+        if strategy == "ddp" and w == 1:
+            return PerDeviceMemory(self.frozen + self.trained, 0, self.optimizer, self.height, self.scoring, self.host)
+        if strategy == "ddp":  # its buckets are the gradients, and stay
+            weights = self.frozen + self.trained
+            return PerDeviceMemory(weights, self.gradients, self.optimizer, self.working, self.scoring, self.host)
+        bucket = FLOAT32 * min(REDUCE_BUCKET, self.trained // FLOAT32)
+        optimizer = (self.optimizer + self.trained) // w  # DeepSpeed steps on a copy of its part
+        gradients = self.gradients if strategy == "zero1" else self.gradients // w
+        if strategy in ("zero1", "zero2"):
+            weights = self.frozen + self.trained
+            return PerDeviceMemory(
+                weights, gradients, optimizer, self.working + bucket, self.scoring + bucket, self.host
+            )
+        weights = self.frozen + self.trained
+        gathered = min(weights, weights * LIVE_WEIGHTS // max(1, self.parameters))
+        offloaded = strategy == "zero3_offload"
+        return PerDeviceMemory(
+            0 if offloaded else weights // w,
+            gradients,
+            0 if offloaded else optimizer,
+            self.working + bucket + gathered,
+            self.scoring + bucket + gathered,
+            self.host + (weights // w + optimizer if offloaded else 0),
+        )
+
+
+@dataclass(frozen=True)
+class PerDeviceMemory:
+    """Bytes of one process among several."""
+
+    weights: int
+    gradients: int  # that stay between steps; one process alone makes them anew
+    optimizer: int
+    working: int  # the most that a training step holds beyond those
+    scoring: int  # and scoring a batch
+    host: int = 0  # in host memory, at most
+
+    @property
+    def held(self) -> int:
+        """Between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        return self.held + max(self.working, self.scoring)
+
+
+def footprint(recipe: Recipe, classes: int, images: int | None = None) -> MemoryEstimate:
+    """Count a recipe's bytes with ``images`` of a micro-batch, as the recipe has them unless given.
+
+    Takes a second or so, and no memory of the device.
+    """
+    wants, method = preprocessing_of(recipe.backbone), weightless(recipe, classes)
+    if recipe.runtime.offload:
+        apply_offload(method.backbone, _to_host)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
+        optimizer = build_optimizer(recipe.optim, method)
+        batch = images or recipe.train.batch_size // recipe.train.accumulate
+        step = _Step(recipe, wants, method, optimizer, batch, classes)
+        step.train()  # the first one makes the optimiser's state
+        state = sum(_nbytes(t) for t in tree_leaves([dict(s) for s in optimizer.state.values()]))
+        with _Alive(step.known()) as alive:
+            step.train(alive)
+        with _Alive(step.known()) as scoring:
+            step.score()
+        trained = [p for _, p in method.trainable()]
+        numbers = sum(p.numel() for p in method.parameters())
+        weights = sum(_nbytes(t) for t in (*method.parameters(), *method.buffers()))
+        of_trained = sum(_nbytes(p) for p in trained)
+        return MemoryEstimate(
+            frozen=weights - of_trained,
+            trained=of_trained,
+            gradients=of_trained,
+            optimizer=state,
+            working=alive.height_without_gradients,
+            height=alive.height,
+            scoring=scoring.height,
+            parameters=numbers,
+            trained_parameters=sum(p.numel() for p in trained),
+            host=alive.host_height,
+        )
+
+
+def weightless(recipe: Recipe, classes: int) -> Method:
+    """The recipe's method on the meta device: all shapes, and no numbers."""
+    plain = {"compile": False, "offload": False}  # a compiler fuses more than is counted here, and is not waited for
+    random = recipe.model_copy(
+        update={
+            "backbone": recipe.backbone.model_copy(update={"weights": "random"}),
+            "runtime": recipe.runtime.model_copy(update=plain),
+        }
+    )
+    with torch.device("meta"):
+        method, _ = build_method(random, preprocessing_of(recipe.backbone), classes)
+    return method
+
+
+def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """What ``runtime.offload`` does with a tensor; the meta device stands for the host."""
+    return partial(torch.empty_like, torch.empty_like(tensor, device="meta"), device=tensor.device)
+
+
+class _Step:
+    """The engine's training step and scoring, with the tensors that these hold."""
+
+    def __init__(  # noqa: PLR0917 (what a step is made of)
+        self, recipe: Recipe, wants: Preprocessing, method: Method, optimizer: Any, images: int, classes: int
+    ):
+        self.recipe, self.method, self.optimizer, self.images, self.classes = recipe, method, optimizer, images, classes
+        self.size, self.pixels = recipe.data.image_size or wants.image_size, build_transform(recipe.data, wants).dtype
+
+    def known(self) -> list[Tensor]:
+        """What lives before the step and after it."""
+        state = [t for t in tree_leaves([dict(s) for s in self.optimizer.state.values()]) if isinstance(t, Tensor)]
+        return [*self.method.parameters(), *self.method.buffers(), *state]
+
+    def train(self, alive: "_Alive | None" = None) -> None:
+        """One optimiser step as the engine does it on a step that it logs: the largest."""
+        self.method.train()
+        trained = [p for _, p in self.method.trainable()]
+        hooks = [p.register_post_accumulate_grad_hook(alive.is_gradient) for p in trained] if alive else []
+        for micro in range(min(2, self.recipe.train.accumulate)):  # more hold no more
+            last = micro == min(2, self.recipe.train.accumulate) - 1
+            loss = self._losses(self._shown(self.images), self.images).sum()
+            before = [p.detach().float().clone() for p in trained] if last else []
+            loss.backward()
+        nn.utils.clip_grad_norm_(trained, self.recipe.optim.clip_norm or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        after = [p.detach().float().clone() for p in trained]
+        for one, other in zip(after, before, strict=True):
+            ((one - other) ** 2).sum()
+        for hook in hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """One batch of an evaluation."""
+        self.method.eval()
+        images = self.recipe.train.eval_batch_size
+        self._losses(self._shown(images), images)
+
+    def _shown(self, images: int) -> Tensor:
+        return torch.zeros(images, 3, self.size, self.size, dtype=PIXELS[self.pixels])
+
+    def _losses(self, shown: Tensor, images: int) -> Tensor:
+        labels_B = torch.zeros(images, dtype=torch.long)
+        smoothing = self.recipe.train.label_smoothing
+        return F.cross_entropy(self.method(shown), labels_B, reduction="none", label_smoothing=smoothing)
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of all storages made inside it, while they live, and remembers the most."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now = self.height = self.gradients = self.height_without_gradients = 0
+        self.host = self.host_height = 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.of_gradients: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage(), host=tensor.device.type == "meta")
+        return made
+
+    def is_gradient(self, parameter: Tensor) -> None:
+        """Called when a parameter's gradient is whole."""
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        if storage._cdata not in self.of_gradients:
+            self.of_gradients.add(storage._cdata)
+            self.gradients += self.sizes.get(storage._cdata, 0)
+
+    def _count(self, storage: torch.UntypedStorage, *, host: bool) -> None:
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        if host:
+            self.host += self.sizes[key]
+            self.host_height = max(self.host_height, self.host)
+            weakref.finalize(storage, self._gone_from_host, key)
+            return
+        self.now += self.sizes[key]
+        self.height = max(self.height, self.now)
+        self.height_without_gradients = max(self.height_without_gradients, self.now - self.gradients)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone_from_host(self, key: int) -> None:
+        self.host -= self.sizes.pop(key)
+
+    def _gone(self, key: int) -> None:
+        size = self.sizes.pop(key)
+        self.now -= size
+        if key in self.of_gradients:
+            self.of_gradients.remove(key)
+            self.gradients -= size
+
+
+def _nbytes(value: Any) -> int:
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

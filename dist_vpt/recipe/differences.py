@@ -1,0 +1,48 @@
+"""A recipe as flat keys, what differs between two, and which keys may change in a run that is resumed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from dist_vpt.recipe.schema import Recipe
+
+
+def flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
+    """All keys of a recipe, written with dots, with their values."""
+
+    def below(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(value, dict):
+            yield at, value
+            return
+        for key, inner in value.items():
+            yield from below(inner, f"{at}.{key}" if at else key)
+
+    return below(recipe.model_dump(mode="json"), "")
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """``key: old -> new`` for every key of two recipes that differs."""
+    before, after = dict(flatten(old)), dict(flatten(new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+RESUMABLE_KEYS = (
+    "run.",
+    "data.root",  # a dataset may have moved
+    "data.workers",
+    "data.cache",
+    "data.bad_images",  # an image that ended the run may be left out from there on
+    "stream.",
+    "train.eval_batch_size",
+    "runtime.checkpointing",  # memory for time
+    "runtime.offload",
+    "runtime.memory_check",
+)  # a resumed run's numbers stay equal
+
+
+def identity_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that make its numbers, with their values: all but those that may change meanwhile."""
+    return {key: value for key, value in flatten(recipe) if not key.startswith(RESUMABLE_KEYS)}

@@ -1,0 +1,380 @@
+"""Results side by side: a row for each method, a column for each task, and notes on what makes numbers differ.
+
+Data only: report.py gives it a form.
+"""
+
+import string
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+from dist_vpt.data.tasks import TASKS
+from dist_vpt.report.published import Published
+from dist_vpt.runs.results import Protocol, Result
+
+ABSENT = "\u2013"  # en dash
+OWN = "own"  # source of rows that are not published ones
+OTHER = "Other tasks"
+SECTIONS = {"VTAB-1k": ("natural", "specialized", "structured"), "FGVC": ("fgvc",)}
+# Of all published numbers that are shown, beside what the task's row says.
+PUBLISHED_EPOCHS, PUBLISHED_SIZE = 100, 224
+NAMES = {"image_size": "image size", "storage": "images from"}
+
+
+class Own(NamedTuple):
+    """A result and the folder of the file that holds it."""
+
+    place: str
+    result: Result
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task, or a mean: of each part's tasks, then of the parts."""
+
+    label: str
+    group: str  # heading above it
+    task: str = ""
+    parts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that the column shows."""
+        return (self.task,) if self.task else tuple(chain.from_iterable(self.parts))
+
+
+@dataclass
+class Cell:
+    """A number, or what stands in its place."""
+
+    mean: float | None = None  # percent
+    std: float | None = None  # over seeds; none: one seed, a mean over tasks, or a published number
+    instead: str = ABSENT  # "failed", or how many tasks of a mean are there
+    notes: list[str] = field(default_factory=list)
+    marks: str = ""  # of these notes
+    best: bool = False  # of the own rows
+
+    @property
+    def number(self) -> str:
+        """To one decimal, or what stands in its place."""
+        return self.instead if self.mean is None else f"{self.mean:.1f}"
+
+    @property
+    def spread(self) -> str:
+        """Standard deviation to one decimal; empty where there is none."""
+        return "" if self.std is None else f"{self.std:.1f}"
+
+
+@dataclass
+class Row:
+    """One method under one protocol, or a published row."""
+
+    method: str
+    backbone: str
+    source: str  # OWN, or a short citation
+    detail: str = ""  # what tells it from other rows of the same method and backbone
+    notes: list[str] = field(default_factory=list)  # that hold for all of its cells
+    marks: str = ""
+    own: dict[str, Own] = field(default_factory=dict)  # by task
+    published: Published | None = None
+    cells: list[Cell] = field(default_factory=list)  # one for each column
+
+    @property
+    def name(self) -> str:
+        """The method, told apart from other rows."""
+        return f"{self.method} ({self.detail})" if self.detail else self.method
+
+    @property
+    def top1(self) -> dict[str, float]:
+        """By task, percent."""
+        if self.published:
+            return self.published.top1
+        return {task: own.result.test["top1"].mean for task, own in self.own.items() if scored(own.result)}
+
+    @property
+    def seeds(self) -> str:
+        """How many each number is a mean of, such as 5, or 3 to 5."""
+        counts = sorted({len(own.result.test["top1"].values) for own in self.own.values() if scored(own.result)})
+        return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts)) or ABSENT
+
+
+@dataclass
+class Table:
+    """Rows over the same columns."""
+
+    title: str
+    columns: list[Column]
+    rows: list[Row]
+    remarks: list[str]  # on tasks that failed and results that are not shown
+    notes: dict[str, str] = field(default_factory=dict)  # note -> its mark
+
+    def common(self) -> list[str]:
+        """Tasks for which all own rows that have a number at all have one, in the order of the columns."""
+        own = [row.top1 for row in self.rows if row.own and row.top1]
+        tasks = [column.task for column in self.columns if column.task]
+        return [task for task in tasks if own and all(task in top1 for top1 in own)]
+
+
+def scored(result: Result) -> bool:
+    """Whether there is a number to show."""
+    return result.failed is None and "top1" in result.test
+
+
+def compare(results: Sequence[Own], published: Sequence[Published]) -> list[Table]:
+    """A table for VTAB-1k, FGVC and other tasks, each where there is a result of it.
+
+    Published rows are those of a table's own methods. Own rows hold one protocol: what was made under another one, for
+    tasks that the row lacks, is in it with a note, and else in a row of its own.
+    """
+    tables = []
+    for title in (*SECTIONS, OTHER):
+        here = [own for own in results if _section(own.result.task) == title]
+        if here:
+            tables.append(_table(title, _columns(title, here), here, published))
+    return tables
+
+
+def _section(task: str) -> str:
+    group = TASKS[task].group if task in TASKS else None
+    return next((title for title, groups in SECTIONS.items() if group in groups), OTHER)
+
+
+def _columns(title: str, results: Sequence[Own]) -> list[Column]:
+    if title == OTHER:
+        return [Column(task, OTHER, task) for task in dict.fromkeys(own.result.task for own in results)]
+    columns, parts = [], []
+    for group in SECTIONS[title]:
+        tasks = tuple(task.name for task in TASKS.values() if task.group == group)
+        heading = title if len(SECTIONS[title]) == 1 else group.capitalize()
+        columns += [Column(task, heading, task) for task in tasks]
+        label = f"mean of {len(tasks)}" + (f" {group}" if heading != title else "")
+        columns.append(Column(label, heading, parts=(tasks,)))
+        parts.append(tasks)
+    if len(parts) > 1:
+        together = tuple(chain.from_iterable(parts))
+        columns.append(Column(f"mean of {len(parts)} groups", "All", parts=tuple(parts)))
+        columns.append(Column(f"mean of {len(together)}", "All", parts=(together,)))
+    return columns
+
+
+def _table(title: str, columns: list[Column], results: Sequence[Own], published: Sequence[Published]) -> Table:
+    shown, remarks = _newest(results)
+    own_rows, rows = list(_own_rows(shown)), []
+    tasks = {column.task for column in columns if column.task}
+    for method in dict.fromkeys(row.method for row in own_rows):
+        rows += [row for row in own_rows if row.method == method]
+        rows += [_published_row(row) for row in published if row.method == method and tasks >= row.top1.keys()]
+    for row in rows:
+        row.cells = [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
+        if row.own:
+            _lift(row)
+    for row in own_rows:
+        for column, cell in zip(columns, row.cells, strict=True):
+            if cell.instead == "failed" and column.task:
+                reason = row.own[column.task].result.failed or "no test score"
+                remarks.append(f"{column.task}, {row.name}: failed: {' '.join(reason.split())}")
+    _mark_best([row.cells for row in own_rows])
+    table = Table(title, columns, rows, remarks)
+    for row in rows:
+        row.marks = _marks(row.notes, table.notes)
+        for cell in row.cells:
+            cell.marks = _marks(cell.notes, table.notes)
+    return table
+
+
+def _marks(notes: Sequence[str], known: dict[str, str]) -> str:
+    marks = {known.setdefault(note, _letters(len(known))) for note in notes}
+    return ",".join(sorted(marks, key=lambda mark: (len(mark), mark)))
+
+
+def _published_row(row: Published) -> Row:
+    source = row.label if row.verified else f"{row.label}, unverified"
+    detail = row.name if row.name != row.method else ""
+    return Row(row.method, row.backbone, source, detail, row.notes, published=row)
+
+
+def _newest(results: Sequence[Own]) -> tuple[list[Own], list[str]]:
+    """Of results for one cell from one file the newest, a number before a failure; and what was left out for it.
+
+    A failure is left out wherever a number under its protocol is there.
+    """
+    kept: list[Own] = []
+    remarks = []
+    for own in sorted(results, key=lambda own: (scored(own.result), own.result.finished))[::-1]:
+        rivals = [other for other in kept if _same_cell(own, other) and not _unlike(own, other)]
+        if scored(own.result) and any(other.place == own.place for other in rivals):
+            remarks.append(
+                f"{own.result.task}, {own.result.method}: run {own.result.run} in {own.place} is not shown, as one of "
+                "another recipe finished later"
+            )
+        elif scored(own.result) or not rivals:
+            kept.append(own)
+    return [own for own in results if any(own is other for other in kept)], remarks
+
+
+def _same_cell(one: Own, other: Own) -> bool:
+    return one.result.task == other.result.task and _group(one) == _group(other)
+
+
+def _group(own: Own) -> tuple[str, str, str]:
+    return own.result.method, own.result.backbone, own.result.precision
+
+
+def _unlike(one: Own, other: Own) -> list[str]:
+    """Fields in which the protocols differ; a note is one's own matter. A failure without a protocol is like any."""
+    if one.result.protocol is None or other.result.protocol is None:
+        return []
+    return [name for name in one.result.protocol.differs(other.result.protocol) if name != "notes"]
+
+
+def _own_rows(results: Sequence[Own]) -> Iterator[Row]:
+    """Rows by method, backbone, precision, then protocol and file, as few as hold no task twice."""
+    for method, backbone in dict.fromkeys(_group(own)[:2] for own in results):
+        rows: list[list[Own]] = []
+        for group in dict.fromkeys(_group(own) for own in results if _group(own)[:2] == (method, backbone)):
+            rows += _packed([own for own in results if _group(own) == group])
+        details = _details([row[0] for row in rows])
+        for row, detail in zip(rows, details, strict=True):
+            yield Row(method, backbone, OWN, detail, own={own.result.task: own for own in row})
+
+
+def _packed(results: Sequence[Own]) -> list[list[Own]]:
+    """Those of one protocol and file first; the fewer then join a row that has none of their tasks."""
+    alike: list[list[Own]] = []
+    for own in sorted(results, key=lambda own: own.result.protocol is None):
+        for some in alike:
+            if some[0].place == own.place and not _unlike(some[0], own):
+                some.append(own)
+                break
+        else:
+            alike.append([own])
+    rows: list[list[Own]] = []
+    for some in sorted(alike, key=_weight, reverse=True):
+        tasks = {own.result.task for own in some}
+        free = [row for row in rows if tasks.isdisjoint(own.result.task for own in row)]
+        if free:
+            min(free, key=lambda row: len(_unlike(row[0], some[0]))).extend(some)
+        else:
+            rows.append(some)
+    return rows
+
+
+def _weight(results: Sequence[Own]) -> tuple[bool, int]:
+    """Orders results of one protocol: those without one last, more numbers first."""
+    return results[0].result.protocol is not None, sum(scored(own.result) for own in results)
+
+
+def _details(firsts: Sequence[Own]) -> list[str]:
+    """What tells rows of one method and backbone apart: precision, protocol, or else the folder."""
+    protocols = [own.result.protocol for own in firsts]
+    fields = dict.fromkeys(name for own in firsts for name in _unlike(firsts[0], own))
+    precise = len({own.result.precision for own in firsts}) > 1
+    details = [
+        ", ".join(
+            ([own.result.precision] if precise else []) + [f"{_name(name)} {_value(each, name)}" for name in fields]
+        )
+        for own, each in zip(firsts, protocols, strict=True)
+    ]
+    if len(set(details)) == len(details):
+        return details
+    return [", ".join(filter(None, (detail, own.place))) for detail, own in zip(details, firsts, strict=True)]
+
+
+def _cell(task: str, row: Row) -> Cell:
+    if row.published:
+        return Cell(row.published.top1.get(task))
+    if task not in row.own:
+        return Cell()
+    own = row.own[task]
+    if not scored(own.result):
+        return Cell(instead="failed")
+    top1 = own.result.test["top1"]
+    told = own.result.protocol.notes if own.result.protocol else ()
+    notes = [*_unpublished(own.result), *told, *_unlike_row(own, next(iter(row.own.values())))]
+    return Cell(top1.mean, top1.std if len(top1.values) > 1 else None, notes=notes)
+
+
+def _expected(task: str) -> dict[str, str | int | None]:
+    """The protocol of a task's published numbers; nothing for a task that has none."""
+    row = TASKS.get(task)
+    if row is None or row.group is None:
+        return {}
+    return {
+        "storage": row.format,
+        "resize": row.resize,
+        "fit": row.fit,
+        "augment": row.augment,
+        "normalize": row.normalize,
+        "fraction": "1.0",
+        "carved": "none",
+        "image_size": PUBLISHED_SIZE,
+        "epochs": PUBLISHED_EPOCHS,
+    }
+
+
+def _unpublished(result: Result) -> Iterator[str]:
+    """What differs from the protocol of the task's published numbers."""
+    protocol = result.protocol
+    assert protocol is not None  # the result is scored
+    for name, wanted in _expected(result.task).items():
+        if _value(protocol, name) != str(wanted):
+            yield f"not as published: {_name(name)} {_value(protocol, name)}, not {wanted}"
+    for split, count in TASKS[result.task].counts if result.task in TASKS else ():
+        found = protocol.counts.get(split)
+        if found is not None and found != count:
+            yield f"not as published: {found:,} images in {split}, not {count:,}"
+
+
+def _unlike_row(own: Own, first: Own) -> Iterator[str]:
+    """What differs from the row's protocol and is not told by _unpublished."""
+    expected = _expected(own.result.task)
+    for name in _unlike(own, first):
+        value, usual = _value(own.result.protocol, name), _value(first.result.protocol, name)
+        if usual != str(expected.get(name)):
+            yield f"unlike the rest of the row: {_name(name)} {value}, not {usual}"
+
+
+def _name(field_name: str) -> str:
+    return NAMES.get(field_name, field_name)
+
+
+def _value(protocol: Protocol | None, name: str) -> str:
+    value = str(getattr(protocol, name, ABSENT))
+    if name == "carved":
+        return ", ".join(getattr(protocol, name, ())) or "none"
+    return value.partition(" ")[0] if name == "storage" else value  # without its version
+
+
+def _mean(column: Column, row: Row) -> Cell:
+    """A mean where all of its tasks are there, and otherwise how many are."""
+    top1 = row.top1
+    there = [task for task in column.tasks if task in top1]
+    if len(there) < len(column.tasks):
+        return Cell(instead=f"{len(there)}/{len(column.tasks)}")
+    means = [sum(top1[task] for task in part) / len(part) for part in column.parts]
+    notes = [] if row.published else [note for task in column.tasks for note in _cell(task, row).notes]
+    return Cell(sum(means) / len(means), notes=list(dict.fromkeys(notes)))
+
+
+def _lift(row: Row) -> None:
+    """Notes that all numbers of a row have become the row's."""
+    numbers = [cell for cell in row.cells if cell.mean is not None]
+    row.notes = [note for note in (numbers[0].notes if numbers else []) if all(note in cell.notes for cell in numbers)]
+    for cell in numbers:
+        cell.notes = [note for note in cell.notes if note not in row.notes]
+
+
+def _mark_best(rows: Iterable[Sequence[Cell]]) -> None:
+    """The best of each column, as far as one decimal tells; nothing where there is nothing to compare."""
+    for cells in zip(*rows, strict=True):
+        numbers = [cell for cell in cells if cell.mean is not None]
+        best = max((float(cell.number) for cell in numbers), default=0.0)
+        for cell in numbers:
+            cell.best = len(numbers) > 1 and float(cell.number) == best
+
+
+def _letters(number: int) -> str:
+    """a to z, then aa, ab, ..."""
+    letters = string.ascii_lowercase
+    return letters[number] if number < 26 else _letters(number // 26 - 1) + letters[number % 26]

@@ -1,0 +1,235 @@
+"""Figures of a report: SVG that stands inside an HTML page and takes the page's colours."""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from dist_vpt.report.comparison import Row, Table, scored
+
+INK = "#123456"  # what is drawn in it gets the page's text colour
+COLORS = ("#3b82c4", "#e0782f", "#2fa36b", "#b35fc0", "#c9a227", "#d9534f", "#17a2b8", "#8d6e63")  # light and dark
+OWN_MARKERS, PUBLISHED_MARKERS = "oPXd*h", "^s<>vp"
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a method's name is no formula
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#88888855",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One figure."""
+
+    title: str
+    text: str  # what it shows, for those who do not see it
+    svg: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class _Series:
+    row: Row
+    label: str
+    style: dict[str, Any]  # of matplotlib's plot and errorbar
+
+
+def figures(table: Table, name: str) -> list[Picture]:
+    """All figures for which there are numbers. ``name`` keeps their ids apart from those of other tables."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        return _figures(table, name)
+
+
+def _figures(table: Table, name: str) -> list[Picture]:
+    drawn = _series(table.rows)
+    own = [series for series in drawn if series.row.own]
+    tasks = [c.task for c in table.columns if c.task and any(c.task in series.row.top1 for series in own)]
+    common = table.common()
+    pictures = []
+    if tasks:
+        pictures.append(_per_task(tasks, drawn, f"{name}-tasks"))
+    if common:
+        pictures += _costs(common, drawn, name, _which(common, [c.task for c in table.columns if c.task]))
+    repeated = [t for t in tasks if any(len(_values(series.row, t)) > 1 for series in own)]
+    if repeated:
+        pictures.append(_spreads(repeated, own, f"{name}-seeds"))
+    return pictures
+
+
+def _which(common: Sequence[str], every: Sequence[str]) -> str:
+    """Tasks of a mean in words, as few as tell which they are."""
+    absent = [task for task in every if task not in common]
+    if not absent:
+        return f"all {len(every)} tasks" if len(every) > 1 else every[0]
+    named = f"without {', '.join(absent)}" if len(absent) < len(common) else ", ".join(common)
+    return f"the {len(common)} of {len(every)} tasks that all own rows have ({named})"
+
+
+def _series(rows: Sequence[Row]) -> list[_Series]:
+    """A colour for each method, a marker for each source; own numbers filled, published ones hollow."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    sources = list(dict.fromkeys(row.source for row in rows if row.published))
+    backbones = len({row.backbone for row in rows if row.own}) > 1
+    seen: dict[str, int] = {}
+    series = []
+    for row in rows:
+        color = COLORS[methods.index(row.method) % len(COLORS)]
+        if row.published:
+            marker = PUBLISHED_MARKERS[sources.index(row.source) % len(PUBLISHED_MARKERS)]
+            style = {"marker": marker, "color": color, "markerfacecolor": "none", "markersize": 5}
+        else:
+            marker = OWN_MARKERS[seen.setdefault(row.method, 0) % len(OWN_MARKERS)]
+            seen[row.method] += 1
+            style = {"marker": marker, "color": color, "markersize": 6}
+        label = f"{row.name}, {row.source}" + (f", {row.backbone}" if row.own and backbones else "")
+        series.append(_Series(row, label, style | {"linestyle": "none"}))
+    return series
+
+
+def _per_task(tasks: Sequence[str], drawn: Sequence[_Series], name: str) -> Picture:
+    figure, axes = _axes(len(tasks), len(drawn))
+    for at, series in enumerate(drawn):
+        there = [(index, task) for index, task in enumerate(tasks) if task in series.row.top1]
+        x = [index + _beside(at, len(drawn)) for index, _ in there]
+        errors = [_std(series.row, task) for _, task in there]
+        y = [series.row.top1[task] for _, task in there]
+        axes.errorbar(x, y, yerr=errors if series.row.own else None, elinewidth=1, label=series.label, **series.style)
+    _name_tasks(axes, tasks)
+    axes.set_ylabel("test top-1, %")
+    title = "Accuracy per task"
+    text = "Own rows are filled, with the standard deviation over seeds; published rows are hollow."
+    return Picture(title, text, _svg(figure, name, f"{title}. {text}"), wide=True)
+
+
+def _spreads(tasks: Sequence[str], own: Sequence[_Series], name: str) -> Picture:
+    figure, axes = _axes(len(tasks), len(own))
+    for at, series in enumerate(own):
+        points = [
+            (index + _beside(at, len(own)), value - series.row.top1[task])
+            for index, task in enumerate(tasks)
+            for value in _values(series.row, task)
+            if len(_values(series.row, task)) > 1
+        ]
+        axes.plot(
+            *zip(*points, strict=True) if points else ([], []), label=series.label, **series.style | {"markersize": 4}
+        )
+    _name_tasks(axes, tasks)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_ylabel("top-1 less its mean, points")
+    title = "Spread over seeds"
+    text = "Each seed's test accuracy less the mean of the task's seeds, own rows."
+    return Picture(title, text, _svg(figure, name, f"{title}. {text}"), wide=True)
+
+
+def _costs(tasks: Sequence[str], drawn: Sequence[_Series], name: str, which: str) -> list[Picture]:
+    """Mean accuracy against three costs. A row that lacks a task or a cost is left out; one row makes no figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, NullFormatter
+
+    devices = sorted({own.result.device for series in drawn for own in series.row.own.values() if own.result.device})
+    on = f" On {'; '.join(devices)}." if devices else ""
+    pictures = []
+    for key, title, label, cost, more in (
+        ("parameters", "Accuracy against trained parameters", "trained parameters, mean of the tasks", _trained,
+         " Published counts leave the head out."),
+        ("seconds", "Accuracy against training time", "seconds of training a task, all trials and seeds", _seconds, on),
+        ("memory", "Accuracy against peak memory", "peak memory, MiB, largest of the tasks", _memory, on),
+    ):  # fmt: skip
+        points = [
+            (series, amount, sum(series.row.top1[task] for task in tasks) / len(tasks))
+            for series in drawn
+            if all(task in series.row.top1 for task in tasks) and (amount := cost(series.row, tasks))
+        ]
+        if len(points) < 2:
+            continue
+        figure = Figure(figsize=(4.6, 3.4 + 0.2 * len(points)), layout="constrained")
+        axes = figure.subplots()
+        for series, amount, mean in points:
+            axes.plot([amount], [mean], label=series.label, **series.style)
+        amounts = [amount for _, amount, _ in points]
+        if key == "parameters" or max(amounts) > 10 * min(amounts):
+            axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.margins(0.12)
+        axes.set(xlabel=label, ylabel=f"mean top-1 of {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}, %")
+        figure.legend(loc="outside lower left", frameon=False)
+        text = f"Mean over {which}.{more}"
+        pictures.append(Picture(title, text, _svg(figure, f"{name}-{key}", f"{title}. {text}")))
+    return pictures
+
+
+def _trained(row: Row, tasks: Sequence[str]) -> float:
+    if row.published:
+        return row.published.trained or 0.0
+    counts = [parameters.trained for task in tasks if (parameters := row.own[task].result.parameters)]
+    return sum(counts) / len(counts) if len(counts) == len(tasks) else 0.0
+
+
+def _seconds(row: Row, tasks: Sequence[str]) -> float:
+    return _measured(row, tasks, lambda found: sum(found) / len(found), "seconds")
+
+
+def _memory(row: Row, tasks: Sequence[str]) -> float:
+    return _measured(row, tasks, max, "peak_memory_mib")
+
+
+def _measured(row: Row, tasks: Sequence[str], of: Callable[[list[float]], float], name: str) -> float:
+    """Zero where a task's was not measured."""
+    found = [getattr(row.own[task].result, name) for task in tasks] if row.own else []
+    return of(found) if found and all(found) else 0.0
+
+
+def _values(row: Row, task: str) -> Sequence[float]:
+    own = row.own.get(task)
+    return own.result.test["top1"].values if own and scored(own.result) else ()
+
+
+def _std(row: Row, task: str) -> float:
+    return row.own[task].result.test["top1"].std if row.own else 0.0
+
+
+def _axes(tasks: int, rows: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(7.0, 1.2 + 0.55 * tasks), 4 + 0.2 * -(-rows // 3)), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _beside(at: int, number: int) -> float:
+    """Where a row's points stand about their task's place."""
+    return 0.7 * ((at + 0.5) / number - 0.5)
+
+
+def _name_tasks(axes: Any, tasks: Sequence[str]) -> None:
+    axes.set_xticks(range(len(tasks)), tasks, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.6, len(tasks) - 0.4)
+    axes.grid(visible=False, axis="x")
+    for index in range(1, len(tasks)):
+        axes.axvline(index - 0.5, color="#88888833", linewidth=0.8)
+    axes.figure.legend(loc="outside lower left", ncols=3, frameon=False)
+
+
+def _svg(figure: Any, name: str, text: str) -> str:
+    """To stand in a page: without a head, with ids and colours that fit the page."""
+    written = io.BytesIO()
+    figure.savefig(written, format="svg", transparent=True)
+    svg = written.getvalue().decode()
+    # Metadata holds the time of day.
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg).replace(INK, "currentColor")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(text)}" ', 1)

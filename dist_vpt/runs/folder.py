@@ -1,0 +1,237 @@
+"""The run folder: who may write in it, and what lies where."""
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.files import is_locked, lock_nowait, read_json, write_atomically
+from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.provenance import provenance
+
+# What a run writes; nothing else in its folder is ever removed. The recipe is last: it makes the folder a run's.
+RUN_FILES = (
+    "run.json",
+    "result.json",
+    "metrics.jsonl",
+    "train.log",
+    "state",
+    "adapters.safetensors",
+    "best.safetensors",
+    "splits.json",
+    "tb",
+    "wandb",
+    "ranks",
+    "logs",
+    "recipe.yaml",
+)
+GOES_ON = "the same command goes on"  # of sweeps and compressions
+LOGS = ("train.log", "logs")  # a run that is started again writes on in them
+SEEN_SECONDS = 90.0  # so long may a node go on believing that a file is not there (on NFS at most a minute)
+
+
+class RunFolder:
+    """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/.
+
+    What its processes tell of themselves (ranks/, logs/) is in ranks.py.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.recipe, self.info, self.result = (
+            self.path / "recipe.yaml",
+            self.path / "run.json",
+            self.path / "result.json",
+        )
+        self.metrics, self.log, self.state = (
+            self.path / "metrics.jsonl",
+            self.path / "train.log",
+            self.path / "state",
+        )
+        self.splits = self.path / "splits.json"
+        self.adapters, self.best = self.path / "adapters.safetensors", self.path / "best.safetensors"
+        self._holder = ""  # this process, since it last took the folder
+
+    def load(self, overrides: Sequence[str] = ()) -> Recipe:
+        """The recipe that the run was started with, with overrides on top."""
+        if not self.recipe.is_file():
+            raise RunFolderError(f"{self.path}: not a run folder (no recipe.yaml); name a folder that `train` wrote")
+        return load_recipe([self.recipe], overrides)
+
+    def status(self) -> dict[str, Any]:
+        """run.json, or nothing before the run began."""
+        return read_json(self.info) if self.info.is_file() else {}
+
+    @contextmanager
+    def claimed(self, recipe: Recipe, kind: str = "run") -> Iterator[bool]:
+        """Hold the folder for one run or sweep, on the main process; yields whether what is in it is done already.
+
+        Raises RunFolderError where another run is at work in the folder, where it holds another recipe's run or, with
+        run.resume=never, any run, and where it is no run folder.
+        """
+        with self._locked():
+            try:
+                done = self._begin(recipe, kind)
+            except OSError as error:  # a bare one on main alone would leave the other processes waiting
+                raise RunFolderError(
+                    f"{self.path}: cannot be written ({error}); free space there or choose another run.dir"
+                ) from error
+            if done:
+                yield True
+                return
+            try:
+                yield False
+            except BaseException as error:
+                interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
+                # A picture drawn after the result takes nothing back; another process may have told the first failure.
+                if self.status().get("status") == "running":
+                    with suppress(OSError):  # a full disk is no reason to forget what happened
+                        self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
+                raise
+
+    def under_way(self) -> bool:
+        """Whether the process that began what is in the folder still holds it, and has begun it in this hold."""
+        if not is_locked(self.path / ".lock"):  # first: who has just taken it has not said so yet
+            return False
+        try:
+            holder = (self.path / ".lock").read_text()
+        except OSError:
+            return False
+        return holder == self.status().get("holder")
+
+    def mark(self, status: str, **facts: Any) -> None:
+        """Set the run's status and facts in run.json."""
+        kept = {k: v for k, v in self.status().items() if k != "reason"}
+        content = {**kept, "updated": timestamp(), **facts, "status": status}
+        write_atomically(self.info, json.dumps(content, indent=1) + "\n")
+
+    def _begin(self, recipe: Recipe, kind: str) -> bool:
+        """Make the folder this recipe's, unless what is in it is done already, which is returned."""
+        self._admit(recipe, kind)
+        if self.status().get("status") == "done":
+            return True
+        shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
+        for left in (path for name in RUN_FILES for path in self.path.glob(f".{name}.*.tmp")):
+            left.unlink(missing_ok=True)  # of a write that was killed: no other process writes these
+        begun = self.recipe.is_file()
+        try:
+            write_atomically(self.recipe, recipe.to_yaml())
+            now = timestamp()
+            started = self.status().get("started") or now
+            self.mark("running", kind=kind, started=started, **provenance(), holder=self._holder, updated=now)
+        except OSError:
+            if not begun:  # half a beginning would be taken for a run
+                self.recipe.unlink(missing_ok=True)
+            raise
+        return False
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self._refuse_foreign()
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "ab+", buffering=0)  # noqa: SIM115 (closed by the with below)
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: cannot be a run folder ({error}); choose another run.dir") from error
+        with file as lock:
+            try:
+                lock_nowait(lock.fileno())
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunFolderError(
+                    f"{self.path}: another run is at work here ({lock.read().decode().strip() or 'unknown process'}); "
+                    "wait for its end or choose another run.dir"
+                ) from None
+            except OSError as error:
+                raise RunFolderError(
+                    f"{self.path}: this file system has no locks ({error.strerror}); mount it with them (Lustre: "
+                    "flock), or choose another run.dir"
+                ) from error
+            self._holder = f"process {os.getpid()} on {socket.gethostname()} since {timestamp('microseconds')}"
+            with suppress(OSError):  # that the disk is full shows next
+                lock.truncate(0)
+                lock.write(self._holder.encode())
+                os.fsync(lock.fileno())  # or other machines see it late
+            yield
+
+    def refuse_sweep(self) -> None:
+        """Raises RunFolderError where the folder holds a sweep, and a run is meant."""
+        if self.status().get("kind") == "sweep":
+            raise RunFolderError(f"{self.path}: is a sweep; name one of its runs, such as {self.path}/seeds/SEED")
+
+    def holds(self, recipe: Recipe, kind: str) -> bool:
+        """Whether the folder is claimed for this recipe's run or sweep, by whatever process."""
+        status = self.status()
+        begun = status.get("status") in ("running", "done") and status.get("kind") == kind and self.recipe.is_file()
+        return begun and not self._changed(recipe)
+
+    def seen(self) -> bool:
+        """Whether this process finds the recipe of a run that main has begun: another node may see it late."""
+        deadline = time.monotonic() + SEEN_SECONDS
+        while not self.recipe.is_file():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(min(1.0, SEEN_SECONDS))
+        return True
+
+    def _changed(self, recipe: Recipe) -> list[str]:
+        return [d for d in differences(self.load(), recipe) if not d.startswith(RESUMABLE_KEYS)]
+
+    def _admit(self, recipe: Recipe, kind: str) -> None:
+        if not self._found():
+            return
+        self._refuse_foreign()
+        status = self.status().get("status")
+        outcomes = (self.path / "trials", self.path / "seeds")  # of a sweep
+        if status == "failed" and not any(p.exists() for p in (self.state, self.adapters, self.best, *outcomes)):
+            kept: Sequence[str] = ()
+            with suppress(UserError):  # of a recipe that cannot be read, too, nothing is kept
+                kept = () if self._changed(recipe) else (*LOGS, "recipe.yaml")  # without one it would be no run
+            for (
+                name
+            ) in RUN_FILES:  # a run that failed before it saved anything leaves nothing to lose but why it failed
+                path = self.path / name
+                if name not in kept:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            return
+        found = self.status().get("kind", kind)
+        if found != kind:
+            raise RunFolderError(f"{self.path}: holds a {found}, not a {kind}; choose another run.dir")
+        if recipe.run.resume == "never":
+            raise RunFolderError(
+                f"{self.path}: holds a run already (status: {status}); "
+                "use run.resume=auto to go on with it, or choose another run.dir"
+            )
+        changed = self._changed(recipe)
+        if changed:
+            raise RunFolderError(
+                f"{self.path}: holds the run of another recipe; choose another run.dir, or undo:\n"
+                + "\n".join(f"  {change}" for change in changed)
+            )
+
+    def _found(self) -> list[str]:
+        """Names of the files here, but for the lock and what a killed process was about to write."""
+        if not self.path.is_dir():
+            return []
+        return sorted(p.name for p in self.path.iterdir() if p.name != ".lock" and p.suffix != ".tmp")
+
+    def _refuse_foreign(self) -> None:
+        found = self._found()
+        if found and not self.recipe.is_file():
+            raise RunFolderError(
+                f"{self.path}: holds files ({', '.join(found[:3])}) but no run; choose another run.dir"
+            )
+
+
+def timestamp(precision: str = "seconds") -> str:
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC).isoformat(timespec=precision)

@@ -1,0 +1,165 @@
+"""Activation checkpointing: what backward computes again instead of keeping."""
+
+import inspect
+from collections.abc import Collection
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dist_vpt.errors import UserError
+from dist_vpt.runtime.blocks import RunBlock, is_block_weight
+
+if TYPE_CHECKING:  # workers that load images import this module too, and no model
+    from dist_vpt.backbones.vit import Backbone
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+FUSED_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_fused_attention_overrideable,
+}
+# Newer torch shows what selective checkpointing keeps to outer hooks, such as those that count or offload it.
+SHOWN = {"respect_saved_tensors_hooks": True}
+SHOWS = SHOWN.keys() <= inspect.signature(checkpoint).parameters.keys()
+
+
+def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
+    """Have backward compute again what the policy does not keep; losses and gradients stay what they are.
+
+    ``none`` keeps all that backward needs; ``mlp`` an MLP's input and nothing of its inside; ``block`` each block's
+    input alone; ``every-N`` does so in every N-th block; ``budget-F`` keeps at most F of what ``none`` keeps.
+    """
+    # Never the reentrant form: it gives no gradient where the tokens before the prompts ask for none.
+    run = backbone.run_block
+    if policy == "mlp":
+        inside = [module for name, module in backbone.blocks.named_modules() if name.endswith(".mlp")]
+        if not inside:
+            raise UserError(
+                f"runtime.checkpointing = mlp: a {type(backbone.blocks[0]).__name__} of the backbone has no MLP as a "
+                "module of its own; use block, every-N or budget-F"
+            )
+        for mlp in inside:
+            mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)  # type: ignore[method-assign]
+    elif policy.startswith("budget-"):
+        backbone.run_block = _Budget(float(policy.removeprefix("budget-")), run)
+    elif policy != "none":
+        every = 1 if policy == "block" else int(policy.removeprefix("every-"))
+        if every > len(backbone.blocks):
+            raise UserError(
+                f"runtime.checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, and none would be "
+                f"computed again; use at most every-{len(backbone.blocks)}, or none"
+            )
+        backbone.run_block = partial(_checkpointed, run, frozenset(backbone.blocks[every - 1 :: every]))
+
+
+def _checkpointed(run: RunBlock, chosen: Collection[nn.Module], block: nn.Module, tokens_BND: Tensor) -> Tensor:
+    return checkpoint(run, block, tokens_BND, use_reentrant=False) if block in chosen else run(block, tokens_BND)
+
+
+class _Budget:
+    """Blocks that keep at most a fraction of what they would keep, and the dearest of it.
+
+    What a block may keep, besides its input, are the outputs of its matrix products and of fused attention; norms,
+    activations and sums cost next to nothing to compute again. Attention comes first (it is the slowest per number of
+    its output), then the products with the most multiplications per number, of equals the larger. What a block leaves
+    of its share goes to the next one; a block whose share is all that it would keep is left alone.
+    """
+
+    def __init__(self, fraction: float, run: RunBlock):
+        self.fraction, self.run = fraction, run
+        self.spare: float | None = None  # bytes that the blocks so far have left
+        self.plans: dict[nn.Module, frozenset[int] | None] = {}  # numbers of the operations kept; None: all there is
+
+    def __call__(self, block: nn.Module, tokens_BND: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.run(block, tokens_BND)
+        if block not in self.plans:
+            self.plans[block] = self._plan(block, tokens_BND)
+        kept = self.plans[block]
+        if kept is None:
+            return self.run(block, tokens_BND)
+        shown: Any = SHOWN if SHOWS else {}
+        return checkpoint(
+            self.run, block, tokens_BND, use_reentrant=False, context_fn=partial(_contexts, kept), **shown
+        )
+
+    def _plan(self, block: nn.Module, tokens_BND: Tensor) -> frozenset[int] | None:
+        """What the block keeps, from a run on two images: the shares are the same for more.
+
+        One alone would not do: with it, heads of several images need no copy to lie side by side.
+        """
+        tokens_2ND = tokens_BND[:2].detach().clone().requires_grad_(tokens_BND.requires_grad)
+        seen, devices = _Seen(block), [tokens_BND.device] if tokens_BND.is_cuda else []
+        with torch.random.fork_rng(devices), saved_tensors_hooks(seen.pack, lambda tensor: tensor), seen:
+            self.run(block, tokens_2ND)
+        whole, own = sum(seen.saved.values()), tokens_2ND.nbytes
+        if not whole:  # nothing here asks for a gradient
+            return None
+        free = not tokens_BND.requires_grad  # nothing before it is trained: little is kept, and not the input
+        if self.fraction * whole < own and not free:
+            raise UserError(
+                f"runtime.checkpointing = budget-{self.fraction}: a block's input alone is {own / whole:.2f} of what "
+                "the block keeps for backward; use a larger fraction, or block"
+            )
+        if self.spare is None:
+            self.spare = -own  # the last block's output, which is not within any block
+        self.spare += self.fraction * whole
+        if whole <= self.spare or self.fraction * whole < own:  # the blocks that follow make up for such a free one
+            self.spare -= whole
+            return None
+        self.spare -= own
+        kept = []
+        needed = seen.products[: seen.needed]
+        for number, (_, size) in sorted(enumerate(needed), key=lambda item: item[1], reverse=True):
+            if size <= self.spare:
+                self.spare -= size
+                kept.append(number)
+        return frozenset(kept)
+
+
+class _Seen(TorchDispatchMode):
+    """What a block keeps for backward, weights left out, and its products and attention in order."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+        self.saved: dict[int, int] = {}  # storage -> bytes
+        self.held: list[Tensor] = []  # so that no storage's address is given out twice
+        self.products: list[tuple[float, int]] = []  # multiplications per number of the output, and its bytes
+        self.needed = 0  # how many of them are before the last thing that is kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in FUSED_ATTENTION:
+            self.products.append((float("inf"), sum(t.nbytes for t in out if isinstance(t, Tensor))))
+        elif func.overloadpacket in PRODUCTS:
+            self.products.append((args[-2].shape[-1], out.nbytes))
+        return out
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.needed = len(self.products)
+        if not is_block_weight(tensor, self.block):
+            self.saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            self.held.append(tensor)
+        return tensor
+
+
+def _contexts(kept: frozenset[int]) -> Any:
+    """Of one checkpointed call: forward keeps the numbered ones of its products, backward computes all else again."""
+    numbers = {False: count(), True: count()}  # of forward, and of backward where torch asks there too
+
+    def keeps(context: Any, func: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        dear = func.overloadpacket in PRODUCTS or func.overloadpacket in FUSED_ATTENTION
+        keep = dear and next(numbers[context.is_recompute]) in kept
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keeps)

@@ -1,0 +1,41 @@
+"""Memory policies and attention kernels, applied to a backbone or a process from outside.
+
+B images, H heads, N tokens, D width, E = D / H.
+
+Each policy wraps ``backbone.run_block``, the one way in which blocks are run: first the attention kernel, then the
+compiler, then checkpointing, then offload, each around the one before.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_vpt.errors import UserError
+from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
+from dist_vpt.runtime.attention import apply_attention
+from dist_vpt.runtime.compile import apply_compile
+from dist_vpt.runtime.offload import apply_offload
+
+if TYPE_CHECKING:  # workers that load images import this module too, and no model
+    from dist_vpt.backbones.vit import Backbone
+    from dist_vpt.recipe.schema import RuntimeConfig
+
+
+def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch.dtype, *, writes: bool) -> None:
+    """All that a recipe says. ``writes``: gradients flow through the blocks. After the method has been attached."""
+    cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
+    if runtime.frozen_weights == "int8":
+        from dist_vpt.runtime.int8 import apply_int8
+
+        apply_int8(backbone)
+    apply_attention(backbone, runtime.attention, compute, writes=writes, cpu=cpu)
+    if runtime.compile:
+        apply_compile(backbone, cpu=cpu)
+    apply_checkpointing(backbone, runtime.checkpointing)
+    if runtime.checkpointing != "none":
+        backbone.chosen["checkpointing"] = runtime.checkpointing
+    if runtime.offload:
+        if cpu:
+            raise UserError("runtime.offload = true: on a CPU all is in host memory already; set runtime.offload=false")
+        apply_offload(backbone)
+        backbone.chosen["offload"] = "to host memory"

@@ -1,0 +1,99 @@
+"""The attention kernel of all blocks."""
+
+import warnings
+from collections.abc import Collection
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dist_vpt.errors import UserError
+from dist_vpt.runtime.blocks import RunBlock
+
+if TYPE_CHECKING:  # workers that load images import this module too, and no model
+    from dist_vpt.backbones.vit import Backbone
+
+BACKENDS = {
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,  # whose kernels a package has replaced
+}
+# Eager's forward and backward are 1.4 to 10 times as fast as the fused ones on a CPU in bfloat16; with more tokens
+# they are so too, but there the attention matrix is half of what a block keeps.
+EAGER_TOKENS = 256
+
+
+def apply_attention(backbone: "Backbone", kernel: str, compute: torch.dtype, *, writes: bool, cpu: bool) -> None:
+    """Choose the kernel of all blocks and note it in ``backbone.chosen``. Raises UserError for one that is not there.
+
+    ``eager`` computes and keeps the attention matrix; the others are scaled_dot_product_attention: by torch's choice
+    (``sdpa``), by one kernel alone, or by a flash-attn package (``flash``). ``auto`` is sdpa but where gradients flow
+    through the blocks (``writes``) on a CPU in half precision: the fused backward is slow there.
+    """
+    if kernel == "auto":
+        slow = cpu and writes and compute != torch.float32 and backbone.tokens <= EAGER_TOKENS
+        kernel = "eager" if slow else "sdpa"
+    choosers: list[Any] = [module for module in backbone.modules() if hasattr(module, "fused_attn")]
+    for module in choosers:
+        module.fused_attn = kernel != "eager"
+    chosen = kernel
+    if kernel in BACKENDS:
+        chosen += f" ({_activate_flash()})" if kernel == "flash" else ""
+        refuse_missing(kernel, compute, cpu, {AttentionScores.of(module) for module in choosers})
+        backbone.run_block = partial(_with_backend, BACKENDS[kernel], backbone.run_block)
+    backbone.chosen["attention"] = chosen
+
+
+def _with_backend(backend: SDPBackend, run: RunBlock, block: nn.Module, tokens_BND: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return run(block, tokens_BND)
+
+
+def _activate_flash() -> str:
+    """Have a flash-attn package replace torch's own flash kernels, the newest that is installed; its name."""
+    reasons = []
+    for name in sorted(getattr(attention, "list_flash_attention_impls", list)(), reverse=True):
+        try:
+            attention.activate_flash_attention_impl(name)
+        except Exception as error:  # not installed, or not for this torch or this GPU: each says it in its own way
+            reasons.append(f"{name}: {error}")
+        else:
+            return name
+    raise UserError(
+        f"runtime.attention = flash: no package with flash attention ({'; '.join(reasons) or 'torch knows of none'}); "
+        "pip install 'dist-vpt[flash]', or set runtime.attention=sdpa_flash for torch's own kernels"
+    )
+
+
+class AttentionScores(NamedTuple):
+    """What decides whether a kernel can compute an attention's scores."""
+
+    width: int  # of a head
+    biased: bool = False  # whether something is added to them, as Swin adds a bias by relative position
+    bias_trained: bool = False
+
+    @classmethod
+    def of(cls, module: Any) -> "AttentionScores":
+        table = getattr(module, "relative_position_bias_table", None)
+        return cls(getattr(module, "head_dim", 64), table is not None, table is not None and table.requires_grad)
+
+
+def refuse_missing(kernel: str, compute: torch.dtype, cpu: bool, wanted: Collection[AttentionScores]) -> None:
+    device = torch.device("cpu") if cpu else torch.accelerator.current_accelerator()
+    for scores in wanted:
+        q_1HNE = torch.zeros(1, 1, 8, scores.width, dtype=compute, device=device, requires_grad=True)
+        bias_1HNN = torch.zeros(1, 1, 8, 8, dtype=compute, device=device, requires_grad=scores.bias_trained)
+        try:
+            with sdpa_kernel(BACKENDS[kernel]), warnings.catch_warnings(action="ignore"):
+                nn.functional.scaled_dot_product_attention(q_1HNE, q_1HNE, q_1HNE, bias_1HNN if scores.biased else None)
+        except RuntimeError as error:
+            precision = str(compute).removeprefix("torch.")
+            bias = f", with a {'trained ' if scores.bias_trained else ''}bias on their scores" if scores.biased else ""
+            raise UserError(
+                f"runtime.attention = {kernel}: there is no such kernel for {device}, {precision} and heads of width "
+                f"{scores.width}{bias}; set runtime.attention=auto"
+            ) from error

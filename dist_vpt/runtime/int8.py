@@ -1,0 +1,91 @@
+"""Frozen weights of linear layers in 8 bits, quantised by torchao and applied to a backbone from outside.
+
+B images, N tokens, D inputs and O outputs of a linear layer.
+
+A layer holds its weight as int8 levels with a float32 scale a row: half of what bf16 takes. Forward and backward each
+make numbers of them for as long as the layer is computed; backward keeps none of those.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_vpt.backbones.blocks import unpack_block
+from dist_vpt.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_vpt.backbones.vit import Backbone
+
+KEY = "runtime.frozen_weights = int8"
+EPSILON = torch.finfo(torch.float32).eps  # the least scale, of a row of zeros
+
+
+def apply_int8(backbone: "Backbone") -> None:
+    """Hold the weights of the blocks' linear layers in int8. After the method has been attached.
+
+    Raises UserError without torchao, and for blocks that read such a weight otherwise than by calling its layer.
+    """
+    from dist_vpt.backbones.swin import SwinBackbone
+
+    if not isinstance(backbone, SwinBackbone):
+        for number, block in enumerate(backbone.blocks):
+            try:
+                unpack_block(block, number)
+            except UserError as error:
+                raise UserError(
+                    f"{KEY}: only for timm's plain ViT and Swin blocks; set runtime.frozen_weights=precision ({error})"
+                ) from error
+    for module in backbone.blocks.modules():
+        if type(module) is nn.Linear:
+            _hold_in_int8(module)
+    backbone.chosen["frozen weights"] = "int8"
+
+
+def _hold_in_int8(linear: nn.Linear) -> None:
+    quantise = _torchao()
+    weight_OD, row = linear.weight.detach(), (1, linear.in_features)
+    scale_O1, zero_O1 = quantise.choose_qparams_affine(
+        weight_OD, quantise.MappingType.SYMMETRIC, row, torch.int8, -127, 127, EPSILON,
+        scale_dtype=torch.float32, zero_point_dtype=torch.int8, keepdim=True,
+    )  # fmt: skip
+    levels_OD = quantise.quantize_affine(weight_OD, row, scale_O1, zero_O1, torch.int8, -127, 127)
+    linear.weight = nn.Parameter(levels_OD, requires_grad=False)
+    linear.register_buffer("scale_O1", scale_O1, persistent=False)
+    linear.forward = partial(_forward, linear)  # type: ignore[method-assign]
+
+
+def _torchao() -> Any:
+    try:
+        from torchao.quantization import quant_primitives
+    except ImportError as error:
+        raise UserError(
+            f"{KEY}: torchao is not installed ({error}); pip install 'dist-vpt[int8]', or set "
+            "runtime.frozen_weights=precision"
+        ) from error
+    return quant_primitives
+
+
+def _forward(linear: nn.Linear, x_BND: Tensor) -> Tensor:
+    return _Linear.apply(x_BND, linear)
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b and its gradient in x alone; keeps the layer, and no number, for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BND: Tensor, linear: nn.Linear) -> Tensor:
+        ctx.linear = linear
+        return F.linear(x_BND, _numbers(linear, x_BND.dtype), linear.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ _numbers(ctx.linear, grads[0].dtype), None
+
+
+def _numbers(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
+    scale_O1: Any = linear.scale_O1
+    # Multiplied in float32: a scale in bf16 would be off by the same share in all of its row.
+    return torch.mul(linear.weight, scale_O1, out=torch.empty_like(linear.weight, dtype=dtype))

@@ -1,0 +1,41 @@
+"""Activations kept in host memory between forward and backward."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from dist_vpt.runtime.blocks import RunBlock, is_block_weight
+
+if TYPE_CHECKING:  # workers that load images import this module too, and no model
+    from dist_vpt.backbones.vit import Backbone
+
+PutAway = Callable[[Tensor], Callable[[], Tensor]]
+
+
+def apply_offload(backbone: "Backbone", put_away: PutAway | None = None) -> None:
+    """Have what blocks keep for backward wait in host memory; weights stay where they are.
+
+    ``put_away`` gives for a tensor what brings it back; in host memory unless given.
+    """
+    backbone.run_block = partial(_offloaded, put_away or _to_host, backbone.run_block)
+
+
+def _offloaded(put_away: PutAway, run: RunBlock, block: nn.Module, tokens_BND: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        return tensor if is_block_weight(tensor, block) else put_away(tensor)
+
+    def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed()
+
+    with saved_tensors_hooks(pack, unpack):
+        return run(block, tokens_BND)
+
+
+def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    # With its strides: what selective checkpointing gives back must be laid out as it was.
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return partial(host.copy_(tensor).to, tensor.device)

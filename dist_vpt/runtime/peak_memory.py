@@ -1,0 +1,44 @@
+"""The most memory that this process has held."""
+
+import contextlib
+import gc
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from dist_vpt.runtime.allocator import trim_freed_memory
+
+if TYPE_CHECKING:
+    pass
+
+MIB = 2**20
+PROC_STATUS = Path("/proc/self/status")
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has held, in MiB: the GPU's allocations, or the resident set on a CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / MIB
+    if PROC_STATUS.is_file():
+        told = next((line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM")), None)
+        if told is not None:
+            return int(told.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (MIB if sys.platform == "darwin" else 1024)
+
+
+def free_and_reset_peak() -> None:
+    """Give back what an earlier run of this process held, and count the peak anew (macOS cannot).
+
+    What torch's allocator and malloc keep for later would count as taken where a run asks whether it fits.
+    """
+    gc.collect()
+    trim_freed_memory()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

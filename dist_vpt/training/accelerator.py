@@ -1,0 +1,198 @@
+"""One process or many: the Accelerator of a recipe, and a method wrapped for DDP or a DeepSpeed ZeRO stage."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
+from dist_vpt.errors import UserError
+from dist_vpt.methods.base import Method
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory
+from dist_vpt.training.optim import build_optimizer
+
+SET_BY_RECIPE = (
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "amp",
+    "torch_autocast",
+)  # what the recipe says, not DeepSpeed's file
+NOT_ON_CPU = (
+    "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto (without a GPU that is "
+    "the CPU), or start with launch/accelerate/ddp.yaml"
+)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """An Accelerator for this process, its DeepSpeed configuration filled in from the recipe."""
+    cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
+    if recipe.runtime.precision == "fp16" and cpu:
+        raise UserError("runtime.precision = fp16: needs a GPU (gradients are scaled there); use bf16 or fp32 on a CPU")
+    # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
+    backend = "gloo" if cpu and "RANK" in os.environ else None
+    with rendezvous(recipe.run.timeout_minutes):
+        accelerator = Accelerator(
+            cpu=recipe.runtime.device == "cpu",
+            # Frozen weights are held in the recipe's precision and need no autocast; fp16 needs its gradient scaler.
+            mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
+            gradient_accumulation_steps=recipe.train.accumulate,
+            log_with=list(recipe.run.trackers) or None,
+            project_dir=recipe.run.dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    backend=backend, timeout=timedelta(minutes=recipe.run.timeout_minutes, seconds=MARGIN_SECONDS)
+                ),
+                AutocastKwargs(enabled=False),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
+        raise UserError("run.trackers: wandb is not installed; pip install 'dist-vpt[wandb]', or leave it out")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise UserError(
+            f"{started} processes were started, but Accelerate sees {accelerator.num_processes}; "
+            "start them with `accelerate launch` (launch/accelerate/ has a file for each strategy)"
+        )
+    if accelerator.state.deepspeed_plugin is not None:
+        _fill_deepspeed(accelerator, recipe)
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(NOT_ON_CPU)
+    if cpu and strategy_name(accelerator) != "zero3":
+        keep_freed_memory()
+    if recipe.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return accelerator
+
+
+def strategy_name(accelerator: Accelerator) -> str:
+    """single, ddp, or zero0 to zero3."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"zero{plugin.zero_stage}"
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
+    """The method wrapped for the strategy, and an optimiser over what it trains."""
+    frozen = {name: p for name, p in method.named_parameters() if not p.requires_grad}
+    # Every process reads the same frozen weights from the same file: they need not even be broadcast once. Buffers are
+    # constants, and with none left to DDP it broadcasts none before a step either.
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        method, [*frozen, *(name for name, _ in method.named_buffers())]
+    )
+    for parameter in frozen.values():
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed's mark of what it must not broadcast
+    model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
+    for parameter in frozen.values():
+        del parameter.ds_optim_param  # type: ignore[attr-defined]
+    if strategy_name(accelerator) == "zero3" and accelerator.device.type == "cpu":
+        give_back_freed_memory()  # from here on a process holds its part of the weights
+    return model, optimizer
+
+
+def unsupported_reason(recipe: Recipe, name: str) -> str:
+    """Why a recipe cannot have a strategy, with the fix, or "". ``name`` may be that of a file in launch/accelerate."""
+    runtime, zero, zero3 = recipe.runtime, name.startswith("zero"), name.startswith("zero3")
+    reasons = {
+        NOT_ON_CPU: zero and runtime.device == "cpu",
+        "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP": zero
+        and runtime.precision == "fp16",
+        f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
+        "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)": zero3
+        and recipe.method.reads_blocks,
+        f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward "
+        "than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
+        "every-N, or start with launch/accelerate/ddp.yaml": zero3 and runtime.checkpointing.startswith("budget"),
+        "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
+        "follow; use compile=false, or start with launch/accelerate/ddp.yaml": zero3 and runtime.compile,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def frozen_bytes(method: Method) -> tuple[int, int]:
+    """Bytes of frozen weights that this process holds now (under ZeRO-3 shards, and what is gathered), and of all."""
+    held = whole = 0
+    for parameter in method.parameters():
+        if not parameter.requires_grad:
+            shard = getattr(parameter, "ds_tensor", None)
+            held += parameter.nbytes + (0 if shard is None else shard.nbytes)
+            whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    return held, whole
+
+
+def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Put the recipe's numbers into DeepSpeed's configuration; refuse what contradicts the recipe."""
+    if reason := unsupported_reason(recipe, strategy_name(accelerator)):
+        refused = UserError(reason)
+        refused.shared = True  # the recipe is the same everywhere
+        raise refused
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    for key in SET_BY_RECIPE:
+        said = config.get(key)
+        if said and not (isinstance(said, dict) and said.get("enabled") in (False, "auto")):
+            raise UserError(
+                f"DeepSpeed configuration: {key} = {said}: the recipe says that (optim, runtime.precision); remove it"
+            )
+    micro = recipe.train.batch_size // (accelerator.num_processes * recipe.train.accumulate)
+    config["train_micro_batch_size_per_gpu"] = micro
+    config["gradient_accumulation_steps"] = recipe.train.accumulate
+    config["train_batch_size"] = micro * accelerator.num_processes * recipe.train.accumulate
+    # "auto" would become 1.0, and Accelerate's own clipping does nothing under DeepSpeed.
+    config["gradient_clipping"] = recipe.optim.clip_norm or 0.0
+    config["zero_allow_untested_optimizer"] = True
+    config["zero_force_ds_cpu_optimizer"] = False  # its own Adam has other numerics than the recipe's optimiser
+    config.setdefault("steps_per_print", 10**9)
+
+
+Made = TypeVar("Made")
+
+
+def processes() -> int:
+    """How many the launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def capture_user_error(make: "Callable[[], Made]") -> "tuple[Made | None, UserError | None]":
+    """What this process makes by itself, or, where others are there to agree with, the mistake that it meets."""
+    from dist_vpt.errors import UserError
+
+    try:
+        return make(), None
+    except UserError as error:
+        if processes() == 1:
+            raise
+        return None, error
+
+
+def init_accelerator(recipe: "Recipe", refused: "UserError | None", leaving: ExitStack) -> "Accelerator":
+    """The Accelerator of all processes, or the mistake that one or several of them have met, told once."""
+    from torch import distributed
+
+    from dist_vpt.distributed.collectives import raise_on_any_rank
+    from dist_vpt.errors import UserError
+    from dist_vpt.training.accelerator import make_accelerator
+
+    within = distributed.is_initialized()  # a sweep, whose processes stay together for its next run
+    try:
+        accelerator = make_accelerator(recipe)
+        if not within:
+            leaving.callback(accelerator.end_training)
+        raise_on_any_rank(accelerator, refused)
+    except (UserError, RuntimeError) as error:  # of a collective call that another process does not come to
+        if refused is None or (isinstance(error, UserError) and error.shared):
+            raise
+        raise refused from error
+    return accelerator

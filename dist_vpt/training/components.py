@@ -1,0 +1,210 @@
+"""From a recipe to the parts of a run: splits, view, backbone with its method."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.formats import open_splits
+from dist_vpt.data.loaders import EvalBatches, TrainBatches
+from dist_vpt.data.splits import Splits
+from dist_vpt.data.tasks import Resize
+from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.errors import UserError
+from dist_vpt.frozen_stream.cache import open_streams
+from dist_vpt.methods import attach
+from dist_vpt.methods.base import Method, Reader
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runtime.apply import apply_runtime
+
+START_IMAGES = 1000  # training images, at most about so many, that a method sees before it starts
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a recipe is made of, before any device or process is involved."""
+
+    splits: Splits
+    view: ImageTransform
+    method: Method
+    difference: LoadReport  # between the backbone's tensors and its file's
+    data: DataConfig
+    eval_batch_size: int
+
+    def protocol(self) -> dict[str, Any]:
+        """What makes a score comparable with others, for result.json: what was read, and how it was shown."""
+        task, splits = resolve(self.data), self.splits
+        own = None if self.data.mean is None else f"mean {list(self.data.mean)}, std {list(self.data.std or ())}"
+        names = ("train", "val", "trainval", "test")
+        return {
+            "storage": splits.storage,
+            "resize": self.view.resize,
+            "fit": self.view.fit,
+            "augment": self.view.augment,
+            "normalize": own or task.normalize,
+            "image_size": self.view.image_size,
+            "fraction": self.data.fraction,
+            "carved": list(splits.carved),
+            "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
+            "notes": list(splits.notes),
+        }
+
+    def carved(self) -> dict[str, list[str]]:
+        """Files of the splits that were taken out of train by a seed, for splits.json."""
+        splits = {name: self.splits[name] for name in self.splits.carved}
+        return {name: [split.where(i) for i in range(len(split))] for name, split in splits.items()}
+
+    def feeding(self, rank: int, world: int) -> dict[str, Any]:
+        """How images reach a process: what training and evaluation batches have in common."""
+        return {
+            "rank": rank,
+            "world": world,
+            "workers": self.data.workers,
+            "bad_images": self.data.bad_images,
+            "max_megapixels": self.data.max_megapixels,
+            "cache": resolve(self.data).cache,
+        }
+
+    def training(self, recipe: Recipe, rank: int, world: int) -> TrainBatches:
+        """Shuffled batches of the split that the recipe trains on. Raises UserError where ``world`` does not fit."""
+        return TrainBatches(
+            self.splits[recipe.data.train_on],
+            self.view,
+            batch_size=recipe.train.batch_size,
+            accumulate=recipe.train.accumulate,
+            seed=recipe.seed if recipe.train.order_seed is None else recipe.train.order_seed,
+            **self.feeding(rank, world),
+        )
+
+    def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
+        """Batches that show every image of a split once, over all processes; test, seen once, is never cached."""
+        feeding = self.feeding(rank, world) | ({"cache": "none"} if split == "test" else {})
+        return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **feeding)
+
+    def start(self, recipe: Recipe, device: torch.device) -> None:
+        """Let a method that starts on images see the first ones of the split that is trained on.
+
+        Every process sees the same, so that all start alike.
+        """
+        if not self.method.starts_on_images:
+            return
+        method, feeding = self.method.to(device), self.feeding(rank=0, world=1) | {"cache": "none"}
+        batches = EvalBatches(self.splits[recipe.data.train_on], self.view, self.eval_batch_size, **feeding)
+        few = islice(batches, math.ceil(START_IMAGES / self.eval_batch_size))
+        method.start((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
+        batches.close()
+
+    def use_cached_stream(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        train: TrainBatches,
+        val: EvalBatches | None,
+        stop: StopSignal,
+        *,
+        shared: bool = False,
+    ) -> str:
+        """For a reader, have batches come from a cache of the frozen stream as the recipe says; a line tells it.
+
+        ``shared``: several readers will share each batch. A collective call. The backbone must be on its device.
+        Raises Interrupted where ``stop`` was asked.
+        """
+        if not isinstance(self.method, Reader):
+            return ""
+        wanted = {recipe.data.train_on: train} | ({"val": val} if val is not None else {})
+        if self.view.augment != "none":
+            if recipe.stream.cache not in ("auto", "none"):
+                raise UserError(
+                    f"stream.cache = {recipe.stream.cache}: data.augment = {self.view.augment} shows each image "
+                    "otherwise in every epoch; set stream.cache=auto (which keeps val alone) or data.augment=none"
+                )
+            del wanted[recipe.data.train_on]
+        feeds, line = open_streams(
+            recipe.stream,
+            self.data,
+            self.method.backbone,
+            (self.method.shares if shared else self.method.reads, self.method.reads),
+            self.view,
+            {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
+            accelerator,
+            stop,
+            passes=recipe.train.epochs,
+        )
+        for name, feed in feeds.items():
+            wanted[name].use(feed)
+        return line
+
+
+def build_components(recipe: Recipe) -> Components:
+    """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
+    wants = preprocessing_of(recipe.backbone)
+    splits = open_splits(recipe.data)
+    if recipe.train.test:
+        splits["test"]  # a missing one is told now, not after hours of training
+    method, difference = build_method(recipe, wants, len(splits.classes))
+    view = build_transform(recipe.data, wants)
+    return Components(splits, view, method, difference, recipe.data, recipe.train.eval_batch_size)
+
+
+def build_transform(data: DataConfig, wants: Preprocessing) -> ImageTransform:
+    """How images are shown: what the weights want, where the recipe says nothing else."""
+    task = resolve(data)
+    return ImageTransform(
+        image_size=data.image_size or wants.image_size,
+        resize=task.resize or cast(Resize, wants.interpolation),
+        fit=task.fit,
+        augment=task.augment,
+    )
+
+
+def channels(data: DataConfig, wants: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels, of 0..1, with which images are normalised."""
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    kinds = {
+        "vpt": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        "weights": (wants.mean, wants.std),
+        "none": ((0.0,) * 3, (1.0,) * 3),
+    }
+    return kinds[resolve(data).normalize]
+
+
+def build_method(recipe: Recipe, wants: Preprocessing, classes: int) -> tuple[Method, LoadReport]:
+    """The frozen backbone with the method attached, and the difference from its weight file."""
+    torch.manual_seed(recipe.seed)
+    mean, std = channels(recipe.data, wants)
+    image_size = recipe.data.image_size or wants.image_size
+    backbone, difference = build(recipe.backbone, image_size=image_size, mean=mean, std=std, frame=recipe.method.frame)
+    torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
+    method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
+    apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))
+    return method, difference
+
+
+def build_reader(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:
+    """Another reader on a backbone that has one already, starting as it would alone."""
+    torch.manual_seed(recipe.seed)
+    reader = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
+    assert isinstance(reader, Reader)
+    return reader
+
+
+def class_weights(kind: str, labels: np.ndarray, classes: int) -> Tensor:
+    """Weight of each class in the loss from the real counts of ``labels``, float32 [K]; the mean over images is 1."""
+    counts = np.bincount(labels, minlength=classes).astype(np.float64)
+    power = {"none": 0.0, "inv": 1.0, "inv_sqrt": 0.5}[kind]
+    weights = np.where(counts > 0, np.maximum(counts, 1) ** -power, 0.0)
+    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()

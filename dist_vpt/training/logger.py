@@ -1,0 +1,246 @@
+"""What a run shows: a bar on a terminal, lines in train.log, metrics.jsonl, curves and pictures in trackers.
+
+K classes, S image side.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from accelerate.utils import LoggerType
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dist_vpt.data.splits import Split
+from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.rank_status import logger, phase
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.progress import Progress as RunProgress
+from dist_vpt.runtime.peak_memory import peak_memory_mib
+from dist_vpt.training.figures import confusion_figure, mistakes_figure
+from dist_vpt.training.metrics import Mistake
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dist_vpt.training import engine
+
+WARM_UP = 3  # steps left out of the speed: first calls allocate, compile and start workers
+
+
+class RunLogger:
+    """Speaks on the main process, is silent on the others."""
+
+    def __init__(self, recipe: Recipe, accelerator: "Accelerator", folder: RunFolder):
+        self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
+        self.main = accelerator.is_main_process
+        self.console = Console(stderr=False, highlight=False)
+        self.bar: Progress | None = None
+        self.started: tuple[float, int] | None = None  # clock and images when the speed's counting began
+        self.steps = 0
+        self.unwritten: dict[Path, str] = {}  # lines for which the disk had no room so far
+
+    def start(self, headline: list[str], progress: RunProgress, total_steps: int, done_steps: int) -> None:
+        """Open log and trackers; show what is about to be trained."""
+        self.total_steps = total_steps
+        if not self.main:
+            self._start_trackers({})
+            return
+        if self.folder.metrics.exists():  # a resumed run writes the epochs after its state again
+            os.truncate(self.folder.metrics, min(progress.metrics_bytes, self.folder.metrics.stat().st_size))
+        for line in headline:
+            self.line(line)
+        names = self.recipe.run.trackers
+        options: dict[str, dict[str, Any]] = (
+            {"tensorboard": {"purge_step": done_steps + 1}} if "tensorboard" in names else {}
+        )
+        if "wandb" in names:
+            started = f"{self.folder.path.resolve()} {self.folder.status().get('started')}"
+            run_id = hashlib.sha256(started.encode()).hexdigest()[:16]  # a resumed run goes on with its curves
+            options["wandb"] = {"name": self.folder.path.name, "dir": str(self.folder.path), "id": run_id}
+            options["wandb"]["resume"] = "allow"
+        self._start_trackers(options)
+        writer = self._writer()
+        if writer is not None:
+            writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", global_step=done_steps)
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, text="")
+
+    def _start_trackers(self, options: dict[str, dict[str, Any]]) -> None:
+        """One after the other: Accelerate's one name is TensorBoard's folder and W&B's project."""
+        trackers = []
+        for name, project in (("tensorboard", "tb"), ("wandb", "dist_vpt")):
+            if name in self.recipe.run.trackers:
+                self.accelerator.log_with = [LoggerType(name)]
+                self.accelerator.init_trackers(project, config=_hparams(self.recipe), init_kwargs=options)
+                trackers += self.accelerator.trackers
+        self.accelerator.trackers = trackers
+
+    def step(self, number: int, step: "engine.Step", progress: RunProgress, *, logged: bool) -> None:
+        """Called after each optimiser step; ``logged`` ones go to the log and the trackers."""
+        if not self.main:
+            if logged:
+                logger.info(f"step {number}/{self.total_steps}  epoch {progress.epoch + 1}")
+            return
+        self.steps += 1
+        if self.steps == WARM_UP:
+            self.started = (time.monotonic(), progress.images)
+        phase.progress = {
+            "step": number,
+            "steps": self.total_steps,
+            "epoch": progress.epoch + 1,
+            "epochs": self.recipe.train.epochs,
+            "images_per_s": round(self.images_per_s(progress), 2),
+            "seconds_left": round(self._left(number, progress), 1),
+        }
+        text = self._text(number, step, progress)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=number, text=text, description=f"epoch {progress.epoch + 1}")
+        if logged:
+            self.line(f"step {number}/{self.total_steps}  epoch {progress.epoch + 1}  {text}", show=self.bar is None)
+            self._track(
+                {
+                    "train/loss": step.loss,
+                    "train/top1": 100 * step.correct / max(step.images, 1),
+                    "train/lr": step.lr,
+                    "train/images_per_s": self.images_per_s(progress),
+                    "train/memory_mib": peak_memory_mib(),
+                    "norm/gradient": step.gradient_norm,
+                    "norm/parameter": step.parameter_norm,
+                    "norm/update": step.update_norm,
+                },
+                number,
+            )
+
+    def scores(self, epoch: int, step: int, split: str, scores: dict[str, float]) -> None:
+        """One line an epoch and split."""
+        if not self.main:
+            return
+        self._append(self.folder.metrics, json.dumps({"epoch": epoch, "step": step, "split": split, **scores}) + "\n")
+        shown = "  ".join(
+            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in scores.items()
+        )
+        self.line(f"epoch {epoch}/{self.recipe.train.epochs}  {split:5}  {shown}")
+        self._track({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
+
+    def pictures(  # noqa: PLR0917 (a table of what is drawn)
+        self,
+        step: int,
+        confusion_KK: np.ndarray,
+        mistakes: list[Mistake],
+        split: Split,
+        view: ImageTransform,
+        classes: tuple[str, ...],
+    ) -> None:
+        """A confusion matrix and a panel of wrongly classified test images, for TensorBoard."""
+        writer = self._writer() if self.main else None
+        if writer is None:
+            return
+        with self._without_room_no_curves():
+            writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
+            if mistakes:
+                writer.add_figure("test/mistakes", mistakes_figure(mistakes, split, view, classes), global_step=step)
+            writer.flush()
+
+    def line(self, text: str, *, show: bool = True) -> None:
+        """A plain line in train.log, shown on the terminal as well unless the bar tells it."""
+        if not self.main:
+            return
+        self._append(self.folder.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        if show:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def flush(self) -> int:
+        """The length of metrics.jsonl, with all lines on the disk. Raises OSError where it has no room for them."""
+        if not self.main:
+            return 0
+        for path in list(self.unwritten):
+            self._write(path)
+        return self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
+
+    def close(self) -> None:
+        """End the bar and the trackers."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        with self._without_room_no_curves():
+            for tracker in self.accelerator.trackers:  # its processes may go on together with another run
+                tracker.finish()
+
+    def _append(self, path: Path, text: str) -> None:
+        """Add to a file, later where the disk is full: nothing is lost while the process lives."""
+        self.unwritten[path] = self.unwritten.get(path, "") + text
+        with contextlib.suppress(OSError):
+            self._write(path)
+
+    def _write(self, path: Path) -> None:
+        length = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a") as file:
+                file.write(self.unwritten[path])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, length)  # half a line
+            raise
+        del self.unwritten[path]
+
+    @contextlib.contextmanager
+    def _without_room_no_curves(self) -> Iterator[None]:
+        """A full disk ends TensorBoard's curves (its writer does not recover) and not the run."""
+        try:
+            yield
+        except OSError as error:
+            self.accelerator.trackers = [t for t in self.accelerator.trackers if t.name != "tensorboard"]
+            self.line(f"warning: no curves and pictures are written to {self.folder.path / 'tb'} any more ({error})")
+
+    def images_per_s(self, progress: RunProgress) -> float:
+        """Over all processes, since the first steps of this session, evaluations included."""
+        if self.started is None or progress.images == self.started[1]:
+            return progress.images / progress.seconds if progress.seconds else 0.0
+        return (progress.images - self.started[1]) / (time.monotonic() - self.started[0])
+
+    def _text(self, number: int, step: "engine.Step", progress: RunProgress) -> str:
+        speed, left = self.images_per_s(progress), self._left(number, progress)
+        return (
+            f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
+            f"{speed:.1f} images/s  {peak_memory_mib():.0f} MiB  {timedelta(seconds=round(left))} left"
+        )
+
+    def _left(self, number: int, progress: RunProgress) -> float:
+        """Seconds of training that are left."""
+        speed = self.images_per_s(progress)
+        return (self.total_steps - number) * self.recipe.train.batch_size / speed if speed else 0.0
+
+    def _track(self, values: dict[str, float | None], step: int) -> None:
+        with self._without_room_no_curves():
+            self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
+
+    def _writer(self) -> Any:
+        found = [tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
+        return found[0].tracker if found else None
+
+
+def _hparams(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as flat names and plain values, as TensorBoard's hparams want them."""
+    flat: dict[str, Any] = {}
+
+    def add(value: Any, at: str) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(inner, f"{at}.{key}" if at else key)
+        else:
+            flat[at] = value if isinstance(value, (int, float, bool, str)) else json.dumps(value)
+
+    add(recipe.model_dump(mode="json"), "")
+    return flat
