@@ -63,8 +63,10 @@ def main(words: list[str] | None = None) -> int:
 
 def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int) -> dict[str, Any]:
     """All numbers of one recipe under each of the policies; the first must be ``none``."""
-    if policies[0] != "none" or recipe.runtime.checkpointing != "none":
-        raise UserError("--policies: all are compared with none; begin with it, and leave runtime.checkpointing out")
+    if policies[0] != "none" or recipe.runtime.activation_checkpointing != "none":
+        raise UserError(
+            "--policies: all are compared with none; begin with it, and leave runtime.activation_checkpointing out"
+        )
     load = round(os.getloadavg()[0], 1)
     device = make_accelerator(recipe).device
     wants = preprocessing_of(recipe.backbone)
@@ -110,8 +112,8 @@ def under(policy: str, plain: Method, recipe: Recipe) -> Method:
     """The method under a policy, on the same weights."""
     shared = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     method = copy.deepcopy(plain, memo=cast(Any, shared))
-    checked = Recipe.model_validate(recipe.model_dump() | {"runtime": {"checkpointing": policy}})
-    apply_checkpointing(method.backbone, checked.runtime.checkpointing)
+    checked = Recipe.model_validate(recipe.model_dump() | {"runtime": {"activation_checkpointing": policy}})
+    apply_checkpointing(method.backbone, checked.runtime.activation_checkpointing)
     return method
 
 

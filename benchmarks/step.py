@@ -105,9 +105,9 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         "image_size": batches[0]["images"].shape[-1],
         "classes": classes,
         "batch": recipe.train.batch_size,
-        "micro_batch": recipe.train.batch_size // recipe.train.accumulate,
+        "micro_batch": recipe.train.batch_size // recipe.train.grad_accum_steps,
         "precision": recipe.runtime.precision,
-        "checkpointing": recipe.runtime.checkpointing,
+        "activation_checkpointing": recipe.runtime.activation_checkpointing,
         "offload": recipe.runtime.offload,
         "attention": training.method.backbone.chosen["attention"],
         "compile": training.method.backbone.chosen.get("compile"),
@@ -158,7 +158,7 @@ def model_flops(recipe: Recipe, wants: Preprocessing, classes: int) -> int:
         update={
             "backbone": recipe.backbone.model_copy(update={"weights": "random"}),  # no file is read for a count
             "runtime": recipe.runtime.model_copy(
-                update={"checkpointing": "none", "attention": "sdpa", "compile": False, "offload": False}
+                update={"activation_checkpointing": "none", "attention": "sdpa", "compile": False, "offload": False}
             ),
         }
     )

@@ -404,8 +404,8 @@ def _check(recipe: Recipe) -> None:
         wrong.append(f"runtime.precision = {recipe.runtime.precision}: both are measured; leave it out")
     if recipe.runtime.attention != "auto":
         wrong.append(f"runtime.attention = {recipe.runtime.attention}: the quicker kernel is used; leave it out")
-    if recipe.train.accumulate != 1:
-        wrong.append(f"train.accumulate = {recipe.train.accumulate}: must be 1 here; use --published-batch")
+    if recipe.train.grad_accum_steps != 1:
+        wrong.append(f"train.grad_accum_steps = {recipe.train.grad_accum_steps}: must be 1 here; use --published-batch")
     if recipe.stream != StreamConfig():
         wrong.append("stream: live and cached are both measured; leave it out (--device-cache is for GPUs)")
     if wrong:

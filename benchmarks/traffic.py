@@ -97,7 +97,7 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
         training = make_training(recipe, wants, classes)
     accelerator = training.accelerator
     processes, rank = accelerator.num_processes, accelerator.process_index
-    each = recipe.train.batch_size // processes // recipe.train.accumulate
+    each = recipe.train.batch_size // processes // recipe.train.grad_accum_steps
     batches: list[Any] = [
         {name: value[rank * each : (rank + 1) * each] for name, value in cast(dict[str, Tensor], batch).items()}
         for batch in synthetic_batches(recipe, wants, classes)

@@ -35,8 +35,8 @@ train_in_job() {
 suite_in_job() {
   _begin "$@"
   { _has_package "$python" && "$python" -m dist_vpt.cli.slurm_node gpus; } || exit 2
-  # With --runners N an element takes whatever trials and seeds of the suite are left, N at a time.
-  case " $* " in *" --runners "* | *" --runners="*) ;; *) set -- "$@" --only "${SLURM_ARRAY_TASK_ID:-0}" ;; esac
+  # With --workers N an element takes whatever trials and seeds of the suite are left, N at a time.
+  case " $* " in *" --workers "* | *" --workers="*) ;; *) set -- "$@" --index "${SLURM_ARRAY_TASK_ID:-0}" ;; esac
   _run _on_every_node "$python" -m dist_vpt suite "$@"
 }
 

@@ -49,7 +49,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
 
 
 def heads_of(w: dict[str, Array], part: int, normed_BND: Array) -> Array:
-    """Queries (0) or keys (1) of tokens, [B, H, N, E], normalised by heads where the block does that."""
+    """Queries (0) or keys (1) of tokens, [B, H, N, E], normalized by heads where the block does that."""
     rows = slice(part * WIDTH, (part + 1) * WIDTH)
     x_BND = normed_BND @ w["attn.qkv.weight"][rows].T + w["attn.qkv.bias"][rows]
     x_BHNE = x_BND.reshape(*x_BND.shape[:2], HEADS, -1).transpose(0, 2, 1, 3)
@@ -130,7 +130,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def vpt_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of 3 prompts; trained in a way that hides attention, which the pictures must not be."""
     folder = tmp_path_factory.mktemp("runs") / "vpt"
-    options = ("method.prompts=3", "runtime.checkpointing=block", "runtime.attention=sdpa")
+    options = ("method.prompts=3", "runtime.activation_checkpointing=block", "runtime.attention=sdpa")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         train(folder, *options)

@@ -125,7 +125,7 @@ def test_saved_for_backward_is_the_same_on_every_run(run: tuple[dict, Path]) -> 
 
 
 def test_saved_for_backward_follows_policy_and_method() -> None:
-    vpt, block = saved_mib(*VPT), saved_mib(*VPT, "runtime.checkpointing=block")
+    vpt, block = saved_mib(*VPT), saved_mib(*VPT, "runtime.activation_checkpointing=block")
     linear = saved_mib("method.name=linear", "runtime.precision=bf16")
     assert linear < block < vpt / 5
     # Each block's input and the last one's output; beside them the head's few numbers.
@@ -145,7 +145,7 @@ def test_a_storage_counts_once_and_weights_never() -> None:
     assert step.saved_for_backward(layer, loss) == 2 * given.nbytes
 
 
-@pytest.mark.parametrize("more", [["runtime.precision=fp32"], ["runtime.checkpointing=block"]])
+@pytest.mark.parametrize("more", [["runtime.precision=fp32"], ["runtime.activation_checkpointing=block"]])
 def test_flops_of_vpt(more: list[str], run: tuple[dict, Path]) -> None:
     weights, attention = block_flops(1 + P + PATCHES)
     patches = 2 * PATCHES * PIXELS * D
@@ -170,7 +170,7 @@ def test_flops_of_linear_and_full() -> None:
 
 
 def test_mistakes_are_the_recipes_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code = step.main([*TINY, "method.prompt=3", "runtime.checkpointing=blok", "--out", str(tmp_path)])
+    code = step.main([*TINY, "method.prompt=3", "runtime.activation_checkpointing=blok", "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert code == 2
     assert "2 mistakes in the recipe" in error

@@ -178,7 +178,7 @@ def test_ways_that_disagree_are_refused(
     [
         (["method.name=linear"], "method.name = linear: only vqt"),
         (["runtime.precision=bf16"], "both are measured"),
-        (["train.accumulate=2"], "use --published-batch"),
+        (["train.grad_accum_steps=2"], "use --published-batch"),
         (["stream.cache=memory"], "leave it out"),
         (["--images", "3"], "--images 3: must be at least a batch, 4"),
     ],

@@ -221,7 +221,7 @@ def test_a_full_disk_at_the_end_says_where_the_run_would_go_on(tmp_path: Path) -
 def test_a_resumed_run_may_pay_time_for_memory(stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped / "run", folder)
-    train(folder, *OPTIONS, "run.resume=auto", "runtime.checkpointing=block")
+    train(folder, *OPTIONS, "run.resume=auto", "runtime.activation_checkpointing=block")
     assert [line["loss"] for line in metrics(folder)] == pytest.approx(
         [line["loss"] for line in metrics(stopped / "whole")], abs=1e-5
     )

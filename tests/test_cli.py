@@ -32,7 +32,7 @@ COMMANDS = {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },
     "dist-vpt suite": {
-        *("--help", "--debug", "RECIPE|a.b=c *", "--tasks", "--method", "--root", "--out", "--runners", "--only"),
+        *("--help", "--debug", "RECIPE|a.b=c *", "--tasks", "--method", "--root", "--out", "--workers", "--index"),
         *("--slurm", "--dry-run"),
     },
     "dist-vpt status": {"--help", "--debug", "DIR +", "--json", "--watch"},
@@ -43,7 +43,16 @@ COMMANDS = {
     "dist-vpt backbones check": {"--help", "--debug", "FILE"},
     "dist-vpt launch": {"--help"},
     "dist-vpt launch slurm": {
-        *("--help", "--debug", "RECIPE|a.b=c +", "--nodes", "--gpus-per-node", "--time", "--strategy", "--attempts"),
+        *(
+            "--help",
+            "--debug",
+            "RECIPE|a.b=c +",
+            "--nodes",
+            "--gpus-per-node",
+            "--time",
+            "--strategy",
+            "--max-restarts",
+        ),
         "--dry-run",
     },
     "dist-vpt doctor": {"--help", "--debug", "--run-dir", "--json"},

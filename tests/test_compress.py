@@ -349,7 +349,7 @@ def test_a_head_is_trained_as_the_engine_trains_one(tmp_path: Path, monkeypatch:
         *("optim.lr=2", "optim.weight_decay=0.1", "optim.warmup_epochs=1", "optim.clip_norm=0.5", "run.trackers=[]"),
     )
     train(tmp_path / "linear", "method.name=linear", *words)
-    train(tmp_path / "vqt", "method.name=vqt", "method.blocks=[5]", "method.normalise=false", *words)
+    train(tmp_path / "vqt", "method.name=vqt", "method.blocks=[5]", "method.normalize=false", *words)
     monkeypatch.setattr(module, "best_features", lambda _, number: torch.arange(number))
     again(tmp_path / "vqt", [0.5])
     wanted, found = adapters(tmp_path / "linear"), adapters(tmp_path / "vqt" / "compressed" / "featselect-0.5")
@@ -363,7 +363,7 @@ def test_a_head_is_trained_as_the_engine_trains_one(tmp_path: Path, monkeypatch:
 
 
 def test_micro_batches_change_nothing(source: Path, selected: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    again(source, [0.1], out=str(tmp_path), overrides=["train.accumulate=4"])
+    again(source, [0.1], out=str(tmp_path), overrides=["train.grad_accum_steps=4"])
     wanted, found = adapters(selected[0] / "featselect-0.1"), adapters(tmp_path / "featselect-0.1")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

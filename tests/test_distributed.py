@@ -37,7 +37,7 @@ INSIDE = {
     "pad": ("method.name=vpt", "method.location=pad", "method.deep=false", "method.prompts=2"),
     "below": ("method.name=vpt", "method.location=below", "method.deep=false", "method.prompts=2"),
     "side": ("method.name=side", "method.channels=8"),
-    "vpt+": ("method.name=vpt", "method.also=[bias,cls]", "method.start=tokens", "method.prompts=2"),
+    "vpt+": ("method.name=vpt", "method.extra_trainable=[bias,cls]", "method.init=tokens", "method.prompts=2"),
 }
 
 
@@ -76,7 +76,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_equal_one(strategy: str, alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    more = ("train.accumulate=3",) if strategy in ("ddp", "zero2", "zero3") else ()
+    more = ("train.grad_accum_steps=3",) if strategy in ("ddp", "zero2", "zero3") else ()
     if strategy in LAUNCHED:
         process = start(strategy, folder, *OPTIONS, *more)
         output = finish(process)
@@ -183,7 +183,7 @@ def test_two_processes_equal_one_on_other_backbones(
 def assert_equal_on_two(strategy: str, tmp_path: Path, *settings: str) -> None:
     options = (*settings, "train.batch_size=500")  # sgd: Adam would make steps of gradients that are noise
     result = train(tmp_path / "alone", *options)
-    more = () if "method.name=side" in settings else ("runtime.checkpointing=block",)  # readers have none
+    more = () if "method.name=side" in settings else ("runtime.activation_checkpointing=block",)  # readers have none
     forks = forked(strategy, tmp_path / "run", *options, *more)
     assert forks.finish() == [0, 0], forks.output[-3000:]
     assert step_losses(tmp_path / "run") == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4)
@@ -220,7 +220,7 @@ def test_checkpointing_on_two_processes(
     strategy: str, policy: str, method: str, unchecked: dict[str, list[float]], tmp_path: Path
 ) -> None:
     """Under ZeRO-3 sharded weights are gathered again in backward, the frozen ones and those that are trained."""
-    options = (*TRAINED[method], "optim.clip_norm=1", f"runtime.checkpointing={policy}")
+    options = (*TRAINED[method], "optim.clip_norm=1", f"runtime.activation_checkpointing={policy}")
     forks = forked(strategy, tmp_path / "run", *options)
     assert forks.finish() == [0, 0], forks.output[-3000:]
     assert step_losses(tmp_path / "run") == pytest.approx(unchecked[method], abs=1e-4)
@@ -230,8 +230,8 @@ def test_checkpointing_on_two_processes(
     ("option", "told"),
     [
         (
-            "runtime.checkpointing=budget-0.5",
-            "runtime.checkpointing = budget-0.5: ZeRO-3 gathers weights at other moments",
+            "runtime.activation_checkpointing=budget-0.5",
+            "runtime.activation_checkpointing = budget-0.5: ZeRO-3 gathers weights at other moments",
         ),
         ("method.name=vqt", "method.name = vqt: reads the weights inside the blocks, which ZeRO-3 gathers only while"),
     ],
@@ -264,7 +264,7 @@ def test_an_unreadable_image_on_one_process_is_told_once_and_by_name(tmp_path: P
     assert forks.finish() == [2, 2]
     assert forks.output.count("error: ") == 1, forks.output[-3000:]
     assert "7.png" in json.loads((tmp_path / "run" / "run.json").read_text())["reason"]
-    forks = forked("ddp", tmp_path / "other", *options, "data.bad_images=skip")
+    forks = forked("ddp", tmp_path / "other", *options, "data.on_decode_error=skip")
     assert forks.finish() == [0, 0], forks.output[-3000:]
     skipped = json.loads((tmp_path / "other" / "result.json").read_text())["skipped_images"]
     assert [Path(name).name for name in skipped] == ["7.png"]

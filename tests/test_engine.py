@@ -47,7 +47,12 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [("train.accumulate=2",), ("train.accumulate=5",), ("runtime.checkpointing=block",), ("data.cache=none",)],
+    [
+        ("train.grad_accum_steps=2",),
+        ("train.grad_accum_steps=5",),
+        ("runtime.activation_checkpointing=block",),
+        ("data.cache=none",),
+    ],
     ids=lambda change: change[0],
 )
 def test_how_the_batch_is_computed_changes_no_loss(change: tuple[str, ...], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tests.running import ROOT, step_losses, train, words
 from tests.test_memory import IMAGES, saved
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
-INT8 = "runtime.frozen_weights=int8"
+INT8 = "runtime.quantize=int8"
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_run_on_one_process_and_two(tmp_path: Path, capsys: pytest.CaptureFixt
         assert step_losses(tmp_path / name) == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4)
     assert main(["eval", str(tmp_path / "alone")]) == 0
     assert main(["merge", str(tmp_path / "alone"), "--out", str(tmp_path / "merged.safetensors")]) == 2
-    assert "runtime.frozen_weights = int8: " in capsys.readouterr().err
+    assert "runtime.quantize = int8: " in capsys.readouterr().err
     assert not (tmp_path / "merged.safetensors").exists()
 
 
@@ -109,7 +109,7 @@ def test_a_run_on_one_process_and_two(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_blocks_that_read_weights_themselves_are_refused() -> None:
     from timm.models.vision_transformer import ParallelScalingBlock
 
-    with pytest.raises(UserError, match=r"int8: only for timm's plain ViT and Swin blocks; set runtime.frozen_weights"):
+    with pytest.raises(UserError, match=r"int8: only for timm's plain ViT and Swin blocks; set runtime.quantize"):
         apply_int8(make_backbone(block_fn=ParallelScalingBlock))
 
 
@@ -118,7 +118,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match=re.escape("int8: torchao is not installed")) as caught:
         apply_int8(make_backbone())
-    assert "pip install 'dist-vpt[int8]', or set runtime.frozen_weights=precision" in str(caught.value)
+    assert "pip install 'dist-vpt[int8]', or set runtime.quantize=none" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -126,5 +126,5 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     [("full", "trains the blocks'"), ("partial", "trains the blocks'"), ("vqt", "reads the blocks'")],
 )
 def test_methods_that_need_the_numbers(method: str, does: str) -> None:
-    with pytest.raises(RecipeError, match=f"frozen_weights = int8: method.name = {method} {does} weights"):
+    with pytest.raises(RecipeError, match=f"quantize = int8: method.name = {method} {does} weights"):
         load_recipe([], [f"method.name={method}", INT8])

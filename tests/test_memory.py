@@ -145,7 +145,9 @@ def test_attention_is_the_dearest_to_compute_again(policy: str, times: float) ->
 
 
 def test_a_budget_that_no_block_can_keep() -> None:
-    with pytest.raises(UserError, match=r"runtime.checkpointing = budget-0.05: a block's input alone is 0.10 of"):
+    with pytest.raises(
+        UserError, match=r"runtime.activation_checkpointing = budget-0.05: a block's input alone is 0.10 of"
+    ):
         loss_of(make("budget-0.05"), IMAGES)
 
 
@@ -163,13 +165,15 @@ def test_scoring_and_blocks_without_gradients_keep_nothing(policy: str) -> None:
     "policy", ["none", "mlp", "block", "every-1", "every-12", "budget-0.5", "budget-0.05", "budget-0.333"]
 )
 def test_policies_of_a_recipe(policy: str) -> None:
-    assert load_recipe([], [f"runtime.checkpointing={policy}"]).runtime.checkpointing == policy
+    assert load_recipe([], [f"runtime.activation_checkpointing={policy}"]).runtime.activation_checkpointing == policy
 
 
 @pytest.mark.parametrize("policy", ["blok", "every-0", "every-", "budget-0", "budget-0.0", "budget-1.5", "budget-1"])
 def test_policies_that_are_none(policy: str) -> None:
-    with pytest.raises(RecipeError, match=r"command line: runtime.checkpointing: '.*': must be none, mlp, block"):
-        load_recipe([], [f"runtime.checkpointing={policy}"])
+    with pytest.raises(
+        RecipeError, match=r"command line: runtime.activation_checkpointing: '.*': must be none, mlp, block"
+    ):
+        load_recipe([], [f"runtime.activation_checkpointing={policy}"])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_policies_that_are_none(policy: str) -> None:
     ],
 )
 def test_policies_that_would_do_nothing(policy: str, backbone: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"runtime.checkpointing = {message}"):
+    with pytest.raises(UserError, match=f"runtime.activation_checkpointing = {message}"):
         make(policy, **backbone)
 
 
@@ -280,7 +284,7 @@ def test_offload_needs_a_gpu(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["method.name=linear", "runtime.offload=true"], "runtime.offload = True: method.name = linear keeps nothing"),
-        (["runtime.compile=true", "runtime.checkpointing=budget-0.5"], "does not show the products"),
+        (["runtime.compile=true", "runtime.activation_checkpointing=budget-0.5"], "does not show the products"),
     ],
 )
 def test_keys_that_do_not_go_together(words: list[str], message: str) -> None:
@@ -309,11 +313,11 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError(f"no compiler for {device}\nand a page of advice")
 
     monkeypatch.setattr(compile, "_try_compiler", no_compiler)
-    result = train(tmp_path / "run", "runtime.compile=true", "runtime.checkpointing=block")
+    result = train(tmp_path / "run", "runtime.compile=true", "runtime.activation_checkpointing=block")
     plain = train(tmp_path / "plain")
     assert result["last"]["test"] == plain["last"]["test"]
     told = "warning: no compiler here, blocks run uncompiled (no compiler for cpu)"
-    assert result["runtime"] == {"attention": "sdpa", "compile": told, "checkpointing": "block"}
+    assert result["runtime"] == {"attention": "sdpa", "compile": told, "activation_checkpointing": "block"}
     assert json.loads((tmp_path / "run" / "result.json").read_text())["runtime"] == result["runtime"]
     assert f"attention sdpa; compile {told}; checkpointing block" in (tmp_path / "run" / "train.log").read_text()
     assert plain["runtime"] == {"attention": "sdpa"}

@@ -42,17 +42,26 @@ from tests.running import ROOT, train, words
 # Methods, policies, kernels, optimisers and precisions that differ; one process, some with accumulated micro-batches.
 RECIPES: dict[str, list[str]] = {
     "vpt": ["method.prompts=20"],
-    "vpt checkpointed": ["method.prompts=20", "runtime.checkpointing=block", "optim.name=adamw", "optim.lr=0.01"],
-    "vpt accumulated": ["method.prompts=20", "train.accumulate=2", "runtime.attention=eager"],
+    "vpt checkpointed": [
+        "method.prompts=20",
+        "runtime.activation_checkpointing=block",
+        "optim.name=adamw",
+        "optim.lr=0.01",
+    ],
+    "vpt accumulated": ["method.prompts=20", "train.grad_accum_steps=2", "runtime.attention=eager"],
     "full": ["method.name=full", "optim.name=adamw", "optim.lr=1e-4"],
     "full in bf16": ["method.name=full", "runtime.precision=bf16", "optim.lr=1e-4"],
-    "full in bf16, budget": ["method.name=full", "runtime.precision=bf16", "runtime.checkpointing=budget-0.5"],
+    "full in bf16, budget": [
+        "method.name=full",
+        "runtime.precision=bf16",
+        "runtime.activation_checkpointing=budget-0.5",
+    ],
     "vpt offloaded": ["method.prompts=20", "runtime.offload=true"],
     "vqt": ["method.name=vqt", "method.queries=4", "optim.name=adam", "optim.lr=0.01"],
     "linear": ["method.name=linear"],
 }
 if find_spec("torchao") is not None:
-    RECIPES["int8"] = ["method.prompts=20", "runtime.frozen_weights=int8", "runtime.precision=bf16"]
+    RECIPES["int8"] = ["method.prompts=20", "runtime.quantize=int8", "runtime.precision=bf16"]
 # Backward on fake tensors starts threads of autograd's, after which this process could not fork: so in another one.
 # What is offloaded waits in NumPy's arrays there, which torch's allocator does not see.
 COUNT = """
@@ -173,7 +182,7 @@ def by_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 1 GiB and 0.1 GiB an image, 0.02 where blocks are checkpointed; scoring takes 0.01 GiB an image."""
 
     def footprint(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
-        each = {"none": 0.1, "block": 0.02}.get(recipe.runtime.checkpointing, 0.1)
+        each = {"none": 0.1, "block": 0.02}.get(recipe.runtime.activation_checkpointing, 0.1)
         step, scoring = int((1 + each * images) * GIB), int(0.01 * recipe.train.eval_batch_size * GIB)
         return MemoryEstimate(GIB, 0, 0, 0, step, step, scoring, parameters=1, trained_parameters=0)
 
@@ -190,9 +199,9 @@ def room(gib: float) -> int:
     ("gib", "advice"),
     [
         (3.7, "the recipe as it is"),  # 1 + 1 + 16 * 0.1
-        (3.5, "runtime.checkpointing=block"),
-        (2.2, "train.accumulate=2 "),  # 8 images take 0.16
-        (2.05, "train.accumulate=8 "),
+        (3.5, "runtime.activation_checkpointing=block"),
+        (2.2, "train.grad_accum_steps=2 "),  # 8 images take 0.16
+        (2.05, "train.grad_accum_steps=8 "),
         (1.0, None),
     ],
 )
@@ -225,7 +234,7 @@ def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.Mo
     """As every-2 for a single block; the recipe's own is refused with the reason."""
 
     def footprint(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
-        if recipe.runtime.checkpointing == "every-2":
+        if recipe.runtime.activation_checkpointing == "every-2":
             raise UserError("a single block")
         return MemoryEstimate(GIB, 0, 0, 0, images * MIB, images * MIB, recipe.train.eval_batch_size, 1, 0)
 
@@ -233,7 +242,7 @@ def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.Mo
     rows = {choice.policy for choice in choices(recipe(), 10, Machines(room(4)))}
     assert rows == {"none", "mlp", "budget-0.5", "block", "none + offload", "block + offload"}
     with pytest.raises(UserError, match="a single block"):
-        choices(recipe("runtime.checkpointing=every-2"), 10, Machines(room(4)))
+        choices(recipe("runtime.activation_checkpointing=every-2"), 10, Machines(room(4)))
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -267,7 +276,7 @@ def test_the_largest_batch_by_footprints(tmp_path: Path, monkeypatch: pytest.Mon
     assert told["tight"] == [[0, False]]  # no batch is small enough for the weights' own copies
     # Two micro-batches of 16 hold gradients between them, which one of 16 alone does not.
     assert told["half"][1]
-    assert told["half"][0] != ["train.accumulate=2"]
+    assert told["half"][0] != ["train.grad_accum_steps=2"]
 
 
 @pytest.mark.usefixtures("by_the_image")
@@ -276,7 +285,9 @@ def test_a_run_that_cannot_fit_is_refused_or_warned_of(monkeypatch: pytest.Monke
         device=torch.device("cuda"), num_processes=1, state=SimpleNamespace(deepspeed_plugin=None)
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.5 * (1 + ROOM) * GIB), 0))
-    with pytest.raises(UserError, match=r"estimated to hold 3.6 GiB .* recommended: runtime.checkpointing=block"):
+    with pytest.raises(
+        UserError, match=r"estimated to hold 3.6 GiB .* recommended: runtime.activation_checkpointing=block"
+    ):
         check_memory(recipe("train.eval_batch_size=50"), gpu, 10)
     assert "recommended" in check_memory(recipe("train.eval_batch_size=50", "runtime.memory_check=warn"), gpu, 10)
     # A compiler's step holds less than is counted.
@@ -324,18 +335,18 @@ def test_how_to_start(machines: Machines, start: str) -> None:
 
 @pytest.mark.parametrize("own", ["none", "budget-0.25", "every-3"])
 def test_the_recipe_s_own_policy_is_planned(own: str) -> None:
-    found = list(policies(recipe(f"runtime.checkpointing={own}"), gpus=True))
+    found = list(policies(recipe(f"runtime.activation_checkpointing={own}"), gpus=True))
     (as_it_is,) = [name for name, said, _ in found if not said]
     assert as_it_is == own
     assert len({name for name, _, _ in found}) == len(found) == len(POLICIES) + (own != "none")
-    assert {one.runtime.checkpointing for _, _, one in found} >= {policy for policy, _ in POLICIES}
+    assert {one.runtime.activation_checkpointing for _, _, one in found} >= {policy for policy, _ in POLICIES}
 
 
 def test_offload_is_planned_for_gpus_alone() -> None:
     some = recipe("runtime.offload=true")
     found = {name: said for name, said, _ in policies(some, gpus=True)}
     assert found["none + offload"] == ()
-    assert found["block"] == ("runtime.checkpointing=block", "runtime.offload=false")
+    assert found["block"] == ("runtime.activation_checkpointing=block", "runtime.offload=false")
     found = {name: said for name, said, _ in policies(some, gpus=False)}
     assert found["none"] == ("runtime.offload=false",)
     assert not any("offload" in name for name in found)
@@ -407,7 +418,15 @@ def test_the_command(tmp_path: Path) -> None:
     def planned(*more: str) -> Forks:
         return command(["plan", *words(tmp_path / "run", "method.name=linear"), *more], tmp_path / "told.txt")
 
-    options = ("--gpus", "2", "--gpu-memory", "4GiB", "--measure", "train.accumulate=2", "runtime.attention=sdpa_cudnn")
+    options = (
+        "--gpus",
+        "2",
+        "--gpu-memory",
+        "4GiB",
+        "--measure",
+        "train.grad_accum_steps=2",
+        "runtime.attention=sdpa_cudnn",
+    )
     forks = planned(*options[:-1])
     assert forks.finish() == [0], forks.output
     for said in (

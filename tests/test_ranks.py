@@ -143,7 +143,7 @@ def test_all_end_with_the_reason_of_the_first(
 def test_processes_that_share_a_sweep(split: str, tmp_path: Path) -> None:
     """Each trial is a run in a folder of its own, within the sweep's."""
     folder = tmp_path / "sweep"
-    grid = [f"sweep.split={split}", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]"]
+    grid = [f"sweep.parallelize={split}", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]"]
     options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]")
 
     def before(rank: int) -> None:
@@ -196,7 +196,12 @@ def test_a_mistake_is_told_where_the_processes_never_meet(monkeypatch: pytest.Mo
 def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(split: str, tmp_path: Path) -> None:
     """The folder still says that the sweep is running, which the first process has not begun anew."""
     folder = tmp_path / "sweep"
-    grid = [f"sweep.split={split}", "sweep.grid={optim: {lr: [0.5, 0.1]}}", "sweep.seeds=[1]", "method.name=linear"]
+    grid = [
+        f"sweep.parallelize={split}",
+        "sweep.grid={optim: {lr: [0.5, 0.1]}}",
+        "sweep.seeds=[1]",
+        "method.name=linear",
+    ]
     options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]", "stream.cache=none")
     recipe = load_recipe([], [*options, "run.resume=auto"])
     with RunFolder(folder).claimed(recipe, "sweep"):
@@ -227,7 +232,7 @@ def test_a_mistake_that_shows_before_processes_meet_is_told_once(call: str, met_
         os.chdir(tmp_path if rank in met_by else tmp_path / "there")  # as on a node without the data
 
     options = [*SMALLEST, "data.root=data", f"run.dir={tmp_path / 'run'}", "run.trackers=[]"]
-    options += ["sweep.split=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}"] if call == "sweep" else []
+    options += ["sweep.parallelize=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}"] if call == "sweep" else []
     forks = command([call, *options], tmp_path / "told.txt", "ddp", before)
     assert forks.finish(90) == [2, 2], forks.output[-3000:]
     who = "" if 0 in met_by else f"process 1 on {socket.gethostname()}: "

@@ -289,7 +289,7 @@ def test_wrong_types(text: str, mistake: str, write: Write) -> None:
         (f"seed={2**63}", f"less than {2**63}"),
         ("train.epochs=0", "greater than or equal to 1"),
         ("train.batch_size=0", "greater than or equal to 1"),
-        ("train.accumulate=0", "greater than or equal to 1"),
+        ("train.grad_accum_steps=0", "greater than or equal to 1"),
         ("train.eval_batch_size=0", "greater than or equal to 1"),
         ("train.eval_every=0", "greater than or equal to 1"),
         ("train.label_smoothing=1", "less than 1"),
@@ -334,15 +334,21 @@ def test_each_beta_has_its_bound() -> None:
     ("overrides", "rule"),
     [
         (["optim.warmup_epochs=5", "train.epochs=5"], "optim.warmup_epochs = 5.0: must be below train.epochs = 5"),
-        (["train.batch_size=10", "train.accumulate=3"], "train.accumulate = 3: must divide train.batch_size = 10"),
+        (
+            ["train.batch_size=10", "train.grad_accum_steps=3"],
+            "train.grad_accum_steps = 3: must divide train.batch_size = 10",
+        ),
         (["train.early_stop={}", "data.train_on=trainval"], "train.early_stop needs a validation split"),
         (["backbone.drop_path=0.1", "method.name=linear"], "backbone.drop_path = 0.1: method.name = linear trains"),
-        (["method.name=linear", "runtime.checkpointing=block"], "runtime.checkpointing = block: method.name = linear"),
+        (
+            ["method.name=linear", "runtime.activation_checkpointing=block"],
+            "runtime.activation_checkpointing = block: method.name = linear",
+        ),
         (["optim.nesterov=true", "optim.name=adam"], "optim: nesterov = true: with name = adam"),
         (["optim.nesterov=true", "optim.momentum=0"], "optim: nesterov = true: with name = sgd and momentum = 0.0"),
         (["method.deep=false", "method.layers=2"], "these belong to deep prompts"),
         (["method.deep=false", "method.shared=true"], "these belong to deep prompts"),
-        (["method.deep=false", "method.end=last"], "these belong to deep prompts"),
+        (["method.deep=false", "method.prompted_blocks=last"], "these belong to deep prompts"),
         (["data.root=x"], "digits come with scikit-learn"),
         (["data.task=nothing"], "nothing"),
         (["data.mean=[0, 0, 0]"], "mean and std go together"),
@@ -358,11 +364,11 @@ def test_rules_over_several_keys(overrides: list[str], rule: str) -> None:
     "overrides",
     [
         ["optim.warmup_epochs=4.9", "train.epochs=5"],
-        ["train.batch_size=9", "train.accumulate=3"],
+        ["train.batch_size=9", "train.grad_accum_steps=3"],
         ["train.early_stop={}"],
         ["backbone.drop_path=0.1"],
         ["optim.nesterov=true"],
-        ["method.layers=2", "method.end=last", "method.shared=true"],
+        ["method.layers=2", "method.prompted_blocks=last", "method.shared=true"],
         ["data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"],
     ],
 )
@@ -392,11 +398,11 @@ def test_all_mistakes_at_once_each_with_its_place(write: Write) -> None:
 
 
 def test_all_rules_at_once() -> None:
-    mistakes = refused("optim.warmup_epochs=5", "train.epochs=5", "train.accumulate=7", "data.train_on=trainval",
+    mistakes = refused("optim.warmup_epochs=5", "train.epochs=5", "train.grad_accum_steps=7", "data.train_on=trainval",
                        "train.early_stop={}")  # fmt: skip
     assert [mistake.split(" ")[2] for mistake in mistakes] == [
         "optim.warmup_epochs",
-        "train.accumulate",
+        "train.grad_accum_steps",
         "train.early_stop",
     ]
 
@@ -461,7 +467,7 @@ def test_a_recipe_is_frozen() -> None:
         [],
         ["method.name=linear"],
         ["method.name=full", "runtime.precision=bf16"],
-        ["method.layers=3", "method.end=last", "method.projection=7", "optim.betas=[0.8, 0.9]"],
+        ["method.layers=3", "method.prompted_blocks=last", "method.projection=7", "optim.betas=[0.8, 0.9]"],
         ["optim.lr=1e-7", "optim.eps=1e-30", "optim.weight_decay=3.3e-5", f"seed={2**63 - 1}"],
         ["run.dir='1e-3'", "backbone.weights='2024-01-01'", "run.trackers=[tensorboard, wandb]"],
         ["run.dir='true'", "backbone.weights='null'", "backbone.name='  spaces: and # signs '"],
@@ -552,9 +558,9 @@ def test_every_recipe_in_configs_points_its_editor_at_the_schema() -> None:
 
 
 def test_rules_over_several_keys_are_told_beside_wrong_keys() -> None:
-    mistakes = refused("train.epochs=0", "train.accumulate=3", "optim.lrr=1")
+    mistakes = refused("train.epochs=0", "train.grad_accum_steps=3", "optim.lrr=1")
     assert len(mistakes) == 3
-    assert sum("train.accumulate = 3: must divide" in mistake for mistake in mistakes) == 1
+    assert sum("train.grad_accum_steps = 3: must divide" in mistake for mistake in mistakes) == 1
 
 
 def test_a_rule_that_only_a_default_breaks_is_not_told() -> None:

@@ -205,7 +205,7 @@ def test_three_tables() -> None:
 
 def test_a_cell_under_another_protocol_is_marked_and_so_are_its_means() -> None:
     results = suite()
-    results[14] = Own("runs", result("kitti", 30.0, resize="bicubic", trials=4))
+    results[14] = Own("runs", result("kitti", 30.0, interpolation="bicubic", trials=4))
     table = one_table(results)
     found = cells(table)
     told = {"not as published: resize bicubic, not vpt", "unlike the rest of the row: trials 4, not 20"}
@@ -281,7 +281,7 @@ def test_what_a_row_lacks_comes_from_the_nearest_protocol() -> None:
 
 
 def test_equal_tasks_under_two_protocols_are_two_rows() -> None:
-    table = one_table(suite() + suite(run="b2", resize="bicubic", epochs=30))
+    table = one_table(suite() + suite(run="b2", interpolation="bicubic", epochs=30))
     assert [row.name for row in table.rows] == ["vqt (resize vpt, epochs 100)", "vqt (resize bicubic, epochs 30)"]
     assert [bool(row.marks) for row in table.rows] == [False, True]
 
@@ -316,7 +316,7 @@ def test_a_failure_gives_way_to_a_number_under_its_protocol_alone() -> None:
     mended = one_table(number + own(result("dtd", run="b2", failed="x", finished=later), place="other"))
     assert [[cell.number for cell in row.cells][2] for row in mended.rows] == ["50.0"]
     assert mended.remarks == []
-    another = one_table(number + own(result("dtd", run="b2", failed="x", resize="bicubic")))
+    another = one_table(number + own(result("dtd", run="b2", failed="x", interpolation="bicubic")))
     assert [[cell.number for cell in row.cells][2] for row in another.rows] == ["50.0", "failed"]
 
 
@@ -335,7 +335,7 @@ def test_a_failure_without_a_protocol_stands_in_any_row() -> None:
     assert table.remarks[0] == "dtd, vqt: failed: no such folder"
     alone = one_table(own(failure("dtd")))
     assert [len(text) > 100 for text in forms([alone], own(failure("dtd")), []).values()] == [True] * 4
-    mended = one_table([*own(failure("dtd")), *own(result("dtd", 50.0, resize="bicubic"), place="more")])
+    mended = one_table([*own(failure("dtd")), *own(result("dtd", 50.0, interpolation="bicubic"), place="more")])
     assert ([row.source for row in mended.rows], cells(mended)["dtd"].number) == (["own"], "50.0")
     precise = one_table(own(failure("dtd", precision="fp32"), result("dtd", 50.0)))
     assert [row.name for row in precise.rows] == ["vqt (fp32)", "vqt (bf16)"]

@@ -135,11 +135,11 @@ def test_another_recipes_run_is_refused_and_the_difference_named(folder: RunFold
     [
         "data.workers=3",
         "data.cache=memory",
-        "data.bad_images=skip",
+        "data.on_decode_error=skip",
         "train.eval_batch_size=7",
         "run.log_every=3",
         "run.timeout_minutes=1",
-        "runtime.checkpointing=block",
+        "runtime.activation_checkpointing=block",
         "runtime.offload=true",
         "runtime.memory_check=ignore",
     ],
@@ -149,7 +149,9 @@ def test_what_changes_no_number_may_differ(folder: RunFolder, change: str) -> No
     use(folder, change, "run.resume=auto")
 
 
-@pytest.mark.parametrize("change", ["seed=1", "train.batch_size=8", "runtime.precision=bf16", "train.accumulate=2"])
+@pytest.mark.parametrize(
+    "change", ["seed=1", "train.batch_size=8", "runtime.precision=bf16", "train.grad_accum_steps=2"]
+)
 def test_what_changes_numbers_may_not_differ(folder: RunFolder, change: str) -> None:
     use(folder, status="interrupted")
     assert "another recipe" in refused(folder, change, "run.resume=auto")

@@ -361,12 +361,12 @@ def test_every_node_is_checked_and_an_element_has_its_sweep(tmp_path: Path) -> N
     assert f"node train {LAUNCH}/accelerate/zero2.yaml seed=1 run.resume=auto" in steps[1]
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3", "STEP": "75"}
     done = in_job(tmp_path, "--tasks", "dtd", call="suite_in_job", **array)
-    assert "-m dist_vpt suite --tasks dtd --only 3\n" in done.stdout
+    assert "-m dist_vpt suite --tasks dtd --index 3\n" in done.stdout
     assert "scontrol requeue 5_3\n" in done.stdout
-    done = in_job(tmp_path, "--tasks", "dtd", "--runners", "1", call="suite_in_job", **array)
-    assert "-m dist_vpt suite --tasks dtd --runners 1\n" in done.stdout
-    done = in_job(tmp_path, "--tasks", "dtd", "--runners=1", call="suite_in_job", **array)
-    assert "-m dist_vpt suite --tasks dtd --runners=1\n" in done.stdout
+    done = in_job(tmp_path, "--tasks", "dtd", "--workers", "1", call="suite_in_job", **array)
+    assert "-m dist_vpt suite --tasks dtd --workers 1\n" in done.stdout
+    done = in_job(tmp_path, "--tasks", "dtd", "--workers=1", call="suite_in_job", **array)
+    assert "-m dist_vpt suite --tasks dtd --workers=1\n" in done.stdout
 
 
 def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, alone: Path) -> None:
@@ -428,7 +428,7 @@ def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Sign
     [
         (["--nodes", "0"], "--nodes 0: must be at least 1"),
         (["--gpus-per-node", "-1"], "--gpus-per-node -1: must be at least 0"),
-        (["--attempts", "0"], "--attempts 0: must be at least 1"),
+        (["--max-restarts", "-1"], "--max-restarts -1: must be at least 0"),
         (["--strategy", "zero4"], "--strategy zero4: no launch/accelerate/zero4.yaml; did you mean 'zero"),
         (
             ["--time", "soon"],
@@ -439,7 +439,10 @@ def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Sign
         (["--nodes", "3"], "train.batch_size = 64: must be a multiple of 3 = 3 nodes x 1 processes x 1 accumulated"),
         (["seeds=1"], "command line: seeds = 1: unknown key"),
         (["runtime.precision=fp16", "--strategy", "zero2"], "--strategy zero2: runtime.precision = fp16: DeepSpeed"),
-        (["runtime.checkpointing=budget-0.5", "--strategy", "zero3"], "runtime.checkpointing = budget-0.5: ZeRO-3"),
+        (
+            ["runtime.activation_checkpointing=budget-0.5", "--strategy", "zero3"],
+            "runtime.activation_checkpointing = budget-0.5: ZeRO-3",
+        ),
         (["method.name=vqt", "--strategy", "zero3"], "method.name = vqt: reads the weights inside the blocks"),
         (["runtime.device=cpu", "--strategy", "zero2"], "runtime.device = cpu: Accelerate switches DeepSpeed off"),
         ([], "sbatch: not found; call this where jobs are submitted from"),
@@ -461,7 +464,7 @@ def test_launch_writes_and_submits_what_the_dry_run_shows(
 ) -> None:
     run = tmp_path / "runs" / "a b"
     line = ["launch", "slurm", f"run.dir={run}", "data.workers=3", "--nodes", "2", "--gpus-per-node", "4"]
-    line += ["--time", "4:00:00", "--strategy", "zero3", "--attempts", "5"]
+    line += ["--time", "4:00:00", "--strategy", "zero3", "--max-restarts", "4"]
     assert main([*line, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert not run.parent.exists()

@@ -188,7 +188,7 @@ def test_cached_equals_live(reader: str, precision: str, tmp_path: Path) -> None
 
 def test_unreadable_images_are_skipped_and_reported_alike(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
-    options = (*data, *READERS["linear"], "data.bad_images=skip", "train.epochs=2", "run.trackers=[]")
+    options = (*data, *READERS["linear"], "data.on_decode_error=skip", "train.epochs=2", "run.trackers=[]")
     cache = f"stream.dir={tmp_path / 'cache'}"
     live = run(tmp_path / "live", *options, "stream.cache=none")
     assert 5 < len(live.result["skipped_images"]) < 10
@@ -203,9 +203,9 @@ def test_what_another_run_has_skipped_stops_one_that_wants_all(
 ) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i in (3, 10))
     options = (*data, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}", "run.trackers=[]")
-    train(tmp_path / "skips", *options, "data.bad_images=skip")
+    train(tmp_path / "skips", *options, "data.on_decode_error=skip")
     told = message(capsys, tmp_path / "fails", *options)
-    assert "made with data.bad_images=skip, this stream cache lacks" in told
+    assert "made with data.on_decode_error=skip, this stream cache lacks" in told
     assert "replace what is damaged, or remove this folder" in told
     pictures(tmp_path / "data")
     assert train(tmp_path / "whole", *options)["skipped_images"] == []
@@ -249,7 +249,7 @@ def test_two_processes_equal_one(reader: str, place: str, tmp_path: Path) -> Non
 def test_two_processes_with_bf16_and_skipped_images(tmp_path: Path) -> None:
     """All that a cache holds goes between processes while it is filled."""
     data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
-    options = (*data, *READERS["vqt"][:2], "data.bad_images=skip", "train.epochs=2", "run.trackers=[]")
+    options = (*data, *READERS["vqt"][:2], "data.on_decode_error=skip", "train.epochs=2", "run.trackers=[]")
     options = (*options, "runtime.precision=bf16", "optim.lr=0.05", "train.eval_batch_size=4")
     alone = run(tmp_path / "alone", *options, "stream.cache=memory")
     assert two_processes(tmp_path / "two", *options, "stream.cache=memory") == [0, 0]
@@ -485,7 +485,7 @@ def test_what_makes_another_cache(tmp_path: Path) -> None:
         "dtype": facts_of(parts_of(*data, "runtime.precision=bf16")),
         "largest image": facts_of(parts_of(*data, "data.max_megapixels=20")),
         "image size": facts_of(parts_of(*data, "data.image_size=12")),
-        "kernel": facts_of(parts_of(*data, "data.resize=bilinear")),
+        "kernel": facts_of(parts_of(*data, "data.interpolation=bilinear")),
         "mean": facts_of(parts_of(*data, "data.mean=[0.4,0.5,0.5]", "data.std=[0.5,0.5,0.5]")),
         "split seed": facts_of(parts_of(*data, "data.split_seed=1")),
         "blocks": facts_of(parts_of(*data, "method.blocks=[0,1]")),

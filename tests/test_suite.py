@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TASKS = ("svhn", "dsprites_loc", "eurosat")
 BUILDERS = ("svhn_cropped", "dsprites", "eurosat/rgb")
 SMALL = (
-    "data.counts=any", "data.image_size=8", "data.workers=0", "train.epochs=2", "optim.warmup_epochs=0",
+    "data.check_counts=false", "data.image_size=8", "data.workers=0", "train.epochs=2", "optim.warmup_epochs=0",
     "train.batch_size=400",
     "run.trackers=[]", "sweep.grid={optim: {lr: [1.0, 0.1]}}", "sweep.seeds=[1, 2]", "method.dropout=0.0",
     "runtime.attention=eager",
@@ -93,7 +93,7 @@ def test_a_split_that_is_missing_is_told_before_a_trial_is_trained(tmp_path: Pat
     data.mkdir()
     (few_images(data) / "val200.txt").rename(tmp_path / "val200.txt")
     line = [
-        "suite", *SMALL, "data.format=vtab_folder", "sweep.split=batch", "--tasks", "dtd", "--method",
+        "suite", *SMALL, "data.format=vtab_folder", "sweep.parallelize=batch", "--tasks", "dtd", "--method",
         *recipes(tmp_path), "--root", str(data), "--out", str(tmp_path / "suite"),
     ]  # fmt: skip
     run = command(line, tmp_path / "told.txt")
@@ -211,7 +211,7 @@ def started(folder: Path, root: Path, *more: str) -> subprocess.CompletedProcess
 
 
 def test_runners_are_started(root: Path, tmp_path: Path) -> None:
-    done = started(tmp_path, root, "--runners", "2")
+    done = started(tmp_path, root, "--workers", "2")
     assert len(pieces(done.stdout)) == 6
     assert len(results(tmp_path)) == 2
 
@@ -225,7 +225,7 @@ def test_another_recipe_is_refused(undisturbed: Path, root: Path) -> None:
 
 def run_here(folder: Path, root: Path, *more: str) -> None:
     pairs = plan_experiments(TASKS, recipes(folder), [*SMALL, *more], str(root), str(folder / "suite"))
-    suite(pairs, str(folder / "suite"), runners=1, arguments=[])
+    suite(pairs, str(folder / "suite"), workers=1, arguments=[])
 
 
 def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
@@ -311,18 +311,18 @@ def test_a_job_array_has_an_element_for_each_pair(tmp_path: Path) -> None:
     )
     assert text.endswith(f"\n{line}\n")
     subprocess.run(["bash", "-n", str(file)], check=True)
-    assert main([*words, "--slurm", str(file), "--runners", "2"]) == 0
-    assert file.read_text().endswith(f"\n{line} --runners 2\n")
-    assert main([*words, "--slurm", str(file), "--only", "2"]) == 2
+    assert main([*words, "--slurm", str(file), "--workers", "2"]) == 0
+    assert file.read_text().endswith(f"\n{line} --workers 2\n")
+    assert main([*words, "--slurm", str(file), "--index", "2"]) == 2
 
 
 def test_an_element_does_its_own_pair(root: Path, tmp_path: Path) -> None:
     pairs = plan_experiments(["svhn", "eurosat"], recipes(tmp_path)[:1], SMALL, str(root), str(tmp_path / "suite"))
-    run = Forks(1, lambda rank: suite(pairs, str(tmp_path / "suite"), only=1, arguments=[]), tmp_path / "told.txt")
+    run = Forks(1, lambda rank: suite(pairs, str(tmp_path / "suite"), index=1, arguments=[]), tmp_path / "told.txt")
     assert run.finish() == [0], run.output
     assert list(results(tmp_path)) == ["eurosat/reader"]
-    with pytest.raises(UserError, match="--only 2: the suite has the elements 0 to 1"):
-        suite(pairs, str(tmp_path / "suite"), only=2, arguments=[])
+    with pytest.raises(UserError, match="--index 2: the suite has the elements 0 to 1"):
+        suite(pairs, str(tmp_path / "suite"), index=2, arguments=[])
 
 
 def test_the_key_does_not_depend_on_places() -> None:
@@ -335,7 +335,7 @@ def test_the_key_does_not_depend_on_places() -> None:
 
 
 def test_an_element_is_kept_by_the_runners_it_starts(root: Path, tmp_path: Path) -> None:
-    done = started(tmp_path, root, "--only", "0", "--runners", "2")
+    done = started(tmp_path, root, "--index", "0", "--workers", "2")
     assert list(results(tmp_path)) == ["svhn/reader"]
     assert done.stdout.count("test top-1 (%), mean") == 1  # one table, by the one who was asked
 
@@ -434,8 +434,8 @@ def test_places_that_cannot_be(root: Path, tmp_path: Path) -> None:
     (one / "train800.txt").write_text("")
     with pytest.raises(UserError, match=r"is one task's folder \(train800.txt\), and 3 tasks are asked for"):
         run_here(tmp_path, one)
-    with pytest.raises(UserError, match="--runners 0: must be at least 1"):
-        suite(plan_experiments(TASKS, recipes(tmp_path), SMALL, str(root), "out"), "out", runners=0, arguments=[])
+    with pytest.raises(UserError, match="--workers 0: must be at least 1"):
+        suite(plan_experiments(TASKS, recipes(tmp_path), SMALL, str(root), "out"), "out", workers=0, arguments=[])
     with pytest.raises(UserError, match="--tasks ,: names no task"):
         task_recipes([","])
     file = tmp_path / "file"

@@ -249,7 +249,7 @@ def test_a_split_that_is_missing_is_told_before_the_grid(
 @pytest.mark.parametrize("method", ["linear", "vpt"])
 def test_images_that_are_skipped_are_told(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
-    options = [f"method.name={method}", *data, "data.bad_images=skip", "run.trackers=[]", "sweep.seeds=[1]"]
+    options = [f"method.name={method}", *data, "data.on_decode_error=skip", "run.trackers=[]", "sweep.seeds=[1]"]
     content = swept(tmp_path / "sweep", *options, "sweep.grid.optim.lr=[0.5, 0.1]")
     named = {Path(file).name for file in content["skipped_images"]}
     assert named == {f"{i}.png" for i in range(60) if i % 7 == 3}  # those of test come with the seeds
@@ -262,7 +262,7 @@ def test_images_that_are_skipped_are_told(method: str, tmp_path: Path, capsys: p
 @pytest.mark.distributed
 def test_a_reader_s_sweep_has_nothing_for_deepspeed(tmp_path: Path) -> None:
     file = str(ROOT / "launch" / "accelerate" / "zero2.json")
-    forks = start(tmp_path / "sweep", *READER, "sweep.split=batch", strategy=file)
+    forks = start(tmp_path / "sweep", *READER, "sweep.parallelize=batch", strategy=file)
     assert forks.finish() == [2, 2], forks.output
     assert (
         forks.output.count("error: a reader's sweep shares one small model: start it with launch/accelerate/ddp") == 1
@@ -275,7 +275,7 @@ def test_a_reader_s_sweep_has_nothing_for_deepspeed(tmp_path: Path) -> None:
 def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
     one = swept(tmp_path / "one", *grid)
-    words = command(tmp_path / "two", *grid, f"sweep.split={split}")
+    words = command(tmp_path / "two", *grid, f"sweep.parallelize={split}")
     if split == "trials":  # below a launcher, as the README says
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/ddp.yaml"]
         done = subprocess.run(
@@ -304,7 +304,7 @@ def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None
 def test_writers_that_share_the_batches_are_swept_one_after_the_other(tmp_path: Path) -> None:
     grid = ["train.batch_size=500", "run.trackers=[]", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42]"]
     one = swept(tmp_path / "one", *grid)
-    forks = forked(command(tmp_path / "two", *grid, "sweep.split=batch"), tmp_path / "two.txt", "ddp")
+    forks = forked(command(tmp_path / "two", *grid, "sweep.parallelize=batch"), tmp_path / "two.txt", "ddp")
     assert forks.finish() == [0, 0], forks.output
     two = json.loads((tmp_path / "two" / "sweep.json").read_text())
     assert json.loads((tmp_path / "two" / "seeds" / "42" / "result.json").read_text())["processes"] == 2

@@ -29,7 +29,7 @@ from dist_vpt.training.trials import TrialGroup, build_trial_group, fit_trials, 
 from tests.running import metrics, pictures, train, words
 
 # 50 steps: 5 epochs of 10 steps.
-COMMON = ["train.batch_size=100", "train.epochs=5", "train.order_seed=11", "optim.warmup_epochs=1"]
+COMMON = ["train.batch_size=100", "train.epochs=5", "train.data_seed=11", "optim.warmup_epochs=1"]
 QUIET = ["run.log_every=50", "run.trackers=[]"]
 
 
@@ -98,7 +98,7 @@ def test_smaller_batches_and_weights_are_those_of_a_run_alone(tmp_path: Path) ->
 @pytest.mark.parametrize("cache", ["none", "memory"])
 def test_images_that_cannot_be_read_weigh_nothing(cache: str, tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i % 3 == 1)
-    more = [*data, "data.bad_images=skip", f"stream.cache={cache}", "train.class_weights=inv", "train.epochs=2"]
+    more = [*data, "data.on_decode_error=skip", f"stream.cache={cache}", "train.class_weights=inv", "train.epochs=2"]
     together = assert_as_alone(tmp_path, [[*some, *more] for some in settings("linear", "adam", 2)])
     assert len(together.skipped) == 20
 
@@ -158,7 +158,7 @@ def test_keys_and_values_are_kept_for_several_trials_where_there_is_room(
 def test_accumulated_micro_batches_equal_whole_batches(tmp_path: Path) -> None:
     each = [[w for w in some if "dropout" not in w] for some in settings("vqt", "adam", 3)]
     whole = fitted(tmp_path / "a", each)
-    parts = fitted(tmp_path / "b", [[*some, "train.accumulate=4"] for some in each])
+    parts = fitted(tmp_path / "b", [[*some, "train.grad_accum_steps=4"] for some in each])
     for a, b in zip(whole.trials, parts.trials, strict=True):
         assert a.progress.last["val"]["loss"] == pytest.approx(b.progress.last["val"]["loss"], rel=1e-4)
 
@@ -376,7 +376,7 @@ def test_without_val_trials_are_trained_and_not_scored(tmp_path: Path, monkeypat
 
 def test_unreadable_images_are_known_after_a_resumption(tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i % 3 == 1)
-    each = [["method.name=linear", *data, "data.bad_images=skip", "train.epochs=1", "stream.cache=none"]]
+    each = [["method.name=linear", *data, "data.on_decode_error=skip", "train.epochs=1", "stream.cache=none"]]
     done = fitted(tmp_path / "run", each)
     assert 0 < len(done.skipped) < 20
     known = set(done.skipped)

@@ -76,7 +76,7 @@ def unpack_block(
 
 
 def has_key_norm(seams: BlockParts) -> bool:
-    """Whether keys are normalised by heads (qk-norm)."""
+    """Whether keys are normalized by heads (qk-norm)."""
     return not isinstance(seams.k_norm, nn.Identity)
 
 
@@ -101,7 +101,7 @@ def key_scale(seams: BlockParts, normed_BND: Tensor) -> Tensor:
 
 
 def keys_and_values(seams: BlockParts, normed_BND: Tensor) -> tuple[Tensor, Tensor]:
-    """What the block's attention makes of its normalised inputs, by heads, [B, H, N, E] each."""
+    """What the block's attention makes of its normalized inputs, by heads, [B, H, N, E] each."""
     keys_BNHE = seams.k_norm(seams.project(1, normed_BND))
     return keys_BNHE.transpose(1, 2), seams.project(2, normed_BND).transpose(1, 2)
 

@@ -74,12 +74,12 @@ def build(
     if pool not in (None, model.global_pool):  # after loading: a timm model built for another pooling has other norms
         if isinstance(model, SwinTransformer):
             raise UserError(
-                f"backbone.pool = {pool}: Swin has the mean of its patches, and no class token; leave it out"
+                f"backbone.global_pool = {pool}: Swin has the mean of its patches, and no class token; leave it out"
             )
         try:
             model.reset_classifier(0, pool)
         except AssertionError as error:
-            raise UserError(f"backbone.pool = {pool}: timm refuses: {error} Choose another pool") from error
+            raise UserError(f"backbone.global_pool = {pool}: timm refuses: {error} Choose another pool") from error
     kind = SwinBackbone if isinstance(model, SwinTransformer) else RotaryBackbone if is_dinov3(model) else Backbone
     backbone = kind(model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
@@ -123,7 +123,7 @@ def plain(recipe: BackboneConfig, image_size: int, classes: int) -> Plain:
 
 def _pool(recipe: BackboneConfig) -> str | None:
     """What the recipe or the weights' row says of pooling; None: the timm model's own."""
-    return recipe.pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
+    return recipe.global_pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
 
 
 def create(architecture: str, image_size: int, **options: Any) -> VisionTransformer | SwinTransformer:

@@ -26,7 +26,7 @@ class BackboneConfig(BaseModel):
         description="strict: every tensor of the model comes from the file and none is left over; lenient: the "
         "difference is printed, and what was loaded is proven equal to the file",
     )
-    pool: Literal["token", "avg"] | None = Field(
+    global_pool: Literal["token", "avg"] | None = Field(
         None,
         description="what 'original' pooling means: class token or mean of the patches; null: the weights' own",
     )

@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         return name.removeprefix("stem.")
 
     def hold_in(self, dtype: torch.dtype) -> "Backbone":
-        """Hold the frozen weights in ``dtype``; mean and std stay float32, in which pixels are normalised."""
+        """Hold the frozen weights in ``dtype``; mean and std stay float32, in which pixels are normalized."""
         for parameter in self.parameters():
             if not parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
@@ -85,14 +85,14 @@ class Backbone(nn.Module):
         """Of the tokens that enter the first block."""
         return next(self.stem.parameters()).dtype
 
-    def normalised(self, images_B3SS: Tensor) -> Tensor:
+    def normalized(self, images_B3SS: Tensor) -> Tensor:
         """Images as uint8 (or floats of the same range) as the stem is shown them, [B, 3, S, S]."""
-        # In float32 until normalised: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
+        # In float32 until normalized: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
         return ((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
 
     def embed(self, images_B3SS: Tensor) -> Tensor:
         """Images as uint8 (or floats of the same range) -> tokens before the first block, [B, N, D]."""
-        return self.stem(self.normalised(images_B3SS))
+        return self.stem(self.normalized(images_B3SS))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """The frozen stream's end: tokens after the final norm, [B, N, D]."""

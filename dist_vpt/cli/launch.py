@@ -19,14 +19,14 @@ SHORTEST = 180  # seconds of an attempt that has time for anything
 
 
 def slurm(
-    words: Sequence[str], *, nodes: int, gpus: int, time: str, strategy: str, attempts: int, dry_run: bool
+    words: Sequence[str], *, nodes: int, gpus: int, time: str, strategy: str, max_restarts: int, dry_run: bool
 ) -> None:
     """Write and submit a job that trains on ``nodes`` nodes with ``gpus`` processes each (0: one, on the CPU)."""
     from dist_vpt.files import write_atomically
     from dist_vpt.recipe.loading import load_recipe, split_arguments
 
     recipe = load_recipe(*split_arguments(words))
-    _check(recipe, nodes=nodes, gpus=gpus, time=time, strategy=strategy, attempts=attempts)
+    _check(recipe, nodes=nodes, gpus=gpus, time=time, strategy=strategy, max_restarts=max_restarts)
     run = Path(str(recipe.run.dir))
     here = max(gpus, 1)
     directives = [
@@ -38,7 +38,7 @@ def slurm(
         f"--output={_quoted(str(run).replace('%', '%%') + '-%j.log')}",
     ]
     notes = [f"# The log's folder must be there (Slurm makes none): mkdir -p {shlex.quote(str(run.parent))}"]
-    text = job_script("dist-vpt launch slurm", directives, ["train_in_job", strategy, *words], attempts, notes)
+    text = job_script("dist-vpt launch slurm", directives, ["train_in_job", strategy, *words], max_restarts + 1, notes)
     if dry_run:
         print(text, end="")
         return
@@ -72,12 +72,12 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
 
 
-def _check(recipe: "Recipe", *, nodes: int, gpus: int, time: str, strategy: str, attempts: int) -> None:
+def _check(recipe: "Recipe", *, nodes: int, gpus: int, time: str, strategy: str, max_restarts: int) -> None:
     """Raise UserError for what the cluster would refuse, or the job after its turn has come."""
     known = [path.stem for path in (LAUNCH / "accelerate").glob("*.yaml")]
     if strategy not in known:
         raise UserError(f"--strategy {strategy}: no launch/accelerate/{strategy}.yaml; {nearest(strategy, known)}")
-    for name, value, least in (("nodes", nodes, 1), ("gpus-per-node", gpus, 0), ("attempts", attempts, 1)):
+    for name, value, least in (("nodes", nodes, 1), ("gpus-per-node", gpus, 0), ("max-restarts", max_restarts, 0)):
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     if not TIME.fullmatch(time):
@@ -94,9 +94,9 @@ def _check(recipe: "Recipe", *, nodes: int, gpus: int, time: str, strategy: str,
 
     if reason := unsupported_reason(recipe, strategy):
         raise UserError(f"--strategy {strategy}: {reason}")
-    parts = nodes * max(gpus, 1) * recipe.train.accumulate
+    parts = nodes * max(gpus, 1) * recipe.train.grad_accum_steps
     if recipe.train.batch_size % parts:
         raise UserError(
             f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {parts} = {nodes} nodes x "
-            f"{max(gpus, 1)} processes x {recipe.train.accumulate} accumulated micro-batches"
+            f"{max(gpus, 1)} processes x {recipe.train.grad_accum_steps} accumulated micro-batches"
         )

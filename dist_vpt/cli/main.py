@@ -184,8 +184,8 @@ def _add_suite(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     suite.add_argument("--root", metavar="DIR", help="folder in which the datasets lie (data.root)")
     suite.add_argument("--out", metavar="DIR", default="runs/suite", help="folder of the suite (runs/suite)")
-    suite.add_argument("--runners", type=int, metavar="N", help="processes on this machine; default: one a GPU")
-    suite.add_argument("--only", type=int, metavar="K", help="the K-th sweep of the plan alone, from 0")
+    suite.add_argument("--workers", type=int, metavar="N", help="processes on this machine; default: one a GPU")
+    suite.add_argument("--index", type=int, metavar="K", help="the K-th sweep of the plan alone, from 0")
     suite.add_argument("--slurm", metavar="FILE", help="write a Slurm job array that does it, and do nothing")
     suite.add_argument("--dry-run", action="store_true", help="show the plan, and do nothing")
     suite.set_defaults(call=_suite, rest="words")
@@ -227,7 +227,9 @@ def _add_launch(commands: Any, common: argparse.ArgumentParser, recipe_help: str
     slurm.add_argument("--gpus-per-node", type=int, default=1, metavar="G", help="of each (1); 0: train on the CPUs")
     slurm.add_argument("--time", required=True, metavar="T", help="limit of one attempt, as sbatch takes it: 4:00:00")
     slurm.add_argument("--strategy", default="ddp", metavar="NAME", help="a file of launch/accelerate (ddp)")
-    slurm.add_argument("--attempts", type=int, default=10, metavar="N", help="how often Slurm may start the job (10)")
+    slurm.add_argument(
+        "--max-restarts", type=int, default=9, metavar="N", help="how often Slurm may start the job again (9)"
+    )
     slurm.add_argument("--dry-run", action="store_true", help="print the script, and do nothing")
     slurm.set_defaults(call=_launch_slurm, rest="recipe")
 
@@ -333,13 +335,13 @@ def _suite(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         show_plan(pairs)
     elif arguments.slurm:
-        if arguments.only is not None:
-            raise UserError("--only: a job array numbers the sweeps by itself; leave it out, or --slurm")
-        again += ["--runners", str(arguments.runners)] if arguments.runners is not None else []
+        if arguments.index is not None:
+            raise UserError("--index: a job array numbers the sweeps by itself; leave it out, or --slurm")
+        again += ["--workers", str(arguments.workers)] if arguments.workers is not None else []
         slurm_array(pairs, again, Path(arguments.slurm))
         print(f"sbatch {arguments.slurm}")
     else:
-        suite(pairs, arguments.out, runners=arguments.runners, only=arguments.only, arguments=again)
+        suite(pairs, arguments.out, workers=arguments.workers, index=arguments.index, arguments=again)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -386,7 +388,7 @@ def _launch_slurm(arguments: argparse.Namespace) -> None:
         gpus=arguments.gpus_per_node,
         time=arguments.time,
         strategy=arguments.strategy,
-        attempts=arguments.attempts,
+        max_restarts=arguments.max_restarts,
         dry_run=arguments.dry_run,
     )
 

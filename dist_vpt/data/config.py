@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dist_vpt.data.tasks import FORMAT_TASKS, TASKS, Augment, Cache, Fit, Format, Normalize, Resize, Task
+from dist_vpt.data.tasks import FORMAT_TASKS, TASKS, Augment, Cache, CropMode, Format, Interpolation, Normalize, Task
 from dist_vpt.errors import nearest
 
 # Which formats read a fraction: the others bring their splits with them.
@@ -72,12 +72,12 @@ class DataConfig(BaseModel):
         le=4096,
         description="side of the square image in pixels; none: what the weights want",
     )
-    resize: Resize | None = Field(
+    interpolation: Interpolation | None = Field(
         default=None,
         description="kernel; vpt: the published VPT loader's (TensorFlow 1's bilinear); none given: the task's, "
         "then what the weights want",
     )
-    fit: Fit | None = Field(
+    crop_mode: CropMode | None = Field(
         default=None,
         description="squash to a square, or resize the shorter side and crop; none given: the task's",
     )
@@ -98,7 +98,7 @@ class DataConfig(BaseModel):
         description="memory: decode and resize each image once per process; none given: the task's",
     )
     workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
-    bad_images: Literal["fail", "skip"] = Field(
+    on_decode_error: Literal["fail", "skip"] = Field(
         default="fail",
         description="skip: an unreadable image counts nothing and is reported; fail: it stops the run",
     )
@@ -107,8 +107,8 @@ class DataConfig(BaseModel):
         description="allow: classes without an image in the split that is trained on; none given: fail, but for the "
         "small splits of VTAB-1k",
     )
-    counts: Literal["published", "any"] = Field(
-        default="published", description="any: a known task's splits may have other numbers of images than published"
+    check_counts: bool = Field(
+        default=True, description="false: a known task's splits may have other numbers of images than published"
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="what only a HuggingFace dataset needs")
@@ -171,11 +171,11 @@ def resolve(recipe: DataConfig) -> Task:
     return replace(
         task,
         format=recipe.format or task.format,
-        resize=recipe.resize or task.resize,
-        fit=recipe.fit or task.fit,
+        interpolation=recipe.interpolation or task.interpolation,
+        crop_mode=recipe.crop_mode or task.crop_mode,
         normalize=recipe.normalize or task.normalize,
         augment=recipe.augment or task.augment,
         cache=recipe.cache or task.cache,
-        counts=task.counts if recipe.counts == "published" else (),
+        counts=task.counts if recipe.check_counts else (),
         few=task.few if recipe.absent_classes is None else recipe.absent_classes == "allow",
     )

@@ -45,7 +45,7 @@ def unreadable(where: str, error: Exception) -> str:
     """What to say of an image whose decoder met an error."""
     return (
         f"{where}: the image cannot be read ({type(error).__name__}: {error}); "
-        f"replace the file, or set data.bad_images=skip"
+        f"replace the file, or set data.on_decode_error=skip"
     )
 
 

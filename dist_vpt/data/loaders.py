@@ -71,7 +71,7 @@ class TrainBatches:
         world: int = 1,
         seed: int = 0,
         workers: int = 0,
-        bad_images: BadImages = "fail",
+        on_decode_error: BadImages = "fail",
         max_megapixels: float = 178.0,
         cache: Cache = "none",
     ):
@@ -88,7 +88,7 @@ class TrainBatches:
         self.steps_per_epoch = -(-len(split) // batch_size)
         self._n, self._seed = len(split), seed
         self._accumulate, self._rank, self._world = accumulate, rank, world
-        pictures = _Pictures(split, view, True, bad_images, max_megapixels)
+        pictures = _Pictures(split, view, True, on_decode_error, max_megapixels)
         batches = _Batches(pictures, seed)
         self._feed: BatchSource = _Feed(batches, batch_size // parts, workers, cache, range(len(split)), world)
 
@@ -97,7 +97,7 @@ class TrainBatches:
 
     @property
     def skipped(self) -> set[str]:
-        """Files that this process could not read so far (``bad_images="skip"``)."""
+        """Files that this process could not read so far (``on_decode_error="skip"``)."""
         return self._feed.skipped
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
@@ -139,7 +139,7 @@ class EvalBatches:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        bad_images: BadImages = "fail",
+        on_decode_error: BadImages = "fail",
         max_megapixels: float = 178.0,
         cache: Cache = "none",
     ):
@@ -149,7 +149,7 @@ class EvalBatches:
         self._indices = _padded(np.arange(len(split)), world)[rank::world]
         self._starts = range(0, len(self._indices), batch_size)
         self._batch_size = batch_size
-        pictures = _Pictures(split, view, False, bad_images, max_megapixels)
+        pictures = _Pictures(split, view, False, on_decode_error, max_megapixels)
         mine = [int(i) for i in self._indices if i != PADDING]
         self._feed: BatchSource = _Feed(_Batches(pictures, 0), batch_size, workers, cache, mine, world)
 
@@ -158,7 +158,7 @@ class EvalBatches:
 
     @property
     def skipped(self) -> set[str]:
-        """Files that this process could not read so far (``bad_images="skip"``)."""
+        """Files that this process could not read so far (``on_decode_error="skip"``)."""
         return self._feed.skipped
 
     def __iter__(self) -> Iterator[Batch]:
@@ -185,7 +185,7 @@ class _Pictures:
     split: Split
     view: ImageTransform
     train: bool
-    bad_images: BadImages
+    on_decode_error: BadImages
     max_megapixels: float
     reading: torch.Tensor | None = None  # int64 [W], shared with the workers: the image that each is at
 
@@ -200,7 +200,7 @@ class _Pictures:
             try:
                 pixels.append(self.view.fixed(self.split.read(int(i), self.max_megapixels), self.train))
             except DataError as error:
-                if self.bad_images == "fail":
+                if self.on_decode_error == "fail":
                     return error
                 unreadable.append(self.split.where(int(i)))
                 pixels.append(None)

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     pass
 
 Format = Literal["digits", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf"]
-Resize = Literal["vpt", "bilinear", "bicubic"]
-Fit = Literal["squash", "crop"]
+Interpolation = Literal["vpt", "bilinear", "bicubic"]
+CropMode = Literal["squash", "crop"]
 Normalize = Literal["vpt", "weights", "none"]
 Augment = Literal["none", "fgvc"]
 Cache = Literal["none", "memory"]
@@ -50,8 +50,8 @@ class Task:
     format: Format  # how the dataset is stored
     classes: int | None = None  # number of classes the storage must have; None: whatever it has
     group: str | None = None  # natural, specialized, structured (VTAB-1k) or fgvc
-    resize: Resize | None = None  # kernel; None: what the weights want
-    fit: Fit = "crop"  # squash to a square, or shorter side and centre crop
+    interpolation: Interpolation | None = None  # kernel; None: what the weights want
+    crop_mode: CropMode = "crop"  # squash to a square, or shorter side and centre crop
     normalize: Normalize = "weights"  # mean and std: ImageNet's (vpt), what the weights want, or 0 and 1
     augment: Augment = "none"  # fgvc: random crop and flip in training
     cache: Cache = "none"  # memory: decode each image of train and val once per process
@@ -72,8 +72,8 @@ def _vtab(
         format="tfds",
         classes=classes,
         group=group,
-        resize="vpt",
-        fit="squash",
+        interpolation="vpt",
+        crop_mode="squash",
         normalize="vpt",
         counts=(("train", 800), ("val", 200), ("trainval", 1000), ("test", test)),
         few=True,
@@ -104,7 +104,7 @@ def _fgvc(name: str, classes: int, test: int, *folders: str, prompts: int) -> Ta
         format="fgvc_json",
         classes=classes,
         group="fgvc",
-        resize="bilinear",
+        interpolation="bilinear",
         normalize="vpt",
         augment="fgvc",
         counts=(("test", test),),
@@ -115,7 +115,7 @@ def _fgvc(name: str, classes: int, test: int, *folders: str, prompts: int) -> Ta
 
 # VTAB-1k (Zhai et al., arXiv 1910.04867) in the order of VPT's tables, then the five FGVC sets of VPT.
 _ROWS = (
-    Task(name="digits", format="digits", classes=10, fit="squash", cache="memory"),
+    Task(name="digits", format="digits", classes=10, crop_mode="squash", cache="memory"),
     _vtab(
         "cifar100", "natural", 100, 10000, folder="cifar", prompts=10,
         tfds=_tfds("cifar100", "3.*.*", Part("train", 0, 90), Part("train", 90), TEST),
@@ -185,8 +185,8 @@ _ROWS = (
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 # What a task that is no row gets from its storage format.
 FORMAT_TASKS: dict[Format, Task] = {
-    "digits": Task(name="", format="digits", classes=10, fit="squash", cache="memory"),
-    "vtab_folder": Task(name="", format="vtab_folder", fit="squash"),
+    "digits": Task(name="", format="digits", classes=10, crop_mode="squash", cache="memory"),
+    "vtab_folder": Task(name="", format="vtab_folder", crop_mode="squash"),
     "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc"),
     "image_folder": Task(name="", format="image_folder", upright=True),
     "hf": Task(name="", format="hf", upright=True),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from dist_vpt.data.splits import Picture
-from dist_vpt.data.tasks import Augment, Fit, Resize
+from dist_vpt.data.tasks import Augment, CropMode, Interpolation
 
 KERNELS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # Side of the crop -> length to which the shorter side is brought before it.
@@ -24,8 +24,8 @@ class ImageTransform:
     """How pictures are shown to the backbone."""
 
     image_size: int  # S, pixels
-    resize: Resize  # kernel
-    fit: Fit = "squash"  # squash: straight to a square; crop: shorter side, then a square of it
+    interpolation: Interpolation  # kernel
+    crop_mode: CropMode = "squash"  # squash: straight to a square; crop: shorter side, then a square of it
     augment: Augment = "none"  # fgvc: random crop and flip in training
 
     @property
@@ -36,20 +36,20 @@ class ImageTransform:
     @property
     def dtype(self) -> type[np.generic]:
         """Of the pixels that the backbone is shown, which are in 0..255."""
-        return np.float32 if self.resize == "vpt" else np.uint8
+        return np.float32 if self.interpolation == "vpt" else np.uint8
 
     def fixed(self, picture: Picture, train: bool) -> np.ndarray:
         """The part that never changes, uint8: [S, S, 3], or [H, W, 3] where a vpt resize or random crop follows."""
-        if self.resize == "vpt":
+        if self.interpolation == "vpt":
             return np.asarray(picture)
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
         height, width = self._before_cut(image.height, image.width, train)
-        pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.resize]))
+        pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.interpolation]))
         return pixels_HW3 if self._random(train) else _centre(pixels_HW3, self.image_size)
 
     def varied(self, pixels_HW3: np.ndarray, train: bool, seed: int, epoch: int, index: int) -> np.ndarray:
         """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``."""
-        if self.resize == "vpt":
+        if self.interpolation == "vpt":
             height, width, _ = pixels_HW3.shape
             pixels_HW3 = vpt_resize(pixels_HW3, *self._before_cut(height, width, train))
         if not self._random(train):
@@ -74,7 +74,7 @@ class ImageTransform:
 
     def _before_cut(self, height: int, width: int, train: bool) -> tuple[int, int]:
         """Height and width to which a picture of this size is brought."""
-        if self.fit == "squash":
+        if self.crop_mode == "squash":
             side = self.shorter_side if self._random(train) else self.image_size
             return side, side
         shorter = min(height, width)

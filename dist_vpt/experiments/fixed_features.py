@@ -104,7 +104,7 @@ def fix_features(
         return batches
 
     # Micro-batches are for memory, and a head needs none: one after the other or not, the sum is the same.
-    whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"accumulate": 1})})
+    whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"grad_accum_steps": 1})})
     train = parts.training(whole, 0, 1)
     train.use(feeds[recipe.data.train_on])
     labels_n = parts.splits[recipe.data.train_on].labels

@@ -1,9 +1,9 @@
-"""``dist-vpt suite``: tasks x methods under one protocol, each a sweep, shared out among runners.
+"""``dist-vpt suite``: tasks x methods under one protocol, each a sweep, shared out among workers.
 
-A **pair** is a task under a method, and its sweep's folder; a **piece** is what one runner does of it in one go: a
+A **pair** is a task under a method, and its sweep's folder; a **piece** is what one worker does of it in one go: a
 trial or a seed of a writer, all trials or all seeds of a reader, or the end, which tells the result. Whether a piece is
-done is seen from the files that it leaves; that a runner is at it, from a lock that the system releases when the
-runner's process ends, however it ends. So any number of runners, on any number of machines with a common folder, can be
+done is seen from the files that it leaves; that a worker is at it, from a lock that the system releases when the
+worker's process ends, however it ends. So any number of workers, on any number of machines with a common folder, can be
 started, killed and started again.
 
     OUT/manifest.json            the plan: pairs with their recipes' hashes and numbers of trials and seeds
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from dist_vpt.runs.results import Result
 
 POLL_SECONDS = 0.5
-STARTED = "DIST_VPT_RUNNER"  # set for the processes that a suite has started as its runners
+STARTED = "DIST_VPT_SUITE_WORKER"  # set for the processes that a suite has started as its workers
 GROUPS = {
     "vtab": ("natural", "specialized", "structured"),
     "natural": ("natural",),
@@ -147,37 +147,37 @@ def suite(
     pairs: Sequence[Experiment],
     out: str,
     *,
-    runners: int | None = None,
-    only: int | None = None,
+    workers: int | None = None,
+    index: int | None = None,
     arguments: Sequence[str],
 ) -> None:
     """Do what is left of a suite, by this process or by several that it starts, then show the results.
 
-    ``only``: one pair, by its number in the plan (an element of a job array). ``arguments``: of the command, for the
+    ``index``: one pair, by its number in the plan (an element of a job array). ``arguments``: of the command, for the
     processes that are started. Raises RunFailed where a pair has failed, after all others are done.
     """
-    if runners is not None and runners < 1:
-        raise UserError(f"--runners {runners}: must be at least 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
     folder, launched = Path(out), int(os.environ.get("WORLD_SIZE", "1")) > 1
     _check_roots(pairs)
     pairs = [_settled(pair) for pair in pairs]
     _admit(folder, pairs)
-    mine = list(pairs) if only is None else [_element(pairs, only)]
+    mine = list(pairs) if index is None else [_element(pairs, index)]
     reasons: dict[str, str] = {}
     if {pair.key for pair in mine} <= _done(folder):
         count = 0  # torch is not even loaded
     else:
-        count = 1 if launched or STARTED in os.environ else runners or _devices()
-    if launched:  # by a launcher of ours or another: each process is a runner of its own
+        count = 1 if launched or STARTED in os.environ else workers or _devices()
+    if launched:  # by a launcher of ours or another: each process is a worker of its own
         from dist_vpt.experiments.sweep import detach_from_launcher
 
         detach_from_launcher()
     if count > 1:
-        _start(count, [*arguments, *([] if only is None else ["--only", str(only)])])
+        _start(count, [*arguments, *([] if index is None else ["--index", str(index)])])
     elif count:
-        runner = _Runner(folder, mine)
-        runner.work()
-        reasons = runner.failed
+        suite_worker = _SuiteWorker(folder, mine)
+        suite_worker.work()
+        reasons = suite_worker.failed
     if STARTED in os.environ:
         return  # who started it tells the end
     failed = _conclude(folder, mine, reasons)
@@ -230,7 +230,7 @@ def slurm_array(pairs: Sequence[Experiment], arguments: Sequence[str], file: Pat
         raise UserError(f"--slurm {file}: cannot be written ({error.strerror}); name another file") from error
 
 
-class _Runner:
+class _SuiteWorker:
     """One process that does pieces until none is left."""
 
     def __init__(self, folder: Path, pairs: Sequence[Experiment]):
@@ -259,7 +259,7 @@ class _Runner:
                     waiting = False
                     continue
                 if not waiting:
-                    self._show(f"waiting for other runners, which are at {len(left)} of {len(self.pairs)}")
+                    self._show(f"waiting for other workers, which are at {len(left)} of {len(self.pairs)}")
                 waiting = True
                 time.sleep(POLL_SECONDS)
 
@@ -349,7 +349,7 @@ class _Runner:
         self._show(f"{pair.name}: test top1 {spread['mean']:.2f} ± {spread['std']:.2f} %")
 
     def _over(self, pair: Experiment) -> bool:
-        """Whether the pair has a result, or has failed since this runner began."""
+        """Whether the pair has a result, or has failed since this worker began."""
         failed = _claim_file(self.folder, pair, "failed")
         if pair.key in self.failed or (failed.is_file() and failed.stat().st_mtime >= self.began):
             return True
@@ -527,7 +527,7 @@ def _admit(folder: Path, pairs: Sequence[Experiment]) -> None:
 
 
 def _start(count: int, arguments: Sequence[str]) -> None:
-    """Run so many processes of this machine as runners, each on a device of its own, and wait for them."""
+    """Run so many processes of this machine as workers, each on a device of its own, and wait for them."""
     devices, cores = _visible(), os.cpu_count() or 1
     children = []
     for number in range(count):
@@ -539,7 +539,7 @@ def _start(count: int, arguments: Sequence[str]) -> None:
         }
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
-        words = [sys.executable, "-m", "dist_vpt", "suite", *arguments, "--runners", "1"]
+        words = [sys.executable, "-m", "dist_vpt", "suite", *arguments, "--workers", "1"]
         children.append(subprocess.Popen(words, env=environment))
 
     def forward(number: int, _: Any) -> None:
@@ -556,10 +556,10 @@ def _start(count: int, arguments: Sequence[str]) -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if {Interrupted.exit_code, -signal.SIGTERM, -signal.SIGUSR1} & set(codes):
-        raise Interrupted("the runners were stopped; the same command goes on")
+        raise Interrupted("the workers were stopped; the same command goes on")
     for number, code in enumerate(codes):
         if code:
-            print(f"runner {number} ended with exit code {code}; the same command goes on", file=sys.stderr)
+            print(f"worker {number} ended with exit code {code}; the same command goes on", file=sys.stderr)
 
 
 def _devices() -> int:
@@ -575,10 +575,10 @@ def _visible() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def _element(pairs: Sequence[Experiment], only: int) -> Experiment:
-    if not 0 <= only < len(pairs):
-        raise UserError(f"--only {only}: the suite has the elements 0 to {len(pairs) - 1} (dist-vpt suite --dry-run)")
-    return pairs[only]
+def _element(pairs: Sequence[Experiment], index: int) -> Experiment:
+    if not 0 <= index < len(pairs):
+        raise UserError(f"--index {index}: the suite has the elements 0 to {len(pairs) - 1} (dist-vpt suite --dry-run)")
+    return pairs[index]
 
 
 def _claim_file(folder: Path, pair: Experiment, piece: str) -> Path:

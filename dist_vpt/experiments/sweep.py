@@ -1,8 +1,8 @@
 """``dist-vpt sweep``: a grid trained on train and chosen on val, then some seeds of the chosen setting on trainval.
 
 A reader's trials are trained together, in one pass over the frozen stream; a writer's one after the other, each as a
-run of its own. Several processes share the trials (``sweep.split=trials``: each is on its own and tells its results
-through the sweep's folder) or the batches (``sweep.split=batch``).
+run of its own. Several processes share the trials (``sweep.parallelize=trials``: each works alone and writes its
+results into the sweep's folder) or the batches (``sweep.parallelize=batch``).
 
     RUN/recipe.yaml, run.json     the sweep's recipe and status
     RUN/trials/NNN.json           one trial of the grid: its setting, its recipe, last and best epoch on val
@@ -68,11 +68,11 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     """Run or go on with a sweep; returns the content of sweep.json on the first process, {} on the others."""
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if recipe.sweep.split == "trials":
+    if recipe.sweep.parallelize == "trials":
         detach_from_launcher()
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
-    together = recipe.sweep.split == "batch"  # or each is on its own
+    together = recipe.sweep.parallelize == "batch"  # or each is on its own
     refused = None
     if rank == 0 or together:  # mistakes in data and weights show before anything is written or waited for
 
@@ -186,7 +186,7 @@ class Worker:
         accelerator: Accelerator | None = None,
     ):
         self.recipe, self.folder, self.stop, self.console = recipe, folder, stop, console
-        shared = accelerator is not None and recipe.sweep.split == "batch"  # a suite's runners share no batch
+        shared = accelerator is not None and recipe.sweep.parallelize == "batch"  # a suite's runners share no batch
         self.first, (self.rank, self.world), self.shared = rank == 0, (0, 1) if shared else (rank, world), shared
         self.accelerator = accelerator  # where each is on its own, made when it is needed
 
@@ -517,8 +517,8 @@ def _with(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """The recipe with keys set, without its sweep, its data order fixed to what all trials share."""
     data = recipe.model_dump(mode="json")
     data["sweep"] = SweepConfig().model_dump(mode="json")
-    order = recipe.seed if recipe.train.order_seed is None else recipe.train.order_seed
-    for key, value in {"train.order_seed": order, **values}.items():
+    order = recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed
+    for key, value in {"train.data_seed": order, **values}.items():
         into, *_ = (data,)
         *path, name = key.split(".")
         for part in path:

@@ -136,7 +136,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
                     kept, skipped = on_disk(
                         folder, facts(name), backbone, reads, make_batches, accelerator.device, stop, verify=verify
                     )
-                    if skipped and data.bad_images == "fail":
+                    if skipped and data.on_decode_error == "fail":
                         raise DataError(_lacking(folder, skipped))
             else:
                 with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
@@ -322,10 +322,10 @@ def _lacking(folder: Path, skipped: set[str]) -> str:
     """Of a cache that another run has made."""
     first, more = sorted(skipped)[0], len(skipped) - 1
     return (
-        f"{folder}: made with data.bad_images=skip, this stream cache lacks {first}"
+        f"{folder}: made with data.on_decode_error=skip, this stream cache lacks {first}"
         + (f" and {more} more files" if more else "")
         + " that could not be read; replace what is damaged, or remove this folder where it can be read by now, or set "
-        "data.bad_images=skip"
+        "data.on_decode_error=skip"
     )
 
 

@@ -17,7 +17,7 @@ from dist_vpt.backbones.vit import Backbone
 class StreamSpec:
     """What a reader asks of the stream besides the pooled features."""
 
-    blocks: tuple[int, ...] = ()  # whose normalised inputs it reads, rising
+    blocks: tuple[int, ...] = ()  # whose normalized inputs it reads, rising
     key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
     keys: bool = False  # keys and values in place of the two: twice the bytes, and nothing left to project
     pixels: bool = False  # and the image itself
@@ -33,12 +33,12 @@ class StreamSpec:
 class StreamOutput(NamedTuple):
     """What the frozen stream holds of some images, in the backbone's dtype."""
 
-    pooled: Tensor  # [B, D]: the weights' own pooling of the last block's normalised tokens
+    pooled: Tensor  # [B, D]: the weights' own pooling of the last block's normalized tokens
     normed: tuple[Tensor, ...] = ()  # [B, N, D] for each block that is read: what its attention sees
     key_scales: tuple[Tensor, ...] = ()  # [B, N, H] for each of them; empty unless asked for
     keys: tuple[Tensor, ...] = ()  # [B, H, N, E], and of values, in place of the two above where asked for
     values: tuple[Tensor, ...] = ()
-    pixels: tuple[Tensor, ...] = ()  # [B, 3, S, S], normalised, alone; empty unless asked for
+    pixels: tuple[Tensor, ...] = ()  # [B, 3, S, S], normalized, alone; empty unless asked for
 
 
 @torch.no_grad()
@@ -60,5 +60,5 @@ def compute_stream(backbone: Backbone, images_B3SS: Tensor, reads: StreamSpec) -
                     scales.append(key_scale(seams, normed_BND))
         tokens_BND = backbone.run_block(block, tokens_BND)
     pooled_BD = backbone.pool(backbone.norm(tokens_BND))
-    pixels = (backbone.normalised(images_B3SS),) if reads.pixels else ()
+    pixels = (backbone.normalized(images_B3SS),) if reads.pixels else ()
     return StreamOutput(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values), pixels)

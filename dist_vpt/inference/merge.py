@@ -28,10 +28,10 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
     folder.refuse_sweep()
     path = folder.best if adapters == "best" else folder.adapters
     recipe = folder.load(["runtime.precision=fp32"])
-    if recipe.runtime.frozen_weights == "int8":
+    if recipe.runtime.quantize == "int8":
         raise UserError(
-            f"{run}: runtime.frozen_weights = int8: merged weights, which are whole, would not give what the run gave; "
-            "train it with runtime.frozen_weights=precision"
+            f"{run}: runtime.quantize = int8: merged weights, which are whole, would not give what the run gave; "
+            "train it with runtime.quantize=none"
         )
     tensors, facts = read_adapters(path)
     classes, wants = classes_of(facts, path), preprocessing_of(recipe.backbone)
@@ -39,7 +39,7 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
     restore(method, tensors, path)
     size, (mean, std) = recipe.data.image_size or wants.image_size, channels(recipe.data, wants)
     view, model = build_transform(recipe.data, wants), plain(recipe.backbone, size, len(classes))
-    shown = {"image_size": size, "mean": mean, "std": std, "resize": view.resize, "fit": view.fit}
+    shown = {"image_size": size, "mean": mean, "std": std, "resize": view.interpolation, "fit": view.crop_mode}
     made = {"architecture": model.architecture, "options": model.options, "pool": model.pool}
     facts = {"backbone": recipe.backbone.name, "classes": classes, **made, **shown}
     write_adapters(Path(out), timm_tensors(method), facts)

@@ -16,7 +16,7 @@ class Cls(HookedMethod):
     """One trained token, ``class_token.token`` [1, 1, D], before the first block."""
 
     def __init__(self, recipe: ClsConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        class_token = ClassToken(backbone, again=recipe.again)
+        class_token = ClassToken(backbone, reinit=recipe.reinit)
         super().__init__(backbone, classes, compute)
         self.class_token = class_token
 
@@ -25,24 +25,24 @@ class Cls(HookedMethod):
 
 
 class ClassToken(nn.Module):
-    """Takes the place of a float32 backbone's class token, from whose values it starts, or anew (``again``) as timm's
+    """Takes the place of a float32 backbone's class token, from whose values it starts, or anew (``reinit``) as timm's
     own does: normal with a standard deviation of 1e-6.
     """
 
     position: Tensor
 
-    def __init__(self, backbone: Backbone, *, again: bool = False):
+    def __init__(self, backbone: Backbone, *, reinit: bool = False):
         super().__init__()
         stem = backbone.stem
         if stem.cls_token is None:
             raise UserError("the backbone has no class token that could be tuned; choose another method or backbone")
         self.token = nn.Parameter(stem.cls_token.detach().clone())
-        if again:
+        if reinit:
             nn.init.normal_(self.token, std=1e-6)
         placed = stem.pos_embed is not None and not stem.no_embed_class
         position_11D = stem.pos_embed[:, :1].detach().clone() if placed else torch.zeros_like(stem.cls_token)
         self.register_buffer("position", position_11D, persistent=False)  # its embedding, added to the token
-        # The last call before the blocks, also of an identity: positions are added, nothing is normalised yet.
+        # The last call before the blocks, also of an identity: positions are added, nothing is normalized yet.
         stem.norm_pre.register_forward_pre_hook(lambda _, inputs: self(inputs[0]))
 
     def forward(self, tokens_BND: Tensor) -> Tensor:

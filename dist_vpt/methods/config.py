@@ -36,7 +36,7 @@ class VPTConfig(MethodSettings):
         True, description="true: fresh prompts before every prompted block; false: before the first alone"
     )
     layers: int | None = Field(None, ge=1, description="deep: how many blocks are prompted; null: all of them")
-    end: Literal["first", "last"] = Field(
+    prompted_blocks: Literal["first", "last"] = Field(
         "first", description="deep: whether `layers` counts from the first or the last block"
     )
     expand: bool = Field(
@@ -51,26 +51,26 @@ class VPTConfig(MethodSettings):
         "original",
         description="what the head reads: the weights' own pooling, or the mean of patches, prompts or both",
     )
-    start: Literal["random", "class_token", "tokens"] = Field(
+    init: Literal["random", "class_token", "tokens"] = Field(
         "random",
         description="random: uniform, as published; class_token, tokens: besides drawn like the class tokens, or all "
         "tokens, of training images before the block (normal, with their mean and deviation)",
     )
-    also: tuple[Literal["bias", "cls"], ...] = Field(
+    extra_trainable: tuple[Literal["bias", "cls"], ...] = Field(
         (), description="what is trained beside the prompts, as by the method of that name: all biases, the class token"
     )
 
     @model_validator(mode="after")
     def _deep_options(self) -> Self:
-        if not self.deep and (self.layers is not None or self.shared or self.end != "first"):
+        if not self.deep and (self.layers is not None or self.shared or self.prompted_blocks != "first"):
             raise ValueError(
-                f"deep = false with layers = {self.layers}, end = {self.end}, shared = {self.shared}: these belong to "
-                "deep prompts; set deep=true or leave them out"
+                f"deep = false with layers = {self.layers}, prompted_blocks = {self.prompted_blocks}, shared = "
+                f"{self.shared}: these belong to deep prompts; set deep=true or leave them out"
             )
-        if not self.expand and (self.layers is None or self.end != "first" or self.location != "prepend"):
+        if not self.expand and (self.layers is None or self.prompted_blocks != "first" or self.location != "prepend"):
             raise ValueError(
-                f"expand = false with layers = {self.layers}, end = {self.end}, location = {self.location}: belongs to "
-                "prompts prepended to the first layers; set layers or leave it out"
+                f"expand = false with layers = {self.layers}, prompted_blocks = {self.prompted_blocks}, location = "
+                f"{self.location}: belongs to prompts prepended to the first layers; set layers or leave it out"
             )
         if self.location in ("prepend-pixel", "pad", "below") and (self.deep or self.projection):
             raise ValueError(
@@ -83,13 +83,13 @@ class VPTConfig(MethodSettings):
                 f"pooling = {self.pooling}: with location = {self.location} and expand = {self.expand} no prompts come "
                 "out of the last block; set pooling=original or img_pool"
             )
-        if self.start != "random" and (self.location != "prepend" or self.projection):
+        if self.init != "random" and (self.location != "prepend" or self.projection):
             raise ValueError(
-                f"start = {self.start} with location = {self.location}, projection = {self.projection}: only prompts "
+                f"init = {self.init} with location = {self.location}, projection = {self.projection}: only prompts "
                 "that are tokens themselves can be drawn like tokens; set location=prepend and projection=null"
             )
-        if len(set(self.also)) < len(self.also):
-            raise ValueError(f"also = {list(self.also)}: each once; leave the repeated one out")
+        if len(set(self.extra_trainable)) < len(self.extra_trainable):
+            raise ValueError(f"extra_trainable = {list(self.extra_trainable)}: each once; leave the repeated one out")
         return self
 
     @property
@@ -110,7 +110,7 @@ class VQTConfig(MethodSettings):
     pooling: Literal["none", "mean", "weighted"] = Field(
         "none", description="of a block's queries: kept side by side, their mean, or a learned weighted sum"
     )
-    normalise: bool = Field(True, description="bring each block's features, and the backbone's own, to length 1")
+    normalize: bool = Field(True, description="bring each block's features, and the backbone's own, to length 1")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the queries, drawn for every image")
     form: Literal["auto", "absorbed", "projected"] = Field(
         "auto", description="how attention is computed; auto: the one with fewer operations"
@@ -178,7 +178,7 @@ class ClsConfig(MethodSettings):
     """The class token and a linear head."""
 
     name: Literal["cls"] = Field("cls", description="the class token is tuned")
-    again: bool = Field(False, description="true: the token starts anew, near zero; false: as in the weights")
+    reinit: bool = Field(False, description="true: the token starts anew, near zero; false: as in the weights")
 
 
 class LoRAConfig(MethodSettings):

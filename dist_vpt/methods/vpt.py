@@ -36,16 +36,16 @@ class VPT(Method):
         if isinstance(backbone, SwinBackbone):
             _check_for_swin(recipe)
         also: dict[str, nn.Module] = {}  # made first: they start at the weights in float32
-        if "bias" in recipe.also:
+        if "bias" in recipe.extra_trainable:
             also["biases"] = Biases(backbone)
-        if "cls" in recipe.also:
+        if "cls" in recipe.extra_trainable:
             also["class_token"] = ClassToken(backbone)
         super().__init__(backbone, classes, compute)
         for name, module in also.items():
             self.add_module(name, module)
         self.recipe = recipe
-        if recipe.start == "class_token" and getattr(backbone.stem, "cls_token", None) is None:
-            raise UserError("method.start = class_token: the backbone has none; set method.start=tokens")
+        if recipe.init == "class_token" and getattr(backbone.stem, "cls_token", None) is None:
+            raise UserError("method.init = class_token: the backbone has none; set method.init=tokens")
         beside = recipe.location in ("pad", "below")
         self.set_of_block = {} if beside else _schedule(recipe, len(backbone.blocks))
         self.first_blocks = [
@@ -82,7 +82,7 @@ class VPT(Method):
 
     @property
     def starts_on_images(self) -> bool:
-        return self.recipe.start != "random"
+        return self.recipe.init != "random"
 
     @torch.no_grad()
     def start(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
@@ -97,7 +97,7 @@ class VPT(Method):
             tokens_BND = backbone.embed(images_B3SS)
             for number in range(blocks[-1] + 1):
                 if number in blocks:
-                    read_BND = tokens_BND[:, :1] if self.recipe.start == "class_token" else tokens_BND
+                    read_BND = tokens_BND[:, :1] if self.recipe.init == "class_token" else tokens_BND
                     found[blocks.index(number)].append(_moments(read_BND))
                 tokens_BND = backbone.run_block(backbone.blocks[number], tokens_BND)
         generator = torch.Generator().manual_seed(seed)
@@ -207,5 +207,5 @@ def _schedule(recipe: VPTConfig, blocks: int) -> dict[int, int]:
     layers = blocks if recipe.layers is None else recipe.layers
     if layers > blocks:
         raise UserError(f"method.layers = {layers}: the backbone has {blocks} blocks; use at most that many")
-    first = 0 if recipe.end == "first" else blocks - layers
+    first = 0 if recipe.prompted_blocks == "first" else blocks - layers
     return {first + i: min(i, 1) if recipe.shared else i for i in range(layers)}

@@ -169,7 +169,7 @@ class VQT(Reader):
         groups = [pooled_BD.to(self.queries.dtype)]
         groups += [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(answers)]
         features_BF = torch.cat(groups, dim=1)  # widens answers of half precision on the way
-        if not self.recipe.normalise:
+        if not self.recipe.normalize:
             return features_BF
         pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one first, then as many of each block
         return _UnitLength.apply(pieces_BCD, len(answers)).flatten(1)

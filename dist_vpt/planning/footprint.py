@@ -110,7 +110,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None) -> Memory
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
         optimizer = build_optimizer(recipe.optim, method)
-        batch = images or recipe.train.batch_size // recipe.train.accumulate
+        batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
         step = _Step(recipe, wants, method, optimizer, batch, classes)
         step.train()  # the first one makes the optimiser's state
         state = sum(_nbytes(t) for t in tree_leaves([dict(s) for s in optimizer.state.values()]))
@@ -174,8 +174,8 @@ class _Step:
         self.method.train()
         trained = [p for _, p in self.method.trainable()]
         hooks = [p.register_post_accumulate_grad_hook(alive.is_gradient) for p in trained] if alive else []
-        for micro in range(min(2, self.recipe.train.accumulate)):  # more hold no more
-            last = micro == min(2, self.recipe.train.accumulate) - 1
+        for micro in range(min(2, self.recipe.train.grad_accum_steps)):  # more hold no more
+            last = micro == min(2, self.recipe.train.grad_accum_steps) - 1
             loss = self._losses(self._shown(self.images), self.images).sum()
             before = [p.detach().float().clone() for p in trained] if last else []
             loss.backward()

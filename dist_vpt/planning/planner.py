@@ -167,7 +167,7 @@ def out_of_memory(recipe: Recipe, accelerator: Accelerator, trials: int = 1) -> 
     if trials > 1:
         return (
             f"out of memory on {device} with {trials} trials in one pass; set stream.cache=memory, a larger "
-            "train.accumulate or a smaller train.eval_batch_size, or train fewer of them"
+            "train.grad_accum_steps or a smaller train.eval_batch_size, or train fewer of them"
         )
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else device_memory(False)
     return f"out of memory on {device}; {suggestion(recipe, count_classes(recipe), machines_of(accelerator, memory))}"
@@ -251,7 +251,7 @@ def most_images(
 def policies(recipe: Recipe, *, gpus: bool) -> Iterator[tuple[str, tuple[str, ...], Recipe]]:
     """Name, overrides and recipe of each memory policy that the method can have, the recipe's own among them."""
     runtime = recipe.runtime
-    own = (runtime.checkpointing, runtime.offload and gpus)
+    own = (runtime.activation_checkpointing, runtime.offload and gpus)
     pairs = [pair for pair in POLICIES if gpus or not pair[1]]
     if recipe.method.reader:
         pairs = [own]
@@ -260,7 +260,7 @@ def policies(recipe: Recipe, *, gpus: bool) -> Iterator[tuple[str, tuple[str, ..
     for checkpointing, offload in pairs:
         if runtime.compile and checkpointing.startswith("budget"):
             continue  # refused (recipe.py)
-        changes = {"checkpointing": checkpointing, "offload": offload}
+        changes = {"activation_checkpointing": checkpointing, "offload": offload}
         said = tuple(
             f"runtime.{key}={str(value).lower()}" for key, value in changes.items() if value != getattr(runtime, key)
         )
@@ -280,11 +280,11 @@ def _changed(recipe: Recipe, section: str, **changes: Any) -> Recipe:
 
 def micro_batch(recipe: Recipe, devices: int) -> int:
     """Images that a process computes at once. Raises UserError where the batch cannot be shared out so."""
-    parts = devices * recipe.train.accumulate
+    parts = devices * recipe.train.grad_accum_steps
     if recipe.train.batch_size % parts:
         raise UserError(
             f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {parts} = {devices} devices x "
-            f"{recipe.train.accumulate} accumulated micro-batches; mend it or --gpus"
+            f"{recipe.train.grad_accum_steps} accumulated micro-batches; mend it or --gpus"
         )
     return recipe.train.batch_size // parts
 
@@ -312,7 +312,7 @@ def _size(count: float) -> str:
 
 def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machines: Machines) -> str:
     """What to add to the command. Raises RunFailed where nothing fits."""
-    batch, accumulate = recipe.train.batch_size // machines.processes, recipe.train.accumulate
+    batch, accumulate = recipe.train.batch_size // machines.processes, recipe.train.grad_accum_steps
     for parts in (n for n in range(accumulate, batch + 1) if batch % n == 0):
         for one in found:
             if one.largest >= batch // parts and one.scored:
@@ -322,7 +322,7 @@ def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machin
                 if parts != accumulate and not fits(changed, classes, one.strategy, machines):
                     continue
                 words = list(one.overrides)
-                words += [f"train.accumulate={parts}"] if parts != accumulate else []
+                words += [f"train.grad_accum_steps={parts}"] if parts != accumulate else []
                 words += [f"train.eval_batch_size={scored}"] if scored != recipe.train.eval_batch_size else []
                 return f"recommended: {' '.join(words) or 'the recipe as it is'}{start(one.strategy, machines)}"
     least = min(one.share.held for one in found)
@@ -479,7 +479,7 @@ def synthetic_batches(recipe: Recipe, wants: Preprocessing, classes: int) -> lis
     noise = torch.Generator().manual_seed(recipe.seed)
     pixels = PIXELS[build_transform(recipe.data, wants).dtype]
     size = recipe.data.image_size or wants.image_size
-    images = recipe.train.batch_size // recipe.train.accumulate
+    images = recipe.train.batch_size // recipe.train.grad_accum_steps
     return [
         {
             "images": torch.randint(0, 256, (images, 3, size, size), generator=noise).to(pixels),
@@ -487,5 +487,5 @@ def synthetic_batches(recipe: Recipe, wants: Preprocessing, classes: int) -> lis
             "weight": torch.ones(images),
             "index": torch.arange(images),
         }
-        for _ in range(recipe.train.accumulate)
+        for _ in range(recipe.train.grad_accum_steps)
     ]

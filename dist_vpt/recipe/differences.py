@@ -34,10 +34,10 @@ RESUMABLE_KEYS = (
     "data.root",  # a dataset may have moved
     "data.workers",
     "data.cache",
-    "data.bad_images",  # an image that ended the run may be left out from there on
+    "data.on_decode_error",  # an image that ended the run may be left out from there on
     "stream.",
     "train.eval_batch_size",
-    "runtime.checkpointing",  # memory for time
+    "runtime.activation_checkpointing",  # memory for time
     "runtime.offload",
     "runtime.memory_check",
 )  # a resumed run's numbers stay equal

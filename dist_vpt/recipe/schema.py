@@ -35,7 +35,7 @@ class OptimConfig(BaseModel):
     clip_norm: float | None = Field(None, gt=0, description="the largest global gradient norm; null: no clipping")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="after warm-up: cosine to 0, or constant")
     warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up from 0")
-    per: Literal["step", "epoch"] = Field(
+    schedule_by: Literal["step", "epoch"] = Field(
         "step",
         description="how often the rate changes; epoch (the published code): the first epoch of a warm-up has 0",
     )
@@ -72,7 +72,9 @@ class TrainConfig(Section):
 
     epochs: int = Field(100, ge=1, description="passes over the training split")
     batch_size: int = Field(64, ge=1, description="GLOBAL batch: images per optimiser step over all processes")
-    accumulate: int = Field(1, ge=1, description="micro-batches that a process computes one after the other per step")
+    grad_accum_steps: int = Field(
+        1, ge=1, description="micro-batches that a process computes one after the other per step"
+    )
     eval_batch_size: int = Field(128, ge=1, description="images per process and evaluation step")
     eval_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
@@ -80,7 +82,7 @@ class TrainConfig(Section):
         "none",
         description="weight of a class in the loss: 1, 1/count or 1/sqrt(count), scaled to a mean of 1 per image",
     )
-    order_seed: int | None = Field(
+    data_seed: int | None = Field(
         None, ge=0, lt=2**63, description="of data order and augmentation alone; null: the recipe's seed"
     )
     early_stop: EarlyStopConfig | None = Field(None, description="stop early on the validation split; null: never")
@@ -106,12 +108,12 @@ class RuntimeConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of activations and frozen weights; what is trained is always float32"
     )
-    frozen_weights: Literal["precision", "int8"] = Field(
-        "precision",
-        description="how frozen weights are held: in runtime.precision; or int8: those of the blocks' linear layers in "
-        "8 bits with a scale a row (pip install 'dist-vpt[int8]'), made numbers of where they are used",
+    quantize: Literal["none", "int8"] = Field(
+        "none",
+        description="how frozen weights are held: none: in runtime.precision; int8: those of the blocks' linear layers "
+        "in 8 bits with a scale a row (pip install 'dist-vpt[int8]'), made numbers of where they are used",
     )
-    checkpointing: Policy = Field(
+    activation_checkpointing: Policy = Field(
         "none",
         description="what is computed again in backward instead of kept: none; mlp: the inside of each MLP; block: all "
         "but each block's input; every-N: that in every N-th block; budget-F: as much as it takes to keep at most F "
@@ -162,7 +164,7 @@ class SweepConfig(Section):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
         (42, 44, 82, 100, 800), min_length=1, description="the chosen setting is trained on trainval with each of them"
     )
-    split: Literal["trials", "batch"] = Field(
+    parallelize: Literal["trials", "batch"] = Field(
         "trials", description="what several processes share: the trials, each on its own, or every batch"
     )
 
@@ -229,8 +231,11 @@ class Recipe(Section):
     def _mistakes(self) -> Iterator[str]:
         if self.optim.warmup_epochs >= self.train.epochs:
             yield f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below train.epochs = {self.train.epochs}"
-        if self.train.batch_size % self.train.accumulate:
-            yield f"train.accumulate = {self.train.accumulate}: must divide train.batch_size = {self.train.batch_size}"
+        if self.train.batch_size % self.train.grad_accum_steps:
+            yield (
+                f"train.grad_accum_steps = {self.train.grad_accum_steps}: must divide train.batch_size = "
+                f"{self.train.batch_size}"
+            )
         if self.train.early_stop and self.data.train_on == "trainval":
             yield (
                 "train.early_stop needs a validation split, and data.train_on = trainval leaves none: "
@@ -250,13 +255,14 @@ class Recipe(Section):
                     yield (
                         f"runtime.{name} = {value}: {method} keeps nothing of the backbone for backward; leave it out"
                     )
-        if self.runtime.frozen_weights == "int8" and self.method.name in ("full", "partial", "vqt"):
+        if self.runtime.quantize == "int8" and self.method.name in ("full", "partial", "vqt"):
             does = "reads the blocks' weights itself" if self.method.name == "vqt" else "trains the blocks' weights"
-            yield f"runtime.frozen_weights = int8: {method} {does}; set runtime.frozen_weights=precision"
-        if self.runtime.compile and self.runtime.checkpointing.startswith("budget"):
+            yield f"runtime.quantize = int8: {method} {does}; set runtime.quantize=none"
+        if self.runtime.compile and self.runtime.activation_checkpointing.startswith("budget"):
             yield (
-                f"runtime.compile = true with runtime.checkpointing = {self.runtime.checkpointing}: a compiled block "
-                "does not show the products that a budget chooses among; use mlp, block or every-N, or compile=false"
+                f"runtime.compile = true with runtime.activation_checkpointing = "
+                f"{self.runtime.activation_checkpointing}: a compiled block does not show the products that a budget "
+                "chooses among; use mlp, block or every-N, or compile=false"
             )
 
     def to_yaml(self) -> str:

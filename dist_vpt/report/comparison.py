@@ -302,8 +302,8 @@ def _expected(task: str) -> dict[str, str | int | None]:
         return {}
     return {
         "storage": row.format,
-        "resize": row.resize,
-        "fit": row.fit,
+        "resize": row.interpolation,
+        "fit": row.crop_mode,
         "augment": row.augment,
         "normalize": row.normalize,
         "fraction": "1.0",

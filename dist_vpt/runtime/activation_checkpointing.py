@@ -44,8 +44,9 @@ def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
         inside = [module for name, module in backbone.blocks.named_modules() if name.endswith(".mlp")]
         if not inside:
             raise UserError(
-                f"runtime.checkpointing = mlp: a {type(backbone.blocks[0]).__name__} of the backbone has no MLP as a "
-                "module of its own; use block, every-N or budget-F"
+                f"runtime.activation_checkpointing = mlp: a {type(backbone.blocks[0]).__name__} of the backbone has "
+                "no MLP "
+                "as a module of its own; use block, every-N or budget-F"
             )
         for mlp in inside:
             mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -55,8 +56,9 @@ def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
         every = 1 if policy == "block" else int(policy.removeprefix("every-"))
         if every > len(backbone.blocks):
             raise UserError(
-                f"runtime.checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, and none would be "
-                f"computed again; use at most every-{len(backbone.blocks)}, or none"
+                f"runtime.activation_checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, and "
+                "none would "
+                f"be computed again; use at most every-{len(backbone.blocks)}, or none"
             )
         backbone.run_block = partial(_checkpointed, run, frozenset(backbone.blocks[every - 1 :: every]))
 
@@ -107,8 +109,9 @@ class _Budget:
         free = not tokens_BND.requires_grad  # nothing before it is trained: little is kept, and not the input
         if self.fraction * whole < own and not free:
             raise UserError(
-                f"runtime.checkpointing = budget-{self.fraction}: a block's input alone is {own / whole:.2f} of what "
-                "the block keeps for backward; use a larger fraction, or block"
+                f"runtime.activation_checkpointing = budget-{self.fraction}: a block's input alone is "
+                f"{own / whole:.2f} "
+                "of what the block keeps for backward; use a larger fraction, or block"
             )
         if self.spare is None:
             self.spare = -own  # the last block's output, which is not within any block

@@ -24,16 +24,16 @@ if TYPE_CHECKING:  # workers that load images import this module too, and no mod
 def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch.dtype, *, writes: bool) -> None:
     """All that a recipe says. ``writes``: gradients flow through the blocks. After the method has been attached."""
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
-    if runtime.frozen_weights == "int8":
+    if runtime.quantize == "int8":
         from dist_vpt.runtime.int8 import apply_int8
 
         apply_int8(backbone)
     apply_attention(backbone, runtime.attention, compute, writes=writes, cpu=cpu)
     if runtime.compile:
         apply_compile(backbone, cpu=cpu)
-    apply_checkpointing(backbone, runtime.checkpointing)
-    if runtime.checkpointing != "none":
-        backbone.chosen["checkpointing"] = runtime.checkpointing
+    apply_checkpointing(backbone, runtime.activation_checkpointing)
+    if runtime.activation_checkpointing != "none":
+        backbone.chosen["checkpointing"] = runtime.activation_checkpointing
     if runtime.offload:
         if cpu:
             raise UserError("runtime.offload = true: on a CPU all is in host memory already; set runtime.offload=false")

@@ -19,7 +19,7 @@ from dist_vpt.errors import UserError
 if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
-KEY = "runtime.frozen_weights = int8"
+KEY = "runtime.quantize = int8"
 EPSILON = torch.finfo(torch.float32).eps  # the least scale, of a row of zeros
 
 
@@ -36,7 +36,7 @@ def apply_int8(backbone: "Backbone") -> None:
                 unpack_block(block, number)
             except UserError as error:
                 raise UserError(
-                    f"{KEY}: only for timm's plain ViT and Swin blocks; set runtime.frozen_weights=precision ({error})"
+                    f"{KEY}: only for timm's plain ViT and Swin blocks; set runtime.quantize=none ({error})"
                 ) from error
     for module in backbone.blocks.modules():
         if type(module) is nn.Linear:
@@ -62,8 +62,7 @@ def _torchao() -> Any:
         from torchao.quantization import quant_primitives
     except ImportError as error:
         raise UserError(
-            f"{KEY}: torchao is not installed ({error}); pip install 'dist-vpt[int8]', or set "
-            "runtime.frozen_weights=precision"
+            f"{KEY}: torchao is not installed ({error}); pip install 'dist-vpt[int8]', or set runtime.quantize=none"
         ) from error
     return quant_primitives
 

@@ -45,7 +45,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             cpu=recipe.runtime.device == "cpu",
             # Frozen weights are held in the recipe's precision and need no autocast; fp16 needs its gradient scaler.
             mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
-            gradient_accumulation_steps=recipe.train.accumulate,
+            gradient_accumulation_steps=recipe.train.grad_accum_steps,
             log_with=list(recipe.run.trackers) or None,
             project_dir=recipe.run.dir,
             kwargs_handlers=[
@@ -113,9 +113,12 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
         "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)": zero3
         and recipe.method.reads_blocks,
-        f"runtime.checkpointing = {runtime.checkpointing}: ZeRO-3 gathers weights at other moments in backward "
-        "than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, block or "
-        "every-N, or start with launch/accelerate/ddp.yaml": zero3 and runtime.checkpointing.startswith("budget"),
+        f"runtime.activation_checkpointing = {runtime.activation_checkpointing}: ZeRO-3 gathers weights at other "
+        "moments in "
+        "backward than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, "
+        "block or "
+        "every-N, or start with launch/accelerate/ddp.yaml": zero3
+        and runtime.activation_checkpointing.startswith("budget"),
         "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
         "follow; use compile=false, or start with launch/accelerate/ddp.yaml": zero3 and runtime.compile,
     }
@@ -146,10 +149,10 @@ def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
             raise UserError(
                 f"DeepSpeed configuration: {key} = {said}: the recipe says that (optim, runtime.precision); remove it"
             )
-    micro = recipe.train.batch_size // (accelerator.num_processes * recipe.train.accumulate)
+    micro = recipe.train.batch_size // (accelerator.num_processes * recipe.train.grad_accum_steps)
     config["train_micro_batch_size_per_gpu"] = micro
-    config["gradient_accumulation_steps"] = recipe.train.accumulate
-    config["train_batch_size"] = micro * accelerator.num_processes * recipe.train.accumulate
+    config["gradient_accumulation_steps"] = recipe.train.grad_accum_steps
+    config["train_batch_size"] = micro * accelerator.num_processes * recipe.train.grad_accum_steps
     # "auto" would become 1.0, and Accelerate's own clipping does nothing under DeepSpeed.
     config["gradient_clipping"] = recipe.optim.clip_norm or 0.0
     config["zero_allow_untested_optimizer"] = True

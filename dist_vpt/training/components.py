@@ -19,7 +19,7 @@ from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Splits
-from dist_vpt.data.tasks import Resize
+from dist_vpt.data.tasks import Interpolation
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
@@ -51,8 +51,8 @@ class Components:
         names = ("train", "val", "trainval", "test")
         return {
             "storage": splits.storage,
-            "resize": self.view.resize,
-            "fit": self.view.fit,
+            "resize": self.view.interpolation,
+            "fit": self.view.crop_mode,
             "augment": self.view.augment,
             "normalize": own or task.normalize,
             "image_size": self.view.image_size,
@@ -73,7 +73,7 @@ class Components:
             "rank": rank,
             "world": world,
             "workers": self.data.workers,
-            "bad_images": self.data.bad_images,
+            "on_decode_error": self.data.on_decode_error,
             "max_megapixels": self.data.max_megapixels,
             "cache": resolve(self.data).cache,
         }
@@ -84,8 +84,8 @@ class Components:
             self.splits[recipe.data.train_on],
             self.view,
             batch_size=recipe.train.batch_size,
-            accumulate=recipe.train.accumulate,
-            seed=recipe.seed if recipe.train.order_seed is None else recipe.train.order_seed,
+            accumulate=recipe.train.grad_accum_steps,
+            seed=recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
             **self.feeding(rank, world),
         )
 
@@ -164,14 +164,14 @@ def build_transform(data: DataConfig, wants: Preprocessing) -> ImageTransform:
     task = resolve(data)
     return ImageTransform(
         image_size=data.image_size or wants.image_size,
-        resize=task.resize or cast(Resize, wants.interpolation),
-        fit=task.fit,
+        interpolation=task.interpolation or cast(Interpolation, wants.interpolation),
+        crop_mode=task.crop_mode,
         augment=task.augment,
     )
 
 
 def channels(data: DataConfig, wants: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, of 0..1, with which images are normalised."""
+    """Mean and standard deviation of the channels, of 0..1, with which images are normalized."""
     if data.mean is not None and data.std is not None:
         return data.mean, data.std
     kinds = {

@@ -2,8 +2,9 @@
 
 B images of a micro-batch, S image side, K classes, W processes.
 
-A global batch of ``train.batch_size`` images is split over W processes x ``train.accumulate`` micro-batches. Losses
-are summed and divided by the weight of the global batch, so that a step is the same whatever W and accumulate.
+A global batch of ``train.batch_size`` images is split over W processes x ``train.grad_accum_steps`` micro-batches.
+Losses are summed and divided by the weight of the global batch, so that a step is the same whatever W and the
+micro-batches.
 """
 
 import math
@@ -97,7 +98,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     weights = [t.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
     weight = global_weight(accelerator, t.stop, weights, fetched)
     phase.at(f"step {t.step}", "training", limited=True)
-    scale = accelerator.num_processes * recipe.train.accumulate / weight
+    scale = accelerator.num_processes * recipe.train.grad_accum_steps / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
     for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
         torch.manual_seed(fold_in(recipe.seed, t.step, accelerator.process_index, micro))  # dropout: no state to save

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def multiplier(recipe: OptimConfig, step: int, steps_per_epoch: int, epochs: int) -> float:
     """The share of the peak learning rate at a step (counted from 0 over the whole run)."""
-    epoch = step / steps_per_epoch if recipe.per == "step" else step // steps_per_epoch
+    epoch = step / steps_per_epoch if recipe.schedule_by == "step" else step // steps_per_epoch
     if epoch < recipe.warmup_epochs:
         return epoch / recipe.warmup_epochs
     if recipe.schedule == "constant":

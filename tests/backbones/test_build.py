@@ -140,7 +140,7 @@ def test_pooling_instead_of_a_models_attention_pooling() -> None:
     assert built(name=name).attn_pool is not None
     assert built(name=name, pool="avg").attn_pool is None
     message = refused(name=name, pool="token")
-    assert "backbone.pool = token" in message
+    assert "backbone.global_pool = token" in message
     assert "class token" in message
 
 

@@ -362,8 +362,11 @@ def test_methods_that_need_a_list_of_tokens_are_refused(name: str) -> None:
         ({"location": "add"}, "method.location = add: on Swin prompts are prepended to the patches of each window"),
         ({"projection": 4}, "method.projection = 4: on Swin the prompts of each stage have another width"),
         ({"shared": True}, "method.shared = True: on Swin the prompts of each stage have another width"),
-        ({"also": ("bias",)}, r"method.also = \['bias'\]: the method of that name is not for Swin; leave it out"),
-        ({"start": "class_token"}, "method.start = class_token: the backbone has none; set method.start=tokens"),
+        (
+            {"also": ("bias",)},
+            r"method.extra_trainable = \['bias'\]: the method of that name is not for Swin; leave it out",
+        ),
+        ({"start": "class_token"}, "method.init = class_token: the backbone has none; set method.init=tokens"),
         ({"deep": False, "pooling": "prompt_pool"}, "go in before block 0, and patches are merged after it, which"),
         ({"layers": 5}, "method.layers = 5: the backbone has 4 blocks"),
     ],
@@ -414,7 +417,9 @@ def test_swin_has_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
-    with pytest.raises(UserError, match=r"backbone.pool = token: Swin has the mean of its patches, and no class token"):
+    with pytest.raises(
+        UserError, match=r"backbone.global_pool = token: Swin has the mean of its patches, and no class token"
+    ):
         built("tiny", 32, pool="token")
 
 
@@ -426,8 +431,8 @@ def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("linear", ["stream.cache=memory"]),
         ("mlp", ["method.width=8"]),
-        ("full", ["runtime.checkpointing=block"]),
-        ("vpt", ["method.prompts=2", "method.start=tokens", "runtime.checkpointing=mlp"]),
+        ("full", ["runtime.activation_checkpointing=block"]),
+        ("vpt", ["method.prompts=2", "method.init=tokens", "runtime.activation_checkpointing=mlp"]),
     ],
 )
 def test_a_run_is_scored_as_it_was(

@@ -91,7 +91,9 @@ def test_turns_upright_when_asked():
     ],
 )
 def test_damage_names_the_file(damaged):
-    with pytest.raises(DataError, match=r"^photos/a\.jpg: the image cannot be read \(.+\); .*data\.bad_images=skip"):
+    with pytest.raises(
+        DataError, match=r"^photos/a\.jpg: the image cannot be read \(.+\); .*data\.on_decode_error=skip"
+    ):
         decode(damaged, "photos/a.jpg")
 
 

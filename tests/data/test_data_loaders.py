@@ -238,7 +238,7 @@ def test_bad_image_is_named(files, workers, cache):
 @pytest.mark.parametrize(("workers", "cache"), [(0, "none"), (0, "memory"), (1, "none")])
 def test_bad_image_is_skipped_and_counted(files, workers, cache):
     split = files(bad=True)
-    settings = {"workers": workers, "cache": cache, "bad_images": "skip"}
+    settings = {"workers": workers, "cache": cache, "on_decode_error": "skip"}
     train = TrainBatches(split, PLAIN, batch_size=4, **settings)
     assert train.skipped == set()
     for epoch in range(2):
@@ -256,7 +256,7 @@ def test_too_large_image_obeys_the_same_rule(files):
     split = files()
     with pytest.raises(DataError, match=r"0\.jpg: 30 x 20 pixels are 0\.0 megapixels; at most 0\.0005"):
         list(EvalBatches(split, PLAIN, 4, max_megapixels=0.0005))
-    batches = EvalBatches(split, PLAIN, 4, max_megapixels=0.0005, bad_images="skip")
+    batches = EvalBatches(split, PLAIN, 4, max_megapixels=0.0005, on_decode_error="skip")
     assert sum(float(batch["weight"].sum()) for batch in batches) == 0
     assert len(batches.skipped) == 8
 

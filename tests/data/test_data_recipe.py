@@ -44,7 +44,7 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"image_size": 4}, "image_size\n.*greater than or equal to 8"),
         ({"workers": -1}, "workers\n.*greater than or equal to 0"),
         ({"max_megapixels": 0}, "max_megapixels\n.*greater than 0"),
-        ({"bad_images": "ignore"}, "bad_images\n.*'fail' or 'skip'"),
+        ({"on_decode_error": "ignore"}, "on_decode_error\n.*'fail' or 'skip'"),
     ],
 )
 def test_mistake_is_told(settings, says):
@@ -75,8 +75,14 @@ def test_every_field_is_described():
 
 def test_row_gives_what_the_recipe_leaves_open():
     assert resolve(DataConfig()) == TASKS["digits"]
-    assert resolve(DataConfig(cache="none", fit="crop", resize="vpt", normalize="none")) == Task(
-        name="digits", format="digits", classes=10, fit="crop", cache="none", resize="vpt", normalize="none"
+    assert resolve(DataConfig(cache="none", crop_mode="crop", interpolation="vpt", normalize="none")) == Task(
+        name="digits",
+        format="digits",
+        classes=10,
+        crop_mode="crop",
+        cache="none",
+        interpolation="vpt",
+        normalize="none",
     )
 
 
@@ -84,7 +90,7 @@ def test_format_gives_it_for_a_free_name():
     def of(storage):
         task = resolve(DataConfig(**OWN, format=storage))
         assert (task.name, task.format, task.classes) == ("mine", storage, None)
-        return task.fit, task.augment, task.cache
+        return task.crop_mode, task.augment, task.cache
 
     assert of("vtab_folder") == ("squash", "none", "none")
     assert of("fgvc_json") == ("crop", "fgvc", "none")

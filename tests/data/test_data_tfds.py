@@ -157,8 +157,9 @@ def test_tensorflow_is_never_imported(copies: dict[str, Path], tmp_path: Path) -
         f"open({str(tmp_path / 'imported')!r}, 'w')\nraise ImportError('no tensorflow')\n"
     )
     words = [
-        "train", "method.name=linear", "data.task=svhn", f"data.root={copies['array_record']}", "data.counts=any",
-        "data.workers=1", "train.epochs=1", "optim.warmup_epochs=0", "run.trackers=[]", f"run.dir={tmp_path / 'run'}",
+        "train", "method.name=linear", "data.task=svhn", f"data.root={copies['array_record']}",
+        "data.check_counts=false", "data.workers=1", "train.epochs=1", "optim.warmup_epochs=0", "run.trackers=[]",
+        f"run.dir={tmp_path / 'run'}",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(fake.parent), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -200,7 +201,7 @@ def refused(task: str, root: Path, message: str, **settings: Any) -> None:
 
 
 def test_other_counts_than_the_published_are_refused(copies: dict[str, Path]) -> None:
-    said = "split 'test' of task 'dtd': 60 images, and the published one has 1,880; complete .* data.counts=any"
+    said = "split 'test' of task 'dtd': 60 images, and the published one has 1,880; complete .* data.check_counts=false"
     refused("dtd", copies["tfrecord"], said, counts="published")
 
 
@@ -275,7 +276,7 @@ def test_a_damaged_picture_is_named_or_skipped(copies: dict[str, Path], monkeypa
         test = opened(task, copies["tfrecord"])["test"]
         with pytest.raises(DataError, match=r"record \d+: the image cannot be read"):
             test.read(3)
-        batches = EvalBatches(test, ImageTransform(16, "vpt"), 50, bad_images="skip")
+        batches = EvalBatches(test, ImageTransform(16, "vpt"), 50, on_decode_error="skip")
         assert sum(float(batch["weight"].sum()) for batch in batches) == len(test) - 1
         assert len(batches.skipped) == 1
 

@@ -57,9 +57,9 @@ NOT = {("cls", "no_class_token"), ("ssf", "mean_pooled")}  # no token; a patch e
 )
 def test_equal_outputs_of_plain_timm(name: str, kind: str, images: torch.Tensor) -> None:
     method, plain = make(MERGED[name], kind), make_vit(kind, num_classes=4)
-    before = plain(normalised(images))
+    before = plain(normalized(images))
     plain.load_state_dict(timm_tensors(method), strict=True)
-    after = plain(normalised(images))
+    after = plain(normalized(images))
     assert torch.allclose(after, method(images), atol=1e-4 * float(after.abs().max()))
     assert not torch.allclose(after, before, atol=0.1)
 
@@ -74,10 +74,10 @@ def test_equal_outputs_of_plain_swin(name: str) -> None:
             parameter.zero_()
     plain.load_state_dict(timm_tensors(method), strict=True)
     expected = method.eval()(images)
-    assert torch.allclose(plain.eval()(normalised(images)), expected, atol=1e-4 * float(expected.abs().max()))
+    assert torch.allclose(plain.eval()(normalized(images)), expected, atol=1e-4 * float(expected.abs().max()))
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def normalized(images: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return (images / 255 - mean) / std
 
@@ -131,7 +131,7 @@ def test_the_model_that_is_told_gives_what_the_run_gave(
     monkeypatch.setitem(ZOO, "tiny", FILES[kind].row)
     run, out = tmp_path / "run", tmp_path / "merged.safetensors"
     words = [f"method.name={method}", "backbone.name=tiny", "backbone.weights=random", "data.image_size=32"]
-    result = train(run, *words, "data.resize=bilinear", "train.batch_size=500", "train.eval_batch_size=500")
+    result = train(run, *words, "data.interpolation=bilinear", "train.batch_size=500", "train.eval_batch_size=500")
     assert main(["merge", str(run), "--out", str(out)]) == 0
     told = capsys.readouterr().out.split(f"{out}: weights for\n")[1]
     names: dict[str, Any] = {}

@@ -303,7 +303,7 @@ def test_prompts_may_start_like_tokens(start: str, deep: bool, images: torch.Ten
 
 
 def test_a_class_token_to_start_from_is_needed() -> None:
-    with pytest.raises(UserError, match=r"method.start = class_token: the backbone has none"):
+    with pytest.raises(UserError, match=r"method.init = class_token: the backbone has none"):
         make({"name": "vpt", "start": "class_token"}, kind="no_class_token")
 
 

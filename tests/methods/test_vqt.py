@@ -64,7 +64,7 @@ def expected(method: VQT, which: str, images: torch.Tensor) -> vqt.Result:
         blocks=method.blocks,
         pooling=method.recipe.pooling,
         pool_weights=own.get("pool_weights"),
-        normalise=method.recipe.normalise,
+        normalize=method.recipe.normalize,
         head=[(own["head.weight"], own["head.bias"])],
         smoothing=0.1,
         example_weight=WEIGHT.double().numpy(),
@@ -114,9 +114,9 @@ def test_equals_the_joint_form(which: str, queries: int, form: str, dtype: torch
     [
         {"pooling": "mean"},
         {"pooling": "weighted"},
-        {"normalise": False},
+        {"normalize": False},
         {"blocks": (1,)},
-        {"blocks": (0, 2), "pooling": "weighted", "normalise": False},
+        {"blocks": (0, 2), "pooling": "weighted", "normalize": False},
     ],
     ids=str,
 )

@@ -25,7 +25,7 @@ def forward_backward(
 ) -> vit.Result:
     """Loss of one batch and its gradients.
 
-    pooled_BD: the frozen backbone's features. images_BCSS: normalised. weights: conv<i>.weight (O x C x 3 x 3) and
+    pooled_BD: the frozen backbone's features. images_BCSS: normalized. weights: conv<i>.weight (O x C x 3 x 3) and
     conv<i>.bias in order, linear.weight (D x C), linear.bias, head.weight, head.bias, and blend (one number).
     """
     x, conv_caches = images_BCSS, []

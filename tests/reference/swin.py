@@ -32,7 +32,7 @@ def features(
     prompts: Prompts | None = None,
     pooling: str = "img_pool",
 ) -> Array:
-    """uint8 images B x C x S x S to features B x D: the mean of the last stage's normalised tokens.
+    """uint8 images B x C x S x S to features B x D: the mean of the last stage's normalized tokens.
 
     prompts: what takes the place of the prompts, if there are any, before a block. They go on through the blocks of a
     stage, join the patches of every window in attention and leave it as the mean over the windows; merging drops them.
@@ -123,7 +123,7 @@ def _attention(
 
 
 def _merge(x_IJD: Array, w: Weights, at: str) -> Array:
-    """Four neighbours side by side (down the first column, then down the second), normalised, to twice the width."""
+    """Four neighbours side by side (down the first column, then down the second), normalized, to twice the width."""
     four = [x_IJD[0::2, 0::2], x_IJD[1::2, 0::2], x_IJD[0::2, 1::2], x_IJD[1::2, 1::2]]
     return _norm(np.concatenate(four, axis=2), w, f"{at}.norm") @ w[f"{at}.reduction.weight"].T
 

@@ -29,7 +29,7 @@ QUERIES, HIDDEN = 2, 6  # Q, and the width of the MLP head
 LABELS, EXAMPLE_WEIGHT = np.array([0, 3, 1]), np.array([1.0, 0.5, 2.0])
 ALL = tuple(range(DEPTH))
 
-# Backbone, blocks with queries, pooling, normalise, dropout, hidden layers of the head.
+# Backbone, blocks with queries, pooling, normalize, dropout, hidden layers of the head.
 CASES = [
     ("plain", None, "none", True, False, 0),
     ("plain", None, "none", False, False, 0),
@@ -69,7 +69,7 @@ def images(rng):
     return rng.integers(0, 256, (BATCH, 3, SIDE, SIDE), dtype=np.uint8)
 
 
-def make_options(rng, *, blocks=None, pooling="none", normalise=True, dropout=False, hidden=0, num_queries=QUERIES):
+def make_options(rng, *, blocks=None, pooling="none", normalize=True, dropout=False, hidden=0, num_queries=QUERIES):
     """Arguments of `forward_backward_vqt`, each at random."""
     J = DEPTH if blocks is None else len(blocks)
     shape = (J, num_queries, WIDTH)
@@ -80,7 +80,7 @@ def make_options(rng, *, blocks=None, pooling="none", normalise=True, dropout=Fa
         "blocks": blocks,
         "pooling": pooling,
         "pool_weights": rng.normal(size=shape[:2]) if pooling == "weighted" else None,
-        "normalise": normalise,
+        "normalize": normalize,
         "dropout_factors": (rng.random((BATCH, *shape)) < keep) / keep if dropout else None,
         "head": [(rng.normal(size=(b, a)), rng.normal(size=b)) for a, b in itertools.pairwise(widths)],
     }
@@ -132,7 +132,7 @@ def torch_joint(model, images, leaves, options):
             x = block(x)
         stream.append(x)
     groups.insert(0, model.forward_head(model.norm(x), pre_logits=True))
-    if options["normalise"]:
+    if options["normalize"]:
         groups = [F.normalize(group, dim=1) for group in groups]
     out = torch.cat(groups, dim=1)
     for i in range(len(options["head"])):
@@ -140,9 +140,9 @@ def torch_joint(model, images, leaves, options):
     return out, stream, torch.stack(outputs, dim=1)
 
 
-@pytest.mark.parametrize(("name", "blocks", "pooling", "normalise", "dropout", "hidden"), CASES)
-def test_joint_form_equals_timm_blocks_with_autograd(rng, images, *, name, blocks, pooling, normalise, dropout, hidden):
-    options = make_options(rng, blocks=blocks, pooling=pooling, normalise=normalise, dropout=dropout, hidden=hidden)
+@pytest.mark.parametrize(("name", "blocks", "pooling", "normalize", "dropout", "hidden"), CASES)
+def test_joint_form_equals_timm_blocks_with_autograd(rng, images, *, name, blocks, pooling, normalize, dropout, hidden):
+    options = make_options(rng, blocks=blocks, pooling=pooling, normalize=normalize, dropout=dropout, hidden=hidden)
     result = run(name, images, options, smoothing=0.1, example_weight=EXAMPLE_WEIGHT)
     model = tiny(name)[0]
     leaves = {key: torch.from_numpy(value).requires_grad_() for key, value in trained_of(options).items()}
@@ -190,9 +190,9 @@ def test_outputs_equal_queries_that_read_the_image_tokens(rng, images, name):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "blocks", "pooling", "normalise", "dropout", "hidden"), CASES)
-def test_gradients_equal_finite_differences(rng, images, *, name, blocks, pooling, normalise, dropout, hidden):
-    options = make_options(rng, blocks=blocks, pooling=pooling, normalise=normalise, dropout=dropout, hidden=hidden)
+@pytest.mark.parametrize(("name", "blocks", "pooling", "normalize", "dropout", "hidden"), CASES)
+def test_gradients_equal_finite_differences(rng, images, *, name, blocks, pooling, normalize, dropout, hidden):
+    options = make_options(rng, blocks=blocks, pooling=pooling, normalize=normalize, dropout=dropout, hidden=hidden)
     options |= {"smoothing": 0.1, "example_weight": EXAMPLE_WEIGHT}
     _, weights, config = tiny(name)
     grads = vqt.forward_backward_vqt(weights, config, images, LABELS, **options).grads
@@ -237,7 +237,7 @@ def test_normalisation_of_nothing_equals_pytorch(rng):
 def test_image_tokens_do_not_see_the_queries(rng, images, name):
     """The stream and the pooled features are those of the bare backbone, however large the queries are."""
     _, weights, config = tiny(name)
-    options = make_options(rng, normalise=False)
+    options = make_options(rng, normalize=False)
     result = run(name, images, options, queries=100 * options["queries"])
     x, _ = vit.embed_forward(vit.normalise_images(images, config.mean, config.std), weights, config)
     assert_near(result.stream[0], x, 0)
@@ -278,10 +278,10 @@ def test_later_losses_do_not_reach_earlier_queries(rng, images):
 
 
 @pytest.mark.parametrize("pooling", vqt.POOLINGS)
-@pytest.mark.parametrize("normalise", [True, False])
-def test_order_of_the_queries(rng, images, pooling, normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_order_of_the_queries(rng, images, pooling, normalize):
     """Permuted queries of one block give permuted outputs; 'mean', and 'weighted' with its weights, lose the order."""
-    options = make_options(rng, pooling=pooling, normalise=normalise, num_queries=3)
+    options = make_options(rng, pooling=pooling, normalize=normalize, num_queries=3)
     order, permuted = [2, 0, 1], options["queries"].copy()
     permuted[1] = permuted[1, order]
     changed = {"queries": permuted}
@@ -313,7 +313,7 @@ def test_equal_weights_are_the_mean(rng, images):
 
 def test_normalised_groups_have_length_one(rng, images):
     options = make_options(rng)
-    unit, plain = run("plain", images, options), run("plain", images, options, normalise=False)
+    unit, plain = run("plain", images, options), run("plain", images, options, normalize=False)
     for one, group in zip(unit.groups, plain.groups, strict=True):
         lengths = np.linalg.norm(group, axis=1, keepdims=True)
         assert np.abs(lengths - 1).max() > 1e-3
@@ -330,7 +330,7 @@ def test_some_blocks_give_the_same_groups_as_all(rng, images):
 
 def test_no_blocks_and_no_normalisation_is_the_linear_probe(rng, images):
     _, weights, config = tiny("plain")
-    options = make_options(rng, blocks=(), normalise=False)
+    options = make_options(rng, blocks=(), normalize=False)
     ours = run("plain", images, options)
     weight, bias = options["head"][0]
     probe = vit.forward_backward(weights, config, images, LABELS, head_weight=weight, head_bias=bias)

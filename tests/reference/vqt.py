@@ -42,9 +42,9 @@ class Result:
     features: Array
     """B x F, what the head reads: the groups side by side."""
     groups: tuple[Array, ...]
-    """1 + J arrays B x X, normalised if asked for: the pooled features, then one group for each block."""
+    """1 + J arrays B x X, normalized if asked for: the pooled features, then one group for each block."""
     outputs: Array
-    """B x J x Q x D, what the blocks made of their queries: neither pooled nor normalised."""
+    """B x J x Q x D, what the blocks made of their queries: neither pooled nor normalized."""
     stream: tuple[Array, ...]
     """L + 1 arrays B x N x D: the image's tokens before each block and after the last one, without `norm`."""
     grads: dict[str, Array] = field(default_factory=dict)
@@ -61,7 +61,7 @@ def forward_backward_vqt(
     blocks: Sequence[int] | None = None,
     pooling: str = "none",
     pool_weights: Array | None = None,
-    normalise: bool = True,
+    normalize: bool = True,
     dropout_factors: Array | None = None,
     head: Sequence[tuple[Array, Array]],
     smoothing: float = 0.0,
@@ -73,7 +73,7 @@ def forward_backward_vqt(
     images_u8: B x C x S x S. labels: B class indices.
     queries: J x Q x D, queries[j] for block blocks[j]. blocks: ascending; None means every block.
     pooling: see `group_forward`. pool_weights: J x Q, for 'weighted' only.
-    normalise: False leaves every group at the length it has.
+    normalize: False leaves every group at the length it has.
     dropout_factors: B x J x Q x D, 0 or 1 / (1 - p), multiplied into the queries of each image.
     head: (weight out x in, bias out) of its linear layers, with GELU in between; a single pair is a linear head.
     smoothing and example_weight: see `vit.cross_entropy`.
@@ -86,7 +86,7 @@ def forward_backward_vqt(
         blocks=blocks,
         pooling=pooling,
         pool_weights=pool_weights,
-        normalise=normalise,
+        normalize=normalize,
         dropout_factors=dropout_factors,
     )
     logits_BK, head_cache = head_forward(features_BF, head)
@@ -115,7 +115,7 @@ def loss_only_vqt(
     blocks: Sequence[int] | None = None,
     pooling: str = "none",
     pool_weights: Array | None = None,
-    normalise: bool = True,
+    normalize: bool = True,
     dropout_factors: Array | None = None,
     head: Sequence[tuple[Array, Array]],
     smoothing: float = 0.0,
@@ -130,7 +130,7 @@ def loss_only_vqt(
         blocks=blocks,
         pooling=pooling,
         pool_weights=pool_weights,
-        normalise=normalise,
+        normalize=normalize,
         dropout_factors=dropout_factors,
     )
     logits_BK, _ = head_forward(features_BF, head)
@@ -151,7 +151,7 @@ def features_forward(
     blocks: Sequence[int] | None = None,
     pooling: str = "none",
     pool_weights: Array | None = None,
-    normalise: bool = True,
+    normalize: bool = True,
     dropout_factors: Array | None = None,
 ) -> tuple[Array, Cache]:
     """Images to features (B x F): embed, blocks with queries, then the groups."""
@@ -199,7 +199,7 @@ def features_forward(
         groups.append(group_BX)
         group_caches.append(group_cache)
     unit_caches = []
-    if normalise:
+    if normalize:
         for i, group_BX in enumerate(groups):
             groups[i], unit_cache = unit_forward(group_BX)
             unit_caches.append(unit_cache)

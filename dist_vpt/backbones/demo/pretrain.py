@@ -131,7 +131,7 @@ def uniform(rng: torch.Generator, low: float, high: float, *shape: int) -> Tenso
 
 
 def distort(glyphs_B: Tensor, rng: torch.Generator) -> Tensor:
-    """uint8 glyphs -> normalised images (B, C, 24, 24): stroke, shape, resolution, contrast, noise."""
+    """uint8 glyphs -> normalized images (B, C, 24, 24): stroke, shape, resolution, contrast, noise."""
     batch, size = len(glyphs_B), IMAGE_PIXELS
     ink = glyphs_B[:, None].float() / 255
     heavier, lighter = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)

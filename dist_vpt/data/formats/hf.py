@@ -28,7 +28,7 @@ class HfSource:
     def read(self, i: int, max_megapixels: float) -> Image.Image:
         stored = self.dataset[i][self.column]
         if stored is None:
-            raise DataError(f"{self.where(i)}: has no image; remove the record, or set data.bad_images=skip")
+            raise DataError(f"{self.where(i)}: has no image; remove the record, or set data.on_decode_error=skip")
         encoded = stored["path"] if stored["bytes"] is None else stored["bytes"]
         return decode(encoded, self.where(i), max_megapixels, upright=True)
 
