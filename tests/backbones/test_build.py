@@ -115,7 +115,7 @@ def test_features_in_bf16_are_close_to_float32(images: torch.Tensor) -> None:
 
 
 def test_pooling_of_the_recipe_reads_other_tokens_of_the_same_weights(images: torch.Tensor) -> None:
-    own, token, avg = (built(name="demo", weights="pretrained", pool=pool) for pool in (None, "token", "avg"))
+    own, token, avg = (built(name="demo", weights="pretrained", global_pool=pool) for pool in (None, "token", "avg"))
     tokens_BND = own(images)
     for other in (token, avg):
         assert torch.equal(other(images), tokens_BND)
@@ -128,7 +128,7 @@ def test_a_mean_pooled_models_own_norm_stays_where_it_was(
     images: torch.Tensor, tiny_vit: Callable[..., VisionTransformer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_create", lambda *_: tiny_vit(img_size=32, global_pool="avg"))
-    avg, token = built(), built(pool="token")  # mean of the patches, then fc_norm
+    avg, token = built(), built(global_pool="token")  # mean of the patches, then fc_norm
     tokens_BND = avg(images)
     assert torch.equal(token(images), tokens_BND)
     assert torch.allclose(avg.pool(tokens_BND), avg.fc_norm(tokens_BND[:, 1:].mean(1)), atol=1e-6)
@@ -138,8 +138,8 @@ def test_a_mean_pooled_models_own_norm_stays_where_it_was(
 def test_pooling_instead_of_a_models_attention_pooling() -> None:
     name = "vit_base_patch16_siglip_224"
     assert built(name=name).attn_pool is not None
-    assert built(name=name, pool="avg").attn_pool is None
-    message = refused(name=name, pool="token")
+    assert built(name=name, global_pool="avg").attn_pool is None
+    message = refused(name=name, global_pool="token")
     assert "backbone.global_pool = token" in message
     assert "class token" in message
 

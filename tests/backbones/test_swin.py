@@ -43,8 +43,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "vpt deep": {"name": "vpt", "prompts": 3},
     "vpt shallow": {"name": "vpt", "prompts": 2, "deep": False},
-    "vpt, last three": {"name": "vpt", "prompts": 1, "layers": 3, "end": "last", "pooling": "imgprompt_pool"},
-    "vpt, first three": {"name": "vpt", "prompts": 2, "layers": 3, "pooling": "prompt_pool", "start": "tokens"},
+    "vpt, last three": {
+        "name": "vpt",
+        "prompts": 1,
+        "layers": 3,
+        "prompted_blocks": "last",
+        "pooling": "imgprompt_pool",
+    },
+    "vpt, first three": {"name": "vpt", "prompts": 2, "layers": 3, "pooling": "prompt_pool", "init": "tokens"},
     "vpt, first without expansion": {"name": "vpt", "prompts": 2, "layers": 1, "expand": False},
 }
 # (stage, block) before which each set of prompts goes in, tensor by tensor.
@@ -312,7 +318,7 @@ def test_stochastic_depth_drops_a_branch_for_prompts_and_patches_alike(images: T
 
 
 def test_prompts_of_a_stage_may_start_like_its_tokens(images: Tensor) -> None:
-    method = make({"name": "vpt", "prompts": 20000, "start": "tokens"})
+    method = make({"name": "vpt", "prompts": 20000, "init": "tokens"})
     before = [prompts_PD.clone() for prompts_PD in method.sets]
     method.start([images[:2], images[2:]], seed=5)
     tokens_BND = method.backbone.embed(images)
@@ -363,10 +369,10 @@ def test_methods_that_need_a_list_of_tokens_are_refused(name: str) -> None:
         ({"projection": 4}, "method.projection = 4: on Swin the prompts of each stage have another width"),
         ({"shared": True}, "method.shared = True: on Swin the prompts of each stage have another width"),
         (
-            {"also": ("bias",)},
+            {"extra_trainable": ("bias",)},
             r"method.extra_trainable = \['bias'\]: the method of that name is not for Swin; leave it out",
         ),
-        ({"start": "class_token"}, "method.init = class_token: the backbone has none; set method.init=tokens"),
+        ({"init": "class_token"}, "method.init = class_token: the backbone has none; set method.init=tokens"),
         ({"deep": False, "pooling": "prompt_pool"}, "go in before block 0, and patches are merged after it, which"),
         ({"layers": 5}, "method.layers = 5: the backbone has 4 blocks"),
     ],
@@ -420,7 +426,7 @@ def test_swin_has_no_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         UserError, match=r"backbone.global_pool = token: Swin has the mean of its patches, and no class token"
     ):
-        built("tiny", 32, pool="token")
+        built("tiny", 32, global_pool="token")
 
 
 # A whole run

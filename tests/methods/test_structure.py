@@ -34,8 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "vpt pixels": {"name": "vpt", "location": "prepend-pixel", "deep": False},
     "vpt frame": {"name": "vpt", "location": "pad", "deep": False, "prompts": 2},  # around images of 12 pixels
     "vpt below": {"name": "vpt", "location": "below", "deep": False, "prompts": 2},
-    "vpt+bias": {"name": "vpt", "also": ("bias",)},
-    "vpt+cls": {"name": "vpt", "also": ("cls",)},
+    "vpt+bias": {"name": "vpt", "extra_trainable": ("bias",)},
+    "vpt+cls": {"name": "vpt", "extra_trainable": ("cls",)},
     "vqt": {"name": "vqt", "queries": 2},
     "vqt weighted": {"name": "vqt", "queries": 2, "pooling": "weighted", "blocks": (1, 2)},
     "mlp": {"name": "mlp", "layers": 3, "width": 8},
@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "partial": {"name": "partial", "blocks": 2},
     "bias": {"name": "bias"},
     "cls": {"name": "cls"},
-    "cls anew": {"name": "cls", "again": True},
+    "cls anew": {"name": "cls", "reinit": True},
     "lora": {"name": "lora", "rank": 2, "targets": ("v", "fc1")},
     "pfeiffer": {"name": "adapter", "bottleneck": 3},
     "houlsby": {"name": "adapter", "bottleneck": 3, "style": "houlsby"},
@@ -284,7 +284,7 @@ def test_prompts_start_as_published() -> None:
 @pytest.mark.parametrize("start", ["class_token", "tokens"])
 def test_prompts_may_start_like_tokens(start: str, deep: bool, images: torch.Tensor) -> None:
     many = {"name": "vpt", "prompts": 20000, "deep": deep}
-    method, random = make(many | {"start": start}), make(many)
+    method, random = make(many | {"init": start}), make(many)
     inputs: list[torch.Tensor] = []
     for block in method.backbone.blocks:
         block.register_forward_pre_hook(lambda _, tokens: inputs.append(tokens[0]))
@@ -297,14 +297,14 @@ def test_prompts_may_start_like_tokens(start: str, deep: bool, images: torch.Ten
         deviation = values.std(0, correction=0)
         assert torch.allclose(drawn.mean(0), values.mean(0), atol=0.05 * float(values.std()))
         assert torch.allclose(drawn.std(0), deviation, atol=0.05 * float(values.std()))
-    again = make(many | {"start": start})
+    again = make(many | {"init": start})
     again.start([images], seed=5)
     assert torch.allclose(again.prompts, method.prompts, atol=1e-5)
 
 
 def test_a_class_token_to_start_from_is_needed() -> None:
     with pytest.raises(UserError, match=r"method.init = class_token: the backbone has none"):
-        make({"name": "vpt", "start": "class_token"}, kind="no_class_token")
+        make({"name": "vpt", "init": "class_token"}, kind="no_class_token")
 
 
 def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor) -> None:
@@ -327,15 +327,18 @@ def test_more_layers_than_blocks_are_refused() -> None:
     [
         ({"deep": False, "layers": 2}, "belong to deep prompts"),
         ({"expand": False}, "expand = false with layers = None"),
-        ({"expand": False, "layers": 2, "end": "last"}, "expand = false with layers = 2, end = last"),
+        (
+            {"expand": False, "layers": 2, "prompted_blocks": "last"},
+            "expand = false with layers = 2, prompted_blocks = last",
+        ),
         ({"expand": False, "layers": 2, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
         ({"location": "add", "pooling": "imgprompt_pool"}, "no prompts come out of the last block"),
         ({"location": "prepend-pixel"}, "location = prepend-pixel: there are pixels before the first block alone"),
         ({"location": "pad"}, "location = pad: there are pixels before the first block alone"),
         ({"location": "below", "deep": False, "projection": 4}, "set deep=false and projection=null"),
         ({"location": "below", "deep": False, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
-        ({"also": ("bias", "bias")}, "each once"),
-        ({"start": "tokens", "projection": 4}, "only prompts that are tokens themselves"),
+        ({"extra_trainable": ("bias", "bias")}, "each once"),
+        ({"init": "tokens", "projection": 4}, "only prompts that are tokens themselves"),
     ],
 )
 def test_options_of_vpt_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:

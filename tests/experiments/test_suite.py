@@ -17,9 +17,9 @@ from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.experiments import sweep
 from dist_vpt.experiments.suite import Experiment, plan_experiments, suite, task_recipes
 from dist_vpt.runs.results import Result, read
+from tests.data.tfds_copies import elsewhere
 from tests.forks import Forks, command
 from tests.running import ROOT, few_images
-from tests.tfds_copies import elsewhere
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 TASKS = ("svhn", "dsprites_loc", "eurosat")

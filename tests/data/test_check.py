@@ -17,7 +17,7 @@ from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import DataError, UserError
-from tests import tfds_copies
+from tests.data import tfds_copies
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.components import build_method
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "step.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 _spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
 assert _spec
 assert _spec.loader

@@ -22,7 +22,7 @@ from tests.methods.conftest import make_backbone
 from tests.methods.test_against_reference import VARIANTS, recipe_of
 from tests.methods.test_structure import loss_of
 from tests.running import ROOT, step_losses, train, words
-from tests.test_memory import IMAGES, saved
+from tests.runtime.test_policies import IMAGES, saved
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 INT8 = "runtime.quantize=int8"

@@ -166,7 +166,7 @@ def test_keys_given_as_on_other_command_lines(call: str, capsys: pytest.CaptureF
 
 
 def test_local_sh_takes_no_word_that_is_nothing() -> None:
-    script = Path(__file__).parents[1] / "launch" / "local.sh"
+    script = Path(__file__).parents[2] / "launch" / "local.sh"
     for words in (["zero9", "seed=1"], ["ddp", "2", "nix.yaml"]):
         done = subprocess.run([script, *words], capture_output=True, text=True, check=False)
         nothing = next(word for word in words if word in {"zero9", "nix.yaml"})

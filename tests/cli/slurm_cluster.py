@@ -22,7 +22,7 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "squeue", "setpriv")
 NODES = ("n1", "n2")
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 STARTED = itertools.count()
 

@@ -155,8 +155,8 @@ def test_a_budget_that_no_block_can_keep() -> None:
 def test_scoring_and_blocks_without_gradients_keep_nothing(policy: str) -> None:
     with torch.no_grad():
         make(policy)(IMAGES)
-    method = make(policy, settings={"name": "vpt", "layers": 1, "end": "last"})
-    wanted = numbers(make(settings={"name": "vpt", "layers": 1, "end": "last"}))
+    method = make(policy, settings={"name": "vpt", "layers": 1, "prompted_blocks": "last"})
+    wanted = numbers(make(settings={"name": "vpt", "layers": 1, "prompted_blocks": "last"}))
     for a, b in zip(numbers(method), wanted, strict=True):
         assert torch.equal(a, b)
 

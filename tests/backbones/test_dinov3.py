@@ -132,7 +132,13 @@ def test_biases_of_keys_are_held_like_the_weights() -> None:
 @pytest.mark.parametrize("architecture", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
 @pytest.mark.parametrize(
     "settings",
-    [{"name": "vpt", "also": ("bias",)}, {"name": "bias"}, {"name": "ssf"}, {"name": "cls"}, {"name": "full"}],
+    [
+        {"name": "vpt", "extra_trainable": ("bias",)},
+        {"name": "bias"},
+        {"name": "ssf"},
+        {"name": "cls"},
+        {"name": "full"},
+    ],
     ids=str,
 )
 def test_all_that_is_trained_gets_a_gradient_or_is_refused(
@@ -143,7 +149,7 @@ def test_all_that_is_trained_gets_a_gradient_or_is_refused(
     monkeypatch.setitem(ZOO, "tiny", replace(FILES["dinov3"].row, architecture=architecture, options=tiny))
     backbone, _ = build(BackboneConfig(name="tiny", weights="random"), image_size=32, mean=MEAN, std=STD)
     recipe = TypeAdapter(MethodConfig).validate_python(settings)
-    inside = settings["name"] in ("bias", "ssf") or "also" in settings
+    inside = settings["name"] in ("bias", "ssf") or "extra_trainable" in settings
     if inside and architecture.endswith("qkvb"):
         with pytest.raises(UserError, match=r"blocks.0.attn of the backbone, a EvaAttention, holds q_bias and v_bias"):
             attach(recipe, backbone, 4)

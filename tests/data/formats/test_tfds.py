@@ -21,8 +21,8 @@ from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError, UserError
+from tests.data.tfds_copies import as_tfrecord, prepare
 from tests.reference import vtab
-from tests.tfds_copies import as_tfrecord, prepare
 
 VTAB = [name for name, row in TASKS.items() if row.tfds]
 FORMATS = ("array_record", "tfrecord")
@@ -47,7 +47,7 @@ def own_copy(tmp_path: Path, copies: dict[str, Path]) -> Callable[[str, str], Pa
 
 
 def opened(task: str, root: Path, **settings: Any) -> Splits:
-    return open_splits(DataConfig(task=task, root=str(root), **{"counts": "any", **settings}))
+    return open_splits(DataConfig(task=task, root=str(root), **{"check_counts": False, **settings}))
 
 
 def test_there_are_nineteen_tasks_in_three_groups() -> None:
@@ -202,7 +202,7 @@ def refused(task: str, root: Path, message: str, **settings: Any) -> None:
 
 def test_other_counts_than_the_published_are_refused(copies: dict[str, Path]) -> None:
     said = "split 'test' of task 'dtd': 60 images, and the published one has 1,880; complete .* data.check_counts=false"
-    refused("dtd", copies["tfrecord"], said, counts="published")
+    refused("dtd", copies["tfrecord"], said, check_counts=True)
 
 
 def test_what_is_not_prepared_is_told(tmp_path: Path, copies: dict[str, Path]) -> None:

@@ -19,10 +19,10 @@ from dist_vpt.cli import slurm_node as node
 from dist_vpt.cli.main import main
 from dist_vpt.experiments.suite import plan_experiments
 from dist_vpt.runs.results import FILE, Result, append, read
-from tests import slurm_cluster
+from tests.cli import slurm_cluster
+from tests.cli.slurm_cluster import PATH, PROGRAMS, Cluster, Unavailable
 from tests.forks import command
 from tests.running import ROOT, step_losses, train, wait_for, words
-from tests.slurm_cluster import PATH, PROGRAMS, Cluster, Unavailable
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 LAUNCH = ROOT / "launch"

@@ -16,7 +16,7 @@ from dist_vpt.recipe.differences import differences
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe, json_schema
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE_FILES = 59
 Write = Callable[[str, str], Path]
 

@@ -45,7 +45,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees():
         assert torch.equal(view.train(picture(), 0, 5, 7), view.eval(picture()))
 
 
-@pytest.mark.parametrize(("fit", "width"), [("crop", 54), ("squash", 37)])
+@pytest.mark.parametrize(("crop_mode", "width"), [("crop", 54), ("squash", 37)])
 def test_random_part_is_a_crop_and_a_flip(fit, width):
     view = ImageTransform(32, "bicubic", fit, "fgvc")
     image = picture()

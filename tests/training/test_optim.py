@@ -40,7 +40,7 @@ def test_cosine_is_the_reference_at_every_step(warmup: float, epochs: int, steps
     by_step = OptimConfig(warmup_epochs=warmup)
     found = [multiplier(by_step, step, steps, epochs) for step in range(epochs * steps)]
     assert found == pytest.approx(reference_schedule.per_step(warmup, epochs, steps), abs=1e-12)
-    by_epoch = OptimConfig(warmup_epochs=warmup, per="epoch")
+    by_epoch = OptimConfig(warmup_epochs=warmup, schedule_by="epoch")
     found = [multiplier(by_epoch, step, steps, epochs) for step in range(epochs * steps)]
     expected = [value for value in reference_schedule.per_epoch(warmup, epochs) for _ in range(steps)]
     assert found == pytest.approx(expected, abs=1e-12)

@@ -20,7 +20,7 @@ from dist_vpt.methods.config import VQTConfig
 from dist_vpt.methods.vqt import VQT
 from tests.methods.test_vqt import BACKBONES, loss_of, make, make_backbone
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WAYS = ("split", "cached", "cached_trials")
 K, T, Q = 10, 3, 2
 IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))

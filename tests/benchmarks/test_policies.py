@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "policies.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "policies.py"
 TINY = ["backbone.name=demo", "backbone.weights=random", "train.batch_size=2", "runtime.device=cpu", "--repeats", "2"]
 
 

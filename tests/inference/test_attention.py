@@ -89,7 +89,7 @@ def block_inputs(method: Method, images: torch.Tensor) -> list[Array]:
     "settings",
     [
         {"name": "vpt", "prompts": 3},
-        {"name": "vpt", "prompts": 3, "layers": 1, "end": "last"},
+        {"name": "vpt", "prompts": 3, "layers": 1, "prompted_blocks": "last"},
         {"name": "vqt", "queries": 2, "blocks": (0, 2)},
         {"name": "linear"},
     ],

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Builder -> examples of each split, the least with which the published slices have 800 and 200 examples.
 SIZES = {
     "cifar100": {"train": 2000, "test": 60},
@@ -145,7 +145,7 @@ def _png(shape: tuple[int | None, ...]) -> bytes:
 
 def elsewhere(folder: Path, *builders: str) -> Path:
     """TFRecord copies made by another process: one that has used ArrayRecord must not be forked."""
-    subprocess.run([sys.executable, "-m", "tests.tfds_copies", str(folder), *builders], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "tests.data.tfds_copies", str(folder), *builders], check=True, cwd=ROOT)
     return folder / "tfrecord"
 
 
