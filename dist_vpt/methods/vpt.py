@@ -194,7 +194,7 @@ def _check_for_swin(recipe: VPTConfig) -> None:
         ("location", "prepend", "on Swin prompts are prepended to the patches of each window"),
         ("projection", None, "on Swin the prompts of each stage have another width"),
         ("shared", False, "on Swin the prompts of each stage have another width"),
-        ("also", [], "the method of that name is not for Swin"),
+        ("extra_trainable", [], "the method of that name is not for Swin"),
     ):
         if settings[key] != wanted:
             raise UserError(f"method.{key} = {settings[key]}: {why}; leave it out")

@@ -225,7 +225,9 @@ def files(tmp_path):
 @pytest.mark.parametrize(("workers", "cache"), [(0, "none"), (0, "memory"), (1, "none")])
 def test_bad_image_is_named(files, workers, cache):
     split = files(bad=True)
-    message = r"3\.jpg: the image cannot be read \(OSError: .*[Tt]runcated.*\); replace the file, or set data\.bad"
+    message = (
+        r"3\.jpg: the image cannot be read \(OSError: .*[Tt]runcated.*\); replace the file, or set data\.on_decode"
+    )
     train = TrainBatches(split, PLAIN, batch_size=4, workers=workers, cache=cache)
     with pytest.raises(DataError, match=message) as caught:
         list(train.epoch(0))

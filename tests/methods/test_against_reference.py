@@ -34,8 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vpt shallow": VPT | {"deep": False},
     "vpt deep": VPT,
     "vpt, first two": VPT | {"layers": 2},
-    "vpt, last two": VPT | {"layers": 2, "end": "last"},
-    "vpt, last one": VPT | {"layers": 1, "end": "last"},
+    "vpt, last two": VPT | {"layers": 2, "prompted_blocks": "last"},
+    "vpt, last one": VPT | {"layers": 1, "prompted_blocks": "last"},
     "vpt shared": VPT | {"shared": True},
     "vpt projected": VPT | {"projection": 5},
     "vpt, img_pool": VPT | {"pooling": "img_pool"},
@@ -48,9 +48,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vpt, prepend-pixel": VPT | {"location": "prepend-pixel", "deep": False},
     "vpt, pad": VPT | {"location": "pad", "deep": False, "prompts": 4},
     "vpt, below": VPT | {"location": "below", "deep": False, "prompts": 2},
-    "vpt+bias": VPT | {"also": ("bias",)},
-    "vpt+cls": VPT | {"also": ("cls",)},
-    "vpt+bias+cls, shallow": VPT | {"also": ("bias", "cls"), "deep": False},
+    "vpt+bias": VPT | {"extra_trainable": ("bias",)},
+    "vpt+cls": VPT | {"extra_trainable": ("cls",)},
+    "vpt+bias+cls, shallow": VPT | {"extra_trainable": ("bias", "cls"), "deep": False},
     "linear": {"name": "linear"},
     "side": {"name": "side", "layers": 2, "channels": 4},
     "full": {"name": "full"},
@@ -106,7 +106,7 @@ def placed(settings: dict[str, Any], values: list[np.ndarray]) -> reference.Prom
         return reference.shallow(values[0])
     if settings.get("shared"):
         return reference.deep_shared(values[0], values[1], DEPTH)
-    if settings.get("end") == "last":
+    if settings.get("prompted_blocks") == "last":
         return reference.deep_last(values, DEPTH)
     return reference.deep_first(values, drop_after_last=not settings.get("expand", True))
 
@@ -303,7 +303,7 @@ def gradients(method: Method) -> dict[str, torch.Tensor]:
 
 def kinds_of(settings: dict[str, Any]) -> list[str]:
     """Kinds of backbone that a method claims."""
-    token = settings["name"] == "cls" or "cls" in settings.get("also", ())
+    token = settings["name"] == "cls" or "cls" in settings.get("extra_trainable", ())
     return [kind for kind in KINDS if kind != "no_class_token" or not token]
 
 
@@ -332,7 +332,7 @@ def test_bf16_loses_what_rounding_alone_loses(variant: str, images: torch.Tensor
     of the reference where this rounds whatever a kernel writes, and computes all within a kernel exactly.
     """
     settings = VARIANTS[variant]
-    shift_apart = settings["name"] in ("bias", "ssf") or "bias" in settings.get("also", ())
+    shift_apart = settings["name"] in ("bias", "ssf") or "bias" in settings.get("extra_trainable", ())
     ratios = []
     for seed in range(8):
         kind = kinds_of(settings)[seed % len(kinds_of(settings))]

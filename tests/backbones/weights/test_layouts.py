@@ -273,5 +273,5 @@ def test_a_torchscript_archive_is_named(tmp_path: Path) -> None:
 
 def test_another_object_is_named(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.ones(2)}, "config": Innocent()}, tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match=r"a pickle of tests\.backbones\.test_layouts\.Innocent"):
+    with pytest.raises(WeightsError, match=r"a pickle of tests\.backbones\.weights\.test_layouts\.Innocent"):
         read_tensors(tmp_path / "a.pth")
