@@ -219,8 +219,8 @@ def _first_difference(a: dict[str, Any] | None, b: dict[str, Any] | None) -> str
     for which, run in (("first", a), ("second", b)):
         if "failed" in run:
             return f"failed in the {which} file"
-        if not (run["losses"] and run["tensors"]):
-            return f"has no losses or no tensors in the {which} file"
+        if not (run["scores"] and run["tensors"]):
+            return f"has no scores or no tensors in the {which} file"
     for part in ("losses", "scores", "tensors"):
         old, new = (dict(_flat(run[part], part)) for run in (a, b))
         for key in dict.fromkeys([*old, *new]):
