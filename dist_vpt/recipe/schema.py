@@ -46,8 +46,7 @@ class OptimConfig(Section):
     warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from 0, in epochs")
     schedule_by: Literal["step", "epoch"] = Field(
         "step",
-        description="update the learning rate every step, or every epoch as the published code does (the first epoch of a warm-up then "
-        "has learning rate 0)",
+        description="how often the learning rate changes; epoch (the published code): a warm-up's first epoch has 0",
     )
 
     @model_validator(mode="after")
@@ -116,8 +115,8 @@ class RuntimeConfig(Section):
     )
     quantize: Literal["none", "int8"] = Field(
         "none",
-        description="frozen weights in memory: none: in runtime.precision; int8: the blocks' linear layers in 8 bits with "
-        "a scale per row, dequantized on use (pip install 'dist-vpt[int8]')",
+        description="frozen weights in memory: none: in runtime.precision; int8: the blocks' linear layers in 8 bits, "
+        "with a scale per row, dequantized on use (pip install 'dist-vpt[int8]')",
     )
     activation_checkpointing: Policy = Field(
         "none",
@@ -135,7 +134,7 @@ class RuntimeConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="compile each block (torch.compile); without a C compiler the log says so and blocks stay uncompiled",
+        description="compile each block (torch.compile); without a C compiler a line in the log says that none is used",
     )
     memory_check: Literal["refuse", "warn", "ignore"] = Field(
         "refuse", description="what to do on a GPU when the estimate of `dist-vpt plan` exceeds its memory"
@@ -170,7 +169,7 @@ class SweepConfig(Section):
 
     grid: dict[str, Any] = Field(
         {"optim": {"lr": [1.0, 0.5, 0.25, 0.1, 0.05], "weight_decay": [1e-2, 1e-3, 1e-4, 0.0]}},
-        description="recipe keys, each with a list of values. Every combination is one trial, trained on train; the one "
+        description="recipe keys, each with a list of values. Every combination is a trial, trained on train; the one "
         "with the best val accuracy after its last epoch is chosen (default: VQT's published grid)",
     )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
@@ -289,8 +288,7 @@ def json_schema() -> dict[str, Any]:
     """A JSON Schema of recipe files, for editors."""
     schema = Recipe.model_json_schema()
     base = {
-        "description": "recipes to inherit from: files, relative to this one, or names; later ones win over earlier ones, this "
-        "file over all",
+        "description": "recipes to inherit from: names, or files relative to this one; later ones win, this file last",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
     schema["properties"] = {"base": base, **schema["properties"]}

@@ -34,7 +34,7 @@ class ShippedRecipe:
         """The first sentence of the comment that the file begins with."""
         lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
         text = " ".join(line[2:] for line in lines if not line.startswith(("# yaml-language-server", "#   ")))
-        return re.split(r"(?<=[.:])\s", text, maxsplit=1)[0].rstrip(".:")
+        return re.split(r"(?<=[.])\s", text, maxsplit=1)[0].rstrip(".")
 
 
 @cache
