@@ -387,7 +387,9 @@ def test_what_the_rules_allow(overrides: list[str]) -> None:
 
 def test_a_rule_over_several_keys_names_all_places(write: Write) -> None:
     file = write("a.yaml", "seed: 1\ntrain:\n  epochs: 3\noptim:\n  warmup_epochs: 4")
-    assert refused(files=(file,)) == [f"{file}:3, {file}:5: optim.warmup_epochs = 4.0: must be below train.epochs = 3"]
+    assert refused(files=(file,)) == [
+        f"{file}:3, {file}:5: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise train.epochs"
+    ]
     (mistake,) = refused("train.epochs=2", files=(file,))
     assert mistake.startswith(f"command line, {file}:5: ")
 
@@ -418,7 +420,7 @@ def test_all_rules_at_once() -> None:
 
 def test_file_and_value_mistakes_come_together(write: Write, tmp_path: Path) -> None:
     mistakes = refused("seed=x", "optim.lr=[", files=(tmp_path / "nix.yaml",))
-    assert mistakes[0] == f"command line: {tmp_path}/nix.yaml: no such recipe file"
+    assert mistakes[0] == f"command line: {tmp_path}/nix.yaml: no such recipe file; correct the path"
     assert mistakes[1].startswith("command line: optim.lr=[: the value is not valid YAML")
     assert mistakes[2].startswith("command line: seed = 'x'")
 
