@@ -3,7 +3,7 @@
 #   suite_in_job RECIPE... --tasks ...          a suite's sweep, by the element's number in the job array
 # Both look first for what usually goes wrong, and end the script. A job that was cut short is started again by Slurm, at
 # most ATTEMPTS times in all (10 unless set), and goes on from what is saved.
-# Exit codes: 0 done, 2 a mistake to mend, 3 a training that cannot go on; after any other the job is started again.
+# Exit codes: 0 done, 2 a mistake to fix, 3 a training that cannot go on; after any other the job is started again.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 attempts=${ATTEMPTS:-10} attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}

@@ -100,7 +100,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         # Where each is on its own, none keeps the others waiting.
         leaving.enter_context(RankWatchdog(folder, rank, world, recipe.run.timeout_minutes if together else math.inf))
         worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
-        for doubt in recipe.doubts:
+        for doubt in recipe.warnings:
             worker.show(f"note: {doubt}")
         began = time.monotonic()
         worker.work(grid)

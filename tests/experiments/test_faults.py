@@ -49,8 +49,8 @@ def test_unknown_key(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_wrong_type(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fault(run, capsys, "train.epochs=many", "train.test=2")
     assert "2 mistakes in the recipe" in message
-    assert "command line: train.epochs = 'many': input should be a valid integer" in message
-    assert "command line: train.test = 2: input should be a valid boolean" in message
+    assert "command line: train.epochs = 'many': must be a valid integer" in message
+    assert "command line: train.test = 2: must be a valid boolean" in message
 
 
 def test_missing_recipe(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
