@@ -30,7 +30,7 @@ from rich.table import Table
 from dist_vpt.data.splits import Splits
 from dist_vpt.distributed.collectives import on_main_process
 from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
-from dist_vpt.distributed.rank_status import read_rank_status
+from dist_vpt.distributed.rank_status import phase, read_rank_status
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import Diverged, Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
@@ -98,7 +98,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             _print(read_json(folder.path / "sweep.json"), folder.path, console)
             return read_json(folder.path / "sweep.json")
         # Where each is on its own, none keeps the others waiting.
-        leaving.enter_context(RankWatchdog(folder, rank, world, recipe.run.timeout_minutes if together else math.inf))
+        minutes = recipe.run.timeout_minutes if together else math.inf
+        leaving.enter_context(RankWatchdog(folder, rank, world, minutes, phase))
         worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
         for doubt in recipe.doubts:
             worker.show(f"note: {doubt}")
