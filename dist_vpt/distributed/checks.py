@@ -12,11 +12,11 @@ def try_collective() -> str:
     import torch
     from torch import distributed
 
-    gpu = torch.accelerator.is_available()
-    backend = distributed.get_default_backend_for_device(torch.accelerator.current_accelerator() if gpu else "cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    backend = distributed.get_default_backend_for_device(device)
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        distributed.all_reduce(torch.ones(1, device=torch.accelerator.current_accelerator() if gpu else "cpu"))
+        distributed.all_reduce(torch.ones(1, device=device))
     finally:
         distributed.destroy_process_group()
     return backend
