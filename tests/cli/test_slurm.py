@@ -69,17 +69,17 @@ def test_a_job_equals_a_local_run(  # noqa: PLR0917 (fixtures)
     script: str, strategy: str, processes: int, cluster: Cluster, alone: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    told = [*(["zero2"] if strategy == "zero2" else []), *words(folder, *OPTIONS)]
-    job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *told, options=CPUS)
+    argv = [*(["zero2"] if strategy == "zero2" else []), *words(folder, *OPTIONS)]
+    job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *argv, options=CPUS)
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
     equal(folder, alone)
     result = json.loads((folder / "result.json").read_text())
     assert (result["strategy"], result["processes"]) == (strategy, processes)
     before = (folder / "result.json").read_bytes()
     if processes == 1:
-        log = cluster.run(str(LAUNCH / "slurm_interactive.sh"), *CPUS, "--", *told)
+        log = cluster.run(str(LAUNCH / "slurm_interactive.sh"), *CPUS, "--", *argv)
     else:
-        job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *told, options=CPUS)
+        job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *argv, options=CPUS)
         assert cluster.wait(job)["ExitCode"] == "0:0"
         log = cluster.log(job)
     assert f"{folder}: done already; its numbers are in {folder}/result.json" in log
@@ -87,7 +87,7 @@ def test_a_job_equals_a_local_run(  # noqa: PLR0917 (fixtures)
 
 
 def step(folder: Path, steps: int = 34) -> int:
-    """The step that a run has told last."""
+    """The newest step in the log of a run."""
     log = folder / "train.log"
     told = re.findall(rf" step (\d+)/{steps} ", log.read_text()) if log.exists() else []
     return int(told[-1]) if told else 0
@@ -174,8 +174,8 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
     common = ["train.epochs=1", "optim.warmup_epochs=0", "train.batch_size=500", "run.trackers=[]"]
     common += ["sweep.grid={optim: {lr: [0.1]}}", "sweep.seeds=[1]", "runtime.attention=eager"]
     left = [tasks[number] for number in LEFT]
-    told = [*common, "--tasks", *map(str, left), "--method", "linear", "--out", str(tmp_path / "local")]
-    local = command(["suite", *told], tmp_path / "told.txt")
+    argv = [*common, "--tasks", *map(str, left), "--method", "linear", "--out", str(tmp_path / "local")]
+    local = command(["suite", *argv], tmp_path / "output.txt")
     assert local.finish() == [0], local.output
     expected = results(tmp_path / "local")
     (tmp_path / "array").mkdir()
@@ -183,9 +183,9 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
         if number not in LEFT:
             done = expected[f"{left[0].stem}/linear"].model_copy(update={"run": pair.key, "folder": pair.name})
             append(tmp_path / "array" / FILE, done)
-    told = [*common, "--tasks", *map(str, tasks), "--method", "linear", "--out", str(tmp_path / "array")]
+    argv = [*common, "--tasks", *map(str, tasks), "--method", "linear", "--out", str(tmp_path / "array")]
     options = ["--array=0-18%2", "--gpus-per-node=0", "--cpus-per-task=1"]
-    job = cluster.submit(LAUNCH / "slurm_array.sbatch", *told, options=options)
+    job = cluster.submit(LAUNCH / "slurm_array.sbatch", *argv, options=options)
     cluster.wait(job)
     elements = cluster.job(job)
     assert sorted(int(element["ArrayTaskId"]) for element in elements) == list(range(19))
@@ -205,7 +205,7 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 def test_fewer_gpus_than_asked_for(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm's GPUs are twins of /dev/null here, which torch does not see: that is told, and nothing tried again."""
+    """Slurm's GPUs are twins of /dev/null here, which torch does not see: that is reported, and nothing tried again."""
     if not cluster.gpus:
         pytest.skip("no device files can be made here")
     options = ["--gpus-per-node=2", "--cpus-per-task=1"]
@@ -265,7 +265,7 @@ FAKES = {
 }
 
 
-def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: str) -> subprocess.CompletedProcess[str]:
+def in_job(folder: Path, *argv: str, call: str = "train_in_job", **variables: str) -> subprocess.CompletedProcess[str]:
     """A script's call in what looks like a job. The step ends with exit code STEP; Slurm refuses what it is asked."""
     for name, text in FAKES.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -276,7 +276,7 @@ def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: st
         **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURMD_NODENAME": "n1", "STEP": "0"},
         **variables,
     }
-    line = ["bash", "-c", f'source {LAUNCH}/slurm.sh; {call} "$@"', "job", *told]
+    line = ["bash", "-c", f'source {LAUNCH}/slurm.sh; {call} "$@"', "job", *argv]
     return subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -288,7 +288,7 @@ def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: st
         ({"STEP": "235"}, 75, True),  # stopped, its state saved
         ({"STEP": "254"}, 94, True),  # a process was killed
         ({"STEP": "137"}, 137, True),  # the launcher was
-        ({"STEP": "162"}, 2, False),  # a mistake to mend
+        ({"STEP": "162"}, 2, False),  # a mistake to fix
         ({"STEP": "163"}, 3, False),  # a loss that is not finite
         ({"STEP": "164"}, 4, True),  # a process of another node was killed
         ({"STEP": "235", "SLURM_RESTART_COUNT": "8"}, 75, True),
@@ -314,7 +314,7 @@ def test_attempts_are_counted_and_bounded(variables: dict[str, str], code: int, 
 
 
 @pytest.mark.parametrize(
-    ("told", "variables", "message"),
+    ("argv", "variables", "message"),
     [
         ([], {}, "no recipe; everything after the script's name goes to train or suite"),
         (["a.yaml"], {"SLURM_JOB_ID": ""}, "not in a Slurm job; start it with sbatch"),
@@ -336,9 +336,9 @@ def test_attempts_are_counted_and_bounded(variables: dict[str, str], code: int, 
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_keeps_a_job_from_starting(
-    told: list[str], variables: dict[str, str], message: str, tmp_path: Path
+    argv: list[str], variables: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    done = in_job(tmp_path, *told, **variables)
+    done = in_job(tmp_path, *argv, **variables)
     assert done.returncode == 2
     assert f"slurm: {message}" in done.stderr
     assert done.stderr.count("slurm: ") == 1
@@ -416,7 +416,7 @@ def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
 def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Signals, tmp_path: Path) -> None:
     """Slurm sends it to every process of a step; the one that trains saves its state. No worker outlives that one."""
     folder = tmp_path / "run"
-    forks = command(["train", *words(folder, *OPTIONS, "train.epochs=30", *LOADED)], tmp_path / "told.txt")
+    forks = command(["train", *words(folder, *OPTIONS, "train.epochs=30", *LOADED)], tmp_path / "output.txt")
     wait_for(lambda: step(folder, 510) >= 2 or not forks.running)
     assert forks.running, forks.output[-3000:]
     (trainer,) = [psutil.Process(process.pid) for process in forks.processes]
