@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and locks on them."""
+"""Files that come with the package, files written whole or not at all, and locks on them."""
 
 import contextlib
 import fcntl
@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dist_vpt.errors import RunFailed, RunFolderError
+
+
+def shipped_folder(name: str) -> Path:
+    """``configs`` or ``launch``: inside an installed package, beside the package in a clone."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:

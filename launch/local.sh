@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
 # Train on the devices of this machine:  launch/local.sh [STRATEGY] [PROCESSES] RECIPE... a.b=c
-#   launch/local.sh configs/quickstart.yaml                  one process per GPU (one without GPUs), DDP
-#   launch/local.sh zero3 4 configs/quickstart.yaml          four processes, ZeRO-3
+#   launch/local.sh quickstart                  one process per GPU (one without GPUs), DDP
+#   launch/local.sh zero3 4 quickstart          four processes, ZeRO-3
 # STRATEGY: ddp (default), zero1, zero2, zero3, zero3_offload: a file in launch/accelerate. Without a GPU the
 # processes compute on the CPU. Everything after STRATEGY and PROCESSES goes to dist_vpt.train.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 strategy=ddp
 if [ $# -gt 0 ] && [ -f "$root/launch/accelerate/$1.yaml" ]; then strategy=$1; shift; fi
-python=python
-[ -x "$root/.venv/bin/python" ] && python=$root/.venv/bin/python
-gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
-processes=$((gpus > 0 ? gpus : 1))
+processes=
 if [ $# -gt 0 ] && [[ $1 =~ ^[0-9]+$ ]]; then processes=$1; shift; fi
-if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]] && [ ! -f "$1" ]; then
-  echo "local.sh: $1: neither a strategy of launch/accelerate nor a recipe file" >&2; exit 2
+if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]] && [ ! -f "$1" ] &&
+  ! compgen -G "$root/configs/$1.yaml" >/dev/null && ! compgen -G "$root/configs/*/$1.yaml" >/dev/null; then
+  echo "local.sh: $1: neither a strategy of launch/accelerate nor a recipe" >&2; exit 2
 fi
 if [ $# -eq 0 ]; then sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
+case $root in  # the environment in which the package is installed, or a clone's; else the python that is found first
+  */lib/python*/site-packages/dist_vpt) python=${root%/lib/python*}/bin/python ;;
+  *) python=$root/.venv/bin/python ;;
+esac
+[ -x "$python" ] || python=python
+gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
+processes=${processes:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -gt 0 ] && [ "$processes" -gt "$gpus" ]; then
-  echo "local.sh: $processes processes were requested, but this machine has $gpus devices" >&2; exit 2
+  echo "local.sh: $processes processes requested, but this machine has $gpus devices" >&2; exit 2
 fi
-# DeepSpeed would be switched off by --cpu; DDP needs the variable where there is no GPU.
+# DeepSpeed would be switched off by --cpu; Accelerate's DDP needs a setting where there is no GPU.
 if [ "$gpus" -eq 0 ] && [ "$strategy" = ddp ]; then export ACCELERATE_USE_CPU=true; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / processes > 0 ? $(nproc) / processes : 1 ))}
 sharding=()

@@ -139,7 +139,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         f"run folder {folder.path}",
         "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
     ]
-    headline += [f"note: {note}" for note in (*recipe.doubts, *parts.splits.notes)]
+    headline += [f"note: {note}" for note in (*recipe.warnings, *parts.splits.notes)]
     then = f"run.resume=auto goes on {states.newest}"
     if parts.splits.carved:
 

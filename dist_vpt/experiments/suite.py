@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
-from dist_vpt.files import raising_disk_full, read_json, write_atomically
+from dist_vpt.files import raising_disk_full, read_json, shipped_folder, write_atomically
 from dist_vpt.recipe.differences import identity_keys
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe, grid_axes
@@ -98,11 +98,11 @@ def plan_experiments(
     tasks: Sequence[str], methods: Sequence[str], words: Sequence[str], root: str | None, out: str
 ) -> list[Experiment]:
     """The pairs of a suite, tasks in the tables' order. Raises UserError with all mistakes of all recipes."""
-    from dist_vpt.recipe.loading import says_method, split_arguments
+    from dist_vpt.recipe.loading import sets_method, split_arguments
 
     files, overrides = split_arguments(words)
     for method in methods:
-        if not says_method(_recipe_file("method", method)):
+        if not sets_method(_recipe_file("method", method)):
             raise UserError(f"--method {method}: says no method; other recipes come before --tasks and --method")
     pairs, mistakes = [], []
     for name, file in task_recipes(tasks):
@@ -202,7 +202,7 @@ def show_plan(pairs: Sequence[Experiment]) -> None:
     trials = sum(pair.settings() for pair in pairs)
     images = sum(pair.images() or 0 for pair in pairs)
     seeds = sum(len(pair.recipe.sweep.seeds) for pair in pairs)
-    for doubt in {doubt: 1 for pair in pairs for doubt in pair.recipe.doubts}:
+    for doubt in {doubt: 1 for pair in pairs for doubt in pair.recipe.warnings}:
         console.print(f"note: {doubt}", markup=False)
     unknown = "; ? where only the dataset itself can tell" if any(pair.images() is None for pair in pairs) else ""
     console.print(f"in all {trials:,} trials and {seeds:,} seeds, {images:,} images through the backbone{unknown}")
@@ -608,10 +608,10 @@ def _locked(file: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def _recipe_file(folder: str, name: str) -> str:
-    """A recipe by its path, or by its name in configs/ of the working directory or of this source tree."""
+    """A recipe by its path, or by its name in configs/ of the working directory or among the shipped ones."""
     if Path(name).is_file():
         return name
-    places = [Path("configs") / folder, Path(__file__).parents[2] / "configs" / folder]
+    places = [Path("configs") / folder, shipped_folder("configs") / folder]
     for place in places:
         if (place / f"{name}.yaml").is_file():
             return str(place / f"{name}.yaml")

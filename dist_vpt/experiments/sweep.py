@@ -101,7 +101,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         minutes = recipe.run.timeout_minutes if together else math.inf
         leaving.enter_context(RankWatchdog(folder, rank, world, minutes, phase))
         worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
-        for doubt in recipe.doubts:
+        for doubt in recipe.warnings:
             worker.show(f"note: {doubt}")
         began = time.monotonic()
         worker.work(grid)

@@ -1,1 +1,1 @@
-"""The recipe: its schema, and loading it from YAML files and a.b=c overrides."""
+"""The recipe: its schema, and loading it from shipped recipes, YAML files and a.b=c overrides."""

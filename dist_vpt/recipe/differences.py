@@ -1,4 +1,4 @@
-"""A recipe as flat keys, what differs between two, and which keys may change in a run that is resumed."""
+"""Recipes as flat keys, the differences of two, and the keys that may change when a run is resumed."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ from dist_vpt.recipe.schema import Recipe
 
 
 def flatten(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    """All keys of a recipe, written with dots, with their values."""
+    """The keys of a recipe as ``a.b``, with their values."""
 
     def below(value: Any, at: str) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, dict):
@@ -31,18 +31,18 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 RESUMABLE_KEYS = (
     "run.",
-    "data.root",  # a dataset may have moved
+    "data.root",  # a dataset may be moved
     "data.workers",
     "data.cache",
-    "data.on_decode_error",  # an image that ended the run may be left out from there on
+    "data.on_decode_error",  # an image that stopped the run may be skipped from there on
     "stream.",
     "train.eval_batch_size",
-    "runtime.activation_checkpointing",  # memory for time
+    "runtime.activation_checkpointing",  # trades memory for time
     "runtime.offload",
     "runtime.memory_check",
-)  # a resumed run's numbers stay equal
+)  # none of them changes the numbers of a run
 
 
 def identity_keys(recipe: Recipe) -> dict[str, Any]:
-    """The keys of a recipe that make its numbers, with their values: all but those that may change meanwhile."""
+    """The keys that determine a run's numbers, with their values: all but RESUMABLE_KEYS."""
     return {key: value for key, value in flatten(recipe) if not key.startswith(RESUMABLE_KEYS)}

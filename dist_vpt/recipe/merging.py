@@ -4,36 +4,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KeyPath = tuple[str | int, ...]  # a key's place: ("optim", "lr")
-COMMAND_LINE = "command line"  # where an override was said
+KeyPath = tuple[str | int, ...]  # a key of the recipe: ("optim", "lr")
+COMMAND_LINE = "command line"  # the location of an override
 
 
 @dataclass
 class Draft:
-    """Plain data merged so far, and where each key was said last."""
+    """Plain data merged so far, the location (file and line) at which each key was set last, and mistakes found."""
 
     data: dict[str, Any] = field(default_factory=dict)
-    said: dict[KeyPath, str] = field(default_factory=dict)
+    locations: dict[KeyPath, str] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
 
-    def put(self, values: Mapping[str, Any], places: Mapping[KeyPath, str], at: KeyPath = ()) -> None:
-        into = self._mapping(at)
-        # Another method has other settings: what earlier files said of the old one does not carry over.
-        if at == ("method",) and "name" in values and into.get("name", values["name"]) != values["name"]:
-            for key in [key for key in into if self.said.get((*at, key)) != COMMAND_LINE]:
-                del into[key]
+    def merge(self, values: Mapping[str, Any], locations: Mapping[KeyPath, str], at: KeyPath = ()) -> None:
+        """Set keys below ``at``; mappings are merged, all other values replaced."""
+        target = self._mapping(at)
+        # Another method has other settings: those of the previous one are dropped, but for overrides.
+        if at == ("method",) and "name" in values and target.get("name", values["name"]) != values["name"]:
+            for key in [key for key in target if self.locations.get((*at, key)) != COMMAND_LINE]:
+                del target[key]
         for key, value in values.items():
             path = (*at, key)
-            self.said[path] = places.get(path, places.get(at, ""))
+            self.locations[path] = locations.get(path, locations.get(at, ""))
             if isinstance(value, Mapping):
-                if not isinstance(into.get(key), dict):
-                    into[key] = {}
-                self.put(value, places, path)
+                if not isinstance(target.get(key), dict):
+                    target[key] = {}
+                self.merge(value, locations, path)
             else:
-                into[key] = value
+                target[key] = value
+
+    def location(self, path: KeyPath) -> str:
+        """Where a key, or else the innermost section around it, was set."""
+        above = (path[:length] for length in range(len(path), 0, -1))
+        return next((self.locations[key] for key in above if key in self.locations), "recipe")
 
     def _mapping(self, at: KeyPath) -> dict[str, Any]:
-        into = self.data
+        target = self.data
         for key in at:
-            into = into[key]  # type: ignore[index]
-        return into
+            target = target[key]  # type: ignore[index]
+        return target

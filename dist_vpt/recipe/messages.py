@@ -1,4 +1,4 @@
-"""Mistakes in a recipe, as sentences with file, line, key, value, rule and fix."""
+"""Pydantic's validation errors as sentences with file, line, key, value, rule and fix."""
 
 import re
 from collections.abc import Iterator
@@ -10,60 +10,87 @@ from dist_vpt.errors import nearest
 from dist_vpt.recipe.merging import Draft, KeyPath
 from dist_vpt.recipe.schema import Recipe
 
+FIXES = {  # by pydantic's type of error, with the values of its context
+    "bool_type": "use true or false, without quotes",
+    "dict_type": "use {{KEY: VALUE}}",
+    "finite_number": "use a finite number",
+    "float_type": "use a number such as 0.1, without quotes",
+    "greater_than": "use a value above {gt}",
+    "greater_than_equal": "use {ge} or more",
+    "int_from_float": "use a whole number",
+    "int_type": "use a whole number such as 3, without quotes",
+    "less_than": "use a value below {lt}",
+    "less_than_equal": "use {le} or less",
+    "list_type": "use a list such as [a, b]",
+    "missing": "give every value of the list",
+    "model_attributes_type": "use {{KEY: VALUE}}",
+    "model_type": "use {{KEY: VALUE}}",
+    "string_too_short": "use a longer text, or null where the key allows it",
+    "string_type": "use text, in quotes if it looks like a number",
+    "too_long": "leave values out",
+    "too_short": "add a value",
+    "tuple_type": "use a list such as [a, b]",
+}
+
 
 def explain(error: Any, draft: Draft) -> list[str]:
-    """Mistakes, one but for rules over several keys, as place: key = value: rule; fix."""
-    loc: KeyPath = error["loc"]
-    model, path = model_at(loc)
-    key = ".".join(map(str, path))
-    place = next((draft.said[path[:n]] for n in range(len(path), 0, -1) if path[:n] in draft.said), "recipe")
-    kind, context = error["type"], error.get("ctx", {})
-    value = error["input"]
-    if kind == "extra_forbidden":
-        names = [*(model.model_fields if model else ()), *(("base",) if model is Recipe else ())]
-        return [f"{place}: {key} = {value!r}: unknown key; {nearest(str(path[-1]), names)}"]
+    """One of pydantic's errors as "location: key = value: rule; fix"; several where a validator reports several."""
+    model, path = model_at(error["loc"])
+    key, value = ".".join(map(str, path)), error["input"]
+    location, kind, context = draft.location(path), error["type"], error.get("ctx", {})
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        name = value.get("name") if isinstance(value, dict) else value
-        tags = re.findall(r"'(\w+)'", str(context.get("expected_tags", ""))) or [
-            tag for member in _union_members(Recipe.model_fields["method"].annotation) for tag in _tag(member)
-        ]
-        place = draft.said.get((*path, "name"), place)
-        return [f"{place}: {key}.name = {name!r}: not a method; {nearest(str(name), tags)}"]
-    if kind == "value_error":  # a rule over several keys: its own message names keys and fix
+        return [_unknown_method(path, value, context, draft)]
+    if kind == "value_error":  # from a validator of the schema, whose message names keys and fix
         messages = str(context.get("error", error["msg"])).split("\n")
         if key:
-            return [f"{place}: {key}: {message}" for message in messages]
-        return [f"{_location_of(message, draft)}: {message}" for message in messages]
-    if kind == "literal_error":
-        expected = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        return [f"{place}: {key} = {value!r}: must be one of its choices; {nearest(str(value), expected)}"]
-    rule = error["msg"][0].lower() + error["msg"][1:]
-    return [f"{place}: {key} = {value!r}: {rule}; mend the value"]
-
-
-def _location_of(message: str, draft: Draft) -> str:
-    """Where the keys that a message mentions were said."""
-    mentioned = [path for path in draft.said if len(path) > 1 and ".".join(map(str, path)) in message]
-    return ", ".join(dict.fromkeys(draft.said[path] for path in mentioned)) or "recipe"
+            return [f"{location}: {key}: {message}" for message in messages]
+        return [f"{_locations_of_keys_in(message, draft)}: {message}" for message in messages]
+    if kind == "extra_forbidden":
+        names = [*(model.model_fields if model else ()), *(("base",) if model is Recipe else ())]
+        rule = f"unknown key; {nearest(str(path[-1]), names)}"
+    elif kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        rule = f"must be one of its choices; {nearest(str(value), choices)}"
+    else:
+        rule = re.sub("^Input should ", "must ", error["msg"])
+        bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
+        fix = FIXES.get(kind, "").format(**bounds)
+        rule = f"{rule[0].lower()}{rule[1:]}" + (f"; {fix}" if fix else "")
+    return [f"{location}: {key} = {value!r}: {rule}"]
 
 
 def model_at(loc: KeyPath) -> tuple[type[BaseModel] | None, KeyPath]:
     """The model that holds the last key of a pydantic location, and the location without union tags."""
     model: type[BaseModel] | None = Recipe
     path: list[str | int] = []
-    pending: dict[str, type[BaseModel]] = {}
+    tagged: dict[str, type[BaseModel]] = {}
     for i, key in enumerate(loc):
-        if pending and key in pending:  # a discriminator's tag, not a key of the recipe
-            model, pending = pending[str(key)], {}
+        if tagged and key in tagged:  # a discriminator's tag, not a key of the recipe
+            model, tagged = tagged[str(key)], {}
             continue
         path.append(key)
         if i == len(loc) - 1 or model is None:
             break
         info = model.model_fields.get(str(key))
         members = list(_union_members(info.annotation)) if info else []
-        pending = {tag: member for member in members for tag in _tag(member)} if len(members) > 1 else {}
+        tagged = {tag: member for member in members for tag in _tags(member)} if len(members) > 1 else {}
         model = members[0] if members else None
     return model, tuple(path)
+
+
+def _unknown_method(path: KeyPath, value: Any, context: dict[str, Any], draft: Draft) -> str:
+    name = value.get("name") if isinstance(value, dict) else value
+    names = re.findall(r"'(\w+)'", str(context.get("expected_tags", ""))) or [
+        tag for member in _union_members(Recipe.model_fields["method"].annotation) for tag in _tags(member)
+    ]
+    location = draft.location((*path, "name"))
+    return f"{location}: {'.'.join(map(str, path))}.name = {name!r}: not a method; {nearest(str(name), names)}"
+
+
+def _locations_of_keys_in(message: str, draft: Draft) -> str:
+    """Where the keys that a message mentions were set."""
+    mentioned = [path for path in draft.locations if len(path) > 1 and ".".join(map(str, path)) in message]
+    return ", ".join(dict.fromkeys(draft.locations[path] for path in mentioned)) or "recipe"
 
 
 def _union_members(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -74,6 +101,6 @@ def _union_members(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _union_members(part)
 
 
-def _tag(model: type[BaseModel]) -> tuple[str, ...]:
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
     name = model.model_fields.get("name")
     return get_args(name.annotation) if name and get_origin(name.annotation) is Literal else ()

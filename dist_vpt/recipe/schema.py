@@ -1,8 +1,8 @@
-"""The recipe: one typed description of a whole run."""
+"""The recipe: one typed description of a whole run, a section for each part of it."""
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -13,80 +13,85 @@ from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
 from dist_vpt.recipe.yaml import Dumper
 
-if TYPE_CHECKING:
-    pass
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimConfig(BaseModel):
-    """Optimiser, learning rate and its schedule."""
+class Section(BaseModel):
+    """A section of the recipe: immutable, and without unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class OptimConfig(Section):
+    """Optimizer, learning rate and its schedule."""
 
     name: Literal["sgd", "adam", "adamw"] = Field(
         "sgd", description="sgd and adam add weight decay to the gradient (L2), adamw decouples it"
     )
-    lr: float = Field(1.0, gt=0, description="peak learning rate for a global batch of 256")
-    scale_lr: bool = Field(True, description="multiply lr by train.batch_size / 256; false: lr is used as it is")
-    weight_decay: float = Field(1e-4, ge=0, description="decay of weights and prompts; biases and norms have none")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd's momentum")
-    nesterov: bool = Field(False, description="sgd: Nesterov momentum")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="adam, adamw: decay of the first and second moment")
+    lr: float = Field(1.0, gt=0, description="peak learning rate, for a global batch of 256 images")
+    scale_lr: bool = Field(True, description="multiply lr by train.batch_size / 256; false: use lr itself")
+    weight_decay: float = Field(
+        1e-4, ge=0, description="weight decay of matrices and prompts; biases and norms have none"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
+    nesterov: bool = Field(False, description="sgd: use Nesterov momentum; needs momentum above 0")
+    betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.999), description="adam, adamw: decay rates of the first and second moment"
+    )
     eps: float = Field(1e-8, gt=0, description="adam, adamw: added to the denominator")
-    clip_norm: float | None = Field(None, gt=0, description="the largest global gradient norm; null: no clipping")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="after warm-up: cosine to 0, or constant")
-    warmup_epochs: float = Field(0.0, ge=0, description="epochs of linear warm-up from 0")
+    clip_norm: float | None = Field(None, gt=0, description="clip gradients to this global L2 norm; null: no clipping")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="learning rate after warm-up: cosine decay to 0, or constant"
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from 0, in epochs")
     schedule_by: Literal["step", "epoch"] = Field(
         "step",
-        description="how often the rate changes; epoch (the published code): the first epoch of a warm-up has 0",
+        description="how often the learning rate changes; epoch (the published code): a warm-up's first epoch has 0",
     )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ValueError(
-                f"nesterov = true: with name = {self.name} and momentum = {self.momentum} there is no momentum to look "
-                "ahead with; set name=sgd and momentum above 0, or nesterov=false"
+                f"nesterov = true: needs name = sgd and momentum above 0, not name = {self.name} and momentum = "
+                f"{self.momentum}; set them, or nesterov=false"
             )
         return self
 
     def peak_lr(self, batch_size: int) -> float:
-        """The learning rate at the schedule's height for this global batch."""
+        """The highest learning rate of the schedule for this global batch."""
         return self.lr * batch_size / 256 if self.scale_lr else self.lr
 
 
-class Section(BaseModel):
-    """A part of the recipe: frozen, and unknown keys are mistakes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class EarlyStopConfig(Section):
-    """Stop when the validation accuracy no longer rises."""
+    """Stop when the validation accuracy stops rising."""
 
-    patience: int = Field(10, ge=1, description="evaluations without a rise before training stops")
-    min_delta: float = Field(0.0, ge=0, description="a rise counts above this many points of percent")
+    patience: int = Field(10, ge=1, description="evaluations without a rise after which training stops")
+    min_delta: float = Field(0.0, ge=0, description="the smallest rise that counts, in percentage points")
 
 
 class TrainConfig(Section):
-    """The loop: epochs, batch and loss."""
+    """The training loop: epochs, batch size and loss."""
 
     epochs: int = Field(100, ge=1, description="passes over the training split")
-    batch_size: int = Field(64, ge=1, description="GLOBAL batch: images per optimiser step over all processes")
+    batch_size: int = Field(64, ge=1, description="GLOBAL batch size: images per optimizer step, over all processes")
     grad_accum_steps: int = Field(
-        1, ge=1, description="micro-batches that a process computes one after the other per step"
+        1, ge=1, description="micro-batches per optimizer step that each process computes one after another"
     )
-    eval_batch_size: int = Field(128, ge=1, description="images per process and evaluation step")
-    eval_every: int = Field(1, ge=1, description="epochs between evaluations on the validation split")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
+    eval_batch_size: int = Field(128, ge=1, description="images per process and step in evaluation")
+    eval_every: int = Field(1, ge=1, description="evaluate on the validation split every so many epochs")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of the target (0 to 1) that is spread evenly over all classes"
+    )
     class_weights: Literal["none", "inv", "inv_sqrt"] = Field(
         "none",
-        description="weight of a class in the loss: 1, 1/count or 1/sqrt(count), scaled to a mean of 1 per image",
+        description="weight of a class in the loss: 1, 1/images or 1/sqrt(images), scaled to a mean of 1 over images",
     )
     data_seed: int | None = Field(
-        None, ge=0, lt=2**63, description="of data order and augmentation alone; null: the recipe's seed"
+        None, ge=0, lt=2**63, description="seed of data order and augmentation; null: the recipe's seed"
     )
-    early_stop: EarlyStopConfig | None = Field(None, description="stop early on the validation split; null: never")
-    test: bool = Field(True, description="score the test split once, after training")
+    early_stop: EarlyStopConfig | None = Field(None, description="early stopping on the validation split; null: none")
+    test: bool = Field(True, description="evaluate on the test split once, after training")
 
 
 POLICY = re.compile(r"^(none|mlp|block|every-[1-9][0-9]*|budget-0\.[0-9]*[1-9][0-9]*)$")
@@ -102,70 +107,79 @@ Policy = Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"patte
 
 
 class RuntimeConfig(Section):
-    """Where and how numbers are computed."""
+    """Device, precision, memory and kernels."""
 
-    device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one, else the CPU")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of activations and frozen weights; what is trained is always float32"
+        "fp32", description="of activations and frozen weights; trained tensors are always float32"
     )
     quantize: Literal["none", "int8"] = Field(
         "none",
-        description="how frozen weights are held: none: in runtime.precision; int8: those of the blocks' linear layers "
-        "in 8 bits with a scale a row (pip install 'dist-vpt[int8]'), made numbers of where they are used",
+        description="frozen weights in memory: none: in runtime.precision; int8: the blocks' linear layers in 8 bits, "
+        "with a scale per row, dequantized on use (pip install 'dist-vpt[int8]')",
     )
     activation_checkpointing: Policy = Field(
         "none",
-        description="what is computed again in backward instead of kept: none; mlp: the inside of each MLP; block: all "
-        "but each block's input; every-N: that in every N-th block; budget-F: as much as it takes to keep at most F "
-        "(such as 0.5) of what none keeps, the cheapest first",
+        description="what backward recomputes instead of keeping: none; mlp: the inside of each MLP; block: everything "
+        "but each block's input; every-N: the same in every N-th block; budget-F: the cheapest operations first, until "
+        "at most the fraction F (such as 0.5) of the activations is kept",
     )
-    offload: bool = Field(False, description="keep what blocks keep for backward in host memory; needs a GPU")
+    offload: bool = Field(False, description="keep activations for backward in host memory; needs a GPU")
     attention: Literal["auto", "sdpa", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flash", "eager"] = Field(
         "auto",
-        description="kernel: sdpa: torch's fused attention, the kernel of torch's choice, or the one named; flash: a "
-        "flash-attn package (pip install 'dist-vpt[flash]'); eager: plain, with the attention matrix in memory; auto: "
-        "sdpa, but eager where it is quicker (on a CPU, in bf16, up to 256 tokens, gradients through the blocks)",
+        description="attention kernel: sdpa: torch's scaled_dot_product_attention with the kernel that torch chooses, "
+        "sdpa_NAME: with this kernel; flash: a flash-attn package (pip install 'dist-vpt[flash]'); eager: plain matrix "
+        "products; auto: sdpa, or eager where it is faster (training through the blocks on a CPU in bf16 with at most "
+        "256 tokens)",
     )
     compile: bool = Field(
-        False, description="compile each block (torch.compile); where no compiler is, the log says so and none is used"
+        False,
+        description="compile each block (torch.compile); without a C compiler a line in the log says that none is used",
     )
     memory_check: Literal["refuse", "warn", "ignore"] = Field(
-        "refuse", description="on a GPU, when `dist-vpt plan` says that the run cannot fit: refuse it, or try"
+        "refuse", description="what to do on a GPU when the estimate of `dist-vpt plan` exceeds its memory"
     )
-    deterministic: bool = Field(False, description="deterministic kernels alone: equal to the last bit, and slower")
+    deterministic: bool = Field(
+        False, description="use deterministic kernels only: repeatable to the last bit, but slower"
+    )
 
 
 class RunConfig(Section):
-    """The run folder, resuming, logging."""
+    """The run folder, saving, resuming and logging."""
 
-    dir: str | None = Field(None, min_length=1, description="the run folder; null: runs/<name of the recipe file>")
+    dir: str | None = Field(None, min_length=1, description="the run folder; null: runs/<names of the recipes>")
     resume: Literal["never", "auto"] = Field(
         "never",
-        description="auto: go on from the newest state in the folder, if there is one; never: refuse a used folder",
+        description="auto: resume from the newest state in the folder, if there is one; never: refuse a used folder",
     )
     save_every: int | None = Field(
         None,
         ge=1,
-        description="steps between saved states; null: at ends of epochs, in a reader's sweep 30 seconds apart",
+        description="steps between saved states; null: every epoch, in a reader's sweep every 30 seconds",
     )
     log_every: int = Field(10, ge=1, description="steps between log lines and TensorBoard scalars")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="where curves are sent")
-    timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others before it gives up")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="where curves are logged")
+    timeout_minutes: float = Field(
+        30.0, gt=0, description="how long a process waits for the others before it fails, in minutes"
+    )
 
 
 class SweepConfig(Section):
-    """What `dist-vpt sweep` tries; `train` does not read it."""
+    """The grid and the seeds of `dist-vpt sweep`; `train` ignores them."""
 
     grid: dict[str, Any] = Field(
         {"optim": {"lr": [1.0, 0.5, 0.25, 0.1, 0.05], "weight_decay": [1e-2, 1e-3, 1e-4, 0.0]}},
-        description="recipe keys, each with a list of values: every combination is one trial on train, and the best on "
-        "val after its last epoch is chosen (VQT's published grid unless said otherwise)",
+        description="recipe keys, each with a list of values. Every combination is a trial, trained on train; the one "
+        "with the best val accuracy after its last epoch is chosen (default: VQT's published grid)",
     )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
-        (42, 44, 82, 100, 800), min_length=1, description="the chosen setting is trained on trainval with each of them"
+        (42, 44, 82, 100, 800),
+        min_length=1,
+        description="train the chosen setting on trainval with each of these seeds, and test it",
     )
     parallelize: Literal["trials", "batch"] = Field(
-        "trials", description="what several processes share: the trials, each on its own, or every batch"
+        "trials",
+        description="how several processes share the work: each trains trials of its own, or all share every batch",
     )
 
     @model_validator(mode="after")
@@ -177,13 +191,13 @@ class SweepConfig(Section):
             elif not isinstance(values, list) or not values:
                 yield f"{at} = {values!r}: must be a list with at least one value"
             elif any(isinstance(value, (list, dict)) for value in values) or len(set(values)) < len(values):
-                yield f"{at} = {values!r}: must be plain values, each said once"
+                yield f"{at} = {values!r}: must be plain values, each given once"
             if at in ("grid.seed", "grid.sweep", "grid.run", "grid.data.train_on", "grid.train.test"):
-                yield f"{at}: is the sweep's own; leave it out"
+                yield f"{at}: is set by the sweep; leave it out"
 
         mistakes = list(check(self.grid, "grid"))
         if len(set(self.seeds)) < len(self.seeds):
-            mistakes.append(f"seeds = {list(self.seeds)}: each once")
+            mistakes.append(f"seeds = {list(self.seeds)}: must differ; give each once")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
@@ -202,23 +216,25 @@ def grid_axes(grid: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, list
 class Recipe(Section):
     """A whole run."""
 
-    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, data order, augmentation and dropout")
-    data: DataConfig = Field(default_factory=DataConfig, description="task, format and preprocessing")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialization, data order, augmentation and dropout")
+    data: DataConfig = Field(default_factory=DataConfig, description="task, storage format, preprocessing")
     backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="the frozen transformer")
-    method: MethodConfig = Field(default_factory=VPTConfig, description="what is trained")
-    stream: StreamConfig = Field(default_factory=StreamConfig, description="where readers keep the frozen stream")
-    optim: OptimConfig = Field(default_factory=OptimConfig, description="optimiser and schedule")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="the loop")
-    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="device, precision, memory")
-    run: RunConfig = Field(default_factory=RunConfig, description="the run folder")
-    sweep: SweepConfig = Field(default_factory=SweepConfig, description="what `dist-vpt sweep` tries")
+    method: MethodConfig = Field(default_factory=VPTConfig, description="what is trained, and its settings")
+    stream: StreamConfig = Field(default_factory=StreamConfig, description="where readers cache the frozen stream")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer, learning rate, schedule")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="epochs, batch size, loss")
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="device, precision, memory, kernels")
+    run: RunConfig = Field(default_factory=RunConfig, description="run folder, saving, resuming, logging")
+    sweep: SweepConfig = Field(default_factory=SweepConfig, description="grid and seeds of `dist-vpt sweep`")
 
     @property
-    def doubts(self) -> list[str]:
-        """What is allowed, and hardly meant."""
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not intended."""
         if self.backbone.name == "demo" and self.data.task != "digits":
-            letters = "the backbone is demo, which has seen printed letters of 24 px alone"
-            return [f"{letters}; others are in configs/backbone and told by `dist-vpt backbones`"]
+            return [
+                "the backbone is demo, which was trained on printed letters of 24 px only; for other images name a "
+                "backbone's recipe (`dist-vpt recipe list`)"
+            ]
         return []
 
     @model_validator(mode="after")
@@ -243,30 +259,28 @@ class Recipe(Section):
             )
         method = f"method.name = {self.method.name}"
         if self.stream != StreamConfig() and not self.method.reader:
-            yield f"stream: {method} changes the image's tokens, so that no frozen stream is kept; leave stream out"
+            yield f"stream: {method} changes the image tokens, so there is no frozen stream; leave stream out"
         if self.backbone.drop_path > 0 and self.method.reader:
             yield (
                 f"backbone.drop_path = {self.backbone.drop_path}: {method} trains nothing in the backbone; "
                 "set backbone.drop_path=0"
             )
         if self.method.reader:
-            for name, unused in (("checkpointing", "none"), ("offload", False)):
+            for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
                 if (value := getattr(self.runtime, name)) != unused:
-                    yield (
-                        f"runtime.{name} = {value}: {method} keeps nothing of the backbone for backward; leave it out"
-                    )
+                    yield (f"runtime.{name} = {value}: {method} keeps no activations of the backbone; leave it out")
         if self.runtime.quantize == "int8" and self.method.name in ("full", "partial", "vqt"):
             does = "reads the blocks' weights itself" if self.method.name == "vqt" else "trains the blocks' weights"
             yield f"runtime.quantize = int8: {method} {does}; set runtime.quantize=none"
         if self.runtime.compile and self.runtime.activation_checkpointing.startswith("budget"):
             yield (
                 f"runtime.compile = true with runtime.activation_checkpointing = "
-                f"{self.runtime.activation_checkpointing}: a compiled block does not show the products that a budget "
-                "chooses among; use mlp, block or every-N, or compile=false"
+                f"{self.runtime.activation_checkpointing}: a budget cannot choose among the operations of a "
+                "compiled block; use mlp, block or every-N, or compile=false"
             )
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every key spelled out; loading it gives an equal recipe."""
+        """The resolved recipe with every key; loading it gives an equal recipe."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=110)
 
 
@@ -274,7 +288,7 @@ def json_schema() -> dict[str, Any]:
     """A JSON Schema of recipe files, for editors."""
     schema = Recipe.model_json_schema()
     base = {
-        "description": "recipe files to inherit from, relative to this one; later ones win, this file over all",
+        "description": "recipes to inherit from: names, or files relative to this one; later ones win, this file last",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
     schema["properties"] = {"base": base, **schema["properties"]}

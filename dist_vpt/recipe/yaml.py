@@ -7,21 +7,22 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML whose keys are strings, each said once; 1e-3 is a number (YAML 1.1 wants 1.0e-3), a date a string."""
+    """Safe YAML without duplicate keys: keys and dates are strings; 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        said: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != YAML_TAG + "merge":
                 key.tag = YAML_TAG + "str"
-                if key.value in said:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is said twice", key.start_mark)
-                said.add(key.value)
+                if key.value in keys:
+                    message = f"duplicate key {key.value}; keep one of the two"
+                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes the strings that _Loader would read as numbers."""
+    """Quotes the strings that Loader would read as numbers."""
 
 
 YAML_TAG = "tag:yaml.org,2002:"

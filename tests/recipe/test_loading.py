@@ -61,7 +61,10 @@ def test_bases_are_relative_to_the_file_that_names_them(write: Write, monkeypatc
 
 def test_base_is_no_override() -> None:
     (mistake,) = refused("base=a.yaml")
-    assert mistake == "command line: base=a.yaml: base belongs into a recipe file; give a.yaml as a word of its own"
+    assert (
+        mistake
+        == "command line: base=a.yaml: base is a key of recipe files alone; give a.yaml as an argument of its own"
+    )
 
 
 def test_two_files_may_share_a_base(write: Write) -> None:
@@ -248,32 +251,32 @@ def test_an_unknown_key_and_the_nearest_name_at_every_level(text: str, mistake: 
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ("seed: x", "seed = 'x': input should be a valid integer"),
-        ("seed: null", "seed = None: input should be a valid integer"),
-        ("train: {epochs: true}", "train.epochs = True: input should be a valid integer"),
-        ("train: {epochs: '3'}", "train.epochs = '3': input should be a valid integer"),
-        ("train: {epochs: 1.5}", "train.epochs = 1.5: input should be a valid integer"),
-        ("train: {test: 1}", "train.test = 1: input should be a valid boolean"),
-        ("train: {test: 'yes'}", "train.test = 'yes': input should be a valid boolean"),
-        ("train: 3", "train = 3: input should be an object"),
-        ("train: {early_stop: 3}", "train.early_stop = 3: input should be an object"),
-        ("method: linear", "method = 'linear': input should be an object"),
-        ("method: null", "method = None: input should be an object"),
+        ("seed: x", "seed = 'x': must be a valid integer"),
+        ("seed: null", "seed = None: must be a valid integer"),
+        ("train: {epochs: true}", "train.epochs = True: must be a valid integer"),
+        ("train: {epochs: '3'}", "train.epochs = '3': must be a valid integer"),
+        ("train: {epochs: 1.5}", "train.epochs = 1.5: must be a valid integer"),
+        ("train: {test: 1}", "train.test = 1: must be a valid boolean"),
+        ("train: {test: 'yes'}", "train.test = 'yes': must be a valid boolean"),
+        ("train: 3", "train = 3: must be an object"),
+        ("train: {early_stop: 3}", "train.early_stop = 3: must be an object"),
+        ("method: linear", "method = 'linear': must be an object"),
+        ("method: null", "method = None: must be an object"),
         ("method: {name: vppt}", "method.name = 'vppt': not a method; did you mean 'vpt'?"),
         (
             "method: {name: 3}",
             "method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, linear, lora, mlp, partial, "
             "side, ssf, vpt, vqt",
         ),
-        ("method: {prompts: []}", "method.prompts = []: input should be a valid integer"),
-        ("optim: {lr: fast}", "optim.lr = 'fast': input should be a valid number"),
+        ("method: {prompts: []}", "method.prompts = []: must be a valid integer"),
+        ("optim: {lr: fast}", "optim.lr = 'fast': must be a valid number"),
         ("optim: {name: adamm}", "optim.name = 'adamm': must be one of its choices; did you mean 'adam'?"),
         ("optim: {betas: [0.9]}", "optim.betas.1 = [0.9]: field required"),
-        ("optim: {betas: 0.9}", "optim.betas = 0.9: input should be a valid array"),
-        ("run: {dir: 3}", "run.dir = 3: input should be a valid string"),
+        ("optim: {betas: 0.9}", "optim.betas = 0.9: must be a valid array"),
+        ("run: {dir: 3}", "run.dir = 3: must be a valid string"),
         ("run: {trackers: [tensorbord]}", "run.trackers.0 = 'tensorbord': must be one of its choices; did you mean"),
-        ("data: {task: [a]}", "data.task = ['a']: input should be a valid string"),
-        ("data: [a]", "data = ['a']: input should be an object"),
+        ("data: {task: [a]}", "data.task = ['a']: must be a valid string"),
+        ("data: [a]", "data = ['a']: must be an object"),
     ],
 )
 def test_wrong_types(text: str, mistake: str, write: Write) -> None:
@@ -325,8 +328,8 @@ def test_bounds(override: str, rule: str) -> None:
 
 def test_each_beta_has_its_bound() -> None:
     assert refused("optim.betas=[1.0, -0.1]") == [
-        "command line: optim.betas.0 = 1.0: input should be less than 1; mend the value",
-        "command line: optim.betas.1 = -0.1: input should be greater than or equal to 0; mend the value",
+        "command line: optim.betas.0 = 1.0: must be less than 1; use a value below 1",
+        "command line: optim.betas.1 = -0.1: must be greater than or equal to 0; use 0 or more",
     ]
 
 
@@ -344,8 +347,14 @@ def test_each_beta_has_its_bound() -> None:
             ["method.name=linear", "runtime.activation_checkpointing=block"],
             "runtime.activation_checkpointing = block: method.name = linear",
         ),
-        (["optim.nesterov=true", "optim.name=adam"], "optim: nesterov = true: with name = adam"),
-        (["optim.nesterov=true", "optim.momentum=0"], "optim: nesterov = true: with name = sgd and momentum = 0.0"),
+        (
+            ["optim.nesterov=true", "optim.name=adam"],
+            "optim: nesterov = true: needs name = sgd and momentum above 0, not name = adam",
+        ),
+        (
+            ["optim.nesterov=true", "optim.momentum=0"],
+            "optim: nesterov = true: needs name = sgd and momentum above 0, not name = sgd and momentum = 0.0",
+        ),
         (["method.deep=false", "method.layers=2"], "these belong to deep prompts"),
         (["method.deep=false", "method.shared=true"], "these belong to deep prompts"),
         (["method.deep=false", "method.prompted_blocks=last"], "these belong to deep prompts"),
@@ -387,11 +396,11 @@ def test_all_mistakes_at_once_each_with_its_place(write: Write) -> None:
     base = write("base.yaml", "seed: -1\noptim:\n  lr: fast")
     file = write("a.yaml", "base: base.yaml\ntrain:\n  epochs: 0\n  batchsize: 3\nmethod: {prompts: x}")
     assert refused("run.dirr=x", "backbone.load=lazy", files=(file,)) == [
-        f"{base}:1: seed = -1: input should be greater than or equal to 0; mend the value",
+        f"{base}:1: seed = -1: must be greater than or equal to 0; use 0 or more",
         "command line: backbone.load = 'lazy': must be one of its choices; valid: lenient, strict",
-        f"{file}:5: method.prompts = 'x': input should be a valid integer; mend the value",
-        f"{base}:3: optim.lr = 'fast': input should be a valid number; mend the value",
-        f"{file}:3: train.epochs = 0: input should be greater than or equal to 1; mend the value",
+        f"{file}:5: method.prompts = 'x': must be a valid integer; use a whole number such as 3, without quotes",
+        f"{base}:3: optim.lr = 'fast': must be a valid number; use a number such as 0.1, without quotes",
+        f"{file}:3: train.epochs = 0: must be greater than or equal to 1; use 1 or more",
         f"{file}:4: train.batchsize = 3: unknown key; did you mean 'batch_size'?",
         "command line: run.dirr = 'x': unknown key; did you mean 'dir'?",
     ]
@@ -419,8 +428,8 @@ def test_file_and_value_mistakes_come_together(write: Write, tmp_path: Path) -> 
     [
         ("a: [", ":1: not valid YAML"),
         ("seed: 1\noptim:\n\tlr: 1", ":3: not valid YAML"),
-        ("seed: 1\noptim: {lr: 1}\nseed: 2", ":3: not valid YAML: seed is said twice"),
-        ("optim:\n  lr: 1\n  lr: 2", ":3: not valid YAML: lr is said twice"),
+        ("seed: 1\noptim: {lr: 1}\nseed: 2", ":3: not valid YAML: duplicate key seed; keep one of the two"),
+        ("optim:\n  lr: 1\n  lr: 2", ":3: not valid YAML: duplicate key lr; keep one of the two"),
         ("seed: 1\n---\nseed: 2", ":2: not valid YAML"),
         ("seed: !!int x", ": not valid YAML"),
         ("seed: !!python/object:os.system x", ":1: not valid YAML"),
@@ -557,18 +566,18 @@ def test_every_recipe_in_configs_points_its_editor_at_the_schema() -> None:
         assert (file.parent / found[1]).resolve() == CONFIGS / "recipe.schema.json"
 
 
-def test_rules_over_several_keys_are_told_beside_wrong_keys() -> None:
+def test_rules_over_several_keys_are_reported_beside_wrong_keys() -> None:
     mistakes = refused("train.epochs=0", "train.grad_accum_steps=3", "optim.lrr=1")
     assert len(mistakes) == 3
     assert sum("train.grad_accum_steps = 3: must divide" in mistake for mistake in mistakes) == 1
 
 
-def test_a_rule_that_only_a_default_breaks_is_not_told() -> None:
+def test_a_rule_that_only_a_default_breaks_is_not_reported() -> None:
     assert len(refused("train.epochs=0", "optim.warmup_epochs=200")) == 1
 
 
-def test_the_demo_backbone_on_other_images_is_doubted() -> None:
-    (doubt,) = load_recipe([], ["data.task=dtd", "data.root=somewhere"]).doubts
-    assert doubt.startswith("the backbone is demo, which has seen printed letters of 24 px alone; others are in ")
-    assert load_recipe([], ["data.task=dtd", "data.root=somewhere", "backbone.name=sup_b16_in21k"]).doubts == []
-    assert load_recipe([]).doubts == []
+def test_the_demo_backbone_on_other_images_is_warned_of() -> None:
+    (warning,) = load_recipe([], ["data.task=dtd", "data.root=somewhere"]).warnings
+    assert warning.startswith("the backbone is demo, which was trained on printed letters of 24 px only; for other ")
+    assert load_recipe([], ["data.task=dtd", "data.root=somewhere", "backbone.name=sup_b16_in21k"]).warnings == []
+    assert load_recipe([]).warnings == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_vpt.backbones.weights.zoo import ZOO
-from dist_vpt.cli.main import _parser
+from dist_vpt.cli.main import build_parser
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.experiments.suite import plan_experiments
 from dist_vpt.recipe.loading import load_recipe, split_arguments
@@ -32,11 +32,11 @@ def command(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("file", METHODS, ids=lambda file: file.stem)
-def test_a_methods_head_says_command_result_and_cost(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_methods_head_gives_command_result_and_cost(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments, more = _parser().parse_known_args(command(file))
+    arguments, more = build_parser().parse_known_args(command(file))
     assert not more
-    pairs = plan_experiments(arguments.tasks, arguments.method, arguments.words, ".", arguments.out)
+    pairs = plan_experiments(arguments.tasks, arguments.method, arguments.recipe, ".", arguments.out)
     assert len(pairs) == 19
     assert arguments.method == [file.stem]
     assert re.search(
@@ -73,10 +73,10 @@ def test_an_expected_result_is_the_published_one(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", BACKBONES, ids=lambda file: file.stem)
-def test_a_backbones_head_says_command_source_and_licence(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backbones_head_gives_command_source_and_license(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    arguments, _ = _parser().parse_known_args(command(file))
+    arguments, _ = build_parser().parse_known_args(command(file))
     name = load_recipe(*split_arguments(arguments.recipe)).backbone.name
     row = next(row for short, row in ZOO.items() if name in (short, row.pretrained))
     assert row.source in head(file)
-    assert f"licence {row.licence}" in head(file)
+    assert f"license {row.licence}" in head(file)

@@ -1,0 +1,100 @@
+"""A recipe file and its bases, or an a.b=c override, read into a draft."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_vpt.errors import RecipeError, nearest
+from dist_vpt.recipe.merging import COMMAND_LINE, Draft, KeyPath
+from dist_vpt.recipe.shipped import find_recipe, nearest_names, shipped_recipes
+from dist_vpt.recipe.yaml import Loader
+
+
+def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, parents: tuple[Path, ...] = ()) -> None:
+    """Merge a file, by path or name, on top of its own ``base:`` files. Mistakes are collected in the draft."""
+    try:
+        file = find_recipe(name, parents[-1].parent if parents else Path())
+        if file.resolve() in [parent.resolve() for parent in parents]:
+            raise RecipeError(f"base: {file} inherits from itself; remove one of the two")
+        text = _read_text(file)
+    except RecipeError as error:
+        draft.mistakes.append(f"{requested_by}: {error}")
+        return
+    try:
+        content, node = _parse(text, file)
+    except RecipeError as error:
+        draft.mistakes.append(str(error))
+        return
+    locations = dict(_locations(node, file))
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        rule = "must be a recipe file or a list of them; write base: [FILE, FILE]"
+        draft.mistakes.append(f"{locations[('base',)]}: base = {bases!r}: {rule}")
+        bases = []
+    for base in bases:
+        read_file(base, draft, requested_by=locations[("base",)], parents=(*parents, file))
+    draft.merge(content, locations)
+
+
+def read_override(text: str, draft: Draft) -> None:
+    """Merge ``a.b=c``, c being YAML."""
+    dotted, _, raw = text.partition("=")
+    keys = dotted.split(".")
+    if dotted == "base":
+        rule = f"base is a key of recipe files alone; give {raw} as an argument of its own"
+        draft.mistakes.append(f"{COMMAND_LINE}: {text}: {rule}")
+        return
+    try:
+        value = yaml.load(raw, Loader)
+    except (yaml.YAMLError, ValueError):
+        draft.mistakes.append(f"{COMMAND_LINE}: {text}: the value is not valid YAML; quote it")
+        return
+    nested: Any = value
+    for key in reversed(keys):
+        nested = {key: nested}
+    draft.merge(nested, {tuple(keys[: i + 1]): COMMAND_LINE for i in range(len(keys))})
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [str(path) for path in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        hint = f"; {nearest(str(file), siblings)}" if siblings else ""
+        if file.stem in {recipe.name for recipe in shipped_recipes()}:
+            hint = f"; {nearest_names(file.stem)}"
+        raise RecipeError(f"{file}: no such recipe file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read: {error}") from error
+
+
+def _parse(text: str, file: Path) -> tuple[dict[str, Any], yaml.Node | None]:
+    """The content of a file, and its YAML nodes, which know their lines."""
+    try:
+        node = yaml.compose(text, Loader)
+        content = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = str(getattr(error, "problem", None) or error)
+        fix = "" if ";" in problem else "; correct the syntax"
+        raise RecipeError(f"{file}{line}: not valid YAML: {problem}{fix}") from error
+    except ValueError as error:  # a tag that its value contradicts: !!int x
+        raise RecipeError(f"{file}: not valid YAML: {error}; correct the syntax") from error
+    if content is None:
+        return {}, node
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values, not a {kind}; write key: value")
+    return content, node
+
+
+def _locations(node: yaml.Node | None, file: Path, at: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*at, key.value)
+            yield path, f"{file}:{key.start_mark.line + 1}"
+            yield from _locations(value, file, path)
