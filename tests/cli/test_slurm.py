@@ -450,7 +450,7 @@ def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Sign
         ),
         (["method.name=vqt", "--strategy", "zero3"], "method.name = vqt: reads the weights inside the blocks"),
         (["runtime.device=cpu", "--strategy", "zero2"], "runtime.device = cpu: Accelerate switches DeepSpeed off"),
-        ([], "sbatch: not found; call this where jobs are submitted from"),
+        ([], "sbatch: not found; run this on a node from which jobs are submitted"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
