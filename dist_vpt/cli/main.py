@@ -21,6 +21,7 @@ from dist_vpt.cli import (
     sweep,
     train,
 )
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 
 COMMANDS = (train, sweep, plan, suite, launch, inference, compress, report, diagnosis, data, backbones, recipe)
@@ -47,10 +48,10 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        rank = os.environ.get("RANK", "0")
-        if error.shared and rank != "0":
+        rank = LaunchEnv.current().rank
+        if error.shared and rank:
             return error.exit_code
-        print(f"{'' if rank == '0' else f'[process {rank}] '}error: {error}", file=sys.stderr, flush=True)
+        print(f"{f'[process {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

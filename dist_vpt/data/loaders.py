@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import block_stop_signals
 from dist_vpt.errors import DataError, UserError
 
@@ -413,7 +414,7 @@ def _check_memory(pictures: _Pictures, images: int, world: int) -> None:
     # Before a random crop the shorter side is known and the longer is not: take pictures of 3:2. Before a vpt resize
     # no side is known: take the square's.
     pixels = view.shorter_side**2 * 1.5 if cropped_later else view.image_size**2
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    processes = LaunchEnv.current().local_world_size or world
     needed, available = images * pixels * 3 * processes, psutil.virtual_memory().available
     if needed > available:
         raise DataError(

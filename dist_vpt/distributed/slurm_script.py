@@ -24,7 +24,7 @@ def job_script(
         "#!/bin/bash",
         *(f"#SBATCH {directive}" for directive in (*directives, *always)),
         f"# Written by {writer}. More options (partition, account, ...) may be given to sbatch, or as its variables",
-        "# (SBATCH_PARTITION, SBATCH_ACCOUNT, ...). Submitted again, it resumes.",
+        "# (SBATCH_PARTITION, SBATCH_ACCOUNT, ...). If submitted again, it continues.",
         *notes,
         f"cd {shlex.quote(os.getcwd())} || exit 2",
         f"python={shlex.quote(sys.executable)}",

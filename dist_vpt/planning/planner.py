@@ -8,7 +8,6 @@ device's libraries take; rows of ZeRO are on paper, from DeepSpeed's buffers and
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.data.config import resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import PIXELS, Batch
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import OutOfMemory, RunFailed, UserError
 from dist_vpt.methods.config import MethodConfig
@@ -184,7 +184,7 @@ def suggestion(recipe: Recipe, classes: int, machines: Machines) -> str:
 def machines_of(accelerator: Accelerator, memory: int) -> Machines:
     """Where these processes run, each on a device with ``memory`` bytes."""
     processes = accelerator.num_processes
-    devices = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    devices = min(processes, LaunchEnv.current().local_world_size or processes)
     return Machines(memory, devices, processes // devices, accelerator.device.type == "cuda")
 
 

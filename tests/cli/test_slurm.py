@@ -17,6 +17,8 @@ import pytest
 
 from dist_vpt.cli import slurm_node as node
 from dist_vpt.cli.main import main
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.launcher import node_exit_code
 from dist_vpt.experiments.suite import plan_experiments
 from dist_vpt.runs.results import FILE, Result, append, read
 from tests.cli import slurm_cluster
@@ -67,17 +69,17 @@ def test_a_job_equals_a_local_run(  # noqa: PLR0917 (fixtures)
     script: str, strategy: str, processes: int, cluster: Cluster, alone: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    told = [*(["zero2"] if strategy == "zero2" else []), *words(folder, *OPTIONS)]
-    job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *told, options=CPUS)
+    argv = [*(["zero2"] if strategy == "zero2" else []), *words(folder, *OPTIONS)]
+    job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *argv, options=CPUS)
     assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.log(job)
     equal(folder, alone)
     result = json.loads((folder / "result.json").read_text())
     assert (result["strategy"], result["processes"]) == (strategy, processes)
     before = (folder / "result.json").read_bytes()
     if processes == 1:
-        log = cluster.run(str(LAUNCH / "slurm_interactive.sh"), *CPUS, "--", *told)
+        log = cluster.run(str(LAUNCH / "slurm_interactive.sh"), *CPUS, "--", *argv)
     else:
-        job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *told, options=CPUS)
+        job = cluster.submit(LAUNCH / f"slurm_{script}.sbatch", *argv, options=CPUS)
         assert cluster.wait(job)["ExitCode"] == "0:0"
         log = cluster.log(job)
     assert f"{folder}: done already; its numbers are in {folder}/result.json" in log
@@ -85,7 +87,7 @@ def test_a_job_equals_a_local_run(  # noqa: PLR0917 (fixtures)
 
 
 def step(folder: Path, steps: int = 34) -> int:
-    """The step that a run has told last."""
+    """The newest step in the log of a run."""
     log = folder / "train.log"
     told = re.findall(rf" step (\d+)/{steps} ", log.read_text()) if log.exists() else []
     return int(told[-1]) if told else 0
@@ -172,8 +174,8 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
     common = ["train.epochs=1", "optim.warmup_epochs=0", "train.batch_size=500", "run.trackers=[]"]
     common += ["sweep.grid={optim: {lr: [0.1]}}", "sweep.seeds=[1]", "runtime.attention=eager"]
     left = [tasks[number] for number in LEFT]
-    told = [*common, "--tasks", *map(str, left), "--method", "linear", "--out", str(tmp_path / "local")]
-    local = command(["suite", *told], tmp_path / "told.txt")
+    argv = [*common, "--tasks", *map(str, left), "--method", "linear", "--out", str(tmp_path / "local")]
+    local = command(["suite", *argv], tmp_path / "output.txt")
     assert local.finish() == [0], local.output
     expected = results(tmp_path / "local")
     (tmp_path / "array").mkdir()
@@ -181,9 +183,9 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
         if number not in LEFT:
             done = expected[f"{left[0].stem}/linear"].model_copy(update={"run": pair.key, "folder": pair.name})
             append(tmp_path / "array" / FILE, done)
-    told = [*common, "--tasks", *map(str, tasks), "--method", "linear", "--out", str(tmp_path / "array")]
+    argv = [*common, "--tasks", *map(str, tasks), "--method", "linear", "--out", str(tmp_path / "array")]
     options = ["--array=0-18%2", "--gpus-per-node=0", "--cpus-per-task=1"]
-    job = cluster.submit(LAUNCH / "slurm_array.sbatch", *told, options=options)
+    job = cluster.submit(LAUNCH / "slurm_array.sbatch", *argv, options=options)
     cluster.wait(job)
     elements = cluster.job(job)
     assert sorted(int(element["ArrayTaskId"]) for element in elements) == list(range(19))
@@ -203,14 +205,14 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.slurm
 def test_fewer_gpus_than_asked_for(cluster: Cluster, tmp_path: Path) -> None:
-    """Slurm's GPUs are twins of /dev/null here, which torch does not see: that is told, and nothing tried again."""
+    """Slurm's GPUs are twins of /dev/null here, which torch does not see: that is reported, and nothing tried again."""
     if not cluster.gpus:
         pytest.skip("no device files can be made here")
     options = ["--gpus-per-node=2", "--cpus-per-task=1"]
     job = cluster.submit(LAUNCH / "slurm_multi_node.sbatch", *words(tmp_path / "run"), options=options)
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "slurm: n1: 2 GPUs were asked for and torch sees 0; leave this node out" in cluster.log(job)
+    assert "slurm: n1: 2 GPUs were requested and torch sees 0; exclude this node" in cluster.log(job)
     assert not (tmp_path / "run").exists()
 
 
@@ -263,7 +265,7 @@ FAKES = {
 }
 
 
-def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: str) -> subprocess.CompletedProcess[str]:
+def in_job(folder: Path, *argv: str, call: str = "train_in_job", **variables: str) -> subprocess.CompletedProcess[str]:
     """A script's call in what looks like a job. The step ends with exit code STEP; Slurm refuses what it is asked."""
     for name, text in FAKES.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -274,7 +276,7 @@ def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: st
         **{"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURMD_NODENAME": "n1", "STEP": "0"},
         **variables,
     }
-    line = ["bash", "-c", f'source {LAUNCH}/slurm.sh; {call} "$@"', "job", *told]
+    line = ["bash", "-c", f'source {LAUNCH}/slurm.sh; {call} "$@"', "job", *argv]
     return subprocess.run(line, env=environment, cwd=folder, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -286,7 +288,7 @@ def in_job(folder: Path, *told: str, call: str = "train_in_job", **variables: st
         ({"STEP": "235"}, 75, True),  # stopped, its state saved
         ({"STEP": "254"}, 94, True),  # a process was killed
         ({"STEP": "137"}, 137, True),  # the launcher was
-        ({"STEP": "162"}, 2, False),  # a mistake to mend
+        ({"STEP": "162"}, 2, False),  # a mistake to fix
         ({"STEP": "163"}, 3, False),  # a loss that is not finite
         ({"STEP": "164"}, 4, True),  # a process of another node was killed
         ({"STEP": "235", "SLURM_RESTART_COUNT": "8"}, 75, True),
@@ -307,12 +309,12 @@ def test_attempts_are_counted_and_bounded(variables: dict[str, str], code: int, 
         assert f"node train {LAUNCH}/accelerate/ddp.yaml" in done.stdout
         assert f"run.dir={tmp_path}/run run.resume=auto\n" in done.stdout
     else:
-        assert "slurm: job 7 was started 10 times and ATTEMPTS=10; submit it again to go on" in done.stderr
+        assert "slurm: job 7 was started 10 times and ATTEMPTS=10; submit it again to continue" in done.stderr
         assert "step: " not in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("told", "variables", "message"),
+    ("argv", "variables", "message"),
     [
         ([], {}, "no recipe; everything after the script's name goes to train or suite"),
         (["a.yaml"], {"SLURM_JOB_ID": ""}, "not in a Slurm job; start it with sbatch"),
@@ -329,14 +331,14 @@ def test_attempts_are_counted_and_bounded(variables: dict[str, str], code: int, 
             {"MASTER_ADDR": "no.such.host.invalid"},
             "n1: the first node's name no.such.host.invalid cannot be",
         ),
-        (["seed=1"], {"MASTER_PORT": "seventy"}, "n1: port seventy cannot be had"),
+        (["seed=1"], {"MASTER_PORT": "seventy"}, "n1: port seventy cannot be used"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_keeps_a_job_from_starting(
-    told: list[str], variables: dict[str, str], message: str, tmp_path: Path
+    argv: list[str], variables: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    done = in_job(tmp_path, *told, **variables)
+    done = in_job(tmp_path, *argv, **variables)
     assert done.returncode == 2
     assert f"slurm: {message}" in done.stderr
     assert done.stderr.count("slurm: ") == 1
@@ -370,27 +372,30 @@ def test_every_node_is_checked_and_an_element_has_its_sweep(tmp_path: Path) -> N
 
 
 def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, alone: Path) -> None:
+    def check(*argv: str, **more: str) -> int:
+        return node.check(argv, LaunchEnv.parse(variables | more))
+
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        told = {"SLURMD_NODENAME": "n2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        assert node.check(["seed=1"], told | {"SLURM_NODEID": "1"}) == 0  # the first node's port alone matters
-        assert node.check(["seed=1"], told | {"SLURM_GPUS_ON_NODE": "1000"}) == 2
+        variables = {"SLURMD_NODENAME": "n2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        assert check("seed=1", SLURM_NODEID="1") == 0  # the first node's port alone matters
+        assert check("seed=1", SLURM_GPUS_ON_NODE="1000") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert re.match(rf"slurm: n2: port {port} cannot be had \(.*in use\); give a free one: MASTER_PORT=", lines[0])
-    assert re.match(r"slurm: n2: 1000 GPUs were asked for and torch sees \d+; leave this node out", lines[1])
-    assert node.check(words(alone, *OPTIONS, "run.resume=auto"), told) == node.NOTHING_LEFT
+    assert re.match(rf"slurm: n2: port {port} cannot be used \(.*in use\); choose a free one: MASTER_PORT=", lines[0])
+    assert re.match(r"slurm: n2: 1000 GPUs were requested and torch sees \d+; exclude this node", lines[1])
+    assert check(*words(alone, *OPTIONS, "run.resume=auto")) == node.ALREADY_DONE
     lost = shutil.copytree(alone, tmp_path / "lost")
     (lost / "result.json").unlink()
-    assert node.check(words(lost, *OPTIONS, "run.resume=auto"), told) == 2  # done, and its result is gone
+    assert check(*words(lost, *OPTIONS, "run.resume=auto")) == 2  # done, and its result is gone
     assert f"slurm: n2: {lost}/result.json: cannot be read (No such file" in capsys.readouterr().err
-    assert node.check(words(alone, *OPTIONS, "seed=9"), told) == 0  # that is told by train, which compares
+    assert check(*words(alone, *OPTIONS, "seed=9")) == 0  # train compares recipes, and reports this
 
 
 @pytest.mark.parametrize(
-    ("codes", "told"),
+    ("codes", "expected"),
     [
         ({0: 75, 1: 75}, 235),
         ({0: 2}, 162),
@@ -403,15 +408,15 @@ def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, al
         ({0: 130}, 130),
     ],
 )
-def test_exit_code_of_a_node(codes: dict[int, int], told: int) -> None:
-    assert node._code(codes) == told
+def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
+    assert node_exit_code(codes) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL])
 def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Signals, tmp_path: Path) -> None:
     """Slurm sends it to every process of a step; the one that trains saves its state. No worker outlives that one."""
     folder = tmp_path / "run"
-    forks = command(["train", *words(folder, *OPTIONS, "train.epochs=30", *LOADED)], tmp_path / "told.txt")
+    forks = command(["train", *words(folder, *OPTIONS, "train.epochs=30", *LOADED)], tmp_path / "output.txt")
     wait_for(lambda: step(folder, 510) >= 2 or not forks.running)
     assert forks.running, forks.output[-3000:]
     (trainer,) = [psutil.Process(process.pid) for process in forks.processes]

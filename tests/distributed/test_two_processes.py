@@ -44,7 +44,7 @@ INSIDE = {
 def forked(strategy: str, folder: Path, *overrides: str) -> Forks:
     """A run on two processes without a launcher."""
     file = ROOT / "launch" / "accelerate" / f"{strategy}.json"
-    if strategy == "zero0":  # no file of ours: DeepSpeed without sharding is for comparison alone
+    if strategy == "zero0":  # no file in launch/: DeepSpeed without sharding is for comparison alone
         file = folder.parent / "zero0.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     if strategy == "zero3_all":  # our file keeps small tensors whole; here all are sharded, as most of a large model's
@@ -52,18 +52,18 @@ def forked(strategy: str, folder: Path, *overrides: str) -> Forks:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         file = folder.parent / "zero3_all.json"
         file.write_text(json.dumps(config))
-    told = folder.parent / f"{folder.name}.txt"
-    return command(["train", *words(folder, *overrides)], told, "ddp" if strategy == "ddp" else str(file))
+    output = folder.parent / f"{folder.name}.txt"
+    return command(["train", *words(folder, *overrides)], output, "ddp" if strategy == "ddp" else str(file))
 
 
-def test_what_accelerate_is_told_differs_by_a_name() -> None:
+def test_accelerate_s_files_differ_by_a_name() -> None:
     """So that what is launched below stands for all."""
     for strategy in ("zero1", "zero2", "zero3_offload"):
         path = ROOT / "launch" / "accelerate" / f"{strategy}.yaml"
-        told, of_zero3 = (yaml.safe_load(file.read_text()) for file in (path, path.with_name("zero3.yaml")))
-        assert told["deepspeed_config"].pop("deepspeed_config_file") == f"launch/accelerate/{strategy}.json"
+        config, of_zero3 = (yaml.safe_load(file.read_text()) for file in (path, path.with_name("zero3.yaml")))
+        assert config["deepspeed_config"].pop("deepspeed_config_file") == f"launch/accelerate/{strategy}.json"
         of_zero3["deepspeed_config"].pop("deepspeed_config_file")
-        assert told == of_zero3
+        assert config == of_zero3
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_ddp_sends_no_buffers_and_starts_without_a_warning(tmp_path: Path) -> No
             model, _ = prepare(recipe, accelerator, method)
         return len(model.modules_buffers) + model.will_sync_module_buffers()
 
-    forks = launched(work, tmp_path / "told.txt", "ddp")
+    forks = launched(work, tmp_path / "output.txt", "ddp")
     assert forks.finish() == [0, 0], forks.output[-3000:]
 
 
@@ -227,7 +227,7 @@ def test_checkpointing_on_two_processes(
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         (
             "runtime.activation_checkpointing=budget-0.5",
@@ -236,10 +236,10 @@ def test_checkpointing_on_two_processes(
         ("method.name=vqt", "method.name = vqt: reads the weights inside the blocks, which ZeRO-3 gathers only while"),
     ],
 )
-def test_what_zero3_cannot_do(option: str, told: str, tmp_path: Path) -> None:
+def test_what_zero3_cannot_do(option: str, message: str, tmp_path: Path) -> None:
     forks = forked("zero3", tmp_path / "run", option)
     assert forks.finish() == [2, 2]
-    assert forks.output.count(told) == 1, forks.output[-3000:]
+    assert forks.output.count(message) == 1, forks.output[-3000:]
 
 
 def test_a_batch_that_the_processes_do_not_divide(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_batch_that_the_processes_do_not_divide(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "state").exists()
 
 
-def test_an_unreadable_image_on_one_process_is_told_once_and_by_name(tmp_path: Path) -> None:
+def test_an_unreadable_image_on_one_process_is_reported_once_and_by_name(tmp_path: Path) -> None:
     images = tmp_path / "data" / "images"
     images.mkdir(parents=True)
     lines = []

@@ -1,4 +1,4 @@
-"""One process of several fails, is killed or hangs: all end soon, with the reason of the first, told by each."""
+"""One process of several fails, is killed or hangs: all end soon, with the reason of the first, reported by each."""
 
 import contextlib
 import fcntl
@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed import rendezvous, watchdog
+from dist_vpt.distributed.failures import Failure
+from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.errors import OutOfMemory, RunFolderError
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs import folder
@@ -36,7 +38,7 @@ TIMEOUT = 0.15  # minutes: a healthy process must not be so late, on a busy mach
 
 
 def has_a_bug() -> None:
-    raise ZeroDivisionError("a bug of ours")
+    raise ZeroDivisionError("a bug")
 
 
 def is_out_of_memory() -> None:
@@ -75,7 +77,7 @@ def before_step(call: Callable[[], Any]) -> None:
 
 def forked(strategy: str, folder: Path, before: Callable[[int], None], *overrides: str) -> Forks:
     file = strategy if strategy == "ddp" else str(ROOT / "launch" / "accelerate" / f"{strategy}.json")
-    return command(["train", *words(folder, *OPTIONS, *overrides)], folder.parent / "told.txt", file, before)
+    return command(["train", *words(folder, *OPTIONS, *overrides)], folder.parent / "output.txt", file, before)
 
 
 @pytest.mark.parametrize(
@@ -118,21 +120,22 @@ def test_all_end_with_the_reason_of_the_first(
     assert codes[1 - broken] == (3 if fault is is_out_of_memory else 4), forks.output[-3000:]
     assert seconds < (60 * TIMEOUT + 20 if fault is hangs else 20)
     expected = {
-        has_a_bug: [f"ZeroDivisionError: a bug of ours at step {FAILS_AT}: reading images"],
+        has_a_bug: [f"ZeroDivisionError: a bug at step {FAILS_AT}: reading images"],
         is_out_of_memory: ["memory is not enough; a smaller batch would fit"],
-        is_killed: ["ended without a word (its last: "],
+        is_killed: ["ended without reporting an error (last seen at "],
         is_interrupted: ["left before the end (by control-C?)"],
         hangs: [
-            f"did not come for {TIMEOUT} minutes (run.timeout_minutes): it stands at step {FAILS_AT}: reading images",
+            f"did not join the others for {TIMEOUT} minutes (run.timeout_minutes): ",
+            f"it is at step {FAILS_AT}: reading images",
             f"the others wait at step {FAILS_AT}",
         ],
     }
     info = json.loads((folder / "run.json").read_text())
     assert info["status"] == "failed"
     logs = [folder / "train.log", folder / "logs" / "rank-1.log"]
-    told = [info["reason"], forks.output, *(log.read_text() for log in logs if codes[logs.index(log)] in (1, 3, 4))]
-    for text in told:
-        assert all(said in text for said in expected[fault]), text
+    reports = [info["reason"], forks.output, *(log.read_text() for log in logs if codes[logs.index(log)] in (1, 3, 4))]
+    for text in reports:
+        assert all(part in text for part in expected[fault]), text
     assert info["reason"].startswith(f"process {broken} of 2 (pid {forks.processes[broken].pid} on ")
     assert forks.output.count("error: process ") == (1 if broken or fault is not hangs else 2)
     if fault in (has_a_bug, hangs):
@@ -151,7 +154,7 @@ def test_processes_that_share_a_sweep(split: str, tmp_path: Path) -> None:
         if rank:
             before_step(is_killed)
 
-    forks = command(["sweep", *options], tmp_path / "told.txt", "ddp", before)
+    forks = command(["sweep", *options], tmp_path / "output.txt", "ddp", before)
     assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
     info = json.loads((folder / "run.json").read_text())
     assert info["status"] == "failed"
@@ -170,16 +173,16 @@ def test_a_launcher_s_stop_because_of_another_process_is_its_failure(tmp_path: P
         if rank:
             before_step(has_a_bug)
 
-    forks = command(["sweep", *options], tmp_path / "told.txt", "ddp", before)
+    forks = command(["sweep", *options], tmp_path / "output.txt", "ddp", before)
     forks.processes[1].join(60)
     forks.send(signal.SIGTERM)
     assert forks.finish(60) == [4, 1], forks.output[-3000:]
     info = json.loads((folder / "run.json").read_text())
     assert info["status"] == "failed"
-    assert "ZeroDivisionError: a bug of ours" in info["reason"]
+    assert "ZeroDivisionError: a bug" in info["reason"]
 
 
-def test_a_mistake_is_told_where_the_processes_never_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_reported_where_processes_never_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> Any:
         raise error
 
@@ -215,43 +218,45 @@ def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(split:
         else:
             time.sleep(3)  # the other one is there first
 
-    forks = command(["sweep", *options], tmp_path / "told.txt", "ddp", before)
+    forks = command(["sweep", *options], tmp_path / "output.txt", "ddp", before)
     assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
     reason = json.loads((folder / "run.json").read_text())["reason"]
     assert reason.startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on "), reason
-    assert "ended without a word" in reason
+    assert "ended without reporting an error" in reason
 
 
 @pytest.mark.parametrize("call", ["train", "sweep"])
-@pytest.mark.parametrize("met_by", [{0, 1}, {1}], ids=["both", "one"])
-def test_a_mistake_that_shows_before_processes_meet_is_told_once(call: str, met_by: set[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("seen_by", [{0, 1}, {1}], ids=["both", "one"])
+def test_a_mistake_that_shows_before_the_rendezvous_is_reported_once(
+    call: str, seen_by: set[int], tmp_path: Path
+) -> None:
     (tmp_path / "there" / "data").mkdir(parents=True)
     few_images(tmp_path / "there" / "data")
 
     def before(rank: int) -> None:
-        os.chdir(tmp_path if rank in met_by else tmp_path / "there")  # as on a node without the data
+        os.chdir(tmp_path if rank in seen_by else tmp_path / "there")  # as on a node without the data
 
     options = [*SMALLEST, "data.root=data", f"run.dir={tmp_path / 'run'}", "run.trackers=[]"]
     options += ["sweep.parallelize=batch", "sweep.grid={optim: {lr: [0.5, 0.1]}}"] if call == "sweep" else []
-    forks = command([call, *options], tmp_path / "told.txt", "ddp", before)
+    forks = command([call, *options], tmp_path / "output.txt", "ddp", before)
     assert forks.finish(90) == [2, 2], forks.output[-3000:]
-    who = "" if 0 in met_by else f"process 1 on {socket.gethostname()}: "
+    who = "" if 0 in seen_by else f"process 1 on {socket.gethostname()}: "
     assert f"error: {who}data.root 'data': {tmp_path}/data is not a folder" in forks.output
     assert forks.output.count("error: ") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_of_the_same_rank_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe([], words(tmp_path / "run"))
     with RunFolder(tmp_path / "run").claimed(recipe):
         (tmp_path / "run" / "ranks").mkdir()
         with open(tmp_path / "run" / "ranks" / "rank-1.json", "w") as living:
             fcntl.flock(living, fcntl.LOCK_EX)
             with (
-                pytest.raises(RunFolderError, match="another process 1 of 2 is at work here; wait for the end"),
-                watchdog.RankWatchdog(RunFolder(tmp_path / "run"), 1, 2, 1.0),
+                pytest.raises(RunFolderError, match="another process 1 of 2 is running in it; wait for the end"),
+                watchdog.RankWatchdog(RunFolder(tmp_path / "run"), 1, 2, 1.0, RankStatus()),
             ):
-                pytest.fail("it took the place")
+                pytest.fail("it was entered")
             assert (tmp_path / "run" / "ranks" / "rank-1.json").read_text() == ""
 
 
@@ -279,25 +284,25 @@ def test_a_process_that_does_not_see_the_run_folder_ends_all(tmp_path: Path) -> 
 
 def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], Any]) -> list[str]:
     """Process 1 of 2 is in the folder, then something happens to ranks/: with what reasons its thread ends it."""
-    told: list[str] = []
+    ended: list[str] = []
     reasons: list[str] = []
     whole = watchdog.RankWatchdog._end
 
-    def end(self: watchdog.RankWatchdog, failure: dict[str, Any]) -> None:
-        told.append(failure["reason"])
+    def end(self: watchdog.RankWatchdog, failure: Failure) -> None:
+        ended.append(failure.reason)
         with contextlib.suppress(SystemExit):
             whole(self, failure)
 
     def leave(code: int) -> None:  # the thread, in place of the tests' own process
         assert code == 4
-        reasons.append(told[-1])
+        reasons.append(ended[-1])
         raise SystemExit
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     monkeypatch.setattr(watchdog, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(watchdog, "LEAVE_SECONDS", 0.02)
     monkeypatch.setattr(watchdog.RankWatchdog, "_end", end)
-    with folder.claimed(load_recipe([], words(folder.path))), watchdog.RankWatchdog(folder, 1, 2, 1.0):
+    with folder.claimed(load_recipe([], words(folder.path))), watchdog.RankWatchdog(folder, 1, 2, 1.0, RankStatus()):
         then(folder.path / "ranks")
         deadline = time.monotonic() + 5
         while not reasons and time.monotonic() < deadline:
@@ -308,15 +313,15 @@ def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[
 def test_a_process_that_hung_while_its_run_was_started_again_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def started_again(told: Path) -> None:
-        (told / "new").write_text("")
-        os.replace(told / "new", told / "rank-1.json")
+    def started_again(ranks: Path) -> None:
+        (ranks / "new").write_text("")
+        os.replace(ranks / "new", ranks / "rank-1.json")
 
     reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, started_again)
     assert "its run was started again while it hung" in reasons[0]
 
 
-def test_a_process_that_cannot_tell_where_it_stands_says_so_and_still_looks_at_the_others(
+def test_a_process_that_cannot_report_its_status_warns_and_still_watches_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = os.open
@@ -328,11 +333,13 @@ def test_a_process_that_cannot_tell_where_it_stands_says_so_and_still_looks_at_t
 
     monkeypatch.setattr(watchdog.os, "open", full)
     failure = json.dumps({"rank": 0, "reason": "process 0 of 2: its memory ran out", "exit_code": 4})
-    reasons = watched(RunFolder(tmp_path / "run"), monkeypatch, lambda told: (told / "failed.json").write_text(failure))
+    reasons = watched(
+        RunFolder(tmp_path / "run"), monkeypatch, lambda ranks: (ranks / "failed.json").write_text(failure)
+    )
     assert reasons[0] == "process 0 of 2: its memory ran out"
-    told = capsys.readouterr().err
-    assert "No space left on device" in told
-    assert "process 1 cannot tell where it stands, and no other sees its end" in told
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "process 1 cannot report its status, and no other process sees its end" in message
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
@@ -348,18 +355,18 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("rank", "address", "told"),
+    ("rank", "address", "message"),
     [
-        (0, "localhost", "{port} (MASTER_ADDR, MASTER_PORT): the port is taken by another program"),
+        (0, "localhost", "{port} (MASTER_ADDR, MASTER_PORT): the port is used by another program"),
         (1, "nix.invalid", "nix.invalid:{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 cannot resolve nix.invalid"),
         (
             1,
             "localhost",
-            "{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 met no process 0 there within 0.01 minutes",
+            "{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 could not reach process 0 there within 0.01 minutes",
         ),
     ],
 )
-def test_where_processes_do_not_meet(rank: int, address: str, told: str, tmp_path: Path) -> None:
+def test_a_rendezvous_that_fails(rank: int, address: str, message: str, tmp_path: Path) -> None:
     """The port is another program's, which takes connections and says nothing."""
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
@@ -370,15 +377,15 @@ def test_where_processes_do_not_meet(rank: int, address: str, told: str, tmp_pat
             rendezvous.MARGIN_SECONDS = strategy.MARGIN_SECONDS = 0.5
             return main(["train", *words(tmp_path / "run", "run.timeout_minutes=0.01")])
 
-        forks = Forks(1, work, tmp_path / "told.txt")
+        forks = Forks(1, work, tmp_path / "output.txt")
         assert forks.finish(60) == [2], forks.output
-    assert told.format(port=port) in forks.output
+    assert message.format(port=port) in forks.output
     assert forks.output.count("error: ") == 1
     assert "Traceback" not in forks.output
     assert not (tmp_path / "run").exists()
 
 
-def test_a_worker_that_is_killed_on_one_process_is_told_by_all(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_on_one_process_is_reported_by_all(tmp_path: Path) -> None:
     def before(rank: int) -> None:
         whole, feeding = TrainBatches.epoch, Components.feeding
         if rank == 0:  # workers take long to start

@@ -1,4 +1,4 @@
-"""`dist-vpt status`: what runs, sweeps and suites leave behind, as it is told on the terminal and to programs."""
+"""`dist-vpt status`: what runs, sweeps and suites leave behind, as it is shown on the terminal and to programs."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def shown_by(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     capsys.readouterr()
     assert main(["status", *words]) == 0
     return capsys.readouterr().out
 
 
 def standings(capsys: pytest.CaptureFixture[str], *folders: Path) -> dict[str, dict[str, Any]]:
-    return {Path(each["folder"]).name: each for each in json.loads(told(capsys, *map(str, folders), "--json"))}
+    return {Path(each["folder"]).name: each for each in json.loads(shown_by(capsys, *map(str, folders), "--json"))}
 
 
 def ended(folder: Path, error: BaseException | None = None) -> None:
@@ -75,7 +75,7 @@ def wait_in_the_second_epoch(rank: int) -> None:
 def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "one"
     options = words(folder, "train.epochs=4", "train.batch_size=200", "run.trackers=[]", "run.timeout_minutes=0.01")
-    forks = command(["train", *options], tmp_path / "told.txt", before=wait_in_the_second_epoch)
+    forks = command(["train", *options], tmp_path / "output.txt", before=wait_in_the_second_epoch)
     number = 5 + STEPS_DONE
 
     def arrived() -> bool:
@@ -85,22 +85,22 @@ def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.Ca
     one = standings(capsys, tmp_path)["one"]
     assert (one["kind"], one["status"], one["reason"]) == ("run", "running", None)
     assert (one["done"], one["total"], one["unit"], one["epoch"], one["epochs"]) == (number, 20, "steps", 2, 4)
-    assert one["seconds_left"] == pytest.approx(12 * 200 / one["images_per_s"], rel=0.01, abs=0.06)  # told to 0.1 s
-    assert f"{number}/20 steps, epoch 2/4" in told(capsys, str(tmp_path))
+    assert one["seconds_left"] == pytest.approx(12 * 200 / one["images_per_s"], rel=0.01, abs=0.06)  # rounded to 0.1 s
+    assert f"{number}/20 steps, epoch 2/4" in shown_by(capsys, str(tmp_path))
     forks.send(signal.SIGKILL)
     assert forks.finish() == [-signal.SIGKILL]
     one = standings(capsys, tmp_path)["one"]
     assert (one["status"], one["done"], one["images_per_s"], one["seconds_left"]) == ("dead", number, None, None)
     assert one["reason"] == (
         f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
-        "images; run.resume=auto goes on"
+        "images; run.resume=auto continues it"
     )
 
 
 def test_how_runs_have_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ended(tmp_path / "a" / "well")
     ended(tmp_path / "a" / "stopped", Interrupted("stopped at step 7"))
-    ended(tmp_path / "failed", ZeroDivisionError("a bug of ours"))
+    ended(tmp_path / "failed", ZeroDivisionError("a bug"))
     ended(tmp_path / "broken")
     (tmp_path / "broken" / "run.json").write_text('{"status": "do')
     ended(tmp_path / "lost")
@@ -113,8 +113,8 @@ def test_how_runs_have_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "broken": "damaged",
         "lost": "damaged",
     }
-    shown = told(capsys, str(tmp_path))
-    assert f"{tmp_path}/failed: a bug of ours" in shown
+    shown = shown_by(capsys, str(tmp_path))
+    assert f"{tmp_path}/failed: a bug" in shown
     assert f"{tmp_path}/a/stopped: stopped at step 7" in shown
     assert f"\n{tmp_path}/broken/run.json: damaged" in shown
     assert f"\n{tmp_path}/lost/result.json: cannot be read" in shown
@@ -130,7 +130,7 @@ def test_a_sweep_by_its_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[s
         sweep = standings(capsys, folder)["sweep"]
     assert (sweep["kind"], sweep["status"], sweep["done"], sweep["total"]) == ("sweep", "running", 2, 6 + 2)
     assert sweep["seconds_left"] == 6 * 15
-    assert "2/8 trials and seeds" in told(capsys, str(folder))
+    assert "2/8 trials and seeds" in shown_by(capsys, str(folder))
 
 
 def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
@@ -141,7 +141,7 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     options = words(folder, "method.name=linear", "train.epochs=4", "train.batch_size=200", "run.trackers=[]")
     options += ["sweep.grid={optim: {lr: [1.0, 0.1, 0.2], weight_decay: [0.0, 0.1]}}", "sweep.seeds=[1, 2]"]
     options += ["run.timeout_minutes=0.01"]  # a sign of life every 0.06 s
-    forks = command(["sweep", *options], tmp_path / "told.txt", before=wait_in_the_second_epoch)
+    forks = command(["sweep", *options], tmp_path / "output.txt", before=wait_in_the_second_epoch)
     number = 5 + STEPS_DONE
 
     def there() -> dict[str, Any]:
@@ -154,12 +154,12 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     left, spent = there()["seconds_left"], there()["seconds"]
     assert left == pytest.approx(spent / number * (20 - number), rel=0.02)
     assert sweep["seconds_left"] == pytest.approx(left + 2 * (spent + left) / 6, abs=0.06)  # the seeds come later
-    assert "0/8 trials and seeds, epoch 2/4" in told(capsys, str(folder))
+    assert "0/8 trials and seeds, epoch 2/4" in shown_by(capsys, str(folder))
     with monkeypatch.context() as far:  # on a machine that our locks do not reach, a sign of life is enough
-        far.setattr("dist_vpt.cli.status.held", lambda file: False)
-        far.setattr("dist_vpt.cli.status.socket.gethostname", lambda: "elsewhere")
+        far.setattr("dist_vpt.runs.status.is_locked", lambda file: False)
+        far.setattr("dist_vpt.runs.status.socket.gethostname", lambda: "elsewhere")
         assert standings(capsys, folder)["sweep"]["status"] == "running"
-        far.setattr("dist_vpt.cli.status.SILENT_SECONDS", -1)
+        far.setattr("dist_vpt.runs.status.SILENT_SECONDS", -1)
         assert standings(capsys, folder)["sweep"]["status"] == "dead"
     forks.send(signal.SIGKILL)
     assert forks.finish() == [-signal.SIGKILL]
@@ -167,7 +167,7 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     assert (sweep["status"], sweep["epoch"], sweep["images_per_s"], sweep["seconds_left"]) == ("dead", None, None, None)
     assert sweep["reason"] == (
         f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
-        "images; the same command goes on"
+        "images; the same command continues it"
     )
 
 
@@ -188,7 +188,7 @@ def test_a_sweep_whose_trials_two_processes_share(tmp_path: Path, capsys: pytest
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Iterator[tuple[Path, ExitStack]]:
-    """A suite of four sweeps: one has a result, one has failed, a runner is at one, and one has not begun."""
+    """A suite of four sweeps: one has a result, one has failed, a worker is at one, and one has not begun."""
     folder, recipe = tmp_path / "suite", load_recipe([])
     pairs = {name: Experiment(name, "vpt", recipe) for name in ("caltech101", "dtd", "svhn", "eurosat")}
     (folder / "claims").mkdir(parents=True)
@@ -210,7 +210,7 @@ def suite(tmp_path: Path) -> Iterator[tuple[Path, ExitStack]]:
 
 def test_a_suite_in_the_middle(suite: tuple[Path, ExitStack], capsys: pytest.CaptureFixture[str]) -> None:
     folder, runner = suite
-    found = json.loads(told(capsys, str(folder.parent), "--json"))
+    found = json.loads(shown_by(capsys, str(folder.parent), "--json"))
     assert [(each["kind"], each["status"], each["done"], each["total"]) for each in found] == [
         ("suite", "running", 1, 4),
         ("sweep", "done", 0, 5),
@@ -219,10 +219,10 @@ def test_a_suite_in_the_middle(suite: tuple[Path, ExitStack], capsys: pytest.Cap
         ("sweep", "waiting", 0, 5),
     ]
     assert found[3]["seconds_left"] == 4 * 4.0
-    assert f"{folder}/dtd/vpt: no such folder: dtd" in told(capsys, str(folder))
+    assert f"{folder}/dtd/vpt: no such folder: dtd" in shown_by(capsys, str(folder))
     assert [each["status"] for each in standings(capsys, folder / "svhn" / "vpt").values()] == ["running"]
     runner.close()
-    found = json.loads(told(capsys, str(folder), "--json"))
+    found = json.loads(shown_by(capsys, str(folder), "--json"))
     assert [each["status"] for each in found] == ["interrupted", "done", "failed", "interrupted", "waiting"]
 
 
@@ -231,9 +231,9 @@ def test_a_damaged_outcome_hides_one_sweep_alone(
 ) -> None:
     folder, _ = suite
     (folder / "svhn" / "vpt" / "trials" / "000.json").write_text('{"seconds": 4')
-    found = json.loads(told(capsys, str(folder), "--json"))
+    found = json.loads(shown_by(capsys, str(folder), "--json"))
     assert [each["status"] for each in found] == ["running", "done", "failed", "damaged", "waiting"]
-    assert f"{folder}/svhn/vpt/trials/000.json: damaged" in told(capsys, str(folder))
+    assert f"{folder}/svhn/vpt/trials/000.json: damaged" in shown_by(capsys, str(folder))
 
 
 @pytest.mark.parametrize("width", [40, 80])
@@ -242,7 +242,7 @@ def test_a_narrow_terminal_shows_all(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.chdir(suite[0].parent)
-    lines = told(capsys, "suite").splitlines()
+    lines = shown_by(capsys, "suite").splitlines()
     assert max(map(len, lines)) <= width
     for word in ("running", "waiting", "failed", "done"):
         assert any(word in line for line in lines)
@@ -251,8 +251,8 @@ def test_a_narrow_terminal_shows_all(
 
 
 def test_a_folder_without_runs_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, str(tmp_path)).replace("\n", "") == f"{tmp_path}: nothing has begun here yet"
-    assert json.loads(told(capsys, str(tmp_path), "--json")) == []
+    assert shown_by(capsys, str(tmp_path)).replace("\n", "") == f"{tmp_path}: no runs here yet"
+    assert json.loads(shown_by(capsys, str(tmp_path), "--json")) == []
     assert main(["status", str(tmp_path), str(tmp_path / "x"), str(tmp_path / "y")]) == 2
     message = capsys.readouterr().err
     assert all(f"{tmp_path}/{name}: there is no such folder; name one that train" in message for name in "xy")
@@ -274,7 +274,7 @@ def test_watching_ends_with_control_c(
 
     ended(tmp_path / "run")
     monkeypatch.setattr(status_module.time, "sleep", sleep)
-    shown = told(capsys, str(tmp_path), *json_too, "--watch", "0.5")
+    shown = shown_by(capsys, str(tmp_path), *json_too, "--watch", "0.5")
     assert slept == [0.5] * 3
     assert shown.count("done") == 3 * 2  # a heading or a key, and a status
 
