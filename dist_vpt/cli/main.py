@@ -257,7 +257,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or torch's profiler talks to the terminal
-    from dist_vpt.planning.planner import parse_memory, plan
+    from dist_vpt.planning.machines import parse_memory
+    from dist_vpt.planning.planner import plan
     from dist_vpt.recipe.loading import load_recipe, split_arguments
 
     if arguments.gpus < 1 or arguments.nodes < 1:
