@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
