@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from dist_vpt.data.splits import Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import block_stop_signals
 from dist_vpt.errors import DataError
 
@@ -290,7 +291,7 @@ def _check_memory(reader: ImageReader, images: int, world: int) -> None:
     # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a vpt resize
     # no side is known: assume the square's.
     pixels = transform.shorter_side**2 * 1.5 if cropped_later else transform.image_size**2
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    processes = LaunchEnv.current().local_world_size or world
     needed, available = images * pixels * 3 * processes, psutil.virtual_memory().available
     if needed > available:
         raise DataError(

@@ -1,7 +1,6 @@
 """One run, from a recipe to its result, on this process and those started beside it."""
 
 import json
-import os
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed.collectives import on_main_process, raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import phase
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
@@ -26,7 +26,6 @@ from dist_vpt.training.accelerator import (
     frozen_bytes,
     init_accelerator,
     prepare,
-    processes,
     strategy_name,
 )
 from dist_vpt.training.checkpointing import States
@@ -38,9 +37,11 @@ from dist_vpt.training.logger import RunLogger
 def run(recipe: Recipe) -> dict[str, Any]:
     """One run from a recipe to its result, on this process and those started beside it."""
 
+    launch = LaunchEnv.current()
+
     def make() -> tuple[Components, TrainBatches]:
         parts = build_components(recipe)
-        train = parts.training(recipe, int(os.environ.get("RANK", "0")), processes())
+        train = parts.training(recipe, launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained from here says so before anything is written
         return parts, train
 

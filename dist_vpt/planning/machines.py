@@ -1,6 +1,5 @@
 """The devices that a recipe is planned for, and their memory."""
 
-import os
 import re
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 
 GIB, MIB = 2**30, 2**20
@@ -49,7 +49,7 @@ class Machines:
 def machines_of(accelerator: Accelerator, memory: int) -> Machines:
     """The machines of the running processes, each on a device with ``memory`` bytes."""
     processes = accelerator.num_processes
-    devices = min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+    devices = min(processes, LaunchEnv.current().local_world_size or processes)
     return Machines(memory, devices, processes // devices, accelerator.device.type == "cuda")
 
 
