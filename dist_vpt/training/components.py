@@ -99,12 +99,12 @@ class Components:
 
         Every process sees the same, so that all start alike.
         """
-        if not self.method.starts_on_images:
+        if not self.method.inits_from_images:
             return
         method, feeding = self.method.to(device), self.feeding(rank=0, world=1) | {"cache": "none"}
         batches = EvalBatches(self.splits[recipe.data.train_on], self.view, self.eval_batch_size, **feeding)
         few = islice(batches, math.ceil(START_IMAGES / self.eval_batch_size))
-        method.start((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
+        method.init_from_images((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
         batches.close()
 
     def use_cached_stream(
