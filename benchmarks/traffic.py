@@ -92,15 +92,15 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     """All numbers of this process. A collective call."""
     optim = recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})
     recipe = recipe.model_copy(update={"optim": optim})
-    wants = preprocessing_of(recipe.backbone)
+    preprocessing = preprocessing_of(recipe.backbone)
     with Sent() as start:
-        training = make_training(recipe, wants, classes)
+        training = make_training(recipe, preprocessing, classes)
     accelerator = training.accelerator
     processes, rank = accelerator.num_processes, accelerator.process_index
     each = recipe.train.batch_size // processes // recipe.train.grad_accum_steps
     batches: list[Any] = [
         {name: value[rank * each : (rank + 1) * each] for name, value in cast(dict[str, Tensor], batch).items()}
-        for batch in synthetic_batches(recipe, wants, classes)
+        for batch in synthetic_batches(recipe, preprocessing, classes)
     ]
 
     def step() -> float:

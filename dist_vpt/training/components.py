@@ -136,7 +136,7 @@ class Components:
             recipe.stream,
             self.data,
             self.method.backbone,
-            (self.method.shares if shared else self.method.reads, self.method.reads),
+            (self.method.shared_spec if shared else self.method.spec, self.method.spec),
             self.view,
             {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
             accelerator,

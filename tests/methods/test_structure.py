@@ -123,7 +123,7 @@ def test_trained_names(name: str) -> None:
 def test_a_recipe_says_what_its_method_reads(name: str) -> None:
     method, recipe = make(SETTINGS[name]), TypeAdapter(MethodConfig).validate_python(SETTINGS[name])
     assert recipe.reader == isinstance(method, Reader)
-    assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.reads.blocks))
+    assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.spec.blocks))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

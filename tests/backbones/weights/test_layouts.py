@@ -23,8 +23,8 @@ TOLERANCE = 2e-5  # float32, relative to the largest number, as for the methods
 
 def built(path: Path) -> Backbone:
     recipe = BackboneConfig(name="tiny", weights=str(path))
-    wants = preprocessing_of(recipe)
-    return build(recipe, image_size=wants.image_size, mean=wants.mean, std=wants.std)[0]
+    preprocessing = preprocessing_of(recipe)
+    return build(recipe, image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)[0]
 
 
 def model_of(row: Row) -> Any:
