@@ -69,9 +69,9 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
         )
     load = round(os.getloadavg()[0], 1)
     device = make_accelerator(recipe).device
-    wants = preprocessing_of(recipe.backbone)
-    plain = build_method(recipe, wants, classes)[0].to(device).train()
-    batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, wants, classes)[0].items()})  # type: ignore[attr-defined]
+    preprocessing = preprocessing_of(recipe.backbone)
+    plain = build_method(recipe, preprocessing, classes)[0].to(device).train()
+    batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, preprocessing, classes)[0].items()})  # type: ignore[attr-defined]
     methods = {policy: under(policy, plain, recipe) for policy in policies}
     saved = {p: saved_for_backward(m, partial(micro_batch_loss, m, recipe, batch)) for p, m in methods.items()}
     seconds: dict[str, list[float]] = {policy: [] for policy in policies}

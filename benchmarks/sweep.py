@@ -180,7 +180,7 @@ class Bench:
             cached, shared = (send_to_device(c[index_B], self.accelerator.device) for c in (self.cache, self.shared))
             seeds = [self.recipe.seed] * len(self.readers)
             found = {
-                "split": first.read_many([first], compute_stream(first.backbone, images_B3SS, first.reads), seeds[:1])[
+                "split": first.read_many([first], compute_stream(first.backbone, images_B3SS, first.spec), seeds[:1])[
                     0
                 ],
                 "cached": first.read_many([first], cached, seeds[:1])[0],
@@ -202,7 +202,7 @@ class Bench:
         own_cache, shared_cache = photos.copy(), photos.copy()
         own_cache["images"], shared_cache["images"] = self.cache, self.shared
         one, many = self.readers[:1], self.readers
-        backbone, own, shared = one[0].backbone, one[0].reads, one[0].shares
+        backbone, own, shared = one[0].backbone, one[0].spec, one[0].shared_spec
         return {
             "published": self._published(photos, batch, micro),
             "split": self._trials(one, photos, batch, 0),
@@ -280,7 +280,7 @@ def make_bench(
     place = accelerator.device if options.device_cache else torch.device("cpu")
     cache, shared = (
         make_cache(first.backbone, reads, photos["images"], accelerator.device, place)
-        for reads in (first.reads, first.shares)
+        for reads in (first.spec, first.shared_spec)
     )
     for method in (first, *others, published):
         method.train()

@@ -43,7 +43,7 @@ from step import LR, count, rounded, synchronise
 
 from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.cli.main import run_with_exit_code
-from dist_vpt.planning.planner import make_training, synthetic_batches
+from dist_vpt.planning.measure import make_training, synthetic_batches
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.accelerator import strategy_name
@@ -92,15 +92,15 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     """All numbers of this process. A collective call."""
     optim = recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})
     recipe = recipe.model_copy(update={"optim": optim})
-    wants = preprocessing_of(recipe.backbone)
+    preprocessing = preprocessing_of(recipe.backbone)
     with Sent() as start:
-        training = make_training(recipe, wants, classes)
+        training = make_training(recipe, preprocessing, classes)
     accelerator = training.accelerator
     processes, rank = accelerator.num_processes, accelerator.process_index
     each = recipe.train.batch_size // processes // recipe.train.grad_accum_steps
     batches: list[Any] = [
         {name: value[rank * each : (rank + 1) * each] for name, value in cast(dict[str, Tensor], batch).items()}
-        for batch in synthetic_batches(recipe, wants, classes)
+        for batch in synthetic_batches(recipe, preprocessing, classes)
     ]
 
     def step() -> float:

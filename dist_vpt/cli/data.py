@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    from dist_vpt.data.check import prepare
+    from dist_vpt.data.prepare import prepare
 
     prepare(arguments.root, arguments.tasks, arguments.format)
 

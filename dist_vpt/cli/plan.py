@@ -22,7 +22,8 @@ def add_parser(commands: Any) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # keeps torch's profiler from writing to the terminal
-    from dist_vpt.planning.planner import parse_memory, plan
+    from dist_vpt.planning.machines import parse_memory
+    from dist_vpt.planning.planner import plan
     from dist_vpt.recipe.loading import load_recipe, split_arguments
 
     if arguments.gpus < 1 or arguments.nodes < 1:

@@ -150,7 +150,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     if stream:
         headline.append(stream)
     if parts.difference.left_out:
-        headline.append(f"left out of the weights' file: {parts.difference.told_left_out()}")
+        headline.append(f"left out of the weights' file: {parts.difference.left_out_summary()}")
     if parts.difference:
         headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
     headline += resumed

@@ -10,6 +10,7 @@ from torch import Tensor
 from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.data.config import resolve
 from dist_vpt.data.images import decode
+from dist_vpt.data.tasks import Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import WeightsError
 from dist_vpt.methods.base import Method
@@ -27,16 +28,17 @@ class LoadedRun:
     method: Method
     classes: list[str]
     device: torch.device
-    view: ImageTransform
+    transform: ImageTransform
+    task: Task
 
-    def show(self, file: Path) -> Tensor:
-        """An image file as the method is shown it, [3, S, S]."""
-        upright = resolve(self.recipe.data).upright
-        return self.view.eval(decode(file, str(file), self.recipe.data.max_megapixels, upright=upright))
+    def load_image(self, file: Path) -> Tensor:
+        """An image file as the method's input, [3, S, S]."""
+        picture = decode(file, str(file), self.recipe.data.max_megapixels, exif_transpose=self.task.exif_transpose)
+        return self.transform.eval(picture)
 
 
 def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
-    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime that are to be others."""
+    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime to change."""
     folder = RunFolder(run)
     folder.refuse_sweep()
     path = folder.best if adapters == "best" else folder.adapters
@@ -44,16 +46,17 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
-    wants = preprocessing_of(recipe.backbone)
-    method, _ = build_method(recipe, wants, len(classes))
+    preprocessing = preprocessing_of(recipe.backbone)
+    method, _ = build_method(recipe, preprocessing, len(classes))
     restore(method, tensors, path)
     device = device_of(recipe)
-    return LoadedRun(recipe, method.to(device).eval(), classes, device, build_transform(recipe.data, wants))
+    transform = build_transform(recipe.data, preprocessing)
+    return LoadedRun(recipe, method.to(device).eval(), classes, device, transform, resolve(recipe.data))
 
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:
     if "classes" not in facts:
-        raise WeightsError(f"{path}: names no classes, so that a run did not write it; restore the run's own file")
+        raise WeightsError(f"{path}: lists no classes, so no run wrote it; restore the file of the run")
     return facts["classes"]
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_vpt.backbones.blocks import BlockParts, centres, has_key_norm, keys_and_values, unpack_block, widened
+from dist_vpt.backbones.blocks import BlockParts, has_key_norm, keys_and_values, subtracts_mean, unpack_block, widened
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
@@ -58,24 +58,24 @@ class VQT(Reader):
         super().__init__(backbone, classes, compute, features=recipe.keep or found)
         self.recipe, self.blocks, self.all_features = recipe, blocks, found
         self.register_buffer("kept", None if recipe.keep is None else torch.full((recipe.keep,), -1))
-        seams = [unpack_block(backbone.blocks[number], number) for number in blocks]
-        self.key_norm = any(has_key_norm(s) for s in seams)
+        parts = [unpack_block(backbone.blocks[number], number) for number in blocks]
+        self.key_norm = any(has_key_norm(s) for s in parts)
         if self.key_norm and recipe.form == "absorbed":
-            centres(seams[0].k_norm)  # refuses a norm that cannot be absorbed
+            subtracts_mean(parts[0].k_norm)  # refuses a norm that cannot be absorbed
         bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + backbone.width))  # as VPT's prompts
         self.queries = nn.Parameter(torch.empty(len(blocks), recipe.queries, backbone.width).uniform_(-bound, bound))
         if recipe.pooling == "weighted":  # starts as the mean
             self.pool_weights = nn.Parameter(torch.full((len(blocks), recipe.queries), 1.0 / recipe.queries))
 
     @property
-    def reads(self) -> StreamSpec:
+    def spec(self) -> StreamSpec:
         if self.recipe.form == "projected":
             return StreamSpec(self.blocks, keys=True)
         return StreamSpec(self.blocks, key_scales=self.key_norm)
 
     @property
-    def shares(self) -> StreamSpec:
-        return self.reads if self.recipe.form == "absorbed" else StreamSpec(self.blocks, keys=True)
+    def shared_spec(self) -> StreamSpec:
+        return self.spec if self.recipe.form == "absorbed" else StreamSpec(self.blocks, keys=True)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from super().adapter_tensors()
@@ -97,23 +97,23 @@ class VQT(Reader):
         """The head on those of the features that it reads."""
         return super().classify(features_BF if self.kept is None else features_BF.index_select(1, self.kept))
 
-    def features(self, observed: StreamOutput) -> Tensor:
+    def features(self, stream: StreamOutput) -> Tensor:
         """All features [B, F] of the images, of which the head may read some alone."""
-        return self.features_of_many([self], observed)[0]
+        return self.features_of_many([self], stream)[0]
 
-    def read(self, observed: StreamOutput) -> Tensor:
-        return self.read_many([self], observed)[0]
+    def read(self, stream: StreamOutput) -> Tensor:
+        return self.read_many([self], stream)[0]
 
     @classmethod
     def read_many(  # type: ignore[override]
-        cls, readers: Sequence["VQT"], observed: StreamOutput, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["VQT"], stream: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        found = cls.features_of_many(readers, observed, seeds)
+        found = cls.features_of_many(readers, stream, seeds)
         return [reader.classify(features_BF) for reader, features_BF in zip(readers, found, strict=True)]
 
     @classmethod
     def features_of_many(
-        cls, readers: Sequence["VQT"], observed: StreamOutput, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["VQT"], stream: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
         """The features [B, F] of each reader, from one reading of the stream.
 
@@ -126,17 +126,17 @@ class VQT(Reader):
             if seed is not None:
                 torch.manual_seed(seed)
             alike = [reader for reader, _ in run]
-            mask_BLQD = alike[0].mask(len(observed.pooled))
+            mask_BLQD = alike[0].mask(len(stream.pooled))
             runs.append((torch.stack([reader.queries for reader in alike]), mask_BLQD))
         sizes = [reader.recipe.queries for reader in readers]
         answers = []  # for each block one of each reader, [B, Q_t, D]; never all in one tensor, which would be large
         for i, number in enumerate(first.blocks):
             z_QD = _asked(runs, i)
-            seams = unpack_block(first.backbone.blocks[number], number)
-            attend = first._attention(seams, observed, i, sum(sizes))
-            answers.append(answer(seams, z_QD.to(observed.pooled.dtype), attend).split(sizes, dim=1))
+            parts = unpack_block(first.backbone.blocks[number], number)
+            attend = first._attention(parts, stream, i, sum(sizes))
+            answers.append(answer(parts, z_QD.to(stream.pooled.dtype), attend).split(sizes, dim=1))
         return [
-            reader._features(observed.pooled, mine)
+            reader._features(stream.pooled, mine)
             for reader, mine in zip(readers, zip(*answers, strict=True), strict=True)
         ]
 
@@ -151,15 +151,15 @@ class VQT(Reader):
         kept_BLQD = torch.rand(images, *self.queries.shape, device=self.queries.device) >= self._dropout
         return kept_BLQD.to(self.queries.dtype) / (1 - self._dropout)
 
-    def _attention(self, seams: BlockParts, observed: StreamOutput, i: int, queries: int) -> "Attend":
+    def _attention(self, parts: BlockParts, stream: StreamOutput, i: int, queries: int) -> "Attend":
         """How so many queries attend to the i-th block that is read."""
-        if observed.keys:
-            return partial(_attend_projected, observed.keys[i], observed.values[i])
-        normed_BND = observed.normed[i]
-        if self.recipe.form == "auto" and cheaper_form(queries, seams.heads, self.backbone.width) == "projected":
+        if stream.keys:
+            return partial(_attend_projected, stream.keys[i], stream.values[i])
+        normed_BND = stream.normed[i]
+        if self.recipe.form == "auto" and cheaper_form(queries, parts.heads, self.backbone.width) == "projected":
             with torch.no_grad():
-                return partial(_attend_projected, *keys_and_values(seams, normed_BND))
-        return partial(_attend_absorbed, seams, normed_BND, observed.key_scales[i] if observed.key_scales else None)
+                return partial(_attend_projected, *keys_and_values(parts, normed_BND))
+        return partial(_attend_absorbed, parts, normed_BND, stream.key_scales[i] if stream.key_scales else None)
 
     def _features(self, pooled_BD: Tensor, answers: Sequence[Tensor]) -> Tensor:
         """The backbone's features and those of each block's answers [B, Q, D], each brought to length 1: [B, F].
@@ -242,27 +242,27 @@ def _asked(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
 
-def answer(seams: BlockParts, z_QD: Tensor, attend: Attend) -> Tensor:
+def answer(parts: BlockParts, z_QD: Tensor, attend: Attend) -> Tensor:
     """z'' [B, Q, D]: a block's outputs for queries z, [Q, D] or one set for each image, [B, Q, D]."""
-    q_QHE = seams.q_norm(seams.project(0, seams.norm1(z_QD))) * seams.scale
+    q_QHE = parts.q_norm(parts.project(0, parts.norm1(z_QD))) * parts.scale
     heads_BQHE = attend(q_QHE)
-    z_BQD = z_QD + seams.ls1(seams.proj(seams.attn_norm(heads_BQHE.flatten(-2))))
-    return z_BQD + seams.ls2(seams.mlp(seams.norm2(z_BQD)))
+    z_BQD = z_QD + parts.ls1(parts.proj(parts.attn_norm(heads_BQHE.flatten(-2))))
+    return z_BQD + parts.ls2(parts.mlp(parts.norm2(z_BQD)))
 
 
-def _attend_absorbed(seams: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None, q_QHE: Tensor) -> Tensor:
-    weight_ED, bias_E = seams.weights(1)
-    heads, per_image = seams.heads, q_QHE.ndim == 4
-    if has_key_norm(seams):  # its scale of the channels goes to the query, its mean's removal too (that is symmetric)
-        q_QHE = q_QHE * seams.k_norm.weight if seams.k_norm.weight is not None else q_QHE
-        q_QHE = q_QHE - q_QHE.mean(-1, keepdim=True) if centres(seams.k_norm) else q_QHE
+def _attend_absorbed(parts: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None, q_QHE: Tensor) -> Tensor:
+    weight_ED, bias_E = parts.weights(1)
+    heads, per_image = parts.heads, q_QHE.ndim == 4
+    if has_key_norm(parts):  # its scale of the channels goes to the query, its mean's removal too (that is symmetric)
+        q_QHE = q_QHE * parts.k_norm.weight if parts.k_norm.weight is not None else q_QHE
+        q_QHE = q_QHE - q_QHE.mean(-1, keepdim=True) if subtracts_mean(parts.k_norm) else q_QHE
     u_QHD = _HeadLinear.apply(q_QHE, weight_ED.unflatten(0, (heads, -1)))
     u_XD = u_QHD.flatten(-3, -2)  # X = Q * H
     if per_image:
         scores_BXN = u_XD @ n_BND.transpose(1, 2)
     else:  # one matrix product of all tokens
         scores_BXN = (n_BND.flatten(0, 1) @ u_XD.T).unflatten(0, n_BND.shape[:2]).transpose(1, 2)
-    if has_key_norm(seams):
+    if has_key_norm(parts):
         assert scale_BNH is not None
         scores_BXN = widened(scores_BXN)
         if bias_E is not None:  # does not cancel: each token's scale multiplies it
@@ -272,7 +272,7 @@ def _attend_absorbed(seams: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None,
         scores_BXN = (scores_BXN.unflatten(1, (-1, heads)) * scale_BHN.unsqueeze(1)).flatten(1, 2)
     p_BXN = scores_BXN.softmax(dim=-1).to(n_BND.dtype)  # of half precision: float32 inside, and nothing wider is kept
     c_BQHD = (p_BXN @ n_BND).unflatten(1, (-1, heads))
-    weight_ED, bias_E = seams.weights(2)
+    weight_ED, bias_E = parts.weights(2)
     a_BQHE = _HeadLinear.apply(c_BQHD, weight_ED.unflatten(0, (heads, -1)).transpose(1, 2))
     return a_BQHE if bias_E is None else a_BQHE + bias_E.unflatten(0, (heads, -1))
 

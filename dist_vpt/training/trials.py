@@ -272,7 +272,7 @@ def _losses(logits_TBK: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> tup
 
 def _observed(p: TrialGroup, batch: Batch) -> StreamOutput:
     images, reader = batch["images"], p.trials[0].reader
-    return images if isinstance(images, StreamOutput) else compute_stream(reader.backbone, images, reader.reads)
+    return images if isinstance(images, StreamOutput) else compute_stream(reader.backbone, images, reader.spec)
 
 
 def _passed(p: TrialGroup, trials: Sequence[Trial], batches: EvalBatches) -> Any:

@@ -21,8 +21,8 @@ SMALL = "test_vit"  # timm's own model for tests: width 64, 6 blocks, patches of
 
 def built(image_size: int = 32, dtype: torch.dtype = torch.float32, **settings: Any) -> Backbone:
     recipe = BackboneConfig(**({"name": SMALL, "weights": "random"} | settings))
-    wants = preprocessing_of(recipe)
-    return build(recipe, image_size=image_size, mean=wants.mean, std=wants.std)[0].hold_in(dtype)
+    preprocessing = preprocessing_of(recipe)
+    return build(recipe, image_size=image_size, mean=preprocessing.mean, std=preprocessing.std)[0].hold_in(dtype)
 
 
 def refused(**settings: Any) -> str:

@@ -1,4 +1,4 @@
-"""Decoding: what comes out, and what is told of a file that cannot be decoded."""
+"""Decoding: what comes out, and what is reported of a file that cannot be decoded."""
 
 import struct
 import warnings
@@ -76,7 +76,7 @@ def test_turns_upright_when_asked():
     exif[0x0112] = 6
     data = encoded(RGB, "JPEG", exif=exif)
     assert decode(data, "x").size == (30, 40)
-    assert decode(data, "x", upright=True).size == (40, 30)
+    assert decode(data, "x", exif_transpose=True).size == (40, 30)
 
 
 @pytest.mark.parametrize(

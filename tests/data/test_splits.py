@@ -102,7 +102,7 @@ def test_complete_keeps_what_is_there():
 
 def test_fraction_that_carves_nothing_is_refused():
     recipe = DataConfig(task="mine", format="image_folder", root="x")
-    with pytest.raises(DataError, match=r"'train': test_fraction 0.2 of 2 images carves none.*raise data.test"):
+    with pytest.raises(DataError, match=r"'train': test_fraction 0.2 of 2 images splits off none.*raise data.test"):
         with_missing_splits(recipe, ("0", "1"), numbered("train", [1, 2], [0, 1]), None, None)
 
 

@@ -61,7 +61,7 @@ def test_a_label_beyond_the_classes(tmp_path, opened):
     stored = part([1, 2], [0, 1])
     table = stored.data.table.set_column(1, "kind", [[0, 2]])  # the library checks labels only when it encodes them
     save(tmp_path, train=datasets.Dataset(table, info=stored.info), test=part([1], [0]))
-    refused(opened, "split 'train' record 1: kind 2 must be below 2, the number of its classes; mend the record")
+    refused(opened, "split 'train' record 1: kind 2 must be below 2, the number of its classes; fix the record")
 
 
 def test_missing_splits_are_carved(tmp_path, opened):
@@ -118,10 +118,10 @@ def test_labels_may_be_numbers_or_text(tmp_path, opened, kind, labels, classes):
     )
 
 
-def test_columns_must_be_told_where_they_are_not_plain(tmp_path, opened):
+def test_columns_must_be_chosen_where_they_are_not_plain(tmp_path, opened):
     label = datasets.Value("int64")
     save(tmp_path, train=part([1, 2], [0, 1], label, other=[0, 1]))
-    refused(opened, "has 0 ClassLabel columns among picture, kind, other; .* say which with data.hf.label")
+    refused(opened, "has 0 ClassLabel columns among picture, kind, other; .* choose it with data.hf.label")
     refused(opened, r"data.hf.label 'knid': no such column; did you mean 'kind'\?", hf={"label": "knid"})
     refused(opened, "data.hf.image 'other': is a Value column; choose an Image one", hf={"image": "other"})
 
@@ -129,7 +129,7 @@ def test_columns_must_be_told_where_they_are_not_plain(tmp_path, opened):
 def test_record_without_a_class(tmp_path, opened):
     label = datasets.Value("float64")
     save(tmp_path, train=part([1, 2], [0, None], label))
-    refused(opened, "split 'train' record 0: kind 0.0 is no class; mend the record", hf={"label": "kind"})
+    refused(opened, "split 'train' record 0: kind 0.0 is not a class; fix the record", hf={"label": "kind"})
 
 
 def test_record_without_an_image(tmp_path, opened):
@@ -167,7 +167,7 @@ def test_splits_must_agree(tmp_path, opened):
     for name, val, says in (
         ("order", other, "split 'val': the classes of column 'kind' differ from those of train"),
         ("label", plain, "split 'val': has no column 'kind'; valid: picture, sort"),
-        ("image", blind, "split 'val': column 'picture' is no Image column there"),
+        ("image", blind, "split 'val': column 'picture' is not an Image column"),
     ):
         for split_name, saved in (("train", part([1, 2], [0, 1])), ("validation", val)):
             saved.save_to_disk(tmp_path / name / split_name)
@@ -177,7 +177,7 @@ def test_splits_must_agree(tmp_path, opened):
 
 def test_no_split_to_train_on(tmp_path, opened):
     save(tmp_path, all=part([1, 2], [0, 1]))
-    refused(opened, r"has no split 'train' but 'all'; say which to train on: 'data.hf.splits={train: \.\.\.}'")
+    refused(opened, r"has no split 'train' but 'all'; set the one to train on: 'data.hf.splits={train: \.\.\.}'")
     refused(opened, "data.hf.splits.train 'every': no such saved split; valid: all", hf={"splits": {"train": "every"}})
     splits = opened("hf", hf={"splits": {"train": "all", "val": "all", "test": "all"}})
     assert greys(splits.val) == [1, 2]
@@ -186,7 +186,7 @@ def test_no_split_to_train_on(tmp_path, opened):
 def test_unreachable_hub(opened):
     refused(
         opened,
-        r"data.root 'no/such': is no folder here, and as a dataset of the hub it cannot be opened \(.*no/such",
+        r"data.root 'no/such': is not a folder, and as a dataset of the hub it cannot be opened \(.*no/such",
         root="no/such",
     )
 

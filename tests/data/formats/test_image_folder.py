@@ -1,4 +1,4 @@
-"""Class folders: both layouts and every mistake that is told."""
+"""Class folders: both layouts and every mistake that is reported."""
 
 import re
 
