@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RunFailed, RunFolderError, UserError
 from dist_vpt.experiments.fixed_features import (
@@ -101,7 +101,7 @@ def compress(  # noqa: PLR0917 (the options of the command)
     fractions, console = _fractions(keep), Console(highlight=False)
     if not 0 <= lasso < math.inf:
         raise UserError(f"--lasso {lasso}: must be a number from 0 on; the published one is 1e-4")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if LaunchEnv.current().world_size > 1:
         raise UserError("compress: works on one process; start it without accelerate launch")
     source, parts, method = open_run(run, adapters, overrides)
     augment = parts.view.augment

@@ -1,7 +1,6 @@
 """One run, from a recipe to its result, on this process and those started beside it."""
 
 import json
-import os
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed.collectives import on_main_process, raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import phase
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
@@ -27,7 +27,6 @@ from dist_vpt.training.accelerator import (
     frozen_bytes,
     init_accelerator,
     prepare,
-    processes,
     strategy_name,
 )
 from dist_vpt.training.checkpointing import States
@@ -40,9 +39,11 @@ from dist_vpt.training.metrics import Scores
 def run(recipe: Recipe) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json."""
 
+    launch = LaunchEnv.current()
+
     def make() -> tuple[Components, TrainBatches]:
         parts = build_components(recipe)
-        train = parts.training(recipe, int(os.environ.get("RANK", "0")), processes())
+        train = parts.training(recipe, launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written
         return parts, train
 
@@ -160,7 +161,7 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
     if stream:
         lines.append(stream)
     if parts.difference.left_out:
-        lines.append(f"left out of the weights' file: {parts.difference.told_left_out()}")
+        lines.append(f"left out of the weights' file: {parts.difference.left_out_summary()}")
     if parts.difference:
         lines.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
     return lines

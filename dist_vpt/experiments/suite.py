@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vpt.data.tasks import TASKS
+from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.errors import Interrupted, RecipeError, RunFailed, RunFolderError, UserError, nearest
 from dist_vpt.files import raising_disk_full, read_json, write_atomically
 from dist_vpt.recipe.differences import identity_keys
@@ -158,7 +159,7 @@ def suite(
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    folder, launched = Path(out), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    folder, launched = Path(out), LaunchEnv.current().world_size > 1
     _check_roots(pairs)
     pairs = [_settled(pair) for pair in pairs]
     _admit(folder, pairs)
@@ -169,8 +170,6 @@ def suite(
     else:
         count = 1 if launched or STARTED in os.environ else workers or _devices()
     if launched:  # by a launcher of ours or another: each process is a worker of its own
-        from dist_vpt.experiments.sweep import detach_from_launcher
-
         detach_from_launcher()
     if count > 1:
         _start(count, [*arguments, *([] if index is None else ["--index", str(index)])])

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from rich.table import Table
 
 from dist_vpt.data.splits import Splits
 from dist_vpt.distributed.collectives import on_main_process
+from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.distributed.rank_status import read_rank_status
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
@@ -53,7 +53,6 @@ from dist_vpt.training.trials import fit_trials, score_trials
 POLL_SECONDS = 0.5
 # What launchers tell a process of the others; a process that trains trials of its own must not see it. How many share
 # the machine (LOCAL_WORLD_SIZE) it must: the memory is one.
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ class SweepJob:
 def sweep(recipe: Recipe) -> dict[str, Any]:
     """Run or go on with a sweep; returns the content of sweep.json on the first process, {} on the others."""
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    launch = LaunchEnv.current()
+    rank, world = launch.rank, launch.world_size
     if recipe.sweep.parallelize == "trials":
         detach_from_launcher()
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
@@ -565,14 +565,3 @@ def _short(value: Any) -> str:
 
 def _said(setting: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in setting.items())
-
-
-def detach_from_launcher() -> None:
-    """Make this process one of its own, on the device that its launcher meant for it."""
-    if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
-    elif "LOCAL_RANK" in os.environ:
-        visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ["LOCAL_RANK"]) % len(visible)]
-    for name in [*LAUNCHER_VARIABLES, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
-        os.environ.pop(name, None)

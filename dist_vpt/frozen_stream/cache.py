@@ -31,6 +31,7 @@ from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Interrupted, UserError
 from dist_vpt.files import sync, write_atomically
@@ -197,7 +198,7 @@ def choose(
             "stream.cache = disk: one process writes the files, and under ZeRO-3 none can run the backbone by itself; "
             "set stream.cache=memory, or start with launch/accelerate/ddp.yaml"
         )
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = LaunchEnv.current().local_world_size or 1
     free: dict[Place, tuple[float, str]] = {}
     if device.type == "cuda":
         free["device"] = (torch.cuda.mem_get_info(device)[0] * ROOM, "on the accelerator")

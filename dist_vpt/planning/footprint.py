@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_vpt.backbones.build import Preprocessing, preprocessing_of
-from dist_vpt.data.loaders import PIXELS
+from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload

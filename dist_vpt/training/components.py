@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
@@ -108,12 +108,12 @@ class Components:
 
         Every process shows it the same ones, so that all start alike.
         """
-        if not self.method.starts_on_images:
+        if not self.method.inits_from_images:
             return
         method, feeding = self.method.to(device), self.feeding(rank=0, world=1) | {"cache": "none"}
         batches = EvalBatches(self.splits[recipe.data.train_on], self.view, self.eval_batch_size, **feeding)
         few = islice(batches, math.ceil(START_IMAGES / self.eval_batch_size))
-        method.start((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
+        method.init_from_images((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
         batches.close()
 
     def use_cached_stream(
