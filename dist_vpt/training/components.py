@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: splits, view, backbone with its method."""
+"""From a recipe to the components of a run: inputs, splits, and the backbone with its method."""
 
 import math
 from dataclasses import dataclass
@@ -13,13 +13,14 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
+from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Splits
-from dist_vpt.data.tasks import Interpolation
+from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
@@ -34,19 +35,34 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What a recipe's sections data and backbone come to, resolved once and handed on."""
+
+    task: Task
+    preprocessing: Preprocessing  # that the weights were trained with
+    view: ImageTransform  # how images are shown
+    mean: tuple[float, ...]  # of the channels in [0, 1], with which images are normalized
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Components:
     """What a recipe is made of, before any device or process is involved."""
 
+    inputs: Inputs
     splits: Splits
-    view: ImageTransform
     method: Method
     difference: LoadReport  # between the backbone's tensors and its file's
     data: DataConfig
     eval_batch_size: int
 
+    @property
+    def view(self) -> ImageTransform:
+        return self.inputs.view
+
     def protocol(self) -> dict[str, Any]:
         """What makes a score comparable with others, for result.json: what was read, and how it was shown."""
-        task, splits = resolve(self.data), self.splits
+        task, splits = self.inputs.task, self.splits
         own = None if self.data.mean is None else f"mean {list(self.data.mean)}, std {list(self.data.std or ())}"
         names = ("train", "val", "trainval", "test")
         return {
@@ -75,7 +91,7 @@ class Components:
             "workers": self.data.workers,
             "on_decode_error": self.data.on_decode_error,
             "max_megapixels": self.data.max_megapixels,
-            "cache": resolve(self.data).cache,
+            "cache": self.inputs.task.cache,
         }
 
     def training(self, recipe: Recipe, rank: int, world: int) -> TrainBatches:
@@ -159,44 +175,48 @@ class Components:
 
 def build_components(recipe: Recipe) -> Components:
     """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
-    wants = preprocessing_of(recipe.backbone)
-    splits = open_splits(recipe.data)
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
-        splits["test"]  # a missing one is told now, not after hours of training
-    method, difference = build_method(recipe, wants, len(splits.classes))
-    view = build_transform(recipe.data, wants)
-    return Components(splits, view, method, difference, recipe.data, recipe.train.eval_batch_size)
+        splits["test"]  # a missing one is reported now, not after hours of training
+    method, difference = build_method(recipe, inputs, len(splits.classes))
+    return Components(inputs, splits, method, difference, recipe.data, recipe.train.eval_batch_size)
 
 
-def build_transform(data: DataConfig, wants: Preprocessing) -> ImageTransform:
-    """How images are shown: what the weights want, where the recipe says nothing else."""
-    task = resolve(data)
-    return ImageTransform(
-        image_size=data.image_size or wants.image_size,
-        interpolation=task.interpolation or cast(Interpolation, wants.interpolation),
+def resolve_inputs(data: DataConfig, backbone: BackboneConfig) -> Inputs:
+    """How images are shown: as the task and the weights want, where the recipe has no setting."""
+    task, preprocessing = resolve(data), preprocessing_of(backbone)
+    view = ImageTransform(
+        image_size=data.image_size or preprocessing.image_size,
+        interpolation=task.interpolation or cast(Interpolation, preprocessing.interpolation),
         crop_mode=task.crop_mode,
         augment=task.augment,
     )
+    return Inputs(task, preprocessing, view, *channels(data, task, preprocessing))
 
 
-def channels(data: DataConfig, wants: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, of 0..1, with which images are normalized."""
+def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels, in [0, 1], with which images are normalized."""
     if data.mean is not None and data.std is not None:
         return data.mean, data.std
     kinds = {
         "vpt": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        "weights": (wants.mean, wants.std),
+        "weights": (preprocessing.mean, preprocessing.std),
         "none": ((0.0,) * 3, (1.0,) * 3),
     }
-    return kinds[resolve(data).normalize]
+    return kinds[task.normalize]
 
 
-def build_method(recipe: Recipe, wants: Preprocessing, classes: int) -> tuple[Method, LoadReport]:
+def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, LoadReport]:
     """The frozen backbone with the method attached, and the difference from its weight file."""
     torch.manual_seed(recipe.seed)
-    mean, std = channels(recipe.data, wants)
-    image_size = recipe.data.image_size or wants.image_size
-    backbone, difference = build(recipe.backbone, image_size=image_size, mean=mean, std=std, frame=recipe.method.frame)
+    backbone, difference = build(
+        recipe.backbone,
+        image_size=inputs.view.image_size,
+        mean=inputs.mean,
+        std=inputs.std,
+        frame=recipe.method.frame,
+    )
     torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))
