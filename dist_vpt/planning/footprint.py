@@ -82,7 +82,7 @@ class PerDeviceMemory:
     """Bytes of one process among several."""
 
     weights: int
-    gradients: int  # that stay between steps; one process alone makes them anew
+    gradients: int  # that stay between steps; a single process allocates them in each step
     optimizer: int
     working: int  # the most that a training step holds beyond those
     scoring: int  # and scoring a batch
@@ -112,7 +112,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None) -> Memory
         optimizer = build_optimizer(recipe.optim, method)
         batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
         step = _Step(recipe, inputs, method, optimizer, batch, classes)
-        step.train()  # the first one makes the optimiser's state
+        step.train()  # the first one makes the optimizer's state
         state = sum(_nbytes(t) for t in tree_leaves([dict(s) for s in optimizer.state.values()]))
         with _Alive(step.known()) as alive:
             step.train(alive)
@@ -170,7 +170,7 @@ class _Step:
         return [*self.method.parameters(), *self.method.buffers(), *state]
 
     def train(self, alive: "_Alive | None" = None) -> None:
-        """One optimiser step as the engine does it on a step that it logs: the largest."""
+        """One optimizer step with the parts of the engine's, as on a step that is logged: the largest."""
         self.method.train()
         trained = [p for _, p in self.method.trainable()]
         hooks = [p.register_post_accumulate_grad_hook(alive.is_gradient) for p in trained] if alive else []

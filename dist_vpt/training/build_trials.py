@@ -34,7 +34,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     keeps_best: bool = False,
     check_memory: Callable[[Recipe, Accelerator, int], str] = lambda *_: "",
 ) -> TrialGroup:
-    """Build the trials of ``recipes`` on one frozen backbone, restore ``state``, cache the stream as they say.
+    """Build the trials of ``recipes`` on one frozen backbone, restore ``state``, cache the stream.
 
     Trials begin with the tensors of ``starts``, where given. ``keeps_best``: hold and save each trial's tensors of its
     best epoch on val, too. ``check_memory``: planning.planner's; it raises UserError where a trial does not fit, or
@@ -63,15 +63,15 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
         restore(trial.reader, tensors, state)
     weights_K = parts.class_weights(recipe, accelerator.device)
     group = TrialGroup(trials, parts, accelerator, train, val, weights_K, stop, state, show, keeps_best)
-    _resume(group)  # whatever is refused is refused before the stream is computed
+    _resume(group)  # before the stream is computed: it may raise
     group.start_epoch()  # methods that cannot be trained raise here
-    if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end, and reads no more
+    if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end
         show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
     return group
 
 
 def gradient_scaler(recipe: Recipe, accelerator: Accelerator) -> GradScaler:
-    """A trial's own: as Accelerate's in a single run, with another overflow in each trial."""
+    """A trial's own: as Accelerate's in a single run; trials overflow at different steps."""
     return GradScaler(accelerator.device.type, enabled=recipe.runtime.precision == "fp16")
 
 

@@ -46,7 +46,7 @@ MAX_FAILED_SAVES = 3  # in a row: a disk may be full for a while
 
 
 class Loop(Protocol):
-    """A training under way, as ``fit`` sees it: one run (TrainState), or trials that train together (TrialGroup)."""
+    """A training in progress, as ``fit`` sees it: one run (TrainState), or trials that train together (TrialGroup)."""
 
     seconds: float  # of training so far
     failed_saves: int  # in a row

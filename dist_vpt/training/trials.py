@@ -2,7 +2,7 @@
 
 B images of a micro-batch, K classes, T trials.
 
-A trial has a recipe, an initialization, an optimizer, clipping, in fp16 a gradient scale, and an end of its own; the
+A trial has a recipe, an initialization, an optimizer, clipping, in fp16 a gradient scale, and an end to itself; the
 data order, the stream and the loop are shared. The loss is the sum of the trials' losses, so that each one's gradient
 is exactly its own.
 """
