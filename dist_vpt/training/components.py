@@ -9,13 +9,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
 from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
+from dist_vpt.backbones.weights.zoo import IMAGENET
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
@@ -200,7 +200,7 @@ def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tupl
     if data.mean is not None and data.std is not None:
         return data.mean, data.std
     kinds = {
-        "vpt": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        "vpt": (IMAGENET.mean, IMAGENET.std),
         "weights": (preprocessing.mean, preprocessing.std),
         "none": ((0.0,) * 3, (1.0,) * 3),
     }

@@ -32,6 +32,7 @@ from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
     DIVERGED_FIX,
+    Step,
     clip_gradients,
     fold_in,
     image_losses,
@@ -103,7 +104,7 @@ class TrainState:
     parameters: dict[str, int]  # trained, total
     stop: StopSignal
     failed_saves: int = 0
-    latest: "Step | None" = None  # what the latest step reported
+    latest: Step | None = None  # what the latest step reported
 
     resume_with = "run.resume=auto"
 
@@ -188,19 +189,6 @@ class TrainState:
         if self.val is not None:
             self.val.close()
         self.monitor.close()
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step reports."""
-
-    loss: float  # weighted mean over the global batch
-    correct: float  # images
-    images: float
-    lr: float
-    gradient_norm: float | None  # before clipping; None where DeepSpeed does not report it
-    parameter_norm: float | None  # of the trained tensors; like update_norm known at logged steps alone
-    update_norm: float | None
 
 
 def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) -> Step:

@@ -31,7 +31,7 @@ from dist_vpt.training.metrics import Mistake
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dist_vpt.training import engine
+    from dist_vpt.training.step import Step
 
 WARM_UP = 3  # steps that the speed does not count: first calls allocate, compile and start workers
 
@@ -87,7 +87,7 @@ class RunLogger:
                 trackers += self.accelerator.trackers
         self.accelerator.trackers = trackers
 
-    def step(self, number: int, step: "engine.Step", progress: RunProgress, *, logged: bool) -> None:
+    def step(self, number: int, step: "Step", progress: RunProgress, *, logged: bool) -> None:
         """Called after each optimizer step; ``logged`` ones go to the log and the trackers."""
         if not self.main:
             if logged:
@@ -210,7 +210,7 @@ class RunLogger:
             return progress.images / progress.seconds if progress.seconds else 0.0
         return (progress.images - self.started[1]) / (time.monotonic() - self.started[0])
 
-    def _text(self, number: int, step: "engine.Step", progress: RunProgress) -> str:
+    def _text(self, number: int, step: "Step", progress: RunProgress) -> str:
         speed, left = self.images_per_s(progress), self._left(number, progress)
         return (
             f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
