@@ -246,6 +246,7 @@ class Bench:
         ]
         nowhere = cast(Any, None)
         p = TrialGroup(
+            recipe=trials[0].recipe,
             trials=trials,
             parts=nowhere,
             accelerator=self.accelerator,
@@ -260,7 +261,7 @@ class Bench:
 
         def step() -> None:
             step_trials(p, [draw()])
-            p.epoch_step += 1
+            p.progress.step += 1
 
         saved = saved_for_backward(nn.ModuleList(readers), step)
         return Way(step, batch * len(trials), saved / MIB / batch / len(trials), reads)

@@ -172,7 +172,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     phase.at("the end", "writing the result")
     images_per_s = t.monitor.images_per_s(t.progress)
     held, whole = frozen_bytes(t.method)  # between steps
-    tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped()
+    tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped_now()
 
     def write_tensors() -> None:
         t.states.write_best()
