@@ -11,7 +11,7 @@ def add_parser(commands: Any) -> None:
     example = "dist-vpt report runs/vtab --out tables"
     parser = add_command(commands, "report", report, help, rest="folders", example=example)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="folders with a results.jsonl in or below them")
-    parser.add_argument("--out", metavar="FOLDER", help="also write report.md, .csv, .tex and .html there")
+    parser.add_argument("--out", metavar="FOLDER", help="also write report.md, .csv and .html there")
     parser.add_argument(
         "--published", action=argparse.BooleanOptionalAction, default=True, help="rows of published numbers"
     )

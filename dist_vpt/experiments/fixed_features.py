@@ -3,10 +3,9 @@
 B images of a batch, n of a split, F features that the run's queries find, K classes.
 
 With fixed queries the features of all images are one fixed matrix for each split, [n, F]: it is computed once, as
-evaluation shows the images (no augmentation, no dropout), and no head that is trained on it asks the backbone again.
+in an evaluation (no augmentation, no dropout), and heads that are trained on it never call the backbone.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -31,9 +29,10 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, restore
 from dist_vpt.runs.folder import GOES_ON
 from dist_vpt.runs.progress import Progress
-from dist_vpt.training.components import Components, build_reader, class_weights
+from dist_vpt.training.components import Components, build_reader
 from dist_vpt.training.metrics import Scores
-from dist_vpt.training.optim import build_optimizer, multiplier, set_lr
+from dist_vpt.training.optim import build_optimizer, set_lr
+from dist_vpt.training.step import DIVERGED_FIX, clip_gradients, image_losses, learning_rate, not_finite, weigh
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Features:
     """A run's features of all images, in batches that hold them as what was pooled, [B, F]."""
 
     source: Source
-    method: VQT  # the run's own
+    method: VQT  # of the run
     train: TrainBatches
     val: EvalBatches | None
     scored: EvalBatches
@@ -107,14 +106,13 @@ def fix_features(
     whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"grad_accum_steps": 1})})
     train = parts.training(whole, 0, 1)
     train.use(feeds[recipe.data.train_on])
-    labels_n = parts.splits[recipe.data.train_on].labels
     return Features(
         source=source,
         method=method,
         train=train,
         val=evaluation("val") if has_val else None,
         scored=evaluation(source.scored),
-        class_weights=class_weights(recipe.train.class_weights, labels_n, len(source.classes)).to(device),
+        class_weights=parts.class_weights(recipe, device),
         skipped={file for feed in feeds.values() for file in feed.skipped},
         stop=stop,
     )
@@ -126,7 +124,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device,
     readable_n = np.zeros(len(split), bool)
     try:
         for batch in batches:
-            _heed(stop)
+            _raise_on_stop(stop)
             observed = compute_stream(method.backbone, batch["images"].to(device), method.spec)
             features_nF[batch["index"]] = method.features(observed).cpu()
             readable_n[batch["index"].numpy()] = batch["weight"].numpy() > 0
@@ -135,7 +133,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device,
     return CachedBatches(StreamCache(StreamOutput(features_nF), readable_n), split.labels, batches.skipped)
 
 
-def _heed(stop: StopSignal) -> None:
+def _raise_on_stop(stop: StopSignal) -> None:
     if stop.asked:
         raise Interrupted(f"compress: stopped; {GOES_ON}, from the fractions that are written")
 
@@ -149,7 +147,7 @@ def head_loss(  # noqa: PLR0917 (what the loss is made of)
     logits_BK: Tensor, labels_B: Tensor, weights_B: Tensor, smoothing: float, weight_KF: Tensor, lasso: float
 ) -> Tensor:
     """The engine's loss of a batch, its mean weighted by ``weights_B``, and the group lasso on top."""
-    losses_B = F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=smoothing)
+    losses_B = image_losses(logits_BK, labels_B, smoothing)
     loss = (losses_B * weights_B).sum() / weights_B.sum().clamp(min=1e-12)
     return loss + lasso * group_lasso(weight_KF) if lasso else loss
 
@@ -172,36 +170,32 @@ def fresh_head(f: Features, recipe: Recipe, kept: Tensor | None = None) -> VQT:
 
 
 def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
-    """Train a reader's head on the features as the recipe says; the best epoch is kept and early stopping obeyed.
+    """Train a reader's head on the features as the recipe says, with its best epoch and early stopping.
 
-    Raises RunFailed for a loss that is not finite, and Interrupted where a stop was asked.
+    Raises RunFailed for a loss that is not finite, and Interrupted after a stop request.
     """
     recipe, began = f.source.recipe, time.monotonic()
     progress, best_tensors = Progress(), {}
-    # Nothing leads from fixed features to the queries: they get no gradient, and the optimiser passes them over.
+    # Nothing leads from fixed features to the queries: they get no gradient, and the optimizer skips them.
     optimizer = build_optimizer(recipe.optim, reader)
-    lr, steps = recipe.optim.peak_lr(recipe.train.batch_size), f.train.steps_per_epoch
     while progress.epoch < recipe.train.epochs and not progress.ended:
         for (fetched,) in f.train.epoch(progress.epoch):
-            number = progress.epoch * steps + progress.step
-            set_lr(optimizer, lr * multiplier(recipe.optim, number, steps, recipe.train.epochs))
+            step = progress.epoch * f.train.steps_per_epoch + progress.step
+            set_lr(optimizer, learning_rate(recipe, step, f.train.steps_per_epoch))
             batch = send_to_device(fetched, f.device)
-            labels_B, counts_B = batch["labels"], batch["weight"]
+            labels_B, weights_B = batch["labels"], weigh(batch, f.class_weights)
             logits_BK = reader.classify(batch["images"].pooled)
-            weights_B = f.class_weights[labels_B] * counts_B
             loss = head_loss(logits_BK, labels_B, weights_B, recipe.train.label_smoothing, head_weight(reader), lasso)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(reader.head.parameters(), recipe.optim.clip_norm or math.inf)
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                raise RunFailed(
-                    f"compress: the loss is {loss.item()} and its gradient's norm {norm.item()} at step {number}; "
-                    "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
-                )
+            [norm] = clip_gradients([list(reader.head.parameters())], recipe.optim.clip_norm)
+            found = not_finite("loss", loss.item(), step) or not_finite("gradient norm", norm.item(), step)
+            if found:
+                raise RunFailed(f"compress: {found}; {DIVERGED_FIX}")
             optimizer.step()
             optimizer.zero_grad()
-            right = ((logits_BK.argmax(1) == labels_B) * counts_B).sum()
-            progress.count(loss.item(), right.item(), counts_B.sum().item())
-        _heed(f.stop)
+            correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
+            progress.count(loss.item(), correct.item(), batch["weight"].sum().item())
+        _raise_on_stop(f.stop)
         progress.end_epoch()
         due = progress.epoch == recipe.train.epochs or progress.epoch % recipe.train.eval_every == 0
         if f.val is not None and due and progress.scored(score(f, reader, f.val), recipe.train.early_stop):

@@ -7,17 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vpt.backbones.build import preprocessing_of
-from dist_vpt.data.config import resolve
 from dist_vpt.data.images import decode
-from dist_vpt.data.tasks import Task
-from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import WeightsError
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.training.components import build_method, build_transform
+from dist_vpt.training.components import Inputs, build_method, resolve_inputs
 
 
 @dataclass(frozen=True)
@@ -28,13 +24,12 @@ class LoadedRun:
     method: Method
     classes: list[str]
     device: torch.device
-    transform: ImageTransform
-    task: Task
+    inputs: Inputs
 
     def load_image(self, file: Path) -> Tensor:
         """An image file as the method's input, [3, S, S]."""
-        picture = decode(file, str(file), self.recipe.data.max_megapixels, exif_transpose=self.task.exif_transpose)
-        return self.transform.eval(picture)
+        task, limit = self.inputs.task, self.recipe.data.max_megapixels
+        return self.inputs.view.eval(decode(file, str(file), limit, exif_transpose=task.exif_transpose))
 
 
 def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
@@ -46,12 +41,11 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
-    preprocessing = preprocessing_of(recipe.backbone)
-    method, _ = build_method(recipe, preprocessing, len(classes))
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     device = device_of(recipe)
-    transform = build_transform(recipe.data, preprocessing)
-    return LoadedRun(recipe, method.to(device).eval(), classes, device, transform, resolve(recipe.data))
+    return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs)
 
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:
