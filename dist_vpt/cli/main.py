@@ -321,7 +321,8 @@ def _compress(arguments: argparse.Namespace) -> None:
 def _suite(arguments: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from dist_vpt.experiments.suite import plan_experiments, show_plan, slurm_array, suite
+    from dist_vpt.experiments.suite import suite
+    from dist_vpt.experiments.suite_plan import plan_experiments, show_plan, slurm_array
     from dist_vpt.recipe.loading import split_arguments
 
     methods, overrides = split_arguments(arguments.method)  # argparse gives --method all words that follow it

@@ -600,7 +600,7 @@ def test_several_processes_are_refused(source: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_features_that_memory_does_not_hold(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fixed_features, "ROOM", 0)
+    monkeypatch.setattr(fixed_features, "BUDGET", 0)
     with pytest.raises(UserError, match=r"the features take 0.00 GiB and 0.00 GiB of memory may be used"):
         again(source, [0.5], out=str(tmp_path))
 

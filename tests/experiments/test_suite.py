@@ -14,8 +14,9 @@ import pytest
 
 from dist_vpt.cli.main import main
 from dist_vpt.errors import RecipeError, RunFailed, UserError
-from dist_vpt.experiments import sweep
-from dist_vpt.experiments.suite import Experiment, plan_experiments, suite, task_recipes
+from dist_vpt.experiments import sweep_worker
+from dist_vpt.experiments.suite import suite
+from dist_vpt.experiments.suite_plan import Experiment, plan_experiments, task_recipes
 from dist_vpt.runs.results import Result, read
 from tests.data.tfds_copies import elsewhere
 from tests.forks import Forks, command
@@ -249,10 +250,10 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert str(caught.value).count("train.epochs = 0") == 2
     with pytest.raises(RecipeError, match=r"^--root DIR is missing: the folder in which the datasets lie$"):
         plan_experiments(["dtd", "svhn"], ["linear"], [], None, "out")
-    with pytest.raises(UserError, match="dtd/linear is asked for twice"):
+    with pytest.raises(UserError, match="dtd/linear is listed twice; list each once"):
         plan_experiments(["dtd"], ["linear", "linear"], [], "somewhere", "out")
     backbone = str(ROOT / "configs" / "backbone" / "vit_b16_in21k.yaml")
-    with pytest.raises(UserError, match=r"--method .*vit_b16_in21k.yaml: says no method; other recipes come before"):
+    with pytest.raises(UserError, match=r"--method .*vit_b16_in21k.yaml: sets no method; put other recipes before"):
         plan_experiments(["dtd"], ["linear", backbone], [], "somewhere", "out")
     assert [pair.method for pair in plan_experiments(["dtd"], ["vpt_deep", "side"], [], "somewhere", "out")] == [
         "vpt_deep",
@@ -355,14 +356,14 @@ def test_a_damaged_outcome_fails_its_pair_alone(undisturbed: Path, root: Path, t
 
 def test_what_nobody_expected_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
     def out_of_memory(rank: int) -> None:
-        whole = sweep.Worker.work
+        whole = sweep_worker.Worker.work
 
-        def work(self: sweep.Worker, jobs: Any) -> None:
+        def work(self: sweep_worker.Worker, jobs: Any) -> None:
             if self.recipe.data.task == "eurosat":
                 raise MemoryError("no more of it")
             whole(self, jobs)
 
-        sweep.Worker.work = work  # type: ignore[method-assign]
+        sweep_worker.Worker.work = work  # type: ignore[method-assign]
 
     run = command(words(tmp_path, root), tmp_path / "told.txt", before=out_of_memory)
     assert run.finish() == [RunFailed.exit_code], run.output
@@ -377,10 +378,10 @@ def test_a_full_disk_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
     """Also where there is no room to write the failure down."""
 
     def full(rank: int) -> None:
-        work, write = sweep.Worker.work, Path.write_text
+        work, write = sweep_worker.Worker.work, Path.write_text
         no_room = OSError(28, "No space left on device")
 
-        def worked(self: sweep.Worker, jobs: Any) -> None:
+        def worked(self: sweep_worker.Worker, jobs: Any) -> None:
             if self.recipe.method.name == "vpt":
                 raise no_room
             work(self, jobs)
@@ -390,7 +391,7 @@ def test_a_full_disk_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
                 raise no_room
             return write(self, *args, **kwargs)
 
-        sweep.Worker.work, Path.write_text = worked, written  # type: ignore[method-assign, assignment]
+        sweep_worker.Worker.work, Path.write_text = worked, written  # type: ignore[method-assign, assignment]
 
     arguments = words(tmp_path, root, "train.epochs=1", "sweep.seeds=[1]")
     arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]
@@ -422,7 +423,7 @@ def test_a_damaged_manifest_is_told(root: Path, tmp_path: Path) -> None:
     file.parent.mkdir()
     for damage in ("{}", '{"pairs"', '{"pairs": {"svhn/reader": 3}}'):
         file.write_text(damage)
-        with pytest.raises(UserError, match=r"manifest.json: damaged .*; remove it: what is done is kept"):
+        with pytest.raises(UserError, match=r"manifest.json: damaged .*; remove it: finished experiments are kept"):
             run_here(tmp_path, root)
 
 
@@ -432,7 +433,7 @@ def test_places_that_cannot_be(root: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
     one.mkdir()
     (one / "train800.txt").write_text("")
-    with pytest.raises(UserError, match=r"is one task's folder \(train800.txt\), and 3 tasks are asked for"):
+    with pytest.raises(UserError, match=r"is one task's folder \(train800.txt\), and 3 tasks are listed"):
         run_here(tmp_path, one)
     with pytest.raises(UserError, match="--workers 0: must be at least 1"):
         suite(plan_experiments(TASKS, recipes(tmp_path), SMALL, str(root), "out"), "out", workers=0, arguments=[])

@@ -18,7 +18,8 @@ from dist_vpt.cli.main import main
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.experiments import sweep as sweep_module
-from dist_vpt.experiments.sweep import SweepJob, choose, grid_jobs
+from dist_vpt.experiments import sweep_worker
+from dist_vpt.experiments.sweep_grid import SweepJob, choose, grid_jobs
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
@@ -334,7 +335,7 @@ def test_a_claim_is_seen_where_locks_reach_no_other_machine(tmp_path: Path, monk
     """By signs of life of the first process, which are new: the last ones of a killed attempt lie there, too."""
     recipe = load_recipe([], [*words(tmp_path / "sweep", *READER), "run.resume=auto"])
     folder, beats = RunFolder(tmp_path / "sweep"), iter([7, 7, None, 1])
-    monkeypatch.setattr(sweep_module, "is_locked", lambda _: False)
+    monkeypatch.setattr("dist_vpt.runs.folder.is_locked", lambda _: False)
     monkeypatch.setattr(sweep_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(
         sweep_module, "read_rank_status", lambda *_: {} if (beat := next(beats)) is None else {"beat": beat}
@@ -342,15 +343,15 @@ def test_a_claim_is_seen_where_locks_reach_no_other_machine(tmp_path: Path, monk
     with folder.claimed(recipe, "sweep"):
         stop = StopSignal()
         with pytest.raises(StopIteration):  # none of these is a sign of the next attempt
-            sweep_module._wait_for_claim(folder, recipe, stop)
+            sweep_module._wait_for_first_process(folder, recipe, stop)
         beats = iter([7, 1])
-        sweep_module._wait_for_claim(folder, recipe, stop)
+        sweep_module._wait_for_first_process(folder, recipe, stop)
         assert next(beats, None) is None
 
 
 def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
     def before(_: int) -> None:
-        tell, told = sweep_module.Worker._tell, []
+        tell, told = sweep_worker.Worker.write_outcome, []
 
         def counted(*args: Any) -> None:
             tell(*args)
@@ -358,7 +359,7 @@ def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
             if len(told) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        sweep_module.Worker._tell = counted  # type: ignore[method-assign]
+        sweep_worker.Worker.write_outcome = counted  # type: ignore[method-assign]
 
     killed = start(tmp_path / "sweep", *READER, "run.trackers=[]", before=before)
     assert killed.finish() == [-signal.SIGKILL], killed.output
@@ -429,7 +430,7 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
         return logits if torch.is_grad_enabled() else [logits[0] * float("nan"), *logits[1:]]
 
     monkeypatch.setattr(trials_module, "read", spoiled)
-    monkeypatch.setattr(sweep_module.Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])
+    monkeypatch.setattr(sweep_worker.Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])
     with pytest.raises(RunFailed, match=r"all seeds of the chosen setting diverged .*loss on test was nan"):
         sweep_module.sweep(load_recipe([], words(tmp_path, *READER, "train.epochs=1", "sweep.seeds=[42]")))
     first, *others = (read_json(tmp_path / "trials" / f"{n:03d}.json") for n in range(6))
@@ -438,13 +439,13 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_diverged_seed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    score = sweep_module.score_trials
+    score = sweep_worker.score_trials
 
     def spoiled(*args: Any) -> list[Any]:
         _, *others = score(*args)
         return [SimpleNamespace(compute=lambda: {"loss": float("inf"), "top1": 99.0}), *others]
 
-    monkeypatch.setattr(sweep_module, "score_trials", spoiled)
+    monkeypatch.setattr(sweep_worker, "score_trials", spoiled)
     content = swept(tmp_path / "sweep", *READER)
     assert content["diverged_seeds"] == {"42": "the loss on test was inf"}
     assert content["seeds"]["42"] is None

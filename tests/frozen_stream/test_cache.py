@@ -1,11 +1,13 @@
 """Caches of the frozen stream: equal to live, for one process and many, and never trusted blindly."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +26,13 @@ from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RecipeError, UserError
 from dist_vpt.experiments.sweep import detach_from_launcher
 from dist_vpt.frozen_stream import cache as stream_cache
-from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, choose, fill, identity, nbytes, on_disk
+from dist_vpt.frozen_stream import disk as stream_disk
+from dist_vpt.frozen_stream import placement
+from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, fill, nbytes
 from dist_vpt.frozen_stream.config import StreamConfig
+from dist_vpt.frozen_stream.disk import cache_folder, identity, on_disk
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
+from dist_vpt.frozen_stream.placement import choose
 from dist_vpt.methods import base
 from dist_vpt.methods.base import Reader
 from dist_vpt.recipe.loading import load_recipe
@@ -118,7 +124,7 @@ def cache_of(folder: Path, parts: Components, split: str = "train", stop: StopSi
     """The cache of a split below a folder, built or opened."""
     assert isinstance(parts.method, Reader)
     facts = facts_of(parts, split)
-    target = stream_cache._folder(StreamConfig(cache="disk", dir=str(folder)), facts)
+    target = cache_folder(str(folder), facts)
     device = torch.device("cpu")
     backbone, batches = parts.method.backbone, partial(parts.evaluation, split)
     return on_disk(target, facts, backbone, parts.method.reads, batches, device, stop or StopSignal())[0]
@@ -128,7 +134,9 @@ def in_memory(parts: Components, split: str = "train") -> StreamCache:
     assert isinstance(parts.method, Reader)
     backbone, batches = parts.method.backbone, parts.evaluation(split, 0, 1)
     accelerator = Accelerator(cpu=True)
-    return fill(backbone, parts.method.reads, batches, parts.splits[split], accelerator, "memory", StopSignal())
+    return fill(
+        backbone, parts.method.reads, batches, parts.splits[split], accelerator, torch.device("cpu"), StopSignal()
+    )
 
 
 def tensors(cache: StreamCache) -> list[torch.Tensor]:
@@ -273,7 +281,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
     def short(rank: int) -> None:
         available = rank and 0
         if rank == 1:
-            stream_cache.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=available))
+            placement.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=available))
 
     options = (*UNEVEN, *READERS["linear"])
     assert two_processes(tmp_path / "short", *options, "stream.cache=memory", before=short) == [2, 2]
@@ -281,7 +289,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
 
     def full(rank: int) -> None:
         if rank == 1:
-            stream_cache._opened = _no_room
+            stream_disk._open = _no_room
 
     disk = ("stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
     assert two_processes(tmp_path / "full", *options, *disk, before=full) == [2, 2]
@@ -291,7 +299,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
 def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(*FAST)
     gate = FORK.Barrier(3)
-    build, built = stream_cache._build, tmp_path / "built"
+    build, built = stream_disk._build, tmp_path / "built"
 
     def counted(*args: Any) -> None:
         with open(built, "a") as file:
@@ -302,7 +310,7 @@ def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytes
         gate.wait()
         torch.save(tensors(cache_of(tmp_path / "cache", parts)), tmp_path / f"{rank}.pt")
 
-    monkeypatch.setattr(stream_cache, "_build", counted)
+    monkeypatch.setattr(stream_disk, "_build", counted)
     assert Forks(3, work).finish() == [0, 0, 0]
     assert len(built.read_text().splitlines()) == 1
     assert len(folders(tmp_path / "cache")) == 1
@@ -325,7 +333,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
             os.kill(os.getpid(), signal.SIGKILL)
         return compute_stream(*args)
 
-    monkeypatch.setattr(stream_cache, "compute_stream", killed)
+    monkeypatch.setattr(stream_disk, "compute_stream", killed)
     assert Forks(1, lambda rank: cache_of(tmp_path, parts)).finish() == [-signal.SIGKILL]
     assert [path.suffix for path in folders(tmp_path)] == [".tmp"]
     monkeypatch.undo()
@@ -348,6 +356,7 @@ def test_a_signal_while_the_stream_is_computed_is_heard_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(stream_cache, "compute_stream", signalled)
+        patch.setattr(stream_disk, "compute_stream", signalled)
         with pytest.raises(Interrupted, match="stopped while the frozen stream was computed; started again"):
             train(tmp_path / "run", *options)
     assert len(calls) == 2, "the other batches were not computed first"
@@ -359,15 +368,16 @@ def test_a_signal_while_the_stream_is_computed_is_heard_there(
 
 def test_a_signal_is_heard_while_another_run_builds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, looks = parts_of(*FAST), []
-    target = stream_cache._folder(StreamConfig(cache="disk", dir=str(tmp_path)), facts_of(parts))
-    with StopSignal() as stop, stream_cache._locked(target.with_suffix(".lock"), StopSignal()):
+    target = cache_folder(str(tmp_path), facts_of(parts))
+    with StopSignal() as stop, open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
         def asked(seconds: float) -> None:
             looks.append(seconds)
             if len(looks) == 2:
                 signal.raise_signal(signal.SIGUSR1)
 
-        monkeypatch.setattr(stream_cache.time, "sleep", asked)
+        monkeypatch.setattr(time, "sleep", asked)
         with pytest.raises(Interrupted, match="stopped while the frozen stream was computed"):
             cache_of(tmp_path, parts, stop=stop)
     assert len(looks) == 2
@@ -606,6 +616,7 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
     live = run(tmp_path / "none", *options, "stream.cache=none")
     _free(monkeypatch, 0, 0)
     monkeypatch.setattr(stream_cache, "compute_stream", None)
+    monkeypatch.setattr(stream_disk, "compute_stream", None)
     for asked, where in {"memory": "in memory", "device": "in memory", "disk": f"in {tmp_path}/cache"}.items():
         told = message(capsys, tmp_path / asked, *options, f"stream.cache={asked}")
         assert f"stream.cache = {asked}: the frozen stream takes 0.00 GiB, and 0.00 GiB may be used {where}; " in told
@@ -623,7 +634,7 @@ def test_a_disk_that_fills_up(
     monkeypatch.setattr(os, "posix_fallocate", _no_room)
     options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
     told = message(capsys, tmp_path / "run", *options)
-    assert "pooled.bin: 0.00 GiB cannot be written there (No space left on device); make room" in told
+    assert "pooled.bin: 0.00 GiB cannot be written there (No space left on device); free space" in told
     assert not folders(tmp_path / "cache")
     monkeypatch.undo()
     train(tmp_path / "run", *options)
@@ -681,7 +692,9 @@ def test_all_that_is_asked_for_is_kept(reads: StreamSpec, tmp_path: Path) -> Non
     parts = parts_of("data.image_size=16")
     backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
     facts = identity(parts.splits["val"], parts.view, 178.0, backbone, reads)
-    memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory", StopSignal())
+    memory = fill(
+        backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), torch.device("cpu"), StopSignal()
+    )
     disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"), StopSignal())
     images = torch.cat([batch["images"] for batch in batches(0, 1)])
     wanted = compute_stream(backbone, images, reads)
@@ -728,7 +741,7 @@ def test_zero3(tmp_path: Path) -> None:
 
 def _free(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float) -> None:
     """Pretend so many GiB are free."""
-    monkeypatch.setattr(stream_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory * GIB))
+    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory * GIB))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk * GIB))
 
 
