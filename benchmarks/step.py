@@ -49,7 +49,7 @@ from dist_vpt.data.loaders import Batch
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
 from dist_vpt.methods.base import Method
-from dist_vpt.planning.planner import make_training, synthetic_batches
+from dist_vpt.planning.measure import make_training, synthetic_batches
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions

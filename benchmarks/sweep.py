@@ -76,9 +76,11 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB
 from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.build_trials import gradient_scaler
 from dist_vpt.training.components import DTYPES, build_method, build_reader
 from dist_vpt.training.optim import build_optimizer, set_lr
-from dist_vpt.training.trials import Trial, TrialGroup, gradient_scaler, step_trials
+from dist_vpt.training.trial_state import Trial
+from dist_vpt.training.trials import TrialGroup, step_trials
 
 DEFAULTS = Path(__file__).with_suffix(".yaml")
 WAYS = ("split", "cached", "cached_trials")
@@ -257,7 +259,7 @@ class Bench:
 
         def step() -> None:
             step_trials(p, [draw()])
-            p.step += 1
+            p.epoch_step += 1
 
         saved = saved_for_backward(nn.ModuleList(readers), step)
         return Way(step, batch * len(trials), saved / MIB / batch / len(trials), reads)

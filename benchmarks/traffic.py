@@ -43,7 +43,7 @@ from step import LR, count, rounded, synchronise
 
 from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.cli.main import run_with_exit_code
-from dist_vpt.planning.planner import make_training, synthetic_batches
+from dist_vpt.planning.measure import make_training, synthetic_batches
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.accelerator import strategy_name

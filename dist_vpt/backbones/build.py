@@ -15,7 +15,7 @@ from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.dinov3 import RotaryBackbone, is_dinov3
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.backbones.weights.loading import load_into
 from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.errors import UserError, WeightsError, nearest

@@ -20,6 +20,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from dist_vpt.distributed.launch_env import LaunchEnv, leftover_variables
 from dist_vpt.errors import UserError
 
 MIB, GIB = 2**20, 2**30
@@ -36,7 +37,6 @@ EXTRAS = {
     "flash": ("flash_attn",),
     "int8": ("torchao",),
 }
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def check_accelerate() -> CheckResult:
     import torch
     import yaml
 
-    left = [f"{name}={os.environ[name]}" for name in LAUNCHED if name in os.environ]
+    left = [f"{name}={value}" for name, value in leftover_variables().items()]
     if left:
         said = f"{' '.join(left)} in this shell: a run takes itself for one of a launcher's processes"
         return CheckResult("warning", said, f"unset {' '.join(word.partition('=')[0] for word in left)}")
@@ -386,7 +386,7 @@ def check_slurm() -> CheckResult:
     """Whether this is a cluster, and whether it answers."""
     if not shutil.which("sbatch"):
         return CheckResult("ok", "not here; only launch scripts for clusters need it")
-    job = os.environ.get("SLURM_JOB_ID")
+    job = LaunchEnv.current().slurm.job_id
     within = f"; this is within job {job}" if job else ""
     try:
         done = subprocess.run(

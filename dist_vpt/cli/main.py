@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dist_vpt import __version__
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import RecipeError, UserError
 
 RECIPE = ("recipe", "overrides", "words")  # lists of words that are, or may be, keys of the recipe
@@ -34,10 +35,10 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        rank = os.environ.get("RANK", "0")
-        if error.shared and rank != "0":
+        rank = LaunchEnv.current().rank
+        if error.shared and rank:
             return error.exit_code
-        print(f"{'' if rank == '0' else f'[process {rank}] '}error: {error}", file=sys.stderr, flush=True)
+        print(f"{f'[process {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:
@@ -257,7 +258,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or torch's profiler talks to the terminal
-    from dist_vpt.planning.planner import parse_memory, plan
+    from dist_vpt.planning.machines import parse_memory
+    from dist_vpt.planning.planner import plan
     from dist_vpt.recipe.loading import load_recipe, split_arguments
 
     if arguments.gpus < 1 or arguments.nodes < 1:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Never
 
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 
 NEWS_SECONDS = 30.0  # a process that still waits then says where, and for whom
@@ -17,15 +18,15 @@ NEWS_SECONDS = 30.0  # a process that still waits then says where, and for whom
 @contextmanager
 def rendezvous(minutes: float) -> Iterator[None]:
     """Processes that a launcher has started meet within. Raises UserError where they do not."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK")
-    if world == 1 or rank is None:
+    launch = LaunchEnv.current()
+    world, address, port = launch.world_size, launch.master_addr, launch.master_port
+    if world == 1 or not launch.launched:
         yield
         return
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address or not port:
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
         raise UserError(f"{missing} is not set, and {world} processes must meet; start them with `accelerate launch`")
-    where, who = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)", f"process {rank} of {world}"
+    where, who = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)", f"process {launch.rank} of {world}"
     try:
         socket.getaddrinfo(address, port)
     except OSError as error:

@@ -15,7 +15,6 @@ number.
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
 from dist_vpt.experiments.compress_fractions import is_done, make_fraction, parse_shares, remove_finished_states
@@ -57,7 +57,7 @@ def compress(  # noqa: PLR0917 (the options of the command)
     shares, console = parse_shares(keep), Console(highlight=False)
     if not 0 <= lasso < math.inf:
         raise UserError(f"--lasso {lasso}: must be a number from 0 on; the published one is 1e-4")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if LaunchEnv.current().world_size > 1:
         raise UserError("compress: works on one process; start it without accelerate launch")
     source, parts, method = open_source(run, adapters, overrides)
     folder = _output_folder(run, out)

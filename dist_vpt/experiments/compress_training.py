@@ -1,6 +1,5 @@
 """The three ways to train a fraction of a run's features, and the run folder that is written of it."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,12 +21,12 @@ from dist_vpt.experiments.fixed_features import (
     score,
     train_head,
 )
-from dist_vpt.files import write_atomically
-from dist_vpt.planning.planner import advice_on_memory
+from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.runs.adapters import collect, restore, write_adapters
-from dist_vpt.runs.provenance import device_name, versions
-from dist_vpt.runtime.peak_memory import peak_memory_mib
-from dist_vpt.training.trials import build_trial_group, fit_trials, score_trials
+from dist_vpt.runs.provenance import device_name
+from dist_vpt.runs.result import run_result, write_result
+from dist_vpt.training.build_trials import build_trial_group
+from dist_vpt.training.trials import fit_trials, score_trials
 
 Mode = Literal["compress", "featselect", "finetune"]
 
@@ -121,7 +120,9 @@ def finetune(  # noqa: PLR0917 (what a trial group is made of)
     """
     recipes = [fraction.recipe for fraction in fractions]
     with advice_on_memory(recipes[0], accelerator, trials=len(fractions)):
-        group = build_trial_group(recipes, accelerator, stop, state, show, starts, keeps_best=True)
+        group = build_trial_group(
+            recipes, accelerator, stop, state, show, starts, keeps_best=True, check_memory=check_memory
+        )
         try:
             fit_trials(group)
             pairs = list(zip(fractions, group.trials, strict=True))
@@ -153,10 +154,11 @@ def write_run(job: Fraction, trained: Trained, about: About) -> None:
     if trained.best_tensors:
         write_adapters(folder.best, trained.best_tensors, facts | {"epoch": trained.best["epoch"]})
     own = sum(t.numel() for t in trained.tensors.values() if t.is_floating_point())
-    result = {
-        "last": trained.last,
-        "best": trained.best or None,
-        "compression": {
+    result = run_result(
+        job.recipe,
+        last=trained.last,
+        best=trained.best,
+        compression={
             **job.made_of,
             "source": str(about.source.adapters),
             "keep": job.keep,
@@ -164,16 +166,12 @@ def write_run(job: Fraction, trained: Trained, about: About) -> None:
             "bytes": folder.adapters.stat().st_size,
             "uncompressed": about.uncompressed,
         },
-        "seconds": round(trained.seconds, 3),
-        "images_per_s": round(trained.images / max(trained.seconds, 1e-9), 2),
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-        "parameters": {"trained": own, "total": own + about.frozen},
-        "skipped_images": sorted(about.skipped),
-        "device": about.device,
-        "processes": 1,
-        "precision": job.recipe.runtime.precision,
-        "seed": job.recipe.seed,
-        "versions": versions(),
-    }
-    write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
+        seconds=trained.seconds,
+        images_per_s=trained.images / max(trained.seconds, 1e-9),
+        parameters={"trained": own, "total": own + about.frozen},
+        skipped=about.skipped,
+        device=about.device,
+        processes=1,
+    )
+    write_result(folder, result)
     folder.mark("done")

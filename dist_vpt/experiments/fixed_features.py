@@ -6,7 +6,6 @@ With fixed queries the features of all images are one fixed matrix for each spli
 evaluation shows the images (no augmentation, no dropout), and no head that is trained on it asks the backbone again.
 """
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -32,9 +30,10 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, restore
 from dist_vpt.runs.folder import GOES_ON
 from dist_vpt.runs.progress import Progress
-from dist_vpt.training.components import Components, build_reader, class_weights
+from dist_vpt.training.components import Components, build_reader
 from dist_vpt.training.metrics import Scores
-from dist_vpt.training.optim import build_optimizer, multiplier, set_lr
+from dist_vpt.training.optim import build_optimizer, set_lr
+from dist_vpt.training.step import DIVERGED_FIX, clip_gradients, image_losses, learning_rate, not_finite, weigh
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,13 @@ def fix_features(
     whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"grad_accum_steps": 1})})
     train = parts.training(whole, 0, 1)
     train.use(feeds[recipe.data.train_on])
-    labels_n = parts.splits[recipe.data.train_on].labels
     return Features(
         source=source,
         method=method,
         train=train,
         val=evaluation("val") if has_val else None,
         scored=evaluation(source.scored),
-        class_weights=class_weights(recipe.train.class_weights, labels_n, len(source.classes)).to(device),
+        class_weights=parts.class_weights(recipe, device),
         skipped={file for feed in feeds.values() for file in feed.skipped},
         stop=stop,
     )
@@ -150,7 +148,7 @@ def head_loss(  # noqa: PLR0917 (what the loss is made of)
     logits_BK: Tensor, labels_B: Tensor, weights_B: Tensor, smoothing: float, weight_KF: Tensor, lasso: float
 ) -> Tensor:
     """The engine's loss of a batch, its mean weighted by ``weights_B``, and the group lasso on top."""
-    losses_B = F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=smoothing)
+    losses_B = image_losses(logits_BK, labels_B, smoothing)
     loss = (losses_B * weights_B).sum() / weights_B.sum().clamp(min=1e-12)
     return loss + lasso * group_lasso(weight_KF) if lasso else loss
 
@@ -181,27 +179,23 @@ def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
     progress, best_tensors = Progress(), {}
     # Nothing leads from fixed features to the queries: they get no gradient, and the optimiser passes them over.
     optimizer = build_optimizer(recipe.optim, reader)
-    lr, steps = recipe.optim.peak_lr(recipe.train.batch_size), f.train.steps_per_epoch
     while progress.epoch < recipe.train.epochs and not progress.ended:
         for (fetched,) in f.train.epoch(progress.epoch):
-            number = progress.epoch * steps + progress.step
-            set_lr(optimizer, lr * multiplier(recipe.optim, number, steps, recipe.train.epochs))
+            step = progress.epoch * f.train.steps_per_epoch + progress.step
+            set_lr(optimizer, learning_rate(recipe, step, f.train.steps_per_epoch))
             batch = send_to_device(fetched, f.device)
-            labels_B, counts_B = batch["labels"], batch["weight"]
+            labels_B, weights_B = batch["labels"], weigh(batch, f.class_weights)
             logits_BK = reader.classify(batch["images"].pooled)
-            weights_B = f.class_weights[labels_B] * counts_B
             loss = head_loss(logits_BK, labels_B, weights_B, recipe.train.label_smoothing, head_weight(reader), lasso)
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(reader.head.parameters(), recipe.optim.clip_norm or math.inf)
-            if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-                raise RunFailed(
-                    f"compress: the loss is {loss.item()} and its gradient's norm {norm.item()} at step {number}; "
-                    "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
-                )
+            [norm] = clip_gradients([list(reader.head.parameters())], recipe.optim.clip_norm)
+            found = not_finite("loss", loss.item(), step) or not_finite("gradient norm", norm.item(), step)
+            if found:
+                raise RunFailed(f"compress: {found}; {DIVERGED_FIX}")
             optimizer.step()
             optimizer.zero_grad()
-            right = ((logits_BK.argmax(1) == labels_B) * counts_B).sum()
-            progress.count(loss.item(), right.item(), counts_B.sum().item())
+            correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
+            progress.count(loss.item(), correct.item(), batch["weight"].sum().item())
         _heed(f.stop)
         progress.end_epoch()
         due = progress.epoch == recipe.train.epochs or progress.epoch % recipe.train.eval_every == 0

@@ -1,7 +1,6 @@
 """One run, from a recipe to its result, on this process and those started beside it."""
 
 import json
-import os
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed.collectives import on_main_process, raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import phase
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
@@ -19,29 +19,32 @@ from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.runs.provenance import device_name, versions
-from dist_vpt.runtime.peak_memory import MIB, free_and_reset_peak, peak_memory_mib
+from dist_vpt.runs.provenance import device_name
+from dist_vpt.runs.result import run_result, write_result
+from dist_vpt.runtime.peak_memory import MIB, free_and_reset_peak
 from dist_vpt.training.accelerator import (
     capture_user_error,
     frozen_bytes,
     init_accelerator,
     prepare,
-    processes,
     strategy_name,
 )
 from dist_vpt.training.checkpointing import States
-from dist_vpt.training.components import Components, build_components, class_weights
+from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import TrainState, evaluate, fit
 from dist_vpt.training.logger import RunLogger
+from dist_vpt.training.metrics import Scores
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
-    """One run from a recipe to its result, on this process and those started beside it."""
+    """Do one run or resume it; returns the content of result.json."""
+
+    launch = LaunchEnv.current()
 
     def make() -> tuple[Components, TrainBatches]:
         parts = build_components(recipe)
-        train = parts.training(recipe, int(os.environ.get("RANK", "0")), processes())
-        parts.method.train()  # a method that cannot be trained from here says so before anything is written
+        train = parts.training(recipe, launch.rank, launch.world_size)
+        parts.method.train()  # a method that cannot be trained raises before anything is written
         return parts, train
 
     free_and_reset_peak()
@@ -52,7 +55,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         assert made is not None
         parts, train = made
         if acquire(folder, recipe, accelerator, leaving):
-            accelerator.print(f"{folder.path}: done already; its numbers are in {folder.result}")
+            accelerator.print(f"{folder.path}: done already; its scores are in {folder.result}")
             return read_json(folder.result)
         ranks = RankWatchdog(folder, accelerator.process_index, accelerator.num_processes, recipe.run.timeout_minutes)
         with ranks, advice_on_memory(recipe, accelerator):
@@ -88,7 +91,7 @@ def acquire(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, leaving
     return broadcast_object_list([done])[0]
 
 
-def _set_up(  # noqa: PLR0917 (what a Training is made of)
+def _set_up(  # noqa: PLR0917 (what a training is made of)
     recipe: Recipe,
     parts: Components,
     train: TrainBatches,
@@ -96,19 +99,15 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
     folder: RunFolder,
     stop: StopSignal,
 ) -> TrainState:
-
+    """The training, resumed where a state is saved, with its first lines in the log."""
     phase.at("the start", "setting up")
-    split = parts.splits[recipe.data.train_on]
-    weights = class_weights(recipe.train.class_weights, split.labels, len(parts.splits.classes))
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
     trained = sum(p.numel() for _, p in parts.method.trainable())
-    parts.start(recipe, accelerator.device)
+    parts.init_method(recipe, accelerator.device)
     model, optimizer = prepare(recipe, accelerator, parts.method)
     states = States(folder, accelerator)
     progress, resumed = states.resume(parts.method, optimizer)
-    val = None
-    if recipe.data.train_on == "train" and parts.splits.val:
-        val = parts.evaluation("val", accelerator.process_index, accelerator.num_processes)
+    val = parts.validation(recipe, accelerator.process_index, accelerator.num_processes)
     stream = parts.use_cached_stream(recipe, accelerator, train, val, stop)
     training = TrainState(
         recipe=recipe,
@@ -118,7 +117,7 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         optimizer=optimizer,
         train=train,
         val=val,
-        class_weights=weights.to(accelerator.device),
+        class_weights=parts.class_weights(recipe, accelerator.device),
         folder=folder,
         states=states,
         monitor=RunLogger(recipe, accelerator, folder),
@@ -127,97 +126,113 @@ def _set_up(  # noqa: PLR0917 (what a Training is made of)
         parameters={"trained": trained, "total": total},
         stop=stop,
     )
-    headline = [
-        f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
-        f"({100 * trained / total:.2f} %)",
-        f"{recipe.data.task}: {len(split):,} images of {len(parts.splits.classes)} classes "
-        f"at {parts.view.image_size} px; "
-        f"{recipe.train.epochs} epochs of {train.steps_per_epoch} steps of {recipe.train.batch_size} images",
-        f"{strategy_name(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
-        f"{recipe.runtime.precision}; "
-        f"run folder {folder.path}",
-        "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
-    ]
-    headline += [f"note: {note}" for note in (*recipe.doubts, *parts.splits.notes)]
-    then = f"run.resume=auto goes on {states.newest}"
     if parts.splits.carved:
 
         def write_splits() -> None:
             write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
 
-        on_main_process(accelerator, write_splits, "the splits", folder.path, then)
-    if stream:
-        headline.append(stream)
-    if parts.difference.left_out:
-        headline.append(f"left out of the weights' file: {parts.difference.told_left_out()}")
-    if parts.difference:
-        headline.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
-    headline += resumed
-    with raising_disk_full("the log", folder.path, then):
+        on_main_process(accelerator, write_splits, "the splits", folder.path, _then(training))
+    with raising_disk_full("the log", folder.path, _then(training)):
+        headline = [*_headline(training, parts, stream), *resumed]
         training.monitor.start(headline, progress, recipe.train.epochs * train.steps_per_epoch, training.step)
     return training
 
 
+def _then(t: TrainState) -> str:
+    """What to do once the disk has space."""
+    return f"{t.resume_with} resumes {t.newest_state}"
+
+
+def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
+    """What is about to be trained, line by line. ``stream``: where the frozen stream comes from."""
+    recipe, accelerator = t.recipe, t.accelerator
+    trained, total = t.parameters["trained"], t.parameters["total"]
+    lines = [
+        f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
+        f"({100 * trained / total:.2f} %)",
+        f"{recipe.data.task}: {len(parts.splits[recipe.data.train_on]):,} images of {len(parts.splits.classes)} "
+        f"classes at {parts.view.image_size} px; "
+        f"{recipe.train.epochs} epochs of {t.train.steps_per_epoch} steps of {recipe.train.batch_size} images",
+        f"{strategy_name(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
+        f"{recipe.runtime.precision}; run folder {t.path}",
+        "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
+        *(f"note: {note}" for note in (*recipe.doubts, *parts.splits.notes)),
+    ]
+    if stream:
+        lines.append(stream)
+    if parts.difference.left_out:
+        lines.append(f"left out of the weights' file: {parts.difference.left_out_summary()}")
+    if parts.difference:
+        lines.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
+    return lines
+
+
 def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
-
     phase.at("the end", "writing the result")
-    progress, classes = t.progress, parts.splits.classes
-    images_per_s = t.monitor.images_per_s(progress)
+    images_per_s = t.monitor.images_per_s(t.progress)
     held, whole = frozen_bytes(t.method)  # between steps
-    tensors, skipped = collect(t.method), set(progress.skipped) | t.skipped()
-
-    then = f"run.resume=auto goes on {t.states.newest}"
+    tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped()
 
     def write_tensors() -> None:
         t.states.write_best()
-        write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": progress.last["epoch"]})
+        write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": t.progress.last["epoch"]})
 
-    on_main_process(t.accelerator, write_tensors, "the results", t.folder.path, then)
-    last, best, scores = dict(progress.last), dict(progress.best) or None, None
-    if t.recipe.train.test:
-        test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
-        scores = evaluate(t.accelerator, t.model, test, len(classes), confusion=True, stop=t.stop)
-        last["test"] = scores.compute()
-        t.monitor.scores(last["epoch"], t.step, "test", last["test"])
-        if best and best["epoch"] == last["epoch"]:
-            best["test"] = last["test"]
-        elif best:
-            restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
-            best["test"] = evaluate(t.accelerator, t.model, test, len(classes), stop=t.stop).compute()
-        skipped |= set(gather_object(sorted(test.skipped)))
-        test.close()
-    result = {
-        "last": last,
-        "best": best,
-        "seconds": round(progress.seconds, 3),
-        "images_per_s": round(images_per_s, 2),
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-        "frozen_weights_mib": {"held": round(held / MIB, 2), "whole": round(whole / MIB, 2)},
-        "parameters": t.parameters,
-        "skipped_images": sorted(skipped),
-        "device": device_name(t.accelerator.device),
-        "processes": t.accelerator.num_processes,
-        "strategy": strategy_name(t.accelerator),
-        "precision": t.recipe.runtime.precision,
-        "runtime": t.method.backbone.chosen,
-        "seed": t.recipe.seed,
-        "protocol": parts.protocol(),
-        "versions": versions(),
-    }
+    on_main_process(t.accelerator, write_tensors, "the results", t.path, _then(t))
+    last, best, scores = _score_test(t, parts, skipped)
+    result = run_result(
+        t.recipe,
+        last=last,
+        best=best,
+        seconds=t.seconds,
+        images_per_s=images_per_s,
+        frozen_weights_mib={"held": round(held / MIB, 2), "whole": round(whole / MIB, 2)},
+        parameters=t.parameters,
+        skipped=skipped,
+        device=device_name(t.accelerator.device),
+        processes=t.accelerator.num_processes,
+        strategy=strategy_name(t.accelerator),
+        runtime=t.method.backbone.chosen,
+        protocol=parts.protocol(),
+    )
 
-    def write_result() -> None:
+    def finish() -> None:
         t.monitor.flush()
-        write_atomically(t.folder.result, json.dumps(result, indent=1) + "\n")
+        write_result(t.folder, result)
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
 
-    on_main_process(t.accelerator, write_result, "the results", t.folder.path, then)
+    on_main_process(t.accelerator, finish, "the results", t.path, _then(t))
     if scores is not None:  # last: a picture that cannot be drawn must not cost a finished run its result
-        confusion_KK = scores.confusion().cpu().numpy()
+        confusion_KK, classes = scores.confusion().cpu().numpy(), parts.splits.classes
         t.monitor.pictures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
     t.accelerator.wait_for_everyone()
     return result
+
+
+def _score_test(
+    t: TrainState, parts: Components, skipped: set[str]
+) -> tuple[dict[str, Any], dict[str, Any] | None, Scores | None]:
+    """The last and the best epoch, with test scores if the recipe wants them, and those of the last one in whole.
+
+    Files that cannot be read are added to ``skipped``.
+    """
+    last, best = dict(t.progress.last), dict(t.progress.best) or None
+    if not t.recipe.train.test:
+        return last, best, None
+    classes = len(parts.splits.classes)
+    test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
+    scores = evaluate(t.accelerator, t.model, test, classes, confusion=True, stop=t.stop)
+    last["test"] = scores.compute()
+    t.monitor.scores(last["epoch"], t.step, "test", last["test"])
+    if best and best["epoch"] == last["epoch"]:
+        best["test"] = last["test"]
+    elif best:
+        restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
+        best["test"] = evaluate(t.accelerator, t.model, test, classes, stop=t.stop).compute()
+    skipped |= set(gather_object(sorted(test.skipped)))
+    test.close()
+    return last, best, scores
 
 
 def _summary(result: dict[str, Any], t: TrainState) -> str:

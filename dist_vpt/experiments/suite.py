@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.experiments.suite_plan import Experiment, check_roots, record_plan, with_storage
 from dist_vpt.runs.folder import GOES_ON
@@ -43,7 +44,7 @@ def suite(
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    folder, launched = Path(out), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    folder, launched = Path(out), LaunchEnv.current().world_size > 1
     check_roots(experiments)
     experiments = [with_storage(experiment) for experiment in experiments]
     record_plan(folder, experiments)
@@ -59,8 +60,6 @@ def suite(
     else:
         count = 1 if launched or WORKER_VARIABLE in os.environ else workers or len(_visible_devices()) or 1
     if launched:  # each process of a launch is a worker
-        from dist_vpt.experiments.sweep import detach_from_launcher
-
         detach_from_launcher()
     if count > 1:
         _start_workers(count, [*arguments, *([] if index is None else ["--index", str(index)])])

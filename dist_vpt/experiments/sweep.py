@@ -11,7 +11,6 @@ results into the sweep's folder) or the batches (``sweep.parallelize=batch``).
 """
 
 import math
-import os
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from dist_vpt.data.splits import Splits
+from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.distributed.rank_status import read_rank_status
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
@@ -34,15 +34,12 @@ from dist_vpt.runs.folder import GOES_ON, RunFolder
 from dist_vpt.training.accelerator import capture_user_error, init_accelerator
 from dist_vpt.training.components import build_components
 
-# Which process of a launch this is: a process that trains trials alone must not know. LOCAL_WORLD_SIZE stays, since the
-# processes of a machine share its memory.
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
 
 def sweep(recipe: Recipe) -> dict[str, Any]:
     """Run or resume a sweep; returns the content of sweep.json on the first process, {} on the others."""
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    launch = LaunchEnv.current()
+    rank, world = launch.rank, launch.world_size
     if recipe.sweep.parallelize == "trials":
         detach_from_launcher()
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
@@ -94,17 +91,6 @@ def check_splits(splits: Splits) -> None:
     """Raises DataError where a split that a sweep needs is missing: before the training, not after hours of it."""
     for name in ("val", "trainval", "test"):
         splits[name]
-
-
-def detach_from_launcher() -> None:
-    """Let this process train alone, on the device that its launcher assigned to it."""
-    if "LOCAL_RANK" in os.environ and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["LOCAL_RANK"]
-    elif "LOCAL_RANK" in os.environ:
-        visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ["LOCAL_RANK"]) % len(visible)]
-    for name in [*LAUNCHER_VARIABLES, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
-        os.environ.pop(name, None)
 
 
 def _refuse_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:

@@ -18,17 +18,19 @@ from dist_vpt.errors import Diverged, Interrupted, RunFolderError
 from dist_vpt.experiments.run import run
 from dist_vpt.experiments.sweep_grid import SweepJob, group_jobs, read_outcome
 from dist_vpt.files import raising_disk_full, write_atomically
-from dist_vpt.planning.planner import advice_on_memory
+from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences, identity_keys
 from dist_vpt.recipe.loading import load_recipe_from
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, write_adapters
 from dist_vpt.runs.folder import GOES_ON, RunFolder
-from dist_vpt.runs.provenance import device_name, versions
-from dist_vpt.runtime.peak_memory import peak_memory_mib
+from dist_vpt.runs.provenance import device_name
+from dist_vpt.runs.result import run_result, write_result
 from dist_vpt.training.accelerator import make_accelerator, strategy_name
+from dist_vpt.training.build_trials import PER_TRIAL_KEYS, build_trial_group
 from dist_vpt.training.components import Components
-from dist_vpt.training.trials import PER_TRIAL_KEYS, Trial, build_trial_group, fit_trials, score_trials
+from dist_vpt.training.trial_state import Trial
+from dist_vpt.training.trials import fit_trials, score_trials
 
 POLL_SECONDS = 0.5
 
@@ -108,7 +110,7 @@ class Worker:
         recipes = [job.recipe for job in jobs]
         self.show(f"{len(jobs)} trials in one pass: {jobs[0].label} to {jobs[-1].label}")
         with advice_on_memory(recipes[0], self.accelerator, trials=len(jobs)):
-            group = build_trial_group(recipes, self.accelerator, self.stop, state, self.show)
+            group = build_trial_group(recipes, self.accelerator, self.stop, state, self.show, check_memory=check_memory)
             try:
                 fit_trials(group)
                 scored = [t for t in group.trials if not t.diverged] if recipes[0].train.test else []
@@ -194,27 +196,24 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
     folder.path.mkdir(parents=True, exist_ok=True)
     facts = {"recipe": job.recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)}
     write_adapters(folder.adapters, tensors, {**facts, "epoch": trial.progress.last["epoch"]})
-    result = {
-        "last": trial.progress.last,
-        "best": trial.progress.best or None,
-        "seconds": round(seconds, 3),
-        "images_per_s": round(trial.progress.images / seconds, 2) if seconds else 0.0,
-        "peak_memory_mib": round(peak_memory_mib(), 1),
-        "parameters": {
-            "trained": sum(p.numel() for _, p in trial.reader.trainable()),
+    result = run_result(
+        job.recipe,
+        last=trial.progress.last,
+        best=trial.progress.best,
+        seconds=seconds,
+        images_per_s=trial.progress.images / seconds if seconds else 0.0,
+        parameters={
+            "trained": sum(p.numel() for p in trial.trained),
             "total": sum(p.numel() for p in trial.reader.parameters()),
         },
-        "skipped_images": list(skipped),
-        "device": device_name(accelerator.device),
-        "processes": accelerator.num_processes,
-        "strategy": strategy_name(accelerator),
-        "precision": job.recipe.runtime.precision,
-        "runtime": trial.reader.backbone.chosen,
-        "seed": job.recipe.seed,
-        "protocol": parts.protocol(),
-        "versions": versions(),
-    }
-    write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
+        skipped=skipped,
+        device=device_name(accelerator.device),
+        processes=accelerator.num_processes,
+        strategy=strategy_name(accelerator),
+        runtime=trial.reader.backbone.chosen,
+        protocol=parts.protocol(),
+    )
+    write_result(folder, result)
     if parts.splits.carved:
         write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
     write_atomically(folder.recipe, job.recipe.to_yaml())

@@ -1,6 +1,5 @@
 """Where the frozen stream of a run's splits is kept: live, on the accelerator, in memory or in files."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -19,6 +18,7 @@ from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, UserError
 from dist_vpt.frozen_stream.cache import CachedBatches, fill, nbytes
@@ -158,7 +158,7 @@ def choose(
 
 def _budgets(recipe: StreamConfig, device: torch.device, *, sharded: bool) -> dict[Location, tuple[float, str]]:
     """Location -> bytes that may be used there, and its name in messages; the fastest first."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = LaunchEnv.current().local_world_size or 1
     free: dict[Location, tuple[float, str]] = {}
     if device.type == "cuda":
         free["device"] = (torch.cuda.mem_get_info(device)[0] * BUDGET, "on the accelerator")

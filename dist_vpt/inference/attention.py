@@ -122,7 +122,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
         pixels_13SS = opened.show(file).unsqueeze(0).to(opened.device)
         found = attend(opened.method, pixels_13SS)
         if isinstance(opened.method, VPT):  # whose patches may be of a frame, too
-            pixels_13SS = opened.method.framed(pixels_13SS).detach()
+            pixels_13SS = opened.method.prompted_images(pixels_13SS).detach()
         image_SS3 = pixels_13SS[0].cpu().permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
         for name, figure in _figures(found, image_SS3, block, head):
             path = folder / f"{called}-{name}{which}.png"

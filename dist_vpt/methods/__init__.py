@@ -1,4 +1,4 @@
-"""Methods: what is trained. A new one is a file beside this one, its recipe, and a row in this table."""
+"""Methods: what is trained. A new one is a file in this folder, its settings, and a row in this table."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
     from dist_vpt.methods.base import Method
 
-# Name -> module:class; imported when asked for, so that a recipe is read without torch.
+# Name -> module:class, imported lazily, so that a recipe is read without torch.
 METHODS = {
     "vpt": "dist_vpt.methods.vpt:VPT",
     "vqt": "dist_vpt.methods.vqt:VQT",
@@ -27,17 +27,22 @@ METHODS = {
     "adaptformer": "dist_vpt.methods.adaptformer:AdaptFormer",
     "ssf": "dist_vpt.methods.ssf:SSF",
 }
+VPT_PIXELS = {  # location of the prompts -> the kind of VPT
+    "prepend-pixel": "dist_vpt.methods.vpt_pixels:PatchVPT",
+    "pad": "dist_vpt.methods.vpt_pixels:FrameVPT",
+    "below": "dist_vpt.methods.vpt_pixels:ChannelVPT",
+}
 
 
 def attach(recipe: MethodConfig, backbone: "Backbone", classes: int, compute: "torch.dtype | None" = None) -> "Method":
     """Attach the method that the recipe names to a float32 backbone, to be computed in ``compute`` (None: float32).
 
-    What is trained stays float32; frozen weights are held in ``compute`` from here on. Raises UserError for a method
-    that cannot work on this backbone.
+    Trained tensors stay float32; frozen weights are held in ``compute`` from here on. Raises UserError for a method
+    that does not support this backbone.
     """
     import torch
 
-    module, name = METHODS[recipe.name].split(":")
+    module, name = VPT_PIXELS.get(getattr(recipe, "location", ""), METHODS[recipe.name]).split(":")
     method = getattr(import_module(module), name)
     method.check_backbone(backbone)
     return method(recipe, backbone, classes, compute or torch.float32)

@@ -74,12 +74,12 @@ class Method(nn.Module):
         return torch.autocast(device.type, self.compute, enabled=enabled, cache_enabled=False)
 
     @property
-    def starts_on_images(self) -> bool:
-        """Whether training begins with a look at training images (``start``)."""
+    def inits_from_images(self) -> bool:
+        """Whether trained tensors are initialized from training images (``init_from_images``)."""
         return False
 
-    def start(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
-        """Set the trained tensors from what the backbone makes of images."""
+    def init_from_images(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
+        """Initialize the trained tensors from what the backbone computes for images."""
         raise NotImplementedError
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:

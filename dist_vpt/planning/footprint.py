@@ -14,19 +14,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_vpt.backbones.build import Preprocessing, preprocessing_of
-from dist_vpt.data.loaders import PIXELS
+from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.training.components import build_method, build_transform
 from dist_vpt.training.optim import build_optimizer
+from dist_vpt.training.step import clip_gradients, image_losses, snapshot, squared_norms
 
 FLOAT32 = 4  # bytes
 # Of launch/accelerate/*.json, in numbers: gradients that are reduced at once, weights that ZeRO-3 holds gathered.
@@ -177,14 +177,12 @@ class _Step:
         for micro in range(min(2, self.recipe.train.grad_accum_steps)):  # more hold no more
             last = micro == min(2, self.recipe.train.grad_accum_steps) - 1
             loss = self._losses(self._shown(self.images), self.images).sum()
-            before = [p.detach().float().clone() for p in trained] if last else []
+            before = snapshot(trained) if last else []
             loss.backward()
-        nn.utils.clip_grad_norm_(trained, self.recipe.optim.clip_norm or float("inf"))
+        clip_gradients([trained], self.recipe.optim.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        after = [p.detach().float().clone() for p in trained]
-        for one, other in zip(after, before, strict=True):
-            ((one - other) ** 2).sum()
+        squared_norms(before, snapshot(trained))
         for hook in hooks:
             hook.remove()
 
@@ -200,8 +198,7 @@ class _Step:
 
     def _losses(self, shown: Tensor, images: int) -> Tensor:
         labels_B = torch.zeros(images, dtype=torch.long)
-        smoothing = self.recipe.train.label_smoothing
-        return F.cross_entropy(self.method(shown), labels_B, reduction="none", label_smoothing=smoothing)
+        return image_losses(self.method(shown), labels_B, self.recipe.train.label_smoothing)
 
 
 class _Alive(TorchDispatchMode):

@@ -250,7 +250,7 @@ class Recipe(Section):
                 "set backbone.drop_path=0"
             )
         if self.method.reader:
-            for name, unused in (("checkpointing", "none"), ("offload", False)):
+            for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
                 if (value := getattr(self.runtime, name)) != unused:
                     yield (
                         f"runtime.{name} = {value}: {method} keeps nothing of the backbone for backward; leave it out"

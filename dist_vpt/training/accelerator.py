@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch import nn
+from torch import distributed, nn
 
+from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
@@ -19,14 +21,8 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
 
-SET_BY_RECIPE = (
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "amp",
-    "torch_autocast",
-)  # what the recipe says, not DeepSpeed's file
+# Set by the recipe, so a DeepSpeed configuration must not have them.
+SET_BY_RECIPE = ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast")
 NOT_ON_CPU = (
     "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto (without a GPU that is "
     "the CPU), or start with launch/accelerate/ddp.yaml"
@@ -35,11 +31,12 @@ NOT_ON_CPU = (
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """An Accelerator for this process, its DeepSpeed configuration filled in from the recipe."""
+    launch = LaunchEnv.current()
     cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
     if recipe.runtime.precision == "fp16" and cpu:
         raise UserError("runtime.precision = fp16: needs a GPU (gradients are scaled there); use bf16 or fp32 on a CPU")
     # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
-    backend = "gloo" if cpu and "RANK" in os.environ else None
+    backend = "gloo" if cpu and launch.launched else None
     with rendezvous(recipe.run.timeout_minutes):
         accelerator = Accelerator(
             cpu=recipe.runtime.device == "cpu",
@@ -58,15 +55,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         )
     if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
         raise UserError("run.trackers: wandb is not installed; pip install 'dist-vpt[wandb]', or leave it out")
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
+    if accelerator.num_processes != launch.world_size:
         raise UserError(
-            f"{started} processes were started, but Accelerate sees {accelerator.num_processes}; "
+            f"{launch.world_size} processes were started, but Accelerate sees {accelerator.num_processes}; "
             "start them with `accelerate launch` (launch/accelerate/ has a file for each strategy)"
         )
     if accelerator.state.deepspeed_plugin is not None:
         _fill_deepspeed(accelerator, recipe)
-    elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    elif launch.deepspeed:
         raise UserError(NOT_ON_CPU)
     if cpu and strategy_name(accelerator) != "zero3":
         keep_freed_memory()
@@ -86,25 +82,28 @@ def strategy_name(accelerator: Accelerator) -> str:
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
-    """The method wrapped for the strategy, and an optimiser over what it trains."""
-    frozen = {name: p for name, p in method.named_parameters() if not p.requires_grad}
-    # Every process reads the same frozen weights from the same file: they need not even be broadcast once. Buffers are
-    # constants, and with none left to DDP it broadcasts none before a step either.
+    """The method wrapped for the strategy, and an optimizer over its trainable parameters."""
+    frozen = {name: parameter for name, parameter in method.named_parameters() if not parameter.requires_grad}
+    # Every process reads the same frozen weights from the same file, so they need no broadcast at all. Buffers are
+    # constants; with none left to DDP, it broadcasts none before a step either.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         method, [*frozen, *(name for name, _ in method.named_buffers())]
     )
     for parameter in frozen.values():
-        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed's mark of what it must not broadcast
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # tells DeepSpeed not to broadcast it
     model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
     if strategy_name(accelerator) == "zero3" and accelerator.device.type == "cpu":
-        give_back_freed_memory()  # from here on a process holds its part of the weights
+        give_back_freed_memory()  # from here on a process holds its shard of the weights
     return model, optimizer
 
 
 def unsupported_reason(recipe: Recipe, name: str) -> str:
-    """Why a recipe cannot have a strategy, with the fix, or "". ``name`` may be that of a file in launch/accelerate."""
+    """Why a recipe cannot run under a strategy, with the fix, or "".
+
+    ``name`` may be that of a file in launch/accelerate.
+    """
     runtime, zero, zero3 = recipe.runtime, name.startswith("zero"), name.startswith("zero3")
     reasons = {
         NOT_ON_CPU: zero and runtime.device == "cpu",
@@ -114,10 +113,8 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)": zero3
         and recipe.method.reads_blocks,
         f"runtime.activation_checkpointing = {runtime.activation_checkpointing}: ZeRO-3 gathers weights at other "
-        "moments in "
-        "backward than in forward, and torch's selective checkpointing takes that for other arithmetic; use mlp, "
-        "block or "
-        "every-N, or start with launch/accelerate/ddp.yaml": zero3
+        "moments in backward than in forward, and torch's selective checkpointing takes that for other arithmetic; "
+        "use mlp, block or every-N, or start with launch/accelerate/ddp.yaml": zero3
         and runtime.activation_checkpointing.startswith("budget"),
         "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
         "follow; use compile=false, or start with launch/accelerate/ddp.yaml": zero3 and runtime.compile,
@@ -126,28 +123,28 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
 
 
 def frozen_bytes(method: Method) -> tuple[int, int]:
-    """Bytes of frozen weights that this process holds now (under ZeRO-3 shards, and what is gathered), and of all."""
-    held = whole = 0
+    """Bytes of frozen weights that this process holds now (under ZeRO-3 shards and gathered weights), and of all."""
+    held = total = 0
     for parameter in method.parameters():
         if not parameter.requires_grad:
             shard = getattr(parameter, "ds_tensor", None)
             held += parameter.nbytes + (0 if shard is None else shard.nbytes)
-            whole += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-    return held, whole
+            total += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+    return held, total
 
 
 def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Put the recipe's numbers into DeepSpeed's configuration; refuse what contradicts the recipe."""
+    """Fill DeepSpeed's configuration in from the recipe. Raises UserError for an entry that contradicts it."""
     if reason := unsupported_reason(recipe, strategy_name(accelerator)):
-        refused = UserError(reason)
-        refused.shared = True  # the recipe is the same everywhere
-        raise refused
+        error = UserError(reason)
+        error.shared = True  # the recipe is the same on every process
+        raise error
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     for key in SET_BY_RECIPE:
-        said = config.get(key)
-        if said and not (isinstance(said, dict) and said.get("enabled") in (False, "auto")):
+        value = config.get(key)
+        if value and not (isinstance(value, dict) and value.get("enabled") in (False, "auto")):
             raise UserError(
-                f"DeepSpeed configuration: {key} = {said}: the recipe says that (optim, runtime.precision); remove it"
+                f"DeepSpeed configuration: {key} = {value}: is set by the recipe (optim, runtime.precision); remove it"
             )
     micro = recipe.train.batch_size // (accelerator.num_processes * recipe.train.grad_accum_steps)
     config["train_micro_batch_size_per_gpu"] = micro
@@ -156,46 +153,33 @@ def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
     # "auto" would become 1.0, and Accelerate's own clipping does nothing under DeepSpeed.
     config["gradient_clipping"] = recipe.optim.clip_norm or 0.0
     config["zero_allow_untested_optimizer"] = True
-    config["zero_force_ds_cpu_optimizer"] = False  # its own Adam has other numerics than the recipe's optimiser
+    config["zero_force_ds_cpu_optimizer"] = False  # its own Adam has other numerics than the recipe's optimizer
     config.setdefault("steps_per_print", 10**9)
 
 
 Made = TypeVar("Made")
 
 
-def processes() -> int:
-    """How many the launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def capture_user_error(make: "Callable[[], Made]") -> "tuple[Made | None, UserError | None]":
-    """What this process makes by itself, or, where others are there to agree with, the mistake that it meets."""
-    from dist_vpt.errors import UserError
-
+def capture_user_error(make: Callable[[], Made]) -> tuple[Made | None, UserError | None]:
+    """What ``make`` returns; with several processes a UserError is returned too, for ``init_accelerator`` to raise."""
     try:
         return make(), None
     except UserError as error:
-        if processes() == 1:
+        if LaunchEnv.current().world_size == 1:
             raise
         return None, error
 
 
-def init_accelerator(recipe: "Recipe", refused: "UserError | None", leaving: ExitStack) -> "Accelerator":
-    """The Accelerator of all processes, or the mistake that one or several of them have met, told once."""
-    from torch import distributed
-
-    from dist_vpt.distributed.collectives import raise_on_any_rank
-    from dist_vpt.errors import UserError
-    from dist_vpt.training.accelerator import make_accelerator
-
-    within = distributed.is_initialized()  # a sweep, whose processes stay together for its next run
+def init_accelerator(recipe: Recipe, error: UserError | None, leaving: ExitStack) -> Accelerator:
+    """The Accelerator of all processes. Raises, on all of them, the first ``error`` that one has captured before."""
+    within = distributed.is_initialized()  # a sweep keeps its process group for its next run
     try:
         accelerator = make_accelerator(recipe)
         if not within:
             leaving.callback(accelerator.end_training)
-        raise_on_any_rank(accelerator, refused)
-    except (UserError, RuntimeError) as error:  # of a collective call that another process does not come to
-        if refused is None or (isinstance(error, UserError) and error.shared):
+        raise_on_any_rank(accelerator, error)
+    except (UserError, RuntimeError) as failure:  # such as a collective call that another process never joins
+        if error is None or (isinstance(failure, UserError) and failure.shared):
             raise
-        raise refused from error
+        raise error from failure
     return accelerator

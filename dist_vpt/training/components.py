@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
@@ -94,17 +94,26 @@ class Components:
         feeding = self.feeding(rank, world) | ({"cache": "none"} if split == "test" else {})
         return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **feeding)
 
-    def start(self, recipe: Recipe, device: torch.device) -> None:
-        """Let a method that starts on images see the first ones of the split that is trained on.
+    def validation(self, recipe: Recipe, rank: int, world: int) -> EvalBatches | None:
+        """Batches of val, unless there is none or it is trained on."""
+        return self.evaluation("val", rank, world) if recipe.data.train_on == "train" and self.splits.val else None
 
-        Every process sees the same, so that all start alike.
+    def class_weights(self, recipe: Recipe, device: torch.device) -> Tensor:
+        """Weight of each class in the loss, [K], from the split that the recipe trains on."""
+        labels = self.splits[recipe.data.train_on].labels
+        return class_weights(recipe.train.class_weights, labels, len(self.splits.classes)).to(device)
+
+    def init_method(self, recipe: Recipe, device: torch.device) -> None:
+        """Show a method that is initialized from images the first ones of the split that is trained on.
+
+        Every process shows it the same ones, so that all start alike.
         """
-        if not self.method.starts_on_images:
+        if not self.method.inits_from_images:
             return
         method, feeding = self.method.to(device), self.feeding(rank=0, world=1) | {"cache": "none"}
         batches = EvalBatches(self.splits[recipe.data.train_on], self.view, self.eval_batch_size, **feeding)
         few = islice(batches, math.ceil(START_IMAGES / self.eval_batch_size))
-        method.start((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
+        method.init_from_images((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
         batches.close()
 
     def use_cached_stream(

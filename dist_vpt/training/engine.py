@@ -1,26 +1,23 @@
 """The engine: one training step, fit, evaluate. It knows no method and no task by name.
 
-B images of a micro-batch, S image side, K classes, W processes.
+B images of a micro-batch, K classes.
 
-A global batch of ``train.batch_size`` images is split over W processes x ``train.grad_accum_steps`` micro-batches.
-Losses are summed and divided by the weight of the global batch, so that a step is the same whatever W and the
-micro-batches.
+A global batch of ``train.batch_size`` images is split over the processes x ``train.grad_accum_steps`` micro-batches.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor, nn
 
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_all_ranks, raise_on_any_rank, stop_all_ranks
+from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.rank_status import phase
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Diverged, Interrupted, RunFailed
@@ -32,14 +29,63 @@ from dist_vpt.runs.progress import Progress
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
-from dist_vpt.training.optim import multiplier, set_lr
+from dist_vpt.training.optim import set_lr
+from dist_vpt.training.step import (
+    DIVERGED_FIX,
+    clip_gradients,
+    fold_in,
+    image_losses,
+    learning_rate,
+    not_finite,
+    snapshot,
+    squared_norms,
+    weigh_global_batch,
+)
 
-MAY_FAIL = 3  # saved states in a row: a disk may be full for a while
+MAX_FAILED_SAVES = 3  # in a row: a disk may be full for a while
+
+
+class Loop(Protocol):
+    """A training under way, as ``fit`` sees it: one run (TrainState), or trials that train together (TrialGroup)."""
+
+    seconds: float  # of training so far
+    failed_saves: int  # in a row
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def accelerator(self) -> Accelerator: ...
+    @property
+    def train(self) -> TrainBatches: ...
+    @property
+    def stop(self) -> StopSignal: ...
+    @property
+    def epoch(self) -> int: ...  # the current one
+    @property
+    def epoch_step(self) -> int: ...  # steps done in it
+    @property
+    def step(self) -> int: ...  # steps done since the start
+    @property
+    def ended(self) -> bool: ...  # before the last epoch: by early stopping, or since every trial has diverged
+    @property
+    def path(self) -> Path: ...  # named in messages
+    @property
+    def resume_with(self) -> str: ...  # what the user does to resume
+    @property
+    def newest_state(self) -> str: ...  # where a resumed training would start
+
+    def start_epoch(self) -> None: ...
+    def take_step(self, fetched: list[Batch] | DataError) -> None: ...
+    def log_step(self) -> None: ...
+    def end_epoch(self) -> None: ...  # raises Interrupted, with the epoch not ended, for a stop while val is scored
+    def save_is_due(self) -> bool: ...  # at the end of an epoch
+    def write_state(self) -> str | None: ...  # why it failed, if it did; a collective call
+    def warn(self, text: str) -> None: ...
 
 
 @dataclass
 class TrainState:
-    """Everything one run works with; made by train.py."""
+    """Everything one run works with."""
 
     recipe: Recipe
     accelerator: Accelerator
@@ -56,11 +102,80 @@ class TrainState:
     progress: Progress
     parameters: dict[str, int]  # trained, total
     stop: StopSignal
+    failed_saves: int = 0
+    latest: "Step | None" = None  # what the latest step reported
+
+    resume_with = "run.resume=auto"
+
+    @property
+    def epoch(self) -> int:
+        return self.progress.epoch
+
+    @property
+    def epoch_step(self) -> int:
+        return self.progress.step
 
     @property
     def step(self) -> int:
-        """Optimiser steps done since the start of the run."""
         return self.progress.epoch * self.train.steps_per_epoch + self.progress.step
+
+    @property
+    def seconds(self) -> float:
+        return self.progress.seconds
+
+    @seconds.setter
+    def seconds(self, value: float) -> None:
+        self.progress.seconds = value
+
+    @property
+    def ended(self) -> bool:
+        return self.progress.ended
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def newest_state(self) -> str:
+        return self.states.newest
+
+    def start_epoch(self) -> None:
+        self.model.train()
+
+    def take_step(self, fetched: list[Batch] | DataError) -> None:
+        """One optimizer step, with norms where the step will be logged."""
+        self.latest = train_step(self, fetched, norms=(self.step + 1) % self.recipe.run.log_every == 0)
+        self.progress.count(self.latest.loss, self.latest.correct, self.latest.images)
+
+    def log_step(self) -> None:
+        assert self.latest is not None
+        logged = self.step % self.recipe.run.log_every == 0
+        self.monitor.step(self.step, self.latest, self.progress, logged=logged)
+
+    def end_epoch(self) -> None:
+        """Metrics, best epoch and early stopping at the end of an epoch."""
+        recipe, progress, epoch = self.recipe, self.progress, self.progress.epoch + 1  # counted from 1
+        is_scored, scores = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
+        if self.val is not None and is_scored:
+            scores = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop).compute()
+        self.monitor.scores(epoch, self.step, "train", progress.end_epoch())
+        if scores is not None:
+            self.monitor.scores(epoch, self.step, "val", scores)
+            if progress.scored(scores, recipe.train.early_stop):
+                tensors = collect(self.method)
+                if self.accelerator.is_main_process:
+                    self.states.keep_best(tensors, self.facts | {"epoch": epoch})
+
+    def save_is_due(self) -> bool:
+        every = self.recipe.run.save_every
+        return not every or self.step % every == 0
+
+    def write_state(self) -> str | None:
+        self.progress.skipped = sorted(set(self.progress.skipped) | self.skipped())
+        return self.states.save(self.method, self.optimizer, self.progress, self.step, self.monitor.flush)
+
+    def warn(self, text: str) -> None:
+        self.monitor.line(text)
 
     def skipped(self) -> set[str]:
         """Files that any process could not read so far. A collective call."""
@@ -68,7 +183,7 @@ class TrainState:
         return set(gather_object(sorted(found)))
 
     def close(self) -> None:
-        """End the workers that load images, the bar and the trackers."""
+        """Stop the workers that load images, the progress bar and the trackers."""
         self.train.close()
         if self.val is not None:
             self.val.close()
@@ -77,43 +192,37 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step tells."""
+    """What one optimizer step reports."""
 
-    loss: float  # mean over the global batch, weighted as the recipe says
+    loss: float  # weighted mean over the global batch
     correct: float  # images
     images: float
     lr: float
-    gradient_norm: float | None  # before clipping; None where DeepSpeed does not tell
+    gradient_norm: float | None  # before clipping; None where DeepSpeed does not report it
     parameter_norm: float | None  # of the trained tensors; like update_norm known at logged steps alone
     update_norm: float | None
 
 
 def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) -> Step:
-    """One optimiser step on this process's micro-batches of one global batch. A collective call."""
-    accelerator, recipe = t.accelerator, t.recipe
-    lr = recipe.optim.peak_lr(recipe.train.batch_size)
-    lr *= multiplier(recipe.optim, t.step, t.train.steps_per_epoch, recipe.train.epochs)
+    """One optimizer step on this process's micro-batches of one global batch. A collective call."""
+    accelerator, train = t.accelerator, t.recipe.train
+    lr = learning_rate(t.recipe, t.step, t.train.steps_per_epoch)
     set_lr(t.optimizer, lr)
-    batches = [] if isinstance(fetched, DataError) else [_to(batch, accelerator.device) for batch in fetched]
-    weights = [t.class_weights[batch["labels"]] * batch["weight"] for batch in batches]
-    weight = global_weight(accelerator, t.stop, weights, fetched)
+    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
     phase.at(f"step {t.step}", "training", limited=True)
-    scale = accelerator.num_processes * recipe.train.grad_accum_steps / weight
+    scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
-    for micro, (batch, weights_B) in enumerate(zip(batches, weights, strict=True)):
-        torch.manual_seed(fold_in(recipe.seed, t.step, accelerator.process_index, micro))  # dropout: no state to save
+    for micro, (batch, weights_B) in enumerate(micro_batches):
+        torch.manual_seed(fold_in(t.recipe.seed, t.step, accelerator.process_index, micro))  # of dropout
         with accelerator.accumulate(t.model):
             logits_BK, labels_B = t.model(batch["images"]), batch["labels"]
-            losses_B = F.cross_entropy(
-                logits_BK, labels_B, reduction="none", label_smoothing=recipe.train.label_smoothing
-            )
-            loss = (losses_B * weights_B).sum()
-            right = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
-            seen = all_reduce_sum(accelerator, loss.detach(), right, batch["weight"].sum())
-            _check_finite("loss", seen[0], t)  # before backward: DeepSpeed's backward also steps
-            sums = [a + b for a, b in zip(sums, seen, strict=True)]
+            loss = (image_losses(logits_BK, labels_B, train.label_smoothing) * weights_B).sum()
+            correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
+            summed = all_reduce_sum(accelerator, loss.detach(), correct, batch["weight"].sum())
+            _check_finite("loss", summed[0], t)  # before backward: DeepSpeed's backward also steps
+            sums = [a + b for a, b in zip(sums, summed, strict=True)]
             if norms and accelerator.sync_gradients:
-                before = _trained_shards(t.method)
+                before = snapshot(_trained(t))
             accelerator.backward(loss * scale)
             if accelerator.sync_gradients:
                 gradient_norm = _clip(t)
@@ -123,38 +232,57 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     return Step(sums[0] / weight, sums[1], sums[2], lr, gradient_norm, parameter_norm, update_norm)
 
 
-def fit(t: TrainState) -> None:
-    """Train from ``t.progress`` to the end, evaluating and saving as the recipe says.
+def fit(t: Loop) -> None:
+    """Train to the end, evaluating and saving as the recipe says.
 
-    Raises Diverged for a loss that is not finite and Interrupted, with the state saved, after SIGTERM or SIGUSR1.
+    Raises Diverged where a run's loss is not finite, RunFailed where the disk stays full, and Interrupted, with the
+    state saved, after SIGTERM or SIGUSR1.
     """
-    recipe, progress, began = t.recipe, t.progress, time.monotonic() - t.progress.seconds
-    while progress.epoch < recipe.train.epochs and not progress.ended:
-        t.model.train()
-        batches = t.train.epoch(progress.epoch, progress.step)
-        while progress.step < t.train.steps_per_epoch:
+    started, every = time.monotonic() - t.seconds, t.recipe.run.save_every
+    while not _finished(t):
+        t.start_epoch()
+        batches = t.train.epoch(t.epoch, t.epoch_step)
+        while t.epoch_step < t.train.steps_per_epoch and not t.ended:
             phase.at(f"step {t.step}", "reading images")
-            logged = (t.step + 1) % recipe.run.log_every == 0
-            step = train_step(t, next_or_error(batches), norms=logged)
-            progress.count(step.loss, step.correct, step.images)
-            progress.seconds = time.monotonic() - began
-            t.monitor.step(t.step, step, progress, logged=logged)
-            within = progress.step < t.train.steps_per_epoch
+            t.take_step(next_or_error(batches))
+            t.seconds = time.monotonic() - started
+            t.log_step()
             if t.stop.agreed:
-                stop_all_ranks(t.accelerator, f"{t.folder.path}: stopped at step {t.step} {_save(t)}")
-            if within and recipe.run.save_every and t.step % recipe.run.save_every == 0:
-                _save(t)
+                stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step} {save(t)}")
+            if every and t.step % every == 0 and t.epoch_step < t.train.steps_per_epoch:
+                save(t)
         try:
-            _end_epoch(t)
-        except Interrupted:  # as of the epoch's last step: a resumed run scores val
-            progress.seconds = time.monotonic() - began
-            stop_all_ranks(
-                t.accelerator, f"{t.folder.path}: stopped at step {t.step}, while val was scored, {_save(t)}"
-            )
-        progress.seconds = time.monotonic() - began
-        over = progress.ended or progress.epoch == recipe.train.epochs
-        if over or not recipe.run.save_every or t.step % recipe.run.save_every == 0:
-            _save(t)
+            t.end_epoch()
+        except Interrupted:  # saved as of the epoch's last step: a resumed run scores val
+            t.seconds = time.monotonic() - started
+            stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step}, while val was scored, {save(t)}")
+        t.seconds = time.monotonic() - started
+        if _finished(t) or t.save_is_due():
+            save(t)
+
+
+def save(t: Loop) -> str:
+    """Save the state, or warn that it failed; returns what that means for a training that stops. A collective call.
+
+    Raises RunFailed after MAX_FAILED_SAVES failures in a row.
+    """
+    phase.at(f"step {t.step}", "saving the state")
+    failed = t.write_state()
+    t.failed_saves = t.failed_saves + 1 if failed else 0
+    if failed is None:
+        return f"with its state saved; {t.resume_with} resumes it"
+    t.warn(
+        f"warning: the state of step {t.step} could not be saved ({failed}); training continues, and would resume "
+        f"{t.newest_state}; free space for {t.path}"
+    )
+    if t.failed_saves == MAX_FAILED_SAVES:
+        error = RunFailed(
+            f"{t.path}: {MAX_FAILED_SAVES} states in a row could not be saved, that of step {t.step} because of "
+            f"{failed}; free space there, then {t.resume_with} resumes {t.newest_state}"
+        )
+        error.shared = True
+        raise error
+    return f"but its state could not be saved ({failed}); {t.resume_with} resumes {t.newest_state}"
 
 
 @torch.no_grad()
@@ -168,7 +296,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
 ) -> Scores:
     """Score a split, every example once over all processes. A collective call.
 
-    Raises a process's DataError on all of them, and Interrupted where ``stop`` was asked.
+    Raises a process's DataError on all of them, and Interrupted after a stop request to ``stop``.
     """
     model.eval()
     scores = Scores(classes, accelerator.device, confusion=confusion)
@@ -176,128 +304,56 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     for number in range(len(batches)):
         phase.at(f"batch {number} of a split to score", "reading images")
         fetched = next_or_error(unread)
-        error = fetched if isinstance(fetched, DataError) else None
-        raise_on_any_rank(accelerator, error, stop)
+        raise_on_any_rank(accelerator, fetched if isinstance(fetched, DataError) else None, stop)
         if stop is not None and stop.agreed:
-            told = "stopped while scoring a split; run.resume=auto goes on from the newest saved state"
-            stop_all_ranks(accelerator, told)
-        assert not isinstance(fetched, DataError)
-        batch = _to(fetched, accelerator.device)
+            stop_all_ranks(accelerator, "stopped while scoring a split; run.resume=auto resumes from the newest state")
+        batch = send_to_device(fetched, accelerator.device, non_blocking=True)
         scores.update(model(batch["images"]), batch["labels"], batch["weight"], batch["index"])
     return scores
 
 
 def next_or_error(batches: Iterator[Any]) -> Any:
-    """The next batch, or as a value the error that all processes are to be told of."""
+    """The next batch, or as a value the error that all processes are to raise."""
     try:
         return next(batches)
     except DataError as error:
         return error
 
 
-def global_weight(
-    accelerator: Accelerator, stop: StopSignal, weights: list[Tensor], fetched: list[Batch] | DataError
-) -> float:
-    """The loss weight of the global batch; here all processes also learn of errors and of a stop that was asked."""
-    local = torch.stack([w.sum() for w in weights]).sum() if weights else 0.0
-    weight, failed, stopped = all_reduce_sum(accelerator, local, isinstance(fetched, DataError), stop.asked)
-    if failed:
-        raise_on_all_ranks(accelerator, fetched if isinstance(fetched, DataError) else None)
-    stop.agreed = stopped > 0
-    return max(weight, 1e-12)  # a batch of skipped images alone has none, and its loss is 0
+def _finished(t: Loop) -> bool:
+    return t.ended or t.epoch >= t.recipe.train.epochs
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    return send_to_device(batch, device, non_blocking=True)
-
-
-def fold_in(*numbers: int) -> int:
-    """A seed from several numbers (64-bit FNV-1a): neighbours in any of them give unrelated seeds."""
-    folded = 0xCBF29CE484222325
-    for number in numbers:
-        for byte in number.to_bytes(8, "little"):
-            folded = ((folded ^ byte) * 0x100000001B3) % 2**64
-    return folded % 2**63
+def _trained(t: TrainState) -> list[nn.Parameter]:
+    return [parameter for _, parameter in t.method.trainable()]
 
 
 def _check_finite(name: str, value: float, t: TrainState) -> None:
-    if not math.isfinite(value):
-        failed = Diverged(
-            f"{t.folder.path}: the {name} is {value} at step {t.step} (epoch {t.progress.epoch}), before the optimiser "
-            "step; lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
-        )
-        failed.shared = True  # of the global batch, so that all processes see it
-        raise failed
+    if found := not_finite(name, value, t.step):
+        error = Diverged(f"{t.path}: {found} (epoch {t.epoch}), before the optimizer step; {DIVERGED_FIX}")
+        error.shared = True  # of the global batch, so that all processes see it
+        raise error
 
 
 def _clip(t: TrainState) -> float | None:
     """Clip and return the gradient norm; DeepSpeed has clipped by its own configuration."""
-    parameters = [p for _, p in t.method.trainable()]
-    norm = t.accelerator.clip_grad_norm_(parameters, t.recipe.optim.clip_norm or math.inf)
-    if norm is None:
-        return None
-    if t.accelerator.scaler is None:  # with a scaler an overflow is met by a skipped step and a smaller scale
+    accelerator, clip_norm = t.accelerator, t.recipe.optim.clip_norm
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = accelerator.clip_grad_norm_(_trained(t), clip_norm)
+        if norm is None:
+            return None
+    else:
+        accelerator.unscale_gradients()
+        [norm] = clip_gradients([_trained(t)], clip_norm)
+    if accelerator.scaler is None:  # a scaler answers an overflow by a skipped step and a smaller scale
         _check_finite("gradient norm", float(norm), t)
     return float(norm)
 
 
-def _trained_shards(method: Method) -> list[Tensor]:
-    """Copies of what this process holds of the trained tensors (under ZeRO-3, its shards)."""
-    return [getattr(p, "ds_tensor", p).detach().float().clone() for _, p in method.trainable()]
-
-
 def _norms(t: TrainState, before: list[Tensor]) -> tuple[float, float]:
     """L2 norms of the trained tensors and of their last update. A collective call under ZeRO-3."""
-    after = _trained_shards(t.method)
-    squares = torch.stack(
-        [
-            torch.stack([(a**2).sum() for a in after]).sum(),
-            torch.stack([((a - b) ** 2).sum() for a, b in zip(after, before, strict=True)]).sum(),
-        ]
-    ).to(t.accelerator.device)
-    if any(hasattr(p, "ds_tensor") for _, p in t.method.trainable()):
+    squares = squared_norms(before, snapshot(_trained(t))).to(t.accelerator.device)
+    if any(hasattr(parameter, "ds_tensor") for parameter in _trained(t)):
         squares = t.accelerator.reduce(squares, "sum")
-    parameter, update = squares.sqrt().tolist()
-    return parameter, update
-
-
-def _end_epoch(t: TrainState) -> None:
-    """Metrics, best epoch and early stopping at the end of an epoch.
-
-    Raises Interrupted, with the epoch not ended, where a stop was asked while val is scored.
-    """
-    recipe, progress, epoch = t.recipe, t.progress, t.progress.epoch + 1  # as people count
-    scored, scores = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
-    if t.val is not None and scored:
-        scores = evaluate(t.accelerator, t.model, t.val, len(t.class_weights), stop=t.stop).compute()
-    t.monitor.scores(epoch, t.step, "train", progress.end_epoch())
-    if scores is not None:
-        t.monitor.scores(epoch, t.step, "val", scores)
-        if progress.scored(scores, recipe.train.early_stop):
-            tensors = collect(t.method)
-            if t.accelerator.is_main_process:
-                t.states.keep_best(tensors, t.facts | {"epoch": epoch})
-
-
-def _save(t: TrainState) -> str:
-    """Save the state, or warn that it failed; what that means for a run that stops here. A collective call.
-
-    Raises RunFailed after MAY_FAIL failures in a row.
-    """
-    phase.at(f"step {t.step}", "saving the state")
-    t.progress.skipped = sorted(set(t.progress.skipped) | t.skipped())
-    failed = t.states.save(t.method, t.optimizer, t.progress, t.step, t.monitor.flush)
-    if failed is None:
-        return "with its state saved; run.resume=auto goes on"
-    t.monitor.line(
-        f"warning: the state of step {t.step} could not be saved ({failed}); training goes on, and would be resumed "
-        f"{t.states.newest}; free space in {t.folder.state}"
-    )
-    if t.states.failures == MAY_FAIL:
-        stays_full = RunFailed(
-            f"{t.folder.path}: {MAY_FAIL} states in a row could not be saved, that of step {t.step} because of "
-            f"{failed}; free space there, then run.resume=auto goes on {t.states.newest}"
-        )
-        stays_full.shared = True
-        raise stays_full
-    return f"but its state could not be saved ({failed}); run.resume=auto goes on {t.states.newest}"
+    parameter_norm, update_norm = squares.sqrt().tolist()
+    return parameter_norm, update_norm

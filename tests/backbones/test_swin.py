@@ -320,7 +320,7 @@ def test_stochastic_depth_drops_a_branch_for_prompts_and_patches_alike(images: T
 def test_prompts_of_a_stage_may_start_like_its_tokens(images: Tensor) -> None:
     method = make({"name": "vpt", "prompts": 20000, "init": "tokens"})
     before = [prompts_PD.clone() for prompts_PD in method.sets]
-    method.start([images[:2], images[2:]], seed=5)
+    method.init_from_images([images[:2], images[2:]], seed=5)
     tokens_BND = method.backbone.embed(images)
     for block, prompts_PD, first_PD in zip(method.backbone.blocks, method.sets, before, strict=True):
         drawn_PD, values_XD = (prompts_PD - first_PD).detach(), tokens_BND.flatten(0, 1)

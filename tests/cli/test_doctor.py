@@ -20,6 +20,7 @@ import torch
 from dist_vpt.cli import doctor
 from dist_vpt.cli.doctor import CheckResult
 from dist_vpt.cli.main import main
+from dist_vpt.distributed.launch_env import LEFTOVERS
 
 Patch = pytest.MonkeyPatch
 Usage = namedtuple("Usage", "total used free")
@@ -28,7 +29,7 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: Patch) -> None:
-    for name in (*doctor.LAUNCHED, "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "CXX"):
+    for name in (*LEFTOVERS, "CUDA_VISIBLE_DEVICES", "SLURM_JOB_ID", "CXX"):
         monkeypatch.delenv(name, raising=False)
 
 

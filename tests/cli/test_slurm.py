@@ -17,6 +17,8 @@ import pytest
 
 from dist_vpt.cli import slurm_node as node
 from dist_vpt.cli.main import main
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.launcher import node_exit_code
 from dist_vpt.experiments.suite_plan import plan_experiments
 from dist_vpt.runs.results import FILE, Result, append, read
 from tests.cli import slurm_cluster
@@ -210,7 +212,7 @@ def test_fewer_gpus_than_asked_for(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(LAUNCH / "slurm_multi_node.sbatch", *words(tmp_path / "run"), options=options)
     ended = cluster.wait(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-    assert "slurm: n1: 2 GPUs were asked for and torch sees 0; leave this node out" in cluster.log(job)
+    assert "slurm: n1: 2 GPUs were requested and torch sees 0; exclude this node" in cluster.log(job)
     assert not (tmp_path / "run").exists()
 
 
@@ -329,7 +331,7 @@ def test_attempts_are_counted_and_bounded(variables: dict[str, str], code: int, 
             {"MASTER_ADDR": "no.such.host.invalid"},
             "n1: the first node's name no.such.host.invalid cannot be",
         ),
-        (["seed=1"], {"MASTER_PORT": "seventy"}, "n1: port seventy cannot be had"),
+        (["seed=1"], {"MASTER_PORT": "seventy"}, "n1: port seventy cannot be used"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -370,27 +372,30 @@ def test_every_node_is_checked_and_an_element_has_its_sweep(tmp_path: Path) -> N
 
 
 def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, alone: Path) -> None:
+    def check(*argv: str, **more: str) -> int:
+        return node.check(argv, LaunchEnv.parse(variables | more))
+
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        told = {"SLURMD_NODENAME": "n2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        assert node.check(["seed=1"], told | {"SLURM_NODEID": "1"}) == 0  # the first node's port alone matters
-        assert node.check(["seed=1"], told | {"SLURM_GPUS_ON_NODE": "1000"}) == 2
+        variables = {"SLURMD_NODENAME": "n2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        assert check("seed=1", SLURM_NODEID="1") == 0  # the first node's port alone matters
+        assert check("seed=1", SLURM_GPUS_ON_NODE="1000") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert re.match(rf"slurm: n2: port {port} cannot be had \(.*in use\); give a free one: MASTER_PORT=", lines[0])
-    assert re.match(r"slurm: n2: 1000 GPUs were asked for and torch sees \d+; leave this node out", lines[1])
-    assert node.check(words(alone, *OPTIONS, "run.resume=auto"), told) == node.NOTHING_LEFT
+    assert re.match(rf"slurm: n2: port {port} cannot be used \(.*in use\); choose a free one: MASTER_PORT=", lines[0])
+    assert re.match(r"slurm: n2: 1000 GPUs were requested and torch sees \d+; exclude this node", lines[1])
+    assert check(*words(alone, *OPTIONS, "run.resume=auto")) == node.ALREADY_DONE
     lost = shutil.copytree(alone, tmp_path / "lost")
     (lost / "result.json").unlink()
-    assert node.check(words(lost, *OPTIONS, "run.resume=auto"), told) == 2  # done, and its result is gone
+    assert check(*words(lost, *OPTIONS, "run.resume=auto")) == 2  # done, and its result is gone
     assert f"slurm: n2: {lost}/result.json: cannot be read (No such file" in capsys.readouterr().err
-    assert node.check(words(alone, *OPTIONS, "seed=9"), told) == 0  # that is told by train, which compares
+    assert check(*words(alone, *OPTIONS, "seed=9")) == 0  # train compares recipes, and reports this
 
 
 @pytest.mark.parametrize(
-    ("codes", "told"),
+    ("codes", "expected"),
     [
         ({0: 75, 1: 75}, 235),
         ({0: 2}, 162),
@@ -403,8 +408,8 @@ def test_checks_of_a_node(capsys: pytest.CaptureFixture[str], tmp_path: Path, al
         ({0: 130}, 130),
     ],
 )
-def test_exit_code_of_a_node(codes: dict[int, int], told: int) -> None:
-    assert node._code(codes) == told
+def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
+    assert node_exit_code(codes) == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL])

@@ -125,7 +125,7 @@ def test_batch_larger_than_the_split():
 
 @pytest.mark.parametrize(
     ("batch_size", "says"),
-    [(13, "take 12 or 18"), (5, "take 6"), (0, "take 6"), (-6, "take 6"), (100, "take 96 or 102")],
+    [(13, "use 12 or 18"), (5, "use 6"), (0, "use 6"), (-6, "use 6"), (100, "use 96 or 102")],
 )
 def test_batch_size_must_divide(batch_size, says):
     rule = f"batch_size {batch_size}: must be a multiple of 6 = 2 processes x 3 accumulated micro-batches; {says}"
@@ -276,10 +276,10 @@ class Memory:
     available: int  # bytes
 
 
-@pytest.mark.parametrize(("view", "pixels"), [(PLAIN, 8 * 8), (AUGMENTED, 18 * 27)])
-def test_cache_that_does_not_fit(monkeypatch, view, pixels):
+@pytest.mark.parametrize(("transform", "pixels"), [(PLAIN, 8 * 8), (AUGMENTED, 18 * 27)])
+def test_cache_that_does_not_fit(monkeypatch, transform, pixels):
     def first_step():
-        return next(TrainBatches(make_split(), view, batch_size=2, world=2, cache="memory").epoch(0))
+        return next(TrainBatches(make_split(), transform, batch_size=2, world=2, cache="memory").epoch(0))
 
     needed = 2 * N * pixels * 3  # on two processes
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

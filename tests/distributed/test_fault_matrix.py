@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from dist_vpt.runs import state
 from dist_vpt.runs.adapters import read_adapters
 from dist_vpt.training import checkpointing, engine
 from tests.forks import Forks, command
@@ -139,10 +140,10 @@ def armed(session: Session) -> Callable[[int], None]:
             return train_step(t, *args, **kwargs)
 
         engine.train_step = step
-        checkpointing.save_file = struck(checkpointing.save_file, "tensors")
-        checkpointing.write_atomically = struck(checkpointing.write_atomically, "marker")
-        checkpointing.os = Struck(os, replace=struck(os.replace, "rename"))
-        checkpointing.shutil = Struck(shutil, rmtree=struck(shutil.rmtree, "prune"))
+        state.save_file = struck(state.save_file, "tensors")
+        state.write_atomically = struck(state.write_atomically, "marker")
+        state.os = Struck(os, replace=struck(os.replace, "rename"))
+        state.shutil = Struck(shutil, rmtree=struck(shutil.rmtree, "prune"))
         if rank == 1:
             checkpointing.broadcast_object_list = struck(checkpointing.broadcast_object_list, "waiting")
 

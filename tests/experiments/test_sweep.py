@@ -23,8 +23,8 @@ from dist_vpt.experiments.sweep_grid import SweepJob, choose, grid_jobs
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs import state
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.training import checkpointing
 from dist_vpt.training import trials as trials_module
 from tests.forks import ROOT, Forks
 from tests.forks import command as forked
@@ -215,7 +215,7 @@ def test_a_pass_that_is_ended_in_its_middle_goes_on(number: signal.Signals, tmp_
         trials_module.SAVE_SECONDS = -1.0  # a state an epoch
 
         def struck(p: trials_module.TrialGroup, fetched: Any) -> None:
-            if (p.epoch, p.step) == (2, 4):
+            if (p.epoch, p.epoch_step) == (2, 4):
                 os.kill(os.getpid(), number)
             step(p, fetched)
 
@@ -384,14 +384,14 @@ def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.Monkey
     """Nothing is told of a trial whose states could not be saved, and the same command trains it."""
     options = ["train.batch_size=250", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
     recipe = load_recipe([], words(tmp_path, "sweep.seeds=[1]", "optim.name=sgd", *options))
-    save = checkpointing.save_file
+    save = state.save_file
 
     def full(tensors: Any, path: Path) -> None:
         if "001" in str(path):
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(checkpointing, "save_file", full)
+    monkeypatch.setattr(state, "save_file", full)
     with pytest.raises(RunFailed, match="001: 3 states in a row could not be saved"):
         sweep_module.sweep(recipe)
     assert [p.name for p in (tmp_path / "trials").glob("*.json")] == ["000.json"]
@@ -434,7 +434,7 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(RunFailed, match=r"all seeds of the chosen setting diverged .*loss on test was nan"):
         sweep_module.sweep(load_recipe([], words(tmp_path, *READER, "train.epochs=1", "sweep.seeds=[42]")))
     first, *others = (read_json(tmp_path / "trials" / f"{n:03d}.json") for n in range(6))
-    assert first["diverged"].startswith("the loss on val was nan")
+    assert first["diverged"].startswith("the loss on val is nan")
     assert all(other["diverged"] is None for other in others)
 
 
@@ -479,7 +479,7 @@ def test_a_reader_s_sweep_that_cannot_fit_is_refused(
     def too_much(recipe: Recipe, accelerator: Any, classes: int) -> str:
         raise UserError(f"{recipe.method.name} with {classes} classes needs more")
 
-    monkeypatch.setattr(trials_module, "check_memory", too_much)
+    monkeypatch.setattr(sweep_worker, "check_memory", too_much)
     assert main(command(tmp_path, *READER)) == 2
     assert "linear with 10 classes needs more" in capsys.readouterr().err
 

@@ -22,9 +22,9 @@ from accelerate import Accelerator
 
 from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import PADDING
+from dist_vpt.distributed.launch_env import detach_from_launcher
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RecipeError, UserError
-from dist_vpt.experiments.sweep import detach_from_launcher
 from dist_vpt.frozen_stream import cache as stream_cache
 from dist_vpt.frozen_stream import disk as stream_disk
 from dist_vpt.frozen_stream import placement

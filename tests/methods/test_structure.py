@@ -290,7 +290,7 @@ def test_prompts_may_start_like_tokens(start: str, deep: bool, images: torch.Ten
         block.register_forward_pre_hook(lambda _, tokens: inputs.append(tokens[0]))
     method.backbone(images)
     seen = [tokens[:, :1] if start == "class_token" else tokens for tokens in inputs]
-    method.start([images[:2], images[2:]], seed=5)
+    method.init_from_images([images[:2], images[2:]], seed=5)
     assert len(method.prompts) == (3 if deep else 1)
     for prompts, before, tokens in zip(method.prompts, random.prompts, seen, strict=False):
         drawn, values = (prompts - before).detach(), tokens.flatten(0, 1)
@@ -298,7 +298,7 @@ def test_prompts_may_start_like_tokens(start: str, deep: bool, images: torch.Ten
         assert torch.allclose(drawn.mean(0), values.mean(0), atol=0.05 * float(values.std()))
         assert torch.allclose(drawn.std(0), deviation, atol=0.05 * float(values.std()))
     again = make(many | {"init": start})
-    again.start([images], seed=5)
+    again.init_from_images([images], seed=5)
     assert torch.allclose(again.prompts, method.prompts, atol=1e-5)
 
 

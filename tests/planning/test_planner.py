@@ -14,32 +14,19 @@ from accelerate import Accelerator
 
 from dist_vpt.cli.main import main
 from dist_vpt.errors import RunFailed, UserError
+from dist_vpt.planning import choices as choices_module
 from dist_vpt.planning import planner as plan_module
+from dist_vpt.planning.choices import POLICIES, as_counted, choices, fits, micro_batch, policies, recommendation
 from dist_vpt.planning.footprint import LIVE_WEIGHTS, REDUCE_BUCKET, MemoryEstimate, footprint
-from dist_vpt.planning.planner import (
-    CONTEXT,
-    GIB,
-    MIB,
-    POLICIES,
-    RESULTS,
-    ROOM,
-    Machines,
-    as_counted,
-    check_memory,
-    choices,
-    fits,
-    known_speeds,
-    micro_batch,
-    parse_memory,
-    policies,
-    recommendation,
-)
+from dist_vpt.planning.machines import CONTEXT, FRAGMENTATION, GIB, MIB, Machines, parse_memory
+from dist_vpt.planning.measure import RESULTS, known_speeds
+from dist_vpt.planning.planner import check_memory
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from tests.forks import Forks, command
 from tests.running import ROOT, train, words
 
-# Methods, policies, kernels, optimisers and precisions that differ; one process, some with accumulated micro-batches.
+# Methods, policies, kernels, optimizers and precisions that differ; one process, some with accumulated micro-batches.
 RECIPES: dict[str, list[str]] = {
     "vpt": ["method.prompts=20"],
     "vpt checkpointed": [
@@ -67,32 +54,32 @@ if find_spec("torchao") is not None:
 COUNT = """
 import json, sys
 from dataclasses import asdict
-from dist_vpt.planning import planner
+from dist_vpt.planning import measure
 from dist_vpt.planning.footprint import footprint
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.recipe.loading import load_recipe
 import torch
 
-told, waiting, whole = {}, [], planner.make_training
+counted, waiting, whole = {}, [], measure.make_training
 
 def put_away(tensor):
     array = tensor.detach().numpy().copy(order="K")
     waiting.append(array.nbytes)
     return lambda: torch.from_numpy(array).clone()
 
-def make_training(recipe, wants, classes):
+def make_training(recipe, preprocessing, classes):
     kept = recipe.runtime.model_copy(update={"offload": False})
-    training = whole(recipe.model_copy(update={"runtime": kept}), wants, classes)
+    training = whole(recipe.model_copy(update={"runtime": kept}), preprocessing, classes)
     if recipe.runtime.offload:
         apply_offload(training.method.backbone, put_away)
     return training
 
-planner.make_training = make_training
+measure.make_training = make_training
 for name, options in json.loads(sys.argv[1]).items():
     recipe = load_recipe([], options)
-    told[name] = [asdict(footprint(recipe, 10)), planner.measured_bytes(recipe, 10), sum(waiting) // 2]  # of two steps
+    counted[name] = [asdict(footprint(recipe, 10)), measure.measured_bytes(recipe, 10), sum(waiting) // 2]  # two steps
     waiting.clear()
-print(json.dumps(told))
+print(json.dumps(counted))
 """
 
 
@@ -109,8 +96,8 @@ def counted() -> dict[str, tuple[MemoryEstimate, int, int]]:
         [sys.executable, "-c", COUNT, json.dumps(asked)], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    return {name: (MemoryEstimate(**of), held, waiting) for name, (of, held, waiting) in told.items()}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: (MemoryEstimate(**of), held, waiting) for name, (of, held, waiting) in found.items()}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -186,12 +173,13 @@ def by_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
         step, scoring = int((1 + each * images) * GIB), int(0.01 * recipe.train.eval_batch_size * GIB)
         return MemoryEstimate(GIB, 0, 0, 0, step, step, scoring, parameters=1, trained_parameters=0)
 
+    monkeypatch.setattr(choices_module, "footprint", footprint)
     monkeypatch.setattr(plan_module, "footprint", footprint)
 
 
-def room(gib: float) -> int:
+def memory_for(gib: float) -> int:
     """Memory of a device in which so many GiB fit."""
-    return int(gib * GIB * (1 + ROOM) + CONTEXT) + 1
+    return int(gib * GIB * (1 + FRAGMENTATION) + CONTEXT) + 1
 
 
 @pytest.mark.usefixtures("by_the_image")
@@ -206,7 +194,7 @@ def room(gib: float) -> int:
     ],
 )
 def test_what_is_recommended(gib: float, advice: str | None) -> None:
-    some, machines = recipe("train.eval_batch_size=50"), Machines(room(gib))
+    some, machines = recipe("train.eval_batch_size=50"), Machines(memory_for(gib))
     found = [c for c in choices(some, 10, machines) if c.policy in ("none", "block")]
     if advice is None:
         with pytest.raises(RunFailed, match=r"nothing fits: 1.7 GiB each \(614 MiB for the GPU's .* take 1.00 GiB in"):
@@ -218,7 +206,7 @@ def test_what_is_recommended(gib: float, advice: str | None) -> None:
 @pytest.mark.usefixtures("by_the_image")
 def test_the_largest_batch_fits_and_one_more_image_does_not() -> None:
     some = recipe()
-    for choice in choices(some, 10, Machines(room(5))):
+    for choice in choices(some, 10, Machines(memory_for(5))):
         each = 0.02 if choice.policy == "block" else 0.1
         if choice.policy in ("none", "block"):
             assert 2 + each * choice.largest <= 5 < 2 + each * (choice.largest + 1) + 1e-6
@@ -226,7 +214,7 @@ def test_the_largest_batch_fits_and_one_more_image_does_not() -> None:
 
 @pytest.mark.usefixtures("by_the_image")
 def test_scoring_that_does_not_fit_is_made_smaller() -> None:
-    some, machines = recipe("train.eval_batch_size=500"), Machines(room(4))
+    some, machines = recipe("train.eval_batch_size=500"), Machines(memory_for(4))
     assert "train.eval_batch_size=300" in recommendation(some, 10, choices(some, 10, machines), machines)
 
 
@@ -238,18 +226,19 @@ def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.Mo
             raise UserError("a single block")
         return MemoryEstimate(GIB, 0, 0, 0, images * MIB, images * MIB, recipe.train.eval_batch_size, 1, 0)
 
+    monkeypatch.setattr(choices_module, "footprint", footprint)
     monkeypatch.setattr(plan_module, "footprint", footprint)
-    rows = {choice.policy for choice in choices(recipe(), 10, Machines(room(4)))}
+    rows = {choice.policy for choice in choices(recipe(), 10, Machines(memory_for(4)))}
     assert rows == {"none", "mlp", "budget-0.5", "block", "none + offload", "block + offload"}
     with pytest.raises(UserError, match="a single block"):
-        choices(recipe("runtime.activation_checkpointing=every-2"), 10, Machines(room(4)))
+        choices(recipe("runtime.activation_checkpointing=every-2"), 10, Machines(memory_for(4)))
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_largest_batch_by_footprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the optimiser's copies of the weights are higher than the activations of few images, too."""
-    monkeypatch.setattr(plan_module, "POLICIES", (("none", False),))
-    file, machines, memory = tmp_path / "told.json", Machines(100 * MIB, gpus=False), 2**20
+    """Where the optimizer's copies of the weights are higher than the activations of few images, too."""
+    monkeypatch.setattr(choices_module, "POLICIES", (("none", False),))
+    file, machines, memory = tmp_path / "counted.json", Machines(100 * MIB, gpus=False), 2**20
     full = [recipe("method.name=full", "train.eval_batch_size=2", f"train.batch_size={n}") for n in (2, 32)]
     partial = recipe("method.name=partial", "train.eval_batch_size=2", "train.batch_size=2")
 
@@ -257,26 +246,26 @@ def test_the_largest_batch_by_footprints(tmp_path: Path, monkeypatch: pytest.Mon
         return footprint(of, 10, images).on("ddp", 1).peak
 
     def count(rank: int) -> None:
-        told: dict[str, Any] = {"largest": [choices(each, 10, machines)[0].largest for each in (*full, partial)]}
-        told["peaks"] = [peak(full[0], told["largest"][0] + more) for more in (0, 1)]
-        tight = Machines(int((peak(full[0], 1) - memory) * (1 + ROOM)), gpus=False)
-        told["tight"] = [(c.largest, c.fits) for c in choices(full[1], 10, tight)]
-        half = Machines(int(peak(full[1], 16) * (1 + ROOM)) + 1, gpus=False)
-        said = recommendation(full[1], 10, choices(full[1], 10, half), half).removeprefix("recommended: ").split()
-        changed = recipe("method.name=full", "train.eval_batch_size=2", "train.batch_size=32", *said)
-        told["half"] = [said, fits(changed, 10, "ddp", half)]
-        file.write_text(json.dumps(told))
+        found: dict[str, Any] = {"largest": [choices(each, 10, machines)[0].largest for each in (*full, partial)]}
+        found["peaks"] = [peak(full[0], found["largest"][0] + more) for more in (0, 1)]
+        tight = Machines(int((peak(full[0], 1) - memory) * (1 + FRAGMENTATION)), gpus=False)
+        found["tight"] = [(c.largest, c.fits) for c in choices(full[1], 10, tight)]
+        half = Machines(int(peak(full[1], 16) * (1 + FRAGMENTATION)) + 1, gpus=False)
+        overrides = recommendation(full[1], 10, choices(full[1], 10, half), half).removeprefix("recommended: ").split()
+        changed = recipe("method.name=full", "train.eval_batch_size=2", "train.batch_size=32", *overrides)
+        found["half"] = [overrides, fits(changed, 10, "ddp", half)]
+        file.write_text(json.dumps(found))
 
-    forks = Forks(1, count, tmp_path / "told.txt")
+    forks = Forks(1, count, tmp_path / "output.txt")
     assert forks.finish() == [0], forks.output
-    told = json.loads(file.read_text())
-    assert told["largest"][0] == told["largest"][1]  # whatever the recipe's own batch
-    assert told["largest"][2] > told["largest"][0]
-    assert told["peaks"][0] <= machines.room < told["peaks"][1]
-    assert told["tight"] == [[0, False]]  # no batch is small enough for the weights' own copies
+    found = json.loads(file.read_text())
+    assert found["largest"][0] == found["largest"][1]  # whatever the recipe's own batch
+    assert found["largest"][2] > found["largest"][0]
+    assert found["peaks"][0] <= machines.budget < found["peaks"][1]
+    assert found["tight"] == [[0, False]]  # no batch is small enough for the weights' own copies
     # Two micro-batches of 16 hold gradients between them, which one of 16 alone does not.
-    assert told["half"][1]
-    assert told["half"][0] != ["train.grad_accum_steps=2"]
+    assert found["half"][1]
+    assert found["half"][0] != ["train.grad_accum_steps=2"]
 
 
 @pytest.mark.usefixtures("by_the_image")
@@ -284,7 +273,7 @@ def test_a_run_that_cannot_fit_is_refused_or_warned_of(monkeypatch: pytest.Monke
     gpu: Any = SimpleNamespace(
         device=torch.device("cuda"), num_processes=1, state=SimpleNamespace(deepspeed_plugin=None)
     )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.5 * (1 + ROOM) * GIB), 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.5 * (1 + FRAGMENTATION) * GIB), 0))
     with pytest.raises(
         UserError, match=r"estimated to hold 3.6 GiB .* recommended: runtime.activation_checkpointing=block"
     ):
@@ -310,7 +299,7 @@ def test_a_run_that_cannot_fit_is_refused_or_warned_of(monkeypatch: pytest.Monke
     ids=lambda value: " ".join(sorted(value)),  # a set has another order in each process
 )
 def test_strategies_that_train_would_refuse_are_not_offered(options: list[str], strategies: set[str]) -> None:
-    found = choices(recipe(*options), 10, Machines(room(9), devices=2))
+    found = choices(recipe(*options), 10, Machines(memory_for(9), devices=2))
     assert {choice.strategy for choice in found} == strategies
     assert not [c for c in found if c.strategy.startswith("zero3") and c.policy.startswith("budget")]
 
@@ -319,10 +308,10 @@ def test_strategies_that_train_would_refuse_are_not_offered(options: list[str], 
 @pytest.mark.parametrize(
     ("machines", "start"),
     [
-        (Machines(room(9)), "recommended: the recipe as it is"),
-        (Machines(room(9), 4), "recommended: the recipe as it is; start with launch/local.sh ddp 4"),
+        (Machines(memory_for(9)), "recommended: the recipe as it is"),
+        (Machines(memory_for(9), 4), "recommended: the recipe as it is; start with launch/local.sh ddp 4"),
         (
-            Machines(room(9), 4, 2),
+            Machines(memory_for(9), 4, 2),
             "recommended: the recipe as it is; start with dist-vpt launch slurm ... --nodes 2 --gpus-per-node 4 "
             "--strategy ddp",
         ),
@@ -336,7 +325,7 @@ def test_how_to_start(machines: Machines, start: str) -> None:
 @pytest.mark.parametrize("own", ["none", "budget-0.25", "every-3"])
 def test_the_recipe_s_own_policy_is_planned(own: str) -> None:
     found = list(policies(recipe(f"runtime.activation_checkpointing={own}"), gpus=True))
-    (as_it_is,) = [name for name, said, _ in found if not said]
+    (as_it_is,) = [name for name, overrides, _ in found if not overrides]
     assert as_it_is == own
     assert len({name for name, _, _ in found}) == len(found) == len(POLICIES) + (own != "none")
     assert {one.runtime.activation_checkpointing for _, _, one in found} >= {policy for policy, _ in POLICIES}
@@ -344,10 +333,10 @@ def test_the_recipe_s_own_policy_is_planned(own: str) -> None:
 
 def test_offload_is_planned_for_gpus_alone() -> None:
     some = recipe("runtime.offload=true")
-    found = {name: said for name, said, _ in policies(some, gpus=True)}
+    found = {name: overrides for name, overrides, _ in policies(some, gpus=True)}
     assert found["none + offload"] == ()
     assert found["block"] == ("runtime.activation_checkpointing=block", "runtime.offload=false")
-    found = {name: said for name, said, _ in policies(some, gpus=False)}
+    found = {name: overrides for name, overrides, _ in policies(some, gpus=False)}
     assert found["none"] == ("runtime.offload=false",)
     assert not any("offload" in name for name in found)
 
@@ -386,7 +375,7 @@ def test_speeds_of_the_same_method_on_such_a_device(options: list[str], device: 
 @pytest.mark.parametrize("where", ["dist_vpt.experiments.run._set_up", "dist_vpt.training.engine.fit"])
 def test_an_out_of_memory_error_ends_with_advice(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
-        raise torch.OutOfMemoryError("no room")
+        raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(where, fails)
     monkeypatch.setattr(plan_module, "suggestion", lambda *_: "recommended: less")
@@ -416,7 +405,7 @@ def test_a_batch_that_devices_do_not_divide() -> None:
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_command(tmp_path: Path) -> None:
     def planned(*more: str) -> Forks:
-        return command(["plan", *words(tmp_path / "run", "method.name=linear"), *more], tmp_path / "told.txt")
+        return command(["plan", *words(tmp_path / "run", "method.name=linear"), *more], tmp_path / "output.txt")
 
     options = (
         "--gpus",
@@ -429,14 +418,14 @@ def test_the_command(tmp_path: Path) -> None:
     )
     forks = planned(*options[:-1])
     assert forks.finish() == [0], forks.output
-    for said in (
+    for expected in (
         "micro-batches of 50 images on 2 devices with 4.0 GiB each",
         "zero3_offload",
         "measured: ",
         "recommended: ",
     ):
-        assert said in " ".join(forks.output.split())
-    assert [file.name for file in tmp_path.iterdir()] == ["told.txt"]
+        assert expected in " ".join(forks.output.split())
+    assert [file.name for file in tmp_path.iterdir()] == ["output.txt"]
     assert planned("--gpu-memory", "4GiB", options[-1]).finish() == [0]  # a GPU's kernel, which this machine lacks
     assert planned("--gpu-memory", "600MiB").finish() == [3]
     assert "error: nothing fits" in forks.output

@@ -14,8 +14,9 @@ import torch
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, WeightsError
 from dist_vpt.methods import attach
 from dist_vpt.methods.config import VPTConfig
+from dist_vpt.runs import state
 from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
-from dist_vpt.training import checkpointing, engine
+from dist_vpt.training import engine
 from tests.forks import command
 from tests.methods.conftest import make_backbone
 from tests.running import metrics, train, words
@@ -46,8 +47,8 @@ def kill_at(point: str) -> None:
 
         return call
 
-    checkpointing.save_file = counted(checkpointing.save_file, "tensors")
-    checkpointing.write_atomically = counted(checkpointing.write_atomically, "json")
+    state.save_file = counted(state.save_file, "tensors")
+    state.write_atomically = counted(state.write_atomically, "json")
     os.replace = counted(os.replace, "rename")
     shutil.rmtree = counted(shutil.rmtree, "prune")
 
@@ -91,7 +92,7 @@ def signal_at(number: int, patch: pytest.MonkeyPatch) -> None:
 
 def no_space(after: int, times: int, patch: pytest.MonkeyPatch) -> None:
     """So many saves find the disk full, after so many that do not."""
-    save, saves = checkpointing.save_file, 0
+    save, saves = state.save_file, 0
 
     def full(tensors: Any, path: Path) -> None:
         nonlocal saves
@@ -101,7 +102,7 @@ def no_space(after: int, times: int, patch: pytest.MonkeyPatch) -> None:
             raise OSError(28, "No space left on device", str(path))
         save(tensors, path)
 
-    patch.setattr(checkpointing, "save_file", full)
+    patch.setattr(state, "save_file", full)
 
 
 def states(folder: Path) -> list[str]:
@@ -145,7 +146,7 @@ def test_a_damaged_newest_state_is_set_aside_with_a_warning(
     train(folder, *OPTIONS, "run.resume=auto")
     told = (folder / "train.log").read_text()
     assert re.search(rf"warning: .*step-00000006 is damaged \(.*{reason}", told)
-    assert "set aside as damaged-step-00000006; going on from step-00000005 before it" in told
+    assert "set aside as damaged-step-00000006; resuming from step-00000005 before it" in told
     assert files(folder / "state" / "damaged-step-00000006") == before
     assert metrics(folder) == metrics(stopped / "whole")
 
@@ -177,7 +178,7 @@ def test_a_full_disk_fails_a_save_and_not_the_run(stopped: Path, tmp_path: Path)
         train(tmp_path / "run", *OPTIONS)
     told = (tmp_path / "run" / "train.log").read_text()
     assert "warning: the state of step 4 could not be saved ([Errno 28] No space left on device: " in told
-    assert told.count("training goes on, and would be resumed from step 3; free space in ") == 2
+    assert told.count("training continues, and would resume from step 3; free space for ") == 2
     assert metrics(tmp_path / "run") == metrics(stopped / "whole")
     assert states(tmp_path / "run") == ["step-00000011", "step-00000012"]
 
@@ -186,7 +187,7 @@ def test_a_disk_that_stays_full_ends_the_run(stopped: Path, tmp_path: Path) -> N
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         no_space(3, 100, patch)
-        with pytest.raises(RunFailed, match=r"3 states in a row .* free space there, then .* goes on from step 3"):
+        with pytest.raises(RunFailed, match=r"3 states in a row .* free space there, then .* resumes from step 3"):
             train(folder, *OPTIONS)
     assert states(folder) == ["step-00000002", "step-00000003"]
     train(folder, *OPTIONS, "run.resume=auto")
@@ -198,7 +199,7 @@ def test_a_signal_on_a_full_disk_stops_the_run_and_says_what_is_lost(stopped: Pa
     with pytest.MonkeyPatch.context() as patch:
         no_space(4, 100, patch)
         signal_at(5, patch)
-        with pytest.raises(Interrupted, match=r"stopped at step 5 but its state could not be .* goes on from step 4"):
+        with pytest.raises(Interrupted, match=r"stopped at step 5 but its state could not be .* resumes from step 4"):
             train(folder, *OPTIONS)
     assert states(folder) == ["step-00000003", "step-00000004"]
     train(folder, *OPTIONS, "run.resume=auto")
@@ -212,8 +213,8 @@ def test_a_full_disk_at_the_end_says_where_the_run_would_go_on(tmp_path: Path) -
     once = ("train.batch_size=500", "train.epochs=1", "train.test=false", "run.trackers=[]")
     with pytest.MonkeyPatch.context() as patch:
         no_space(0, 100, patch)
-        patch.setattr(checkpointing, "write_atomically", full)
-        with pytest.raises(RunFailed, match=r"results cannot be written .* run.resume=auto goes on from the beginning"):
+        patch.setattr(state, "write_atomically", full)
+        with pytest.raises(RunFailed, match=r"results cannot be written .* run.resume=auto resumes from the beginning"):
             train(tmp_path / "run", *once)
     train(tmp_path / "run", *once, "run.resume=auto")
 

@@ -16,6 +16,7 @@ from dist_vpt.experiments.run import run
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training import engine
 from dist_vpt.training.components import class_weights
+from dist_vpt.training.step import fold_in
 from tests.running import TINY, metrics, train
 
 LEARNS = ("optim.name=adamw", "optim.lr=0.05", "train.batch_size=50")
@@ -182,7 +183,7 @@ def test_class_weights_come_from_real_counts() -> None:
 
 
 def test_seeds_of_neighbouring_steps_differ() -> None:
-    seeds = {engine.fold_in(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
+    seeds = {fold_in(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
     assert len(seeds) == 800
     assert all(0 <= seed < 2**63 for seed in seeds)
 

@@ -62,7 +62,7 @@ def test_a_disk_that_is_full_for_a_while_and_at_the_end(disk: Path, tmp_path: Pa
     folder = disk / "other"
     with pytest.MonkeyPatch.context() as patch:
         full_between(10, 100, disk, patch)
-        with pytest.raises(RunFailed, match=r"results cannot be written \(.*No space left.* goes on from step 10"):
+        with pytest.raises(RunFailed, match=r"results cannot be written \(.*No space left.* resumes from step 10"):
             train(folder, *OPTIONS)
     assert not (folder / "result.json").exists()
     (disk / "filler").unlink()

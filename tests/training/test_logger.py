@@ -20,7 +20,7 @@ from dist_vpt.experiments import run as run_module
 from dist_vpt.planning import planner
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runtime.peak_memory import free_and_reset_peak, peak_memory_mib
-from dist_vpt.training import trials
+from dist_vpt.training import build_trials
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.figures import confusion_figure, mistakes_figure
 from dist_vpt.training.logger import _hparams
@@ -217,7 +217,7 @@ def test_a_gpu_s_memory_is_given_back_before_a_run_asks_whether_it_fits(
             patch.setattr(torch.cuda, name, lambda name=name: called.append(name))
         free_and_reset_peak()
     assert called == ["empty_cache", "reset_peak_memory_stats"]
-    for module, words in ((run_module, ()), (trials, ("method.name=linear",))):
+    for module, words in ((run_module, ()), (build_trials, ("method.name=linear",))):
         asked: list[str] = []
         with monkeypatch.context() as patch:
             patch.setattr(module, "free_and_reset_peak", lambda asked=asked: asked.append("given back"))
@@ -228,11 +228,10 @@ def test_a_gpu_s_memory_is_given_back_before_a_run_asks_whether_it_fits(
                 return check(*words)
 
             patch.setattr(run_module, "check_memory", checked)
-            patch.setattr(trials, "check_memory", checked)
             if words:
                 recipe = load_recipe([], [*words, "data.workers=0", f"run.dir={tmp_path / 'pass'}"])
-                made = trials.build_trial_group(
-                    [recipe], make_accelerator(recipe), StopSignal(), tmp_path / "pass.pt", print
+                made = build_trials.build_trial_group(
+                    [recipe], make_accelerator(recipe), StopSignal(), tmp_path / "pass.pt", print, check_memory=checked
                 )
                 made.close()
             else:

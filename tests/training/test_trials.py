@@ -24,9 +24,10 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import EarlyStopConfig, Recipe
 from dist_vpt.runs.adapters import collect, restore
 from dist_vpt.runs.progress import Progress
-from dist_vpt.training import trials
+from dist_vpt.training import build_trials, trial_state, trials
 from dist_vpt.training.accelerator import make_accelerator
-from dist_vpt.training.trials import TrialGroup, build_trial_group, fit_trials, score_trials
+from dist_vpt.training.build_trials import build_trial_group
+from dist_vpt.training.trials import TrialGroup, fit_trials, score_trials
 from tests.running import metrics, pictures, train, words
 
 # 50 steps: 5 epochs of 10 steps.
@@ -237,13 +238,13 @@ def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
             yield batches
 
     interrupted.train.epoch = asks_to_stop  # type: ignore[method-assign]
-    with pytest.raises(Interrupted, match="stopped with the state saved"):
+    with pytest.raises(Interrupted, match="stopped at step 25 with its state saved; the same command resumes it"):
         fit_trials(interrupted)
     interrupted.close()
     said: list[str] = []
     resumed = make(tmp_path / "b", each, said.append)
     assert any("resumed from" in line and "epoch 3" in line for line in said)
-    assert (resumed.epoch, resumed.step) == (2, 5)
+    assert (resumed.epoch, resumed.epoch_step) == (2, 5)
     fit_trials(resumed)
     resumed.close()
     for a, b in zip(whole.trials, resumed.trials, strict=True):
@@ -255,7 +256,7 @@ def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 def test_a_full_disk_costs_saves_and_then_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     each = settings("linear", "sgd", 2)
     whole = fitted(tmp_path / "whole", each)
-    write, attempts = trials.write_atomically, count(1)
+    write, attempts = trial_state.write_atomically, count(1)
     monkeypatch.setattr(trials, "SAVE_SECONDS", -1.0)  # a save an epoch
 
     def full_at(*numbers: int) -> None:
@@ -264,22 +265,22 @@ def test_a_full_disk_costs_saves_and_then_the_pass(tmp_path: Path, monkeypatch: 
                 raise OSError(28, "No space left on device")
             write(path, content)
 
-        monkeypatch.setattr(trials, "write_atomically", full)
+        monkeypatch.setattr(trial_state, "write_atomically", full)
 
     full_at(1, 3, 4)
     said: list[str] = []
     spared = make(tmp_path / "spared", each, said.append)
     fit_trials(spared)
     spared.close()
-    warnings = [line for line in said if line.startswith("warning: the state of epoch ")]
-    assert [line.split()[5] for line in warnings] == ["1", "3", "4"]
-    assert "training goes on, and would be resumed from the beginning of these trials" in warnings[0]
-    assert "training goes on, and would be resumed from the state before" in warnings[1]
+    warnings = [line for line in said if line.startswith("warning: the state of step ")]
+    assert [line.split()[5] for line in warnings] == ["10", "30", "40"]
+    assert "training continues, and would resume from the beginning of these trials" in warnings[0]
+    assert "training continues, and would resume from the state before" in warnings[1]
 
     attempts = count(1)
     full_at(2, 3, 4)
     struck = make(tmp_path / "struck", each)
-    with pytest.raises(RunFailed, match=r"could not be saved 3 times in a row, .* goes on from the state before"):
+    with pytest.raises(RunFailed, match=r"3 states in a row could not be saved, .* resumes from the state before"):
         fit_trials(struck)
     struck.close()
     resumed = make(tmp_path / "struck", each, said.append)
@@ -305,12 +306,12 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(trials, "_quick_scores", asks_to_stop)
-        with pytest.raises(Interrupted, match="stopped while val was scored, with the state saved"):
+        with pytest.raises(Interrupted, match=r"stopped at step [0-9]+, while val was scored, with its state saved"):
             fit_trials(interrupted)
     interrupted.close()
     assert len(scored) == 2
     resumed = make(tmp_path / "b", each, keeps_best=True)
-    assert (resumed.epoch, resumed.step) == (scored[1], resumed.train.steps_per_epoch)
+    assert (resumed.epoch, resumed.epoch_step) == (scored[1], resumed.train.steps_per_epoch)
     fit_trials(resumed)
     resumed.close()
     for a, b in zip(whole.trials, resumed.trials, strict=True):
@@ -334,18 +335,18 @@ def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypat
     """A kill then costs the steps since, also in an epoch that takes hours."""
     each = [[*some, "run.save_every=4"] for some in settings("vqt", "adam", 2)]
     whole = fitted(tmp_path / "whole", settings("vqt", "adam", 2))
-    step, write, saved = trials.step_trials, trials._write, []
+    step, write, saved = trials.step_trials, trials.write_trials, []
 
     def killed(p: TrialGroup, fetched: Any) -> None:
-        if (p.epoch, p.step) == (2, 6):
+        if (p.epoch, p.epoch_step) == (2, 6):
             raise KeyboardInterrupt
         step(p, fetched)
 
-    def noted(p: TrialGroup) -> None:
-        saved.append(p.epoch * p.train.steps_per_epoch + p.step)
-        write(p)
+    def noted(file: Path, some: Any, shared: dict[str, Any]) -> None:
+        saved.append(shared["epoch"] * 10 + shared["step"])
+        write(file, some, shared)
 
-    monkeypatch.setattr(trials, "_write", noted)
+    monkeypatch.setattr(trials, "write_trials", noted)
     monkeypatch.setattr(trials, "SAVE_SECONDS", math.inf)
     with monkeypatch.context() as patch:
         patch.setattr(trials, "step_trials", killed)
@@ -356,7 +357,7 @@ def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypat
     assert saved == [4, 8, 12, 16, 24]  # 20 is the end of an epoch
     moved = [[*some, "data.workers=1", "run.save_every=null"] for some in each]  # what may change in a run
     resumed = make(tmp_path / "struck", moved)
-    assert (resumed.epoch, resumed.step) == (2, 4)
+    assert (resumed.epoch, resumed.epoch_step) == (2, 4)
     fit_trials(resumed)
     resumed.close()
     for a, b in zip(whole.trials, resumed.trials, strict=True):
@@ -364,13 +365,13 @@ def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypat
 
 
 def test_without_val_trials_are_trained_and_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = trials.assemble
+    made = build_trials.build_components
 
     def without_val(recipe: Recipe) -> Any:
         parts = made(recipe)
         return replace(parts, splits=replace(parts.splits, val=None))
 
-    monkeypatch.setattr(trials, "build_components", without_val)
+    monkeypatch.setattr(build_trials, "build_components", without_val)
     done = fitted(tmp_path, settings("linear", "sgd", 2))
     assert [set(trial.progress.last) for trial in done.trials] == [{"epoch", "train"}] * 2
 

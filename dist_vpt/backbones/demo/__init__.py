@@ -1,1 +1,1 @@
-"""A small vision transformer that ships with the package, and the script that pretrained it."""
+"""The weights of a small vision transformer that ships with the package; tools/pretrain_demo.py pretrained it."""

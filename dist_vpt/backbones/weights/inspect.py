@@ -11,52 +11,53 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from dist_vpt.backbones.build import create
-from dist_vpt.backbones.weights.layouts import LAYOUTS, LoadReport, convert, heads_of
+from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
+from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.loading import layout_of, read_tensors, refuse_infinite
 from dist_vpt.backbones.weights.zoo import ZOO, Row
 from dist_vpt.errors import WeightsError
 
 
 def check(file: str) -> None:
-    """Print what a weight file is. Raises WeightsError, after that, where it loads strictly into no known backbone."""
+    """Print what a weight file is. Raises WeightsError afterwards if no known backbone loads it strictly."""
     path = Path(file)
     tensors = read_tensors(path)
     layout = layout_of(tensors, path)
     compared = {name: _compare(layout, tensors, row) for name, row in _candidates(layout, _patch(layout, tensors))}
     nearest = min(compared, key=lambda name: _count(compared[name]), default=None)
-    fits = [name for name, difference in compared.items() if not difference]
+    fits = [name for name, load_report in compared.items() if not load_report]
     side = image_side(layout, tensors)
     fits = [name for name in fits if side in (None, ZOO[name].size)] or fits
-    fits.sort(key=lambda name: not layout.startswith(ZOO[name].layout))  # those that are published like this first
+    fits.sort(key=lambda name: not layout.startswith(ZOO[name].layout))  # rows published in this layout first
 
-    lines = [("layout", LAYOUTS[layout].what), ("shapes", ", ".join(_facts(layout, tensors)))]
+    lines = [("layout", LAYOUTS[layout].title), ("shapes", ", ".join(_facts(layout, tensors)))]
     if nearest is not None and compared[nearest].left_out:
-        lines.append(("left out", compared[nearest].told_left_out()))
+        lines.append(("left out", compared[nearest].left_out_summary()))
     if fits:
         lines.append(
             ("model", f"{ZOO[fits[0]].architecture}, {heads_of(_model(ZOO[fits[0]]))} heads in its first block")
         )
-        unsure = " (shapes do not tell which: that is where you have the file from)" if len(fits) > 1 else ""
+        unsure = " (shapes alone cannot tell: it depends on where the file comes from)" if len(fits) > 1 else ""
         lines.append(("fits", ", ".join(fits) + unsure))
         refuse_infinite(tensors, compared[fits[0]], path)
         lines.append(("loads strictly", f"yes: backbone.name={fits[0]} backbone.weights={path}"))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(str(path))
-    for what, said in lines:
-        console.print(f"  {what:<15}{said}")
+    for label, text in lines:
+        console.print(f"  {label:<15}{text}")
     if fits:
         return
     # A file of another architecture differs in most of its tensors; a damaged one in few.
     if nearest is not None and _count(compared[nearest]) < len(tensors) / 4:
         raise WeightsError(f"{path}: does not load strictly; as {nearest}:\n{compared[nearest]}")
     raise WeightsError(
-        f"{path}: fits none of the short names of this layout; where it is of another VisionTransformer, "
-        "SwinTransformer or DINOv3 of timm's, give that model in backbone.name, and training tells every difference"
+        f"{path}: fits none of the short names of this layout; if it holds another VisionTransformer, "
+        "SwinTransformer or DINOv3 of timm, set backbone.name to that model, and training reports every difference"
     )
 
 
 def image_side(layout: str, tensors: dict[str, Tensor]) -> int | None:
-    """Pixels of the images that a ViT's positions are made for; None where the file does not tell."""
+    """Pixels of the images that a ViT's positions are made for; None where it cannot be derived."""
     patch = _patch(layout, tensors)
     positions = tensors.get(LAYOUTS[layout].sources("pos_embed")[0])
     if patch is None or positions is None or positions.ndim not in (2, 3):
@@ -69,7 +70,7 @@ def image_side(layout: str, tensors: dict[str, Tensor]) -> int | None:
 
 
 def _facts(layout: str, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """What the shapes tell."""
+    """What can be derived from the shapes."""
     yield f"{sum(t.numel() for t in tensors.values()):,} numbers in {len(tensors)} tensors"
     side = image_side(layout, tensors)
     if side is not None:
@@ -93,7 +94,7 @@ def _facts(layout: str, tensors: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _numbers(pattern: str | tuple[str, ...], tensors: dict[str, Tensor]) -> Iterator[tuple[int, ...]]:
-    """The numbers in names: of a pattern, or of the block that stands as 9 in an example of a name."""
+    """The numbers in names: of a pattern, or of the block that is 9 in an example of a name."""
     if isinstance(pattern, tuple):
         pattern = re.escape(pattern[0][: pattern[0].index("9")]) + r"(\d+)[./]"
     for name in tensors:
@@ -114,7 +115,7 @@ def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, Row]]:
     for name, row in ZOO.items():
         if patch is not None and f"patch{patch}_" not in row.architecture:
             continue
-        # Of MoCo v3 and MAE, the fixed positions would have told; not so of what was tuned as a whole.
+        # Of MoCo v3 and MAE, the fixed positions would have shown; not so for models that were fine-tuned.
         open_to_timm = row.layout not in ("mocov3", "mae") or row.options.get("global_pool") == "avg"
         saved_again = layout == "timm" and LAYOUTS[row.layout].family == "vit" and open_to_timm
         if layout.startswith(row.layout) or saved_again:
@@ -125,8 +126,8 @@ def _compare(layout: str, tensors: dict[str, Tensor], row: Row) -> LoadReport:
     return convert(layout, tensors, _model(row))[1]
 
 
-def _count(difference: LoadReport) -> int:
-    return len(difference.missing) + len(difference.unexpected) + len(difference.mismatched)
+def _count(load_report: LoadReport) -> int:
+    return len(load_report.missing) + len(load_report.unexpected) + len(load_report.mismatched)
 
 
 def _model(row: Row) -> nn.Module:
@@ -135,6 +136,6 @@ def _model(row: Row) -> nn.Module:
 
 @cache
 def _without_memory(architecture: str, size: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
-    """Names and shapes alone: a huge model is compared as quickly as a small one."""
+    """Names and shapes only: a huge model is compared as quickly as a small one."""
     with torch.device("meta"):
         return create(architecture, size, **dict(options))

@@ -1,4 +1,4 @@
-"""Weight files: read without executing anything, loaded with the difference proven."""
+"""Weight files: read without executing code, and loaded with a check of every tensor."""
 
 import argparse
 import re
@@ -14,7 +14,9 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dist_vpt.backbones.weights.layouts import LAYOUTS, ONLY, LoadReport, convert, heads_of, recognise
+from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
+from dist_vpt.backbones.weights.layouts import LAYOUTS
+from dist_vpt.backbones.weights.recognize import ONLY, recognize
 from dist_vpt.errors import WeightsError
 
 FAMILIES = {"vit": "a vision transformer", "swin": "a Swin Transformer"}
@@ -35,23 +37,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments: numbers and words
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments: numbers and text
             return _tensors_of(torch.load(path, map_location="cpu", weights_only=True), path)
     except WeightsError:
         raise
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a safetensors file ({error}); download it again") from error
-    except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a file that is not theirs
-        # Torch's own words on a pickle advise to load it all the same: they are left out, but for the object's name.
+    except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a foreign file
+        # Torch's message on a pickle advises to load it nevertheless: only the object's name is kept of it.
         reason = str(error).split("\n")[0] or type(error).__name__
         if "TorchScript" in reason:
             reason = "a TorchScript archive, which is a program"
         elif isinstance(error, UnpicklingError):
             found = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"a pickle of {found[1]}" if found else "neither tensors nor words about them"
+            reason = f"a pickle of {found[1]}" if found else "neither tensors nor text"
         raise WeightsError(
             f"{path}: not a file of plain tensors ({reason}). "
-            "Pickled objects are never executed: convert the weights to .safetensors where you trust them"
+            "Pickled objects are never executed: convert the weights to .safetensors on a machine where you trust them"
         ) from error
 
 
@@ -67,9 +69,9 @@ def _tensors_of(content: object, path: Path) -> dict[str, Tensor]:
 def load_into(model: nn.Module, path: Path, *, lenient: bool) -> LoadReport:
     """Load a file into a timm model, resampling its position embedding to the model's grid.
 
-    Strict: raises WeightsError unless the two sets of tensors are equal (what the file's layout has besides, such as a
-    classifier, is left out). Lenient: returns the difference, after checking that all the rest is bit-equal to the
-    file's.
+    Strict: raises WeightsError unless the two sets of tensors are equal (what else the file's layout holds, such as a
+    classifier, is left out). Lenient: returns the differences, after checking that all other tensors are bit-equal to
+    the file's.
     """
     tensors = read_tensors(path)
     layout = layout_of(tensors, path)
@@ -77,7 +79,7 @@ def load_into(model: nn.Module, path: Path, *, lenient: bool) -> LoadReport:
     if LAYOUTS[layout].family != family:
         raise WeightsError(
             f"{path}: holds {FAMILIES[LAYOUTS[layout].family]}, and backbone.name is {FAMILIES[family]}; "
-            f"mend backbone.name (`dist-vpt backbones check {path}` says which fit)"
+            f"use a backbone.name that fits (`dist-vpt backbones check {path}` lists them)"
         )
     if layout.startswith("mocov3") and getattr(model, "embed_dim", 0) == 384 and heads_of(model) != 12:
         raise WeightsError(
@@ -85,31 +87,31 @@ def load_into(model: nn.Module, path: Path, *, lenient: bool) -> LoadReport:
         )
     if layout == "timm" and not any(name.startswith(("patch_embed.", "blocks.", "norm.")) for name in tensors):
         tensors = _converted_by_timm(tensors, model, path)
-    offered, difference = convert(layout, tensors, model)
-    if difference and (not lenient or not offered):
+    offered, load_report = convert(layout, tensors, model)
+    if load_report and (not lenient or not offered):
         fix = "name the architecture they are of in backbone.name" + (
             "" if lenient else ", or use backbone.load=lenient"
         )
-        raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{difference}")
-    refuse_infinite(tensors, difference, path)
+        raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{load_report}")
+    refuse_infinite(tensors, load_report, path)
     own = model.state_dict()
     result = model.load_state_dict(offered, strict=False)
     _prove(model, offered, set(result.missing_keys), own.keys() - offered.keys(), path)
-    return difference
+    return load_report
 
 
-def refuse_infinite(tensors: dict[str, Tensor], difference: LoadReport, path: Path) -> None:
-    """Raises WeightsError where what a model takes of a file holds NaN or an infinity."""
+def refuse_infinite(tensors: dict[str, Tensor], load_report: LoadReport, path: Path) -> None:
+    """Raises WeightsError where a tensor that the model uses holds NaN or an infinity."""
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(tensor.isfinite().sum())
-        if bad and name not in difference.left_out:
-            raise WeightsError(f"{path}: {name} holds {bad} that are not finite numbers; download the file again")
+        if bad and name not in load_report.left_out:
+            raise WeightsError(f"{path}: {name} holds {bad} values that are not finite; download the file again")
 
 
 def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
-    """The name of a file's layout. Raises WeightsError for one that no model here fits, and says what it is."""
+    """The name of a file's layout. Raises WeightsError, with what the file holds, where no model here fits."""
     try:
-        layout = recognise(tensors)
+        layout = recognize(tensors)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
     if path.suffix == ".npz" and layout != "jax":
@@ -122,18 +124,18 @@ def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
 
 
 def _converted_by_timm(tensors: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
-    """Layouts that timm knows and this package does not: a vision tower inside of something else."""
+    """Layouts that only timm knows: a vision tower inside of another model."""
     if not isinstance(model, VisionTransformer):
         return tensors
     try:
         return checkpoint_filter_fn(tensors, model)
-    except Exception as error:  # timm assumes its own layouts; whatever breaks is a foreign one
+    except Exception as error:  # timm assumes layouts that it knows; any error means a foreign one
         raise WeightsError(f"{path}: not weights of this architecture (timm cannot convert them: {error})") from error
 
 
 def _prove(model: nn.Module, loaded: dict[str, Tensor], missing: set[str], expected: set[str], path: Path) -> None:
     if missing != expected:
-        raise WeightsError(f"{path}: torch reports {sorted(missing)} as missing, the comparison {sorted(expected)}")
+        raise WeightsError(f"{path}: torch reports {sorted(missing)} as missing, the report {sorted(expected)}")
     own = model.state_dict()
     for name, tensor in loaded.items():
         if not torch.equal(own[name], tensor.to(own[name].dtype)):

@@ -11,8 +11,8 @@ import torch
 from dist_vpt.backbones.build import build, create, preprocessing_of
 from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.backbones.weights.layouts import recognise
 from dist_vpt.backbones.weights.loading import load_into, read_tensors
+from dist_vpt.backbones.weights.recognize import recognize
 from dist_vpt.backbones.weights.zoo import ZOO, Row
 from dist_vpt.errors import WeightsError
 from tests.backbones.published import FILES, SWIN, VIT, Arrays, File, file, filled, fixed_positions, torch_vit
@@ -52,7 +52,7 @@ def test_what_is_left_out_is_told(file: File, tmp_path: Path) -> None:
     loaded = {name for name in names if not name.endswith(computed(file))}
     loaded = {name for name in loaded if not name.startswith(file.left_out) or name.startswith("layers.")}
     assert set(difference.left_out) == names - loaded
-    assert recognise(read_tensors(file.save(tmp_path))) == file.layout
+    assert recognize(read_tensors(file.save(tmp_path))) == file.layout
 
 
 def needed(file: File, arrays: Arrays) -> list[str]:
@@ -116,7 +116,7 @@ def test_dinov3_with_swiglu_loads(tmp_path: Path) -> None:
             of_layer = {f"blocks.{i}.mlp.{name}.weight": shape, f"blocks.{i}.mlp.{name}.bias": shape[:1]}
             arrays |= filled(of_layer, seed=int(name[1]))
     path = FILES["dinov3"].save(tmp_path, arrays)
-    assert recognise(read_tensors(path)) == "dinov3_swiglu"
+    assert recognize(read_tensors(path)) == "dinov3_swiglu"
     assert not load_into(model, path, lenient=False)
     for ours, theirs in (("fc1_g", "w1"), ("fc1_x", "w2"), ("fc2", "w3")):
         found = getattr(model.blocks[1].mlp, ours).weight
@@ -160,7 +160,7 @@ def test_swins_own_tables_are_not_taken_on_trust(buffer: str, tmp_path: Path) ->
     arrays[buffer][0, 0] += 1
     message = refused(model_of(FILES["swin"].row), FILES["swin"].save(tmp_path, arrays))
     assert message.endswith(
-        f"1 of another shape: {buffer}: its numbers differ from those that the model computes itself"
+        f"1 of another shape: {buffer}: its values differ from those that the model computes itself"
     )
 
 
@@ -168,7 +168,7 @@ def test_moco_v3s_small_model_has_twelve_heads(tmp_path: Path) -> None:
     width = 384
     arrays = filled(torch_vit(depth=1, width=width)) | {"pos_embed": fixed_positions(width, 2, rows_first=True)}
     torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "s.pth.tar")
-    assert recognise(read_tensors(tmp_path / "s.pth.tar")) == "mocov3_linear"
+    assert recognize(read_tensors(tmp_path / "s.pth.tar")) == "mocov3_linear"
     message = refused(create("vit_small_patch16_224", 32, depth=1), tmp_path / "s.pth.tar")
     assert message.endswith("has 12 attention heads, the model 6; set backbone.name=mocov3_s16")
     assert not load_into(

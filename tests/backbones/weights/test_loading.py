@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
-from dist_vpt.backbones.weights.layouts import LoadReport
+from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.backbones.weights.loading import load_into, read_tensors
 from dist_vpt.errors import WeightsError
 
@@ -240,7 +240,7 @@ def test_a_number_that_is_none_is_told(number: float, lenient: bool, tiny_vit: M
     state["blocks.1.mlp.fc1.weight"][3, :2] = number
     save_file(state, tmp_path / "a.safetensors")
     message = refused(tiny_vit(seed=1), tmp_path / "a.safetensors", lenient=lenient)
-    assert message.endswith("blocks.1.mlp.fc1.weight holds 2 that are not finite numbers; download the file again")
+    assert message.endswith("blocks.1.mlp.fc1.weight holds 2 values that are not finite; download the file again")
 
 
 def test_lenient_does_not_resample_patches(tiny_vit: MakeVit, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from dist_vpt.backbones import build as module
 from dist_vpt.backbones.build import build, create, preprocessing_of
 from dist_vpt.backbones.config import BackboneConfig
-from dist_vpt.backbones.weights.layouts import LAYOUTS, heads_of
+from dist_vpt.backbones.weights.convert import heads_of
+from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.zoo import CLIP, HALF, IMAGENET, ZOO
 from dist_vpt.cli.main import main
 from dist_vpt.errors import WeightsError

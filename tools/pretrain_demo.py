@@ -1,11 +1,11 @@
 """Pretrain the demo vision transformer from scratch on printed characters (never on a digit).
 
-    python -m dist_vpt.backbones.demo.pretrain --fonts /usr/share/fonts --out demo.safetensors --seed 0
+    python tools/pretrain_demo.py --fonts /usr/share/fonts --out demo.safetensors --seed 0
 
 Every glyph of every font is drawn once into a bank; batches are distorted on the fly. One font family in
-ten is held out whole and measures the result. README.md in this folder names the fonts and the outcome.
+ten is held out whole and measures the result. dist_vpt/backbones/demo/README.md names the fonts and the outcome.
 
-Shapes: B batch, G glyphs in the bank, C colour channels.
+Shapes: B batch, G glyphs in the bank, C color channels.
 """
 # ruff: noqa: RUF001 - Greek and Cyrillic letters are meant
 
@@ -200,7 +200,7 @@ def train(bank: Bank, steps: int, rng: torch.Generator) -> tuple[VisionTransform
 
 @torch.inference_mode()
 def accuracy(backbone: VisionTransformer, head: nn.Linear, bank: Bank, rng: torch.Generator) -> float:
-    """Share of distorted glyphs named rightly."""
+    """Share of distorted glyphs classified correctly."""
     right = 0
     for glyphs_B, labels_B in zip(bank.glyphs_G.split(512), bank.labels_G.split(512), strict=True):
         with torch.autocast("cpu", torch.bfloat16):
@@ -213,7 +213,7 @@ def save(backbone: VisionTransformer, out: Path) -> None:
     metadata = {
         "architecture": json.dumps(ARCHITECTURE),
         "preprocessing": json.dumps(PREPROCESSING),
-        "made_by": "python -m dist_vpt.backbones.demo.pretrain",
+        "made_by": "python tools/pretrain_demo.py",
         "licence": "Apache-2.0",
     }
     save_file({name: value.half().contiguous() for name, value in backbone.state_dict().items()}, out, metadata)
@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fonts", type=Path, nargs="+", required=True, help="folders searched for .ttf and .otf")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=7000, help=f"optimiser steps, of {BATCH} glyphs each")
+    parser.add_argument("--steps", type=int, default=7000, help=f"optimizer steps, of {BATCH} glyphs each")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

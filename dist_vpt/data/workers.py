@@ -1,0 +1,301 @@
+"""Worker processes that decode images, the cache in memory, and shared memory through which batches come.
+
+b images of a micro-batch, S image side, R slots, W worker processes.
+
+Workers write pixels into slots of one shared tensor, each of which is copied out before it is written again:
+fresh shared memory for each batch would cost a page fault for every 4 KiB.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypedDict
+
+import numpy as np
+import psutil
+import torch
+from torch.utils.data import DataLoader, get_worker_info
+
+from dist_vpt.data.splits import Split
+from dist_vpt.data.tasks import Cache
+from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.signals import block_stop_signals
+from dist_vpt.errors import DataError
+
+BadImages = Literal["fail", "skip"]
+
+# Pixels by image, None for one that is skipped, and the names of those newly found unreadable.
+Found = tuple[list[np.ndarray | None], list[str]]
+
+PIXELS: dict[Any, torch.dtype] = {np.uint8: torch.uint8, np.float32: torch.float32}
+PADDING = -1  # the index of a position in a batch that holds no example
+FILL_CHUNK = 32  # images per request while a cache is filled
+PREFETCH = 2  # requests that a worker has at a time
+
+
+class Batch(TypedDict):
+    """A micro-batch on one process."""
+
+    images: Any  # of the transform's dtype [b, 3, S, S], or out of a cache what the frozen stream holds of them
+    labels: torch.Tensor  # int64 [b]
+    weight: torch.Tensor  # float32 [b]: 1 for an example, 0 for padding and for a skipped image
+    index: torch.Tensor  # int64 [b]: position in the split, -1 for padding
+
+
+class BatchSource(Protocol):
+    """Where batches come from: images that are decoded, or a cache of what the frozen backbone makes of them."""
+
+    skipped: set[str]  # files that could not be read so far
+
+    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class ImageReader:
+    """Reads images: the part of their pixels that never changes, and which files could not be read."""
+
+    split: Split
+    transform: ImageTransform
+    train: bool
+    on_decode_error: BadImages
+    max_megapixels: float
+    reading: torch.Tensor | None = None  # int64 [W], shared with the workers: the image that each one reads
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found | DataError:
+        """A DataError is returned, not raised: torch would turn it into a traceback in a string."""
+        pixels: list[np.ndarray | None] = []
+        unreadable = []
+        worker = get_worker_info()
+        for i in indices:
+            if worker is not None and self.reading is not None:
+                self.reading[worker.id] = int(i)
+            try:
+                pixels.append(self.transform.fixed(self.split.read(int(i), self.max_megapixels), self.train))
+            except DataError as error:
+                if self.on_decode_error == "fail":
+                    return error
+                unreadable.append(self.split.where(int(i)))
+                pixels.append(None)
+        return pixels, unreadable
+
+
+@dataclass
+class CachedImages:
+    """The answers of an ImageReader for every image that this process needs."""
+
+    pixels: dict[int, np.ndarray | None]
+
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found:
+        return [self.pixels[int(i)] for i in indices], []
+
+
+@dataclass
+class ImageBatches:
+    """Micro-batches by (epoch, indices, slot); images are written into the slot if one is given."""
+
+    reader: ImageReader
+    seed: int
+    cached: CachedImages | None = None
+    slots: torch.Tensor | None = None  # [R, b, 3, S, S], shared with the workers
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Uninitialized images [*shape, 3, S, S]."""
+        size = self.reader.transform.image_size
+        return torch.empty((*shape, 3, size, size), dtype=PIXELS[self.reader.transform.dtype])
+
+    def __getitem__(self, request: tuple[int, np.ndarray, int | None]) -> tuple[Batch, list[str]] | DataError:
+        epoch, index_b, slot = request
+        split, transform, train = self.reader.split, self.reader.transform, self.reader.train
+        images = self.empty(len(index_b)) if slot is None else self._in_slot(slot, len(index_b))
+        images_b3SS = images.numpy()
+        labels_b = np.zeros(len(index_b), np.int64)
+        weight_b = np.zeros(len(index_b), np.float32)
+        positions = np.flatnonzero(index_b != PADDING)
+        found = (self.cached or self.reader)[index_b[positions]]
+        if isinstance(found, DataError):
+            return found
+        pixels, unreadable = found
+        for position, pixels_HW3 in zip(positions, pixels, strict=True):
+            i = int(index_b[position])
+            labels_b[position] = split.labels[i]
+            if pixels_HW3 is not None:
+                pixels_SS3 = transform.varied(pixels_HW3, train, self.seed, epoch, i)
+                images_b3SS[position] = pixels_SS3.transpose(2, 0, 1)
+                weight_b[position] = 1
+        images_b3SS[weight_b == 0] = 0
+        batch = Batch(
+            images=images if slot is None else None,
+            labels=torch.from_numpy(labels_b),
+            weight=torch.from_numpy(weight_b),
+            index=torch.from_numpy(index_b.astype(np.int64)),
+        )
+        return batch, unreadable
+
+    def taken(self, slot: int, images: int) -> torch.Tensor:
+        """A copy of a slot's images, in pinned memory where there is a GPU."""
+        written = self._in_slot(slot, images)
+        return torch.empty_like(written, pin_memory=torch.cuda.is_available()).copy_(written)
+
+    def _in_slot(self, slot: int, images: int) -> torch.Tensor:
+        assert self.slots is not None
+        return self.slots[slot, :images]
+
+
+class WorkerSource:
+    """Batches from worker processes or the cache in memory. Raises the errors of the workers."""
+
+    def __init__(  # noqa: PLR0917 (what to load, and how)
+        self, batches: ImageBatches, largest: int, workers: int, cache: Cache, needed: Sequence[int], world: int
+    ):
+        """``largest``: images of the largest micro-batch."""
+        self.skipped: set[str] = set()
+        self._batches, self._largest, self._workers, self._cache = batches, largest, workers, cache
+        self._needed, self._world = needed, world
+        self._pool = WorkerPool(batches, batches.reader, 0 if cache == "memory" else workers)
+        self._pass = 0
+
+    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        self._pass += 1
+        this_pass = self._pass
+        if self._cache == "memory" and self._batches.cached is None:
+            self._batches.cached = self._filled()
+        # One batch is being copied out while each worker has its requests. Slots are used in turn: one is used again
+        # only when its batch has been copied.
+        count = PREFETCH * self._pool.workers + 1
+        if self._pool.workers and self._batches.slots is None:
+            self._batches.slots = self._batches.empty(count, self._largest).share_memory_()
+        slots = [number % count if self._pool.workers else None for number in range(len(requests))]
+        answers = self._pool([(*request, slot) for request, slot in zip(requests, slots, strict=True)])
+        for slot, (batch, unreadable) in zip(slots, answers, strict=False):
+            self.skipped.update(unreadable)
+            if slot is not None:
+                batch["images"] = self._batches.taken(slot, len(batch["index"]))
+            yield batch
+            if self._pass != this_pass:
+                raise RuntimeError("a later pass over these batches was started, which ended this one")
+
+    def close(self) -> None:
+        self._pool.close()
+        self._batches.slots = None
+
+    def _filled(self) -> CachedImages:
+        reader = self._batches.reader
+        _check_memory(reader, len(self._needed), self._world)
+        chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
+        pixels: dict[int, np.ndarray | None] = {}
+        pool = WorkerPool(reader, reader, self._workers)
+        for chunk, (found, unreadable) in zip(chunks, pool(chunks), strict=True):
+            pixels.update(zip(chunk, found, strict=True))
+            self.skipped.update(unreadable)
+        pool.close()
+        return CachedImages(pixels)
+
+
+class WorkerPool:
+    """A dataset's answers to a list of requests, in order, from ``workers`` persistent processes."""
+
+    def __init__(self, dataset: Any, reader: ImageReader, workers: int):
+        self.workers, self._reader = workers, reader
+        self._requests: list = []  # read again by the loader for each pass
+        self._loader: DataLoader = DataLoader(
+            dataset,
+            sampler=self._requests,
+            batch_size=None,
+            collate_fn=_unchanged,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context=_forkserver() if workers else None,
+            worker_init_fn=_end_with_parent,
+            generator=torch.Generator(),  # its own, or each pass would draw from the global one
+        )
+
+    def __call__(self, requests: list) -> Iterator[Any]:
+        self._requests[:] = requests
+        if self.workers and self._loader._iterator is None:
+            self._reader.reading = torch.full((self.workers,), PADDING).share_memory_()
+        try:
+            with block_stop_signals():
+                answers = iter(self._loader)
+            for answer in answers:
+                if isinstance(answer, DataError):
+                    raise answer
+                yield answer
+        except Exception as error:
+            died = self._died()
+            self.close()
+            lost = isinstance(error, (RuntimeError, OSError, EOFError)) and self.workers
+            if not lost or "in DataLoader worker process" in str(error):
+                raise  # a DataError, or an error in this package: a bug, with its traceback
+            raise DataError(
+                f"a process that loads images died {died or f'({type(error).__name__}: {str(error).strip()})'}; mostly "
+                f"memory or shared memory (/dev/shm) ran out: lower data.workers, or enlarge /dev/shm"
+            ) from error
+
+    def _died(self) -> str:
+        """Which workers have died, how, and which images they were reading."""
+        iterator: Any = self._loader._iterator
+        if iterator is None or self._reader.reading is None:
+            return ""
+        deaths = []
+        for number, process in enumerate(iterator._workers):
+            if not process.exitcode:
+                continue
+            image = int(self._reader.reading[number])
+            location = self._reader.split.where(image) if image != PADDING else "no image yet"
+            code = process.exitcode
+            deaths.append(f"{location} (by {signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
+        return f"while it read {', '.join(deaths)}" if deaths else ""
+
+    def close(self) -> None:
+        """End the workers now: left to the garbage collector, torch can wait five seconds for each."""
+        iterator: Any = self._loader._iterator  # None unless workers are alive
+        if iterator is not None:
+            self._loader._iterator = None
+            iterator._shutdown_workers()
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: exit when the training process ends, however it ends. Torch would wait for the server's end."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
+
+
+def _forkserver() -> Any:
+    """Workers are forked from a server that has imported this module and nothing of the training process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _check_memory(reader: ImageReader, images: int, world: int) -> None:
+    transform = reader.transform
+    cropped_later = reader.train and transform.augment == "fgvc"
+    # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a vpt resize
+    # no side is known: assume the square's.
+    pixels = transform.shorter_side**2 * 1.5 if cropped_later else transform.image_size**2
+    processes = LaunchEnv.current().local_world_size or world
+    needed, available = images * pixels * 3 * processes, psutil.virtual_memory().available
+    if needed > available:
+        raise DataError(
+            f"data.cache: memory needs {needed / 2**30:.1f} GiB for {images} images of {transform.image_size} px "
+            f"on {processes} processes of this machine, and {available / 2**30:.1f} GiB are free; "
+            f"set data.cache=none"
+        )

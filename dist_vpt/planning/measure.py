@@ -1,0 +1,143 @@
+"""One training step of the engine on this machine: its memory beside the estimate, and speeds of earlier benchmarks."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from dist_vpt.backbones.build import Preprocessing, preprocessing_of
+from dist_vpt.backbones.weights.zoo import ZOO
+from dist_vpt.data.workers import PIXELS, Batch
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.methods.config import MethodConfig
+from dist_vpt.planning.choices import as_counted
+from dist_vpt.planning.footprint import footprint
+from dist_vpt.planning.machines import size
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.progress import Progress
+from dist_vpt.training.accelerator import make_accelerator, prepare
+from dist_vpt.training.components import build_method, build_transform
+from dist_vpt.training.engine import TrainState, train_step
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a clone
+
+
+def known_speeds(recipe: Recipe, device_type: str) -> Iterator[str]:
+    """A line for each benchmark, among a clone's results, of this method with these settings on this architecture,
+    precision and type of device.
+    """
+    for file in sorted(RESULTS.glob("step-*.json")):
+        result = json.loads(file.read_text())
+        try:
+            method = TypeAdapter(MethodConfig).validate_python({"name": result["method"], **result["method_settings"]})
+        except ValidationError:  # from a version whose methods had other settings
+            continue
+        key = (method, architecture(result["backbone"]), result["precision"], result["device_type"])
+        if key == (recipe.method, architecture(recipe.backbone.name), recipe.runtime.precision, device_type):
+            yield (
+                f"measured: {result['images_per_s']:.3g} images/s with checkpointing {result['checkpointing']}, batch "
+                f"{result['batch']} at {result['image_size']} px on {result['device']} ({file.name})"
+            )
+
+
+def architecture(name: str) -> str:
+    """timm's name of a backbone's model, without that of its weights."""
+    return ZOO[name].architecture if name in ZOO else name.partition(".")[0]
+
+
+def measure(recipe: Recipe, classes: int) -> str:
+    """The peak of a training step on this machine, in one process, and the estimate beside it."""
+    gpus = recipe.runtime.device != "cpu" and torch.cuda.is_available()
+    share = footprint(as_counted(recipe, gpus=gpus), classes).on("ddp", 1)
+    estimate, found = share.held + share.working, measured_bytes(recipe, classes)  # nothing is evaluated here
+    return (
+        f"measured: {size(found)} at the peak of a training step on this machine, estimated {size(estimate)} "
+        f"({100 * (estimate / found - 1):+.1f} %)"
+    )
+
+
+def measured_bytes(recipe: Recipe, classes: int) -> int:
+    """The peak of the engine's second step, in one process, as torch's allocators report it."""
+    preprocessing = preprocessing_of(recipe.backbone)
+    training = make_training(recipe, preprocessing, classes)
+    batches = synthetic_batches(recipe, preprocessing, classes)
+    train_step(training, batches, norms=True)  # creates the optimizer's state
+    device = training.accelerator.device
+    if device.type != "cuda":
+        return _held(training) + _peak_on_cpu(lambda: train_step(training, batches, norms=True))
+    torch.cuda.reset_peak_memory_stats(device)
+    train_step(training, batches, norms=True)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _held(training: TrainState) -> int:
+    method, state = training.method, training.optimizer.state.values()
+    tensors = [*method.parameters(), *method.buffers(), *(v for s in state for v in s.values() if torch.is_tensor(v))]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _peak_on_cpu(step: Callable[[], Any]) -> int:
+    """The most bytes that torch's CPU allocator handed out during ``step``, beyond those at its start."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    now = peak = 0
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def make_training(recipe: Recipe, preprocessing: Preprocessing, classes: int) -> TrainState:
+    """What the engine's train step works with, without data and files."""
+    accelerator = make_accelerator(recipe)
+    method, _ = build_method(recipe, preprocessing, classes)
+    parameters = {
+        "trained": sum(p.numel() for _, p in method.trainable()),
+        "total": sum(p.numel() for p in method.parameters()),
+    }
+    model, optimizer = prepare(recipe, accelerator, method)
+    model.train()
+    unused = cast(Any, None)
+    return TrainState(
+        recipe=recipe,
+        accelerator=accelerator,
+        method=method,
+        model=model,
+        optimizer=optimizer,
+        train=cast(Any, SimpleNamespace(steps_per_epoch=sys.maxsize)),  # all that the step reads of it
+        val=None,
+        class_weights=torch.ones(classes, device=accelerator.device),
+        folder=RunFolder(str(recipe.run.dir)),
+        states=unused,
+        monitor=unused,
+        facts={},
+        progress=Progress(),
+        parameters=parameters,
+        stop=StopSignal(),  # never entered: signals keep their handlers
+    )
+
+
+def synthetic_batches(recipe: Recipe, preprocessing: Preprocessing, classes: int) -> list[Batch]:
+    """The micro-batches of one global batch of noise, as loaders give them."""
+    noise = torch.Generator().manual_seed(recipe.seed)
+    pixels = PIXELS[build_transform(recipe.data, preprocessing).dtype]
+    side = recipe.data.image_size or preprocessing.image_size
+    images = recipe.train.batch_size // recipe.train.grad_accum_steps
+    return [
+        {
+            "images": torch.randint(0, 256, (images, 3, side, side), generator=noise).to(pixels),
+            "labels": torch.randint(0, classes, (images,), generator=noise),
+            "weight": torch.ones(images),
+            "index": torch.arange(images),
+        }
+        for _ in range(recipe.train.grad_accum_steps)
+    ]

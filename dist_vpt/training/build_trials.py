@@ -1,0 +1,90 @@
+"""From recipes to trials of a reader that share one frozen backbone."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.amp import GradScaler
+
+from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.methods.base import Reader
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.adapters import restore
+from dist_vpt.runtime.peak_memory import free_and_reset_peak
+from dist_vpt.training.components import build_components, build_reader
+from dist_vpt.training.optim import build_optimizer
+from dist_vpt.training.trial_state import Trial, read_trials
+from dist_vpt.training.trials import TrialGroup
+
+PER_TRIAL_KEYS = ("seed", "optim.lr", "optim.weight_decay", "method.dropout", "method.queries", "run.dir")
+
+
+def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
+    recipes: Sequence[Recipe],
+    accelerator: Accelerator,
+    stop: StopSignal,
+    state: Path,
+    show: Callable[[str], None],
+    starts: Sequence[dict[str, Tensor]] | None = None,
+    *,
+    keeps_best: bool = False,
+    check_memory: Callable[[Recipe, Accelerator, int], str] = lambda *_: "",
+) -> TrialGroup:
+    """Build the trials of ``recipes`` on one frozen backbone, restore ``state``, cache the stream as they say.
+
+    Trials begin with the tensors of ``starts``, where given. ``keeps_best``: hold and save each trial's tensors of its
+    best epoch on val, too. ``check_memory``: planning.planner's; it raises UserError where a trial does not fit, or
+    returns a warning. A collective call of the accelerator's processes. Raises UserError as a single run would.
+    """
+    recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
+    free_and_reset_peak()
+    parts = build_components(recipe)
+    classes = len(parts.splits.classes)
+    show(check_memory(recipe, accelerator, classes))  # of one trial: all together hold more
+    train = parts.training(recipe, rank, world)
+    val = parts.validation(recipe, rank, world)
+    first = parts.method.to(accelerator.device)
+    assert isinstance(first, Reader)
+    readers = [first, *(build_reader(each, first.backbone, classes) for each in recipes[1:])]
+    trials = [
+        Trial(
+            each,
+            reader.to(accelerator.device),
+            build_optimizer(each.optim, reader),
+            gradient_scaler(recipe, accelerator),
+        )
+        for each, reader in zip(recipes, readers, strict=True)
+    ]
+    for trial, tensors in zip(trials, starts or [], strict=starts is not None):
+        restore(trial.reader, tensors, state)
+    weights_K = parts.class_weights(recipe, accelerator.device)
+    group = TrialGroup(trials, parts, accelerator, train, val, weights_K, stop, state, show, keeps_best)
+    _resume(group)  # whatever is refused is refused before the stream is computed
+    group.start_epoch()  # methods that cannot be trained raise here
+    if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end, and reads no more
+        show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
+    return group
+
+
+def gradient_scaler(recipe: Recipe, accelerator: Accelerator) -> GradScaler:
+    """A trial's own: as Accelerate's in a single run, with another overflow in each trial."""
+    return GradScaler(accelerator.device.type, enabled=recipe.runtime.precision == "fp16")
+
+
+def _resume(group: TrialGroup) -> None:
+    """Continue from the saved state, if process 0 has one. Raises RunFolderError on all processes."""
+    if not broadcast_object_list([group.state.is_file()])[0]:
+        return
+    refused: UserError | None = None
+    try:
+        shared = read_trials(group.state, group.trials)
+        group.epoch, group.epoch_step, group.seconds = shared["epoch"], shared["step"], shared["seconds"]
+        group.skipped = set(shared["skipped"])
+    except RunFolderError as damaged:
+        refused = damaged
+    raise_on_any_rank(group.accelerator, refused)
+    group.show(f"resumed from {group.state} at epoch {group.epoch + 1}")

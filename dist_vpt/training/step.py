@@ -1,0 +1,98 @@
+"""The parts of an optimizer step, written once: for a run, for trials that train together, for heads on fixed features.
+
+B images of a micro-batch, K classes, T trials. The planner counts the memory of the same parts.
+
+The loss of a global batch is sum(class weight x image weight x cross entropy) / sum(class weight x image weight), both
+sums over all micro-batches of all processes, so that a step is the same however the batch is split.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dist_vpt.data.loaders import Batch
+from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_all_ranks
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.errors import DataError
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.training.optim import multiplier
+
+DIVERGED_FIX = "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
+
+
+def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:
+    """The weight of each image in the loss, [B]: 0 for padding and for images that could not be read."""
+    return class_weights_K[batch["labels"]] * batch["weight"]
+
+
+def weigh_global_batch(
+    accelerator: Accelerator, fetched: list[Batch] | DataError, class_weights_K: Tensor, stop: StopSignal
+) -> tuple[list[tuple[Batch, Tensor]], float]:
+    """This process's micro-batches on its device with the weight of each image, and the weight of the global batch.
+
+    A collective call, in which all processes also learn of a DataError, which is raised on all, and of a stop request.
+    """
+    batches = [] if isinstance(fetched, DataError) else fetched
+    on_device = [send_to_device(batch, accelerator.device, non_blocking=True) for batch in batches]
+    weights = [weigh(batch, class_weights_K) for batch in on_device]
+    local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else 0.0
+    weight, failed, stopped = all_reduce_sum(accelerator, local, isinstance(fetched, DataError), stop.asked)
+    if failed:
+        raise_on_all_ranks(accelerator, fetched if isinstance(fetched, DataError) else None)
+    stop.agreed = stopped > 0
+    # A batch that holds only unreadable images has no weight, and its loss is 0.
+    return list(zip(on_device, weights, strict=True)), max(weight, 1e-12)
+
+
+def fold_in(*numbers: int) -> int:
+    """A seed from several numbers (64-bit FNV-1a): neighbors in any of them give unrelated seeds."""
+    folded = 0xCBF29CE484222325
+    for number in numbers:
+        for byte in number.to_bytes(8, "little"):
+            folded = ((folded ^ byte) * 0x100000001B3) % 2**64
+    return folded % 2**63
+
+
+def image_losses(logits: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The cross entropy of each image, [B] for logits [B, K] and [T, B] for logits [T, B, K]."""
+    labels = labels_B.expand(logits.shape[:-1])
+    losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=smoothing)
+    return losses.view_as(labels)
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of a step, counted from 0 over the whole run."""
+    share = multiplier(recipe.optim, step, steps_per_epoch, recipe.train.epochs)
+    return recipe.optim.peak_lr(recipe.train.batch_size) * share
+
+
+def not_finite(name: str, value: float, step: int) -> str:
+    """How to report a value that is not finite, or "" where it is."""
+    return "" if math.isfinite(value) else f"the {name} is {value} at step {step}"
+
+
+def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], clip_norm: float | None) -> Tensor:
+    """Clip the gradients of each group by itself; returns their norms before that, one a group."""
+    norms = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
+    if clip_norm is not None:
+        for group, norm in zip(groups, norms, strict=True):
+            clip_grads_with_norm_(group, clip_norm, norm)
+    return torch.stack(norms)
+
+
+def snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """float32 copies of what this process holds of the parameters (under ZeRO-3, its shards)."""
+    return [getattr(p, "ds_tensor", p).detach().float().clone() for p in parameters]
+
+
+def squared_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """The squared L2 norms of parameters and of their last update, [2]."""
+    parameters = torch.stack([(a**2).sum() for a in after]).sum()
+    updates = torch.stack([((a - b) ** 2).sum() for a, b in zip(after, before, strict=True)]).sum()
+    return torch.stack([parameters, updates])

@@ -1,0 +1,76 @@
+"""What a process learns from its launcher's variables, and that it learns it in one module."""
+
+import ast
+import os
+
+import pytest
+
+from dist_vpt.distributed.launch_env import LaunchEnv, SlurmEnv, detach_from_launcher
+from tests.running import ROOT
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "SLURMD_", "ACCELERATE_USE_")
+LAUNCHED = {
+    "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29500", "ACCELERATE_USE_DEEPSPEED": "true",
+}  # fmt: skip
+
+
+def reads(tree: ast.AST) -> list[int]:
+    """Lines where the value or the presence of a launcher's variable is looked up."""
+    found: list[tuple[ast.expr, int]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            found.append((node.slice, node.lineno))
+        elif isinstance(node, ast.Call):
+            found += [(argument, node.lineno) for argument in node.args]
+        elif isinstance(node, ast.Compare):
+            found += [(side, node.lineno) for side in (node.left, *node.comparators)]
+    return [
+        line
+        for name, line in found
+        if isinstance(name, ast.Constant) and isinstance(name.value, str) and name.value.startswith(NAMES)
+    ]
+
+
+def test_one_module_reads_the_variables_of_launchers() -> None:
+    paths = sorted((ROOT / "dist_vpt").rglob("*.py"))
+    readers = {path.name: lines for path in paths if (lines := reads(ast.parse(path.read_text())))}
+    assert list(readers) == ["launch_env.py"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("os.environ['SLURM_JOB_ID']", True),
+        ("environ.get('RANK', '0')", True),
+        ("'LOCAL_RANK' in os.environ", True),
+        ("os.environ['ACCELERATE_USE_CPU'] = 'true'", False),
+        ("{'LOCAL_WORLD_SIZE': '2'}", False),
+    ],
+)
+def test_a_read_is_found(line: str, found: bool) -> None:
+    assert bool(reads(ast.parse(line))) == found
+
+
+def test_variables_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert LaunchEnv.parse({}) == LaunchEnv()
+    expected = LaunchEnv(3, 4, 1, 2, "n1", "29500", launched=True, deepspeed=True)
+    assert LaunchEnv.parse(LAUNCHED) == expected
+    slurm = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n2", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+    slurm |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "16"}
+    assert LaunchEnv.parse(slurm) == LaunchEnv(slurm=SlurmEnv("7", "n2", 1, 2, 4, 16))
+    monkeypatch.setattr(os, "environ", dict(LAUNCHED))
+    assert LaunchEnv.current() == expected
+
+
+@pytest.mark.parametrize(("visible", "device"), [(None, "1"), ("5", "5"), ("4,6", "6"), ("4,5,6", "5")])
+def test_a_detached_process_is_alone_on_its_own_device(
+    visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.setattr(os, "environ", LAUNCHED | given)
+    detach_from_launcher()
+    # Processes that train alone still share the memory of their machine.
+    assert os.environ == {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": device}
+    detach_from_launcher()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == device
