@@ -1,17 +1,17 @@
-"""What the user can mend. Everything else is a bug and keeps its traceback."""
+"""Errors that the user can fix. Everything else is a bug and keeps its traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input or a refused request: the message names the place, the value, the rule and the fix.
+    """Bad input or a refused request: the message gives the location, the value, the rule and the fix.
 
     The command line prints the message alone (a traceback with ``--debug``) and exits with ``exit_code``.
     """
 
     exit_code = 2
-    shared = False  # whether every process raises it, so that the first one alone need tell it
+    shared = False  # whether every process raises it, so that the first one alone reports it
 
 
 class RecipeError(UserError):
@@ -31,7 +31,7 @@ class RunFolderError(UserError):
 
 
 class RunFailed(UserError):
-    """Training cannot go on (a loss that is not finite, a disk that stays full); the run is marked as failed."""
+    """Training cannot continue (a loss that is not finite, a disk that stays full); the run is marked as failed."""
 
     exit_code = 3
 
@@ -39,14 +39,14 @@ class RunFailed(UserError):
 class ProcessFailed(UserError):
     """Another process of the run is gone, has failed or hangs; the run is marked as failed with its reason.
 
-    Where that process met a UserError, ``exit_code`` is that error's.
+    Where that process raised a UserError, ``exit_code`` is that error's.
     """
 
     exit_code = 4
 
 
 class Diverged(RunFailed):
-    """A loss or a gradient is not finite: the setting's own fault, which a sweep goes on after."""
+    """A loss or a gradient is not finite: the setting's own fault, after which a sweep continues."""
 
 
 class OutOfMemory(RunFailed):
@@ -54,7 +54,7 @@ class OutOfMemory(RunFailed):
 
 
 class Interrupted(UserError):
-    """The run was told to stop and can be resumed from its newest state (EX_TEMPFAIL of sysexits.h)."""
+    """The run was asked to stop and can be resumed from its newest state (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
 

@@ -18,9 +18,9 @@ if [ $# -gt 0 ] && [[ $1 != *=* && $1 != -* ]] && [ ! -f "$1" ]; then
 fi
 if [ $# -eq 0 ]; then sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 if [ "$gpus" -gt 0 ] && [ "$processes" -gt "$gpus" ]; then
-  echo "local.sh: $processes processes were asked for, but this machine has $gpus devices" >&2; exit 2
+  echo "local.sh: $processes processes were requested, but this machine has $gpus devices" >&2; exit 2
 fi
-# DeepSpeed would be switched off by --cpu; DDP needs to be told where there is no GPU.
+# DeepSpeed would be switched off by --cpu; DDP needs the variable where there is no GPU.
 if [ "$gpus" -eq 0 ] && [ "$strategy" = ddp ]; then export ACCELERATE_USE_CPU=true; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / processes > 0 ? $(nproc) / processes : 1 ))}
 sharding=()

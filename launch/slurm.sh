@@ -1,9 +1,9 @@
 # What the Slurm scripts beside this file share; sourced by them and by those that `dist-vpt` writes.
 #   train_in_job [STRATEGY] RECIPE... a.b=c     one training on all nodes and GPUs of the job
 #   suite_in_job RECIPE... --tasks ...          a suite's sweep, by the element's number in the job array
-# Both look first for what usually goes wrong, and end the script. A job that was cut short is started again by Slurm, at
-# most ATTEMPTS times in all (10 unless set), and goes on from what is saved.
-# Exit codes: 0 done, 2 a mistake to mend, 3 a training that cannot go on; after any other the job is started again.
+# Both first check for frequent mistakes, and end the script. A job that was cut short is started again by Slurm, at
+# most ATTEMPTS times in all (10 unless set), and continues from what is saved.
+# Exit codes: 0 done, 2 a mistake to fix, 3 a training that cannot continue; after any other the job is started again.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 attempts=${ATTEMPTS:-10} attempt=$((${SLURM_RESTART_COUNT:-0} + 1))
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
@@ -22,7 +22,7 @@ train_in_job() {
   export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$head" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}
   export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   set -- "$@" run.resume=auto
-  if [ -n "${SLURMD_NODENAME:-}" ]; then  # a script runs on the first node; what every node would meet is told once
+  if [ -n "${SLURMD_NODENAME:-}" ]; then  # a script runs on the first node: report once what is wrong on all
     _check_node "$python" "$@" || _finish $?
   fi
   if [ "$SLURM_NNODES" -gt 1 ] || [ -z "${SLURMD_NODENAME:-}" ]; then
@@ -45,7 +45,7 @@ _begin() {
   if [ -z "$job" ]; then _fail "not in a Slurm job; start it with sbatch (launch/local.sh trains on this machine)"; fi
   if ! [[ $attempts =~ ^[1-9][0-9]*$ ]]; then _fail "ATTEMPTS=$attempts: must be a whole number from 1 on"; fi
   if [ "$attempt" -gt "$attempts" ]; then
-    _fail "job $job was started $((attempt - 1)) times and ATTEMPTS=$attempts; submit it again to go on where it stopped"
+    _fail "job $job was started $((attempt - 1)) times and ATTEMPTS=$attempts; submit it again to continue where it stopped"
   fi
   echo "slurm: job $job, attempt $attempt of $attempts, on $SLURM_JOB_NODELIST"
   trap 'stop=yes' USR1  # before the time limit, as --signal says; until training runs there is nothing to save
@@ -73,7 +73,7 @@ _on_every_node() {
   srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --wait=60 "$@"
 }
 
-# Run a step; SIGUSR1 is handed on to all its processes.
+# Run a step; SIGUSR1 is forwarded to all its processes.
 _run() {
   local step code ended=
   if [ -n "${stop:-}" ]; then _finish 75; fi
@@ -92,15 +92,15 @@ _run() {
 # End the script, or have Slurm start it again.
 _finish() {
   local code=$1
-  if [ "$code" -ge 160 ]; then code=$((code - 160)); fi  # of dist_vpt.cli.slurm_node
+  if [ "$code" -ge 160 ]; then code=$((code - 160)); fi  # of dist_vpt.distributed.launcher
   case $code in 0 | 2 | 3) exit "$code" ;; 60) exit 0 ;; esac
   if [ "$attempt" -ge "$attempts" ]; then
-    echo "slurm: attempt $attempt of $attempts ended with exit code $code; submit it again to go on where it stopped" >&2
+    echo "slurm: attempt $attempt of $attempts ended with exit code $code; submit it again to continue where it stopped" >&2
     exit "$code"
   fi
   echo "slurm: attempt $attempt of $attempts ended with exit code $code; Slurm starts the job again"
   trap - TERM
   if scontrol requeue "$job"; then sleep 120; fi  # Slurm ends this script
-  echo "slurm: could not be started again; submit it again to go on where it stopped" >&2
+  echo "slurm: could not be started again; submit it again to continue where it stopped" >&2
   exit "$code"
 }

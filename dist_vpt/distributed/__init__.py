@@ -1,1 +1,1 @@
-"""Several processes of one run: their launcher, collective calls, and an end for all where one fails."""
+"""The processes of one run: launch environment, collective calls, and an end for all where one fails."""

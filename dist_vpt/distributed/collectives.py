@@ -1,4 +1,4 @@
-"""What all processes decide together: to stop on a signal, and to fail with the error that one of them met."""
+"""Collective calls: sums, and errors and stops that all processes of a run raise together."""
 
 import socket
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from dist_vpt.files import raising_disk_full
 def all_reduce_sum(accelerator: Accelerator, *numbers: float | torch.Tensor) -> list[float]:
     """Sums over all processes. A collective call."""
     numbers_on_device = [torch.as_tensor(number, dtype=torch.float32, device=accelerator.device) for number in numbers]
-    with phase.meeting():
+    with phase.in_collective():
         return accelerator.reduce(torch.stack(numbers_on_device), "sum").tolist()
 
 
 def raise_on_any_rank(accelerator: Accelerator, error: UserError | None, stop: StopSignal | None = None) -> None:
-    """Go on only if no process met an error; else raise it on all of them. A collective call."""
+    """Raise the first process's error on all processes, if any has one; agree on a stop. A collective call."""
     failed, stopped = all_reduce_sum(accelerator, error is not None, stop is not None and stop.asked)
     if failed:
         raise_on_all_ranks(accelerator, error)
@@ -31,15 +31,15 @@ def raise_on_any_rank(accelerator: Accelerator, error: UserError | None, stop: S
         stop.agreed = stopped > 0
 
 
-def stop_all_ranks(accelerator: Accelerator, told: str) -> NoReturn:
+def stop_all_ranks(accelerator: Accelerator, message: str) -> NoReturn:
     """Raise Interrupted where all processes have agreed on a stop."""
-    stopped = Interrupted(told)
-    stopped.shared = accelerator.num_processes > 1  # one process's telling is enough
+    stopped = Interrupted(message)
+    stopped.shared = accelerator.num_processes > 1
     raise stopped
 
 
 def on_main_process(accelerator: Accelerator, write: Callable[[], Any], what: str, folder: Path, then: str) -> None:
-    """Let main write into a folder, or fail on all processes where the disk is full. A collective call."""
+    """Have the main process write into a folder. A collective call; all raise RunFailed where the disk is full."""
     failed = None
     if accelerator.is_main_process:
         try:
@@ -51,12 +51,12 @@ def on_main_process(accelerator: Accelerator, write: Callable[[], Any], what: st
 
 
 def raise_on_all_ranks(accelerator: Accelerator, error: UserError | None) -> NoReturn:
-    """Raise the first process's error on every process, with its place unless it is main. A collective call."""
+    """Raise the first process's error on every process, naming that process unless it is main. A collective call."""
     if accelerator.num_processes > 1:
-        met = gather_object([(error, socket.gethostname())])
-        rank, error, host = next((r, e, host) for r, (e, host) in enumerate(met) if e is not None)
+        errors = gather_object([(error, socket.gethostname())])
+        rank, error, host = next((rank, found, host) for rank, (found, host) in enumerate(errors) if found is not None)
         if rank:
             error.args = (f"process {rank} on {host}: {error}",)
     assert error is not None
-    error.shared = True  # one process's telling is enough
+    error.shared = True
     raise error

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: what goes wrong there is told with the address, the port and what to do."""
+"""How the processes of a run find each other; errors there give the address, the port and the fix."""
 
 import os
 import re
@@ -12,12 +12,14 @@ from typing import Never
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 
-NEWS_SECONDS = 30.0  # a process that still waits then says where, and for whom
+NOTICE_SECONDS = 30.0  # after which a process that still waits reports where, and for whom
+MARGIN_SECONDS = 60.0  # the process group gives up so much later than the watchdog, which knows more
+SIGNS = ("gloo", "Gloo", "Connection closed by peer", "NCCL", "ProcessGroup")  # in what a process group raises
 
 
 @contextmanager
 def rendezvous(minutes: float) -> Iterator[None]:
-    """Processes that a launcher has started meet within. Raises UserError where they do not."""
+    """Within, processes of a launcher initialize their process group. Raises UserError where they cannot."""
     launch = LaunchEnv.current()
     world, address, port = launch.world_size, launch.master_addr, launch.master_port
     if world == 1 or not launch.launched:
@@ -25,7 +27,7 @@ def rendezvous(minutes: float) -> Iterator[None]:
         return
     if not address or not port:
         missing = "MASTER_PORT" if address else "MASTER_ADDR"
-        raise UserError(f"{missing} is not set, and {world} processes must meet; start them with `accelerate launch`")
+        raise UserError(f"{missing} is not set, but {world} processes need it; start them with `accelerate launch`")
     where, who = f"{address}:{port} (MASTER_ADDR, MASTER_PORT)", f"process {launch.rank} of {world}"
     try:
         socket.getaddrinfo(address, port)
@@ -34,46 +36,47 @@ def rendezvous(minutes: float) -> Iterator[None]:
             f"{where}: {who} cannot resolve {address} on {socket.gethostname()} ({error.strerror}); "
             "give the head node's address, or a name that all nodes know"
         ) from error
-    lost = (
-        f"{where}: {who} met no process 0 there within {minutes:g} minutes (run.timeout_minutes); see whether process "
-        "0 has started and what it says, whether another program has that port, and whether a firewall is between"
+    unreachable = (
+        f"{where}: {who} could not reach process 0 there within {minutes:g} minutes (run.timeout_minutes); check "
+        "whether process 0 has started and what it reports, whether another program uses that port, and whether a "
+        "firewall is in between"
     )
-    news = f"{who} waits for the others at {where}; it gives up after {minutes:g} minutes (run.timeout_minutes)"
-    threads = [
-        threading.Timer(NEWS_SECONDS, print, [news], {"file": sys.stderr, "flush": True}),
-        # A program that takes the connection and never answers keeps torch waiting for ever.
-        threading.Timer(60 * minutes + 2 * MARGIN_SECONDS, _give_up, [lost]),
+    notice = f"{who} waits for the others at {where}; it gives up after {minutes:g} minutes (run.timeout_minutes)"
+    timers = [
+        threading.Timer(NOTICE_SECONDS, print, [notice], {"file": sys.stderr, "flush": True}),
+        # A program that accepts the connection and never answers keeps torch waiting for ever.
+        threading.Timer(60 * minutes + 2 * MARGIN_SECONDS, _give_up, [unreachable]),
     ]
-    for thread in threads:
-        thread.daemon = True
-        thread.start()
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         yield
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise
-        raise UserError(_said(str(error), where, who, lost, minutes)) from error
+        raise UserError(_message(str(error), where, who, unreachable, minutes)) from error
     finally:
-        for thread in threads:
-            thread.cancel()
+        for timer in timers:
+            timer.cancel()
 
 
-def _said(told: str, where: str, who: str, lost: str, minutes: float) -> str:
-    if "EADDRINUSE" in told:
+def _message(error: str, where: str, who: str, unreachable: str, minutes: float) -> str:
+    if "EADDRINUSE" in error:
         return (
-            f"{where}: the port is taken by another program on {socket.gethostname()}; choose another one for all "
+            f"{where}: the port is used by another program on {socket.gethostname()}; choose another one for all "
             "processes (accelerate launch --main_process_port PORT; 0 takes a free one, on a single machine)"
         )
-    came = re.search(r"(\d+)/(\d+) clients joined", told)
-    if came:
+    joined = re.search(r"(\d+)/(\d+) clients joined", error)
+    if joined:
         return (
-            f"{where}: {came[1]} of {came[2]} processes came within {minutes:g} minutes (run.timeout_minutes); see "
-            "what the others say, and whether they are given the same address, port and number of processes"
+            f"{where}: {joined[1]} of {joined[2]} processes joined within {minutes:g} minutes (run.timeout_minutes); "
+            "check what the others report, and that they get the same address, port and number of processes"
         )
-    if "timed out" in told or "Ping failed" in told or "reset" in told:
-        return lost
+    if "timed out" in error or "Ping failed" in error or "reset" in error:
+        return unreachable
     return (
-        f"{where}: {who} cannot connect to the others ({told.splitlines()[0][:300]}); where a node has several "
+        f"{where}: {who} cannot connect to the others ({error.splitlines()[0][:300]}); where a node has several "
         "networks, name the one that they share in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
     )
 
@@ -83,13 +86,9 @@ def _give_up(message: str) -> Never:
     os._exit(UserError.exit_code)
 
 
-MARGIN_SECONDS = 60.0  # the process group gives up so much later than the thread, which knows more
-SIGNS = ("gloo", "Gloo", "Connection closed by peer", "NCCL", "ProcessGroup")  # in what a process group raises
-
-
 def is_peer_failure(error: BaseException) -> bool:
-    """Whether a process meets this because of another: what the process group raises where one is gone or late."""
+    """Whether an error is due to another process: what a process group raises where one is gone or late."""
     from torch.distributed import DistError
 
-    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
-    return told or isinstance(error, DistError)
+    by_group = isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    return by_group or isinstance(error, DistError)

@@ -1,4 +1,4 @@
-"""The signals that ask for a stop, and processes that are not to hear them."""
+"""The signals that ask for a stop, and processes that must not get them."""
 
 import signal
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ STOP = (signal.SIGTERM, signal.SIGUSR1)
 def block_stop_signals() -> Iterator[None]:
     """Processes that are started within never get a signal that asks for a stop.
 
-    A cluster sends it to all processes of a job: who loads images must outlive it, for the state to be saved. What
-    reaches this process meanwhile is kept until the end.
+    A cluster sends it to all processes of a job, but loader workers must outlive it for the state to be saved. A signal
+    to this process is delivered at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
@@ -25,24 +25,24 @@ def block_stop_signals() -> Iterator[None]:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR1 ask for a stop; it is made where all processes have agreed on it.
+    """Records SIGTERM and SIGUSR1, which ask for a stop; the run stops once all processes have agreed on it.
 
-    One that is entered within another learns of what the outer one was asked, and hands on what it was asked itself.
+    Of nested ones, the inner one takes over a request that the outer one got, and the other way round at its end.
     """
 
     entered: ClassVar[list["StopSignal"]] = []
 
     def __init__(self) -> None:
-        self.asked = False  # of this process
-        self.agreed = False  # by all of them
+        self.asked = False  # this process got a signal
+        self.agreed = False  # all processes are to stop
 
     def __enter__(self) -> "StopSignal":
         def ask(number: int, frame: FrameType | None) -> None:
             self.asked = True
 
         with block_stop_signals():
-            resource_tracker.ensure_running()  # now: it would be started by any package, later
-        self.previous = {s: signal.signal(s, ask) for s in STOP}
+            resource_tracker.ensure_running()  # now: any package might start it later, without blocked signals
+        self.previous = {number: signal.signal(number, ask) for number in STOP}
         self.asked |= any(outer.asked for outer in self.entered)
         self.entered.append(self)
         return self

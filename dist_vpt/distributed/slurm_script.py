@@ -1,19 +1,15 @@
-"""The job scripts for Slurm. What they share lies in launch/slurm.sh."""
+"""Job scripts for Slurm; they share the functions of launch/slurm.sh."""
 
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dist_vpt.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
 LAUNCH = Path(__file__).parents[2] / "launch"
-LEAVES = 120  # seconds before its time limit a job is told to save
+LEAVES = 120  # seconds before its time limit at which Slurm signals a job to save
 
 
 def job_script(
@@ -26,13 +22,13 @@ def job_script(
     """A job's script: options for sbatch, then a call of launch/slurm.sh with this Python in this folder."""
     shared = LAUNCH / "slurm.sh"
     if not shared.is_file():
-        raise UserError(f"{shared}: is not there; Slurm scripts need a clone of the repository (pip install -e CLONE)")
-    always = ["--ntasks-per-node=1", f"--signal=B:USR1@{LEAVES}", "--requeue", "--open-mode=append"]
+        raise UserError(f"{shared}: not found; Slurm scripts need a clone of the repository (pip install -e CLONE)")
+    common = ["--ntasks-per-node=1", f"--signal=B:USR1@{LEAVES}", "--requeue", "--open-mode=append"]
     lines = [
         "#!/bin/bash",
-        *(f"#SBATCH {directive}" for directive in (*directives, *always)),
+        *(f"#SBATCH {directive}" for directive in (*directives, *common)),
         f"# Written by {writer}. More options (partition, account, ...) may be given to sbatch, or as its variables",
-        "# (SBATCH_PARTITION, SBATCH_ACCOUNT, ...). Started again, it goes on.",
+        "# (SBATCH_PARTITION, SBATCH_ACCOUNT, ...). If started again, it continues.",
         *notes,
         f"cd {shlex.quote(os.getcwd())} || exit 2",
         f"python={shlex.quote(sys.executable)}",

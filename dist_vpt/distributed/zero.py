@@ -8,8 +8,8 @@ from torch import Tensor
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Have whole parameters at hand where ZeRO-3 holds shards; with ``write``, main's values go to all."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    """Gather the parameters that ZeRO-3 shards; with ``write``, the main process's values go to all."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not sharded:
         yield
         return

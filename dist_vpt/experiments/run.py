@@ -57,8 +57,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if acquire(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its scores are in {folder.result}")
             return read_json(folder.result)
-        ranks = RankWatchdog(folder, accelerator.process_index, accelerator.num_processes, recipe.run.timeout_minutes)
-        with ranks, advice_on_memory(recipe, accelerator):
+        watchdog = RankWatchdog(folder, launch.rank, launch.world_size, recipe.run.timeout_minutes, phase)
+        with watchdog, advice_on_memory(recipe, accelerator):
             warning = check_memory(recipe, accelerator, len(parts.splits.classes))
             training = _set_up(recipe, parts, train, accelerator, folder, stop)
             leaving.callback(training.close)

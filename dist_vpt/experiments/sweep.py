@@ -20,7 +20,7 @@ from rich.console import Console
 
 from dist_vpt.data.splits import Splits
 from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
-from dist_vpt.distributed.rank_status import read_rank_status
+from dist_vpt.distributed.rank_status import phase, read_rank_status
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import Interrupted, RunFolderError, UserError
@@ -70,7 +70,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             print_sweep(read_json(folder.path / "sweep.json"), folder.path, console)
             return read_json(folder.path / "sweep.json")
         # Where each process works alone, none keeps the others waiting.
-        stack.enter_context(RankWatchdog(folder, rank, world, recipe.run.timeout_minutes if shared else math.inf))
+        minutes = recipe.run.timeout_minutes if shared else math.inf
+        stack.enter_context(RankWatchdog(folder, rank, world, minutes, phase))
         worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
         for warning in recipe.doubts:
             worker.show(f"note: {warning}")

@@ -309,7 +309,7 @@ def test_attempts_are_counted_and_bounded(variables: dict[str, str], code: int, 
         assert f"node train {LAUNCH}/accelerate/ddp.yaml" in done.stdout
         assert f"run.dir={tmp_path}/run run.resume=auto\n" in done.stdout
     else:
-        assert "slurm: job 7 was started 10 times and ATTEMPTS=10; submit it again to go on" in done.stderr
+        assert "slurm: job 7 was started 10 times and ATTEMPTS=10; submit it again to continue" in done.stderr
         assert "step: " not in done.stdout
 
 

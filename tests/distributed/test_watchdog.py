@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed import rendezvous, watchdog
+from dist_vpt.distributed.failures import Failure
+from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.errors import OutOfMemory, RunFolderError
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs import folder
@@ -120,10 +122,11 @@ def test_all_end_with_the_reason_of_the_first(
     expected = {
         has_a_bug: [f"ZeroDivisionError: a bug of ours at step {FAILS_AT}: reading images"],
         is_out_of_memory: ["memory is not enough; a smaller batch would fit"],
-        is_killed: ["ended without a word (its last: "],
+        is_killed: ["ended without reporting an error (last seen at "],
         is_interrupted: ["left before the end (by control-C?)"],
         hangs: [
-            f"did not come for {TIMEOUT} minutes (run.timeout_minutes): it stands at step {FAILS_AT}: reading images",
+            f"did not join the others for {TIMEOUT} minutes (run.timeout_minutes): ",
+            f"it is at step {FAILS_AT}: reading images",
             f"the others wait at step {FAILS_AT}",
         ],
     }
@@ -219,7 +222,7 @@ def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(split:
     assert forks.finish(90) == [4, -signal.SIGKILL], forks.output[-3000:]
     reason = json.loads((folder / "run.json").read_text())["reason"]
     assert reason.startswith(f"process 1 of 2 (pid {forks.processes[1].pid} on "), reason
-    assert "ended without a word" in reason
+    assert "ended without reporting an error" in reason
 
 
 @pytest.mark.parametrize("call", ["train", "sweep"])
@@ -248,8 +251,8 @@ def test_a_process_s_place_in_a_living_run_is_refused(tmp_path: Path) -> None:
         with open(tmp_path / "run" / "ranks" / "rank-1.json", "w") as living:
             fcntl.flock(living, fcntl.LOCK_EX)
             with (
-                pytest.raises(RunFolderError, match="another process 1 of 2 is at work here; wait for the end"),
-                watchdog.RankWatchdog(RunFolder(tmp_path / "run"), 1, 2, 1.0),
+                pytest.raises(RunFolderError, match="another process 1 of 2 is running in it; wait for the end"),
+                watchdog.RankWatchdog(RunFolder(tmp_path / "run"), 1, 2, 1.0, RankStatus()),
             ):
                 pytest.fail("it took the place")
             assert (tmp_path / "run" / "ranks" / "rank-1.json").read_text() == ""
@@ -279,25 +282,25 @@ def test_a_process_that_does_not_see_the_run_folder_ends_all(tmp_path: Path) -> 
 
 def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[Path], Any]) -> list[str]:
     """Process 1 of 2 is in the folder, then something happens to ranks/: with what reasons its thread ends it."""
-    told: list[str] = []
+    ended: list[str] = []
     reasons: list[str] = []
     whole = watchdog.RankWatchdog._end
 
-    def end(self: watchdog.RankWatchdog, failure: dict[str, Any]) -> None:
-        told.append(failure["reason"])
+    def end(self: watchdog.RankWatchdog, failure: Failure) -> None:
+        ended.append(failure.reason)
         with contextlib.suppress(SystemExit):
             whole(self, failure)
 
     def leave(code: int) -> None:  # the thread, in place of the tests' own process
         assert code == 4
-        reasons.append(told[-1])
+        reasons.append(ended[-1])
         raise SystemExit
 
     monkeypatch.setattr(watchdog.os, "_exit", leave)
     monkeypatch.setattr(watchdog, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(watchdog, "LEAVE_SECONDS", 0.02)
     monkeypatch.setattr(watchdog.RankWatchdog, "_end", end)
-    with folder.claimed(load_recipe([], words(folder.path))), watchdog.RankWatchdog(folder, 1, 2, 1.0):
+    with folder.claimed(load_recipe([], words(folder.path))), watchdog.RankWatchdog(folder, 1, 2, 1.0, RankStatus()):
         then(folder.path / "ranks")
         deadline = time.monotonic() + 5
         while not reasons and time.monotonic() < deadline:
@@ -332,7 +335,7 @@ def test_a_process_that_cannot_tell_where_it_stands_says_so_and_still_looks_at_t
     assert reasons[0] == "process 0 of 2: its memory ran out"
     told = capsys.readouterr().err
     assert "No space left on device" in told
-    assert "process 1 cannot tell where it stands, and no other sees its end" in told
+    assert "process 1 cannot report its status, and no other process sees its end" in told
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
@@ -350,12 +353,12 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("rank", "address", "told"),
     [
-        (0, "localhost", "{port} (MASTER_ADDR, MASTER_PORT): the port is taken by another program"),
+        (0, "localhost", "{port} (MASTER_ADDR, MASTER_PORT): the port is used by another program"),
         (1, "nix.invalid", "nix.invalid:{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 cannot resolve nix.invalid"),
         (
             1,
             "localhost",
-            "{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 met no process 0 there within 0.01 minutes",
+            "{port} (MASTER_ADDR, MASTER_PORT): process 1 of 2 could not reach process 0 there within 0.01 minutes",
         ),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.Ca
     assert (one["status"], one["done"], one["images_per_s"], one["seconds_left"]) == ("dead", number, None, None)
     assert one["reason"] == (
         f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
-        "images; run.resume=auto goes on"
+        "images; run.resume=auto continues it"
     )
 
 
@@ -158,10 +158,10 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     assert sweep["seconds_left"] == pytest.approx(left + 2 * (spent + left) / 6, abs=0.06)  # the seeds come later
     assert "0/8 trials and seeds, epoch 2/4" in told(capsys, str(folder))
     with monkeypatch.context() as far:  # on a machine that our locks do not reach, a sign of life is enough
-        far.setattr("dist_vpt.cli.status.held", lambda file: False)
-        far.setattr("dist_vpt.cli.status.socket.gethostname", lambda: "elsewhere")
+        far.setattr("dist_vpt.runs.status.is_locked", lambda file: False)
+        far.setattr("dist_vpt.runs.status.socket.gethostname", lambda: "elsewhere")
         assert standings(capsys, folder)["sweep"]["status"] == "running"
-        far.setattr("dist_vpt.cli.status.SILENT_SECONDS", -1)
+        far.setattr("dist_vpt.runs.status.SILENT_SECONDS", -1)
         assert standings(capsys, folder)["sweep"]["status"] == "dead"
     forks.send(signal.SIGKILL)
     assert forks.finish() == [-signal.SIGKILL]
@@ -169,7 +169,7 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     assert (sweep["status"], sweep["epoch"], sweep["images_per_s"], sweep["seconds_left"]) == ("dead", None, None, None)
     assert sweep["reason"] == (
         f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
-        "images; the same command goes on"
+        "images; the same command continues it"
     )
 
 
@@ -253,7 +253,7 @@ def test_a_narrow_terminal_shows_all(
 
 
 def test_a_folder_without_runs_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, str(tmp_path)).replace("\n", "") == f"{tmp_path}: nothing has begun here yet"
+    assert told(capsys, str(tmp_path)).replace("\n", "") == f"{tmp_path}: no runs here yet"
     assert json.loads(told(capsys, str(tmp_path), "--json")) == []
     assert main(["status", str(tmp_path), str(tmp_path / "x"), str(tmp_path / "y")]) == 2
     message = capsys.readouterr().err
