@@ -388,7 +388,7 @@ def test_without_a_test_split_val_is_scored(source: Path, tmp_path: Path) -> Non
     assert "test" not in result(tmp_path / "featselect-0.2")["last"]
 
 
-# Going on
+# Resuming
 
 
 def test_what_is_there_is_not_trained_again(
@@ -425,7 +425,7 @@ def test_another_compression_is_not_overwritten(source: Path, selected: tuple[Pa
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
-def test_a_stopped_finetuning_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_finetuning_resumes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again(source, [0.2], "finetune", out=str(tmp_path / "whole"))
     fit = compress_training.fit_trials
 
@@ -446,7 +446,7 @@ def test_a_stopped_finetuning_goes_on(source: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("at", ["features", "a head"])
-def test_what_is_stopped_before_a_fraction_is_there_goes_on(
+def test_what_is_stopped_before_a_fraction_is_done_resumes(
     at: str, source: Path, selected: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = {"features": "compute_stream", "a head": "head_loss"}[at]
@@ -543,9 +543,9 @@ def test_mistakes(
     words: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compress", str(source), "--out", str(tmp_path / "out"), *words]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.startswith("error: ")
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -635,7 +635,7 @@ def test_adapters_hold_the_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [None, [5, 4, 6], [1, 1, 2], [-1, 0, 1], [0, 1, 64]], ids=str)
-def test_an_index_that_names_no_features_is_told_before_it_is_used(kept: list[int] | None) -> None:
+def test_an_index_that_names_no_features_is_rejected_before_it_is_used(kept: list[int] | None) -> None:
     method = make_vqt(keep=3)
     if kept is not None:
         assert method.kept is not None

@@ -206,7 +206,7 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_pass_that_is_ended_in_its_middle_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=4", "train.batch_size=100", "run.trackers=[]", *GRID]
     whole, folder = swept(tmp_path / "whole", *grid), tmp_path / "ended"
 
@@ -235,7 +235,7 @@ def test_a_pass_that_is_ended_in_its_middle_goes_on(number: signal.Signals, tmp_
 
 @pytest.mark.parametrize("method", ["linear", "vpt"])
 @pytest.mark.parametrize("missing", ["val", "test"])
-def test_a_split_that_is_missing_is_told_before_the_grid(
+def test_a_split_that_is_missing_is_reported_before_the_grid(
     missing: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few_images(tmp_path)
@@ -248,7 +248,7 @@ def test_a_split_that_is_missing_is_told_before_the_grid(
 
 
 @pytest.mark.parametrize("method", ["linear", "vpt"])
-def test_images_that_are_skipped_are_told(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_skipped_are_reported(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
     options = [f"method.name={method}", *data, "data.on_decode_error=skip", "run.trackers=[]", "sweep.seeds=[1]"]
     content = swept(tmp_path / "sweep", *options, "sweep.grid.optim.lr=[0.5, 0.1]")
@@ -331,8 +331,10 @@ def test_a_process_that_starts_late_finds_its_share(late: int, tmp_path: Path) -
     assert len(json.loads((folder / "sweep.json").read_text())["trials"]) == 6
 
 
-def test_a_claim_is_seen_where_locks_reach_no_other_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By signs of life of the first process, which are new: the last ones of a killed attempt lie there, too."""
+def test_a_folder_is_seen_to_be_held_where_locks_reach_no_other_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By new heartbeats of the first process: the last one of a killed attempt is there, too."""
     recipe = load_recipe([], [*words(tmp_path / "sweep", *READER), "run.resume=auto"])
     folder, beats = RunFolder(tmp_path / "sweep"), iter([7, 7, None, 1])
     monkeypatch.setattr("dist_vpt.runs.folder.is_locked", lambda _: False)
@@ -351,12 +353,12 @@ def test_a_claim_is_seen_where_locks_reach_no_other_machine(tmp_path: Path, monk
 
 def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
     def before(_: int) -> None:
-        tell, told = sweep_worker.Worker.write_outcome, []
+        write, written = sweep_worker.Worker.write_outcome, []
 
         def counted(*args: Any) -> None:
-            tell(*args)
-            told.append(1)
-            if len(told) == 2:
+            write(*args)
+            written.append(1)
+            if len(written) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sweep_worker.Worker.write_outcome = counted  # type: ignore[method-assign]
@@ -376,12 +378,12 @@ def test_every_trial_diverges_within_an_epoch(tmp_path: Path, capsys: pytest.Cap
     words += ["train.batch_size=50", "optim.name=sgd"]
     for _ in range(2):  # the second time from the outcomes
         assert main(words) == 3
-        told = capsys.readouterr().err
-        assert "every trial of the grid diverged; choose another run.dir" in told
+        message = capsys.readouterr().err
+        assert "every trial of the grid diverged; choose another run.dir" in message
 
 
 def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is told of a trial whose states could not be saved, and the same command trains it."""
+    """No outcome is written of a trial whose states could not be saved, and the same command trains it."""
     options = ["train.batch_size=250", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
     recipe = load_recipe([], words(tmp_path, "sweep.seeds=[1]", "optim.name=sgd", *options))
     save = state.save_file
@@ -416,8 +418,10 @@ def test_a_full_disk_ends_a_sweep_in_words(
     line = command(tmp_path, *READER, "train.epochs=1", "train.batch_size=500", "run.trackers=[]", "sweep.seeds=[1]")
     monkeypatch.setattr(os, "replace", full)
     assert main(line) == RunFailed.exit_code
-    told = f"{tmp_path}: {what} cannot be written ([Errno 28] No space left on device); free space there, then the same"
-    assert told in capsys.readouterr().err
+    message = (
+        f"{tmp_path}: {what} cannot be written ([Errno 28] No space left on device); free space there, then the same"
+    )
+    assert message in capsys.readouterr().err
     monkeypatch.undo()
     assert main(line) == 0
 
@@ -438,7 +442,7 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
     assert all(other["diverged"] is None for other in others)
 
 
-def test_a_diverged_seed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_diverged_seed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     score = sweep_worker.score_trials
 
     def spoiled(*args: Any) -> list[Any]:
@@ -497,7 +501,7 @@ def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.
         assert "is a sweep; name one of its runs" in capsys.readouterr().err
 
 
-def test_unknown_keys_of_the_grid_are_told_once(tmp_path: Path) -> None:
+def test_unknown_keys_of_the_grid_are_reported_once(tmp_path: Path) -> None:
     recipe = load_recipe([], words(tmp_path, "sweep.grid.optim.lrr=[1.0, 2.0]", "sweep.grid.seeed=[1, 2]"))
     with pytest.raises(RecipeError) as caught:
         grid_jobs(recipe, tmp_path)

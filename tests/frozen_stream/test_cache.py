@@ -59,7 +59,7 @@ GIB = 2**30
 
 @dataclass
 class Outcome:
-    """What a run tells."""
+    """What a run reports."""
 
     losses: list[float]  # of every step
     metrics: list[dict[str, Any]]
@@ -73,7 +73,7 @@ def run(folder: Path, *overrides: str) -> Outcome:
     live: list[int] = []
     step = engine.train_step
 
-    def told(*args: Any, **kwargs: Any) -> engine.Step:
+    def recorded(*args: Any, **kwargs: Any) -> engine.Step:
         done = step(*args, **kwargs)
         losses.append(done.loss)
         return done
@@ -83,7 +83,7 @@ def run(folder: Path, *overrides: str) -> Outcome:
         return compute_stream(backbone, images, reads)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "train_step", told)
+        patch.setattr(engine, "train_step", recorded)
         patch.setattr(base, "compute_stream", counted)
         result = train(folder, *overrides)
     line = next(line for line in (folder / "train.log").read_text().splitlines() if "frozen stream" in line)
@@ -164,10 +164,10 @@ def message(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -
     """What a user reads of a run that is refused."""
     capsys.readouterr()
     assert main(["train", *words(folder, *overrides)]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("error: ")
-    assert "Traceback" not in told.err
-    return told.err
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert "Traceback" not in output.err
+    return output.err
 
 
 @pytest.mark.parametrize(
@@ -212,9 +212,9 @@ def test_what_another_run_has_skipped_stops_one_that_wants_all(
     data = pictures(tmp_path / "data", broken=lambda i: i in (3, 10))
     options = (*data, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}", "run.trackers=[]")
     train(tmp_path / "skips", *options, "data.on_decode_error=skip")
-    told = message(capsys, tmp_path / "fails", *options)
-    assert "made with data.on_decode_error=skip, this stream cache lacks" in told
-    assert "replace what is damaged, or remove this folder" in told
+    error = message(capsys, tmp_path / "fails", *options)
+    assert "made with data.on_decode_error=skip, this stream cache lacks" in error
+    assert "replace what is damaged, or remove this folder" in error
     pictures(tmp_path / "data")
     assert train(tmp_path / "whole", *options)["skipped_images"] == []
 
@@ -228,9 +228,9 @@ def test_what_is_augmented_stays_live(tmp_path: Path, capsys: pytest.CaptureFixt
     assert kept.line.endswith("(val)")
     assert_equal(kept, live, 1e-6)
     for place in ("memory", "disk"):
-        told = message(capsys, tmp_path / place, *options, f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
-        assert f"stream.cache = {place}: data.augment = fgvc shows each image otherwise" in told
-        assert "set stream.cache=auto (which keeps val alone) or data.augment=none" in told
+        error = message(capsys, tmp_path / place, *options, f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
+        assert f"stream.cache = {place}: data.augment = fgvc shows each image otherwise" in error
+        assert "set stream.cache=auto (which keeps val alone) or data.augment=none" in error
     assert not (tmp_path / "cache").exists()
 
 
@@ -289,7 +289,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
 
     def full(rank: int) -> None:
         if rank == 1:
-            stream_disk._open = _no_room
+            stream_disk._open = _disk_full
 
     disk = ("stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
     assert two_processes(tmp_path / "full", *options, *disk, before=full) == [2, 2]
@@ -342,7 +342,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_a_signal_while_the_stream_is_computed_is_heard_there(
+def test_a_stop_signal_while_the_stream_is_computed(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = (*FAST, *READERS["linear"], "train.epochs=2", f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
@@ -366,7 +366,7 @@ def test_a_signal_while_the_stream_is_computed_is_heard_there(
     assert len(scores(metrics(tmp_path / "run"))) > 0
 
 
-def test_a_signal_is_heard_while_another_run_builds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_signal_while_another_run_builds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, looks = parts_of(*FAST), []
     target = cache_folder(str(tmp_path), facts_of(parts))
     with StopSignal() as stop, open(target.with_suffix(".lock"), "w") as lock:
@@ -459,10 +459,10 @@ def test_a_damaged_or_stale_cache_is_refused(
     damage(cache)
     before = snapshot(caches)
     options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={caches}")
-    told = message(capsys, tmp_path / "run", *options)
-    assert str(cache) in told
-    assert reason in told
-    assert "remove this folder, and it is built anew" in told
+    error = message(capsys, tmp_path / "run", *options)
+    assert str(cache) in error
+    assert reason in error
+    assert "remove this folder, and it is built anew" in error
     assert snapshot(caches) == before
     shutil.rmtree(cache)
     train(tmp_path / "run", *options)
@@ -551,7 +551,7 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """1 GiB fits into 2 GiB, and into no 1 GiB: room is left for others."""
+    """1 GiB fits into 2 GiB, and into no 1 GiB: the rest is left for others."""
     _free(monkeypatch, memory, disk)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int((gpu or 0) * GIB), 80 * GIB))
     asked = StreamConfig(**{"dir": str(tmp_path / "not" / "there"), **recipe})
@@ -596,7 +596,7 @@ def test_a_cache_of_another_node_that_is_seen_late_is_taken(tmp_path: Path, monk
     assert not list((tmp_path / "cache").glob(".*.tmp"))
 
 
-def test_files_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_there_need_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "data.cache=none")
     _free(monkeypatch, 0, 8.0)
     built = run(tmp_path / "built", *options)
@@ -605,11 +605,11 @@ def test_files_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.M
     assert_equal(run(tmp_path / "opened", *options), built)
     assert_equal(run(tmp_path / "asked", *options, "stream.cache=disk"), built)
     val = next(path for path in folders(tmp_path / "cache") if path.name.startswith("val"))
-    val.rename(val.with_name(f".{val.name}.tmp"))  # as a killed build leaves it: the next one takes its room
+    val.rename(val.with_name(f".{val.name}.tmp"))  # as a killed build leaves it: the next one reuses its space
     assert_equal(run(tmp_path / "begun", *options), built)
 
 
-def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
+def test_a_cache_that_does_not_fit_is_reported_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "data.cache=none")
@@ -618,9 +618,9 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
     monkeypatch.setattr(stream_cache, "compute_stream", None)
     monkeypatch.setattr(stream_disk, "compute_stream", None)
     for asked, where in {"memory": "in memory", "device": "in memory", "disk": f"in {tmp_path}/cache"}.items():
-        told = message(capsys, tmp_path / asked, *options, f"stream.cache={asked}")
-        assert f"stream.cache = {asked}: the frozen stream takes 0.00 GiB, and 0.00 GiB may be used {where}; " in told
-        assert "stream.cache=auto" in told
+        error = message(capsys, tmp_path / asked, *options, f"stream.cache={asked}")
+        assert f"stream.cache = {asked}: the frozen stream takes 0.00 GiB, and 0.00 GiB may be used {where}; " in error
+        assert "stream.cache=auto" in error
     assert not (tmp_path / "cache").exists()
     found = run(tmp_path / "auto", *options)
     assert "live, since the frozen stream takes 0.00 GiB and 0.00 GiB may be used in memory; " in found.line
@@ -631,10 +631,10 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
 def test_a_disk_that_fills_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", _no_room)
+    monkeypatch.setattr(os, "posix_fallocate", _disk_full)
     options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
-    told = message(capsys, tmp_path / "run", *options)
-    assert "pooled.bin: 0.00 GiB cannot be written there (No space left on device); free space" in told
+    error = message(capsys, tmp_path / "run", *options)
+    assert "pooled.bin: 0.00 GiB cannot be written there (No space left on device); free space" in error
     assert not folders(tmp_path / "cache")
     monkeypatch.undo()
     train(tmp_path / "run", *options)
@@ -643,9 +643,9 @@ def test_a_disk_that_fills_up(
 def test_a_folder_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'file'}")
-    told = message(capsys, tmp_path / "run", *options)
-    assert f"{tmp_path / 'file'}" in told
-    assert "choose another stream.dir" in told
+    error = message(capsys, tmp_path / "run", *options)
+    assert f"{tmp_path / 'file'}" in error
+    assert "choose another stream.dir" in error
 
 
 @pytest.mark.parametrize(
@@ -745,5 +745,5 @@ def _free(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk * GIB))
 
 
-def _no_room(*_: Any) -> None:
+def _disk_full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
