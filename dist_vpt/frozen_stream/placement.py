@@ -75,8 +75,8 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
         split, make_batches = sources[name]
         if location == "disk":
             checks = {"verify": accelerator.is_local_main_process, "may_skip": data.on_decode_error == "skip"}
-            folder, device = cache_folder(str(recipe.dir), facts(name)), accelerator.device
             with _naming_stream_dir():
+                folder, device = cache_folder(str(recipe.dir), facts(name)), accelerator.device
                 kept, skipped = on_disk(folder, facts(name), backbone, spec, make_batches, device, stop, **checks)
             return CachedBatches(kept, split.labels, skipped)
         device = accelerator.device if location == "device" else torch.device("cpu")
