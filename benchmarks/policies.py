@@ -34,7 +34,6 @@ from step import (
     synthetic_batches,
 )
 
-from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
@@ -44,7 +43,7 @@ from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.peak_memory import MIB
 from dist_vpt.training.accelerator import make_accelerator
-from dist_vpt.training.components import build_method
+from dist_vpt.training.components import build_method, resolve_inputs
 
 POLICIES = ["none", "budget-0.75", "mlp", "every-2", "budget-0.5", "budget-0.25", "block"]
 
@@ -69,9 +68,9 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
         )
     load = round(os.getloadavg()[0], 1)
     device = make_accelerator(recipe).device
-    wants = preprocessing_of(recipe.backbone)
-    plain = build_method(recipe, wants, classes)[0].to(device).train()
-    batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, wants, classes)[0].items()})  # type: ignore[attr-defined]
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    plain = build_method(recipe, inputs, classes)[0].to(device).train()
+    batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, inputs, classes)[0].items()})  # type: ignore[attr-defined]
     methods = {policy: under(policy, plain, recipe) for policy in policies}
     saved = {p: saved_for_backward(m, partial(micro_batch_loss, m, recipe, batch)) for p, m in methods.items()}
     seconds: dict[str, list[float]] = {policy: [] for policy in policies}

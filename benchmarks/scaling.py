@@ -52,14 +52,13 @@ from typing import Any
 import torch
 from step import RESULTS, count, machine, model_flops, name_on_device, rounded
 
-from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.errors import RunFailed
 from dist_vpt.files import write_atomically
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
-from dist_vpt.training.components import build_method
+from dist_vpt.training.components import build_method, resolve_inputs
 
 ROOT = Path(__file__).parents[1]
 TRAFFIC = Path(__file__).parent / "traffic.py"
@@ -179,7 +178,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "measured": measured,
         "paper": on_paper(arguments),
         "backbone": first.backbone.name,
-        "image_size": first.data.image_size or preprocessing_of(first.backbone).image_size,
+        "image_size": resolve_inputs(first.data, first.backbone).view.image_size,
         "classes": arguments.classes,
         "images_of_a_process": arguments.images,
         "precision": first.runtime.precision,
@@ -335,7 +334,7 @@ def taken(plain: dict[str, float], size: float, calls: int) -> float:
 def work(recipe: Recipe, classes: int) -> Work:
     """Counted on a model without numbers."""
     with torch.device("meta"):
-        method, _ = build_method(recipe, preprocessing_of(recipe.backbone), classes)
+        method, _ = build_method(recipe, resolve_inputs(recipe.data, recipe.backbone), classes)
     parameters = list(method.parameters())
     sharded, whole = ([p for p in parameters if (p.numel() > SMALL) == large] for large in (True, False))
     return Work(
@@ -363,7 +362,7 @@ def on_paper(arguments: argparse.Namespace) -> dict[str, Any]:
         for method, words in METHODS.items():
             recipe = load_recipe([], [f"backbone.name={backbone}", "backbone.weights=random", *words, *PAPER])
             flops, has = (
-                model_flops(recipe, preprocessing_of(recipe.backbone), arguments.classes),
+                model_flops(recipe, resolve_inputs(recipe.data, recipe.backbone), arguments.classes),
                 work(recipe, arguments.classes),
             )
             image = flops / (arguments.tflops * 1e12)

@@ -43,7 +43,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_vpt.backbones.build import Preprocessing, preprocessing_of
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.data.loaders import Batch
 from dist_vpt.errors import UserError
@@ -54,7 +53,7 @@ from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB, peak_memory_mib
-from dist_vpt.training.components import DTYPES, build_method
+from dist_vpt.training.components import DTYPES, Inputs, build_method, resolve_inputs
 from dist_vpt.training.engine import TrainState, train_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,15 +79,15 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         raise UserError("benchmarks/step.py measures one process; start it with `python`, not with a launcher")
     load = round(os.getloadavg()[0], 1)
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})})
-    wants = preprocessing_of(recipe.backbone)
-    training = make_training(recipe, wants, classes)
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    training = make_training(recipe, inputs, classes)
     device = training.accelerator.device
-    batches = synthetic_batches(recipe, wants, classes)
+    batches = synthetic_batches(recipe, inputs, classes)
     on_device = {name: value.to(device) for name, value in batches[0].items()}  # type: ignore[attr-defined]
     saved = saved_for_backward(training.method, lambda: micro_batch_loss(training.model, recipe, cast(Any, on_device)))
     seconds = time_steps(training, batches, repeats)
     peak = peak_memory_mib()  # before the matrix product asks for memory of its own
-    flops = model_flops(recipe, wants, classes)
+    flops = model_flops(recipe, inputs, classes)
     rate = matmul_rate(device, DTYPES[recipe.runtime.precision])
     images_per_s = recipe.train.batch_size / seconds
     return {
@@ -152,7 +151,7 @@ def saved_storages(method: nn.Module) -> Iterator[dict[int, torch.UntypedStorage
         yield saved
 
 
-def model_flops(recipe: Recipe, wants: Preprocessing, classes: int) -> int:
+def model_flops(recipe: Recipe, inputs: Inputs, classes: int) -> int:
     """Operations per image of one training step; see the head of this file."""
     plain = recipe.model_copy(
         update={
@@ -163,10 +162,10 @@ def model_flops(recipe: Recipe, wants: Preprocessing, classes: int) -> int:
         }
     )
     with torch.device("meta"):
-        method: Method = build_method(plain, wants, classes)[0].train()
+        method: Method = build_method(plain, inputs, classes)[0].train()
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         method.to_empty(device="cpu")  # fake tensors: shapes of a real device (autocast wants one), and no numbers
-        batch = synthetic_batches(plain, wants, classes)[0]
+        batch = synthetic_batches(plain, inputs, classes)[0]
         with FlopCounterMode(display=False) as counter:
             micro_batch_loss(method, plain, batch).backward()
     return round(counter.get_total_flops() / len(batch["labels"]))

@@ -61,7 +61,6 @@ from step import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.data.loaders import Batch
@@ -77,7 +76,7 @@ from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.build_trials import gradient_scaler
-from dist_vpt.training.components import DTYPES, build_method, build_reader
+from dist_vpt.training.components import DTYPES, build_method, build_reader, resolve_inputs
 from dist_vpt.training.optim import build_optimizer, set_lr
 from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, step_trials
@@ -125,7 +124,9 @@ def benchmark(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     if images < batch:
         raise UserError(f"--images {images}: must be at least a batch, {batch}; raise it or lower train.batch_size")
     micro = min(batch, options.published_batch)
-    photos = synthetic_batches(_with_batch(recipe, images), preprocessing_of(recipe.backbone), options.classes)[0]
+    photos = synthetic_batches(
+        _with_batch(recipe, images), resolve_inputs(recipe.data, recipe.backbone), options.classes
+    )[0]
     ways: dict[str, dict[str, Way]] = {name: {} for name in ("published", *WAYS)}
     differences: Numbers = {name: {} for name in WAYS}
     for precision in TOLERANCE:
@@ -245,6 +246,7 @@ class Bench:
         ]
         nowhere = cast(Any, None)
         p = TrialGroup(
+            recipe=trials[0].recipe,
             trials=trials,
             parts=nowhere,
             accelerator=self.accelerator,
@@ -259,7 +261,7 @@ class Bench:
 
         def step() -> None:
             step_trials(p, [draw()])
-            p.epoch_step += 1
+            p.progress.step += 1
 
         saved = saved_for_backward(nn.ModuleList(readers), step)
         return Way(step, batch * len(trials), saved / MIB / batch / len(trials), reads)
@@ -271,7 +273,7 @@ def make_bench(
     """Build the published way and all trials on one backbone, and compute the frozen stream of all images."""
     own = {"precision": precision, "attention": attention(accelerator.device)[precision]}
     recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=own)})
-    method, _ = build_method(recipe, preprocessing_of(recipe.backbone), options.classes)
+    method, _ = build_method(recipe, resolve_inputs(recipe.data, recipe.backbone), options.classes)
     first = cast(VQT, method.to(accelerator.device))
     others = [
         cast(VQT, build_reader(_with_seed(recipe, t), first.backbone, options.classes).to(accelerator.device))

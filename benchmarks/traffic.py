@@ -41,12 +41,12 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent))  # as when this file is the script
 from step import LR, count, rounded, synchronise
 
-from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.planning.measure import make_training, synthetic_batches
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.accelerator import strategy_name
+from dist_vpt.training.components import resolve_inputs
 from dist_vpt.training.engine import train_step
 
 # Collective -> which argument holds the whole tensor, and how often (W - 1) / W of it is sent.
@@ -92,15 +92,15 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     """All numbers of this process. A collective call."""
     optim = recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})
     recipe = recipe.model_copy(update={"optim": optim})
-    wants = preprocessing_of(recipe.backbone)
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
     with Sent() as start:
-        training = make_training(recipe, wants, classes)
+        training = make_training(recipe, inputs, classes)
     accelerator = training.accelerator
     processes, rank = accelerator.num_processes, accelerator.process_index
     each = recipe.train.batch_size // processes // recipe.train.grad_accum_steps
     batches: list[Any] = [
         {name: value[rank * each : (rank + 1) * each] for name, value in cast(dict[str, Tensor], batch).items()}
-        for batch in synthetic_batches(recipe, wants, classes)
+        for batch in synthetic_batches(recipe, inputs, classes)
     ]
 
     def step() -> float:

@@ -3,7 +3,7 @@
 B images of a batch, n of a split, F features that the run's queries find, K classes.
 
 With fixed queries the features of all images are one fixed matrix for each split, [n, F]: it is computed once, as
-evaluation shows the images (no augmentation, no dropout), and no head that is trained on it asks the backbone again.
+in an evaluation (no augmentation, no dropout), and heads that are trained on it never call the backbone.
 """
 
 import time
@@ -52,7 +52,7 @@ class Features:
     """A run's features of all images, in batches that hold them as what was pooled, [B, F]."""
 
     source: Source
-    method: VQT  # the run's own
+    method: VQT  # of the run
     train: TrainBatches
     val: EvalBatches | None
     scored: EvalBatches
@@ -125,7 +125,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device,
     readable_n = np.zeros(len(split), bool)
     try:
         for batch in batches:
-            _heed(stop)
+            _raise_on_stop(stop)
             observed = compute_stream(method.backbone, batch["images"].to(device), method.reads)
             features_nF[batch["index"]] = method.features(observed).cpu()
             readable_n[batch["index"].numpy()] = batch["weight"].numpy() > 0
@@ -134,7 +134,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device,
     return CachedBatches(StreamCache(StreamOutput(features_nF), readable_n), split.labels, batches.skipped)
 
 
-def _heed(stop: StopSignal) -> None:
+def _raise_on_stop(stop: StopSignal) -> None:
     if stop.asked:
         raise Interrupted(f"compress: stopped; {GOES_ON}, from the fractions that are written")
 
@@ -171,13 +171,13 @@ def fresh_head(f: Features, recipe: Recipe, kept: Tensor | None = None) -> VQT:
 
 
 def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
-    """Train a reader's head on the features as the recipe says; the best epoch is kept and early stopping obeyed.
+    """Train a reader's head on the features as the recipe says, with its best epoch and early stopping.
 
-    Raises RunFailed for a loss that is not finite, and Interrupted where a stop was asked.
+    Raises RunFailed for a loss that is not finite, and Interrupted after a stop request.
     """
     recipe, began = f.source.recipe, time.monotonic()
     progress, best_tensors = Progress(), {}
-    # Nothing leads from fixed features to the queries: they get no gradient, and the optimiser passes them over.
+    # Nothing leads from fixed features to the queries: they get no gradient, and the optimizer skips them.
     optimizer = build_optimizer(recipe.optim, reader)
     while progress.epoch < recipe.train.epochs and not progress.ended:
         for (fetched,) in f.train.epoch(progress.epoch):
@@ -196,7 +196,7 @@ def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
             optimizer.zero_grad()
             correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
             progress.count(loss.item(), correct.item(), batch["weight"].sum().item())
-        _heed(f.stop)
+        _raise_on_stop(f.stop)
         progress.end_epoch()
         due = progress.epoch == recipe.train.epochs or progress.epoch % recipe.train.eval_every == 0
         if f.val is not None and due and progress.scored(score(f, reader, f.val), recipe.train.early_stop):

@@ -1,4 +1,4 @@
-"""One run, from a recipe to its result, on this process and those started beside it."""
+"""One run, from a recipe to its result, by all processes that a launcher started."""
 
 import json
 from contextlib import ExitStack
@@ -69,9 +69,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def acquire(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, leaving: ExitStack, kind: str = "run") -> bool:
-    """Main holds the folder for the run or sweep, or all processes fail with its reason; whether it is done already.
+    """Let the main process lock the folder for a run or sweep; returns whether that is done already.
 
-    They fail as well where one of them does not see the folder: nobody could watch it.
+    Raises its error on all processes, and RunFolderError where one of them does not see the folder.
     """
 
     done: bool = False
@@ -172,7 +172,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     phase.at("the end", "writing the result")
     images_per_s = t.monitor.images_per_s(t.progress)
     held, whole = frozen_bytes(t.method)  # between steps
-    tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped()
+    tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped_now()
 
     def write_tensors() -> None:
         t.states.write_best()
@@ -203,9 +203,9 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
         t.monitor.line(_summary(result, t))
 
     on_main_process(t.accelerator, finish, "the results", t.path, _then(t))
-    if scores is not None:  # last: a picture that cannot be drawn must not cost a finished run its result
+    if scores is not None:  # last: a figure that cannot be drawn must not cost a finished run its result
         confusion_KK, classes = scores.confusion().cpu().numpy(), parts.splits.classes
-        t.monitor.pictures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
+        t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
     t.accelerator.wait_for_everyone()
     return result
 

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vpt.backbones.build import preprocessing_of
-from dist_vpt.data.config import resolve
 from dist_vpt.data.images import decode
-from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import WeightsError
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.training.components import build_method, build_transform
+from dist_vpt.training.components import Inputs, build_method, resolve_inputs
 
 
 @dataclass(frozen=True)
@@ -27,12 +24,12 @@ class LoadedRun:
     method: Method
     classes: list[str]
     device: torch.device
-    view: ImageTransform
+    inputs: Inputs
 
     def show(self, file: Path) -> Tensor:
         """An image file as the method is shown it, [3, S, S]."""
-        upright = resolve(self.recipe.data).upright
-        return self.view.eval(decode(file, str(file), self.recipe.data.max_megapixels, upright=upright))
+        image = decode(file, str(file), self.recipe.data.max_megapixels, upright=self.inputs.task.upright)
+        return self.inputs.view.eval(image)
 
 
 def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
@@ -44,11 +41,11 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
-    wants = preprocessing_of(recipe.backbone)
-    method, _ = build_method(recipe, wants, len(classes))
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     device = device_of(recipe)
-    return LoadedRun(recipe, method.to(device).eval(), classes, device, build_transform(recipe.data, wants))
+    return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs)
 
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:

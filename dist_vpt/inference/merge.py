@@ -4,13 +4,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_vpt.backbones.build import plain, preprocessing_of
+from dist_vpt.backbones.build import plain
 from dist_vpt.errors import UserError
 from dist_vpt.inference.load import classes_of
 from dist_vpt.methods.base import Method
 from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.training.components import build_method, build_transform, channels
+from dist_vpt.training.components import build_method, resolve_inputs
 
 
 def merge(run: str, out: str, adapters: str = "last") -> None:
@@ -34,12 +34,18 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
             "train it with runtime.quantize=none"
         )
     tensors, facts = read_adapters(path)
-    classes, wants = classes_of(facts, path), preprocessing_of(recipe.backbone)
-    method, _ = build_method(recipe, wants, len(classes))
+    classes, inputs = classes_of(facts, path), resolve_inputs(recipe.data, recipe.backbone)
+    method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
-    size, (mean, std) = recipe.data.image_size or wants.image_size, channels(recipe.data, wants)
-    view, model = build_transform(recipe.data, wants), plain(recipe.backbone, size, len(classes))
-    shown = {"image_size": size, "mean": mean, "std": std, "resize": view.interpolation, "fit": view.crop_mode}
+    view, size = inputs.view, inputs.view.image_size
+    model = plain(recipe.backbone, size, len(classes))
+    shown = {
+        "image_size": size,
+        "mean": inputs.mean,
+        "std": inputs.std,
+        "resize": view.interpolation,
+        "fit": view.crop_mode,
+    }
     made = {"architecture": model.architecture, "options": model.options, "pool": model.pool}
     facts = {"backbone": recipe.backbone.name, "classes": classes, **made, **shown}
     write_adapters(Path(out), timm_tensors(method), facts)

@@ -19,12 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_vpt.backbones.build import Preprocessing, preprocessing_of
 from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload
-from dist_vpt.training.components import build_method, build_transform
+from dist_vpt.training.components import Inputs, build_method, resolve_inputs
 from dist_vpt.training.optim import build_optimizer
 from dist_vpt.training.step import clip_gradients, image_losses, snapshot, squared_norms
 
@@ -83,7 +82,7 @@ class PerDeviceMemory:
     """Bytes of one process among several."""
 
     weights: int
-    gradients: int  # that stay between steps; one process alone makes them anew
+    gradients: int  # that stay between steps; a single process allocates them in each step
     optimizer: int
     working: int  # the most that a training step holds beyond those
     scoring: int  # and scoring a batch
@@ -104,15 +103,16 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None) -> Memory
 
     Takes a second or so, and no memory of the device.
     """
-    wants, method = preprocessing_of(recipe.backbone), weightless(recipe, classes)
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    method = weightless(recipe, inputs, classes)
     if recipe.runtime.offload:
         apply_offload(method.backbone, _to_host)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
         optimizer = build_optimizer(recipe.optim, method)
         batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
-        step = _Step(recipe, wants, method, optimizer, batch, classes)
-        step.train()  # the first one makes the optimiser's state
+        step = _Step(recipe, inputs, method, optimizer, batch, classes)
+        step.train()  # the first one makes the optimizer's state
         state = sum(_nbytes(t) for t in tree_leaves([dict(s) for s in optimizer.state.values()]))
         with _Alive(step.known()) as alive:
             step.train(alive)
@@ -136,7 +136,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None) -> Memory
         )
 
 
-def weightless(recipe: Recipe, classes: int) -> Method:
+def weightless(recipe: Recipe, inputs: Inputs, classes: int) -> Method:
     """The recipe's method on the meta device: all shapes, and no numbers."""
     plain = {"compile": False, "offload": False}  # a compiler fuses more than is counted here, and is not waited for
     random = recipe.model_copy(
@@ -146,7 +146,7 @@ def weightless(recipe: Recipe, classes: int) -> Method:
         }
     )
     with torch.device("meta"):
-        method, _ = build_method(random, preprocessing_of(recipe.backbone), classes)
+        method, _ = build_method(random, inputs, classes)
     return method
 
 
@@ -159,10 +159,10 @@ class _Step:
     """The engine's training step and scoring, with the tensors that these hold."""
 
     def __init__(  # noqa: PLR0917 (what a step is made of)
-        self, recipe: Recipe, wants: Preprocessing, method: Method, optimizer: Any, images: int, classes: int
+        self, recipe: Recipe, inputs: Inputs, method: Method, optimizer: Any, images: int, classes: int
     ):
         self.recipe, self.method, self.optimizer, self.images, self.classes = recipe, method, optimizer, images, classes
-        self.size, self.pixels = recipe.data.image_size or wants.image_size, build_transform(recipe.data, wants).dtype
+        self.size, self.pixels = inputs.view.image_size, inputs.view.dtype
 
     def known(self) -> list[Tensor]:
         """What lives before the step and after it."""
@@ -170,7 +170,7 @@ class _Step:
         return [*self.method.parameters(), *self.method.buffers(), *state]
 
     def train(self, alive: "_Alive | None" = None) -> None:
-        """One optimiser step as the engine does it on a step that it logs: the largest."""
+        """One optimizer step with the parts of the engine's, as on a step that is logged: the largest."""
         self.method.train()
         trained = [p for _, p in self.method.trainable()]
         hooks = [p.register_post_accumulate_grad_hook(alive.is_gradient) for p in trained] if alive else []

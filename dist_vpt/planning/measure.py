@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from dist_vpt.backbones.build import Preprocessing, preprocessing_of
 from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.data.workers import PIXELS, Batch
 from dist_vpt.distributed.signals import StopSignal
@@ -22,7 +21,7 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress
 from dist_vpt.training.accelerator import make_accelerator, prepare
-from dist_vpt.training.components import build_method, build_transform
+from dist_vpt.training.components import Inputs, build_method, resolve_inputs
 from dist_vpt.training.engine import TrainState, train_step
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a clone
@@ -64,9 +63,9 @@ def measure(recipe: Recipe, classes: int) -> str:
 
 def measured_bytes(recipe: Recipe, classes: int) -> int:
     """The peak of the engine's second step, in one process, as torch's allocators report it."""
-    preprocessing = preprocessing_of(recipe.backbone)
-    training = make_training(recipe, preprocessing, classes)
-    batches = synthetic_batches(recipe, preprocessing, classes)
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    training = make_training(recipe, inputs, classes)
+    batches = synthetic_batches(recipe, inputs, classes)
     train_step(training, batches, norms=True)  # creates the optimizer's state
     device = training.accelerator.device
     if device.type != "cuda":
@@ -96,10 +95,10 @@ def _peak_on_cpu(step: Callable[[], Any]) -> int:
     return peak
 
 
-def make_training(recipe: Recipe, preprocessing: Preprocessing, classes: int) -> TrainState:
+def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
     """What the engine's train step works with, without data and files."""
     accelerator = make_accelerator(recipe)
-    method, _ = build_method(recipe, preprocessing, classes)
+    method, _ = build_method(recipe, inputs, classes)
     parameters = {
         "trained": sum(p.numel() for _, p in method.trainable()),
         "total": sum(p.numel() for p in method.parameters()),
@@ -126,11 +125,11 @@ def make_training(recipe: Recipe, preprocessing: Preprocessing, classes: int) ->
     )
 
 
-def synthetic_batches(recipe: Recipe, preprocessing: Preprocessing, classes: int) -> list[Batch]:
+def synthetic_batches(recipe: Recipe, inputs: Inputs, classes: int) -> list[Batch]:
     """The micro-batches of one global batch of noise, as loaders give them."""
     noise = torch.Generator().manual_seed(recipe.seed)
-    pixels = PIXELS[build_transform(recipe.data, preprocessing).dtype]
-    side = recipe.data.image_size or preprocessing.image_size
+    pixels = PIXELS[inputs.view.dtype]
+    side = inputs.view.image_size
     images = recipe.train.batch_size // recipe.train.grad_accum_steps
     return [
         {

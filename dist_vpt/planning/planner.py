@@ -21,6 +21,7 @@ from dist_vpt.planning.machines import CONTEXT, GIB, Machines, device_memory, ma
 from dist_vpt.planning.measure import known_speeds, measure
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.accelerator import strategy_name
+from dist_vpt.training.components import resolve_inputs
 
 WIDTH = 108  # of the table, in characters
 
@@ -32,7 +33,7 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     gpus = recipe.runtime.device != "cpu" and (memory is not None or torch.cuda.is_available())
     machines = Machines(device_memory(gpus) if memory is None else memory, devices, nodes, gpus)
     classes = count_classes(recipe)
-    method = weightless(as_counted(recipe, gpus=gpus), classes)
+    method = weightless(as_counted(recipe, gpus=gpus), resolve_inputs(recipe.data, recipe.backbone), classes)
     trained, total = (
         sum(p.numel() for p in each) for each in ([p for _, p in method.trainable()], method.parameters())
     )

@@ -1,4 +1,4 @@
-"""Adapters: the trained tensors alone, with the recipe and the classes in the head of their file."""
+"""Adapter files: the trained tensors alone, with the recipe and the classes as metadata."""
 
 import json
 from collections.abc import Mapping
@@ -29,9 +29,9 @@ def collect(method: Method) -> dict[str, Tensor]:
 
 
 def restore(method: Method, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy the adapters' tensors into the method, proving that names and shapes are exactly its own.
+    """Copy the adapters' tensors into the method after checking that names and shapes are exactly the method's.
 
-    Raises WeightsError where they are not, and where an index is not made of whole numbers.
+    Raises WeightsError where they are not, and where an index is not of integers.
     """
     named = dict(method.adapter_tensors())
     missing, unexpected = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())

@@ -1,4 +1,4 @@
-"""The run folder: who may write in it, and what lies where."""
+"""The run folder: its files, its lock and its status."""
 
 import json
 import os
@@ -34,14 +34,14 @@ RUN_FILES = (
     "recipe.yaml",
 )
 GOES_ON = "the same command goes on"  # of sweeps and compressions
-LOGS = ("train.log", "logs")  # a run that is started again writes on in them
-SEEN_SECONDS = 90.0  # so long may a node go on believing that a file is not there (on NFS at most a minute)
+LOGS = ("train.log", "logs")  # a run that is started again appends to them
+SEEN_SECONDS = 90.0  # how long a node may not see a new file (on NFS at most a minute)
 
 
 class RunFolder:
     """``runs/NAME``: recipe.yaml, run.json, metrics.jsonl, train.log, result.json, adapters, splits, state/ and tb/.
 
-    What its processes tell of themselves (ranks/, logs/) is in ranks.py.
+    What its processes report (ranks/, logs/) is written by distributed/.
     """
 
     def __init__(self, path: str | Path):
@@ -72,15 +72,15 @@ class RunFolder:
 
     @contextmanager
     def claimed(self, recipe: Recipe, kind: str = "run") -> Iterator[bool]:
-        """Hold the folder for one run or sweep, on the main process; yields whether what is in it is done already.
+        """Lock the folder for one run or sweep, on the main process; yields whether what is in it is done already.
 
-        Raises RunFolderError where another run is at work in the folder, where it holds another recipe's run or, with
-        run.resume=never, any run, and where it is no run folder.
+        Raises RunFolderError where another process has locked the folder, where it holds another recipe's run or, with
+        run.resume=never, any run, and where it holds other files.
         """
         with self._locked():
             try:
                 done = self._begin(recipe, kind)
-            except OSError as error:  # a bare one on main alone would leave the other processes waiting
+            except OSError as error:  # a bare one would leave the other processes waiting
                 raise RunFolderError(
                     f"{self.path}: cannot be written ({error}); free space there or choose another run.dir"
                 ) from error
@@ -91,15 +91,15 @@ class RunFolder:
                 yield False
             except BaseException as error:
                 interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
-                # A picture drawn after the result takes nothing back; another process may have told the first failure.
+                # A figure that fails after the result changes nothing; another process may have reported first.
                 if self.status().get("status") == "running":
-                    with suppress(OSError):  # a full disk is no reason to forget what happened
+                    with suppress(OSError):  # a full disk must not hide the error
                         self.mark("interrupted" if interrupted else "failed", reason=str(error) or type(error).__name__)
                 raise
 
     def under_way(self) -> bool:
-        """Whether the process that began what is in the folder still holds it, and has begun it in this hold."""
-        if not is_locked(self.path / ".lock"):  # first: who has just taken it has not said so yet
+        """Whether the process that started what is in the folder still holds the lock that it started with."""
+        if not is_locked(self.path / ".lock"):  # first: a new holder writes its name after locking
             return False
         try:
             holder = (self.path / ".lock").read_text()
@@ -114,13 +114,13 @@ class RunFolder:
         write_atomically(self.info, json.dumps(content, indent=1) + "\n")
 
     def _begin(self, recipe: Recipe, kind: str) -> bool:
-        """Make the folder this recipe's, unless what is in it is done already, which is returned."""
+        """Start this recipe in the folder, unless it is done already; returns whether it is."""
         self._admit(recipe, kind)
         if self.status().get("status") == "done":
             return True
-        shutil.rmtree(self.path / "ranks", ignore_errors=True)  # what processes of an attempt before have told
+        shutil.rmtree(self.path / "ranks", ignore_errors=True)  # reported by processes of an earlier start
         for left in (path for name in RUN_FILES for path in self.path.glob(f".{name}.*.tmp")):
-            left.unlink(missing_ok=True)  # of a write that was killed: no other process writes these
+            left.unlink(missing_ok=True)  # left by a killed process: no other process writes these
         begun = self.recipe.is_file()
         try:
             write_atomically(self.recipe, recipe.to_yaml())
@@ -128,7 +128,7 @@ class RunFolder:
             started = self.status().get("started") or now
             self.mark("running", kind=kind, started=started, **provenance(), holder=self._holder, updated=now)
         except OSError:
-            if not begun:  # half a beginning would be taken for a run
+            if not begun:  # a recipe without run.json would be taken for a run
                 self.recipe.unlink(missing_ok=True)
             raise
         return False
@@ -152,18 +152,18 @@ class RunFolder:
             yield
 
     def refuse_sweep(self) -> None:
-        """Raises RunFolderError where the folder holds a sweep, and a run is meant."""
+        """Raises RunFolderError where the folder holds a sweep, and a run is expected."""
         if self.status().get("kind") == "sweep":
             raise RunFolderError(f"{self.path}: is a sweep; name one of its runs, such as {self.path}/seeds/SEED")
 
     def holds(self, recipe: Recipe, kind: str) -> bool:
-        """Whether the folder is claimed for this recipe's run or sweep, by whatever process."""
+        """Whether any process has started this recipe's run or sweep in the folder."""
         status = self.status()
         begun = status.get("status") in ("running", "done") and status.get("kind") == kind and self.recipe.is_file()
         return begun and not self._changed(recipe)
 
     def seen(self) -> bool:
-        """Whether this process finds the recipe of a run that main has begun: another node may see it late."""
+        """Wait for the recipe of a run that the main process has started, which another node may see late."""
         deadline = time.monotonic() + SEEN_SECONDS
         while not self.recipe.is_file():
             if time.monotonic() > deadline:
@@ -182,11 +182,9 @@ class RunFolder:
         outcomes = (self.path / "trials", self.path / "seeds")  # of a sweep
         if status == "failed" and not any(p.exists() for p in (self.state, self.adapters, self.best, *outcomes)):
             kept: Sequence[str] = ()
-            with suppress(UserError):  # of a recipe that cannot be read, too, nothing is kept
-                kept = () if self._changed(recipe) else (*LOGS, "recipe.yaml")  # without one it would be no run
-            for (
-                name
-            ) in RUN_FILES:  # a run that failed before it saved anything leaves nothing to lose but why it failed
+            with suppress(UserError):  # where the recipe cannot be read nothing is kept
+                kept = () if self._changed(recipe) else (*LOGS, "recipe.yaml")  # without it this is no run folder
+            for name in RUN_FILES:  # a run that failed before it saved anything has nothing to lose but its logs
                 path = self.path / name
                 if name not in kept:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -197,7 +195,7 @@ class RunFolder:
         if recipe.run.resume == "never":
             raise RunFolderError(
                 f"{self.path}: holds a run already (status: {status}); "
-                "use run.resume=auto to go on with it, or choose another run.dir"
+                "use run.resume=auto to resume it, or choose another run.dir"
             )
         changed = self._changed(recipe)
         if changed:
@@ -207,7 +205,7 @@ class RunFolder:
             )
 
     def _found(self) -> list[str]:
-        """Names of the files here, but for the lock and what a killed process was about to write."""
+        """Names of the files here, except the lock and temporary ones of killed processes."""
         if not self.path.is_dir():
             return []
         return sorted(p.name for p in self.path.iterdir() if p.name != ".lock" and p.suffix != ".tmp")

@@ -1,4 +1,4 @@
-"""How far a run is: all that is not a tensor."""
+"""The position, scores and counters of a run."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,13 +8,13 @@ from dist_vpt.recipe.schema import EarlyStopConfig
 
 @dataclass
 class Progress:
-    """Where a run stands: everything but tensors that a resumed run needs to go on as if never stopped.
+    """Everything but tensors that a resumed run needs to continue as if it had never stopped.
 
     Random state needs no keeping: data order, augmentation and dropout are functions of (seed, step, process).
     """
 
-    epoch: int = 0  # the one under way
-    step: int = 0  # optimiser steps done in it
+    epoch: int = 0  # the current one
+    step: int = 0  # optimizer steps done in it
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # of this epoch: loss, correct, images
     best: dict[str, Any] = field(default_factory=dict)  # epoch and scores of the best validation
     last: dict[str, Any] = field(default_factory=dict)
@@ -22,32 +22,32 @@ class Progress:
     to_beat: float = -1.0  # accuracy at that rise
     skipped: list[str] = field(default_factory=list)  # files that could not be read
     metrics_bytes: int = 0  # length of metrics.jsonl
-    seconds: float = 0.0  # of training so far, over all sessions
+    seconds: float = 0.0  # of training so far, over all starts
     images: int = 0  # trained on so far
     ended: bool = False  # early stopping ended it
 
     def count(self, loss: float, correct: float, images: float) -> None:
-        """One more step is done: its mean loss and its images, all and those classified rightly."""
+        """Add one step: its mean loss, its correctly classified images and all its images."""
         self.step += 1
         self.images += int(images)
         self.sums = [self.sums[0] + loss * images, self.sums[1] + correct, self.sums[2] + images]
 
     def end_epoch(self) -> dict[str, float]:
-        """The epoch under way is over: its loss and accuracy on the training split."""
+        """End the current epoch; returns its loss and accuracy on the training split."""
         loss, correct, images = self.sums
         scores = {"loss": loss / max(images, 1.0), "top1": 100 * correct / max(images, 1.0)}
         self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
-        self.last = {"epoch": self.epoch, "train": scores}  # epochs as people count
+        self.last = {"epoch": self.epoch, "train": scores}  # counted from 1
         return scores
 
     def scored(self, scores: dict[str, float], stopping: EarlyStopConfig | None) -> bool:
-        """The epoch that just ended was scored on val: whether it is the best; early stopping is decided here."""
+        """Add the val scores of the epoch that just ended, decide on early stopping; returns whether it is the best."""
         self.last["val"] = scores
         best = not self.best or scores["top1"] > self.best["val"]["top1"]
         if best:
             self.best = self.last
         if stopping is not None:
-            # In shares of a percent that no split is large enough to need: scores are computed in more than one dtype.
+            # Rounded below what any split resolves: scores are computed in more than one dtype.
             rose = round(scores["top1"] - self.to_beat - stopping.min_delta, 4) > 0
             self.to_beat = scores["top1"] if rose else self.to_beat
             self.without_rise = 0 if rose else self.without_rise + 1

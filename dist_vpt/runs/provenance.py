@@ -37,12 +37,12 @@ def git_revision() -> str | None:
     """The revision of the source this package runs from, with ``+changes`` where files differ from it."""
     here = Path(__file__).parent
 
-    def git(*words: str) -> str:
-        words = ("git", "--no-optional-locks", *words)  # a lock would outlive a kill
-        return subprocess.run(words, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+    def git(*arguments: str) -> str:
+        argv = ("git", "--no-optional-locks", *arguments)  # a lock would outlive a kill
+        return subprocess.run(argv, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
 
     try:
-        if not git("ls-files", Path(__file__).name).strip():  # installed inside somebody else's repository
+        if not git("ls-files", Path(__file__).name).strip():  # installed inside another repository
             return None
         return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain", "-uno").strip() else "")
     except (OSError, subprocess.SubprocessError):
@@ -61,9 +61,6 @@ def provenance() -> dict[str, Any]:
 
 def device_name(device: Any) -> str:
     """The GPU's name, or the processor's model."""
-    import platform
-    from pathlib import Path
-
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""result.json: what a run ends with, the same for runs of their own, of sweeps and of compressions."""
+"""result.json: the outcome of a run, whether `train`, a sweep or a compression wrote it."""
 
 import json
 from collections.abc import Iterable

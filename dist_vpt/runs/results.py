@@ -66,7 +66,7 @@ class Result(_Line):
     run: str  # hash of what makes the numbers in the resolved recipe
     task: str
     group: str | None
-    method: str  # as the suite was asked for it: the stem of the method's recipe
+    method: str  # the stem of the method's recipe
     backbone: str
     precision: str
     protocol: Protocol | None = None  # none only for what failed before its data were read
@@ -113,12 +113,12 @@ def append(file: Path, result: Result) -> None:
             os.close(descriptor)
     except OSError as error:
         raise UserError(
-            f"{file}: cannot be written ({error.strerror}); mend that, and the same command goes on"
+            f"{file}: cannot be written ({error.strerror}); fix that, then run the same command again"
         ) from error
 
 
 def read(file: Path) -> tuple[list[Result], list[str]]:
-    """All results, later lines of a task and method in place of earlier ones, and what is wrong with other lines."""
+    """All results, of each task and method the latest, and what is wrong with lines that are left out."""
     found: dict[tuple[str, ...], Result] = {}
     wrong = []
     for number, line in _lines(file):
@@ -131,7 +131,7 @@ def read(file: Path) -> tuple[list[Result], list[str]]:
             continue
         key = identity(result)
         found.pop(key, None)
-        found.pop(key[:4], None)  # a failure, which tells no storage
+        found.pop(key[:4], None)  # a failure, which has no storage
         found[key] = result
     return list(found.values()), wrong
 
@@ -142,7 +142,7 @@ def finished_runs(file: Path) -> set[str]:
 
 
 def identity(result: Result) -> tuple[str, ...]:
-    """Equal for results of which a later one takes the place of an earlier one, which may have failed."""
+    """Equal for results of which the later one replaces the earlier one, which may have failed."""
     storage = result.protocol.storage.split()[:1] if result.protocol else []
     return (result.task, result.method, result.backbone, result.run, *storage)
 

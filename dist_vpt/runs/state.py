@@ -94,7 +94,7 @@ def read_state(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Progress]
 
 
 def restore_best(path: Path, best: Path) -> None:
-    """Put the best epoch's adapters, as of a state, back in their place."""
+    """Put the best epoch's adapters, as of a state, back into the run folder."""
     if (path / BEST).exists():
         best.unlink(missing_ok=True)
         _link(path / BEST, best)

@@ -14,6 +14,7 @@ from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.methods.base import Reader
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import restore
+from dist_vpt.runs.progress import Progress
 from dist_vpt.runtime.peak_memory import free_and_reset_peak
 from dist_vpt.training.components import build_components, build_reader
 from dist_vpt.training.optim import build_optimizer
@@ -34,7 +35,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     keeps_best: bool = False,
     check_memory: Callable[[Recipe, Accelerator, int], str] = lambda *_: "",
 ) -> TrialGroup:
-    """Build the trials of ``recipes`` on one frozen backbone, restore ``state``, cache the stream as they say.
+    """Build the trials of ``recipes`` on one frozen backbone, restore ``state``, cache the stream.
 
     Trials begin with the tensors of ``starts``, where given. ``keeps_best``: hold and save each trial's tensors of its
     best epoch on val, too. ``check_memory``: planning.planner's; it raises UserError where a trial does not fit, or
@@ -61,17 +62,28 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     ]
     for trial, tensors in zip(trials, starts or [], strict=starts is not None):
         restore(trial.reader, tensors, state)
-    weights_K = parts.class_weights(recipe, accelerator.device)
-    group = TrialGroup(trials, parts, accelerator, train, val, weights_K, stop, state, show, keeps_best)
-    _resume(group)  # whatever is refused is refused before the stream is computed
+    group = TrialGroup(
+        recipe=recipe,
+        accelerator=accelerator,
+        train=train,
+        val=val,
+        class_weights=parts.class_weights(recipe, accelerator.device),
+        stop=stop,
+        trials=trials,
+        parts=parts,
+        state=state,
+        show=show,
+        keeps_best=keeps_best,
+    )
+    _resume(group)  # before the stream is computed: it may raise
     group.start_epoch()  # methods that cannot be trained raise here
-    if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end, and reads no more
+    if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end
         show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
     return group
 
 
 def gradient_scaler(recipe: Recipe, accelerator: Accelerator) -> GradScaler:
-    """A trial's own: as Accelerate's in a single run, with another overflow in each trial."""
+    """A trial's own: as Accelerate's in a single run; trials overflow at different steps."""
     return GradScaler(accelerator.device.type, enabled=recipe.runtime.precision == "fp16")
 
 
@@ -82,8 +94,8 @@ def _resume(group: TrialGroup) -> None:
     refused: UserError | None = None
     try:
         shared = read_trials(group.state, group.trials)
-        group.epoch, group.epoch_step, group.seconds = shared["epoch"], shared["step"], shared["seconds"]
-        group.skipped = set(shared["skipped"])
+        group.skipped = set(shared.pop("skipped"))
+        group.progress = Progress(**shared)
     except RunFolderError as damaged:
         refused = damaged
     raise_on_any_rank(group.accelerator, refused)

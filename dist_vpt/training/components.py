@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: splits, view, backbone with its method."""
+"""From a recipe to the components of a run: inputs, splits, and the backbone with its method."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
+from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
+from dist_vpt.backbones.weights.zoo import IMAGENET
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Splits
-from dist_vpt.data.tasks import Interpolation
+from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
@@ -29,32 +30,47 @@ from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.apply import apply_runtime
 
-START_IMAGES = 1000  # training images, at most about so many, that a method sees before it starts
+INIT_IMAGES = 1000  # training images, at most about so many, from which a method is initialized
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe's sections data and backbone come to, resolved once and handed on."""
+
+    task: Task
+    preprocessing: Preprocessing  # that the weights were trained with
+    view: ImageTransform
+    mean: tuple[float, ...]  # of the channels in [0, 1], with which images are normalized
+    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Components:
     """What a recipe is made of, before any device or process is involved."""
 
+    inputs: Inputs
     splits: Splits
-    view: ImageTransform
     method: Method
     difference: LoadReport  # between the backbone's tensors and its file's
     data: DataConfig
     eval_batch_size: int
 
+    @property
+    def view(self) -> ImageTransform:
+        return self.inputs.view
+
     def protocol(self) -> dict[str, Any]:
-        """What makes a score comparable with others, for result.json: what was read, and how it was shown."""
-        task, splits = resolve(self.data), self.splits
-        own = None if self.data.mean is None else f"mean {list(self.data.mean)}, std {list(self.data.std or ())}"
+        """What makes scores comparable, for result.json: what was read, and how images were transformed."""
+        task, splits = self.inputs.task, self.splits
+        given = None if self.data.mean is None else f"mean {list(self.data.mean)}, std {list(self.data.std or ())}"
         names = ("train", "val", "trainval", "test")
         return {
             "storage": splits.storage,
             "resize": self.view.interpolation,
             "fit": self.view.crop_mode,
             "augment": self.view.augment,
-            "normalize": own or task.normalize,
+            "normalize": given or task.normalize,
             "image_size": self.view.image_size,
             "fraction": self.data.fraction,
             "carved": list(splits.carved),
@@ -63,23 +79,23 @@ class Components:
         }
 
     def carved(self) -> dict[str, list[str]]:
-        """Files of the splits that were taken out of train by a seed, for splits.json."""
+        """Files of the splits that a seed took out of train, for splits.json."""
         splits = {name: self.splits[name] for name in self.splits.carved}
         return {name: [split.where(i) for i in range(len(split))] for name, split in splits.items()}
 
     def feeding(self, rank: int, world: int) -> dict[str, Any]:
-        """How images reach a process: what training and evaluation batches have in common."""
+        """The arguments that training and evaluation batches of a process have in common."""
         return {
             "rank": rank,
             "world": world,
             "workers": self.data.workers,
             "on_decode_error": self.data.on_decode_error,
             "max_megapixels": self.data.max_megapixels,
-            "cache": resolve(self.data).cache,
+            "cache": self.inputs.task.cache,
         }
 
     def training(self, recipe: Recipe, rank: int, world: int) -> TrainBatches:
-        """Shuffled batches of the split that the recipe trains on. Raises UserError where ``world`` does not fit."""
+        """Shuffled batches of the split that the recipe trains on. Raises UserError where they cannot be split."""
         return TrainBatches(
             self.splits[recipe.data.train_on],
             self.view,
@@ -90,7 +106,7 @@ class Components:
         )
 
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
-        """Batches that show every image of a split once, over all processes; test, seen once, is never cached."""
+        """Batches with every image of a split once, over all processes; test, which is read once, is never cached."""
         feeding = self.feeding(rank, world) | ({"cache": "none"} if split == "test" else {})
         return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **feeding)
 
@@ -112,7 +128,7 @@ class Components:
             return
         method, feeding = self.method.to(device), self.feeding(rank=0, world=1) | {"cache": "none"}
         batches = EvalBatches(self.splits[recipe.data.train_on], self.view, self.eval_batch_size, **feeding)
-        few = islice(batches, math.ceil(START_IMAGES / self.eval_batch_size))
+        few = islice(batches, math.ceil(INIT_IMAGES / self.eval_batch_size))
         method.init_from_images((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
         batches.close()
 
@@ -126,10 +142,10 @@ class Components:
         *,
         shared: bool = False,
     ) -> str:
-        """For a reader, have batches come from a cache of the frozen stream as the recipe says; a line tells it.
+        """For a reader, take batches from a cache of the frozen stream as the recipe says; returns a line for the log.
 
         ``shared``: several readers will share each batch. A collective call. The backbone must be on its device.
-        Raises Interrupted where ``stop`` was asked.
+        Raises Interrupted after a stop request.
         """
         if not isinstance(self.method, Reader):
             return ""
@@ -137,8 +153,8 @@ class Components:
         if self.view.augment != "none":
             if recipe.stream.cache not in ("auto", "none"):
                 raise UserError(
-                    f"stream.cache = {recipe.stream.cache}: data.augment = {self.view.augment} shows each image "
-                    "otherwise in every epoch; set stream.cache=auto (which keeps val alone) or data.augment=none"
+                    f"stream.cache = {recipe.stream.cache}: data.augment = {self.view.augment} changes each image "
+                    "in every epoch; set stream.cache=auto (which keeps val alone) or data.augment=none"
                 )
             del wanted[recipe.data.train_on]
         feeds, line = open_streams(
@@ -159,52 +175,56 @@ class Components:
 
 def build_components(recipe: Recipe) -> Components:
     """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
-    wants = preprocessing_of(recipe.backbone)
-    splits = open_splits(recipe.data)
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
-        splits["test"]  # a missing one is told now, not after hours of training
-    method, difference = build_method(recipe, wants, len(splits.classes))
-    view = build_transform(recipe.data, wants)
-    return Components(splits, view, method, difference, recipe.data, recipe.train.eval_batch_size)
+        splits["test"]  # a missing one is reported now, not after hours of training
+    method, difference = build_method(recipe, inputs, len(splits.classes))
+    return Components(inputs, splits, method, difference, recipe.data, recipe.train.eval_batch_size)
 
 
-def build_transform(data: DataConfig, wants: Preprocessing) -> ImageTransform:
-    """How images are shown: what the weights want, where the recipe says nothing else."""
-    task = resolve(data)
-    return ImageTransform(
-        image_size=data.image_size or wants.image_size,
-        interpolation=task.interpolation or cast(Interpolation, wants.interpolation),
+def resolve_inputs(data: DataConfig, backbone: BackboneConfig) -> Inputs:
+    """The recipe's own settings, else those of the task, else those of the weights."""
+    task, preprocessing = resolve(data), preprocessing_of(backbone)
+    view = ImageTransform(
+        image_size=data.image_size or preprocessing.image_size,
+        interpolation=task.interpolation or cast(Interpolation, preprocessing.interpolation),
         crop_mode=task.crop_mode,
         augment=task.augment,
     )
+    return Inputs(task, preprocessing, view, *channels(data, task, preprocessing))
 
 
-def channels(data: DataConfig, wants: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, of 0..1, with which images are normalized."""
+def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels, in [0, 1], with which images are normalized."""
     if data.mean is not None and data.std is not None:
         return data.mean, data.std
     kinds = {
-        "vpt": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-        "weights": (wants.mean, wants.std),
+        "vpt": (IMAGENET.mean, IMAGENET.std),
+        "weights": (preprocessing.mean, preprocessing.std),
         "none": ((0.0,) * 3, (1.0,) * 3),
     }
-    return kinds[resolve(data).normalize]
+    return kinds[task.normalize]
 
 
-def build_method(recipe: Recipe, wants: Preprocessing, classes: int) -> tuple[Method, LoadReport]:
+def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, LoadReport]:
     """The frozen backbone with the method attached, and the difference from its weight file."""
     torch.manual_seed(recipe.seed)
-    mean, std = channels(recipe.data, wants)
-    image_size = recipe.data.image_size or wants.image_size
-    backbone, difference = build(recipe.backbone, image_size=image_size, mean=mean, std=std, frame=recipe.method.frame)
-    torch.manual_seed(recipe.seed)  # a method starts equally whatever the backbone drew
+    backbone, difference = build(
+        recipe.backbone,
+        image_size=inputs.view.image_size,
+        mean=inputs.mean,
+        std=inputs.std,
+        frame=recipe.method.frame,
+    )
+    torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))
     return method, difference
 
 
 def build_reader(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:
-    """Another reader on a backbone that has one already, starting as it would alone."""
+    """Another reader on a backbone that has one already, initialized as it would be alone."""
     torch.manual_seed(recipe.seed)
     reader = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     assert isinstance(reader, Reader)
@@ -212,7 +232,7 @@ def build_reader(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:
 
 
 def class_weights(kind: str, labels: np.ndarray, classes: int) -> Tensor:
-    """Weight of each class in the loss from the real counts of ``labels``, float32 [K]; the mean over images is 1."""
+    """Weight of each class in the loss from the counts of ``labels``, float32 [K]; the mean over images is 1."""
     counts = np.bincount(labels, minlength=classes).astype(np.float64)
     power = {"none": 0.0, "inv": 1.0, "inv_sqrt": 0.5}[kind]
     weights = np.where(counts > 0, np.maximum(counts, 1) ** -power, 0.0)

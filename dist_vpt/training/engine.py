@@ -6,10 +6,11 @@ A global batch of ``train.batch_size`` images is split over the processes x ``tr
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
     DIVERGED_FIX,
+    Step,
     clip_gradients,
     fold_in,
     image_losses,
@@ -45,91 +47,89 @@ from dist_vpt.training.step import (
 MAX_FAILED_SAVES = 3  # in a row: a disk may be full for a while
 
 
-class Loop(Protocol):
-    """A training under way, as ``fit`` sees it: one run (TrainState), or trials that train together (TrialGroup)."""
-
-    seconds: float  # of training so far
-    failed_saves: int  # in a row
-
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def accelerator(self) -> Accelerator: ...
-    @property
-    def train(self) -> TrainBatches: ...
-    @property
-    def stop(self) -> StopSignal: ...
-    @property
-    def epoch(self) -> int: ...  # the current one
-    @property
-    def epoch_step(self) -> int: ...  # steps done in it
-    @property
-    def step(self) -> int: ...  # steps done since the start
-    @property
-    def ended(self) -> bool: ...  # before the last epoch: by early stopping, or since every trial has diverged
-    @property
-    def path(self) -> Path: ...  # named in messages
-    @property
-    def resume_with(self) -> str: ...  # what the user does to resume
-    @property
-    def newest_state(self) -> str: ...  # where a resumed training would start
-
-    def start_epoch(self) -> None: ...
-    def take_step(self, fetched: list[Batch] | DataError) -> None: ...
-    def log_step(self) -> None: ...
-    def end_epoch(self) -> None: ...  # raises Interrupted, with the epoch not ended, for a stop while val is scored
-    def save_is_due(self) -> bool: ...  # at the end of an epoch
-    def write_state(self) -> str | None: ...  # why it failed, if it did; a collective call
-    def warn(self, text: str) -> None: ...
-
-
-@dataclass
-class TrainState:
-    """Everything one run works with."""
+@dataclass(kw_only=True)
+class Training(ABC):
+    """A training in progress, as ``fit`` sees it: one run (TrainState), or trials that train together (TrialGroup)."""
 
     recipe: Recipe
     accelerator: Accelerator
-    method: Method  # owns what is trained
-    model: nn.Module  # the method as DDP or DeepSpeed wraps it
-    optimizer: Any
     train: TrainBatches
     val: EvalBatches | None
     class_weights: Tensor  # [K]
-    folder: RunFolder
-    states: States
-    monitor: RunLogger
-    facts: dict[str, Any]  # written into the head of adapter files
-    progress: Progress
-    parameters: dict[str, int]  # trained, total
     stop: StopSignal
-    failed_saves: int = 0
-    latest: "Step | None" = None  # what the latest step reported
-
-    resume_with = "run.resume=auto"
+    progress: Progress = field(default_factory=Progress)
+    failed_saves: int = 0  # in a row
+    resume_with: ClassVar[str]  # what the user does to resume
 
     @property
     def epoch(self) -> int:
         return self.progress.epoch
 
     @property
-    def epoch_step(self) -> int:
-        return self.progress.step
-
-    @property
     def step(self) -> int:
+        """Optimizer steps done since the start of the training."""
         return self.progress.epoch * self.train.steps_per_epoch + self.progress.step
 
     @property
     def seconds(self) -> float:
         return self.progress.seconds
 
-    @seconds.setter
-    def seconds(self, value: float) -> None:
-        self.progress.seconds = value
-
     @property
     def ended(self) -> bool:
+        """Whether it ends before the last epoch."""
         return self.progress.ended
+
+    @property
+    @abstractmethod
+    def path(self) -> Path:
+        """The folder or file that messages name."""
+
+    @property
+    @abstractmethod
+    def newest_state(self) -> str:
+        """Where a resumed training would start."""
+
+    @abstractmethod
+    def start_epoch(self) -> None: ...
+    @abstractmethod
+    def take_step(self, fetched: list[Batch] | DataError) -> None: ...
+    @abstractmethod
+    def log_step(self) -> None: ...
+    @abstractmethod
+    def end_epoch(self) -> None: ...  # raises Interrupted, with the epoch not ended, for a stop while val is scored
+    @abstractmethod
+    def save_is_due(self) -> bool: ...  # at the end of an epoch
+    @abstractmethod
+    def write_state(self) -> str | None: ...  # why it failed, if it did; a collective call
+    @abstractmethod
+    def warn(self, text: str) -> None: ...
+
+    def skipped_now(self) -> set[str]:
+        """Files that any process could not read since it was started. A collective call."""
+        found = self.train.skipped | (self.val.skipped if self.val is not None else set())
+        return set(gather_object(sorted(found)))
+
+    def close(self) -> None:
+        """Stop the workers that load images."""
+        self.train.close()
+        if self.val is not None:
+            self.val.close()
+
+
+@dataclass(kw_only=True)
+class TrainState(Training):
+    """Everything one run works with."""
+
+    method: Method  # owns what is trained
+    model: nn.Module  # the method as DDP or DeepSpeed wraps it
+    optimizer: Any
+    folder: RunFolder
+    states: States
+    monitor: RunLogger
+    facts: dict[str, Any]  # written into the head of adapter files
+    parameters: dict[str, int]  # trained, total
+    latest: Step | None = None  # what the latest step reported
+    resume_with = "run.resume=auto"
 
     @property
     def path(self) -> Path:
@@ -171,36 +171,16 @@ class TrainState:
         return not every or self.step % every == 0
 
     def write_state(self) -> str | None:
-        self.progress.skipped = sorted(set(self.progress.skipped) | self.skipped())
+        self.progress.skipped = sorted(set(self.progress.skipped) | self.skipped_now())
         return self.states.save(self.method, self.optimizer, self.progress, self.step, self.monitor.flush)
 
     def warn(self, text: str) -> None:
         self.monitor.line(text)
 
-    def skipped(self) -> set[str]:
-        """Files that any process could not read so far. A collective call."""
-        found = self.train.skipped | (self.val.skipped if self.val else set())
-        return set(gather_object(sorted(found)))
-
     def close(self) -> None:
-        """Stop the workers that load images, the progress bar and the trackers."""
-        self.train.close()
-        if self.val is not None:
-            self.val.close()
+        """Stop the progress bar and the trackers, too."""
+        super().close()
         self.monitor.close()
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step reports."""
-
-    loss: float  # weighted mean over the global batch
-    correct: float  # images
-    images: float
-    lr: float
-    gradient_norm: float | None  # before clipping; None where DeepSpeed does not report it
-    parameter_norm: float | None  # of the trained tensors; like update_norm known at logged steps alone
-    update_norm: float | None
 
 
 def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) -> Step:
@@ -232,7 +212,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     return Step(sums[0] / weight, sums[1], sums[2], lr, gradient_norm, parameter_norm, update_norm)
 
 
-def fit(t: Loop) -> None:
+def fit(t: Training) -> None:
     """Train to the end, evaluating and saving as the recipe says.
 
     Raises Diverged where a run's loss is not finite, RunFailed where the disk stays full, and Interrupted, with the
@@ -241,27 +221,27 @@ def fit(t: Loop) -> None:
     started, every = time.monotonic() - t.seconds, t.recipe.run.save_every
     while not _finished(t):
         t.start_epoch()
-        batches = t.train.epoch(t.epoch, t.epoch_step)
-        while t.epoch_step < t.train.steps_per_epoch and not t.ended:
+        batches = t.train.epoch(t.epoch, t.progress.step)
+        while t.progress.step < t.train.steps_per_epoch and not t.ended:
             phase.at(f"step {t.step}", "reading images")
             t.take_step(next_or_error(batches))
-            t.seconds = time.monotonic() - started
+            t.progress.seconds = time.monotonic() - started
             t.log_step()
             if t.stop.agreed:
                 stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step} {save(t)}")
-            if every and t.step % every == 0 and t.epoch_step < t.train.steps_per_epoch:
+            if every and t.step % every == 0 and t.progress.step < t.train.steps_per_epoch:
                 save(t)
         try:
             t.end_epoch()
         except Interrupted:  # saved as of the epoch's last step: a resumed run scores val
-            t.seconds = time.monotonic() - started
+            t.progress.seconds = time.monotonic() - started
             stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step}, while val was scored, {save(t)}")
-        t.seconds = time.monotonic() - started
+        t.progress.seconds = time.monotonic() - started
         if _finished(t) or t.save_is_due():
             save(t)
 
 
-def save(t: Loop) -> str:
+def save(t: Training) -> str:
     """Save the state, or warn that it failed; returns what that means for a training that stops. A collective call.
 
     Raises RunFailed after MAX_FAILED_SAVES failures in a row.
@@ -320,7 +300,7 @@ def next_or_error(batches: Iterator[Any]) -> Any:
         return error
 
 
-def _finished(t: Loop) -> bool:
+def _finished(t: Training) -> bool:
     return t.ended or t.epoch >= t.recipe.train.epochs
 
 

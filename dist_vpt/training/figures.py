@@ -1,16 +1,13 @@
-"""Pictures of a test split: the confusion matrix and wrongly classified images."""
+"""Figures of a test split: the confusion matrix and wrongly classified images."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.training.metrics import Mistake
-
-if TYPE_CHECKING:
-    pass
 
 
 def confusion_figure(confusion_KK: np.ndarray, classes: tuple[str, ...]) -> Any:

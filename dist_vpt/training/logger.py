@@ -1,4 +1,4 @@
-"""What a run shows: a bar on a terminal, lines in train.log, metrics.jsonl, curves and pictures in trackers.
+"""The output of a run: a bar on a terminal, lines in train.log, metrics.jsonl, curves and figures in trackers.
 
 K classes, S image side.
 """
@@ -32,30 +32,30 @@ from dist_vpt.training.metrics import Mistake
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dist_vpt.training import engine
+    from dist_vpt.training.step import Step
 
-WARM_UP = 3  # steps left out of the speed: first calls allocate, compile and start workers
+WARM_UP = 3  # steps that the speed does not count: first calls allocate, compile and start workers
 
 
 class RunLogger:
-    """Speaks on the main process, is silent on the others."""
+    """Writes on the main process, and nothing on the others."""
 
     def __init__(self, recipe: Recipe, accelerator: "Accelerator", folder: RunFolder):
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
         self.bar: Progress | None = None
-        self.started: tuple[float, int] | None = None  # clock and images when the speed's counting began
+        self.started: tuple[float, int] | None = None  # clock and images since when the speed is measured
         self.steps = 0
-        self.unwritten: dict[Path, str] = {}  # lines for which the disk had no room so far
+        self.unwritten: dict[Path, str] = {}  # lines that a full disk has not taken so far
 
     def start(self, headline: list[str], progress: RunProgress, total_steps: int, done_steps: int) -> None:
-        """Open log and trackers; show what is about to be trained."""
+        """Open log and trackers; ``headline``: what is about to be trained."""
         self.total_steps = total_steps
         if not self.main:
             self._start_trackers({})
             return
-        if self.folder.metrics.exists():  # a resumed run writes the epochs after its state again
+        if self.folder.metrics.exists():  # a resumed run repeats the epochs after its state
             os.truncate(self.folder.metrics, min(progress.metrics_bytes, self.folder.metrics.stat().st_size))
         for line in headline:
             self.line(line)
@@ -65,7 +65,7 @@ class RunLogger:
         )
         if "wandb" in names:
             started = f"{self.folder.path.resolve()} {self.folder.status().get('started')}"
-            run_id = hashlib.sha256(started.encode()).hexdigest()[:16]  # a resumed run goes on with its curves
+            run_id = hashlib.sha256(started.encode()).hexdigest()[:16]  # a resumed run continues its curves
             options["wandb"] = {"name": self.folder.path.name, "dir": str(self.folder.path), "id": run_id}
             options["wandb"]["resume"] = "allow"
         self._start_trackers(options)
@@ -79,7 +79,7 @@ class RunLogger:
             self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, text="")
 
     def _start_trackers(self, options: dict[str, dict[str, Any]]) -> None:
-        """One after the other: Accelerate's one name is TensorBoard's folder and W&B's project."""
+        """One by one: what Accelerate takes as one name is TensorBoard's folder and W&B's project."""
         trackers = []
         for name, project in (("tensorboard", "tb"), ("wandb", "dist_vpt")):
             if name in self.recipe.run.trackers:
@@ -88,8 +88,8 @@ class RunLogger:
                 trackers += self.accelerator.trackers
         self.accelerator.trackers = trackers
 
-    def step(self, number: int, step: "engine.Step", progress: RunProgress, *, logged: bool) -> None:
-        """Called after each optimiser step; ``logged`` ones go to the log and the trackers."""
+    def step(self, number: int, step: "Step", progress: RunProgress, *, logged: bool) -> None:
+        """Called after each optimizer step; ``logged`` ones go to the log and the trackers."""
         if not self.main:
             if logged:
                 logger.info(f"step {number}/{self.total_steps}  epoch {progress.epoch + 1}")
@@ -135,7 +135,7 @@ class RunLogger:
         self.line(f"epoch {epoch}/{self.recipe.train.epochs}  {split:5}  {shown}")
         self._track({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
 
-    def pictures(  # noqa: PLR0917 (a table of what is drawn)
+    def figures(  # noqa: PLR0917 (what is drawn)
         self,
         step: int,
         confusion_KK: np.ndarray,
@@ -148,14 +148,14 @@ class RunLogger:
         writer = self._writer() if self.main else None
         if writer is None:
             return
-        with self._without_room_no_curves():
+        with self._dropping_tensorboard_if_full():
             writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
             if mistakes:
                 writer.add_figure("test/mistakes", mistakes_figure(mistakes, split, view, classes), global_step=step)
             writer.flush()
 
     def line(self, text: str, *, show: bool = True) -> None:
-        """A plain line in train.log, shown on the terminal as well unless the bar tells it."""
+        """A plain line in train.log, shown on the terminal as well unless the bar shows it."""
         if not self.main:
             return
         self._append(self.folder.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
@@ -163,7 +163,7 @@ class RunLogger:
             self.console.print(text, markup=False, soft_wrap=True)
 
     def flush(self) -> int:
-        """The length of metrics.jsonl, with all lines on the disk. Raises OSError where it has no room for them."""
+        """The length of metrics.jsonl, with all lines on the disk. Raises OSError where it is full."""
         if not self.main:
             return 0
         for path in list(self.unwritten):
@@ -171,16 +171,16 @@ class RunLogger:
         return self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
 
     def close(self) -> None:
-        """End the bar and the trackers."""
+        """Stop the bar and the trackers."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        with self._without_room_no_curves():
-            for tracker in self.accelerator.trackers:  # its processes may go on together with another run
+        with self._dropping_tensorboard_if_full():
+            for tracker in self.accelerator.trackers:  # the processes may continue with another run
                 tracker.finish()
 
     def _append(self, path: Path, text: str) -> None:
-        """Add to a file, later where the disk is full: nothing is lost while the process lives."""
+        """Append to a file, later where the disk is full: nothing is lost while the process runs."""
         self.unwritten[path] = self.unwritten.get(path, "") + text
         with contextlib.suppress(OSError):
             self._write(path)
@@ -197,21 +197,21 @@ class RunLogger:
         del self.unwritten[path]
 
     @contextlib.contextmanager
-    def _without_room_no_curves(self) -> Iterator[None]:
-        """A full disk ends TensorBoard's curves (its writer does not recover) and not the run."""
+    def _dropping_tensorboard_if_full(self) -> Iterator[None]:
+        """A full disk stops TensorBoard, whose writer does not recover, and not the run."""
         try:
             yield
         except OSError as error:
             self.accelerator.trackers = [t for t in self.accelerator.trackers if t.name != "tensorboard"]
-            self.line(f"warning: no curves and pictures are written to {self.folder.path / 'tb'} any more ({error})")
+            self.line(f"warning: TensorBoard stopped writing to {self.folder.path / 'tb'} ({error})")
 
     def images_per_s(self, progress: RunProgress) -> float:
-        """Over all processes, since the first steps of this session, evaluations included."""
+        """Over all processes, since the first steps of this process, evaluations included."""
         if self.started is None or progress.images == self.started[1]:
             return progress.images / progress.seconds if progress.seconds else 0.0
         return (progress.images - self.started[1]) / (time.monotonic() - self.started[0])
 
-    def _text(self, number: int, step: "engine.Step", progress: RunProgress) -> str:
+    def _text(self, number: int, step: "Step", progress: RunProgress) -> str:
         speed, left = self.images_per_s(progress), self._left(number, progress)
         return (
             f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
@@ -219,12 +219,12 @@ class RunLogger:
         )
 
     def _left(self, number: int, progress: RunProgress) -> float:
-        """Seconds of training that are left."""
+        """Remaining seconds of training."""
         speed = self.images_per_s(progress)
         return (self.total_steps - number) * self.recipe.train.batch_size / speed if speed else 0.0
 
     def _track(self, values: dict[str, float | None], step: int) -> None:
-        with self._without_room_no_curves():
+        with self._dropping_tensorboard_if_full():
             self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
 
     def _writer(self) -> Any:

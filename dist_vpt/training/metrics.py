@@ -1,4 +1,4 @@
-"""Scores of a split, summed over processes by torchmetrics: every example counts once.
+"""Scores of a split, reduced over processes by torchmetrics: every example counts once.
 
 B batch, K classes.
 """
@@ -19,7 +19,7 @@ from torchmetrics.classification import (
 
 from dist_vpt.errors import DataError
 
-TOP5_FROM = 6  # with five classes or fewer top-5 says nothing
+TOP5_FROM = 6  # classes: with fewer, top-5 is always right
 MISTAKES_KEPT = 16  # for the panel of wrongly classified images
 
 
@@ -48,7 +48,7 @@ class Scores:
         if confusion:
             metrics["confusion"] = MulticlassConfusionMatrix(classes)
         self.scores = MetricCollection(metrics, compute_groups=False).to(device)
-        if classes == 2:  # torchmetrics cannot gather from a process that has seen no example
+        if classes == 2:  # torchmetrics cannot gather from a process without examples
             self.scores["auroc"].preds.append(torch.empty(0, 2, device=device))
             self.scores["auroc"].target.append(torch.empty(0, dtype=torch.long, device=device))
         self.loss = MeanMetric().to(device)
@@ -63,16 +63,16 @@ class Scores:
         probabilities_BK = logits_BK.float().softmax(1)
         self.scores.update(probabilities_BK, labels_B)
         self.loss.update(F.cross_entropy(logits_BK.float(), labels_B, reduction="none"))
-        room = MISTAKES_KEPT - len(self.mistakes)
-        if room:
+        missing = MISTAKES_KEPT - len(self.mistakes)
+        if missing:
             best, predicted = probabilities_BK.max(1)
-            for i in (predicted != labels_B).nonzero().flatten()[:room].tolist():
+            for i in (predicted != labels_B).nonzero().flatten()[:missing].tolist():
                 self.mistakes.append(Mistake(int(index_B[i]), int(labels_B[i]), int(predicted[i]), float(best[i])))
 
     def compute(self) -> dict[str, float]:
         """The scores over all processes; a collective call."""
         if not self.scores["per_class"].compute().any():
-            raise DataError("there is no readable image in the split; mend its files, or data.root")
+            raise DataError("there is no readable image in the split; repair its files, or set data.root")
         values = {k: v for k, v in self.scores.compute().items() if k != "confusion"}
         right_K, _, _, _, images_K = values["per_class"].unbind(1)
         # Over the classes that the split has: torchmetrics' macro average counts one that is only predicted as 0.

@@ -1,4 +1,4 @@
-"""Optimisers whose settings do what they say, and the schedule as a pure function of the step."""
+"""Optimizers, and the learning-rate schedule as a pure function of the step."""
 
 import math
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ def multiplier(recipe: OptimConfig, step: int, steps_per_epoch: int, epochs: int
 
 
 def build_optimizer(recipe: OptimConfig, method: "Method") -> "Optimizer":
-    """An optimiser over the method's trainable parameters alone; biases and norm scales are not decayed."""
+    """An optimizer over the method's trainable parameters alone; biases and norm scales are not decayed."""
     import torch
 
     decayed: list[torch.nn.Parameter] = []
@@ -35,7 +35,7 @@ def build_optimizer(recipe: OptimConfig, method: "Method") -> "Optimizer":
         {"params": exempt, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # Every step sets lr from the schedule; 0 here makes a step that forgot to do so visible.
+    # Each step sets lr from the schedule; 0 here shows a step that did not.
     if recipe.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]

@@ -1,7 +1,7 @@
-"""What an optimiser remembers of each trained tensor, by name and whole, whatever the strategy.
+"""The optimizer state of each trained tensor, by name and unsharded, whatever the strategy.
 
-DeepSpeed keeps it in flat pieces, a share of them on each process. Gathered by name it is the same for every strategy
-and number of processes, so that any of them can go on from it.
+DeepSpeed keeps it in flat partitions, some of them on each process. Gathered by name it is the same for every strategy
+and number of processes, so that any of them can resume from it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from dist_vpt.methods.base import Method
 
 
 def gather_optimizer_state(method: Method, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
-    """``NAME/KEY`` and tensor for all that the optimiser remembers. A collective call under ZeRO."""
+    """``NAME/KEY`` and tensor of the whole optimizer state. A collective call under ZeRO."""
     kept = optimizer.optimizer  # below Accelerate's wrapper
     if not _sharded(kept):
         for name, parameter in method.trainable():
@@ -25,66 +25,66 @@ def gather_optimizer_state(method: Method, optimizer: Any) -> Iterator[tuple[str
         return
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if hasattr(kept, "checkpoint_event_prologue"):  # ZeRO-3 lets go of the weights that scoring gathered
+    if hasattr(kept, "checkpoint_event_prologue"):  # ZeRO-3 releases the weights that an evaluation gathered
         kept.checkpoint_event_prologue()
         kept.checkpoint_event_epilogue()
-    pieces = _pieces(kept)
+    partitions = _partitions(kept)
     _link(kept)
     for name, parameter in method.trainable():
-        for key, value in kept.optimizer.state[pieces[0]].items():
+        for key, value in kept.optimizer.state[partitions[0]].items():
             if value is not None:
-                counted = value.ndim == 0  # steps, alike in all pieces
-                yield f"{name}/{key}", value.clone() if counted else safe_get_full_optimizer_state(parameter, key)
+                is_count = value.ndim == 0  # steps, the same in all partitions
+                yield f"{name}/{key}", value.clone() if is_count else safe_get_full_optimizer_state(parameter, key)
 
 
 def set_optimizer_state(
     method: Method, optimizer: Any, trained: Mapping[str, Tensor], moments: Mapping[str, Tensor], rank: int
 ) -> None:
-    """The opposite: give the optimiser of process ``rank`` back what it remembered.
+    """The inverse: give the optimizer of process ``rank`` its state back.
 
-    ``trained``: the tensors that are trained, whole; the method's own hold them already. An optimiser that has made no
-    step yet has nothing to write into: its state is made here, as its first step would make it.
+    ``trained``: the trained tensors, unsharded; the method's parameters hold them already. Before its first step an
+    optimizer has no state to write into: it is made here, as the first step would make it.
     """
     kept = optimizer.optimizer
     found: dict[str, dict[str, Tensor]] = {}
-    for place, value in moments.items():
-        name, key = place.rsplit("/", 1)
+    for path, value in moments.items():
+        name, key = path.rsplit("/", 1)
         found.setdefault(name, {})[key] = value
     if not _sharded(kept):
         for name, parameter in method.trainable():
-            if name in found:  # what never had a gradient has no moments
+            if name in found:  # without a gradient so far there are no moments
                 kept.state[parameter] = {
                     key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
                     for key, value in found[name].items()
                 }
         return
-    for piece in _pieces(kept):
-        kept.optimizer.state[piece] = {
-            key: value.clone() if value.ndim == 0 else torch.zeros_like(piece)
+    for partition in _partitions(kept):
+        kept.optimizer.state[partition] = {
+            key: value.clone() if value.ndim == 0 else torch.zeros_like(partition)
             for key, value in next(iter(found.values()), {}).items()
         }
     _link(kept)
     for name, parameter in method.trainable():
-        _put(parameter, trained[name], None, rank)  # DeepSpeed steps on a copy of its own
+        _put(parameter, trained[name], None, rank)  # DeepSpeed steps on a float32 copy
         for key, value in found.get(name, {}).items():
             if value.ndim:
                 _put(parameter, value, key, rank)
 
 
 def _sharded(optimizer: Any) -> bool:
-    """Whether this is DeepSpeed's optimiser around torch's one (ZeRO 1 to 3), and not torch's alone."""
+    """Whether this is DeepSpeed's wrapper around torch's optimizer (ZeRO 1 to 3), and not torch's alone."""
     return not isinstance(optimizer, torch.optim.Optimizer)
 
 
-def _pieces(optimizer: Any) -> list[Tensor]:
-    """The flat tensors that torch's optimiser inside DeepSpeed's steps on, on this process."""
+def _partitions(optimizer: Any) -> list[Tensor]:
+    """The flat tensors that torch's optimizer inside DeepSpeed's updates on this process."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
         return optimizer.fp32_partitioned_groups_flat
     return optimizer.single_partition_of_fp32_groups
 
 
 def _link(optimizer: Any) -> None:
-    """Tell ZeRO 1's and 2's parameters where in the pieces their moments lie.
+    """Link the parameters of ZeRO 1 and 2 with their moments in the partitions.
 
     DeepSpeed does so after its first group's first step, when the other groups have no moments yet.
     """
@@ -92,12 +92,12 @@ def _link(optimizer: Any) -> None:
         return
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    for group, piece in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
-        lazy_init_hp_params_optimizer_state(group, piece, optimizer.optimizer.state)
+    for group, partition in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(group, partition, optimizer.optimizer.state)
 
 
 def _put(parameter: Any, value: Tensor, key: str | None, rank: int) -> None:
-    """Write this process's share of a whole tensor: of the moment ``key``, or of the float32 copy that is stepped."""
+    """Write this process's part of an unsharded tensor into the moment ``key``, or into the float32 copy."""
     from deepspeed.utils import (
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -105,10 +105,10 @@ def _put(parameter: Any, value: Tensor, key: str | None, rank: int) -> None:
         safe_set_local_optimizer_state,
     )
 
-    if hasattr(parameter, "ds_id"):  # shares are padded to one length, which DeepSpeed's own setter forgets
-        share = parameter.ds_tensor.numel()
-        value = F.pad(value.flatten(), (0, max(0, share * (rank + 1) - value.numel())))
-        value = value[share * rank : share * (rank + 1)]
+    if hasattr(parameter, "ds_id"):  # shards are padded to one length, which DeepSpeed's setter ignores
+        shard_size = parameter.ds_tensor.numel()
+        value = F.pad(value.flatten(), (0, max(0, shard_size * (rank + 1) - value.numel())))
+        value = value[shard_size * rank : shard_size * (rank + 1)]
         if key is None:
             safe_set_local_fp32_param(parameter, value)
         else:

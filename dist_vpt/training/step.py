@@ -8,6 +8,7 @@ sums over all micro-batches of all processes, so that a step is the same however
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,19 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.optim import multiplier
 
 DIVERGED_FIX = "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports."""
+
+    loss: float  # weighted mean over the global batch
+    correct: float  # images
+    images: float
+    lr: float
+    gradient_norm: float | None  # before clipping; None where DeepSpeed does not report it
+    parameter_norm: float | None  # of the trained tensors; like update_norm known at logged steps alone
+    update_norm: float | None
 
 
 def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:

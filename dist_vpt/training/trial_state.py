@@ -85,5 +85,5 @@ def read_trials(file: Path, trials: Sequence[Trial]) -> dict[str, Any]:
             f"{file}: not visible here, but to process 0; start again in a minute, or choose a run.dir that all "
             "nodes share"
         ) from error
-    except Exception as error:  # torch.load's errors come in many types; all mean that the file is no state of ours
+    except Exception as error:  # torch.load's errors come in many types; all mean that the file is no state
         raise RunFolderError(f"{file}: damaged state ({error}); remove it to train its trials anew") from error

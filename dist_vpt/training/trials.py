@@ -2,7 +2,7 @@
 
 B images of a micro-batch, K classes, T trials.
 
-A trial has a recipe, an initialization, an optimizer, clipping, in fp16 a gradient scale, and an end of its own; the
+A trial has a recipe, an initialization, an optimizer, clipping, in fp16 a gradient scale, and an end to itself; the
 data order, the stream and the loop are shared. The loss is the sum of the trials' losses, so that each one's gradient
 is exactly its own.
 """
@@ -13,20 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor
 
-from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
+from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.rank_status import phase
-from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError
 from dist_vpt.frozen_stream.observe import StreamOutput, compute_stream
-from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect
 from dist_vpt.training.components import Components
-from dist_vpt.training.engine import fit, next_or_error
+from dist_vpt.training.engine import Training, fit, next_or_error
 from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
@@ -42,41 +39,25 @@ from dist_vpt.training.trial_state import Trial, write_trials
 SAVE_SECONDS = 30.0  # at least so long between states saved at the ends of epochs
 
 
-@dataclass
-class TrialGroup:
-    """Trials that are trained together, and what they share; ``fit`` trains it like a run."""
+@dataclass(kw_only=True)
+class TrialGroup(Training):
+    """Trials that are trained together, and what they share; its recipe is the first one's.
+
+    All have it in common but for PER_TRIAL_KEYS.
+    """
 
     trials: list[Trial]
     parts: Components
-    accelerator: Accelerator
-    train: TrainBatches
-    val: EvalBatches | None
-    class_weights: Tensor  # [K]
-    stop: StopSignal
     state: Path  # file of the group's state until it has ended
     show: Callable[[str], None]
     keeps_best: bool = False
     skipped: set[str] = field(default_factory=set)  # files that no process could read
-    epoch: int = 0
-    epoch_step: int = 0
-    seconds: float = 0.0
-    failed_saves: int = 0
     saved_at: float = field(default_factory=time.monotonic)
-
     resume_with = "the same command"
-
-    @property
-    def recipe(self) -> Recipe:
-        """Of the first trial; all have it in common but for PER_TRIAL_KEYS."""
-        return self.trials[0].recipe
 
     @property
     def running(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.running]
-
-    @property
-    def step(self) -> int:
-        return self.epoch * self.train.steps_per_epoch + self.epoch_step
 
     @property
     def ended(self) -> bool:
@@ -96,7 +77,7 @@ class TrialGroup:
 
     def take_step(self, fetched: list[Batch] | DataError) -> None:
         step_trials(self, fetched)
-        self.epoch_step += 1
+        self.progress.step += 1
 
     def log_step(self) -> None:
         """Report the progress, for ``dist-vpt status``."""
@@ -120,7 +101,7 @@ class TrialGroup:
         if self.val is not None and ended and (done == train.epochs or done % train.eval_every == 0):
             phase.at(f"epoch {done}", "scoring val")
             found = _quick_scores(self, ended, self.val)  # before the epoch ends: after a stop it is scored again
-        self.epoch, self.epoch_step = done, 0
+        self.progress.epoch, self.progress.step = done, 0
         for trial in ended:
             trial.progress.end_epoch()
         if not found:
@@ -139,10 +120,10 @@ class TrialGroup:
         return all_reduce_sum(self.accelerator, due)[0] > 0
 
     def write_state(self) -> str | None:
-        failed, unreadable = None, self.train.skipped | (self.val.skipped if self.val is not None else set())
-        self.skipped |= set(gather_object(sorted(unreadable)))
+        failed = None
+        self.skipped |= self.skipped_now()
         if self.accelerator.is_main_process:
-            shared = {"epoch": self.epoch, "step": self.epoch_step, "seconds": self.seconds}
+            shared = {"epoch": self.epoch, "step": self.progress.step, "seconds": self.seconds}
             try:
                 write_trials(self.state, self.trials, {**shared, "skipped": sorted(self.skipped)})
             except OSError as error:
@@ -152,12 +133,6 @@ class TrialGroup:
 
     def warn(self, text: str) -> None:
         self.show(text)
-
-    def close(self) -> None:
-        """Stop the workers that load images."""
-        self.train.close()
-        if self.val is not None:
-            self.val.close()
 
 
 def fit_trials(group: TrialGroup) -> None:

@@ -15,10 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from dist_vpt.backbones.build import preprocessing_of
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
-from dist_vpt.training.components import build_method
+from dist_vpt.training.components import build_method, resolve_inputs
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 _spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
@@ -52,9 +51,9 @@ def tiny(*overrides: str) -> Recipe:
 @cache
 def saved_mib(*overrides: str) -> float:
     recipe = tiny(*overrides)
-    wants = preprocessing_of(recipe.backbone)
-    method = build_method(recipe, wants, K)[0].train()
-    batch = step.synthetic_batches(recipe, wants, K)[0]
+    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    method = build_method(recipe, inputs, K)[0].train()
+    batch = step.synthetic_batches(recipe, inputs, K)[0]
     return step.saved_for_backward(method, lambda: step.micro_batch_loss(method, recipe, batch)) / 2**20
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dist_vpt.backbones.build import Preprocessing
-from dist_vpt.data.config import DataConfig
+from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.experiments.sweep import sweep
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training.components import build_components, channels
@@ -31,7 +31,8 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     ],
 )
 def test_mean_and_std(settings, wanted) -> None:
-    assert channels(DataConfig(**settings), WANTS) == wanted
+    data = DataConfig(**settings)
+    assert channels(data, resolve(data), WANTS) == wanted
 
 
 def test_float_pixels_are_normalised_as_whole_ones_are() -> None:

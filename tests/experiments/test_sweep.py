@@ -215,7 +215,7 @@ def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, tmp_path: Pa
         trials_module.SAVE_SECONDS = -1.0  # a state an epoch
 
         def struck(p: trials_module.TrialGroup, fetched: Any) -> None:
-            if (p.epoch, p.epoch_step) == (2, 4):
+            if (p.epoch, p.progress.step) == (2, 4):
                 os.kill(os.getpid(), number)
             step(p, fetched)
 

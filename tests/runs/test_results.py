@@ -137,7 +137,9 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     before, write = file.read_bytes(), os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:20]))
-        with pytest.raises(UserError, match=r"results.jsonl: cannot be written \(No space left on device.*goes on"):
+        with pytest.raises(
+            UserError, match=r"results.jsonl: cannot be written \(No space left on device.*run the same command again"
+        ):
             append(file, result("b2"))
     assert file.read_bytes() == before
     append(file, result("b2"))

@@ -244,7 +244,7 @@ def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     said: list[str] = []
     resumed = make(tmp_path / "b", each, said.append)
     assert any("resumed from" in line and "epoch 3" in line for line in said)
-    assert (resumed.epoch, resumed.epoch_step) == (2, 5)
+    assert (resumed.epoch, resumed.progress.step) == (2, 5)
     fit_trials(resumed)
     resumed.close()
     for a, b in zip(whole.trials, resumed.trials, strict=True):
@@ -311,7 +311,7 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
     interrupted.close()
     assert len(scored) == 2
     resumed = make(tmp_path / "b", each, keeps_best=True)
-    assert (resumed.epoch, resumed.epoch_step) == (scored[1], resumed.train.steps_per_epoch)
+    assert (resumed.epoch, resumed.progress.step) == (scored[1], resumed.train.steps_per_epoch)
     fit_trials(resumed)
     resumed.close()
     for a, b in zip(whole.trials, resumed.trials, strict=True):
@@ -338,7 +338,7 @@ def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypat
     step, write, saved = trials.step_trials, trials.write_trials, []
 
     def killed(p: TrialGroup, fetched: Any) -> None:
-        if (p.epoch, p.epoch_step) == (2, 6):
+        if (p.epoch, p.progress.step) == (2, 6):
             raise KeyboardInterrupt
         step(p, fetched)
 
@@ -357,7 +357,7 @@ def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypat
     assert saved == [4, 8, 12, 16, 24]  # 20 is the end of an epoch
     moved = [[*some, "data.workers=1", "run.save_every=null"] for some in each]  # what may change in a run
     resumed = make(tmp_path / "struck", moved)
-    assert (resumed.epoch, resumed.epoch_step) == (2, 4)
+    assert (resumed.epoch, resumed.progress.step) == (2, 4)
     fit_trials(resumed)
     resumed.close()
     for a, b in zip(whole.trials, resumed.trials, strict=True):

@@ -22,9 +22,12 @@ FORMATS: dict[Format, str] = {
 }
 
 
-def open_splits(recipe: DataConfig) -> Splits:
-    """The splits of the recipe's task, checked as far as possible without decoding an image."""
-    task = resolve(recipe)
+def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
+    """The splits of the recipe's task, checked as far as possible without decoding an image.
+
+    ``task``: what the recipe resolves to, where that is known already.
+    """
+    task = task or resolve(recipe)
     storage = stored_as(recipe, task)
     module, function = FORMATS[storage].split(":")
     splits: Splits = getattr(import_module(module), function)(recipe, task)
