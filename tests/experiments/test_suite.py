@@ -329,7 +329,7 @@ def test_an_element_does_its_own_experiment(root: Path, tmp_path: Path) -> None:
     assert run.finish() == [0], run.output
     assert list(results(tmp_path)) == ["eurosat/reader"]
     with pytest.raises(UserError, match="--index 2: the suite has the elements 0 to 1"):
-        suite(experiments, out, index=2, arguments=[])
+        suite(experiments, str(tmp_path / "suite"), index=2, arguments=[])
 
 
 def test_the_key_does_not_depend_on_places() -> None:
