@@ -1,16 +1,22 @@
 """Files that come with the package, files written whole or not at all, and locks on them."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout, lock_descriptor
+
 from dist_vpt.errors import RunFailed, RunFolderError
+
+POLL_SECONDS = 0.05  # between two attempts at a lock
+LOOK_SECONDS = 0.25  # for which is_locked of other processes may keep a free lock from being acquired
 
 
 def shipped_folder(name: str) -> Path:
@@ -45,29 +51,70 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def raising_disk_full(what: str, folder: Path, then: str) -> Iterator[None]:
-    """Raise RunFailed where the disk does not take what is written within; ``then``: what comes once there is room."""
+    """Raise RunFailed where a write within fails; ``then``: what to do once space has been freed."""
     try:
         yield
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of the output has gone
         raise
     except OSError as error:
         raise RunFailed(f"{folder}: {what} cannot be written ({error}); free space there, then {then}") from error
 
 
-def lock_nowait(descriptor: int) -> None:
-    """Lock a file that nobody else may hold; ``dist-vpt status`` and processes that wait look at it for a moment.
+@contextmanager
+def locked(
+    file: Path, fix: str, *, timeout: float = 0, cancel: Callable[[], bool] | None = None, holder: str = ""
+) -> Iterator[bool]:
+    """Hold a lock that the system releases when this process ends, however it ends; yields whether it was acquired.
 
-    Raises BlockingIOError where somebody holds it.
+    ``timeout``: seconds to wait for it; -1 waits until it is free, or until ``cancel`` returns true. ``holder``: who
+    has it, as the content of the file. ``fix`` ends the message of the RunFolderError for a file that cannot be opened
+    and for a file system without locks.
     """
-    for _ in range(5):
-        with contextlib.suppress(BlockingIOError):
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(0.05)
-    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def write_holder(descriptor: int) -> None:
+        if holder:
+            with contextlib.suppress(OSError):  # a full disk does not void a lock
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, holder.encode(), 0)
+                os.fsync(descriptor)  # or other machines see it late
+
+    try:
+        open(file, "ab").close()
+    except OSError as error:
+        raise RunFolderError(f"{file}: cannot be opened ({error.strerror}); free space there, or {fix}") from error
+    # A soft lock, filelock's fallback, would outlive a process that is killed.
+    lock, acquired = FileLock(file, fallback_to_soft=False, on_acquired=write_holder), False
+    try:
+        lock.acquire(timeout, poll_interval=POLL_SECONDS, cancel_check=cancel)
+        acquired = True
+    except Timeout:
+        pass
+    except OSError as error:
+        raise RunFolderError(
+            f"{file}: this file system has no locks ({error.strerror}); mount it with them (Lustre: flock), or {fix}"
+        ) from error
+    try:
+        yield acquired
+    finally:
+        if acquired:
+            lock.release()
+
+
+def lock_nowait(descriptor: int) -> None:
+    """Lock an open file that nobody else may hold, until it is closed. Raises BlockingIOError where somebody does."""
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not lock_descriptor(descriptor, blocking=False):
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        time.sleep(POLL_SECONDS)
 
 
 def is_locked(file: Path) -> bool:
-    """Whether a process holds a lock on the file."""
+    """Whether a process holds a lock on the file.
+
+    Asked with a shared lock, which filelock does not have: with an exclusive one, two processes that look at the same
+    time would take each other for its holder.
+    """
     try:
         with open(file) as opened:
             fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -79,7 +126,7 @@ def is_locked(file: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """A file of a run folder. Raises RunFolderError for a damaged one, and for one that is gone."""
+    """The content of a run folder's file. Raises RunFolderError where it is damaged or cannot be read."""
     try:
         return json.loads(path.read_text())
     except OSError as error:

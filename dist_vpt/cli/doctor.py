@@ -4,7 +4,6 @@ Each check is a function that looks at one thing and imports what it needs itsel
 of one check. An error stops every run, or every run of one kind; runs work with a warning.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -199,9 +198,11 @@ def _existing(path: Path) -> Path:
 
 def _write_error(folder: Path) -> str:
     """Why a file cannot be written and locked there, or ""."""
+    from dist_vpt.files import lock_nowait
+
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_nowait(file.fileno())
     except OSError as error:
         return error.strerror or str(error)
     return ""

@@ -32,7 +32,8 @@ def add_parser(commands: Any) -> None:
 
 
 def suite(arguments: argparse.Namespace) -> None:
-    from dist_vpt.experiments.suite import plan_experiments, show_plan, slurm_array, suite
+    from dist_vpt.experiments.suite import suite
+    from dist_vpt.experiments.suite_plan import plan_experiments, show_plan, slurm_array
     from dist_vpt.recipe.loading import split_arguments
 
     # argparse gives all arguments that follow --method or --tasks to them, overrides too.

@@ -22,8 +22,9 @@ from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, UserError
-from dist_vpt.frozen_stream.cache import ROOM, CachedBatches, StreamCache
+from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache
 from dist_vpt.frozen_stream.observe import StreamOutput, compute_stream
+from dist_vpt.frozen_stream.placement import BUDGET
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, restore
@@ -88,7 +89,7 @@ def fix_features(
     has_val = recipe.data.train_on == "train" and parts.splits.val is not None
     names = dict.fromkeys([recipe.data.train_on, *(["val"] if has_val else []), source.scored])
     needed = sum(len(parts.splits[name]) for name in names) * method.all_features * 4
-    free = psutil.virtual_memory().available * ROOM
+    free = psutil.virtual_memory().available * BUDGET
     if needed > free:
         raise UserError(
             f"compress: the features take {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB of memory may be used; "

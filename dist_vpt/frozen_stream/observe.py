@@ -15,16 +15,16 @@ from dist_vpt.backbones.vit import Backbone
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What a reader asks of the stream besides the pooled features."""
+    """What a reader needs of the stream besides the pooled features."""
 
-    blocks: tuple[int, ...] = ()  # whose normalized inputs it reads, rising
+    blocks: tuple[int, ...] = ()  # whose normalized inputs it reads, ascending
     key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
     keys: bool = False  # keys and values in place of the two: twice the bytes, and nothing left to project
     pixels: bool = False  # and the image itself
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields of Observed that hold something for each block."""
+        """The fields of StreamOutput that hold something for each block."""
         if self.keys:
             return ("keys", "values")
         return ("normed", "key_scales") if self.key_scales else ("normed",)
@@ -42,23 +42,23 @@ class StreamOutput(NamedTuple):
 
 
 @torch.no_grad()
-def compute_stream(backbone: Backbone, images_B3SS: Tensor, reads: StreamSpec) -> StreamOutput:
-    """Run the frozen backbone on images (uint8 [B, 3, S, S]) and keep what is read of it."""
+def compute_stream(backbone: Backbone, images_B3SS: Tensor, spec: StreamSpec) -> StreamOutput:
+    """Run the frozen backbone on images (uint8 [B, 3, S, S]) and keep what the spec asks for."""
     tokens_BND = backbone.embed(images_B3SS)
     normed, scales, keys, values = [], [], [], []
     for number, block in enumerate(backbone.blocks):
-        if number in reads.blocks:
-            seams = unpack_block(block, number)
-            normed_BND = seams.norm1(tokens_BND)
-            if reads.keys:
-                keys_BHNE, values_BHNE = keys_and_values(seams, normed_BND)
+        if number in spec.blocks:
+            parts = unpack_block(block, number)
+            normed_BND = parts.norm1(tokens_BND)
+            if spec.keys:
+                keys_BHNE, values_BHNE = keys_and_values(parts, normed_BND)
                 keys.append(keys_BHNE)
                 values.append(values_BHNE)
             else:
                 normed.append(normed_BND)
-                if reads.key_scales:
-                    scales.append(key_scale(seams, normed_BND))
+                if spec.key_scales:
+                    scales.append(key_scale(parts, normed_BND))
         tokens_BND = backbone.run_block(block, tokens_BND)
     pooled_BD = backbone.pool(backbone.norm(tokens_BND))
-    pixels = (backbone.normalized(images_B3SS),) if reads.pixels else ()
+    pixels = (backbone.normalized(images_B3SS),) if spec.pixels else ()
     return StreamOutput(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values), pixels)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_vpt.errors import RunFolderError, UserError
-from dist_vpt.files import is_locked, lock_nowait, read_json, write_atomically
+from dist_vpt.files import LOOK_SECONDS, is_locked, locked, read_json, write_atomically
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
@@ -135,31 +135,20 @@ class RunFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        lock = self.path / ".lock"
         try:
             self._refuse_foreign()
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "ab+", buffering=0)  # noqa: SIM115 (closed by the with below)
+            lock.touch()
         except OSError as error:
             raise RunFolderError(f"{self.path}: cannot be a run folder ({error}); choose another run.dir") from error
-        with file as lock:
-            try:
-                lock_nowait(lock.fileno())
-            except BlockingIOError:
-                lock.seek(0)
+        self._holder = f"process {os.getpid()} on {socket.gethostname()} since {timestamp('microseconds')}"
+        with locked(lock, "choose another run.dir", timeout=LOOK_SECONDS, holder=self._holder) as acquired:
+            if not acquired:
                 raise RunFolderError(
-                    f"{self.path}: another run is at work here ({lock.read().decode().strip() or 'unknown process'}); "
+                    f"{self.path}: another run is at work here ({lock.read_text().strip() or 'unknown process'}); "
                     "wait for its end or choose another run.dir"
-                ) from None
-            except OSError as error:
-                raise RunFolderError(
-                    f"{self.path}: this file system has no locks ({error.strerror}); mount it with them (Lustre: "
-                    "flock), or choose another run.dir"
-                ) from error
-            self._holder = f"process {os.getpid()} on {socket.gethostname()} since {timestamp('microseconds')}"
-            with suppress(OSError):  # that the disk is full shows next
-                lock.truncate(0)
-                lock.write(self._holder.encode())
-                os.fsync(lock.fileno())  # or other machines see it late
+                )
             yield
 
     def refuse_sweep(self) -> None:

@@ -1,13 +1,14 @@
 """results.jsonl: a line for each task and method, appended when its seeds are scored or when it failed."""
 
 import errno
-import fcntl
 import json
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from filelock import lock_descriptor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dist_vpt.errors import UserError
@@ -99,7 +100,7 @@ def append(file: Path, result: Result) -> None:
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_descriptor(descriptor)
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 text = "\n" + text
@@ -135,6 +136,11 @@ def read(file: Path) -> tuple[list[Result], list[str]]:
     return list(found.values()), wrong
 
 
+def finished_runs(file: Path) -> set[str]:
+    """Hashes of the recipes (``Result.run``) that have a result; none where there is no file yet."""
+    return {result.run for result in read(file)[0] if not result.failed} if file.is_file() else set()
+
+
 def identity(result: Result) -> tuple[str, ...]:
     """Equal for results of which the later one replaces the earlier one, which may have failed."""
     storage = result.protocol.storage.split()[:1] if result.protocol else []
@@ -150,8 +156,10 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and standard deviation (n - 1) over seeds."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    std = (squares / (len(values) - 1)) ** 0.5 if len(values) > 1 else 0.0
-    return Spread(mean=mean, std=std, values=tuple(values))
+    """Mean and standard deviation over seeds. Raises ValueError for values that are not finite."""
+    return Spread(**mean_and_std(values), values=tuple(values))
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation (n - 1; 0 for one value)."""
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}

@@ -24,7 +24,7 @@ from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream.cache import open_streams
+from dist_vpt.frozen_stream.placement import open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.rank_status import logger, phase
+from dist_vpt.recipe.differences import flatten
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress as RunProgress
@@ -233,14 +234,7 @@ class RunLogger:
 
 def _hparams(recipe: Recipe) -> dict[str, Any]:
     """The recipe as flat names and plain values, as TensorBoard's hparams want them."""
-    flat: dict[str, Any] = {}
-
-    def add(value: Any, at: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add(inner, f"{at}.{key}" if at else key)
-        else:
-            flat[at] = value if isinstance(value, (int, float, bool, str)) else json.dumps(value)
-
-    add(recipe.model_dump(mode="json"), "")
-    return flat
+    return {
+        key: value if isinstance(value, (int, float, bool, str)) else json.dumps(value)
+        for key, value in flatten(recipe)
+    }

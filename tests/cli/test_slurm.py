@@ -19,7 +19,7 @@ from dist_vpt.cli import slurm_node as node
 from dist_vpt.cli.main import main
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.launcher import node_exit_code
-from dist_vpt.experiments.suite import plan_experiments
+from dist_vpt.experiments.suite_plan import plan_experiments
 from dist_vpt.runs.results import FILE, Result, append, read
 from tests.cli import slurm_cluster
 from tests.cli.slurm_cluster import PATH, PROGRAMS, Cluster, Unavailable

@@ -20,7 +20,7 @@ from dist_vpt.cli.main import main
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, UserError, WeightsError
 from dist_vpt.experiments import compress as module
-from dist_vpt.experiments import fixed_features
+from dist_vpt.experiments import compress_training, fixed_features
 from dist_vpt.experiments.compress import compress
 from dist_vpt.experiments.fixed_features import best_features, group_lasso, head_loss
 from dist_vpt.frozen_stream.observe import compute_stream
@@ -262,7 +262,7 @@ def test_the_backbone_is_asked_once_for_every_image(
     mode: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, when_trained = 0, []
-    forward, trained = Block.forward, module.train_head
+    forward, trained = Block.forward, compress_training.train_head
 
     def counted(block: Block, tokens_BND: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
         nonlocal images
@@ -274,7 +274,7 @@ def test_the_backbone_is_asked_once_for_every_image(
         return trained(*words)
 
     monkeypatch.setattr(Block, "forward", counted)
-    monkeypatch.setattr(module, "train_head", train_head)
+    monkeypatch.setattr(compress_training, "train_head", train_head)
     again(source, [0.5, 0.2], mode, out=str(tmp_path))
     assert images == 6 * (1000 + 200 + 597)
     assert set(when_trained) == {images}
@@ -319,7 +319,7 @@ def test_finetune_changes_queries_and_head_and_nothing_else(
     source: Path, selected: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states: list[list[dict[str, torch.Tensor]]] = []
-    fit = module.fit_trials
+    fit = compress_training.fit_trials
 
     def snapshot(p: Any) -> None:
         states.append([{n: t.clone() for n, t in trial.reader.state_dict().items()} for trial in p.trials])
@@ -329,7 +329,7 @@ def test_finetune_changes_queries_and_head_and_nothing_else(
         fit(p)
         snapshot(p)
 
-    monkeypatch.setattr(module, "fit_trials", fit_trials)
+    monkeypatch.setattr(compress_training, "fit_trials", fit_trials)
     again(source, [0.5, 0.1], "finetune", out=str(tmp_path))
     for before, after, share in zip(*states, ("0.5", "0.1"), strict=True):
         assert {name for name in before if not torch.equal(before[name], after[name])} == TRAINED
@@ -350,7 +350,7 @@ def test_a_head_is_trained_as_the_engine_trains_one(tmp_path: Path, monkeypatch:
     )
     train(tmp_path / "linear", "method.name=linear", *words)
     train(tmp_path / "vqt", "method.name=vqt", "method.blocks=[5]", "method.normalize=false", *words)
-    monkeypatch.setattr(module, "best_features", lambda _, number: torch.arange(number))
+    monkeypatch.setattr(compress_training, "best_features", lambda _, number: torch.arange(number))
     again(tmp_path / "vqt", [0.5])
     wanted, found = adapters(tmp_path / "linear"), adapters(tmp_path / "vqt" / "compressed" / "featselect-0.5")
     for name in ("head.weight", "head.bias"):
@@ -388,14 +388,14 @@ def test_without_a_test_split_val_is_scored(source: Path, tmp_path: Path) -> Non
     assert "test" not in result(tmp_path / "featselect-0.2")["last"]
 
 
-# Going on
+# Resuming
 
 
 def test_what_is_there_is_not_trained_again(
     source: Path, selected: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, curve = selected
-    monkeypatch.setattr(module, "train_head", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(compress_training, "train_head", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(module, "fix_features", lambda *_: pytest.fail("computed"))
     assert again(source, [0.1], out=str(out), overrides=["data.workers=1"]) == curve, "with the fractions made before"
 
@@ -425,16 +425,16 @@ def test_another_compression_is_not_overwritten(source: Path, selected: tuple[Pa
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
-def test_a_stopped_finetuning_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_finetuning_resumes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again(source, [0.2], "finetune", out=str(tmp_path / "whole"))
-    fit = module.fit_trials
+    fit = compress_training.fit_trials
 
     def stopped(p: Any) -> None:
         p.stop.asked = True
         fit(p)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "fit_trials", stopped)
+        patch.setattr(compress_training, "fit_trials", stopped)
         with pytest.raises(Interrupted):
             again(source, [0.2], "finetune", out=str(tmp_path / "run"))
     folder = tmp_path / "run" / "finetune-0.2"
@@ -446,10 +446,10 @@ def test_a_stopped_finetuning_goes_on(source: Path, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("at", ["features", "a head"])
-def test_what_is_stopped_before_a_fraction_is_there_goes_on(
+def test_what_is_stopped_before_a_fraction_is_done_resumes(
     at: str, source: Path, selected: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = {"features": "observe", "a head": "head_loss"}[at]
+    name = {"features": "compute_stream", "a head": "head_loss"}[at]
     called = getattr(fixed_features, name)
 
     def stopped(*words: Any) -> Any:
@@ -469,7 +469,7 @@ def test_what_is_stopped_before_a_fraction_is_there_goes_on(
 def test_a_full_disk_loses_nothing_that_was_finetuned(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, fit, epochs = module.write_adapters, module.fit_trials, []
+    write, fit, epochs = compress_training.write_adapters, compress_training.fit_trials, []
 
     def full(path: Path, *words: Any) -> None:
         if "finetune-0.2" in str(path):
@@ -482,9 +482,9 @@ def test_a_full_disk_loses_nothing_that_was_finetuned(
         epochs.append(p.epoch - before)
 
     again(source, [0.9], "finetune", out=str(tmp_path))  # made before
-    monkeypatch.setattr(module, "fit_trials", counted)
+    monkeypatch.setattr(compress_training, "fit_trials", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "write_adapters", full)
+        patch.setattr(compress_training, "write_adapters", full)
         with pytest.raises(RunFailed, match=r"finetune-0.2: the results cannot be written .* the same command goes on"):
             again(source, [0.9, 0.5, 0.2], "finetune", out=str(tmp_path))
     assert (status(tmp_path / "finetune-0.5"), status(tmp_path / "finetune-0.2")) == ("done", "failed")
@@ -515,7 +515,7 @@ def test_a_fraction_that_diverges_takes_no_other_with_it(
             trial.progress.last = {"epoch": 1}
         p.trials[1].diverged = "the loss was nan at step 3"
 
-    monkeypatch.setattr(module, "fit_trials", fit_trials)
+    monkeypatch.setattr(compress_training, "fit_trials", fit_trials)
     with pytest.raises(RunFailed, match=r"finetune-0.2: the loss was nan at step 3; choose another --out"):
         again(source, [0.2, 0.5], "finetune", out=str(tmp_path))
     assert (status(tmp_path / "finetune-0.5"), status(tmp_path / "finetune-0.2")) == ("done", "failed")
@@ -543,9 +543,9 @@ def test_mistakes(
     words: list[str], message: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compress", str(source), "--out", str(tmp_path / "out"), *words]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert told.startswith("error: ")
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("error: ")
     assert not (tmp_path / "out").exists()
 
 
@@ -600,7 +600,7 @@ def test_several_processes_are_refused(source: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_features_that_memory_does_not_hold(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fixed_features, "ROOM", 0)
+    monkeypatch.setattr(fixed_features, "BUDGET", 0)
     with pytest.raises(UserError, match=r"the features take 0.00 GiB and 0.00 GiB of memory may be used"):
         again(source, [0.5], out=str(tmp_path))
 
@@ -635,7 +635,7 @@ def test_adapters_hold_the_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [None, [5, 4, 6], [1, 1, 2], [-1, 0, 1], [0, 1, 64]], ids=str)
-def test_an_index_that_names_no_features_is_told_before_it_is_used(kept: list[int] | None) -> None:
+def test_an_index_that_names_no_features_is_rejected_before_it_is_used(kept: list[int] | None) -> None:
     method = make_vqt(keep=3)
     if kept is not None:
         assert method.kept is not None

@@ -1,4 +1,4 @@
-"""Suites: what is planned, that each piece is done once, and that nothing is lost in a kill."""
+"""Suites: what is planned, that each work item is done once, and that nothing is lost in a kill."""
 
 import json
 import os
@@ -14,8 +14,9 @@ import pytest
 
 from dist_vpt.cli.main import main
 from dist_vpt.errors import RecipeError, RunFailed, UserError
-from dist_vpt.experiments import sweep
-from dist_vpt.experiments.suite import Experiment, plan_experiments, suite, task_recipes
+from dist_vpt.experiments import sweep_worker
+from dist_vpt.experiments.suite import suite
+from dist_vpt.experiments.suite_plan import Experiment, plan_experiments, task_recipes
 from dist_vpt.runs.results import Result, read
 from tests.data.tfds_copies import elsewhere
 from tests.forks import Forks, command
@@ -66,16 +67,16 @@ def comparable(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = command(words(folder, root), folder / "told.txt")
+    run = command(words(folder, root), folder / "output.txt")
     assert run.finish() == [0], run.output
     return folder
 
 
-def pieces(told: str) -> list[str]:
-    """Lines that begin a piece of work."""
+def work_items(output: str) -> list[str]:
+    """Lines of the log that begin a work item."""
     return [
         line
-        for line in told.splitlines()
+        for line in output.splitlines()
         if line.partition(": ")[2].partition(" ")[0] in ("trial", "trials", "seed", "seeds")
     ]
 
@@ -87,8 +88,8 @@ def test_status_tells_that_all_is_done(undisturbed: Path, capsys: pytest.Capture
     assert [(each["status"], each["done"], each["total"]) for each in sweeps] == [("done", 4, 4)] * 6
 
 
-def test_a_split_that_is_missing_is_told_before_a_trial_is_trained(tmp_path: Path) -> None:
-    """And runners of a suite share no batch, whatever a recipe says of one sweep."""
+def test_a_split_that_is_missing_is_reported_before_a_trial_is_trained(tmp_path: Path) -> None:
+    """And workers of a suite share no batch, whatever a recipe says of one sweep."""
     data = tmp_path / "data"
     data.mkdir()
     (few_images(data) / "val200.txt").rename(tmp_path / "val200.txt")
@@ -96,7 +97,7 @@ def test_a_split_that_is_missing_is_told_before_a_trial_is_trained(tmp_path: Pat
         "suite", *SMALL, "data.format=vtab_folder", "sweep.parallelize=batch", "--tasks", "dtd", "--method",
         *recipes(tmp_path), "--root", str(data), "--out", str(tmp_path / "suite"),
     ]  # fmt: skip
-    run = command(line, tmp_path / "told.txt")
+    run = command(line, tmp_path / "output.txt")
     assert run.finish() == [3], run.output
     assert run.output.count("failed: split 'val' is missing") == 2
     assert not list((tmp_path / "suite").rglob("trials"))
@@ -127,8 +128,8 @@ def test_a_suite_ends_with_a_result_for_every_pair(undisturbed: Path) -> None:
     sweep = json.loads((undisturbed / "suite" / "svhn" / "writer" / "sweep.json").read_text())
     assert one.test["top1"].mean == sweep["test"]["top1"]["mean"]
     assert one.chosen == sweep["chosen"]
-    told = (undisturbed / "told.txt").read_text()
-    assert len(pieces(told)) == 3 * (1 + 1 + 2 + 2)
+    output = (undisturbed / "output.txt").read_text()
+    assert len(work_items(output)) == 3 * (1 + 1 + 2 + 2)
     assert (undisturbed / "suite" / "eurosat" / "reader" / "heatmap.png").exists()
 
 
@@ -136,7 +137,7 @@ def test_a_finished_suite_does_nothing_again(undisturbed: Path, root: Path) -> N
     before = (undisturbed / "suite" / "results.jsonl").read_bytes()
     again = command(words(undisturbed, root), undisturbed / "again.txt")
     assert again.finish() == [0], again.output
-    assert pieces(again.output) == []
+    assert work_items(again.output) == []
     assert "dsprites_loc" in again.output  # the table
     assert (undisturbed / "suite" / "results.jsonl").read_bytes() == before
 
@@ -144,33 +145,33 @@ def test_a_finished_suite_does_nothing_again(undisturbed: Path, root: Path) -> N
 def test_killed_three_times_it_ends_alike(undisturbed: Path, root: Path, tmp_path: Path) -> None:
     when = random.Random(7)
     for _ in range(3):
-        run = command(words(tmp_path, root), tmp_path / "told.txt")
-        wanted = len(pieces(run.output)) + when.randint(1, 5)
-        while len(pieces(run.output)) < wanted:
+        run = command(words(tmp_path, root), tmp_path / "output.txt")
+        wanted = len(work_items(run.output)) + when.randint(1, 5)
+        while len(work_items(run.output)) < wanted:
             assert run.running, run.output
             time.sleep(0.02)
         time.sleep(when.uniform(0, 0.5))
         run.send(signal.SIGKILL)
         assert run.finish() == [-signal.SIGKILL]
-    last = command(words(tmp_path, root), tmp_path / "told.txt")
+    last = command(words(tmp_path, root), tmp_path / "output.txt")
     assert last.finish() == [0], last.output
     assert comparable(tmp_path) == comparable(undisturbed)
     assert len((tmp_path / "suite" / "results.jsonl").read_text().splitlines()) == 6
 
 
-def test_two_runners_do_each_piece_once(undisturbed: Path, root: Path, tmp_path: Path) -> None:
-    told = [tmp_path / "one.txt", tmp_path / "two.txt"]
+def test_two_workers_do_each_item_once(undisturbed: Path, root: Path, tmp_path: Path) -> None:
+    outputs = [tmp_path / "one.txt", tmp_path / "two.txt"]
     arguments = words(tmp_path, root)
-    runners = [command(arguments, file) for file in told]
-    assert [runner.finish() for runner in runners] == [[0], [0]], [file.read_text() for file in told]
-    both = [pieces(file.read_text()) for file in told]
+    workers = [command(arguments, file) for file in outputs]
+    assert [worker.finish() for worker in workers] == [[0], [0]], [file.read_text() for file in outputs]
+    both = [work_items(file.read_text()) for file in outputs]
     assert all(both)  # neither was idle
     assert len(both[0] + both[1]) == len(set(both[0] + both[1])) == 18
     assert comparable(tmp_path) == comparable(undisturbed)
 
 
 def test_a_stop_is_obeyed_and_gone_on_from(undisturbed: Path, root: Path, tmp_path: Path) -> None:
-    run = command(words(tmp_path, root), tmp_path / "told.txt")
+    run = command(words(tmp_path, root), tmp_path / "output.txt")
     while "svhn/writer: trial 1" not in run.output and run.running:
         time.sleep(0.05)
     run.send(signal.SIGTERM)
@@ -186,7 +187,7 @@ def test_one_bad_dataset_does_not_stop_the_others(root: Path, tmp_path: Path) ->
     file = next(copies.glob("dsprites/*/*train*"))
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 3])
-    run = command(words(tmp_path, copies), tmp_path / "told.txt")
+    run = command(words(tmp_path, copies), tmp_path / "output.txt")
     assert run.finish() == [RunFailed.exit_code], run.output
     assert "2 of 6 have no result" in run.output
     found = results(tmp_path)
@@ -195,7 +196,7 @@ def test_one_bad_dataset_does_not_stop_the_others(root: Path, tmp_path: Path) ->
     file.write_bytes(whole)
     again = command(words(tmp_path, copies), tmp_path / "again.txt")
     assert again.finish() == [0], again.output
-    assert {line.split("/")[0] for line in pieces(again.output)} == {"dsprites_loc"}
+    assert {line.split("/")[0] for line in work_items(again.output)} == {"dsprites_loc"}
     assert not any(result.failed for result in results(tmp_path).values())
 
 
@@ -210,9 +211,9 @@ def started(folder: Path, root: Path, *more: str) -> subprocess.CompletedProcess
     return done
 
 
-def test_runners_are_started(root: Path, tmp_path: Path) -> None:
+def test_workers_are_started(root: Path, tmp_path: Path) -> None:
     done = started(tmp_path, root, "--workers", "2")
-    assert len(pieces(done.stdout)) == 6
+    assert len(work_items(done.stdout)) == 6
     assert len(results(tmp_path)) == 2
 
 
@@ -224,8 +225,8 @@ def test_another_recipe_is_refused(undisturbed: Path, root: Path) -> None:
 
 
 def run_here(folder: Path, root: Path, *more: str) -> None:
-    pairs = plan_experiments(TASKS, recipes(folder), [*SMALL, *more], str(root), str(folder / "suite"))
-    suite(pairs, str(folder / "suite"), workers=1, arguments=[])
+    experiments = plan_experiments(TASKS, recipes(folder), [*SMALL, *more], str(root), str(folder / "suite"))
+    suite(experiments, str(folder / "suite"), workers=1, arguments=[])
 
 
 def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
@@ -243,18 +244,20 @@ def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
         plan_experiments(["dtd"], ["vpt_dep"], [], "somewhere", "out")
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         plan_experiments(["dtd", "svhn"], ["linear"], ["train.epochs=0"], "somewhere", "out")
     assert str(caught.value).count("train.epochs = 0") == 2
     with pytest.raises(RecipeError, match=r"^--root DIR is missing: the folder in which the datasets lie$"):
         plan_experiments(["dtd", "svhn"], ["linear"], [], None, "out")
-    with pytest.raises(UserError, match="dtd/linear is asked for twice"):
+    with pytest.raises(UserError, match="dtd/linear is listed twice; list each once"):
         plan_experiments(["dtd"], ["linear", "linear"], [], "somewhere", "out")
     backbone = str(ROOT / "configs" / "backbone" / "vit_b16_in21k.yaml")
-    with pytest.raises(UserError, match=r"--method .*vit_b16_in21k.yaml: says no method; other recipes come before"):
+    with pytest.raises(UserError, match=r"--method .*vit_b16_in21k.yaml: sets no method; put other recipes before"):
         plan_experiments(["dtd"], ["linear", backbone], [], "somewhere", "out")
-    assert [pair.method for pair in plan_experiments(["dtd"], ["vpt_deep", "side"], [], "somewhere", "out")] == [
+    assert [
+        experiment.method for experiment in plan_experiments(["dtd"], ["vpt_deep", "side"], [], "somewhere", "out")
+    ] == [
         "vpt_deep",
         "side",
     ]
@@ -274,10 +277,10 @@ def test_what_a_plan_costs() -> None:
 def test_the_plan_is_shown_and_nothing_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "suite"
     code = main(["suite", "--tasks", "vtab", "--method", "vpt_deep", "--root", "x", "--out", str(out), "--dry-run"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert code == 0
-    assert "19 sweeps, with backbone demo" in told
-    assert "760 trials and 95 seeds, 87,439,520 images" in " ".join(told.split())
+    assert "19 sweeps, with backbone demo" in output
+    assert "760 trials and 95 seeds, 87,439,520 images" in " ".join(output.split())
     assert not out.exists()
 
 
@@ -290,7 +293,7 @@ def test_a_dry_run_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
-def test_a_job_array_has_an_element_for_each_pair(tmp_path: Path) -> None:
+def test_a_job_array_has_an_element_for_each_experiment(tmp_path: Path) -> None:
     file = tmp_path / "suite.sbatch"
     words = [
         "suite",
@@ -316,85 +319,89 @@ def test_a_job_array_has_an_element_for_each_pair(tmp_path: Path) -> None:
     assert main([*words, "--slurm", str(file), "--index", "2"]) == 2
 
 
-def test_an_element_does_its_own_pair(root: Path, tmp_path: Path) -> None:
-    pairs = plan_experiments(["svhn", "eurosat"], recipes(tmp_path)[:1], SMALL, str(root), str(tmp_path / "suite"))
-    run = Forks(1, lambda rank: suite(pairs, str(tmp_path / "suite"), index=1, arguments=[]), tmp_path / "told.txt")
+def test_an_element_does_its_own_experiment(root: Path, tmp_path: Path) -> None:
+    experiments = plan_experiments(
+        ["svhn", "eurosat"], recipes(tmp_path)[:1], SMALL, str(root), str(tmp_path / "suite")
+    )
+    run = Forks(
+        1, lambda rank: suite(experiments, str(tmp_path / "suite"), index=1, arguments=[]), tmp_path / "output.txt"
+    )
     assert run.finish() == [0], run.output
     assert list(results(tmp_path)) == ["eurosat/reader"]
     with pytest.raises(UserError, match="--index 2: the suite has the elements 0 to 1"):
-        suite(pairs, str(tmp_path / "suite"), index=2, arguments=[])
+        suite(experiments, str(tmp_path / "suite"), index=2, arguments=[])
 
 
 def test_the_key_does_not_depend_on_places() -> None:
     def key(*more: str, out: str = "out", root: str = "here") -> str:
-        pair: Experiment = plan_experiments(["dtd"], ["linear"], list(more), root, out)[0]
-        return pair.key
+        experiment: Experiment = plan_experiments(["dtd"], ["linear"], list(more), root, out)[0]
+        return experiment.key
 
     assert key() == key("data.workers=9", out="elsewhere", root="there")
     assert key() != key("optim.weight_decay=0.5")
 
 
-def test_an_element_is_kept_by_the_runners_it_starts(root: Path, tmp_path: Path) -> None:
+def test_an_element_is_kept_by_the_workers_it_starts(root: Path, tmp_path: Path) -> None:
     done = started(tmp_path, root, "--index", "0", "--workers", "2")
     assert list(results(tmp_path)) == ["svhn/reader"]
     assert done.stdout.count("test top-1 (%), mean") == 1  # one table, by the one who was asked
 
 
-def test_a_damaged_outcome_fails_its_pair_alone(undisturbed: Path, root: Path, tmp_path: Path) -> None:
+def test_a_damaged_outcome_fails_its_experiment_alone(undisturbed: Path, root: Path, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", undisturbed / "suite", tmp_path / "suite"], check=True)
     for name in ("manifest.json", "results.jsonl"):
         (tmp_path / "suite" / name).unlink()
     outcome = tmp_path / "suite" / "svhn" / "writer" / "trials" / "000.json"
     outcome.write_text("{}")
-    run = command(words(tmp_path, root), tmp_path / "told.txt")
+    run = command(words(tmp_path, root), tmp_path / "output.txt")
     assert run.finish() == [RunFailed.exit_code], run.output
     assert "1 of 6 have no result" in run.output
     assert "000.json: damaged (it has no 'best'); remove it, and its trial is trained again" in run.output
     assert [name for name, result in results(tmp_path).items() if result.failed] == ["svhn/writer"]
 
 
-def test_what_nobody_expected_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
+def test_what_nobody_expected_fails_its_experiment_alone(root: Path, tmp_path: Path) -> None:
     def out_of_memory(rank: int) -> None:
-        whole = sweep.Worker.work
+        whole = sweep_worker.Worker.work
 
-        def work(self: sweep.Worker, jobs: Any) -> None:
+        def work(self: sweep_worker.Worker, jobs: Any) -> None:
             if self.recipe.data.task == "eurosat":
                 raise MemoryError("no more of it")
             whole(self, jobs)
 
-        sweep.Worker.work = work  # type: ignore[method-assign]
+        sweep_worker.Worker.work = work  # type: ignore[method-assign]
 
-    run = command(words(tmp_path, root), tmp_path / "told.txt", before=out_of_memory)
+    run = command(words(tmp_path, root), tmp_path / "output.txt", before=out_of_memory)
     assert run.finish() == [RunFailed.exit_code], run.output
     assert "2 of 6 have no result" in run.output
     assert "eurosat/writer: MemoryError: no more of it (traceback in " in run.output
-    told = tmp_path / "suite" / "claims" / "eurosat__writer__traceback"
-    assert "raise MemoryError" in told.read_text()
+    output = tmp_path / "suite" / "claims" / "eurosat__writer__traceback"
+    assert "raise MemoryError" in output.read_text()
     assert {name for name, result in results(tmp_path).items() if result.failed} == {"eurosat/reader", "eurosat/writer"}
 
 
-def test_a_full_disk_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
-    """Also where there is no room to write the failure down."""
+def test_a_full_disk_fails_its_experiment_alone(root: Path, tmp_path: Path) -> None:
+    """Also where there is no space to write the failure down."""
 
     def full(rank: int) -> None:
-        work, write = sweep.Worker.work, Path.write_text
-        no_room = OSError(28, "No space left on device")
+        work, write = sweep_worker.Worker.work, Path.write_text
+        disk_full = OSError(28, "No space left on device")
 
-        def worked(self: sweep.Worker, jobs: Any) -> None:
+        def worked(self: sweep_worker.Worker, jobs: Any) -> None:
             if self.recipe.method.name == "vpt":
-                raise no_room
+                raise disk_full
             work(self, jobs)
 
         def written(self: Path, *args: Any, **kwargs: Any) -> int:
             if self.parent.name == "claims":
-                raise no_room
+                raise disk_full
             return write(self, *args, **kwargs)
 
-        sweep.Worker.work, Path.write_text = worked, written  # type: ignore[method-assign, assignment]
+        sweep_worker.Worker.work, Path.write_text = worked, written  # type: ignore[method-assign, assignment]
 
     arguments = words(tmp_path, root, "train.epochs=1", "sweep.seeds=[1]")
     arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]
-    run = command(arguments, tmp_path / "told.txt", before=full)
+    run = command(arguments, tmp_path / "output.txt", before=full)
     assert run.finish() == [RunFailed.exit_code], run.output
     assert "1 of 2 have no result:\n  svhn/writer: OSError: [Errno 28] No space left on device" in run.output
     assert "warning: this could not be written down ([Errno 28] No space left on device)" in run.output
@@ -403,26 +410,30 @@ def test_a_full_disk_fails_its_pair_alone(root: Path, tmp_path: Path) -> None:
     assert run.finish() == [0], run.output
 
 
-def test_processes_of_a_launcher_are_runners(root: Path, tmp_path: Path) -> None:
+def test_processes_of_a_launcher_are_workers(root: Path, tmp_path: Path) -> None:
     arguments = words(tmp_path, root)
     arguments[arguments.index("--tasks") + 1 : arguments.index("--method")] = ["svhn"]
-    run = command(arguments, tmp_path / "told.txt", strategy="ddp")
+    run = command(arguments, tmp_path / "output.txt", strategy="ddp")
     assert run.finish() == [0, 0], run.output
-    assert len(pieces(run.output)) == len(set(pieces(run.output))) == 6
+    assert len(work_items(run.output)) == len(set(work_items(run.output))) == 6
 
 
 def test_an_own_task_may_inherit_another_method(tmp_path: Path) -> None:
     own = ROOT / "configs" / "quickstart.yaml"
-    (pair,) = plan_experiments([str(own)], ["linear"], ["backbone.drop_path=0.0"], None, "out")
-    assert (pair.name, pair.recipe.method.name, pair.recipe.train.epochs) == ("quickstart/linear", "linear", 30)
+    (experiment,) = plan_experiments([str(own)], ["linear"], ["backbone.drop_path=0.0"], None, "out")
+    assert (experiment.name, experiment.recipe.method.name, experiment.recipe.train.epochs) == (
+        "quickstart/linear",
+        "linear",
+        30,
+    )
 
 
-def test_a_damaged_manifest_is_told(root: Path, tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_reported(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "suite" / "manifest.json"
     file.parent.mkdir()
     for damage in ("{}", '{"pairs"', '{"pairs": {"svhn/reader": 3}}'):
         file.write_text(damage)
-        with pytest.raises(UserError, match=r"manifest.json: damaged .*; remove it: what is done is kept"):
+        with pytest.raises(UserError, match=r"manifest.json: damaged .*; remove it: finished experiments are kept"):
             run_here(tmp_path, root)
 
 
@@ -432,7 +443,7 @@ def test_places_that_cannot_be(root: Path, tmp_path: Path) -> None:
     one = tmp_path / "one"
     one.mkdir()
     (one / "train800.txt").write_text("")
-    with pytest.raises(UserError, match=r"is one task's folder \(train800.txt\), and 3 tasks are asked for"):
+    with pytest.raises(UserError, match=r"is one task's folder \(train800.txt\), and 3 tasks are listed"):
         run_here(tmp_path, one)
     with pytest.raises(UserError, match="--workers 0: must be at least 1"):
         suite(plan_experiments(TASKS, recipes(tmp_path), SMALL, str(root), "out"), "out", workers=0, arguments=[])
@@ -447,11 +458,11 @@ def test_what_the_key_is_of_depends_on_the_storage(root: Path, tmp_path: Path) -
     """Results of prepared datasets and of vtab-1k folders are never taken for each other."""
     run_here(tmp_path, root, "train.epochs=1")
     kept = results(tmp_path)["svhn/reader"]
-    (unsettled, *_) = plan_experiments(
+    (without_format, *_) = plan_experiments(
         TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1"], str(root), str(tmp_path / "suite")
     )
-    assert kept.run != unsettled.key
-    settled = plan_experiments(
+    assert kept.run != without_format.key
+    with_format = plan_experiments(
         TASKS, recipes(tmp_path), [*SMALL, "train.epochs=1", "data.format=tfds"], str(root), "out"
     )[0]
-    assert kept.run == settled.key
+    assert kept.run == with_format.key

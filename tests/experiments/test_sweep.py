@@ -18,7 +18,8 @@ from dist_vpt.cli.main import main
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.experiments import sweep as sweep_module
-from dist_vpt.experiments.sweep import SweepJob, choose, grid_jobs
+from dist_vpt.experiments import sweep_worker
+from dist_vpt.experiments.sweep_grid import SweepJob, choose, grid_jobs
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
@@ -205,7 +206,7 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_pass_that_is_ended_in_its_middle_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, tmp_path: Path) -> None:
     grid = ["method.name=vqt", "train.epochs=4", "train.batch_size=100", "run.trackers=[]", *GRID]
     whole, folder = swept(tmp_path / "whole", *grid), tmp_path / "ended"
 
@@ -234,7 +235,7 @@ def test_a_pass_that_is_ended_in_its_middle_goes_on(number: signal.Signals, tmp_
 
 @pytest.mark.parametrize("method", ["linear", "vpt"])
 @pytest.mark.parametrize("missing", ["val", "test"])
-def test_a_split_that_is_missing_is_told_before_the_grid(
+def test_a_split_that_is_missing_is_reported_before_the_grid(
     missing: str, method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few_images(tmp_path)
@@ -247,7 +248,7 @@ def test_a_split_that_is_missing_is_told_before_the_grid(
 
 
 @pytest.mark.parametrize("method", ["linear", "vpt"])
-def test_images_that_are_skipped_are_told(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_are_skipped_are_reported(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
     options = [f"method.name={method}", *data, "data.on_decode_error=skip", "run.trackers=[]", "sweep.seeds=[1]"]
     content = swept(tmp_path / "sweep", *options, "sweep.grid.optim.lr=[0.5, 0.1]")
@@ -330,11 +331,13 @@ def test_a_process_that_starts_late_finds_its_share(late: int, tmp_path: Path) -
     assert len(json.loads((folder / "sweep.json").read_text())["trials"]) == 6
 
 
-def test_a_claim_is_seen_where_locks_reach_no_other_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By signs of life of the first process, which are new: the last ones of a killed attempt lie there, too."""
+def test_a_folder_is_seen_to_be_held_where_locks_reach_no_other_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By new heartbeats of the first process: the last one of a killed attempt is there, too."""
     recipe = load_recipe([], [*words(tmp_path / "sweep", *READER), "run.resume=auto"])
     folder, beats = RunFolder(tmp_path / "sweep"), iter([7, 7, None, 1])
-    monkeypatch.setattr(sweep_module, "is_locked", lambda _: False)
+    monkeypatch.setattr("dist_vpt.runs.folder.is_locked", lambda _: False)
     monkeypatch.setattr(sweep_module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(
         sweep_module, "read_rank_status", lambda *_: {} if (beat := next(beats)) is None else {"beat": beat}
@@ -342,23 +345,23 @@ def test_a_claim_is_seen_where_locks_reach_no_other_machine(tmp_path: Path, monk
     with folder.claimed(recipe, "sweep"):
         stop = StopSignal()
         with pytest.raises(StopIteration):  # none of these is a sign of the next attempt
-            sweep_module._wait_for_claim(folder, recipe, stop)
+            sweep_module._wait_for_first_process(folder, recipe, stop)
         beats = iter([7, 1])
-        sweep_module._wait_for_claim(folder, recipe, stop)
+        sweep_module._wait_for_first_process(folder, recipe, stop)
         assert next(beats, None) is None
 
 
 def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
     def before(_: int) -> None:
-        tell, told = sweep_module.Worker._tell, []
+        write, written = sweep_worker.Worker.write_outcome, []
 
         def counted(*args: Any) -> None:
-            tell(*args)
-            told.append(1)
-            if len(told) == 2:
+            write(*args)
+            written.append(1)
+            if len(written) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        sweep_module.Worker._tell = counted  # type: ignore[method-assign]
+        sweep_worker.Worker.write_outcome = counted  # type: ignore[method-assign]
 
     killed = start(tmp_path / "sweep", *READER, "run.trackers=[]", before=before)
     assert killed.finish() == [-signal.SIGKILL], killed.output
@@ -375,12 +378,12 @@ def test_every_trial_diverges_within_an_epoch(tmp_path: Path, capsys: pytest.Cap
     words += ["train.batch_size=50", "optim.name=sgd"]
     for _ in range(2):  # the second time from the outcomes
         assert main(words) == 3
-        told = capsys.readouterr().err
-        assert "every trial of the grid diverged; choose another run.dir" in told
+        message = capsys.readouterr().err
+        assert "every trial of the grid diverged; choose another run.dir" in message
 
 
 def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is told of a trial whose states could not be saved, and the same command trains it."""
+    """No outcome is written of a trial whose states could not be saved, and the same command trains it."""
     options = ["train.batch_size=250", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
     recipe = load_recipe([], words(tmp_path, "sweep.seeds=[1]", "optim.name=sgd", *options))
     save = state.save_file
@@ -415,8 +418,10 @@ def test_a_full_disk_ends_a_sweep_in_words(
     line = command(tmp_path, *READER, "train.epochs=1", "train.batch_size=500", "run.trackers=[]", "sweep.seeds=[1]")
     monkeypatch.setattr(os, "replace", full)
     assert main(line) == RunFailed.exit_code
-    told = f"{tmp_path}: {what} cannot be written ([Errno 28] No space left on device); free space there, then the same"
-    assert told in capsys.readouterr().err
+    message = (
+        f"{tmp_path}: {what} cannot be written ([Errno 28] No space left on device); free space there, then the same"
+    )
+    assert message in capsys.readouterr().err
     monkeypatch.undo()
     assert main(line) == 0
 
@@ -429,7 +434,7 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
         return logits if torch.is_grad_enabled() else [logits[0] * float("nan"), *logits[1:]]
 
     monkeypatch.setattr(trials_module, "read", spoiled)
-    monkeypatch.setattr(sweep_module.Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])
+    monkeypatch.setattr(sweep_worker.Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])
     with pytest.raises(RunFailed, match=r"all seeds of the chosen setting diverged .*loss on test was nan"):
         sweep_module.sweep(load_recipe([], words(tmp_path, *READER, "train.epochs=1", "sweep.seeds=[42]")))
     first, *others = (read_json(tmp_path / "trials" / f"{n:03d}.json") for n in range(6))
@@ -437,14 +442,14 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
     assert all(other["diverged"] is None for other in others)
 
 
-def test_a_diverged_seed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    score = sweep_module.score_trials
+def test_a_diverged_seed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    score = sweep_worker.score_trials
 
     def spoiled(*args: Any) -> list[Any]:
         _, *others = score(*args)
         return [SimpleNamespace(compute=lambda: {"loss": float("inf"), "top1": 99.0}), *others]
 
-    monkeypatch.setattr(sweep_module, "score_trials", spoiled)
+    monkeypatch.setattr(sweep_worker, "score_trials", spoiled)
     content = swept(tmp_path / "sweep", *READER)
     assert content["diverged_seeds"] == {"42": "the loss on test was inf"}
     assert content["seeds"]["42"] is None
@@ -478,7 +483,7 @@ def test_a_reader_s_sweep_that_cannot_fit_is_refused(
     def too_much(recipe: Recipe, accelerator: Any, classes: int) -> str:
         raise UserError(f"{recipe.method.name} with {classes} classes needs more")
 
-    monkeypatch.setattr(sweep_module, "check_memory", too_much)
+    monkeypatch.setattr(sweep_worker, "check_memory", too_much)
     assert main(command(tmp_path, *READER)) == 2
     assert "linear with 10 classes needs more" in capsys.readouterr().err
 
@@ -496,7 +501,7 @@ def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.
         assert "is a sweep; name one of its runs" in capsys.readouterr().err
 
 
-def test_unknown_keys_of_the_grid_are_told_once(tmp_path: Path) -> None:
+def test_unknown_keys_of_the_grid_are_reported_once(tmp_path: Path) -> None:
     recipe = load_recipe([], words(tmp_path, "sweep.grid.optim.lrr=[1.0, 2.0]", "sweep.grid.seeed=[1, 2]"))
     with pytest.raises(RecipeError) as caught:
         grid_jobs(recipe, tmp_path)

@@ -1,11 +1,13 @@
 """Caches of the frozen stream: equal to live, for one process and many, and never trusted blindly."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,9 +26,13 @@ from dist_vpt.distributed.launch_env import detach_from_launcher
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RecipeError, UserError
 from dist_vpt.frozen_stream import cache as stream_cache
-from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, choose, fill, identity, nbytes, on_disk
+from dist_vpt.frozen_stream import disk as stream_disk
+from dist_vpt.frozen_stream import placement
+from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, fill, nbytes
 from dist_vpt.frozen_stream.config import StreamConfig
+from dist_vpt.frozen_stream.disk import cache_folder, identity, on_disk
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
+from dist_vpt.frozen_stream.placement import choose
 from dist_vpt.methods import base
 from dist_vpt.methods.base import Reader
 from dist_vpt.recipe.loading import load_recipe
@@ -53,7 +59,7 @@ GIB = 2**30
 
 @dataclass
 class Outcome:
-    """What a run tells."""
+    """What a run reports."""
 
     losses: list[float]  # of every step
     metrics: list[dict[str, Any]]
@@ -67,7 +73,7 @@ def run(folder: Path, *overrides: str) -> Outcome:
     live: list[int] = []
     step = engine.train_step
 
-    def told(*args: Any, **kwargs: Any) -> engine.Step:
+    def recorded(*args: Any, **kwargs: Any) -> engine.Step:
         done = step(*args, **kwargs)
         losses.append(done.loss)
         return done
@@ -77,7 +83,7 @@ def run(folder: Path, *overrides: str) -> Outcome:
         return compute_stream(backbone, images, reads)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "train_step", told)
+        patch.setattr(engine, "train_step", recorded)
         patch.setattr(base, "compute_stream", counted)
         result = train(folder, *overrides)
     line = next(line for line in (folder / "train.log").read_text().splitlines() if "frozen stream" in line)
@@ -118,7 +124,7 @@ def cache_of(folder: Path, parts: Components, split: str = "train", stop: StopSi
     """The cache of a split below a folder, built or opened."""
     assert isinstance(parts.method, Reader)
     facts = facts_of(parts, split)
-    target = stream_cache._folder(StreamConfig(cache="disk", dir=str(folder)), facts)
+    target = cache_folder(str(folder), facts)
     device = torch.device("cpu")
     backbone, batches = parts.method.backbone, partial(parts.evaluation, split)
     return on_disk(target, facts, backbone, parts.method.spec, batches, device, stop or StopSignal())[0]
@@ -128,7 +134,9 @@ def in_memory(parts: Components, split: str = "train") -> StreamCache:
     assert isinstance(parts.method, Reader)
     backbone, batches = parts.method.backbone, parts.evaluation(split, 0, 1)
     accelerator = Accelerator(cpu=True)
-    return fill(backbone, parts.method.spec, batches, parts.splits[split], accelerator, "memory", StopSignal())
+    return fill(
+        backbone, parts.method.spec, batches, parts.splits[split], accelerator, torch.device("cpu"), StopSignal()
+    )
 
 
 def tensors(cache: StreamCache) -> list[torch.Tensor]:
@@ -156,10 +164,10 @@ def message(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -
     """What a user reads of a run that is refused."""
     capsys.readouterr()
     assert main(["train", *words(folder, *overrides)]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith("error: ")
-    assert "Traceback" not in told.err
-    return told.err
+    output = capsys.readouterr()
+    assert output.err.startswith("error: ")
+    assert "Traceback" not in output.err
+    return output.err
 
 
 @pytest.mark.parametrize(
@@ -204,9 +212,9 @@ def test_what_another_run_has_skipped_stops_one_that_wants_all(
     data = pictures(tmp_path / "data", broken=lambda i: i in (3, 10))
     options = (*data, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}", "run.trackers=[]")
     train(tmp_path / "skips", *options, "data.on_decode_error=skip")
-    told = message(capsys, tmp_path / "fails", *options)
-    assert "made with data.on_decode_error=skip, this stream cache lacks" in told
-    assert "replace what is damaged, or remove this folder" in told
+    error = message(capsys, tmp_path / "fails", *options)
+    assert "made with data.on_decode_error=skip, this stream cache lacks" in error
+    assert "replace what is damaged, or remove this folder" in error
     pictures(tmp_path / "data")
     assert train(tmp_path / "whole", *options)["skipped_images"] == []
 
@@ -220,9 +228,9 @@ def test_what_is_augmented_stays_live(tmp_path: Path, capsys: pytest.CaptureFixt
     assert kept.line.endswith("(val)")
     assert_equal(kept, live, 1e-6)
     for place in ("memory", "disk"):
-        told = message(capsys, tmp_path / place, *options, f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
-        assert f"stream.cache = {place}: data.augment = fgvc shows each image otherwise" in told
-        assert "set stream.cache=auto (which keeps val alone) or data.augment=none" in told
+        error = message(capsys, tmp_path / place, *options, f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
+        assert f"stream.cache = {place}: data.augment = fgvc shows each image otherwise" in error
+        assert "set stream.cache=auto (which keeps val alone) or data.augment=none" in error
     assert not (tmp_path / "cache").exists()
 
 
@@ -273,7 +281,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
     def short(rank: int) -> None:
         available = rank and 0
         if rank == 1:
-            stream_cache.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=available))
+            placement.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=available))
 
     options = (*UNEVEN, *READERS["linear"])
     assert two_processes(tmp_path / "short", *options, "stream.cache=memory", before=short) == [2, 2]
@@ -281,7 +289,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
 
     def full(rank: int) -> None:
         if rank == 1:
-            stream_cache._opened = _no_room
+            stream_disk._open = _disk_full
 
     disk = ("stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
     assert two_processes(tmp_path / "full", *options, *disk, before=full) == [2, 2]
@@ -291,7 +299,7 @@ def test_what_goes_wrong_on_one_process_ends_both(tmp_path: Path) -> None:
 def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(*FAST)
     gate = FORK.Barrier(3)
-    build, built = stream_cache._build, tmp_path / "built"
+    build, built = stream_disk._build, tmp_path / "built"
 
     def counted(*args: Any) -> None:
         with open(built, "a") as file:
@@ -302,7 +310,7 @@ def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytes
         gate.wait()
         torch.save(tensors(cache_of(tmp_path / "cache", parts)), tmp_path / f"{rank}.pt")
 
-    monkeypatch.setattr(stream_cache, "_build", counted)
+    monkeypatch.setattr(stream_disk, "_build", counted)
     assert Forks(3, work).finish() == [0, 0, 0]
     assert len(built.read_text().splitlines()) == 1
     assert len(folders(tmp_path / "cache")) == 1
@@ -325,7 +333,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
             os.kill(os.getpid(), signal.SIGKILL)
         return compute_stream(*args)
 
-    monkeypatch.setattr(stream_cache, "compute_stream", killed)
+    monkeypatch.setattr(stream_disk, "compute_stream", killed)
     assert Forks(1, lambda rank: cache_of(tmp_path, parts)).finish() == [-signal.SIGKILL]
     assert [path.suffix for path in folders(tmp_path)] == [".tmp"]
     monkeypatch.undo()
@@ -334,7 +342,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_a_cache(
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
-def test_a_signal_while_the_stream_is_computed_is_heard_there(
+def test_a_stop_signal_while_the_stream_is_computed(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = (*FAST, *READERS["linear"], "train.epochs=2", f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
@@ -348,6 +356,7 @@ def test_a_signal_while_the_stream_is_computed_is_heard_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(stream_cache, "compute_stream", signalled)
+        patch.setattr(stream_disk, "compute_stream", signalled)
         with pytest.raises(Interrupted, match="stopped while the frozen stream was computed; started again"):
             train(tmp_path / "run", *options)
     assert len(calls) == 2, "the other batches were not computed first"
@@ -357,17 +366,18 @@ def test_a_signal_while_the_stream_is_computed_is_heard_there(
     assert len(scores(metrics(tmp_path / "run"))) > 0
 
 
-def test_a_signal_is_heard_while_another_run_builds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_signal_while_another_run_builds_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, looks = parts_of(*FAST), []
-    target = stream_cache._folder(StreamConfig(cache="disk", dir=str(tmp_path)), facts_of(parts))
-    with StopSignal() as stop, stream_cache._locked(target.with_suffix(".lock"), StopSignal()):
+    target = cache_folder(str(tmp_path), facts_of(parts))
+    with StopSignal() as stop, open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
         def asked(seconds: float) -> None:
             looks.append(seconds)
             if len(looks) == 2:
                 signal.raise_signal(signal.SIGUSR1)
 
-        monkeypatch.setattr(stream_cache.time, "sleep", asked)
+        monkeypatch.setattr(time, "sleep", asked)
         with pytest.raises(Interrupted, match="stopped while the frozen stream was computed"):
             cache_of(tmp_path, parts, stop=stop)
     assert len(looks) == 2
@@ -449,10 +459,10 @@ def test_a_damaged_or_stale_cache_is_refused(
     damage(cache)
     before = snapshot(caches)
     options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={caches}")
-    told = message(capsys, tmp_path / "run", *options)
-    assert str(cache) in told
-    assert reason in told
-    assert "remove this folder, and it is built anew" in told
+    error = message(capsys, tmp_path / "run", *options)
+    assert str(cache) in error
+    assert reason in error
+    assert "remove this folder, and it is built anew" in error
     assert snapshot(caches) == before
     shutil.rmtree(cache)
     train(tmp_path / "run", *options)
@@ -541,7 +551,7 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """1 GiB fits into 2 GiB, and into no 1 GiB: room is left for others."""
+    """1 GiB fits into 2 GiB, and into no 1 GiB: the rest is left for others."""
     _free(monkeypatch, memory, disk)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int((gpu or 0) * GIB), 80 * GIB))
     asked = StreamConfig(**{"dir": str(tmp_path / "not" / "there"), **recipe})
@@ -586,7 +596,7 @@ def test_a_cache_of_another_node_that_is_seen_late_is_taken(tmp_path: Path, monk
     assert not list((tmp_path / "cache").glob(".*.tmp"))
 
 
-def test_files_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_there_need_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "data.cache=none")
     _free(monkeypatch, 0, 8.0)
     built = run(tmp_path / "built", *options)
@@ -595,21 +605,22 @@ def test_files_that_are_there_need_no_room(tmp_path: Path, monkeypatch: pytest.M
     assert_equal(run(tmp_path / "opened", *options), built)
     assert_equal(run(tmp_path / "asked", *options, "stream.cache=disk"), built)
     val = next(path for path in folders(tmp_path / "cache") if path.name.startswith("val"))
-    val.rename(val.with_name(f".{val.name}.tmp"))  # as a killed build leaves it: the next one takes its room
+    val.rename(val.with_name(f".{val.name}.tmp"))  # as a killed build leaves it: the next one reuses its space
     assert_equal(run(tmp_path / "begun", *options), built)
 
 
-def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
+def test_a_cache_that_does_not_fit_is_reported_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = (*UNEVEN, *READERS["linear"], f"stream.dir={tmp_path / 'cache'}", "data.cache=none")
     live = run(tmp_path / "none", *options, "stream.cache=none")
     _free(monkeypatch, 0, 0)
     monkeypatch.setattr(stream_cache, "compute_stream", None)
+    monkeypatch.setattr(stream_disk, "compute_stream", None)
     for asked, where in {"memory": "in memory", "device": "in memory", "disk": f"in {tmp_path}/cache"}.items():
-        told = message(capsys, tmp_path / asked, *options, f"stream.cache={asked}")
-        assert f"stream.cache = {asked}: the frozen stream takes 0.00 GiB, and 0.00 GiB may be used {where}; " in told
-        assert "stream.cache=auto" in told
+        error = message(capsys, tmp_path / asked, *options, f"stream.cache={asked}")
+        assert f"stream.cache = {asked}: the frozen stream takes 0.00 GiB, and 0.00 GiB may be used {where}; " in error
+        assert "stream.cache=auto" in error
     assert not (tmp_path / "cache").exists()
     found = run(tmp_path / "auto", *options)
     assert "live, since the frozen stream takes 0.00 GiB and 0.00 GiB may be used in memory; " in found.line
@@ -620,10 +631,10 @@ def test_a_cache_that_does_not_fit_is_told_before_anything_is_computed(
 def test_a_disk_that_fills_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(os, "posix_fallocate", _no_room)
+    monkeypatch.setattr(os, "posix_fallocate", _disk_full)
     options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}")
-    told = message(capsys, tmp_path / "run", *options)
-    assert "pooled.bin: 0.00 GiB cannot be written there (No space left on device); make room" in told
+    error = message(capsys, tmp_path / "run", *options)
+    assert "pooled.bin: 0.00 GiB cannot be written there (No space left on device); free space" in error
     assert not folders(tmp_path / "cache")
     monkeypatch.undo()
     train(tmp_path / "run", *options)
@@ -632,9 +643,9 @@ def test_a_disk_that_fills_up(
 def test_a_folder_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     options = (*FAST, *READERS["linear"], "stream.cache=disk", f"stream.dir={tmp_path / 'file'}")
-    told = message(capsys, tmp_path / "run", *options)
-    assert f"{tmp_path / 'file'}" in told
-    assert "choose another stream.dir" in told
+    error = message(capsys, tmp_path / "run", *options)
+    assert f"{tmp_path / 'file'}" in error
+    assert "choose another stream.dir" in error
 
 
 @pytest.mark.parametrize(
@@ -681,7 +692,9 @@ def test_all_that_is_asked_for_is_kept(reads: StreamSpec, tmp_path: Path) -> Non
     parts = parts_of("data.image_size=16")
     backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
     facts = identity(parts.splits["val"], parts.view, 178.0, backbone, reads)
-    memory = fill(backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), "memory", StopSignal())
+    memory = fill(
+        backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), torch.device("cpu"), StopSignal()
+    )
     disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"), StopSignal())
     images = torch.cat([batch["images"] for batch in batches(0, 1)])
     wanted = compute_stream(backbone, images, reads)
@@ -728,9 +741,9 @@ def test_zero3(tmp_path: Path) -> None:
 
 def _free(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float) -> None:
     """Pretend so many GiB are free."""
-    monkeypatch.setattr(stream_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory * GIB))
+    monkeypatch.setattr(placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory * GIB))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=disk * GIB))
 
 
-def _no_room(*_: Any) -> None:
+def _disk_full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -9,7 +9,7 @@ import pytest
 from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.cli.main import build_parser
 from dist_vpt.data.tasks import TASKS
-from dist_vpt.experiments.suite import plan_experiments
+from dist_vpt.experiments.suite_plan import plan_experiments
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.report.published import published
 from tests.running import ROOT

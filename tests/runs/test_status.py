@@ -18,7 +18,9 @@ from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed.rank_status import read_rank_status
 from dist_vpt.errors import Interrupted
-from dist_vpt.experiments.suite import Experiment, _claim_file, _locked
+from dist_vpt.experiments.suite_plan import Experiment
+from dist_vpt.experiments.suite_worker import claim_file
+from dist_vpt.files import locked
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.results import Protocol, Result, append
@@ -204,7 +206,7 @@ def suite(tmp_path: Path) -> Iterator[tuple[Path, ExitStack]]:
     (folder / "svhn" / "vpt" / "run.json").write_text('{"kind": "sweep", "status": "running"}')
     (folder / "svhn" / "vpt" / "trials" / "000.json").write_text('{"seconds": 4.0}')
     with ExitStack() as runner:
-        runner.enter_context(_locked(_claim_file(folder, pairs["svhn"], "trial 1"), wait=False))
+        runner.enter_context(locked(claim_file(folder, pairs["svhn"], "trial 1"), ""))
         yield folder, runner
 
 

@@ -1,0 +1,235 @@
+"""The experiments of a suite: their recipes, what they cost, and the manifest that records them. Needs no torch."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dist_vpt.data.tasks import TASKS
+from dist_vpt.errors import RecipeError, RunFolderError, UserError, nearest
+from dist_vpt.files import locked, raising_disk_full, read_json, shipped_folder, write_atomically
+from dist_vpt.recipe.differences import identity_keys
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe, grid_axes
+from dist_vpt.runs.folder import GOES_ON
+
+GROUPS = {
+    "vtab": ("natural", "specialized", "structured"),
+    "natural": ("natural",),
+    "specialized": ("specialized",),
+    "structured": ("structured",),
+    "fgvc": ("fgvc",),
+}
+LOCK_FIX = "choose another --out"  # for files of a suite that cannot be locked
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task under a method."""
+
+    task: str
+    method: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.method}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.recipe.run.dir))
+
+    @property
+    def key(self) -> str:
+        """Hash of the resolved recipe, without its run folder and the keys that change no number."""
+        return hashlib.sha256(json.dumps(identity_keys(self.recipe), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def trials(self) -> int:
+        """Settings of the grid."""
+        return math.prod(len(values) for _, values in grid_axes(self.recipe.sweep.grid))
+
+    def images(self) -> int | None:
+        """Images that go through the backbone, at most if trials stop early; None for a task without known counts."""
+        task = self.recipe.data.task
+        counts = dict(TASKS[task].expected_counts) if task in TASKS else {}
+        if not {"train", "val", "trainval", "test"} <= counts.keys():
+            return None
+        train, seeds = self.recipe.train, len(self.recipe.sweep.seeds)
+        if self.recipe.method.reader and self.recipe.stream.cache != "none":
+            return counts["train"] + counts["val"] + counts["trainval"] + counts["test"]
+        trials = 1 if self.recipe.method.reader else self.trials
+        runs = 1 if self.recipe.method.reader else seeds
+        scored = -(-train.epochs // train.eval_every)
+        of_trial = train.epochs * counts["train"] + scored * counts["val"]
+        return trials * of_trial + runs * train.epochs * counts["trainval"] + runs * counts["test"]
+
+
+def plan_experiments(
+    tasks: Sequence[str], methods: Sequence[str], arguments: Sequence[str], root: str | None, out: str
+) -> list[Experiment]:
+    """The experiments of a suite, tasks in the tables' order; ``arguments``: recipe files and overrides for all.
+
+    Raises UserError with all mistakes of all recipes.
+    """
+    from dist_vpt.recipe.loading import sets_method, split_arguments
+
+    files, overrides = split_arguments(arguments)
+    for method in methods:
+        if not sets_method(_recipe_file("method", method)):
+            raise UserError(f"--method {method}: sets no method; put other recipes before --tasks and --method")
+    experiments, mistakes = [], []
+    for name, file in task_recipes(tasks):
+        for method in methods:
+            folder = Path(out) / name / Path(method).stem
+            given = [f"run.dir={folder}", "run.resume=auto", *([f"data.root={root}"] if root else [])]
+            try:
+                # The method last: a recipe file of the user's may inherit another one.
+                recipe = load_recipe([file, *files, _recipe_file("method", method)], [*overrides, *given])
+            except RecipeError as error:
+                if root is None and "root is missing" in str(error):
+                    raise RecipeError("--root DIR is missing: the folder in which the datasets lie") from error
+                mistakes.append(f"{name} with {method}: {error}")
+                continue
+            experiments.append(Experiment(name, Path(method).stem, recipe))
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    names = [experiment.name for experiment in experiments]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"--tasks, --method: {twice[0]} is listed twice; list each once")
+    return experiments
+
+
+def task_recipes(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Tasks and their recipes: known ones by their names or their groups', in the tables' order, then recipe files."""
+    known = [name for name, row in TASKS.items() if row.group]
+    wanted, files = set(), []
+    for name in (part for argument in arguments for part in argument.split(",") if part):
+        rows = [task for task in known if name == task or TASKS[task].group in GROUPS.get(name, ())]
+        if not rows and not Path(name).is_file():
+            raise UserError(
+                f"--tasks {name}: neither a task, a group nor a recipe file; {nearest(name, [*GROUPS, *known])}"
+            )
+        wanted |= set(rows)
+        files += [] if rows else [(Path(name).stem, name)]
+    folders = {name: "fgvc" if TASKS[name].group == "fgvc" else "vtab" for name in known}
+    if not wanted and not files:
+        raise UserError(f"--tasks {' '.join(arguments)}: names no task; {nearest('', GROUPS)}")
+    return [*((name, _recipe_file(folders[name], name)) for name in known if name in wanted), *files]
+
+
+def show_plan(experiments: Sequence[Experiment]) -> None:
+    """Print what a suite would do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    backbones = ", ".join({experiment.recipe.backbone.name: 1 for experiment in experiments})
+    table = Table(title=f"{len(experiments)} sweeps, with backbone {backbones}")
+    for column in ("", "task", "method", "trials", "seeds", "epochs", "images"):
+        table.add_column(column, justify="left" if column in ("task", "method") else "right", no_wrap=True)
+    for number, one in enumerate(experiments):
+        images = one.images()
+        seeds, epochs, shown = len(one.recipe.sweep.seeds), one.recipe.train.epochs, f"{images:,}" if images else "?"
+        table.add_row(str(number), one.task, one.method, str(one.trials), str(seeds), str(epochs), shown)
+    console = Console(highlight=False)
+    console.print(table)
+    trials = sum(one.trials for one in experiments)
+    images = sum(one.images() or 0 for one in experiments)
+    seeds = sum(len(one.recipe.sweep.seeds) for one in experiments)
+    for warning in {warning: 1 for one in experiments for warning in one.recipe.warnings}:
+        console.print(f"note: {warning}", markup=False)
+    unknown = "; ? where the counts are not known before" if any(one.images() is None for one in experiments) else ""
+    console.print(f"in all {trials:,} trials and {seeds:,} seeds, {images:,} images through the backbone{unknown}")
+
+
+def slurm_array(experiments: Sequence[Experiment], arguments: Sequence[str], file: Path) -> None:
+    """Write a Slurm script that does each experiment as an element of a job array."""
+    from dist_vpt.distributed.slurm_script import job_script
+
+    directives = [
+        "--job-name=dist-vpt-suite",
+        f"--array=0-{len(experiments) - 1}",
+        "--nodes=1",
+        "--gpus-per-node=1",
+        f"--cpus-per-task={1 + max(experiment.recipe.data.workers for experiment in experiments)}",
+        "--output=slurm-%A_%a.log",
+    ]
+    text = job_script("dist-vpt suite --slurm", directives, ["suite_in_job", *arguments])
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+        file.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"--slurm {file}: cannot be written ({error.strerror}); name another file") from error
+
+
+def check_roots(experiments: Sequence[Experiment]) -> None:
+    """Raise UserError where data.root is no folder, or is one task's folder while several tasks need it."""
+    data = [experiment.recipe.data for experiment in experiments]
+    for root in map(Path, sorted({each.root for each in data if each.format != "hf" and each.root})):
+        if not root.expanduser().is_dir():
+            raise UserError(f"--root {root}: is not a folder; name the one in which the datasets lie")
+        tasks = {one.task for one in experiments if one.recipe.data.root == str(root) and one.task in TASKS}
+        lists = [name for name in ("train800.txt", "train.json") if (root / name).is_file()]
+        if len(tasks) > 1 and lists:
+            raise UserError(
+                f"--root {root}: is one task's folder ({lists[0]}), and {len(tasks)} tasks are listed; name the folder "
+                "that holds all of them"
+            )
+
+
+def with_storage(experiment: Experiment) -> Experiment:
+    """The experiment with the storage format that is found below its root, which its key depends on."""
+    from dist_vpt.data.config import resolve
+    from dist_vpt.data.formats import stored_as
+
+    data = experiment.recipe.data
+    try:
+        found = stored_as(data, resolve(data))
+    except UserError:  # reported when its turn comes; the other experiments continue
+        return experiment
+    recipe = experiment.recipe.model_copy(update={"data": data.model_copy(update={"format": found})})
+    return replace(experiment, recipe=recipe)
+
+
+def record_plan(folder: Path, experiments: Sequence[Experiment]) -> None:
+    """Write the manifest, or compare it with the one that is there: more experiments may come, none may change."""
+    file = folder / "manifest.json"
+    try:
+        (folder / "claims").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out {folder}: cannot be a suite's folder ({error}); choose another") from error
+    with locked(folder / "claims" / "manifest", LOCK_FIX, timeout=-1):
+        try:
+            known = dict(read_json(file)["pairs"]) if file.is_file() else {}
+            recorded = {name: entry["recipe"] for name, entry in known.items()}
+        except (RunFolderError, KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{file}: damaged ({error}); remove it: finished experiments are kept") from error
+        changed = [one.name for one in experiments if recorded.get(one.name, one.key) != one.key]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise RunFolderError(
+                f"{file}: {changed[0]}{more} was begun with another recipe; choose another --out, or undo the change"
+            )
+        planned = {
+            one.name: {"recipe": one.key, "trials": one.trials, "seeds": list(one.recipe.sweep.seeds)}
+            for one in experiments
+        }
+        if known | planned != known:
+            with raising_disk_full("the plan", folder, GOES_ON):
+                write_atomically(file, json.dumps({"pairs": known | planned}, indent=1) + "\n")
+
+
+def _recipe_file(folder: str, name: str) -> str:
+    """A recipe by its path, or by its name in configs/ of the working directory or of this source tree."""
+    if Path(name).is_file():
+        return name
+    folders = [Path("configs") / folder, shipped_folder("configs") / folder]
+    for each in folders:
+        if (each / f"{name}.yaml").is_file():
+            return str(each / f"{name}.yaml")
+    known = [path.stem for each in folders for path in each.glob("*.yaml")]
+    raise UserError(f"{name}: no such recipe file, and none of that name in configs/{folder}; {nearest(name, known)}")

@@ -1,0 +1,135 @@
+"""The trials of a sweep: one for each point of the grid, then one for each seed of the chosen setting."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_vpt.errors import RecipeError, RunFailed, RunFolderError, nearest
+from dist_vpt.files import read_json
+from dist_vpt.recipe.differences import differences
+from dist_vpt.recipe.loading import load_recipe_from
+from dist_vpt.recipe.schema import Recipe, SweepConfig, grid_axes
+
+
+@dataclass(frozen=True)
+class SweepJob:
+    """One trial: its row in the table, what it sets, its whole recipe, and the file of its outcome."""
+
+    number: int
+    setting: dict[str, Any]
+    recipe: Recipe
+    outcome: Path
+
+    @property
+    def label(self) -> str:
+        return setting_text(self.setting)
+
+
+def setting_text(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in setting.items())
+
+
+def grid_jobs(recipe: Recipe, folder: Path) -> list[SweepJob]:
+    """A trial for every point of the grid. Raises RecipeError where a key does not exist or does not take its value."""
+    axes = list(grid_axes(recipe.sweep.grid))
+    unknown = [mistake for key, _ in axes if (mistake := _unknown(recipe.model_dump(mode="json"), key))]
+    if unknown:
+        raise RecipeError("\n".join(f"sweep.grid.{mistake}" for mistake in unknown))
+    jobs, mistakes = [], []
+    for number, values in enumerate(itertools.product(*(values for _, values in axes))):
+        setting = {key: value for (key, _), value in zip(axes, values, strict=True)}
+        fixed = {"data.train_on": "train", "train.test": False, "run.dir": str(folder / "trials" / f"{number:03d}")}
+        try:
+            trial = _with(recipe, {**setting, **fixed})
+        except RecipeError as error:
+            mistakes.append(f"{setting_text(setting)}: {error}")
+            continue
+        jobs.append(SweepJob(number, setting, trial, folder / "trials" / f"{number:03d}.json"))
+    if mistakes:
+        raise RecipeError("sweep.grid: " + "\n".join(dict.fromkeys(mistakes)))
+    other = [job for job in jobs if job.recipe.method.reader != recipe.method.reader]
+    if other:
+        raise RecipeError(
+            f"sweep.grid.method.name: {other[0].recipe.method.name} and the recipe's {recipe.method.name} cannot share "
+            "a sweep, since one reads the frozen stream and the other changes it; use one sweep for each"
+        )
+    return jobs
+
+
+def seed_jobs(recipe: Recipe, folder: Path, chosen: SweepJob) -> list[SweepJob]:
+    """The chosen setting on trainval, once for each seed."""
+    jobs = []
+    for number, seed in enumerate(recipe.sweep.seeds):
+        run_dir = folder / "seeds" / str(seed)
+        fixed = {"seed": seed, "data.train_on": "trainval", "train.early_stop": None, "run.dir": str(run_dir)}
+        trial = _with(recipe, {**chosen.setting, **fixed, "train.test": True})
+        jobs.append(SweepJob(number, {"seed": seed}, trial, folder / "seeds" / f"{seed}.json"))
+    return jobs
+
+
+def choose(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]]) -> SweepJob:
+    """The trial with the best accuracy on val after its last epoch; ties go to the smaller learning rate."""
+    finite = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if not outcome["diverged"]]
+    if not finite:
+        raise RunFailed(
+            "every trial of the grid diverged; choose another run.dir (of a suite: another --out), and smaller values "
+            "of sweep.grid.optim.lr or an optim.clip_norm"
+        )
+
+    def order(found: tuple[SweepJob, dict[str, Any]]) -> tuple[float, float, int]:
+        job, outcome = found
+        return -outcome["last"]["val"]["top1"], job.recipe.optim.lr, job.number
+
+    return min(finite, key=order)[0]
+
+
+def read_outcome(job: SweepJob) -> dict[str, Any]:
+    """The outcome file of a trial. Raises RunFolderError where it is damaged."""
+    outcome = read_json(job.outcome)
+    missing = {"setting", "last", "best", "diverged", "seconds", "recipe"} - set(outcome)
+    if missing:
+        raise RunFolderError(
+            f"{job.outcome}: damaged (it has no {sorted(missing)[0]!r}); remove it, and its trial is trained again"
+        )
+    return outcome
+
+
+def group_jobs(jobs: Sequence[SweepJob], may_differ: Sequence[str]) -> list[list[SweepJob]]:
+    """Jobs that can be trained together: those whose recipes differ only in the keys of ``may_differ``."""
+    groups: list[list[SweepJob]] = []
+    for job in jobs:
+        for group in groups:
+            changed = [line.split(":")[0] for line in differences(group[0].recipe, job.recipe)]
+            if all(key in may_differ for key in changed):
+                group.append(job)
+                break
+        else:
+            groups.append([job])
+    return groups
+
+
+def _with(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """The recipe with keys set and without its sweep; the order of the data is fixed to what all trials share."""
+    data = recipe.model_dump(mode="json")
+    data["sweep"] = SweepConfig().model_dump(mode="json")
+    data_seed = recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed
+    for key, value in {"train.data_seed": data_seed, **values}.items():
+        into = data
+        *path, name = key.split(".")
+        for part in path:
+            into = into[part]
+        into[name] = value
+    return load_recipe_from(data)
+
+
+def _unknown(data: dict[str, Any], key: str) -> str:
+    """The mistake in a recipe key, or nothing."""
+    into: Any = data
+    for part in key.split("."):
+        if not isinstance(into, dict) or part not in into:
+            hint = nearest(part, into) if isinstance(into, dict) else "leave it out"
+            return f"{key}: there is no such key; {hint}"
+        into = into[part]
+    return ""

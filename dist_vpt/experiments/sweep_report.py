@@ -1,0 +1,153 @@
+"""What a sweep found: sweep.json, the heat map, and the table on the console."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_vpt.errors import RunFailed
+from dist_vpt.experiments.sweep_grid import SweepJob, setting_text
+from dist_vpt.files import write_atomically
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.provenance import versions
+from dist_vpt.runs.results import mean_and_std
+
+
+def conclude(  # noqa: PLR0917 (all that a sweep found)
+    folder: RunFolder,
+    recipe: Recipe,
+    grid: Sequence[SweepJob],
+    outcomes: Sequence[dict[str, Any]],
+    chosen: SweepJob,
+    results: Sequence[dict[str, Any]],
+    seconds: float,
+    console: Console | None,
+) -> dict[str, Any]:
+    """Write sweep.json, the heat map and the curves from all outcomes, and print the table. Can be repeated."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    content = _summary(grid, outcomes, chosen, results, seconds)
+    figure = heatmap_figure(grid, outcomes, chosen)
+    figure.savefig(folder.path / "heatmap.png", dpi=120)
+    if "tensorboard" in recipe.run.trackers:
+        with SummaryWriter(str(folder.path / "tb")) as writer:
+            writer.add_figure("sweep/val_top1", figure)
+            for name, score in content["test"].items():
+                writer.add_scalar(f"test/{name}_mean", score["mean"], 0)
+                writer.add_scalar(f"test/{name}_std", score["std"], 0)
+    write_atomically(folder.path / "sweep.json", json.dumps(content, indent=1) + "\n")
+    # Of groups that were divided among another number of processes, and of their writes that were killed.
+    for left in (*folder.path.glob(".pass-*.pt"), *folder.path.glob("..pass-*.tmp")):
+        left.unlink(missing_ok=True)  # where trials are split, the process with the last outcome removes its own
+    folder.mark("done")
+    if console is not None:
+        print_sweep(content, folder.path, console)
+    return content
+
+
+def _summary(
+    grid: Sequence[SweepJob],
+    outcomes: Sequence[dict[str, Any]],
+    chosen: SweepJob,
+    results: Sequence[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The content of sweep.json. Raises RunFailed where every seed diverged."""
+    diverged = {str(r["setting"]["seed"]): r["diverged"] for r in results if r["diverged"]}
+    tests = {str(r["setting"]["seed"]): None if r["diverged"] else r["last"]["test"] for r in results}
+    scores = [test for test in tests.values() if test]
+    if not scores:
+        raise RunFailed(
+            f"all seeds of the chosen setting diverged ({chosen.label}: {next(iter(diverged.values()))}); "
+            "choose another run.dir (of a suite: another --out), and smaller values of sweep.grid.optim.lr or an "
+            "optim.clip_norm"
+        )
+    by_score = {name: [score[name] for score in scores] for name in scores[0]}
+    trained = sum(o["seconds"] for o in [*outcomes, *results])
+    return {
+        "chosen": chosen.setting,
+        "test": {name: {**mean_and_std(values), "values": values} for name, values in by_score.items()},
+        "seeds": tests,
+        "diverged_seeds": diverged,
+        "trials": [
+            {"number": job.number, **{key: outcome[key] for key in ("setting", "last", "best", "diverged", "seconds")}}
+            for job, outcome in zip(grid, outcomes, strict=True)
+        ],
+        "skipped_images": sorted({file for o in [*outcomes, *results] for file in o.get("skipped_images", ())}),
+        "seconds": {"of this session": round(seconds, 1), "training": round(trained, 1)},
+        "versions": versions(),
+    }
+
+
+def heatmap_figure(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]], chosen: SweepJob) -> Any:
+    """Accuracy on val over the grid's first two keys that vary; over further keys, the best of each cell."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    keys = [key for key in jobs[0].setting if len({repr(job.setting[key]) for job in jobs}) > 1]
+    keys = (keys + [key for key in jobs[0].setting if key not in keys])[:2]
+    values = [list(dict.fromkeys(job.setting[key] for job in jobs)) for key in keys]
+    values += [[None]] * (2 - len(keys))
+    rows, columns = values
+    best: dict[tuple[int, int], float | None] = {}
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        cell = [axis.index(job.setting[key]) for key, axis in zip(keys, values, strict=False)] + [0, 0]
+        top1 = None if outcome["diverged"] else outcome["last"]["val"]["top1"]
+        before = best.get((cell[0], cell[1]))
+        best[cell[0], cell[1]] = max((v for v in (before, top1) if v is not None), default=None)
+        if job is chosen:
+            marked = (cell[0], cell[1])
+    figure = Figure(figsize=(2.2 + 1.1 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    shown = [[best.get((r, c)) for c in range(len(columns))] for r in range(len(rows))]
+    numbers = [[float("nan") if v is None else v for v in row] for row in shown]
+    image = axes.imshow(numbers, cmap="viridis", aspect="auto")
+    figure.colorbar(image, ax=axes, label="val top-1, last epoch (%)")
+    axes.set_xticks(range(len(columns)), map(_short, columns))
+    axes.set_yticks(range(len(rows)), map(_short, rows))
+    axes.set(ylabel=keys[0], xlabel=keys[1] if len(keys) > 1 else "", title="Trials (chosen one framed)")
+    low, high = image.get_clim()
+    for r, row in enumerate(shown):
+        for c, value in enumerate(row):
+            dark = value is not None and value < (low + high) / 2
+            text = "diverged" if value is None else f"{value:.1f}"
+            axes.text(c, r, text, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    axes.add_patch(Rectangle((marked[1] - 0.5, marked[0] - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
+    return figure
+
+
+def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None:
+    """Print the table of a sweep, from its sweep.json."""
+    table = Table(title=f"{folder}: trials, trained on train and scored on val (top-1, %)")
+    keys = list(content["chosen"])
+    for column in (*keys, "last epoch", "best epoch", "at epoch", "chosen"):
+        table.add_column(column, justify="right")
+    for trial in content["trials"]:
+        setting = [_short(trial["setting"][key]) for key in keys]
+        if trial["diverged"]:
+            table.add_row(*setting, "diverged", "", "", "")
+            continue
+        last, best = trial["last"]["val"]["top1"], trial["best"]
+        mark = "*" if trial["setting"] == content["chosen"] else ""
+        table.add_row(*setting, f"{last:.2f}", f"{best['val']['top1']:.2f}", str(best["epoch"]), mark)
+    console.print(table)
+    top1 = content["test"].get("top1")
+    if top1:
+        console.print(
+            f"test top1 {top1['mean']:.2f} ± {top1['std']:.2f} % over {len(top1['values'])} seeds on trainval "
+            f"({setting_text(content['chosen'])})",
+            markup=False,
+        )
+    for seed, reason in content["diverged_seeds"].items():
+        console.print(f"left out of that mean: seed {seed} diverged ({reason})", markup=False, soft_wrap=True)
+    if skipped := content.get("skipped_images"):
+        console.print(f"without {len(skipped)} images that cannot be read: the file below lists them")
+    console.print(str(folder / "sweep.json"), markup=False, soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

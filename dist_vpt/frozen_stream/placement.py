@@ -1,0 +1,182 @@
+"""Where the frozen stream of a run's splits is kept: live, on the accelerator, in memory or in files."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.loaders import EvalBatches
+from dist_vpt.data.splits import Split
+from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.errors import DataError, UserError
+from dist_vpt.frozen_stream.cache import CachedBatches, fill, nbytes
+from dist_vpt.frozen_stream.config import StreamConfig
+from dist_vpt.frozen_stream.disk import cache_folder, identity, is_begun, on_disk
+from dist_vpt.frozen_stream.observe import StreamSpec
+
+T = TypeVar("T")
+Location = Literal["none", "device", "memory", "disk"]
+
+BUDGET = 0.8  # share of the free memory or disk that a cache may take
+
+
+class Placement(NamedTuple):
+    """Where a stream is kept, whether as the first of its two specs, and a line for the log with the numbers."""
+
+    location: Location
+    first: bool
+    line: str
+
+
+def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
+    recipe: StreamConfig,
+    data: DataConfig,
+    backbone: Backbone,
+    specs: tuple[StreamSpec, StreamSpec],
+    view: ImageTransform,
+    sources: Mapping[str, tuple[Split, Callable[[int, int], EvalBatches]]],
+    accelerator: Accelerator,
+    stop: StopSignal,
+    *,
+    passes: int,
+) -> tuple[dict[str, CachedBatches], str]:
+    """Batches by name for the splits whose stream is kept, and a line that reports where, or why not.
+
+    ``specs``: what is kept in memory or on the accelerator if it fits, and what is kept otherwise. ``sources``: name ->
+    split, and what makes process (rank, world)'s share of its batches. ``passes``: how often they are read; a stream
+    that is read once is not kept. A collective call. Raises UserError on all processes where the recipe asks for a
+    cache that is impossible, and Interrupted after a stop signal.
+    """
+    images = sum(len(split) for split, _ in sources.values())
+    asked = StreamConfig(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
+
+    @cache
+    def facts(name: str) -> dict[str, Any]:
+        return identity(sources[name][0], view, data.max_megapixels, backbone, specs[1])
+
+    def missing_bytes() -> int:
+        folders = {name: cache_folder(str(recipe.dir), facts(name)) for name in sources}
+        images = sum(len(sources[name][0]) for name, folder in folders.items() if not is_begun(folder))
+        return nbytes(backbone, specs[1], images)
+
+    def open_cached(name: str, spec: StreamSpec) -> CachedBatches:
+        split, make_batches = sources[name]
+        if location == "disk":
+            checks = {"verify": accelerator.is_local_main_process, "may_skip": data.on_decode_error == "skip"}
+            with _naming_stream_dir():
+                folder, device = cache_folder(str(recipe.dir), facts(name)), accelerator.device
+                kept, skipped = on_disk(folder, facts(name), backbone, spec, make_batches, device, stop, **checks)
+            return CachedBatches(kept, split.labels, skipped)
+        device = accelerator.device if location == "device" else torch.device("cpu")
+        with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
+            kept = fill(backbone, spec, batches, split, accelerator, device, stop)
+        return CachedBatches(kept, split.labels, batches.skipped)
+
+    def choose_here() -> Placement:
+        needed = (nbytes(backbone, specs[0], images), nbytes(backbone, specs[1], images))
+        sharded = any(hasattr(parameter, "ds_id") for parameter in backbone.parameters())  # by ZeRO-3
+        with _naming_stream_dir():
+            return choose(asked, needed, accelerator.device, missing_bytes, sharded=sharded)
+
+    placement = _on_all_ranks(accelerator, choose_here)
+    # The main process's choice: free memory changes while the processes look at it.
+    location, first = broadcast_object_list([placement.location, placement.first])
+    spec = specs[0] if first else specs[1]
+    names = sources if location != "none" else ()
+    opened = {name: _on_all_ranks(accelerator, partial(open_cached, name, spec)) for name in names}
+    return opened, placement.line + (f" ({', '.join(opened)})" if opened else "")
+
+
+def _on_all_ranks(accelerator: Accelerator, make: Callable[[], T]) -> T:
+    """What each process makes, or on all of them the UserError of the first one that fails. A collective call."""
+    made, error = None, None
+    try:
+        made = make()
+    except UserError as failed:
+        error = failed
+    raise_on_any_rank(accelerator, error)
+    assert made is not None
+    return made
+
+
+def choose(
+    recipe: StreamConfig,
+    needed: tuple[int, int],
+    device: torch.device,
+    missing_bytes: Callable[[], int],
+    *,
+    sharded: bool = False,
+) -> Placement:
+    """Where a stream of these two sizes in bytes is kept; files hold the second.
+
+    ``missing_bytes``: how much of the second size stream.dir does not hold yet. ``sharded``: no process can run the
+    backbone by itself. Raises UserError where the recipe names a location in which the stream does not fit.
+    """
+    if recipe.cache == "none":
+        return Placement("none", False, "frozen stream: live, computed for each batch")
+    if recipe.cache == "disk" and sharded:
+        raise UserError(
+            "stream.cache = disk: one process writes the files, and under ZeRO-3 none can run the backbone by itself; "
+            "set stream.cache=memory, or start with launch/accelerate/ddp.yaml"
+        )
+    free = _budgets(recipe, device, sharded=sharded)
+    need = f"the frozen stream takes {needed[1] / 2**30:.2f} GiB"
+
+    def fits(location: Location) -> bool:
+        budget, _ = free[location]
+        return needed[1] <= budget or (location == "disk" and missing_bytes() <= budget)
+
+    if recipe.cache == "auto":
+        found = next(filter(fits, free), None)
+        if found is None:
+            tried = [f"{budget / 2**30:.2f} GiB may be used {where}" for budget, where in free.values()]
+            return Placement("none", False, f"frozen stream: live, since {need} and {'; '.join(tried)}")
+    else:
+        found = "memory" if recipe.cache == "device" and "device" not in free else recipe.cache
+    budget, where = free[found]
+    if recipe.cache != "auto" and not fits(found):
+        fix = "free space there, choose another stream.dir" if found == "disk" else "lower data.image_size"
+        raise UserError(
+            f"stream.cache = {recipe.cache}: {need}, and {budget / 2**30:.2f} GiB may be used {where}; {fix}, "
+            "set runtime.precision=bf16 or stream.cache=auto"
+        )
+    first = found != "disk" and needed[0] <= budget
+    return Placement(found, first, f"frozen stream: cached {where}, {needed[0 if first else 1] / 2**30:.2f} GiB")
+
+
+def _budgets(recipe: StreamConfig, device: torch.device, *, sharded: bool) -> dict[Location, tuple[float, str]]:
+    """Location -> bytes that may be used there, and its name in messages; the fastest first."""
+    processes = LaunchEnv.current().local_world_size or 1
+    free: dict[Location, tuple[float, str]] = {}
+    if device.type == "cuda":
+        free["device"] = (torch.cuda.mem_get_info(device)[0] * BUDGET, "on the accelerator")
+    shared = f" for each of {processes} processes" if processes > 1 else ""
+    free["memory"] = (psutil.virtual_memory().available * BUDGET / processes, f"in memory{shared}")
+    if recipe.dir is not None and not sharded:
+        path = Path(recipe.dir).expanduser().absolute()
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        free["disk"] = (shutil.disk_usage(existing).free * BUDGET, f"in {recipe.dir}")
+    return free
+
+
+@contextmanager
+def _naming_stream_dir() -> Iterator[None]:
+    """Raise DataError where files of stream.dir cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the stream cache: {error}; fix this file or folder or its permissions, or choose another stream.dir"
+        ) from error
