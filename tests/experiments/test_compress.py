@@ -534,7 +534,7 @@ def test_a_fraction_that_diverges_takes_no_other_with_it(
         (["--keep", "0.5", "optim.lrr=1"], "optim.lrr = 1: unknown key; did you mean 'lr'?"),
         (["--keep", "0.5", "method.keep=3"], "method.keep = 3: is compressed already"),
         (["--keep", "0.5", "method.queries=2"], "queries has shape (2, 1, 128), this recipe's (2, 2, 128)"),
-        (["--keep", "0.5", "method.name=linear"], "only a vqt run has features to choose among"),
+        (["--keep", "0.5", "method.name=linear"], "only a vqt run has features"),
         (["--keep", "0.5", "train.test=false", "data.train_on=trainval"], "nothing is left to score"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -552,7 +552,7 @@ def test_mistakes(
 def test_another_methods_run(linear: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["method.name=vqt"]):
         assert main(["compress", str(linear), "--keep", "0.5", *more]) == 2
-        assert "method.name = linear: only a vqt run has features to choose among" in capsys.readouterr().err
+        assert "method.name = linear: only a vqt run has features" in capsys.readouterr().err
     assert not (linear / "compressed").exists()
 
 
@@ -641,7 +641,7 @@ def test_an_index_that_names_no_features_is_told_before_it_is_used(kept: list[in
         assert method.kept is not None
         method.kept.copy_(torch.tensor(kept))
     for mode in (True, False):
-        with pytest.raises(UserError, match="adapters must name the kept features, rising numbers below 64"):
+        with pytest.raises(UserError, match="adapters must list the kept features, increasing numbers below 64"):
             method.train(mode)
 
 
@@ -649,11 +649,11 @@ def test_a_recipe_that_keeps_features_cannot_be_trained_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Components, "use_cached_stream", lambda *_: pytest.fail("computed"))
-    with pytest.raises(UserError, match=r"method.keep = 7: adapters must name the kept features"):
+    with pytest.raises(UserError, match=r"method.keep = 7: adapters must list the kept features"):
         train(tmp_path / "run", *RUN, "method.keep=7")
     assert not (tmp_path / "run").exists()
     assert main(["sweep", *words(tmp_path / "sweep", *RUN, "method.keep=7")]) == 2
-    assert "method.keep = 7: adapters must name the kept features" in capsys.readouterr().err
+    assert "method.keep = 7: adapters must list the kept features" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
 
 
@@ -664,6 +664,6 @@ def test_a_file_where_compressions_should_go(source: Path, tmp_path: Path, capsy
 
 
 def test_more_features_than_there_are() -> None:
-    with pytest.raises(UserError, match=r"method.keep = 65: there are 64 features to choose among"):
+    with pytest.raises(UserError, match=r"method.keep = 65: there are 64 features"):
         make_vqt(keep=65)
     assert load_recipe([], ["method.name=vqt"]).method.keep is None  # type: ignore[union-attr]
