@@ -113,9 +113,8 @@ class _Budget:
         if self.spare is None:
             self.spare = -block_input  # the last block's output, which is not within any block
         self.spare += self.fraction * all_bytes
-        if (
-            all_bytes <= self.spare or self.fraction * all_bytes < block_input
-        ):  # the blocks that follow make up for such a free one
+        # A block without a trained tensor before it may exceed its budget; the blocks after it make up for that.
+        if all_bytes <= self.spare or self.fraction * all_bytes < block_input:
             self.spare -= all_bytes
             return None
         self.spare -= block_input

@@ -534,7 +534,7 @@ def test_a_fraction_that_diverges_takes_no_other_with_it(
         (["--keep", "0.5", "optim.lrr=1"], "optim.lrr = 1: unknown key; did you mean 'lr'?"),
         (["--keep", "0.5", "method.keep=3"], "method.keep = 3: is compressed already"),
         (["--keep", "0.5", "method.queries=2"], "queries has shape (2, 1, 128), this recipe's (2, 2, 128)"),
-        (["--keep", "0.5", "method.name=linear"], "only a vqt run has features"),
+        (["--keep", "0.5", "method.name=linear"], "only a vqt run has features to choose among"),
         (["--keep", "0.5", "train.test=false", "data.train_on=trainval"], "nothing is left to score"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -552,7 +552,7 @@ def test_mistakes(
 def test_another_methods_run(linear: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more in ([], ["method.name=vqt"]):
         assert main(["compress", str(linear), "--keep", "0.5", *more]) == 2
-        assert "method.name = linear: only a vqt run has features" in capsys.readouterr().err
+        assert "method.name = linear: only a vqt run has features to choose among" in capsys.readouterr().err
     assert not (linear / "compressed").exists()
 
 
