@@ -40,7 +40,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     task: str = Field(default="digits", description="a known task, or any name where format and root are given")
-    format: Format | None = Field(default=None, description="how the dataset is stored; none: the task's own format")
+    format: Format | None = Field(default=None, description="storage format; none: the task's")
     root: str | None = Field(
         default=None,
         description="folder of the dataset, or the folder with the datasets of known tasks, relative to the working "

@@ -37,7 +37,7 @@ ONLY = "attention can be drawn of runs on such backbones alone"
 class Attention:
     """Weights of the patches in the softmax over all tokens, [B, H, R, M] for each block, float32."""
 
-    whole: list[Tensor]  # R = 1: of the class token, or without one the mean over the patches' own
+    whole: list[Tensor]  # R = 1: of the class token, or without one the mean over the patches
     own: list[Tensor]  # of each prompt or query; R = 0 in a block without any
     names: tuple[str, str]  # what the two are called
 

@@ -46,18 +46,18 @@ class Column:
 
 @dataclass
 class Cell:
-    """A number, or what stands in its place."""
+    """A number, or what is shown instead."""
 
     mean: float | None = None  # percent
     std: float | None = None  # over seeds; none: one seed, a mean over tasks, or a published number
-    instead: str = ABSENT  # "failed", or how many tasks of a mean are there
+    instead: str = ABSENT  # "failed", or how many tasks of a mean have results
     notes: list[str] = field(default_factory=list)
     marks: str = ""  # of these notes
-    best: bool = False  # of the own rows
+    best: bool = False  # among the rows of local results
 
     @property
     def number(self) -> str:
-        """To one decimal, or what stands in its place."""
+        """To one decimal, or what is shown instead."""
         return self.instead if self.mean is None else f"{self.mean:.1f}"
 
     @property
@@ -73,7 +73,7 @@ class ResultRow:
     method: str
     backbone: str
     source: str  # OWN, or a short citation
-    detail: str = ""  # what tells it from other rows of the same method and backbone
+    detail: str = ""  # distinguishes rows of the same method and backbone
     notes: list[str] = field(default_factory=list)  # that hold for all of its cells
     marks: str = ""
     local: dict[str, LocalResult] = field(default_factory=dict)  # by task
@@ -82,7 +82,7 @@ class ResultRow:
 
     @property
     def name(self) -> str:
-        """The method, told apart from other rows."""
+        """The method, with what distinguishes it from other rows."""
         return f"{self.method} ({self.detail})" if self.detail else self.method
 
     @property
@@ -112,7 +112,7 @@ class Table:
     notes: dict[str, str] = field(default_factory=dict)  # note -> its mark
 
     def common(self) -> list[str]:
-        """Tasks for which all own rows that have a number at all have one, in the order of the columns."""
+        """Tasks for which all local rows with any number have one, in the order of the columns."""
         local = [row.top1 for row in self.rows if row.local and row.top1]
         tasks = [column.task for column in self.columns if column.task]
         return [task for task in tasks if local and all(task in top1 for top1 in local)]
@@ -126,8 +126,8 @@ def scored(result: Result) -> bool:
 def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
     """A table for VTAB-1k, FGVC and other tasks, each where there is a result of it.
 
-    Published rows are those of a table's own methods. Own rows hold one protocol: what was made under another one, for
-    tasks that the row lacks, is in it with a note, and else in a row of its own.
+    Published rows are those of the table's methods. A local row has one protocol: results under another one join it,
+    with a note, for tasks that it lacks, and else get another row.
     """
     tables = []
     for title in (*SECTIONS, OTHER):
@@ -197,9 +197,9 @@ def _published_row(row: Published) -> ResultRow:
 
 
 def _newest(results: Sequence[LocalResult]) -> tuple[list[LocalResult], list[str]]:
-    """Of results for one cell from one file the newest, a number before a failure; and what was left out for it.
+    """Of results for one cell from one file the newest, a number before a failure; and remarks on what was left out.
 
-    A failure is left out wherever a number under its protocol is there.
+    A failure is left out if there is a number under its protocol.
     """
     kept: list[LocalResult] = []
     remarks = []
@@ -224,7 +224,7 @@ def _group(local: LocalResult) -> tuple[str, str, str]:
 
 
 def _unlike(one: LocalResult, other: LocalResult) -> list[str]:
-    """Fields in which the protocols differ; a note is one's own matter. A failure without a protocol is like any."""
+    """Fields in which the protocols differ, notes excepted. A failure without a protocol differs from none."""
     if one.result.protocol is None or other.result.protocol is None:
         return []
     return [name for name in one.result.protocol.differs(other.result.protocol) if name != "notes"]
@@ -242,7 +242,7 @@ def _own_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
 
 
 def _packed(results: Sequence[LocalResult]) -> list[list[LocalResult]]:
-    """Those of one protocol and file first; the fewer then join a row that has none of their tasks."""
+    """Groups by protocol and file; smaller ones then join a row that has none of their tasks."""
     alike: list[list[LocalResult]] = []
     for local in sorted(results, key=lambda local: local.result.protocol is None):
         for some in alike:
@@ -268,7 +268,7 @@ def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
 
 
 def _details(firsts: Sequence[LocalResult]) -> list[str]:
-    """What tells rows of one method and backbone apart: precision, protocol, or else the folder."""
+    """What distinguishes rows of one method and backbone: precision, protocol, or else the folder."""
     protocols = [local.result.protocol for local in firsts]
     fields = dict.fromkeys(name for local in firsts for name in _unlike(firsts[0], local))
     precise = len({local.result.precision for local in firsts}) > 1
@@ -292,8 +292,8 @@ def _cell(task: str, row: ResultRow) -> Cell:
     if not scored(local.result):
         return Cell(instead="failed")
     top1 = local.result.test["top1"]
-    told = local.result.protocol.notes if local.result.protocol else ()
-    notes = [*_unpublished(local.result), *told, *_unlike_row(local, next(iter(row.local.values())))]
+    own_notes = local.result.protocol.notes if local.result.protocol else ()
+    notes = [*_unpublished(local.result), *own_notes, *_unlike_row(local, next(iter(row.local.values())))]
     return Cell(top1.mean, top1.std if len(top1.values) > 1 else None, notes=notes)
 
 
@@ -329,7 +329,7 @@ def _unpublished(result: Result) -> Iterator[str]:
 
 
 def _unlike_row(local: LocalResult, first: LocalResult) -> Iterator[str]:
-    """What differs from the row's protocol and is not told by _unpublished."""
+    """What differs from the row's protocol, unless _unpublished reports it."""
     expected = _expected(local.result.task)
     for name in _unlike(local, first):
         value, usual = _value(local.result.protocol, name), _value(first.result.protocol, name)
@@ -349,7 +349,7 @@ def _value(protocol: Protocol | None, name: str) -> str:
 
 
 def _mean(column: Column, row: ResultRow) -> Cell:
-    """A mean where all of its tasks are there, and otherwise how many are."""
+    """A mean if all of its tasks have results, else how many have."""
     top1 = row.top1
     there = [task for task in column.tasks if task in top1]
     if len(there) < len(column.tasks):
@@ -360,7 +360,7 @@ def _mean(column: Column, row: ResultRow) -> Cell:
 
 
 def _lift(row: ResultRow) -> None:
-    """Notes that all numbers of a row have become the row's."""
+    """Move notes that all numbers of a row share to the row."""
     numbers = [cell for cell in row.cells if cell.mean is not None]
     row.notes = [note for note in (numbers[0].notes if numbers else []) if all(note in cell.notes for cell in numbers)]
     for cell in numbers:
@@ -368,7 +368,7 @@ def _lift(row: ResultRow) -> None:
 
 
 def _mark_best(rows: Iterable[Sequence[Cell]]) -> None:
-    """The best of each column, as far as one decimal tells; nothing where there is nothing to compare."""
+    """The best of each column to one decimal; none where there is nothing to compare."""
     for cells in zip(*rows, strict=True):
         numbers = [cell for cell in cells if cell.mean is not None]
         best = max((float(cell.number) for cell in numbers), default=0.0)

@@ -1,4 +1,4 @@
-"""Figures of a report: SVG that stands inside an HTML page and takes the page's colours."""
+"""Figures of the report: SVG for an HTML page, in the page's colors."""
 
 import io
 import re
@@ -9,12 +9,12 @@ from typing import Any
 
 from dist_vpt.report.comparison import ResultRow, Table, scored
 
-INK = "#123456"  # what is drawn in it gets the page's text colour
+INK = "#123456"  # drawn elements of this color get the page's text color
 COLORS = ("#3b82c4", "#e0782f", "#2fa36b", "#b35fc0", "#c9a227", "#d9534f", "#17a2b8", "#8d6e63")  # light and dark
 OWN_MARKERS, PUBLISHED_MARKERS = "oPXd*h", "^s<>vp"
 STYLE = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a method's name is no formula
+    "text.parse_math": False,  # a method's name is not a formula
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -34,7 +34,7 @@ class Picture:
     """One figure."""
 
     title: str
-    text: str  # what it shows, for those who do not see it
+    text: str  # alternative text
     svg: str
     wide: bool = False
 
@@ -71,7 +71,7 @@ def _figures(table: Table, name: str) -> list[Picture]:
 
 
 def _which(common: Sequence[str], every: Sequence[str]) -> str:
-    """Tasks of a mean in words, as few as tell which they are."""
+    """The tasks of a mean as a short text."""
     absent = [task for task in every if task not in common]
     if not absent:
         return f"all {len(every)} tasks" if len(every) > 1 else every[0]
@@ -80,7 +80,7 @@ def _which(common: Sequence[str], every: Sequence[str]) -> str:
 
 
 def _series(rows: Sequence[ResultRow]) -> list[_Series]:
-    """A colour for each method, a marker for each source; own numbers filled, published ones hollow."""
+    """A color for each method, a marker for each source; own numbers filled, published ones hollow."""
     methods = list(dict.fromkeys(row.method for row in rows))
     sources = list(dict.fromkeys(row.source for row in rows if row.published))
     backbones = len({row.backbone for row in rows if row.local}) > 1
@@ -213,7 +213,7 @@ def _axes(tasks: int, rows: int) -> tuple[Any, Any]:
 
 
 def _beside(at: int, number: int) -> float:
-    """Where a row's points stand about their task's place."""
+    """The offset of a row's points from their task's position."""
     return 0.7 * ((at + 0.5) / number - 0.5)
 
 
@@ -227,7 +227,7 @@ def _name_tasks(axes: Any, tasks: Sequence[str]) -> None:
 
 
 def _svg(figure: Any, name: str, text: str) -> str:
-    """To stand in a page: without a head, with ids and colours that fit the page."""
+    """For a page: without a header, with the page's ids and colors."""
     written = io.BytesIO()
     figure.savefig(written, format="svg", transparent=True)
     svg = written.getvalue().decode()

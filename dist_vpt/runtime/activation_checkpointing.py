@@ -101,22 +101,23 @@ class _Budget:
         seen, devices = _Seen(block), [tokens_BND.device] if tokens_BND.is_cuda else []
         with torch.random.fork_rng(devices), saved_tensors_hooks(seen.pack, lambda tensor: tensor), seen:
             self.run(block, tokens_2ND)
-        whole, own = sum(seen.saved.values()), tokens_2ND.nbytes
-        if not whole:  # nothing here requires a gradient
+        all_bytes, block_input = sum(seen.saved.values()), tokens_2ND.nbytes
+        if not all_bytes:  # nothing here requires a gradient
             return None
         free = not tokens_BND.requires_grad  # nothing before it is trained: little is kept, without the input
-        if self.fraction * whole < own and not free:
+        if self.fraction * all_bytes < block_input and not free:
             raise UserError(
                 f"runtime.activation_checkpointing = budget-{self.fraction}: a block's input alone is "
-                f"{own / whole:.2f} of what the block keeps for backward; use a larger fraction, or block"
+                f"{block_input / all_bytes:.2f} of what the block keeps for backward; use a larger fraction, or block"
             )
         if self.spare is None:
-            self.spare = -own  # the last block's output, which is not within any block
-        self.spare += self.fraction * whole
-        if whole <= self.spare or self.fraction * whole < own:  # the blocks that follow make up for such a free one
-            self.spare -= whole
+            self.spare = -block_input  # the last block's output, which is not within any block
+        self.spare += self.fraction * all_bytes
+        # A block without a trained tensor before it may exceed its budget; the blocks after it make up for that.
+        if all_bytes <= self.spare or self.fraction * all_bytes < block_input:
+            self.spare -= all_bytes
             return None
-        self.spare -= own
+        self.spare -= block_input
         kept = []
         needed = seen.products[: seen.needed]
         for number, (_, size) in sorted(enumerate(needed), key=lambda item: item[1], reverse=True):

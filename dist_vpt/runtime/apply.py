@@ -37,7 +37,7 @@ def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch
     if runtime.offload:
         if cpu:
             raise UserError(
-                "runtime.offload = true: on a CPU everything is in host memory already; set runtime.offload=false"
+                "runtime.offload = true: a CPU's tensors are in host memory already; set runtime.offload=false"
             )
         apply_offload(backbone)
         backbone.chosen["offload"] = "to host memory"

@@ -242,8 +242,8 @@ def test_a_frame_that_does_not_go_with_the_patches(size: int, frame: int, fix: s
 
 def test_no_network() -> None:
     message = refused(weights="pretrained")
-    assert message.startswith(f"backbone.name = {SMALL}: its weights could not be fetched (")
-    assert message.endswith("download them elsewhere and give backbone.weights=FILE")
+    assert message.startswith(f"backbone.name = {SMALL}: its weights could not be downloaded (")
+    assert message.endswith("download them elsewhere and set backbone.weights=FILE")
     assert "\n" not in message
 
 
@@ -288,5 +288,5 @@ def test_weights_from_the_hub(filename: str, hub: Callable[..., Any], tmp_path: 
 
 def test_a_repository_without_weights(hub: Callable[..., Any]) -> None:
     asked = hub()
-    assert "could not be fetched (404)" in refused(weights="pretrained")
+    assert "could not be downloaded (404)" in refused(weights="pretrained")
     assert [name for _, name in asked] == ["model.safetensors", "pytorch_model.bin"]

@@ -259,7 +259,7 @@ def test_the_cheaper_form_depends_on_the_queries_of_all_trials() -> None:
 def test_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(UserError, match=r"method.blocks: 3: the backbone's blocks are 0 to 2"):
         make(torch.float32, "plain", blocks=(0, 3))
-    with pytest.raises(ValidationError, match="must be rising block numbers"):
+    with pytest.raises(ValidationError, match="must be increasing block numbers"):
         make(torch.float32, "plain", blocks=(2, 1))
 
 

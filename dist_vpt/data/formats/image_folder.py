@@ -1,4 +1,4 @@
-"""A folder for each class: ``root/<split>/<class>/...``, or ``root/<class>/...`` whose splits are split off.
+"""A folder for each class: ``root/<split>/<class>/...``, or ``root/<class>/...`` with splits split off.
 
 Hidden files and files without an image's extension are ignored. Classes are ordered by name.
 """

@@ -107,7 +107,7 @@ class TfdsSource:
             return _example().FromString(raw).features.feature
         except DataError:
             raise
-        except Exception as error:  # readers and protobuf meet damage with errors of many types
+        except Exception as error:  # readers and protobuf raise errors of many types for damage
             raise DataError(self._damaged(i, error)) from error
 
     def labels(self) -> np.ndarray:

@@ -91,7 +91,7 @@ def test_pretrained_weights_of_a_short_name_are_timms(monkeypatch: pytest.Monkey
 
 def test_weights_that_the_hub_lacks_are_fetched_from_the_project() -> None:
     with pytest.raises(
-        WeightsError, match=r"fetch the file from github\.com/facebookresearch/moco-v3 and give backbone"
+        WeightsError, match=r"download the file from github\.com/facebookresearch/moco-v3 and set backbone"
     ):
         build(BackboneConfig(name="mocov3_s16"), image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
 
