@@ -58,6 +58,7 @@ from dist_vpt.files import write_atomically
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
+from dist_vpt.training.components import resolve_inputs
 
 ROOT = Path(__file__).parents[1]
 TRAFFIC = Path(__file__).parent / "traffic.py"
