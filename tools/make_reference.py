@@ -176,7 +176,8 @@ def backbones_page() -> str:
         "# Backbones with short names",
         f"{len(ZOO)} sets of published weights. Use one with `backbone.name=NAME backbone.weights=FILE`, where the "
         "file is the project's own; where the hub has timm's copy, `backbone.weights=pretrained` (the default) "
-        "downloads it. `dist-vpt backbones` prints the same table. How weights are loaded and checked: [Backbones](../backbones.md).",
+        "downloads it. `dist-vpt backbones` prints the same table. How weights are loaded and checked: "
+        "[Backbones](../backbones.md).",
     ]
     rows = sorted(ZOO.items(), key=lambda item: [*dict.fromkeys(map(_project, ZOO.values()))].index(_project(item[1])))
     for (source, license, layout), group in groupby(rows, key=lambda item: _project(item[1])):

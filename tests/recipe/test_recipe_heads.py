@@ -79,4 +79,4 @@ def test_a_backbones_head_gives_command_source_and_license(file: Path, monkeypat
     name = load_recipe(*split_arguments(arguments.recipe)).backbone.name
     row = next(row for short, row in ZOO.items() if name in (short, row.pretrained))
     assert row.source in head(file)
-    assert f"license {row.licence}" in head(file)
+    assert f"license {row.license}" in head(file)
