@@ -1,7 +1,7 @@
 # What the Slurm scripts beside this file share; sourced by them and by those that `dist-vpt` writes.
 #   train_in_job [STRATEGY] RECIPE... a.b=c     one training on all nodes and GPUs of the job
 #   suite_in_job RECIPE... --tasks ...          a suite's sweep, by the element's number in the job array
-# Both look first for what usually goes wrong, and end the script. A job that was cut short is started again by Slurm, at
+# Both first check what usually goes wrong, and end the script. A job that was cut short is started again by Slurm, at
 # most ATTEMPTS times in all (10 unless set), and goes on from what is saved.
 # Exit codes: 0 done, 2 a mistake to fix, 3 a training that cannot go on; after any other the job is started again.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,7 +22,7 @@ train_in_job() {
   export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show node "$head" --oneliner | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2)}
   export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   set -- "$@" run.resume=auto
-  if [ -n "${SLURMD_NODENAME:-}" ]; then  # a script runs on the first node; what every node would meet is told once
+  if [ -n "${SLURMD_NODENAME:-}" ]; then  # a script runs on the first node; what fails on every node is reported once
     _check_node "$python" "$@" || _finish $?
   fi
   if [ "$SLURM_NNODES" -gt 1 ] || [ -z "${SLURMD_NODENAME:-}" ]; then
