@@ -44,7 +44,7 @@ def read_override(text: str, draft: Draft) -> None:
     dotted, _, raw = text.partition("=")
     keys = dotted.split(".")
     if dotted == "base":
-        rule = f"base is a key of recipe files alone; give {raw} as an argument of its own"
+        rule = f"base is a key of recipe files only; give {raw} as an argument of its own"
         draft.mistakes.append(f"{COMMAND_LINE}: {text}: {rule}")
         return
     try:

@@ -134,7 +134,7 @@ class RuntimeConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="compile each block (torch.compile); without a C compiler a line in the log says that none is used",
+        description="compile each block (torch.compile); without a C compiler it is logged and skipped",
     )
     memory_check: Literal["refuse", "warn", "ignore"] = Field(
         "refuse", description="what to do on a GPU when the estimate of `dist-vpt plan` exceeds its memory"

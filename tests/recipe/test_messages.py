@@ -464,7 +464,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     (
         {},
         ["base=a.yaml"],
-        [("command line: base=a.yaml: base is a key of recipe files alone; give a.yaml as an argument of its own")],
+        [("command line: base=a.yaml: base is a key of recipe files only; give a.yaml as an argument of its own")],
     ),
     ({}, ["optim.lr=["], ["command line: optim.lr=[: the value is not valid YAML; quote it"]),
     ({}, ["optim.lr", "=", "4"], ["command line: optim.lr = 4: an override has no spaces around =; write optim.lr=4"]),
