@@ -124,7 +124,7 @@ def test_digits_have_their_counts_and_are_stratified():
         assert np.all(np.abs(np.bincount(splits[name].labels) - each) <= 3)
     pixels = np.stack([np.asarray(splits.val.read(i)) for i in range(200)])
     assert (pixels.shape, pixels.dtype, pixels.min(), pixels.max()) == ((200, 8, 8, 3), np.uint8, 0, 255)
-    assert np.unique(pixels).tolist() == [round(255 * grey / 16) for grey in range(17)]
+    assert np.unique(pixels).tolist() == [round(255 * gray / 16) for gray in range(17)]
 
 
 def test_digits_are_disjoint_and_follow_the_seed():
