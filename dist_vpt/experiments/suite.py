@@ -81,7 +81,7 @@ class Experiment:
     def images(self) -> int | None:
         """Images that go through the backbone, at least where trials stop early; None where no counts are known."""
         task = self.recipe.data.task
-        counts = dict(TASKS[task].counts) if task in TASKS else {}
+        counts = dict(TASKS[task].expected_counts) if task in TASKS else {}
         if not {"train", "val", "trainval", "test"} <= counts.keys():
             return None
         train, seeds = self.recipe.train, len(self.recipe.sweep.seeds)

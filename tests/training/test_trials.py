@@ -144,7 +144,7 @@ def test_keys_and_values_are_kept_for_several_trials_where_there_is_room(
     assert kept(roomy).keys
     assert not kept(one).keys  # alone, a trial would hold twice the bytes of its batch for backward
     method = roomy.trials[0].reader
-    room = nbytes(method.backbone, method.shares, 1200) / ROOM - 1
+    room = nbytes(method.backbone, method.shared_spec, 1200) / ROOM - 1
     monkeypatch.setattr(stream_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
     narrow = make(tmp_path / "c", each)
     assert not kept(narrow).keys
