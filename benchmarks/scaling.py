@@ -101,7 +101,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "measured": measured,
         "paper": on_paper(arguments),
         "backbone": first.backbone.name,
-        "image_size": resolve_inputs(first.data, first.backbone).view.image_size,
+        "image_size": resolve_inputs(first.data, first.backbone).transform.image_size,
         "classes": arguments.classes,
         "images_of_a_process": arguments.images,
         "precision": first.runtime.precision,

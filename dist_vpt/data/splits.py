@@ -182,17 +182,16 @@ def stratified_holdout(labels: np.ndarray, count: int, *key: int) -> tuple[np.nd
 def with_missing_splits(
     recipe: DataConfig,
     classes: tuple[str, ...],
-    train: Split,
-    val: Split | None,
-    test: Split | None,
+    found: Mapping[str, Split],
     *,
-    carve_test: bool = True,
+    holdout_test: bool = True,
     missing: Mapping[str, str] | None = None,
 ) -> Splits:
     """The four splits from those of a storage: a val or test that it lacks is split off train."""
+    train, val, test = found["train"], found.get("val"), found.get("test")
     every = len(train)
-    carved = (*(("test",) if test is None and carve_test else ()), *(("val",) if val is None else ()))
-    if test is None and carve_test:
+    carved = (*(("test",) if test is None and holdout_test else ()), *(("val",) if val is None else ()))
+    if test is None and holdout_test:
         train, test = _holdout_fraction(train, "test", recipe.test_fraction, every, recipe.split_seed)
     if val is None:
         trainval = replace(train, name="trainval")
@@ -208,13 +207,13 @@ def fraction_of(split: Split, fraction: float, seed: int) -> Split:
 
 
 def _holdout_fraction(split: Split, name: str, fraction: float, every: int, seed: int) -> tuple[Split, Split]:
-    kept_rows, carved_rows = stratified_holdout(split.labels, round(fraction * every), seed)
-    if not len(carved_rows):
+    kept_rows, holdout_rows = stratified_holdout(split.labels, round(fraction * every), seed)
+    if not len(holdout_rows):
         raise DataError(
             f"{split.where(0)} and the rest of split {split.name!r}: {name}_fraction {fraction:g} of {every} "
             f"images splits off none, since every class keeps one; raise data.{name}_fraction or add images"
         )
-    return split.subset(split.name, kept_rows), split.subset(name, carved_rows)
+    return split.subset(split.name, kept_rows), split.subset(name, holdout_rows)
 
 
 def class_order(ids: Iterable[str]) -> tuple[str, ...]:

@@ -28,8 +28,10 @@ class LoadedRun:
 
     def load_image(self, file: Path) -> Tensor:
         """An image file as the method's input, [3, S, S]."""
-        task, limit = self.inputs.task, self.recipe.data.max_megapixels
-        return self.inputs.view.eval(decode(file, str(file), limit, exif_transpose=task.exif_transpose))
+        picture = decode(
+            file, str(file), self.recipe.data.max_megapixels, exif_transpose=self.inputs.task.exif_transpose
+        )
+        return self.inputs.transform.eval(picture)
 
 
 def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:

@@ -36,14 +36,14 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
     classes, inputs = classes_of(facts, path), resolve_inputs(recipe.data, recipe.backbone)
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
-    view, size = inputs.view, inputs.view.image_size
-    model = plain(recipe.backbone, size, len(classes))
+    transform = inputs.transform
+    model = plain(recipe.backbone, transform.image_size, len(classes))
     shown = {
-        "image_size": size,
+        "image_size": transform.image_size,
         "mean": inputs.mean,
         "std": inputs.std,
-        "resize": view.interpolation,
-        "fit": view.crop_mode,
+        "resize": transform.interpolation,
+        "fit": transform.crop_mode,
     }
     made = {"architecture": model.architecture, "options": model.options, "pool": model.pool}
     facts = {"backbone": recipe.backbone.name, "classes": classes, **made, **shown}

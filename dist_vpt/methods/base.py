@@ -61,7 +61,7 @@ class Method(nn.Module):
             )
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimiser gets."""
+        """Names and parameters that the optimizer gets."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def autocast(self, device: torch.device) -> torch.autocast:

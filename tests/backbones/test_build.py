@@ -92,7 +92,7 @@ def test_random_weights_are_those_of_the_seed(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_held_in_a_dtype_and_pixels_are_normalised_in_float32(dtype: torch.dtype) -> None:
+def test_weights_are_held_in_a_dtype_and_pixels_are_normalized_in_float32(dtype: torch.dtype) -> None:
     backbone = built(dtype=dtype)
     assert {p.dtype for p in backbone.parameters()} == {dtype}
     assert backbone.dtype == dtype

@@ -241,7 +241,7 @@ def test_the_stream_holds_what_blocks_see(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("which", ["plain", "qk-norm"])
-def test_kept_keys_and_values_give_what_normalised_inputs_give(which: str, images: torch.Tensor) -> None:
+def test_kept_keys_and_values_give_what_normalized_inputs_give(which: str, images: torch.Tensor) -> None:
     method = make(torch.float64, which, queries=3, form="auto")
     assert method.spec.fields[0] == "normed"
     assert method.shared_spec.fields == ("keys", "values")

@@ -716,7 +716,7 @@ def test_costs_are_compared_over_the_tasks_that_all_own_rows_have() -> None:
     assert [picture.title for picture in figures(own_rows, "x")] == ["Accuracy per task"]
 
 
-def test_figures_take_the_pages_colours_and_have_a_text() -> None:
+def test_figures_take_the_pages_colors_and_have_a_text() -> None:
     (picture,) = figures(one_table(suite()), "x")
     assert picture.svg.startswith('<svg role="img" aria-label="Accuracy per task. ')
     assert "currentColor" in picture.svg

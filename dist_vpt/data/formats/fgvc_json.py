@@ -38,8 +38,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     if recipe.fraction < 1 and files["train"] != reduced:
         found["train"] = fraction_of(found["train"], recipe.fraction, recipe.split_seed)
     missing = {"test": f"there is no {files['test']}; add it: an object of 'relative/path': class id"}
-    val, test = found.get("val"), found.get("test")
-    return with_missing_splits(recipe, classes, found["train"], val, test, carve_test=False, missing=missing)
+    return with_missing_splits(recipe, classes, found, holdout_test=False, missing=missing)
 
 
 def _entries(file: Path) -> list[tuple[str, Any]]:

@@ -66,15 +66,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
         if name in missing:
             named = ", ".join(f"{each}: ..." for each in dict.fromkeys(("train", name)))
             raise DataError(f"{missing[name]}; list the splits that have labels: 'data.hf.splits={{{named}}}'")
-    return with_missing_splits(
-        recipe,
-        classes,
-        found["train"],
-        found.get("val"),
-        found.get("test"),
-        carve_test="test" not in missing,
-        missing=missing,
-    )
+    return with_missing_splits(recipe, classes, found, holdout_test="test" not in missing, missing=missing)
 
 
 def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:

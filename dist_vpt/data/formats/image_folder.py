@@ -29,15 +29,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     mistakes.check()
     has_folders = folders["train"] != root
     missing = {"test": f"there is no folder {root / 'test'}; add it, with a folder for each class"}
-    return with_missing_splits(
-        recipe,
-        classes,
-        found["train"],
-        found.get("val"),
-        found.get("test"),
-        carve_test=not has_folders,
-        missing=missing,
-    )
+    return with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ from dist_vpt.data.formats import open_splits
 from dist_vpt.errors import DataError
 
 
-def grey(split, i):
+def gray(split, i):
     return int(np.asarray(split.read(i))[0, 0, 0])
 
 
@@ -46,7 +46,7 @@ def test_labels_are_ranked_on_train_for_every_split(write, opened, below):
     assert splits.val.labels.tolist() == [2]
     assert splits.test.labels.tolist() == [1, 2]
     assert splits.trainval.labels.tolist() == [1, 0, 2, 2]
-    assert [grey(splits.train, i) for i in range(3)] == [0, 1, 2]
+    assert [gray(splits.train, i) for i in range(3)] == [0, 1, 2]
 
 
 def test_ids_may_be_text(write, opened):

@@ -24,7 +24,7 @@ def offline(tmp_path_factory, monkeypatch):
 
 
 def part(values, labels, label=None, **columns):
-    """A split whose images are of one grey value each."""
+    """A split whose images are of one gray value each."""
     images = [Image.fromarray(np.full((4, 6, 3), value, np.uint8)) for value in values]
     features = {"picture": datasets.Image(), "kind": label or datasets.ClassLabel(names=CLASSES)}
     features |= {name: datasets.Value("int64") for name in columns}
@@ -33,7 +33,7 @@ def part(values, labels, label=None, **columns):
     )
 
 
-def greys(split):
+def grays(split):
     return [int(np.asarray(split.read(i))[0, 0, 0]) for i in range(len(split))]
 
 
@@ -51,7 +51,7 @@ def test_saved_splits(tmp_path, opened):
     save(tmp_path, train=part([1, 2], [0, 1]), valid=part([3], [1]), test=part([4], [0]), extra=part([5], [0]))
     splits = opened("hf")
     assert splits.classes == ("cat", "dog")
-    assert [greys(splits[name]) for name in ("train", "val", "trainval", "test")] == [[1, 2], [3], [1, 2, 3], [4]]
+    assert [grays(splits[name]) for name in ("train", "val", "trainval", "test")] == [[1, 2], [3], [1, 2, 3], [4]]
     assert splits.trainval.labels.tolist() == [0, 1, 1]
     assert splits.train.where(1) == f"{tmp_path} split 'train' record 1"
     assert splits.train.read(0).mode == "RGB"
@@ -67,7 +67,7 @@ def test_a_label_beyond_the_classes(tmp_path, opened):
 def test_missing_splits_are_carved(tmp_path, opened):
     part(list(range(40)), [0, 1] * 20).save_to_disk(tmp_path)
     splits = opened("hf", val_fraction=0.1, test_fraction=0.2)
-    found = [greys(splits[name]) for name in ("train", "val", "test")]
+    found = [grays(splits[name]) for name in ("train", "val", "test")]
     assert [len(values) for values in found] == [28, 4, 8]
     assert sorted(value for values in found for value in values) == list(range(40))
     assert splits.test.labels.tolist() == [value % 2 for value in found[2]]
@@ -77,7 +77,7 @@ def test_pickles_small(tmp_path, opened):
     save(tmp_path, train=part(range(100), [0, 1] * 50), val=part([1], [0]), test=part([1], [0]))
     split = opened("hf").train
     assert len(pickle.dumps(split)) < 5000
-    assert greys(pickle.loads(pickle.dumps(split))) == list(range(100))
+    assert grays(pickle.loads(pickle.dumps(split))) == list(range(100))
 
 
 def test_image_folder_and_split_expressions(tmp_path, opened, save_image):
@@ -86,11 +86,11 @@ def test_image_folder_and_split_expressions(tmp_path, opened, save_image):
             save_image(tmp_path / name / f"{i}.png", 10 * label + i)
     splits = opened("hf", val_fraction=0.25, test_fraction=0.25)
     assert splits.classes == ("cat", "dog")
-    assert sorted(greys(splits.trainval) + greys(splits.test)) == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert sorted(grays(splits.trainval) + grays(splits.test)) == [0, 1, 2, 3, 10, 11, 12, 13]
     assert splits.trainval.where(0).endswith("cat/0.png)")
     hf = {"splits": {"train": "train[:3]+train[-3:]", "val": "train[3:4]", "test": "train[4:5]"}}
     splits = opened("hf", hf=hf)
-    assert [greys(splits[name]) for name in ("train", "val", "test")] == [[0, 1, 2, 11, 12, 13], [3], [10]]
+    assert [grays(splits[name]) for name in ("train", "val", "test")] == [[0, 1, 2, 11, 12, 13], [3], [10]]
     refused(
         opened,
         r"cannot be opened \(ValueError: .*train\[:0\].*no data",
@@ -180,7 +180,7 @@ def test_no_split_to_train_on(tmp_path, opened):
     refused(opened, r"has no split 'train' but 'all'; set the one to train on: 'data.hf.splits={train: \.\.\.}'")
     refused(opened, "data.hf.splits.train 'every': no such saved split; valid: all", hf={"splits": {"train": "every"}})
     splits = opened("hf", hf={"splits": {"train": "all", "val": "all", "test": "all"}})
-    assert greys(splits.val) == [1, 2]
+    assert grays(splits.val) == [1, 2]
 
 
 def test_unreachable_hub(opened):
