@@ -16,7 +16,7 @@ OWN = {"task": "mine", "root": "somewhere"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"task": "digit"}, "task 'digit' is not a known task \\(did you mean 'digits'\\?\\).*set format and root"),
         ({"task": "mine", "format": "hf"}, "root is missing: format 'hf' needs the folder of the dataset; set root"),
@@ -47,8 +47,8 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"on_decode_error": "ignore"}, "on_decode_error\n.*'fail' or 'skip'"),
     ],
 )
-def test_mistake_is_reported(settings, says):
-    with pytest.raises(ValidationError, match=says):
+def test_mistake_is_reported(settings, message):
+    with pytest.raises(ValidationError, match=message):
         DataConfig(**settings)
 
 
