@@ -659,8 +659,8 @@ def test_names_and_reasons_are_text_on_the_page() -> None:
 def test_the_page_shows_numbers_marks_machines_and_settings() -> None:
     found, text = page(full_results())
     words = " ".join(" ".join(found.words).split())
-    for text in ("73.5", "± 0.7", "failed", "18/19", "GPU, torch 2.15 (57 results)", "optim.lr=0.01", "runs/dtd/x"):
-        assert text in words.replace("\xa0", " ")
+    for part in ("73.5", "± 0.7", "failed", "18/19", "GPU, torch 2.15 (57 results)", "optim.lr=0.01", "runs/dtd/x"):
+        assert part in words.replace("\xa0", " ")
     assert "unverified (VQT paper): quoted from memory" in words
     assert "<b>73.5</b><small>±&nbsp;0.7</small>" in text
     mark = re.search(r'id="t1-(\w+)"><sup>\w+</sup> not as published: resize bicubic, not vpt', text)
