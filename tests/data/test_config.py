@@ -33,7 +33,7 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"task": "cub", "root": "x", "fraction": 0.0}, "fraction\n.*greater than 0"),
         ({"mean": (0.5, 0.5, 0.5), "std": (1, 0, 1)}, "std.1\n.*greater than 0"),
         ({"val_fraction": 0.3}, "val_fraction 0.3: format 'digits' has fixed splits; remove val_fraction"),
-        ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' brings"),
+        ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' has"),
         (
             {**OWN, "format": "image_folder", "val_fraction": 0.5, "test_fraction": 0.5},
             "val_fraction 0.5 \\+ test_fraction 0.5: their sum must be below 1",

@@ -95,7 +95,7 @@ def test_id_that_is_no_id(write, opened, value):
     [
         ('{"a.png": 1,\n "b.png" 2}', r"train\.json:2: is not JSON \(Expecting ':' delimiter\); fix the syntax"),
         ("[1]", "holds a list; use an object of 'relative.path': class id"),
-        ("3", "holds a int; an object"),
+        ("3", "holds a int; use an object"),
         ("{}", "train.json: holds no image; add a 'relative/path': class id"),
         ('{"a.png": 1, "a.png": 2}', "train.json: 'a.png': occurs twice; remove one"),
         ('{"gone.png": 1}', "train.json: 'gone.png': there is no file 'gone.png' in .*; restore it"),

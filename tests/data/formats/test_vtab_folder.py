@@ -109,7 +109,7 @@ def test_train_list_is_needed(folder, opened):
         ("a/0.png -1", "label -1 is negative; labels count from 0"),
         ("a/9.png 0", "there is no file 'a/9.png' in .* or .*images; restore it or remove its entry"),
         ("a 0", "there is no file 'a'"),
-        ("../secret.png 0", "path '../secret.png' leaves the dataset's folder; give it relative"),
+        ("../secret.png 0", "path '../secret.png' leaves the dataset's folder; use a path relative"),
         ("a/../../x.png 0", "leaves the dataset's folder"),
         ("/etc/passwd 0", "path '/etc/passwd' leaves"),
         ("a/0\0.png 0", "there is no file"),
