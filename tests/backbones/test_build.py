@@ -158,7 +158,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load", ["strict", "lenient"])
-def test_the_recipe_says_how_weights_are_loaded(load: str, tmp_path: Path) -> None:
+def test_the_recipe_sets_how_weights_are_loaded(load: str, tmp_path: Path) -> None:
     state = module._create(BackboneConfig(name=SMALL), 32).state_dict()
     del state["norm.weight"]
     save_file(state, tmp_path / "a.safetensors")

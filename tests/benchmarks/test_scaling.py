@@ -39,7 +39,7 @@ model: Any = sys.modules["scaling_model"]
 
 
 def measured(strategy: str, folder: Path, *words: str) -> list[dict[str, Any]]:
-    """What each of two processes says of one step."""
+    """What each of two processes reports of one step."""
     file = ROOT / "launch" / "accelerate" / f"{strategy}.json"
     if strategy == "zero0":
         file = folder / "zero0.json"

@@ -16,7 +16,7 @@ OWN = {"task": "mine", "root": "somewhere"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"task": "digit"}, "task 'digit' is not a known task \\(did you mean 'digits'\\?\\).*set format and root"),
         ({"task": "mine", "format": "hf"}, "root is missing: format 'hf' needs the folder of the dataset; set root"),
@@ -33,7 +33,7 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"task": "cub", "root": "x", "fraction": 0.0}, "fraction\n.*greater than 0"),
         ({"mean": (0.5, 0.5, 0.5), "std": (1, 0, 1)}, "std.1\n.*greater than 0"),
         ({"val_fraction": 0.3}, "val_fraction 0.3: format 'digits' has fixed splits; remove val_fraction"),
-        ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' brings"),
+        ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' has"),
         (
             {**OWN, "format": "image_folder", "val_fraction": 0.5, "test_fraction": 0.5},
             "val_fraction 0.5 \\+ test_fraction 0.5: their sum must be below 1",
@@ -47,8 +47,8 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"on_decode_error": "ignore"}, "on_decode_error\n.*'fail' or 'skip'"),
     ],
 )
-def test_mistake_is_reported(settings, says):
-    with pytest.raises(ValidationError, match=says):
+def test_mistake_is_reported(settings, message):
+    with pytest.raises(ValidationError, match=message):
         DataConfig(**settings)
 
 

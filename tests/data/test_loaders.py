@@ -124,11 +124,11 @@ def test_batch_larger_than_the_split():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "says"),
+    ("batch_size", "message"),
     [(13, "use 12 or 18"), (5, "use 6"), (0, "use 6"), (-6, "use 6"), (100, "use 96 or 102")],
 )
-def test_batch_size_must_divide(batch_size, says):
-    rule = f"batch_size {batch_size}: must be a multiple of 6 = 2 processes x 3 accumulated micro-batches; {says}"
+def test_batch_size_must_divide(batch_size, message):
+    rule = f"batch_size {batch_size}: must be a multiple of 6 = 2 processes x 3 accumulated micro-batches; {message}"
     with pytest.raises(UserError, match=rule):
         TrainBatches(make_split(), PLAIN, batch_size=batch_size, accumulate=3, world=2)
 
@@ -168,7 +168,7 @@ def test_workers_stay_and_an_abandoned_pass_does_not_leak():
     assert content(batches) == whole
 
 
-def test_a_pass_ended_by_a_later_one_says_so():
+def test_a_pass_ended_by_a_later_one_raises():
     batches = TrainBatches(make_split(), PLAIN, batch_size=4)
     first = batches.epoch(0)
     next(first)

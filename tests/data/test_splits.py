@@ -68,7 +68,7 @@ def test_subset_and_join_keep_image_label_and_name_together():
     assert [both.where(i) for i in range(4)] == ["a record 2", "a record 0", "b record 0", "b record 1"]
 
 
-def test_missing_split_says_why():
+def test_missing_split_gives_the_reason():
     train = numbered("train", [1], [0])
     splits = Splits(("0",), train, None, train, None, {"test": "there is no test.txt; add it"})
     assert splits["train"] is train

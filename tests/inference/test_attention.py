@@ -182,7 +182,7 @@ def test_two_images_of_one_name_are_refused(vpt_run: Path, photo: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_backbone_whose_blocks_cannot_be_opened_is_told(images: torch.Tensor) -> None:
+def test_a_backbone_whose_blocks_cannot_be_unpacked_is_reported(images: torch.Tensor) -> None:
     """And not that another method would do."""
     method = attach(TypeAdapter(MethodConfig).validate_python({"name": "linear"}), make_swin_backbone(), classes=5)
     with pytest.raises(UserError, match=r"a SwinTransformerBlock with .* Block; attention can be drawn of runs"):

@@ -124,7 +124,7 @@ def test_a_merged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(("kind", "method"), [("mae", "bias"), ("swin", "full"), ("mocov3", "lora")])
-def test_the_model_that_is_told_gives_what_the_run_gave(
+def test_the_printed_model_gives_what_the_run_gave(
     kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the weights' short name: it stands for an architecture, its options, and a pooling that timm's has not."""
@@ -133,9 +133,9 @@ def test_the_model_that_is_told_gives_what_the_run_gave(
     words = [f"method.name={method}", "backbone.name=tiny", "backbone.weights=random", "data.image_size=32"]
     result = train(run, *words, "data.interpolation=bilinear", "train.batch_size=500", "train.eval_batch_size=500")
     assert main(["merge", str(run), "--out", str(out)]) == 0
-    told = capsys.readouterr().out.split(f"{out}: weights for\n")[1]
+    code = capsys.readouterr().out.split(f"{out}: weights for\n")[1]
     names: dict[str, Any] = {}
-    exec(told, {"timm": timm}, names)
+    exec(code, {"timm": timm}, names)
     tensors, facts = read_adapters(out)
     names["model"].load_state_dict(tensors, strict=True)
     assert {key: facts[key] for key in ("resize", "fit")} == {key: result["protocol"][key] for key in ("resize", "fit")}

@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "partial": {"name": "partial", "blocks": 2},
     "bias": {"name": "bias"},
     "cls": {"name": "cls"},
-    "cls anew": {"name": "cls", "reinit": True},
+    "cls reinit": {"name": "cls", "reinit": True},
     "lora": {"name": "lora", "rank": 2, "targets": ("v", "fc1")},
     "pfeiffer": {"name": "adapter", "bottleneck": 3},
     "houlsby": {"name": "adapter", "bottleneck": 3, "style": "houlsby"},
@@ -87,7 +87,7 @@ TRAINED = {
     },
     "bias": HEAD | {f"biases.{layer}.bias" for layer in OPERATIONS},
     "cls": HEAD | {"class_token.token"},
-    "cls anew": HEAD | {"class_token.token"},
+    "cls reinit": HEAD | {"class_token.token"},
     "lora": HEAD
     | {f"lora.{block}.{at}.{kind}.weight" for block in range(3) for at in ("v", "fc1") for kind in ("down", "up")},
     "pfeiffer": HEAD | {f"adapters.{block}.mlp.{tensor}" for block in range(3) for tensor in BOTTLENECK},
@@ -120,7 +120,7 @@ def test_trained_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_recipe_says_what_its_method_reads(name: str) -> None:
+def test_a_recipe_states_what_its_method_reads(name: str) -> None:
     method, recipe = make(SETTINGS[name]), TypeAdapter(MethodConfig).validate_python(SETTINGS[name])
     assert recipe.reader == isinstance(method, Reader)
     assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.spec.blocks))
@@ -179,7 +179,7 @@ def test_a_reader_sees_the_stream_without_autograd(name: str, images: torch.Tens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in INSIDE if name != "cls anew"])
+@pytest.mark.parametrize("name", [name for name in INSIDE if name != "cls reinit"])
 def test_a_method_inside_starts_as_the_frozen_backbone(name: str, kind: str, images: torch.Tensor) -> None:
     if name == "cls" and kind == "no_class_token":
         return

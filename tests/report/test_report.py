@@ -149,7 +149,7 @@ def test_a_mean_is_shown_only_where_all_of_its_tasks_are_there() -> None:
     assert found["mean of 3 groups"].number == found["mean of 19"].number == "16/19"
 
 
-def test_a_failed_task_says_why_below_the_table() -> None:
+def test_a_failed_task_has_its_reason_below_the_table() -> None:
     results = suite()
     results[2] = LocalResult("runs", result("dtd", failed="out of memory:\n  12 GiB asked for"))
     table = one_table(results)
@@ -232,7 +232,7 @@ def test_a_cell_under_another_protocol_is_marked_and_so_are_its_means() -> None:
     ],
     ids=str,
 )
-def test_what_holds_for_a_whole_row_is_told_once(changes: dict[str, Any], expected: str) -> None:
+def test_what_holds_for_a_whole_row_is_noted_once(changes: dict[str, Any], expected: str) -> None:
     table = one_table(suite(**changes))
     assert notes_of(table, table.rows[0]) == {expected}
     assert table.notes == {expected: "a"}
@@ -317,9 +317,9 @@ def test_of_two_recipes_for_a_cell_the_newest_is_shown_and_the_other_named() -> 
 def test_a_failure_gives_way_to_a_number_under_its_protocol_alone() -> None:
     number = own(result("dtd", 50.0))
     later = "2026-11-22T12:00:00+00:00"
-    mended = one_table(number + own(result("dtd", run="b2", failed="x", finished=later), folder="other"))
-    assert [[cell.number for cell in row.cells][2] for row in mended.rows] == ["50.0"]
-    assert mended.remarks == []
+    repaired = one_table(number + own(result("dtd", run="b2", failed="x", finished=later), folder="other"))
+    assert [[cell.number for cell in row.cells][2] for row in repaired.rows] == ["50.0"]
+    assert repaired.remarks == []
     another = one_table(number + own(result("dtd", run="b2", failed="x", resize="bicubic")))
     assert [[cell.number for cell in row.cells][2] for row in another.rows] == ["50.0", "failed"]
 
@@ -339,8 +339,8 @@ def test_a_failure_without_a_protocol_stands_in_any_row() -> None:
     assert table.remarks[0] == "dtd, vqt: failed: no such folder"
     alone = one_table(own(failure("dtd")))
     assert [len(text) > 100 for text in forms([alone], own(failure("dtd")), []).values()] == [True] * 3
-    mended = one_table([*own(failure("dtd")), *own(result("dtd", 50.0, resize="bicubic"), folder="more")])
-    assert ([row.source for row in mended.rows], cells(mended)["dtd"].number) == (["own"], "50.0")
+    repaired = one_table([*own(failure("dtd")), *own(result("dtd", 50.0, resize="bicubic"), folder="more")])
+    assert ([row.source for row in repaired.rows], cells(repaired)["dtd"].number) == (["own"], "50.0")
     precise = one_table(own(failure("dtd", precision="fp32"), result("dtd", 50.0)))
     assert [row.name for row in precise.rows] == ["vqt (fp32)", "vqt (bf16)"]
 
@@ -659,8 +659,8 @@ def test_names_and_reasons_are_text_on_the_page() -> None:
 def test_the_page_shows_numbers_marks_machines_and_settings() -> None:
     found, text = page(full_results())
     words = " ".join(" ".join(found.words).split())
-    for said in ("73.5", "± 0.7", "failed", "18/19", "GPU, torch 2.15 (57 results)", "optim.lr=0.01", "runs/dtd/x"):
-        assert said in words.replace("\xa0", " ")
+    for part in ("73.5", "± 0.7", "failed", "18/19", "GPU, torch 2.15 (57 results)", "optim.lr=0.01", "runs/dtd/x"):
+        assert part in words.replace("\xa0", " ")
     assert "unverified (VQT paper): quoted from memory" in words
     assert "<b>73.5</b><small>±&nbsp;0.7</small>" in text
     mark = re.search(r'id="t1-(\w+)"><sup>\w+</sup> not as published: resize bicubic, not vpt', text)

@@ -316,8 +316,8 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatc
     result = train(tmp_path / "run", "runtime.compile=true", "runtime.activation_checkpointing=block")
     plain = train(tmp_path / "plain")
     assert result["last"]["test"] == plain["last"]["test"]
-    told = "warning: no compiler here, blocks run uncompiled (no compiler for cpu)"
-    assert result["runtime"] == {"attention": "sdpa", "compile": told, "activation_checkpointing": "block"}
+    warning = "warning: no compiler here, blocks run uncompiled (no compiler for cpu)"
+    assert result["runtime"] == {"attention": "sdpa", "compile": warning, "activation_checkpointing": "block"}
     assert json.loads((tmp_path / "run" / "result.json").read_text())["runtime"] == result["runtime"]
-    assert f"attention sdpa; compile {told}; checkpointing block" in (tmp_path / "run" / "train.log").read_text()
+    assert f"attention sdpa; compile {warning}; checkpointing block" in (tmp_path / "run" / "train.log").read_text()
     assert plain["runtime"] == {"attention": "sdpa"}

@@ -1,4 +1,4 @@
-"""`dist-vpt backbones check`: what it says of a file, and its exit code."""
+"""`dist-vpt backbones check`: what it prints of a file, and its exit code."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(ZOO, name)
 
 
-def said(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
+def checked(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str], str]:
     """Exit code, what was printed line by line, and the error."""
     code = main(["backbones", "check", str(path)])
     out, err = capsys.readouterr()
@@ -33,7 +33,7 @@ def said(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str,
 def test_every_published_file_fits_its_short_name(
     few_rows: None, file: File, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, lines, err = said(file.save(tmp_path), capsys)
+    code, lines, err = checked(file.save(tmp_path), capsys)
     assert (code, err) == (0, "")
     assert "tiny" in lines["fits"]
     assert lines["loads strictly"].startswith("yes: backbone.name=")
@@ -60,7 +60,7 @@ def test_a_damaged_file_is_refused_by_the_tensors_name(
         arrays[name] = arrays.copy().popitem()[1]
     else:
         arrays[name] = arrays[name][:-1]
-    code, lines, err = said(file.save(tmp_path, arrays), capsys)
+    code, lines, err = checked(file.save(tmp_path, arrays), capsys)
     assert code == 2
     assert "fits" not in lines
     assert "does not load strictly; as " in err
@@ -73,7 +73,7 @@ def test_a_number_that_is_none_does_not_load(
     monkeypatch.setitem(ZOO, "tiny", FILES["in1k"].row)
     arrays = FILES["in1k"].arrays()
     arrays["norm.weight"][0] = float("nan")
-    code, lines, err = said(FILES["in1k"].save(tmp_path, arrays), capsys)
+    code, lines, err = checked(FILES["in1k"].save(tmp_path, arrays), capsys)
     assert (code, lines) == (2, {})
     assert "norm.weight holds 1 values that are not finite" in err
 
@@ -89,7 +89,7 @@ def test_a_file_in_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     state = {f"module.base_encoder.{n}": t for n, t in whole("vit_base_patch16_224").items()}
     state["module.predictor.0.weight"] = torch.zeros(1)
     torch.save({"state_dict": state}, tmp_path / "a.pth.tar")
-    code, lines, _ = said(tmp_path / "a.pth.tar", capsys)
+    code, lines, _ = checked(tmp_path / "a.pth.tar", capsys)
     assert code == 0
     assert lines == {
         "layout": "MoCo v3 with both encoders, PyTorch",
@@ -103,7 +103,7 @@ def test_a_file_in_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_several_short_names_may_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": whole("vit_base_patch16_224", num_classes=1000)}, tmp_path / "a.pth")
-    _, lines, _ = said(tmp_path / "a.pth", capsys)
+    _, lines, _ = checked(tmp_path / "a.pth", capsys)
     fits, rest = lines["fits"].split(" (")
     assert fits.split(", ")[:2] == ["sup_b16_in1k", "dino_b16"]  # published like this
     assert {"sup_b16_in21k", "augreg_b16_in1k"} < set(fits.split(", "))  # may have been saved like this
@@ -113,7 +113,7 @@ def test_several_short_names_may_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_model_without_a_short_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(whole("vit_small_patch32_224", depth=3), tmp_path / "a.pth")
-    code, lines, err = said(tmp_path / "a.pth", capsys)
+    code, lines, err = checked(tmp_path / "a.pth", capsys)
     assert code == 2
     assert lines["shapes"].endswith("images of 224 px, patches of 32, depth 3, width 384")
     assert "fits none of the short names of this layout; if it holds another VisionTransformer" in err
@@ -121,9 +121,9 @@ def test_a_model_without_a_short_name(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "a.pth")
-    code, lines, err = said(tmp_path / "a.pth", capsys)
+    code, lines, err = checked(tmp_path / "a.pth", capsys)
     assert (code, lines) == (2, {})
     assert "a.pth: holds a ResNet (a convolutional network)" in err
-    code, _, err = said(tmp_path / "none.pth", capsys)
+    code, _, err = checked(tmp_path / "none.pth", capsys)
     assert code == 2
     assert "no such weights file" in err

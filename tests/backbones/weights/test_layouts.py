@@ -46,7 +46,7 @@ def computed(file: File) -> tuple[str, ...]:
     return {"swin": ("index", "mask"), "dinov3": ("qkv.bias", "mask")}.get(file.row.layout, ("nothing",))
 
 
-def test_what_is_left_out_is_told(file: File, tmp_path: Path) -> None:
+def test_what_is_left_out_is_reported(file: File, tmp_path: Path) -> None:
     difference = load_into(model_of(file.row), file.save(tmp_path), lenient=False)
     names = {name.removeprefix("module.") for name in file.arrays()}
     loaded = {name for name in names if not name.endswith(computed(file))}
@@ -59,7 +59,7 @@ def needed(file: File, arrays: Arrays) -> list[str]:
     """Names that a model cannot do without."""
     others = tuple(beginning for beginning in file.left_out if beginning != "layers.")
     names = [name for name in arrays if not name.removeprefix("module.").startswith(others)]
-    # A file without registers is one of the layout without them, and is told as that.
+    # A file without registers is one of the layout without them, and is reported as that.
     return [name for name in names if not name.endswith((*computed(file), "register_tokens"))]
 
 
@@ -220,7 +220,7 @@ def test_files_of_another_family(name: str, model: tuple[str, int, Any], message
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_other_files_are_told_for_what_they_are(names: list[str], what: str, tmp_path: Path) -> None:
+def test_other_files_are_reported_as_what_they_are(names: list[str], what: str, tmp_path: Path) -> None:
     torch.save({name: torch.zeros(1, 1, 1, 1) for name in names}, tmp_path / "a.pth")
     message = refused(create("vit_base_patch16_224", 32, **VIT), tmp_path / "a.pth")
     assert f"a.pth: holds {what}" in message

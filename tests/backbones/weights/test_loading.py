@@ -232,7 +232,7 @@ def test_lenient_is_no_license_for_weights_of_nothing_alike(tiny_vit: MakeVit, t
 
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("lenient", [False, True])
-def test_a_number_that_is_none_is_told(number: float, lenient: bool, tiny_vit: MakeVit, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_raise(number: float, lenient: bool, tiny_vit: MakeVit, tmp_path: Path) -> None:
     state = tiny_vit(num_classes=3).state_dict()
     state["head.weight"][0, 0] = number  # left out: no matter
     save_file(state, tmp_path / "a.safetensors")

@@ -72,7 +72,7 @@ def _published_shape(name: str) -> tuple[int, Any, int]:
     }[kind]  # fmt: skip
 
 
-def test_a_short_name_says_the_preprocessing() -> None:
+def test_a_short_name_has_its_preprocessing() -> None:
     moco, jax = (preprocessing_of(BackboneConfig(name=name)) for name in ("mocov3_b16", "sup_b16_ft384"))
     assert (moco.image_size, moco.mean, moco.std, moco.interpolation) == (224, *IMAGENET[1:], "bilinear")
     assert (jax.image_size, jax.mean, jax.std, jax.interpolation) == (384, *HALF[1:], "bicubic")

@@ -91,11 +91,11 @@ def test_id_that_is_no_id(write, opened, value):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ('{"a.png": 1,\n "b.png" 2}', r"train\.json:2: is not JSON \(Expecting ':' delimiter\); fix the syntax"),
         ("[1]", "holds a list; use an object of 'relative.path': class id"),
-        ("3", "holds a int; an object"),
+        ("3", "holds a int; use an object"),
         ("{}", "train.json: holds no image; add a 'relative/path': class id"),
         ('{"a.png": 1, "a.png": 2}', "train.json: 'a.png': occurs twice; remove one"),
         ('{"gone.png": 1}', "train.json: 'gone.png': there is no file 'gone.png' in .*; restore it"),
@@ -103,10 +103,10 @@ def test_id_that_is_no_id(write, opened, value):
         ('{"../a.png": 1}', "train.json: '../a.png': path '../a.png' leaves the dataset's folder"),
     ],
 )
-def test_bad_file(write, opened, tmp_path, text, says):
+def test_bad_file(write, opened, tmp_path, text, message):
     write(val={"a.png": 1})
     (tmp_path / "train.json").write_text(text)
-    refused(opened, says)
+    refused(opened, message)
 
 
 def test_a_fraction_is_that_of_its_own_file(write, opened):

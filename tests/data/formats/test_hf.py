@@ -164,7 +164,7 @@ def test_splits_must_agree(tmp_path, opened):
     other = part([1], [0], datasets.ClassLabel(names=["dog", "cat"]))
     plain = part([1], [0]).rename_column("kind", "sort")
     blind = part([1], [0]).rename_column("picture", "image")
-    for name, val, says in (
+    for name, val, message in (
         ("order", other, "split 'val': the classes of column 'kind' differ from those of train"),
         ("label", plain, "split 'val': has no column 'kind'; valid: picture, sort"),
         ("image", blind, "split 'val': column 'picture' is not an Image column"),
@@ -172,7 +172,7 @@ def test_splits_must_agree(tmp_path, opened):
         for split_name, saved in (("train", part([1, 2], [0, 1])), ("validation", val)):
             saved.save_to_disk(tmp_path / name / split_name)
         (tmp_path / name / "dataset_dict.json").write_text('{"splits": ["train", "validation"]}')
-        refused(opened, says, root=str(tmp_path / name))
+        refused(opened, message, root=str(tmp_path / name))
 
 
 def test_no_split_to_train_on(tmp_path, opened):

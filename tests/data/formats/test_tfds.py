@@ -150,7 +150,7 @@ def test_labels_are_read_when_asked_for(copies: dict[str, Path], monkeypatch: py
 
 
 def test_tensorflow_is_never_imported(copies: dict[str, Path], tmp_path: Path) -> None:
-    """A stand-in tells when it is imported, in workers too; without it, nothing is missed either."""
+    """A stand-in shows when it is imported, in workers too; without it, nothing is missed either."""
     fake = tmp_path / "fake" / "tensorflow"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text(
@@ -199,8 +199,10 @@ def refused(task: str, root: Path, message: str, **settings: Any) -> None:
 
 
 def test_other_counts_than_the_published_are_refused(copies: dict[str, Path]) -> None:
-    said = "split 'test' of task 'dtd': 60 images, and the published one has 1,880; complete .* data.check_counts=false"
-    refused("dtd", copies["tfrecord"], said, check_counts=True)
+    message = (
+        "split 'test' of task 'dtd': 60 images, and the published one has 1,880; complete .* data.check_counts=false"
+    )
+    refused("dtd", copies["tfrecord"], message, check_counts=True)
 
 
 def test_what_is_not_prepared_is_reported(tmp_path: Path, copies: dict[str, Path]) -> None:

@@ -100,7 +100,7 @@ def test_train_list_is_needed(folder, opened):
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ("a/0.png", "'a/0.png' has no label; write 'relative/path label'"),
         ("a/0.png cat", "label 'cat' is not a class number; write"),
@@ -109,16 +109,16 @@ def test_train_list_is_needed(folder, opened):
         ("a/0.png -1", "label -1 is negative; labels count from 0"),
         ("a/9.png 0", "there is no file 'a/9.png' in .* or .*images; restore it or remove its entry"),
         ("a 0", "there is no file 'a'"),
-        ("../secret.png 0", "path '../secret.png' leaves the dataset's folder; give it relative"),
+        ("../secret.png 0", "path '../secret.png' leaves the dataset's folder; use a path relative"),
         ("a/../../x.png 0", "leaves the dataset's folder"),
         ("/etc/passwd 0", "path '/etc/passwd' leaves"),
         ("a/0\0.png 0", "there is no file"),
     ],
 )
-def test_line_is_refused(folder, opened, line, says):
+def test_line_is_refused(folder, opened, line, message):
     with (folder / "train800.txt").open("a") as file:
         file.write(line + "\n")
-    refused(opened, rf"^{re.escape(str(folder / 'train800.txt'))}:4: .*{says}")
+    refused(opened, rf"^{re.escape(str(folder / 'train800.txt'))}:4: .*{message}")
 
 
 def test_label_beyond_the_class_names(folder, opened):
@@ -126,10 +126,10 @@ def test_label_beyond_the_class_names(folder, opened):
     refused(opened, "train800.txt:2: label 1 is out of range: 1 classes have the labels 0 to 0; .*classes.txt")
 
 
-@pytest.mark.parametrize(("text", "says"), [("", "lists no class"), ("cat\ndog\ncat\n", "class 'cat' occurs twice")])
-def test_bad_class_names(folder, opened, text, says):
+@pytest.mark.parametrize(("text", "message"), [("", "lists no class"), ("cat\ndog\ncat\n", "class 'cat' occurs twice")])
+def test_bad_class_names(folder, opened, text, message):
     (folder / "classes.txt").write_text(text)
-    refused(opened, f"classes.txt: {says}; give each class one line, or remove the file")
+    refused(opened, f"classes.txt: {message}; use one line for each class, or remove the file")
 
 
 def test_empty_list(folder, opened):
