@@ -1,16 +1,20 @@
 # make quickstart: set up .venv and watch VPT tune a small pretrained ViT to handwritten digits.
-# make test:       set up .venv, check style and types, run the tests with coverage.
-# The first of these that runs and is new enough (a name alone may be a version manager's empty shim).
+# make check:      set up .venv, check style and types, run the tests that start no other processes: minutes.
+# make test:       the same with all tests, and their coverage; what continuous integration runs.
+# The first of these that runs and is new enough (a name may be a version manager's empty shim).
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
-# Tests are shared out over so many processes, each of which computes with one thread.
+# Processes that run the tests, each with one thread.
 WORKERS ?= 2
 
-.PHONY: quickstart test lint setup benchmark clean
+.PHONY: quickstart check test lint setup benchmark clean
 
 quickstart: .venv/.installed
-	$(BIN)/dist-vpt train configs/quickstart.yaml run.dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+	$(BIN)/dist-vpt train quickstart run.dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+check: .venv/.installed-dev lint
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not (gpu or distributed or slurm or slow)" $(TESTS)
 
 test: .venv/.installed-dev lint
 	$(BIN)/coverage erase
@@ -25,14 +29,14 @@ lint: .venv/.installed-dev
 setup: .venv/.installed
 
 benchmark: .venv/.installed
-	$(BIN)/python benchmarks/step.py configs/method/vpt_deep.yaml runtime.precision=bf16
+	$(BIN)/python benchmarks/step.py vpt_deep runtime.precision=bf16
 
 .venv/.made:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.installed: .venv/.made pyproject.toml
+.venv/.installed: .venv/.made pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 

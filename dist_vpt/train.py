@@ -1,10 +1,17 @@
 """``accelerate launch -m dist_vpt.train RECIPE... a.b=c``: the entry point of every launcher, without any logic."""
 
 import sys
+from collections.abc import Sequence
 
-from dist_vpt.cli.main import main
+from dist_vpt.cli.main import main as run_command
 
 # Nothing heavy is imported here: the data loader's workers import this module again, as their main one.
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``dist-vpt train`` with these arguments; returns the exit code."""
+    return run_command(["train", *(sys.argv[1:] if argv is None else argv)])
+
+
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main())

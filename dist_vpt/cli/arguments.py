@@ -5,7 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 RECIPE = "RECIPE|a.b=c"
-RECIPE_HELP = "recipes, by name (dist-vpt recipe list) or file, and overrides a.b=c"
+RECIPE_HELP = (
+    "names of recipes (dist-vpt recipe list), merged by kind whatever their order; your own files, merged after them "
+    "in the order given; overrides a.b=c"
+)
 
 
 def add_command(

@@ -33,7 +33,7 @@ def list_recipes(arguments: argparse.Namespace) -> None:
 def copy(arguments: argparse.Namespace) -> None:
     from dist_vpt.recipe.shipped import copy_recipe
 
-    print(f"{copy_recipe(arguments.name, arguments.file)}: a copy; train it with dist-vpt train and this file")
+    print(copy_recipe(arguments.name, arguments.file))
 
 
 def show(arguments: argparse.Namespace) -> None:

@@ -61,7 +61,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     if "=" in arguments:
         at = arguments.index("=")
         key, value = (" ".join(arguments[part]) for part in (slice(max(at - 1, 0), at), slice(at + 1, at + 2)))
-        raise RecipeError(f"command line: {key} = {value}: an override has no spaces around =; write {key}={value}")
+        rule = f"an override has no spaces around =; write {key or 'KEY'}={value or 'VALUE'}"
+        raise RecipeError(f"command line: {key} = {value}: {rule}")
     overrides = [argument for argument in arguments if re.match(r"[A-Za-z_][\w.]*=", argument)]
     return merge_order([argument for argument in arguments if argument not in overrides]), overrides
 

@@ -13,7 +13,7 @@ from dist_vpt.recipe.schema import Recipe
 FIXES = {  # by pydantic's type of error, with the values of its context
     "bool_type": "use true or false, without quotes",
     "dict_type": "use {{KEY: VALUE}}",
-    "finite_number": "use a finite number",
+    "finite_number": "give a number other than inf and nan",
     "float_type": "use a number such as 0.1, without quotes",
     "greater_than": "use a value above {gt}",
     "greater_than_equal": "use {ge} or more",
@@ -25,7 +25,7 @@ FIXES = {  # by pydantic's type of error, with the values of its context
     "missing": "give every value of the list",
     "model_attributes_type": "use {{KEY: VALUE}}",
     "model_type": "use {{KEY: VALUE}}",
-    "string_too_short": "use a longer text, or null where the key allows it",
+    "string_too_short": "use null to leave it out",
     "string_type": "use text, in quotes if it looks like a number",
     "too_long": "leave values out",
     "too_short": "add a value",
@@ -52,7 +52,7 @@ def explain(error: Any, draft: Draft) -> list[str]:
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         rule = f"must be one of its choices; {nearest(str(value), choices)}"
     else:
-        rule = re.sub("^Input should ", "must ", error["msg"])
+        rule = re.sub("^(Input|String|Tuple|List) should ", "must ", error["msg"]).replace(" after validation", "")
         bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in context.items()}
         fix = FIXES.get(kind, "").format(**bounds)
         rule = f"{rule[0].lower()}{rule[1:]}" + (f"; {fix}" if fix else "")

@@ -17,7 +17,7 @@ def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, pare
     try:
         file = find_recipe(name, parents[-1].parent if parents else Path())
         if file.resolve() in [parent.resolve() for parent in parents]:
-            raise RecipeError(f"base: {file} inherits from itself; remove one of the two")
+            raise RecipeError(f"base: {file} inherits from itself; remove this base")
         text = _read_text(file)
     except RecipeError as error:
         draft.mistakes.append(f"{requested_by}: {error}")
@@ -44,7 +44,7 @@ def read_override(text: str, draft: Draft) -> None:
     dotted, _, raw = text.partition("=")
     keys = dotted.split(".")
     if dotted == "base":
-        rule = f"base is a key of recipe files alone; give {raw} as an argument of its own"
+        rule = f"base is a key of recipe files only; give {raw} as an argument of its own"
         draft.mistakes.append(f"{COMMAND_LINE}: {text}: {rule}")
         return
     try:
@@ -63,10 +63,10 @@ def _read_text(file: Path) -> str:
         return file.read_text(encoding="utf-8")
     except FileNotFoundError:
         siblings = [str(path) for path in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-        hint = f"; {nearest(str(file), siblings)}" if siblings else ""
+        hint = nearest(str(file), siblings) if siblings else "correct the path"
         if file.stem in {recipe.name for recipe in shipped_recipes()}:
-            hint = f"; {nearest_names(file.stem)}"
-        raise RecipeError(f"{file}: no such recipe file{hint}") from None
+            hint = nearest_names(file.stem)
+        raise RecipeError(f"{file}: no such recipe file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read: {error}") from error
 

@@ -134,7 +134,7 @@ class RuntimeConfig(Section):
     )
     compile: bool = Field(
         False,
-        description="compile each block (torch.compile); without a C compiler a line in the log says that none is used",
+        description="compile each block (torch.compile); without a C compiler it is logged and skipped",
     )
     memory_check: Literal["refuse", "warn", "ignore"] = Field(
         "refuse", description="what to do on a GPU when the estimate of `dist-vpt plan` exceeds its memory"
@@ -246,11 +246,14 @@ class Recipe(Section):
 
     def _mistakes(self) -> Iterator[str]:
         if self.optim.warmup_epochs >= self.train.epochs:
-            yield f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below train.epochs = {self.train.epochs}"
+            yield (
+                f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below train.epochs = {self.train.epochs}; "
+                "lower it or raise train.epochs"
+            )
         if self.train.batch_size % self.train.grad_accum_steps:
             yield (
                 f"train.grad_accum_steps = {self.train.grad_accum_steps}: must divide train.batch_size = "
-                f"{self.train.batch_size}"
+                f"{self.train.batch_size}; use a divisor"
             )
         if self.train.early_stop and self.data.train_on == "trainval":
             yield (

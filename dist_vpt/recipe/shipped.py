@@ -19,7 +19,7 @@ KIND_OF_FOLDER = {"backbone": "backbone", "data": "data", "vtab": "task", "fgvc"
 
 @dataclass(frozen=True)
 class ShippedRecipe:
-    """A file of configs/. Whole recipes in a folder are named with it (digits/vqt), all others by their stem alone."""
+    """A file of configs/. Whole recipes in a folder are named with it (digits/vqt), all others by their stem."""
 
     path: str  # in configs/, without .yaml
     kind: str

@@ -1,4 +1,4 @@
-"""The command line: its words, its exit codes, what it prints, and what it does not import."""
+"""The command line: its arguments, its exit codes, what it prints, and what it does not import."""
 
 import argparse
 import json
@@ -70,8 +70,8 @@ CHOICES = {
 }
 
 
-def python(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False, timeout=120)
+def python(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False, timeout=120)
 
 
 def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -85,17 +85,17 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
 def test_sub_commands_and_options() -> None:
     found: dict[str, set[str]] = {}
     for parser in _parsers(build_parser()):
-        words = set()
+        listed = set()
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 continue
             if action.option_strings:
-                words.add(max(action.option_strings, key=len))
+                listed.add(max(action.option_strings, key=len))
                 assert action.choices is None or tuple(action.choices) == CHOICES[action.option_strings[0]]
             else:
-                words.add(f"{action.metavar} {action.nargs}" if action.nargs else str(action.metavar))
+                listed.add(f"{action.metavar} {action.nargs}" if action.nargs else str(action.metavar))
             assert action.help
-        found[parser.prog] = words
+        found[parser.prog] = listed
     assert found == COMMANDS
 
 
@@ -103,10 +103,13 @@ def test_importing_the_package_and_asking_for_help_imports_no_torch() -> None:
     code = """
 import contextlib, sys
 import dist_vpt.cli.main
-commands = ("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor")
-for words in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
+commands = (
+    *("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor"),
+    *("recipe list", "launch slurm", "eval", "compress"),
+)
+for argv in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
-        dist_vpt.cli.main.main(words)
+        dist_vpt.cli.main.main(argv)
 heavy = {"torch", "timm", "numpy", "accelerate", "pydantic", "torchmetrics", "matplotlib", "jinja2", "rich"}
 heavy &= set(sys.modules)
 assert not heavy, heavy
@@ -122,7 +125,7 @@ def test_python_m_is_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         [],
         ["nonsense"],
@@ -150,9 +153,9 @@ def test_python_m_is_the_command() -> None:
     ],
     ids=" ".join,
 )
-def test_words_that_make_no_command(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_arguments_that_make_no_command(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(words)
+        main(argv)
     assert caught.value.code == 2
     assert "usage: dist-vpt" in capsys.readouterr().err
 
@@ -165,21 +168,21 @@ def test_keys_given_as_on_other_command_lines(call: str, capsys: pytest.CaptureF
         capsys.readouterr().err
     )
     assert main([call, "optim.lr", "=", "4"]) == 2
-    told = "error: command line: optim.lr = 4: an override has no spaces around =; write optim.lr=4\n"
-    assert capsys.readouterr().err == told
+    message = "error: command line: optim.lr = 4: an override has no spaces around =; write optim.lr=4\n"
+    assert capsys.readouterr().err == message
 
 
 def test_local_sh_rejects_unknown_names() -> None:
     script = Path(__file__).parents[2] / "launch" / "local.sh"
-    for words in (["zero9", "seed=1"], ["ddp", "2", "nix.yaml"], ["ddp", "2", "vpt_dep"]):
-        done = subprocess.run([script, *words], capture_output=True, text=True, check=False)
-        nothing = next(word for word in words if word in {"zero9", "nix.yaml", "vpt_dep"})
+    for argv in (["zero9", "seed=1"], ["ddp", "2", "nix.yaml"], ["ddp", "2", "vpt_dep"]):
+        done = subprocess.run([script, *argv], capture_output=True, text=True, check=False)
+        nothing = next(name for name in argv if name in {"zero9", "nix.yaml", "vpt_dep"})
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"local.sh: {nothing}: neither a strategy of launch/accelerate nor a recipe\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "files_and_overrides"),
+    ("argv", "files_and_overrides"),
     [
         (["train", "a.yaml", "x=1"], ["a.yaml", "x=1"]),
         (["train", "--debug", "a.yaml", "x=1"], ["a.yaml", "x=1"]),
@@ -187,17 +190,17 @@ def test_local_sh_rejects_unknown_names() -> None:
         (["train", "a.yaml", "x=1", "--debug"], ["a.yaml", "x=1"]),
     ],
 )
-def test_train_passes_recipe_words_on(
-    words: list[str], files_and_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+def test_train_passes_recipe_arguments_on(
+    argv: list[str], files_and_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     monkeypatch.setattr("dist_vpt.cli.train.train", lambda arguments: seen.append(arguments.recipe))
-    assert main(words) == 0
+    assert main(argv) == 0
     assert seen == [files_and_overrides]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["eval", "run", "x=1", "y=2", "--split", "val"],
         ["eval", "run", "--split", "val", "x=1", "y=2"],
@@ -206,15 +209,15 @@ def test_train_passes_recipe_words_on(
     ],
     ids=" ".join,
 )
-def test_overrides_of_eval_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_of_eval_may_stand_anywhere(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.inference.evaluate.evaluate_run", lambda *arguments: seen.append(arguments))
-    assert main(words) == 0
+    assert main(argv) == 0
     assert seen == [("run", "val", "last", ["x=1", "y=2"])]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["predict", "run", "a.png", "b.png", "--top", "3"],
         ["predict", "run", "a.png", "--top", "3", "b.png"],
@@ -222,15 +225,15 @@ def test_overrides_of_eval_may_stand_anywhere(words: list[str], monkeypatch: pyt
     ],
     ids=" ".join,
 )
-def test_images_of_predict_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_predict_may_stand_anywhere(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.inference.predict.predict", lambda *arguments: seen.append(arguments))
-    assert main(words) == 0
+    assert main(argv) == 0
     assert seen == [("run", ["a.png", "b.png"], "last", 3, None)]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["compress", "run", "--keep", "0.7", "0.5", "x=1", "y=2"],
         ["compress", "run", "x=1", "--keep", "0.7", "0.5", "--mode", "featselect", "y=2"],
@@ -238,21 +241,19 @@ def test_images_of_predict_may_stand_anywhere(words: list[str], monkeypatch: pyt
     ],
     ids=" ".join,
 )
-def test_overrides_of_compress_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_of_compress_may_stand_anywhere(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.experiments.compress.compress", lambda *arguments: seen.append(arguments))
-    assert main(words) == 0
+    assert main(argv) == 0
     assert seen == [("run", ["0.7", "0.5"], "featselect", "last", 1e-4, None, ["x=1", "y=2"])]
 
 
-@pytest.mark.parametrize(
-    "words", [["report", "a", "b", "--out", "c"], ["report", "a", "--out", "c", "b"]], ids=" ".join
-)
-def test_folders_of_report_may_stand_anywhere(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("argv", [["report", "a", "b", "--out", "c"], ["report", "a", "--out", "c", "b"]], ids=" ".join)
+def test_folders_of_report_may_stand_anywhere(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.report.tables.report", lambda *arguments, **named: seen.append((*arguments, named)))
-    assert main(words) == 0
-    assert main([*words, "--no-published"]) == 0
+    assert main(argv) == 0
+    assert main([*argv, "--no-published"]) == 0
     assert seen == [(["a", "b"], "c", {"with_published": shown}) for shown in (True, False)]
 
 
@@ -260,8 +261,8 @@ def test_recipe_show_prints_the_resolved_recipe(tmp_path: Path, capsys: pytest.C
     file = tmp_path / "a.yaml"
     file.write_text("seed: 3")
     assert main(["recipe", "show", str(file), "optim.lr=1e-3"]) == 0
-    said = yaml.safe_load(capsys.readouterr().out)
-    assert (said["seed"], said["optim"]["lr"], said["run"]["dir"]) == (3, 0.001, "runs/a")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["seed"], printed["optim"]["lr"], printed["run"]["dir"]) == (3, 0.001, "runs/a")
     assert main(["recipe", "show"]) == 0
     assert capsys.readouterr().out == load_recipe([]).to_yaml()
 
@@ -279,19 +280,19 @@ def _raising(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError("mend it"), 2), (RunFailed("mend it"), 3), (Interrupted("mend it"), 75)]
+    ("error", "code"), [(UserError("fix it"), 2), (RunFailed("fix it"), 3), (Interrupted("fix it"), 75)]
 )
 def test_a_users_mistake_is_one_message(
     error: UserError, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert run_with_exit_code(lambda: _raising(error), debug=False) == code
-    assert capsys.readouterr().err == "error: mend it\n"
+    assert capsys.readouterr().err == "error: fix it\n"
     with pytest.raises(type(error)):
         run_with_exit_code(lambda: _raising(error), debug=True)
     monkeypatch.setenv("RANK", "3")
     run_with_exit_code(lambda: _raising(error), debug=False)
-    assert capsys.readouterr().err == "[process 3] error: mend it\n"
+    assert capsys.readouterr().err == "[process 3] error: fix it\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dist_vpt import train as train_module
 from dist_vpt.backbones.build import DEMO
 from dist_vpt.cli.main import main
 from dist_vpt.recipe.loading import load_recipe
@@ -49,8 +50,8 @@ def test_unknown_key(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_wrong_type(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = fault(run, capsys, "train.epochs=many", "train.test=2")
     assert "2 mistakes in the recipe" in message
-    assert "command line: train.epochs = 'many': input should be a valid integer" in message
-    assert "command line: train.test = 2: input should be a valid boolean" in message
+    assert "command line: train.epochs = 'many': must be a valid integer" in message
+    assert "command line: train.test = 2: must be a valid boolean" in message
 
 
 def test_missing_recipe(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -181,10 +182,10 @@ def test_a_loss_that_is_not_finite(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_module_that_accelerate_launches_speaks_alike(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main([f"run.dir={run}", "train.epoch=1"]) == 2
+    assert train_module.main([f"run.dir={run}", "train.epoch=1"]) == 2
     assert "did you mean 'epochs'?" in capsys.readouterr().err
     with pytest.raises(ValueError, match="did you mean 'epochs'"):
-        train.main([f"run.dir={run}", "train.epoch=1", "--debug"])
+        train_module.main([f"run.dir={run}", "train.epoch=1", "--debug"])
     assert not run.exists()
 
 

@@ -22,7 +22,7 @@ Write = Callable[[str, str], Path]
 
 
 def refused(*overrides: str, files: tuple[Path, ...] = ()) -> list[str]:
-    """The mistakes that a recipe is refused for."""
+    """The mistakes for which a recipe is rejected."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(files, overrides)
     first, *mistakes = str(caught.value).split("\n")
@@ -63,7 +63,7 @@ def test_base_is_no_override() -> None:
     (mistake,) = refused("base=a.yaml")
     assert (
         mistake
-        == "command line: base=a.yaml: base is a key of recipe files alone; give a.yaml as an argument of its own"
+        == "command line: base=a.yaml: base is a key of recipe files only; give a.yaml as an argument of its own"
     )
 
 
@@ -202,7 +202,7 @@ def test_the_order_of_overrides_of_a_method_does_not_matter(write: Write) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "files", "overrides"),
+    ("argv", "files", "overrides"),
     [
         (["a.yaml", "b.c=1", "d.yaml"], ["a.yaml", "d.yaml"], ["b.c=1"]),
         (["/x/a=b.yaml", "seed=1"], ["/x/a=b.yaml"], ["seed=1"]),
@@ -211,8 +211,8 @@ def test_the_order_of_overrides_of_a_method_does_not_matter(write: Write) -> Non
         (["data.root=/a b=c"], [], ["data.root=/a b=c"]),
     ],
 )
-def test_files_and_overrides_are_told_apart(words: list[str], files: list[str], overrides: list[str]) -> None:
-    assert split_arguments(words) == (files, overrides)
+def test_files_and_overrides_are_distinguished(argv: list[str], files: list[str], overrides: list[str]) -> None:
+    assert split_arguments(argv) == (files, overrides)
 
 
 # Mistakes
@@ -387,7 +387,9 @@ def test_what_the_rules_allow(overrides: list[str]) -> None:
 
 def test_a_rule_over_several_keys_names_all_places(write: Write) -> None:
     file = write("a.yaml", "seed: 1\ntrain:\n  epochs: 3\noptim:\n  warmup_epochs: 4")
-    assert refused(files=(file,)) == [f"{file}:3, {file}:5: optim.warmup_epochs = 4.0: must be below train.epochs = 3"]
+    assert refused(files=(file,)) == [
+        f"{file}:3, {file}:5: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise train.epochs"
+    ]
     (mistake,) = refused("train.epochs=2", files=(file,))
     assert mistake.startswith(f"command line, {file}:5: ")
 
@@ -418,7 +420,7 @@ def test_all_rules_at_once() -> None:
 
 def test_file_and_value_mistakes_come_together(write: Write, tmp_path: Path) -> None:
     mistakes = refused("seed=x", "optim.lr=[", files=(tmp_path / "nix.yaml",))
-    assert mistakes[0] == f"command line: {tmp_path}/nix.yaml: no such recipe file"
+    assert mistakes[0] == f"command line: {tmp_path}/nix.yaml: no such recipe file; correct the path"
     assert mistakes[1].startswith("command line: optim.lr=[: the value is not valid YAML")
     assert mistakes[2].startswith("command line: seed = 'x'")
 
@@ -449,7 +451,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read" in refused(files=(tmp_path,))[0]
 
 
-def test_an_empty_file_says_nothing(write: Write) -> None:
+def test_an_empty_file_sets_nothing(write: Write) -> None:
     recipe = load_recipe([write("empty.yaml", "# nothing\n")])
     assert recipe.train == Recipe().train
     assert recipe.run.dir == "runs/empty"
@@ -492,8 +494,8 @@ def test_the_resolved_recipe_loads_again_as_an_equal_one(overrides: list[str], w
 
 
 def test_the_resolved_recipe_spells_out_every_key() -> None:
-    said = yaml.safe_load(load_recipe([]).to_yaml())
-    assert {name: set(section) for name, section in said.items() if isinstance(section, dict)} == {
+    resolved = yaml.safe_load(load_recipe([]).to_yaml())
+    assert {name: set(section) for name, section in resolved.items() if isinstance(section, dict)} == {
         name: set(type(section).model_fields)
         for name, section in load_recipe([])
         if hasattr(type(section), "model_fields")
@@ -537,13 +539,13 @@ def test_the_schema_names_every_key() -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    silent = [
+    undescribed = [
         f"{model['title']}.{key}"
         for model in _objects(json_schema())
         for key, value in model["properties"].items()
-        if not value.get("description", "").strip() and "const" not in value  # a method's own name says itself
+        if not value.get("description", "").strip() and "const" not in value  # a method's own name needs none
     ]
-    assert silent == []
+    assert undescribed == []
 
 
 def test_the_schema_file_is_up_to_date() -> None:

@@ -1,4 +1,4 @@
-"""What the recipes of configs/method and configs/backbone say of themselves in their heads."""
+"""The heads of the recipes in configs/method and configs/backbone: command, result, source and cost."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ def head(file: Path) -> str:
 
 
 def command(file: Path) -> list[str]:
-    """The words of the first command in a recipe's head."""
+    """The arguments of the first command in a recipe's head."""
     found = re.search(r"^ *# {3}dist-vpt ((?:.*\\\n# +)*.*)", file.read_text(), re.MULTILINE)
     assert found, f"{file}: no command"
     return shlex.split(re.sub(r"\\\n# +", " ", found[1]))

@@ -1,4 +1,4 @@
-"""The recipes of VTAB-1k and FGVC: one for each row, data alone, and every pair with a method loads."""
+"""The recipes of VTAB-1k and FGVC: one for each row that sets only the task, and every pair with a method loads."""
 
 import json
 import re
@@ -37,8 +37,8 @@ def test_every_pair_loads(path: Path) -> None:
             assert either.method.prompts == row.prompts  # type: ignore[union-attr]
         if method.stem == "vqt":
             assert either.method.queries == (row.queries or 1)  # type: ignore[union-attr]
-    said = load_recipe([METHODS[-1], path], ["data.root=x", "method.queries=3"])
-    assert said.method.queries == 3  # type: ignore[union-attr]
+    explicit = load_recipe([METHODS[-1], path], ["data.root=x", "method.queries=3"])
+    assert explicit.method.queries == 3  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -1,0 +1,519 @@
+"""The messages about recipes, frozen: each names the location, the key and its value, the rule and the fix.
+
+A change here is a change of what users read.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from dist_vpt.errors import RecipeError
+from dist_vpt.recipe.differences import flatten
+from dist_vpt.recipe.loading import load_recipe, split_arguments
+
+BOOLEAN = "must be a valid boolean; use true or false, without quotes"
+CHOICE = "must be one of its choices; valid: "
+INTEGER = "must be a valid integer; use a whole number such as 3, without quotes"
+LIST = "must be a valid array; use a list such as [a, b]"
+NUMBER = "must be a valid number; use a number such as 0.1, without quotes"
+TEXT = "must be a valid string; use text, in quotes if it looks like a number"
+
+# Each key with a value of a wrong type, a wrong choice or out of bounds: overrides, the value as shown, rule and fix.
+VALUES = [
+    ("seed=x", "'x'", INTEGER),
+    ("seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("data.format=x", "'x'", CHOICE + "digits, fgvc_json, hf, image_folder, tfds, vtab_folder"),
+    ("data.train_on=x", "'x'", CHOICE + "train, trainval"),
+    ("data.fraction=x", "'x'", NUMBER),
+    ("data.fraction=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("data.val_fraction=x", "'x'", NUMBER),
+    ("data.val_fraction=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("data.test_fraction=x", "'x'", NUMBER),
+    ("data.test_fraction=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("data.split_seed=x", "'x'", INTEGER),
+    ("data.split_seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("data.image_size=x", "'x'", INTEGER),
+    ("data.image_size=-1", "-1", "must be greater than or equal to 8; use 8 or more"),
+    ("data.interpolation=x", "'x'", CHOICE + "bicubic, bilinear, vpt"),
+    ("data.crop_mode=x", "'x'", CHOICE + "crop, squash"),
+    ("data.normalize=x", "'x'", CHOICE + "none, vpt, weights"),
+    ("data.mean=x", "'x'", LIST),
+    ("data.std=x", "'x'", LIST),
+    ("data.augment=x", "'x'", CHOICE + "fgvc, none"),
+    ("data.cache=x", "'x'", CHOICE + "memory, none"),
+    ("data.workers=x", "'x'", INTEGER),
+    ("data.workers=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("data.on_decode_error=x", "'x'", CHOICE + "fail, skip"),
+    ("data.absent_classes=x", "'x'", CHOICE + "allow, fail"),
+    ("data.check_counts=x", "'x'", BOOLEAN),
+    ("data.max_megapixels=x", "'x'", NUMBER),
+    ("data.max_megapixels=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("backbone.name=3", "3", TEXT),
+    ("backbone.weights=3", "3", TEXT),
+    ("backbone.load=x", "'x'", CHOICE + "lenient, strict"),
+    ("backbone.global_pool=x", "'x'", CHOICE + "avg, token"),
+    ("backbone.drop_path=x", "'x'", NUMBER),
+    ("backbone.drop_path=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("method.prompts=x", "'x'", INTEGER),
+    ("method.prompts=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.location=x", "'x'", CHOICE + "add, add-1, below, pad, prepend, prepend-pixel"),
+    ("method.deep=x", "'x'", BOOLEAN),
+    ("method.layers=x", "'x'", INTEGER),
+    ("method.layers=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.prompted_blocks=x", "'x'", CHOICE + "first, last"),
+    ("method.expand=x", "'x'", BOOLEAN),
+    ("method.shared=x", "'x'", BOOLEAN),
+    ("method.dropout=x", "'x'", NUMBER),
+    ("method.dropout=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("method.projection=x", "'x'", INTEGER),
+    ("method.projection=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.pooling=x", "'x'", CHOICE + "img_pool, imgprompt_pool, original, prompt_pool"),
+    ("method.init=x", "'x'", CHOICE + "class_token, random, tokens"),
+    ("method.extra_trainable=x", "'x'", LIST),
+    ("stream.cache=x", "'x'", CHOICE + "auto, device, disk, memory, none"),
+    ("optim.name=x", "'x'", CHOICE + "adam, adamw, sgd"),
+    ("optim.lr=x", "'x'", NUMBER),
+    ("optim.lr=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("optim.scale_lr=x", "'x'", BOOLEAN),
+    ("optim.weight_decay=x", "'x'", NUMBER),
+    ("optim.weight_decay=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("optim.momentum=x", "'x'", NUMBER),
+    ("optim.momentum=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("optim.nesterov=x", "'x'", BOOLEAN),
+    ("optim.betas=x", "'x'", LIST),
+    ("optim.eps=x", "'x'", NUMBER),
+    ("optim.eps=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("optim.clip_norm=x", "'x'", NUMBER),
+    ("optim.clip_norm=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("optim.schedule=x", "'x'", CHOICE + "constant, cosine"),
+    ("optim.warmup_epochs=x", "'x'", NUMBER),
+    ("optim.warmup_epochs=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("optim.schedule_by=x", "'x'", CHOICE + "epoch, step"),
+    ("train.epochs=x", "'x'", INTEGER),
+    ("train.epochs=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("train.batch_size=x", "'x'", INTEGER),
+    ("train.batch_size=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("train.grad_accum_steps=x", "'x'", INTEGER),
+    ("train.grad_accum_steps=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("train.eval_batch_size=x", "'x'", INTEGER),
+    ("train.eval_batch_size=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("train.eval_every=x", "'x'", INTEGER),
+    ("train.eval_every=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("train.label_smoothing=x", "'x'", NUMBER),
+    ("train.label_smoothing=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("train.class_weights=x", "'x'", CHOICE + "inv, inv_sqrt, none"),
+    ("train.data_seed=x", "'x'", INTEGER),
+    ("train.data_seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("train.early_stop.patience=x", "'x'", INTEGER),
+    ("train.early_stop.patience=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("train.early_stop.min_delta=x", "'x'", NUMBER),
+    ("train.early_stop.min_delta=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("train.test=x", "'x'", BOOLEAN),
+    ("runtime.device=x", "'x'", CHOICE + "auto, cpu"),
+    ("runtime.precision=x", "'x'", CHOICE + "bf16, fp16, fp32"),
+    ("runtime.quantize=x", "'x'", CHOICE + "int8, none"),
+    ("runtime.offload=x", "'x'", BOOLEAN),
+    ("runtime.attention=x", "'x'", CHOICE + "auto, eager, flash, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash"),
+    ("runtime.compile=x", "'x'", BOOLEAN),
+    ("runtime.memory_check=x", "'x'", CHOICE + "ignore, refuse, warn"),
+    ("runtime.deterministic=x", "'x'", BOOLEAN),
+    ("run.dir=3", "3", TEXT),
+    ("run.resume=x", "'x'", CHOICE + "auto, never"),
+    ("run.save_every=x", "'x'", INTEGER),
+    ("run.save_every=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("run.log_every=x", "'x'", INTEGER),
+    ("run.log_every=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("run.trackers=x", "'x'", LIST),
+    ("run.timeout_minutes=x", "'x'", NUMBER),
+    ("run.timeout_minutes=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("sweep.seeds=x", "'x'", LIST),
+    ("sweep.parallelize=x", "'x'", CHOICE + "batch, trials"),
+    ("method.name=mlp method.width=x", "'x'", INTEGER),
+    ("method.name=mlp method.width=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=vqt method.queries=x", "'x'", INTEGER),
+    ("method.name=vqt method.queries=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=vqt method.blocks=x", "'x'", LIST),
+    ("method.name=vqt method.normalize=x", "'x'", BOOLEAN),
+    ("method.name=vqt method.form=x", "'x'", CHOICE + "absorbed, auto, projected"),
+    ("method.name=vqt method.keep=x", "'x'", INTEGER),
+    ("method.name=vqt method.keep=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=side method.channels=x", "'x'", INTEGER),
+    ("method.name=side method.channels=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=lora method.rank=x", "'x'", INTEGER),
+    ("method.name=lora method.rank=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=lora method.alpha=x", "'x'", NUMBER),
+    ("method.name=lora method.alpha=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("method.name=lora method.targets=x", "'x'", LIST),
+    ("method.name=adapter method.style=x", "'x'", CHOICE + "houlsby, pfeiffer"),
+    ("method.name=adapter method.bottleneck=x", "'x'", INTEGER),
+    ("method.name=adapter method.bottleneck=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=adaptformer method.scale=x", "'x'", NUMBER),
+    ("method.name=adaptformer method.scale=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("method.name=cls method.reinit=x", "'x'", BOOLEAN),
+]
+
+# All other mistakes: files in the current folder, arguments, and the messages.
+MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
+    ({"a.yaml": "sed: 3"}, ["a.yaml"], ["a.yaml:1: sed = 3: unknown key; did you mean 'seed'?"]),
+    (
+        {"a.yaml": "seed: 1\noptim:\n  momentun: 0.9"},
+        ["a.yaml"],
+        ["a.yaml:3: optim.momentun = 0.9: unknown key; did you mean 'momentum'?"],
+    ),
+    (
+        {"a.yaml": "method: {name: linear, prompts: 5}"},
+        ["a.yaml"],
+        ["a.yaml:1: method.prompts = 5: unknown key; valid: name"],
+    ),
+    ({"a.yaml": "optim.lr: 3"}, ["a.yaml"], ["a.yaml:1: optim.lr = 3: unknown key; did you mean 'optim'?"]),
+    (
+        {"a.yaml": "on: 3"},
+        ["a.yaml"],
+        [
+            (
+                "a.yaml:1: on = 3: unknown key; valid: backbone, base, data, method, optim, run, runtime, seed, "
+                "stream, sweep, train"
+            )
+        ],
+    ),
+    ({}, ["train.epoch=3"], ["command line: train.epoch = 3: unknown key; did you mean 'epochs'?"]),
+    ({"a.yaml": "train: 3"}, ["a.yaml"], ["a.yaml:1: train = 3: must be an object; use {KEY: VALUE}"]),
+    ({"a.yaml": "method: linear"}, ["a.yaml"], ["a.yaml:1: method = 'linear': must be an object; use {KEY: VALUE}"]),
+    (
+        {"a.yaml": "train: {early_stop: 3}"},
+        ["a.yaml"],
+        ["a.yaml:1: train.early_stop = 3: must be an object; use {KEY: VALUE}"],
+    ),
+    (
+        {},
+        ["seed=null"],
+        ["command line: seed = None: must be a valid integer; use a whole number such as 3, without quotes"],
+    ),
+    (
+        {},
+        ["optim.lr=.inf"],
+        ["command line: optim.lr = inf: must be a finite number; give a number other than inf and nan"],
+    ),
+    ({}, ["optim.betas=[0.9]"], ["command line: optim.betas.1 = [0.9]: field required; give every value of the list"]),
+    ({}, ["optim.betas=[1.0, 0.9]"], ["command line: optim.betas.0 = 1.0: must be less than 1; use a value below 1"]),
+    (
+        {},
+        ["optim.betas=[0.9, 0.9, 0.9]"],
+        ["command line: optim.betas = [0.9, 0.9, 0.9]: must have at most 2 items, not 3; leave values out"],
+    ),
+    (
+        {},
+        ["run.trackers=[tensorbord]"],
+        ["command line: run.trackers.0 = 'tensorbord': must be one of its choices; did you mean 'tensorboard'?"],
+    ),
+    ({}, ["run.dir=''"], ["command line: run.dir = '': must have at least 1 character; use null to leave it out"]),
+    ({}, ["sweep.seeds=[]"], ["command line: sweep.seeds = []: must have at least 1 item, not 0; add a value"]),
+    ({}, ["sweep.seeds=[1, 1]"], ["command line: sweep: seeds = [1, 1]: must differ; give each once"]),
+    ({}, ["sweep.grid=3"], ["command line: sweep.grid = 3: must be an object; use {KEY: VALUE}"]),
+    ({}, ["sweep.grid.optim.lr=3"], ["command line: sweep: grid.optim.lr = 3: must be a list with at least one value"]),
+    (
+        {},
+        ["sweep.grid.optim.lr=[]"],
+        ["command line: sweep: grid.optim.lr = []: must be a list with at least one value"],
+    ),
+    (
+        {},
+        ["sweep.grid.optim.lr=[1, 1]"],
+        ["command line: sweep: grid.optim.lr = [1, 1]: must be plain values, each given once"],
+    ),
+    ({}, ["sweep.grid.seed=[1]"], ["command line: sweep: grid.seed: is set by the sweep; leave it out"]),
+    ({}, ["method.name=vppt"], ["command line: method.name = 'vppt': not a method; did you mean 'vpt'?"]),
+    (
+        {},
+        ["method.name=3"],
+        [
+            (
+                "command line: method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, linear, "
+                "lora, mlp, partial, side, ssf, vpt, vqt"
+            )
+        ],
+    ),
+    (
+        {},
+        ["runtime.activation_checkpointing=every"],
+        [
+            (
+                "command line: runtime.activation_checkpointing: 'every': must be none, mlp, block, every-N (such as "
+                "every-2) or budget-F (budget-0.5)"
+            )
+        ],
+    ),
+    (
+        {},
+        ["optim.nesterov=true", "optim.name=adam"],
+        [
+            (
+                "command line: optim: nesterov = true: needs name = sgd and momentum above 0, not name = adam and "
+                "momentum = 0.9; set them, or nesterov=false"
+            )
+        ],
+    ),
+    (
+        {},
+        ["optim.warmup_epochs=5", "train.epochs=5"],
+        [("command line: optim.warmup_epochs = 5.0: must be below train.epochs = 5; lower it or raise train.epochs")],
+    ),
+    (
+        {},
+        ["train.batch_size=10", "train.grad_accum_steps=3"],
+        ["command line: train.grad_accum_steps = 3: must divide train.batch_size = 10; use a divisor"],
+    ),
+    (
+        {},
+        ["train.early_stop={}", "data.train_on=trainval"],
+        [
+            (
+                "command line: train.early_stop needs a validation split, and data.train_on = trainval leaves none: "
+                "set data.train_on=train or train.early_stop=null"
+            )
+        ],
+    ),
+    (
+        {},
+        ["backbone.drop_path=0.1", "method.name=linear"],
+        [
+            (
+                "command line: backbone.drop_path = 0.1: method.name = linear trains nothing in the backbone; set "
+                "backbone.drop_path=0"
+            )
+        ],
+    ),
+    (
+        {},
+        ["runtime.activation_checkpointing=block", "method.name=linear"],
+        [
+            (
+                "command line: runtime.activation_checkpointing = block: method.name = linear keeps no activations of"
+                " the backbone; leave it out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["runtime.offload=true", "method.name=vqt"],
+        [
+            (
+                "command line: runtime.offload = True: method.name = vqt keeps no activations of the backbone; leave "
+                "it out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["runtime.quantize=int8", "method.name=full"],
+        [
+            (
+                "command line: runtime.quantize = int8: method.name = full trains the blocks' weights; set "
+                "runtime.quantize=none"
+            )
+        ],
+    ),
+    (
+        {},
+        ["runtime.quantize=int8", "method.name=vqt"],
+        [
+            (
+                "command line: runtime.quantize = int8: method.name = vqt reads the blocks' weights itself; set "
+                "runtime.quantize=none"
+            )
+        ],
+    ),
+    (
+        {},
+        ["runtime.compile=true", "runtime.activation_checkpointing=budget-0.5"],
+        [
+            (
+                "command line: runtime.compile = true with runtime.activation_checkpointing = budget-0.5: a budget "
+                "cannot choose among the operations of a compiled block; use mlp, block or every-N, or compile=false"
+            )
+        ],
+    ),
+    (
+        {"a.yaml": "seed: 1\ntrain:\n  epochs: 3\noptim:\n  warmup_epochs: 4"},
+        ["a.yaml"],
+        [
+            (
+                "a.yaml:3, a.yaml:5: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise "
+                "train.epochs"
+            )
+        ],
+    ),
+    (
+        {"a.yaml": "seed: 1\ntrain:\n  epochs: 3\noptim:\n  warmup_epochs: 4"},
+        ["a.yaml", "train.epochs=2"],
+        [
+            (
+                "command line, a.yaml:5: optim.warmup_epochs = 4.0: must be below train.epochs = 2; lower it or raise"
+                " train.epochs"
+            )
+        ],
+    ),
+    (
+        {},
+        ["train.epochs=0", "train.grad_accum_steps=3", "optim.lrr=1"],
+        [
+            "command line: optim.lrr = 1: unknown key; did you mean 'lr'?",
+            "command line: train.epochs = 0: must be greater than or equal to 1; use 1 or more",
+            "command line: train.grad_accum_steps = 3: must divide train.batch_size = 64; use a divisor",
+        ],
+    ),
+    (
+        {"a.yaml": "a: ["},
+        ["a.yaml"],
+        ["a.yaml:1: not valid YAML: expected the node content, but found '<stream end>'; correct the syntax"],
+    ),
+    (
+        {"a.yaml": "seed: 1\noptim:\n\tlr: 1"},
+        ["a.yaml"],
+        ["a.yaml:3: not valid YAML: found character '\\t' that cannot start any token; correct the syntax"],
+    ),
+    ({"a.yaml": "seed: 1\nseed: 2"}, ["a.yaml"], ["a.yaml:2: not valid YAML: duplicate key seed; keep one of the two"]),
+    (
+        {"a.yaml": "seed: !!int x"},
+        ["a.yaml"],
+        ["a.yaml: not valid YAML: invalid literal for int() with base 10: 'x'; correct the syntax"],
+    ),
+    (
+        {"a.yaml": "seed: !!python/object:os.system x"},
+        ["a.yaml"],
+        [
+            (
+                "a.yaml:1: not valid YAML: could not determine a constructor for the tag "
+                "'tag:yaml.org,2002:python/object:os.system'; correct the syntax"
+            )
+        ],
+    ),
+    (
+        {"a.yaml": "seed: 1\n---\nseed: 2"},
+        ["a.yaml"],
+        ["a.yaml:2: not valid YAML: but found another document; correct the syntax"],
+    ),
+    (
+        {"a.yaml": "- 1"},
+        ["a.yaml"],
+        ["a.yaml:1: a recipe is a mapping of keys to values, not a list; write key: value"],
+    ),
+    ({"b.yaml": "seed: 1"}, ["a.yaml"], ["command line: a.yaml: no such recipe file; did you mean 'b.yaml'?"]),
+    ({}, ["a.yaml"], ["command line: a.yaml: no such recipe file; correct the path"]),
+    (
+        {},
+        ["configs/method/vqt.yaml"],
+        ["command line: configs/method/vqt.yaml: no such recipe file; did you mean 'vqt'?"],
+    ),
+    (
+        {},
+        ["vpt_dep"],
+        [
+            (
+                "command line: vpt_dep: neither a file nor the name of a recipe; did you mean 'vpt_deep' or "
+                "'digits/vpt_deep'?"
+            )
+        ],
+    ),
+    (
+        {},
+        ["vpt-deep"],
+        [
+            (
+                "command line: vpt-deep: neither a file nor the name of a recipe; did you mean 'vpt_deep' or "
+                "'digits/vpt_deep'?"
+            )
+        ],
+    ),
+    (
+        {},
+        ["digits/vpt"],
+        [
+            (
+                "command line: digits/vpt: neither a file nor the name of a recipe; did you mean 'digits/vqt' or "
+                "'digits/vpt_deep' or 'digits/vpt_shallow'?"
+            )
+        ],
+    ),
+    (
+        {},
+        ["nonsense"],
+        [("command line: nonsense: neither a file nor the name of a recipe; `dist-vpt recipe list` shows all names")],
+    ),
+    (
+        {"a.yaml": "base: vpt_dep"},
+        ["a.yaml"],
+        [("a.yaml:1: vpt_dep: neither a file nor the name of a recipe; did you mean 'vpt_deep' or 'digits/vpt_deep'?")],
+    ),
+    (
+        {"a.yaml": "\nbase: b.yaml", "bb.yaml": ""},
+        ["a.yaml"],
+        ["a.yaml:2: b.yaml: no such recipe file; did you mean 'bb.yaml'?"],
+    ),
+    ({"a.yaml": "base: a.yaml"}, ["a.yaml"], ["a.yaml:1: base: a.yaml inherits from itself; remove this base"]),
+    (
+        {"a.yaml": "base: b.yaml", "b.yaml": "base: a.yaml"},
+        ["a.yaml"],
+        ["b.yaml:1: base: a.yaml inherits from itself; remove this base"],
+    ),
+    (
+        {"a.yaml": "base: 3"},
+        ["a.yaml"],
+        ["a.yaml:1: base = 3: must be a recipe file or a list of them; write base: [FILE, FILE]"],
+    ),
+    (
+        {},
+        ["base=a.yaml"],
+        [("command line: base=a.yaml: base is a key of recipe files only; give a.yaml as an argument of its own")],
+    ),
+    ({}, ["optim.lr=["], ["command line: optim.lr=[: the value is not valid YAML; quote it"]),
+    ({}, ["optim.lr", "=", "4"], ["command line: optim.lr = 4: an override has no spaces around =; write optim.lr=4"]),
+    ({}, ["="], ["command line:  = : an override has no spaces around =; write KEY=VALUE"]),
+]
+
+
+def messages(arguments: list[str]) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(*split_arguments(arguments))
+    first, *mistakes = str(caught.value).split("\n")
+    return [mistake.strip() for mistake in mistakes] if mistakes else [first]
+
+
+@pytest.mark.parametrize(("overrides", "shown", "rule"), VALUES, ids=[overrides for overrides, *_ in VALUES])
+def test_a_value_that_a_key_does_not_take(overrides: str, shown: str, rule: str) -> None:
+    key = overrides.rsplit(" ", maxsplit=1)[-1].partition("=")[0]
+    assert messages(overrides.split(" ")) == [f"command line: {key} = {shown}: {rule}"]
+
+
+def test_the_list_has_every_key() -> None:
+    listed = {overrides.split(" ")[-1].partition("=")[0] for overrides, *_ in VALUES}
+    methods = sorted(
+        {tag for overrides, *_ in VALUES for tag in overrides.split(" ") if tag.startswith("method.name=")}
+    )
+    recipes = [load_recipe([], ["train.early_stop={}", *each]) for each in ([], *([method] for method in methods))]
+    keys = {key for recipe in recipes for key, _ in flatten(recipe)}
+    elsewhere = (
+        "data.task",
+        "data.root",
+        "data.hf.",
+        "stream.dir",
+        "sweep.grid.",
+        "method.name",
+        "runtime.activation_checkpointing",
+    )
+    assert {key for key in keys if not key.startswith(elsewhere)} == listed
+
+
+@pytest.mark.parametrize(("files", "arguments", "expected"), MISTAKES)
+def test_mistakes(
+    files: dict[str, str],
+    arguments: list[str],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert messages(arguments) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
