@@ -14,7 +14,7 @@ import torch
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, WeightsError
 from dist_vpt.methods import attach
 from dist_vpt.methods.config import VPTConfig
-from dist_vpt.runs import state
+from dist_vpt.runs import adapters, state
 from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
 from dist_vpt.training import engine
 from tests.forks import command
@@ -213,7 +213,7 @@ def test_a_full_disk_at_the_end_says_where_the_run_would_go_on(tmp_path: Path) -
     once = ("train.batch_size=500", "train.epochs=1", "train.test=false", "run.trackers=[]")
     with pytest.MonkeyPatch.context() as patch:
         no_space(0, 100, patch)
-        patch.setattr(state, "write_atomically", full)
+        patch.setattr(adapters, "write_atomically", full)
         with pytest.raises(RunFailed, match=r"results cannot be written .* run.resume=auto resumes from the beginning"):
             train(tmp_path / "run", *once)
     train(tmp_path / "run", *once, "run.resume=auto")
