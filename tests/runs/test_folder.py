@@ -73,13 +73,13 @@ def refused(folder: RunFolder, *overrides: str) -> str:
 def test_a_new_folder_gets_the_recipe_and_where_it_came_from(folder: RunFolder) -> None:
     with folder.claimed(recipe(folder, "optim.lr=0.3")) as done:
         assert not done
-        said = folder.status()
-        assert said["status"] == "running"
-        assert said["pid"] == os.getpid()
-        assert said["versions"] == versions()
-        assert said["git"] == git_revision()
-        assert said["command"]
-        assert said["started"] == said["updated"]
+        status = folder.status()
+        assert status["status"] == "running"
+        assert status["pid"] == os.getpid()
+        assert status["versions"] == versions()
+        assert status["git"] == git_revision()
+        assert status["command"]
+        assert status["started"] == status["updated"]
         assert folder.load() == recipe(folder, "optim.lr=0.3")
         folder.mark("done", more=1)
     assert folder.status()["status"] == "done"
@@ -102,8 +102,8 @@ def test_a_used_folder_is_refused(folder: RunFolder, status: str) -> None:
 
 def test_a_used_folder_goes_on_with_auto(folder: RunFolder) -> None:
     with pytest.raises(Interrupted):
-        use(folder, then=Interrupted("told to stop"))
-    assert folder.status()["reason"] == "told to stop"
+        use(folder, then=Interrupted("stopped by a signal"))
+    assert folder.status()["reason"] == "stopped by a signal"
     started = folder.status()["started"]
     with folder.claimed(recipe(folder, "run.resume=auto")) as done:
         assert not done
@@ -408,10 +408,10 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """A git repository that the package believes to lie in; gives git's answers."""
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         return subprocess.run(
-            ["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
         ).stdout.strip()
 
     git("init", "-q")

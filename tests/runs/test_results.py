@@ -83,7 +83,7 @@ def test_a_line_that_was_cut_off_is_told_and_loses_nothing_else(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"task": None}, "task: Input should be a valid string"),
         ({"seconds": -1}, "seconds: Input should be greater than or equal to 0"),
@@ -93,13 +93,15 @@ def test_a_line_that_was_cut_off_is_told_and_loses_nothing_else(tmp_path: Path) 
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_line_that_breaks_a_rule_is_told_with_its_place(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_line_that_breaks_a_rule_is_reported_with_its_line(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "results.jsonl"
     line = result("bad").model_dump(mode="json") | change
     file.write_text(json.dumps(line) + "\n\n" + result("good").model_dump_json() + "\n")
     found, wrong = read(file)
     assert [each.run for each in found] == ["good"]
-    assert [line.startswith(f"{file}:1: {told}") for line in wrong] == [True]
+    assert [line.startswith(f"{file}:1: {message}") for line in wrong] == [True]
 
 
 def test_keys_of_later_versions_are_passed_over(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("point", ["tensors", "json", "rename", "prune"])
 def test_a_kill_during_a_save_loses_at_most_that_save(point: str, stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    killed = command(["train", *words(folder, *OPTIONS)], tmp_path / "told.txt", before=lambda rank: kill_at(point))
+    killed = command(["train", *words(folder, *OPTIONS)], tmp_path / "output.txt", before=lambda rank: kill_at(point))
     assert killed.finish() == [-signal.SIGKILL], killed.output
     names = sorted(path.name for path in (folder / "state").glob("step-*"))
     assert names[-1] in ("step-00000003", "step-00000004")
@@ -144,9 +144,9 @@ def test_a_damaged_newest_state_is_set_aside_with_a_warning(
     damage(folder / "state" / "step-00000006" / file)
     before = files(folder / "state" / "step-00000006")
     train(folder, *OPTIONS, "run.resume=auto")
-    told = (folder / "train.log").read_text()
-    assert re.search(rf"warning: .*step-00000006 is damaged \(.*{reason}", told)
-    assert "set aside as damaged-step-00000006; resuming from step-00000005 before it" in told
+    log = (folder / "train.log").read_text()
+    assert re.search(rf"warning: .*step-00000006 is damaged \(.*{reason}", log)
+    assert "set aside as damaged-step-00000006; resuming from step-00000005 before it" in log
     assert files(folder / "state" / "damaged-step-00000006") == before
     assert metrics(folder) == metrics(stopped / "whole")
 
@@ -176,9 +176,9 @@ def test_a_full_disk_fails_a_save_and_not_the_run(stopped: Path, tmp_path: Path)
     with pytest.MonkeyPatch.context() as patch:
         no_space(3, 2, patch)
         train(tmp_path / "run", *OPTIONS)
-    told = (tmp_path / "run" / "train.log").read_text()
-    assert "warning: the state of step 4 could not be saved ([Errno 28] No space left on device: " in told
-    assert told.count("training continues, and would resume from step 3; free space for ") == 2
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "warning: the state of step 4 could not be saved ([Errno 28] No space left on device: " in log
+    assert log.count("training continues, and would resume from step 3; free space for ") == 2
     assert metrics(tmp_path / "run") == metrics(stopped / "whole")
     assert states(tmp_path / "run") == ["step-00000011", "step-00000012"]
 

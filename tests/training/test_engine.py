@@ -16,7 +16,6 @@ from dist_vpt.experiments.run import run
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training import engine
 from dist_vpt.training.components import class_weights
-from dist_vpt.training.step import fold_in
 from tests.running import TINY, metrics, train
 
 LEARNS = ("optim.name=adamw", "optim.lr=0.05", "train.batch_size=50")
@@ -180,12 +179,6 @@ def test_class_weights_come_from_real_counts() -> None:
     assert root[:3] / root[0] == pytest.approx([1, math.sqrt(2), math.sqrt(6)])
     assert torch.equal(class_weights("none", labels, 3), torch.ones(3))
     assert inverse[3] == 0
-
-
-def test_seeds_of_neighbouring_steps_differ() -> None:
-    seeds = {fold_in(seed, step, rank) for seed in range(4) for step in range(50) for rank in range(4)}
-    assert len(seeds) == 800
-    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_signals_are_handed_back(tmp_path: Path) -> None:

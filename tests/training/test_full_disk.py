@@ -54,10 +54,10 @@ def test_a_disk_that_is_full_for_a_while_and_at_the_end(disk: Path, tmp_path: Pa
         found = train(folder, *OPTIONS)
     assert (found["last"], found["best"]) == (whole["last"], whole["best"])
     assert_whole(folder, tmp_path / "whole")
-    told = (folder / "train.log").read_text()
+    log = (folder / "train.log").read_text()
     for number in (7, 8):
-        assert re.search(rf"warning: the state of step {number} could not be saved \(.*No space left on device", told)
-    assert [int(n) for n in re.findall(r"  step (\d+)/12", told)] == list(range(1, 13)), "no line of the log is lost"
+        assert re.search(rf"warning: the state of step {number} could not be saved \(.*No space left on device", log)
+    assert [int(n) for n in re.findall(r"  step (\d+)/12", log)] == list(range(1, 13)), "no line of the log is lost"
 
     folder = disk / "other"
     with pytest.MonkeyPatch.context() as patch:
@@ -75,6 +75,6 @@ def assert_whole(folder: Path, whole: Path) -> None:
     assert metrics(folder) == metrics(whole)
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
     for name in ("adapters.safetensors", "best.safetensors"):
-        ours, theirs = (read_adapters(run / name)[0] for run in (folder, whole))
-        assert all(ours[key].equal(tensor) for key, tensor in theirs.items())
+        found_tensors, whole_tensors = (read_adapters(run / name)[0] for run in (folder, whole))
+        assert all(found_tensors[key].equal(tensor) for key, tensor in whole_tensors.items())
     assert sorted(p.name for p in (folder / "state").iterdir()) == ["step-00000011", "step-00000012"]

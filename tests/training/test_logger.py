@@ -217,19 +217,19 @@ def test_a_gpu_s_memory_is_given_back_before_a_run_asks_whether_it_fits(
             patch.setattr(torch.cuda, name, lambda name=name: called.append(name))
         free_and_reset_peak()
     assert called == ["empty_cache", "reset_peak_memory_stats"]
-    for module, words in ((run_module, ()), (build_trials, ("method.name=linear",))):
+    for module, overrides in ((run_module, ()), (build_trials, ("method.name=linear",))):
         asked: list[str] = []
         with monkeypatch.context() as patch:
             patch.setattr(module, "free_and_reset_peak", lambda asked=asked: asked.append("given back"))
             check = planner.check_memory
 
-            def checked(*words: Any, asked: list[str] = asked, check: Any = check) -> Any:
+            def checked(*arguments: Any, asked: list[str] = asked, check: Any = check) -> Any:
                 asked.append("asked")
-                return check(*words)
+                return check(*arguments)
 
             patch.setattr(run_module, "check_memory", checked)
-            if words:
-                recipe = load_recipe([], [*words, "data.workers=0", f"run.dir={tmp_path / 'pass'}"])
+            if overrides:
+                recipe = load_recipe([], [*overrides, "data.workers=0", f"run.dir={tmp_path / 'pass'}"])
                 made = build_trials.build_trial_group(
                     [recipe], make_accelerator(recipe), StopSignal(), tmp_path / "pass.pt", print, check_memory=checked
                 )

@@ -1,4 +1,4 @@
-"""A run goes on under another strategy and on another number of processes: as if it had stayed where it was."""
+"""A run resumes under another strategy and on another number of processes as if nothing had changed."""
 
 import json
 import signal
@@ -23,13 +23,13 @@ JOURNEYS = {  # single is one process, all others are two
 
 
 def started_as(strategy: str, folder: Path) -> str:
-    """What forks.command is told: our files, and two that users have no use for."""
+    """The strategy argument of forks.command: shipped files, and two that users have no use for."""
     if strategy in ("single", "ddp"):
         return strategy
     own = folder / f"{strategy}.json"
     if strategy == "zero0":  # DeepSpeed without sharding
         own.write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    elif strategy == "zero3_in_pieces":  # our file keeps small tensors whole
+    elif strategy == "zero3_in_pieces":  # the shipped file keeps small tensors whole
         config = json.loads((ROOT / "launch" / "accelerate" / "zero3.json").read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         own.write_text(json.dumps(config))
@@ -66,23 +66,23 @@ def test_another_strategy_and_number_of_processes(optimizer: str, tmp_path: Path
     alone = command(["train", *options, f"run.dir={tmp_path / 'alone'}"], tmp_path / "alone.txt")
     assert alone.finish(120) == [0], alone.output[-3000:]
     for number, strategy in enumerate(journey):
-        told, last = tmp_path / f"{number}.txt", number == len(journey) - 1
+        output, last = tmp_path / f"{number}.txt", number == len(journey) - 1
         before = (lambda rank: None) if last else stop_at(LEG * (number + 1))
         forks = command(
-            ["train", *options, f"run.dir={tmp_path / 'run'}"], told, started_as(strategy, tmp_path), before
+            ["train", *options, f"run.dir={tmp_path / 'run'}"], output, started_as(strategy, tmp_path), before
         )
         assert set(forks.finish(120)) == {0 if last else 75}, forks.output[-3000:]
         processes = 1 if journey[number - 1] == "single" else 2
         saved_by = f"{processes} x {journey[number - 1].partition('_')[0]}"
         assert not number or f"at step {LEG * number}, saved by {saved_by}\n" in forks.output, forks.output[-3000:]
-    ours, theirs = (step_losses(tmp_path / name) for name in ("run", "alone"))
-    assert len(ours) == len(theirs) == LEG * len(journey) // 6 * 6
-    assert ours == pytest.approx(theirs, abs=1e-4)
-    ours, theirs = (
+    found, expected = (step_losses(tmp_path / name) for name in ("run", "alone"))
+    assert len(found) == len(expected) == LEG * len(journey) // 6 * 6
+    assert found == pytest.approx(expected, abs=1e-4)
+    found, expected = (
         load_file(max((tmp_path / name / "state").glob("step-*")) / "tensors.safetensors") for name in ("run", "alone")
     )
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert float((tensor - theirs[name]).abs().max()) < 1e-4, name
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert float((tensor - expected[name]).abs().max()) < 1e-4, name
     reported = json.loads((tmp_path / "run" / "result.json").read_text())["last"]["test"]["loss"]
     assert evaluate_run(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(reported, abs=1e-5)

@@ -165,7 +165,7 @@ def test_accumulated_micro_batches_equal_whole_batches(tmp_path: Path) -> None:
         assert a.progress.last["val"]["loss"] == pytest.approx(b.progress.last["val"]["loss"], rel=1e-4)
 
 
-def test_a_diverging_trial_is_marked_and_touches_no_other(tmp_path: Path) -> None:
+def test_a_diverging_trial_is_marked_and_affects_no_other(tmp_path: Path) -> None:
     each = settings("vqt", "sgd", 3)
     each = [[w for w in some if "clip_norm" not in w] for some in each]
     wild = [*each[1], "optim.lr=1e30", "optim.scale_lr=false", "optim.warmup_epochs=0"]
@@ -218,11 +218,11 @@ def test_a_rise_is_the_same_in_float32_and_float64() -> None:
 def test_a_pass_that_was_stopped_after_its_end_computes_no_stream(tmp_path: Path) -> None:
     each = settings("linear", "sgd", 2)
     fitted(tmp_path, each)
-    said: list[str] = []
-    again = make(tmp_path, each, said.append)
+    lines: list[str] = []
+    again = make(tmp_path, each, lines.append)
     fit_trials(again)
     again.close()
-    assert not any("frozen stream" in line for line in said)
+    assert not any("frozen stream" in line for line in lines)
 
 
 def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="stopped at step 25 with its state saved; the same command resumes it"):
         fit_trials(interrupted)
     interrupted.close()
-    said: list[str] = []
-    resumed = make(tmp_path / "b", each, said.append)
-    assert any("resumed from" in line and "epoch 3" in line for line in said)
+    lines: list[str] = []
+    resumed = make(tmp_path / "b", each, lines.append)
+    assert any("resumed from" in line and "epoch 3" in line for line in lines)
     assert (resumed.epoch, resumed.progress.step) == (2, 5)
     fit_trials(resumed)
     resumed.close()
@@ -268,11 +268,11 @@ def test_a_full_disk_costs_saves_and_then_the_pass(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(trial_state, "write_atomically", full)
 
     full_at(1, 3, 4)
-    said: list[str] = []
-    spared = make(tmp_path / "spared", each, said.append)
+    lines: list[str] = []
+    spared = make(tmp_path / "spared", each, lines.append)
     fit_trials(spared)
     spared.close()
-    warnings = [line for line in said if line.startswith("warning: the state of step ")]
+    warnings = [line for line in lines if line.startswith("warning: the state of step ")]
     assert [line.split()[5] for line in warnings] == ["10", "30", "40"]
     assert "training continues, and would resume from the beginning of these trials" in warnings[0]
     assert "training continues, and would resume from the state before" in warnings[1]
@@ -283,7 +283,7 @@ def test_a_full_disk_costs_saves_and_then_the_pass(tmp_path: Path, monkeypatch: 
     with pytest.raises(RunFailed, match=r"3 states in a row could not be saved, .* resumes from the state before"):
         fit_trials(struck)
     struck.close()
-    resumed = make(tmp_path / "struck", each, said.append)
+    resumed = make(tmp_path / "struck", each, lines.append)
     assert resumed.epoch == 1
     fit_trials(resumed)
     resumed.close()
@@ -325,10 +325,10 @@ def test_a_damaged_state_and_one_of_other_trials_are_refused(tmp_path: Path) -> 
     with pytest.raises(RunFolderError, match=r"pass.pt: damaged state \(it is of other trials\)"):
         make(tmp_path, list(reversed(each)))
     (tmp_path / "pass.pt").write_bytes(b"PK\x03\x04 not a state")
-    said: list[str] = []
+    lines: list[str] = []
     with pytest.raises(RunFolderError, match=r"damaged state .* remove it to train its trials anew"):
-        make(tmp_path, each, said.append)
-    assert not any("frozen stream" in line for line in said)  # told before that is computed
+        make(tmp_path, each, lines.append)
+    assert not any("frozen stream" in line for line in lines)  # raised before that is computed
 
 
 def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
