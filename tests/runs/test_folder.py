@@ -22,6 +22,7 @@ from dist_vpt.errors import Interrupted, RunFailed, RunFolderError
 from dist_vpt.files import write_atomically
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs import folder as folder_module
 from dist_vpt.runs import provenance
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import git_revision, versions
@@ -165,7 +166,7 @@ def test_a_beginning_that_is_cut_short_leaves_a_run(folder: RunFolder, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dist_vpt.files.write_atomically", killed)
+        patch.setattr("dist_vpt.runs.folder.write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             use(folder, "run.resume=auto")
     use(folder, "run.resume=auto")
@@ -331,11 +332,11 @@ def test_a_damaged_folder(folder: RunFolder, name: str) -> None:
 
 
 def test_a_recipe_that_a_machine_sees_late(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "SEEN_SECONDS", 0.1)
+    monkeypatch.setattr(folder_module, "SEEN_SECONDS", 0.1)
     assert not folder.seen()
-    monkeypatch.setattr(folder, "SEEN_SECONDS", 90.0)
+    monkeypatch.setattr(folder_module, "SEEN_SECONDS", 90.0)
     clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: use(folder))  # which needs the true one
-    monkeypatch.setattr(folder, "time", clock)
+    monkeypatch.setattr(folder_module, "time", clock)
     assert folder.seen()
 
 
@@ -416,7 +417,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 
     git("init", "-q")
     (tmp_path / "runfolder.py").write_text("1")
-    monkeypatch.setattr(folder, "__file__", str(tmp_path / "runfolder.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "runfolder.py"))
     return git
 
 
