@@ -30,7 +30,7 @@ from step import (
     parser_of,
     rounded,
     saved_for_backward,
-    synchronise,
+    synchronize,
     synthetic_batches,
 )
 
@@ -76,10 +76,10 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
     seconds: dict[str, list[float]] = {policy: [] for policy in policies}
     for turn in range(1 + repeats):
         for policy, method in methods.items():
-            synchronise(device)
+            synchronize(device)
             began = time.perf_counter()
             micro_batch_loss(method, recipe, batch).backward()
-            synchronise(device)
+            synchronize(device)
             if turn:  # the first is warm-up
                 seconds[policy].append(time.perf_counter() - began)
             method.zero_grad()

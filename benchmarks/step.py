@@ -1,12 +1,12 @@
-"""Speed, memory and utilisation of one training step, on synthetic images.
+"""Speed, memory and utilization of one training step, on synthetic images.
 
     python benchmarks/step.py [RECIPE...] a.b=c ... [--repeats N] [--classes K] [--out DIR]
 
 Method, backbone, batch, precision, memory policy and device are the recipe's; the step is the engine's own, on a
 single process. The last line of the output is one JSON object, which also goes to a file in ``--out``:
 
-- ``step_ms``: median wall-clock time of a whole optimiser step (images to the device, forward, loss, backward,
-  update), the device synchronised before and after; the warm-up steps before it are not counted.
+- ``step_ms``: median wall-clock time of a whole optimizer step (images to the device, forward, loss, backward,
+  update), the device synchronized before and after; the warm-up steps before it are not counted.
 - ``images_per_s``: ``train.batch_size`` / ``step_ms``.
 - ``saved_for_backward_mib``: what autograd holds between forward and backward of one micro-batch, as seen by
   ``torch.autograd.graph.saved_tensors_hooks``. A storage counts once and whole, however many views of it are saved;
@@ -17,9 +17,9 @@ single process. The last line of the output is one JSON object, which also goes 
   (convolution and attention included) that forward and backward need, the backward counted as autograd runs it, so
   without the weight gradients of what is frozen. ``torch.utils.flop_counter.FlopCounterMode`` counts one micro-batch
   on fake tensors, with attention written out as its products (two forward, four backward). Element-wise work,
-  softmax, norms and the optimiser count nothing, and neither does anything that is computed a second time: by
+  softmax, norms and the optimizer count nothing, and neither does anything that is computed a second time: by
   checkpointed blocks, or by the backward of fused attention.
-- ``utilisation``: ``model_flops`` x ``images_per_s`` / the measured matrix rate (``matmul_tflops``: one large product
+- ``utilization``: ``model_flops`` x ``images_per_s`` / the measured matrix rate (``matmul_tflops``: one large product
   in the recipe's precision on the same device, the fastest of several).
 - ``machine.load``: runnable processes, averaged over the minute before the run: near 0 on a quiet machine.
 """
@@ -97,7 +97,7 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         "peak_mib": round(peak, 1),
         "model_flops": flops,
         "matmul_tflops": rounded(rate / 1e12),
-        "utilisation": rounded(flops * images_per_s / rate),
+        "utilization": rounded(flops * images_per_s / rate),
         "method": recipe.method.name,
         "method_settings": recipe.method.model_dump(mode="json", exclude={"name"}),
         "backbone": recipe.backbone.name,
@@ -176,10 +176,10 @@ def time_steps(training: TrainState, batches: list[Batch], repeats: int) -> floa
     device = training.accelerator.device
 
     def step() -> float:
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         train_step(training, batches, norms=False)
-        synchronise(device)
+        synchronize(device)
         training.progress.step += 1
         return time.perf_counter() - began
 
@@ -196,10 +196,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     fastest = float("inf")
     for _ in range(1 + repeats):
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         torch.mm(left, right)
-        synchronise(device)
+        synchronize(device)
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * side**3 / fastest
 
@@ -232,7 +232,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -266,7 +266,7 @@ def parser_of(name: str, description: str, *, repeats: int, of: str) -> argparse
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "Speed, memory and utilisation of one training step."
+    about = "Speed, memory and utilization of one training step."
     return parser_of("step.py", about, repeats=20, of="timed steps")
 
 

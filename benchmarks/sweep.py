@@ -11,7 +11,7 @@ threads, in turns, in float32 and with the frozen weights and the stream in bflo
   ``--published-batch``.
 - ``split``: the package's VQT from pixels: the frozen stream without autograd, then what the queries read of it.
 - ``cached``: the same from a cache of the frozen stream; taking a random batch's rows out of it is part of the time.
-- ``cached_trials``: T trials of their own initialisation and optimiser in one pass over such a batch.
+- ``cached_trials``: T trials of their own initialization and optimizer in one pass over such a batch.
 
 A step is forward, loss, backward and update of a batch; all but the published way are the step of ``dist-vpt sweep``.
 Before anything is timed all ways must give the same logits. The last line of the output is one JSON object, which
@@ -28,11 +28,8 @@ also goes to a file in ``--out``; numbers are by way and precision:
 """
 
 import argparse
-import math
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +47,14 @@ from step import (
     conclude,
     count,
     machine,
-    matmul_rate,
     name_on_device,
     parser_of,
     rounded,
     saved_for_backward,
-    synchronise,
     synthetic_batches,
 )
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from ways import TOLERANCE, WAYS, Numbers, Way, floor, ratios, rounded_numbers, time_in_turns
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.cli.main import run_with_exit_code
@@ -82,28 +77,14 @@ from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, step_trials
 
 DEFAULTS = Path(__file__).with_suffix(".yaml")
-WAYS = ("split", "cached", "cached_trials")
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of logits, relative; half precision rounds in every block
 FILL_BATCH = 16  # images of the stream computed at once
 # The quicker kernel for the blocks, live and published alike; on GPUs it is sdpa in both.
 CPU_ATTENTION = {"fp32": "sdpa", "bf16": "eager"}
-COPY_BYTES = {"cpu": 2**28}  # elsewhere 2^32
-Numbers = dict[str, dict[str, float]]  # by way and precision
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to train in one precision."""
-
-    step: Callable[[], None]  # forward, loss, backward and update of a batch
-    divisor: int  # images x trials of a step
-    saved: float  # MiB that autograd holds for backward, per image and trial
-    reads: int = 0  # bytes of the cache that a step reads
-
-
-def main(words: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Benchmark one recipe, print its JSON and write its file; returns the exit code."""
-    arguments = _parser().parse_intermixed_args(words)
+    arguments = _parser().parse_intermixed_args(argv)
 
     def call() -> None:
         files, overrides = split_arguments(arguments.recipe)
@@ -137,7 +118,7 @@ def benchmark(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             ways[name][precision] = way
     seconds = time_in_turns(ways, device, options.repeats)
     return {
-        "seconds_per_image_and_trial": _rounded(seconds),
+        "seconds_per_image_and_trial": rounded_numbers(seconds),
         **ratios(seconds),
         "saved_for_backward_mib": {name: {p: round(w.saved, 3) for p, w in by.items()} for name, by in ways.items()},
         "floor": floor(ways, seconds, device),
@@ -183,7 +164,7 @@ class Bench:
             cached, shared = (send_to_device(c[index_B], self.accelerator.device) for c in (self.cache, self.shared))
             seeds = [self.recipe.seed] * len(self.readers)
             found = {
-                "split": first.read_many([first], compute_stream(first.backbone, images_B3SS, first.reads), seeds[:1])[
+                "split": first.read_many([first], compute_stream(first.backbone, images_B3SS, first.spec), seeds[:1])[
                     0
                 ],
                 "cached": first.read_many([first], cached, seeds[:1])[0],
@@ -201,11 +182,11 @@ class Bench:
         return differences
 
     def ways(self, photos: Batch, batch: int, micro: int) -> dict[str, Way]:
-        """What is timed, each way with its own optimisers."""
+        """What is timed, each way with its own optimizers."""
         own_cache, shared_cache = photos.copy(), photos.copy()
         own_cache["images"], shared_cache["images"] = self.cache, self.shared
         one, many = self.readers[:1], self.readers
-        backbone, own, shared = one[0].backbone, one[0].reads, one[0].shares
+        backbone, own, shared = one[0].backbone, one[0].spec, one[0].shared_spec
         return {
             "published": self._published(photos, batch, micro),
             "split": self._trials(one, photos, batch, 0),
@@ -234,7 +215,7 @@ class Bench:
         saved = saved_for_backward(self.published, lambda: loss(first))
         return Way(step, batch, saved / MIB / micro)
 
-    def _trials(self, readers: list[VQT], kept: Batch, batch: int, reads: int) -> Way:
+    def _trials(self, readers: list[VQT], kept: Batch, batch: int, read_bytes: int) -> Way:
         trials = [
             Trial(
                 _with_seed(self.recipe, t),
@@ -264,7 +245,7 @@ class Bench:
             p.progress.step += 1
 
         saved = saved_for_backward(nn.ModuleList(readers), step)
-        return Way(step, batch * len(trials), saved / MIB / batch / len(trials), reads)
+        return Way(step, batch * len(trials), saved / MIB / batch / len(trials), read_bytes)
 
 
 def make_bench(
@@ -281,10 +262,10 @@ def make_bench(
     ]
     torch.manual_seed(recipe.seed)
     published = PublishedVQT(cast(Any, recipe.method), first.backbone, options.classes, DTYPES[precision])
-    place = accelerator.device if options.device_cache else torch.device("cpu")
+    cache_device = accelerator.device if options.device_cache else torch.device("cpu")
     cache, shared = (
-        make_cache(first.backbone, reads, photos["images"], accelerator.device, place)
-        for reads in (first.reads, first.shares)
+        make_cache(first.backbone, spec, photos["images"], accelerator.device, cache_device)
+        for spec in (first.spec, first.shared_spec)
     )
     for method in (first, *others, published):
         method.train()
@@ -292,13 +273,13 @@ def make_bench(
 
 
 def make_cache(
-    backbone: Backbone, reads: StreamSpec, images_n3SS: Tensor, device: torch.device, place: torch.device
+    backbone: Backbone, spec: StreamSpec, images_n3SS: Tensor, device: torch.device, cache_device: torch.device
 ) -> StreamCache:
     """The frozen stream of all images, computed on ``device`` and held in ``place``."""
     parts = []
     for images_B3SS in images_n3SS.split(FILL_BATCH):
-        observed = compute_stream(backbone, images_B3SS.to(device), reads)
-        parts.append(send_to_device(observed, place))
+        stream = compute_stream(backbone, images_B3SS.to(device), spec)
+        parts.append(send_to_device(stream, cache_device))
     pooled, *fields = zip(*parts, strict=True)
 
     def joined(blocks: tuple[tuple[Tensor, ...], ...]) -> tuple[Tensor, ...]:
@@ -321,69 +302,6 @@ def rows(kept: Batch, index_B: Tensor) -> Batch:
         weight=kept["weight"][index_B],
         index=kept["index"][index_B],
     )
-
-
-def time_in_turns(ways: dict[str, dict[str, Way]], device: torch.device, repeats: int) -> Numbers:
-    """Median seconds per image and trial of each way, after a first step that is not counted.
-
-    Each repeat takes one step of every way, so that what else the machine does meets all of them.
-    """
-    taken: dict[str, dict[str, list[float]]] = {name: {p: [] for p in by} for name, by in ways.items()}
-    for _ in range(1 + repeats):
-        for name, by_precision in ways.items():
-            for precision, way in by_precision.items():
-                synchronise(device)
-                began = time.perf_counter()
-                way.step()
-                synchronise(device)
-                taken[name][precision].append((time.perf_counter() - began) / way.divisor)
-    return {name: {p: statistics.median(times[1:]) for p, times in by.items()} for name, by in taken.items()}
-
-
-def ratios(seconds: Numbers) -> Numbers:
-    """How many times faster than the published way in float32, and than the published way in the same precision."""
-    published = seconds["published"]
-    against_float32 = {
-        f"ratio_{name}": {p: rounded(published["fp32"] / own) for p, own in seconds[name].items()} for name in WAYS
-    }
-    return against_float32 | {
-        f"ratio_{name}_same_precision": {p: rounded(published[p] / own) for p, own in seconds[name].items()}
-        for name in WAYS
-    }
-
-
-def floor(ways: dict[str, dict[str, Way]], seconds: Numbers, device: torch.device) -> dict[str, Any]:
-    """What the cached ways cannot be faster than on this device, and how far they are from it."""
-    bandwidth = memory_rate(device)
-    rates = {precision: matmul_rate(device, DTYPES[precision]) for precision in TOLERANCE}
-    floors: Numbers = {}
-    for name in ("cached", "cached_trials"):
-        floors[name] = {}
-        for precision, way in ways[name].items():
-            with FlopCounterMode(display=False) as counter:
-                way.step()
-            least = way.reads / bandwidth + counter.get_total_flops() / rates[precision]
-            floors[name][precision] = least / way.divisor
-    over = {name: {p: seconds[name][p] / least for p, least in by.items()} for name, by in floors.items()}
-    return {
-        "memory_gb_per_s": rounded(bandwidth / 1e9),
-        "matmul_tflops": {precision: rounded(rate / 1e12) for precision, rate in rates.items()},
-        "seconds_per_image_and_trial": _rounded(floors),
-        "time_over_floor": _rounded(over),
-    }
-
-
-def memory_rate(device: torch.device, repeats: int = 5) -> float:
-    """Bytes per second, read and written, of one large copy, the fastest of ``repeats``."""
-    source = torch.zeros(COPY_BYTES.get(device.type, 2**32), dtype=torch.uint8, device=device)
-    target, fastest = torch.zeros_like(source), math.inf
-    for _ in range(1 + repeats):
-        synchronise(device)
-        began = time.perf_counter()
-        target.copy_(source)
-        synchronise(device)
-        fastest = min(fastest, time.perf_counter() - began)
-    return 2 * source.nbytes / fastest
 
 
 def attention(device: torch.device) -> dict[str, str]:
@@ -422,10 +340,6 @@ def _with_batch(recipe: Recipe, batch: int) -> Recipe:
 
 def _with_seed(recipe: Recipe, trial: int) -> Recipe:
     return recipe.model_copy(update={"seed": recipe.seed + trial})
-
-
-def _rounded(numbers: Numbers) -> Numbers:
-    return {name: {p: rounded(value) for p, value in by.items()} for name, by in numbers.items()}
 
 
 def _parser() -> argparse.ArgumentParser:

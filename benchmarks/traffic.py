@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))  # as when this file is the script
-from step import LR, count, rounded, synchronise
+from step import LR, count, rounded, synchronize
 
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.planning.measure import make_training, synthetic_batches
@@ -104,10 +104,10 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     ]
 
     def step() -> float:
-        synchronise(accelerator.device)
+        synchronize(accelerator.device)
         began = time.perf_counter()
         train_step(training, batches, norms=False)
-        synchronise(accelerator.device)
+        synchronize(accelerator.device)
         training.progress.step += 1
         return time.perf_counter() - began
 
@@ -163,10 +163,10 @@ def time_collectives(device: torch.device, repeats: int = 10) -> dict[str, dict[
 
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     dist.barrier()
-    synchronise(device)
+    synchronize(device)
     began = time.perf_counter()
     call()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - began
 
 

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer opened at its seams, for methods that read or extend its blocks from outside.
+"""The parts of timm's blocks, for methods that read or extend them from outside.
 
 B images, N tokens, D width, H heads, E = D / H.
 """
@@ -50,13 +50,13 @@ class BlockParts:
 def unpack_block(
     module: nn.Module, number: int, fix: str = "choose another backbone, or method.name=linear"
 ) -> BlockParts:
-    """The seams of a block. Raises UserError where it computes something else than a plain pre-norm block."""
+    """The parts of a block. Raises UserError unless it is a plain pre-norm block."""
     block: Any = module
     if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
         attention = type(getattr(block, "attn", block)).__name__
         raise UserError(
-            f"block {number} of the backbone is a {type(block).__name__} with {attention}: its inside can be read only "
-            f"where it is timm's plain pre-norm Block; {fix}"
+            f"block {number} of the backbone is a {type(block).__name__} with {attention}: its parts are accessible "
+            f"only in timm's plain pre-norm Block; {fix}"
         )
     attn = block.attn
     return BlockParts(
@@ -75,43 +75,43 @@ def unpack_block(
     )
 
 
-def has_key_norm(seams: BlockParts) -> bool:
-    """Whether keys are normalized by heads (qk-norm)."""
-    return not isinstance(seams.k_norm, nn.Identity)
+def has_key_norm(parts: BlockParts) -> bool:
+    """Whether keys are normalized per head (qk-norm)."""
+    return not isinstance(parts.k_norm, nn.Identity)
 
 
-def centres(norm: nn.Module) -> bool:
+def subtracts_mean(norm: nn.Module) -> bool:
     """Whether a norm of keys subtracts their mean (LayerNorm) or not (RMSNorm). Raises UserError for other norms."""
     if isinstance(norm, nn.LayerNorm):
         return True
     if "rms" in type(norm).__name__.lower():
         return False
     raise UserError(
-        f"the backbone normalises keys by {type(norm).__name__}: only LayerNorm and RMSNorm have the absorbed form; "
+        f"the backbone normalizes keys by {type(norm).__name__}: only LayerNorm and RMSNorm have the absorbed form; "
         "set method.form=projected"
     )
 
 
-def key_scale(seams: BlockParts, normed_BND: Tensor) -> Tensor:
-    """1 / standard deviation (RMSNorm: 1 / root mean square) of each token's key by heads, [B, N, H]."""
-    keys_BNHE = widened(seams.project(1, normed_BND))
-    if centres(seams.k_norm):
+def key_scale(parts: BlockParts, normed_BND: Tensor) -> Tensor:
+    """1 / standard deviation (RMSNorm: 1 / root mean square) of each token's key per head, [B, N, H]."""
+    keys_BNHE = widened(parts.project(1, normed_BND))
+    if subtracts_mean(parts.k_norm):
         keys_BNHE = keys_BNHE - keys_BNHE.mean(-1, keepdim=True)
-    return (keys_BNHE.square().mean(-1) + seams.k_norm.eps).rsqrt().to(normed_BND.dtype)
+    return (keys_BNHE.square().mean(-1) + parts.k_norm.eps).rsqrt().to(normed_BND.dtype)
 
 
-def keys_and_values(seams: BlockParts, normed_BND: Tensor) -> tuple[Tensor, Tensor]:
-    """What the block's attention makes of its normalized inputs, by heads, [B, H, N, E] each."""
-    keys_BNHE = seams.k_norm(seams.project(1, normed_BND))
-    return keys_BNHE.transpose(1, 2), seams.project(2, normed_BND).transpose(1, 2)
+def keys_and_values(parts: BlockParts, normed_BND: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the block's normalized inputs, per head, [B, H, N, E] each."""
+    keys_BNHE = parts.k_norm(parts.project(1, normed_BND))
+    return keys_BNHE.transpose(1, 2), parts.project(2, normed_BND).transpose(1, 2)
 
 
 def widened(x: Tensor) -> Tensor:
-    """Half precision as float32, in which softmax and norms are computed; others as they are."""
+    """Half precision as float32, in which softmax and norms are computed; other dtypes unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-# Linear layers that a method may name: below a block, and which third of the layer's rows (None: all of them).
+# Linear layers that a method may target: path below the block, and which third of the rows (None: all).
 LINEAR = {
     "q": ("attn.qkv", 0),
     "k": ("attn.qkv", 1),
@@ -123,7 +123,7 @@ LINEAR = {
 
 
 def linear_of(block: nn.Module, number: int, target: str) -> tuple[str, nn.Linear, slice]:
-    """A linear layer of a block: timm's name, the layer, the rows of its weight. Raises UserError where it has none."""
+    """A linear layer of a block: timm's name, the layer, the rows of its weight. Raises UserError if there is none."""
     unpack_block(block, number)
     path, third = LINEAR[target]
     try:
@@ -142,21 +142,21 @@ def linear_of(block: nn.Module, number: int, target: str) -> tuple[str, nn.Linea
 
 
 def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
-    """All that multiplies tokens by a weight: patch embedding, linear layers and norms, under timm's names.
+    """All modules that multiply tokens by a weight: patch embedding, linear layers and norms, under timm's names.
 
-    Raises UserError where that is not all of it, or it has biases elsewhere.
+    Raises UserError if the backbone has other operations, or biases elsewhere.
     """
     if type(backbone.stem.patch_embed) is not PatchEmbed:
         raise UserError(
-            f"the backbone embeds patches by a {type(backbone.stem.patch_embed).__name__}: bias and ssf know timm's "
-            "plain PatchEmbed; choose another method or backbone"
+            f"the backbone embeds patches by a {type(backbone.stem.patch_embed).__name__}: bias and ssf support only "
+            "timm's plain PatchEmbed; choose another method or backbone"
         )
     for name, module in backbone.named_modules():
-        apart = [own for own, _ in module.named_parameters(recurse=False) if own.endswith("_bias")]
-        if apart:
+        separate = [own for own, _ in module.named_parameters(recurse=False) if own.endswith("_bias")]
+        if separate:
             raise UserError(
-                f"{name} of the backbone, a {type(module).__name__}, holds {' and '.join(apart)} apart from the layers "
-                "that they belong to: bias and ssf would pass those by; choose another method or backbone"
+                f"{name} of the backbone, a {type(module).__name__}, holds {' and '.join(separate)} apart from the "
+                "layers that they belong to: bias and ssf would skip those; choose another method or backbone"
             )
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             yield backbone.timm_name(name), module

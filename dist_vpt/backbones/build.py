@@ -1,4 +1,4 @@
-"""Describe and build a backbone. The only place that creates timm models."""
+"""Build a backbone and give its preprocessing. The only module that creates timm models."""
 
 import json
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What weights want of their images; known without building the model."""
+    """The preprocessing that weights were trained with; known without building the model."""
 
     image_size: int  # pixels
     mean: tuple[float, float, float]  # of pixels in [0, 1]
@@ -40,14 +40,14 @@ class Preprocessing:
 def preprocessing_of(recipe: BackboneConfig) -> Preprocessing:
     """The preprocessing that the backbone's weights were trained with."""
     if recipe.name == "demo":
-        wants = _demo_metadata()["preprocessing"]
-        return Preprocessing(wants["image_size"], tuple(wants["mean"]), tuple(wants["std"]), wants["interpolation"])
+        facts = _demo_metadata()["preprocessing"]
+        return Preprocessing(facts["image_size"], tuple(facts["mean"]), tuple(facts["std"]), facts["interpolation"])
     if recipe.name in ZOO:
         row = ZOO[recipe.name]
         return Preprocessing(row.size, row.channels.mean, row.channels.std, row.interpolation)
     cfg = timm.get_pretrained_cfg(_known(recipe.name))
     if cfg is None:
-        raise UserError(f"backbone.name = {recipe.name}: timm has no preprocessing for it; name its weights' tag")
+        raise UserError(f"backbone.name = {recipe.name}: timm has no preprocessing for it; add the tag of its weights")
     interpolation = cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bicubic"
     return Preprocessing(cfg.input_size[-1], tuple(cfg.mean), tuple(cfg.std), interpolation)
 
@@ -64,12 +64,12 @@ def build(
 
     ``frame``: pixels that will be put on each side of an image.
 
-    Returns the backbone and the proven difference between its tensors and the file's. Raises WeightsError where
-    they differ and ``recipe.load`` is strict, UserError for a model that is no ViT and no Swin, or an image size that
-    its patches or windows do not divide.
+    Returns the backbone and how its tensors differ from the file's. Raises WeightsError if they differ and
+    ``recipe.load`` is strict, UserError for a model that is neither a ViT nor a Swin, or an image size that its
+    patches or windows do not divide.
     """
     model = _create(recipe, image_size, frame)
-    difference = _load(model, recipe)
+    load_report = _load(model, recipe)
     pool = _pool(recipe)
     if pool not in (None, model.global_pool):  # after loading: a timm model built for another pooling has other norms
         if isinstance(model, SwinTransformer):
@@ -79,11 +79,11 @@ def build(
         try:
             model.reset_classifier(0, pool)
         except AssertionError as error:
-            raise UserError(f"backbone.global_pool = {pool}: timm refuses: {error} Choose another pool") from error
+            raise UserError(f"backbone.global_pool = {pool}: timm rejects it: {error} Choose another pool") from error
     kind = SwinBackbone if isinstance(model, SwinTransformer) else RotaryBackbone if is_dinov3(model) else Backbone
     backbone = kind(model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
-    return backbone, difference
+    return backbone, load_report
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class Plain:
 
     def __str__(self) -> str:
         """Lines of Python."""
-        words = [f"{name}={value!r}" for name, value in self.options.items()]
+        arguments = [f"{name}={value!r}" for name, value in self.options.items()]
         if self.architecture == "VisionTransformer":
-            lines = [f"model = timm.models.VisionTransformer({', '.join(words)})"]
+            lines = [f"model = timm.models.VisionTransformer({', '.join(arguments)})"]
         else:
-            lines = [f"model = timm.create_model({', '.join([repr(self.architecture), *words])})"]
+            lines = [f"model = timm.create_model({', '.join([repr(self.architecture), *arguments])})"]
         if self.pool is not None:
             lines.append(f"model.reset_classifier({self.options['num_classes']}, {self.pool!r})")
         return "\n".join(lines)
@@ -122,7 +122,7 @@ def plain(recipe: BackboneConfig, image_size: int, classes: int) -> Plain:
 
 
 def _pool(recipe: BackboneConfig) -> str | None:
-    """What the recipe or the weights' row says of pooling; None: the timm model's own."""
+    """Pooling by the recipe or the weights' row; None: the timm model's."""
     return recipe.global_pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
 
 
@@ -133,7 +133,7 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
         model = timm.create_model(architecture, pretrained=False, **options)
     except (TypeError, AssertionError) as error:
         raise UserError(
-            f"backbone.name = {architecture}, image size {image_size}: timm refuses: {error}; {SUPPORTED}"
+            f"backbone.name = {architecture}, image size {image_size}: timm rejects it: {error}; {SUPPORTED}"
         ) from error
     if type(model) not in (VisionTransformer, SwinTransformer) and not is_dinov3(
         model
@@ -181,7 +181,7 @@ def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) ->
         row = ZOO[name]
         if row.pretrained is None:
             raise WeightsError(
-                f"backbone.name = {name}: timm's hub has no such weights; fetch the file from {row.source} and give "
+                f"backbone.name = {name}: timm's hub has no such weights; download the file from {row.source} and set "
                 "backbone.weights=FILE"
             )
         name = row.pretrained
@@ -193,7 +193,7 @@ def _from_hub(name: str) -> Path:
     if cfg is None or not cfg.has_weights:
         raise WeightsError(
             f"backbone.name = {name}: timm has no pretrained weights for it; add a tag "
-            f"({', '.join(timm.list_pretrained(name + '.*')[:6]) or 'none is known'}) or give backbone.weights=FILE"
+            f"({', '.join(timm.list_pretrained(name + '.*')[:6]) or 'none is known'}) or set backbone.weights=FILE"
         )
     try:
         if cfg.hf_hub_id:
@@ -210,11 +210,11 @@ def _from_hub(name: str) -> Path:
         from timm.models._hub import download_cached_file
 
         return Path(download_cached_file(cfg.url, check_hash=False))
-    except Exception as error:  # the hub's errors come in many types; all mean that there are no weights
+    except Exception as error:  # the hub raises many types; all mean that there are no weights
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"backbone.name = {name}: its weights could not be fetched ({reason}); "
-            "download them elsewhere and give backbone.weights=FILE"
+            f"backbone.name = {name}: its weights could not be downloaded ({reason}); "
+            "download them elsewhere and set backbone.weights=FILE"
         ) from error
 
 
@@ -234,7 +234,7 @@ def _models() -> list[str]:
 
 
 def _check_windows(image_size: int, own_size: int, swin: SwinTransformer) -> None:
-    """At the weights' own size, windows tile the grid of every stage; multiples of it are all sizes where they do."""
+    """At the pretraining size, windows tile the grid of every stage; so they do at its multiples, and only there."""
     if image_size % own_size:
         lower = image_size // own_size * own_size
         sizes = f"{lower} or {lower + own_size}" if lower else str(own_size)

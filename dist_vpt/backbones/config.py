@@ -1,4 +1,4 @@
-"""What a recipe says of the backbone."""
+"""The backbone section of a recipe."""
 
 from typing import Literal
 
@@ -23,16 +23,16 @@ class BackboneConfig(BaseModel):
     )
     load: Literal["strict", "lenient"] = Field(
         "strict",
-        description="strict: every tensor of the model comes from the file and none is left over; lenient: the "
-        "difference is printed, and what was loaded is proven equal to the file",
+        description="strict: every tensor of the model comes from the file and none is left over; lenient: "
+        "differences are printed, and what was loaded is checked against the file",
     )
     global_pool: Literal["token", "avg"] | None = Field(
         None,
-        description="what 'original' pooling means: class token or mean of the patches; null: the weights' own",
+        description="what method.pooling = original means: class token or mean of the patches; null: as in pretraining",
     )
     drop_path: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="stochastic depth rate at the last block; above 0 the blocks train in train mode",
+        description="stochastic depth rate of the last block, 0 to 1; above 0 the blocks are in train mode",
     )

@@ -1,11 +1,11 @@
-"""A timm SwinTransformer opened at the same seams as a ViT: embed, blocks, norm, pool.
+"""A frozen timm SwinTransformer in the same parts as a ViT: embed, blocks, norm, pool.
 
 B batch, N tokens, P prompts, D width of a stage, I and J rows and columns of patches on a stage's grid, W windows,
 M patches of a window.
 
-Between blocks the tokens are a list as everywhere, [B, N, D]: prompts, if there are any, then the patches of the grid,
-row by row. What the list is to a block changes from stage to stage: a block attends within windows of the grid (every
-second one of a shifted grid), and at the end of a stage four neighbouring patches become one of twice the width.
+Between blocks the tokens are a list as in a ViT, [B, N, D]: prompts, if there are any, then the patches of the grid,
+row by row. What a block does with the list changes from stage to stage: it attends within windows of the grid (every
+second one of a shifted grid), and at the end of a stage four neighboring patches become one of twice the width.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from dist_vpt.backbones.vit import Backbone
 class SwinBackbone(Backbone):
     """The timm model taken apart into patch embedding, blocks and norm, each still timm's own module.
 
-    Blocks of all stages stand in one list; merging patches belongs to the last block of a stage, and drops prompts.
+    Blocks of all stages are in one list; merging patches belongs to the last block of a stage, and drops prompts.
     """
 
     def _take_apart(self, swin: SwinTransformer) -> None:  # type: ignore[override]
@@ -39,7 +39,7 @@ class SwinBackbone(Backbone):
             stage.blocks[-1].downsample = following.downsample
         self.stem = swin.patch_embed
         self.blocks = nn.Sequential(*(block for stage in swin.layers for block in stage.blocks))
-        self.places = [(number, block) for number, stage in enumerate(swin.layers) for block in range(stage.depth)]
+        self.positions = [(number, block) for number, stage in enumerate(swin.layers) for block in range(stage.depth)]
         self.widths = [block.dim for block in self.blocks]
         for block in self.blocks:
             _Windows(block)
@@ -50,7 +50,7 @@ class SwinBackbone(Backbone):
         if part != "blocks":
             return {"stem": "patch_embed", "head": "head.fc"}.get(part, part) + f".{rest}"
         number, _, rest = rest.partition(".")
-        stage, block = self.places[int(number)]
+        stage, block = self.positions[int(number)]
         if rest.startswith("downsample"):  # timm merges patches at the beginning of a stage
             return f"layers.{stage + 1}.{rest}"
         return f"layers.{stage}.blocks.{block}.{rest}"
@@ -69,11 +69,11 @@ class SwinBackbone(Backbone):
 
 
 class _Windows:
-    """What a block of timm's needs around it to take a list of tokens.
+    """Wraps a timm block so that it takes a list of tokens.
 
-    A block treats tokens one by one but in its attention, so the list is a grid of one row to it; attention gets the
-    patches' grid. Prompts join the patches of every window there, without a relative position and seen by all, and
-    leave it as the mean of what the windows made of them.
+    A block treats tokens one by one except in its attention, so it gets the list as a grid of one row; attention gets
+    the patches' grid. Prompts join the patches of every window there, without a relative position and seen by all, and
+    leave as the mean over the windows.
     """
 
     def __init__(self, block: Any):
@@ -122,6 +122,6 @@ class _Windows:
         return self.bias() if self.prompts_BPD is None else self._padded(self.bias())
 
     def _padded(self, scores: Tensor) -> Tensor:
-        """What is added to scores [..., M, M], and nothing to those of prompts and to prompts: [..., P + M, P + M]."""
+        """What is added to scores [..., M, M], with zeros from and to prompts: [..., P + M, P + M]."""
         assert self.prompts_BPD is not None
         return F.pad(scores, (prompts := self.prompts_BPD.shape[1], 0, prompts, 0))

@@ -1,4 +1,4 @@
-"""A frozen timm VisionTransformer, opened at its seams: embed, blocks, norm, pool.
+"""A frozen timm VisionTransformer in parts: embed, blocks, norm, pool.
 
 B batch, S image side in pixels, N tokens (prefix tokens, then patches), R prefix tokens (class and registers),
 P prompts, D width, L blocks.
@@ -36,9 +36,9 @@ class Backbone(nn.Module):
         self.stochastic = stochastic
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
-        # Kernels and memory policies wrap this call from outside (memory.py); blocks are never run another way.
+        # Kernels and memory policies (runtime/) wrap this call from outside; blocks are never run in another way.
         self.run_block: Callable[[nn.Module, Tensor], Tensor] = _call
-        self.chosen: dict[str, str] = {}  # what they came to, for the log and the result
+        self.chosen: dict[str, str] = {}  # what they chose, for the log and the result
         self.train(False)
 
     def _take_apart(self, vit: VisionTransformer) -> None:
@@ -61,11 +61,11 @@ class Backbone(nn.Module):
         self.stem = vit
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stay in eval mode (no dropout, no stochastic depth) unless the recipe asks for stochastic depth."""
+        """Stay in eval mode (no dropout, no stochastic depth) unless the recipe sets stochastic depth."""
         return super().train(mode and self.stochastic)
 
     def timm_name(self, name: str) -> str:
-        """What timm calls a tensor of this module, or of the head."""
+        """timm's name of a tensor of this module, or of the head."""
         return name.removeprefix("stem.")
 
     def hold_in(self, dtype: torch.dtype) -> "Backbone":
@@ -86,8 +86,8 @@ class Backbone(nn.Module):
         return next(self.stem.parameters()).dtype
 
     def normalized(self, images_B3SS: Tensor) -> Tensor:
-        """Images as uint8 (or floats of the same range) as the stem is shown them, [B, 3, S, S]."""
-        # In float32 until normalized: bf16 has 8 bits, so that x - mean would lose what the pixels tell.
+        """Images as uint8 (or floats of the same range) as the stem's input, [B, 3, S, S]."""
+        # In float32 until normalized: bf16 has 8 bits, so that x - mean would lose detail.
         return ((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
 
     def embed(self, images_B3SS: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Backbone(nn.Module):
     def pool(self, tokens_BND: Tensor, pooling: Pooling = "original", prompts: int = 0) -> Tensor:
         """Tokens [B, R + P + patches, D] -> features [B, D].
 
-        ``original`` is the weights' own pooling, with the prompts kept out of a mean; the others are means over
+        ``original`` is the weights' own pooling, with prompts excluded from a mean; the others are means over
         the image's patches, over the prompts, and over both (VPT, arXiv 2203.12119, section 4.3 and appendix B).
         """
         end = self.prefix + prompts

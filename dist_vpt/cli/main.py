@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     status.set_defaults(call=_status, rest="folders")
     report = commands.add_parser("report", parents=[common], help="tables of results, next to published numbers")
     report.add_argument("folders", nargs="+", metavar="DIR", help="folders with a results.jsonl in or below them")
-    report.add_argument("--out", metavar="FOLDER", help="write report.md, .csv, .tex and .html there, too")
+    report.add_argument("--out", metavar="FOLDER", help="write report.md, .csv and .html there, too")
     report.add_argument(
         "--published", action=argparse.BooleanOptionalAction, default=True, help="rows of published numbers"
     )
@@ -348,7 +348,7 @@ def _suite(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from dist_vpt.data.check import prepare
+    from dist_vpt.data.prepare import prepare
 
     prepare(arguments.root, arguments.tasks, arguments.format)
 

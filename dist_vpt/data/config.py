@@ -1,15 +1,15 @@
-"""The data part of a recipe: which task, where it lies, how its images are shown to the backbone."""
+"""The data section of a recipe: which task, where it is stored, how its images are transformed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.data.tasks import FORMAT_TASKS, TASKS, Augment, Cache, CropMode, Format, Interpolation, Normalize, Task
 from dist_vpt.errors import nearest
 
-# Which formats read a fraction: the others bring their splits with them.
+# Formats that use a fraction: the others have fixed splits.
 READS_FRACTION = ("fgvc_json",)
 READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf")
 READS_TEST_FRACTION = ("image_folder", "hf")
@@ -19,7 +19,7 @@ PositiveChannels = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(g
 
 
 class HfConfig(BaseModel):
-    """What only a HuggingFace dataset needs to be told."""
+    """Settings of Hugging Face datasets."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -29,21 +29,21 @@ class HfConfig(BaseModel):
     label: str | None = Field(default=None, description="column of the labels; none: the only ClassLabel column")
     splits: dict[Literal["train", "val", "test"], str] = Field(
         default_factory=dict,
-        description="our split name to theirs, e.g. {train: 'train[:90%]', val: 'train[90%:]'}; none given: train, "
-        "validation and test",
+        description="split -> split of the dataset, e.g. {train: 'train[:90%]', val: 'train[90%:]'}; none given: "
+        "train, validation and test",
     )
 
 
 class DataConfig(BaseModel):
-    """A task, its storage and its view."""
+    """A task, its storage and the transform of its images."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     task: str = Field(default="digits", description="a known task, or any name where format and root are given")
-    format: Format | None = Field(default=None, description="how the dataset is stored; none: the task's own format")
+    format: Format | None = Field(default=None, description="storage format; none: the task's")
     root: str | None = Field(
         default=None,
-        description="folder of the dataset, or the one where the datasets of known tasks lie, relative to the working "
+        description="folder of the dataset, or the folder with the datasets of known tasks, relative to the working "
         "directory; hf: a folder or a hub id",
     )
     train_on: Literal["train", "trainval"] = Field(default="train", description="the split that is trained on")
@@ -51,31 +51,31 @@ class DataConfig(BaseModel):
         default=1.0,
         gt=0,
         le=1,
-        description="part of train that is used: that of train_PERCENT.json where it stands, else carved",
+        description="part of train that is used, 0 to 1: that of train_PERCENT.json if the file exists, else split off",
     )
     val_fraction: float = Field(
         default=0.1,
         gt=0,
         lt=1,
-        description="part of the images carved for val where the storage has no val",
+        description="part of the images split off for val, 0 to 1, where the storage has no val",
     )
     test_fraction: float = Field(
         default=0.2,
         gt=0,
         lt=1,
-        description="part of the images carved for test where the storage has no test",
+        description="part of the images split off for test, 0 to 1, where the storage has no test",
     )
-    split_seed: int = Field(default=0, ge=0, description="seed of the carved splits")
+    split_seed: int = Field(default=0, ge=0, description="seed of the splits that are split off")
     image_size: int | None = Field(
         default=None,
         ge=8,
         le=4096,
-        description="side of the square image in pixels; none: what the weights want",
+        description="side of the square image in pixels; none: that of the backbone's pretraining",
     )
     interpolation: Interpolation | None = Field(
         default=None,
         description="kernel; vpt: the published VPT loader's (TensorFlow 1's bilinear); none given: the task's, "
-        "then what the weights want",
+        "then that of the backbone's pretraining",
     )
     crop_mode: CropMode | None = Field(
         default=None,
@@ -83,12 +83,14 @@ class DataConfig(BaseModel):
     )
     normalize: Normalize | None = Field(
         default=None,
-        description="mean and std of the channels; vpt: ImageNet's, weights: what the weights want, none: 0 and 1; "
-        "none given: the task's",
+        description="mean and std of the channels; vpt: ImageNet's, weights: those of the backbone's pretraining, "
+        "none: 0 and 1; none given: the task's",
     )
-    mean: Channels | None = Field(default=None, description="mean of the channels, of 0..1, in place of normalize")
+    mean: Channels | None = Field(
+        default=None, description="mean of the channels, of pixels in 0..1; replaces normalize"
+    )
     std: PositiveChannels | None = Field(
-        default=None, description="standard deviation of the channels, of 0..1, in place of normalize"
+        default=None, description="standard deviation of the channels, of pixels in 0..1; replaces normalize"
     )
     augment: Augment | None = Field(
         default=None, description="fgvc: random crop and flip in training; none given: the task's"
@@ -100,18 +102,18 @@ class DataConfig(BaseModel):
     workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     on_decode_error: Literal["fail", "skip"] = Field(
         default="fail",
-        description="skip: an unreadable image counts nothing and is reported; fail: it stops the run",
+        description="skip: an unreadable image is reported and has no weight; fail: it stops the run",
     )
     absent_classes: Literal["fail", "allow"] | None = Field(
         default=None,
-        description="allow: classes without an image in the split that is trained on; none given: fail, but for the "
-        "small splits of VTAB-1k",
+        description="allow: classes may have no image in the split that is trained on; none given: fail, except for "
+        "the small splits of VTAB-1k",
     )
     check_counts: bool = Field(
-        default=True, description="false: a known task's splits may have other numbers of images than published"
+        default=True, description="false: the splits of a known task may have other numbers of images than published"
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
-    hf: HfConfig = Field(default=HfConfig(), description="what only a HuggingFace dataset needs")
+    hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -125,7 +127,7 @@ class DataConfig(BaseModel):
         if storage is None:
             yield (
                 f"task {self.task!r} is not a known task ({nearest(self.task, TASKS)}); "
-                f"for a dataset of your own give format and root as well"
+                f"for your own dataset, set format and root as well"
             )
             return
         if storage == "digits" and self.root is not None:
@@ -133,9 +135,9 @@ class DataConfig(BaseModel):
         if storage != "digits" and not self.root:
             yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
         if (self.mean is None) != (self.std is None):
-            yield "mean and std go together: give both or neither"
+            yield "mean and std go together: set both or neither"
         if self.mean is not None and self.normalize is not None:
-            yield f"normalize {self.normalize!r}: mean and std say the same otherwise; give either"
+            yield f"normalize {self.normalize!r}: mean and std replace it; set either"
         fields = type(self).model_fields
         for name, readers in (
             ("fraction", READS_FRACTION),
@@ -144,7 +146,7 @@ class DataConfig(BaseModel):
         ):
             value = getattr(self, name)
             if storage not in readers and value != fields[name].default:
-                yield f"{name} {value}: format {storage!r} brings its own splits; remove {name}"
+                yield f"{name} {value}: format {storage!r} has fixed splits; remove {name}"
         if storage in READS_TEST_FRACTION and self.val_fraction + self.test_fraction >= 1:
             yield (
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
@@ -152,21 +154,17 @@ class DataConfig(BaseModel):
             )
         if storage == "tfds" and (self.task not in TASKS or TASKS[self.task].tfds is None):
             known = [name for name, row in TASKS.items() if row.tfds]
-            yield f"format 'tfds': task {self.task!r} is none that is read from there; {nearest(self.task, known)}"
+            yield f"format 'tfds': task {self.task!r} is not in TensorFlow Datasets; {nearest(self.task, known)}"
         if storage != "hf" and self.hf != HfConfig():
-            yield f"hf: only format 'hf' reads it and the format is {storage!r}; remove hf or set format: hf"
-
-
-if TYPE_CHECKING:
-    from dist_vpt.data.config import DataConfig
+            yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
 
 
 def resolve(recipe: DataConfig) -> Task:
-    """The task's row, or for a free name the format's, with the recipe's own settings on top."""
+    """The task's row, or the format's defaults for another name, with the recipe's settings on top."""
     if recipe.task in TASKS:
         task = TASKS[recipe.task]
     else:
-        assert recipe.format is not None  # DataConfig asks for a format where the task is no row
+        assert recipe.format is not None  # DataConfig requires a format for other names
         task = replace(FORMAT_TASKS[recipe.format], name=recipe.task)
     return replace(
         task,
@@ -176,6 +174,8 @@ def resolve(recipe: DataConfig) -> Task:
         normalize=recipe.normalize or task.normalize,
         augment=recipe.augment or task.augment,
         cache=recipe.cache or task.cache,
-        counts=task.counts if recipe.check_counts else (),
-        few=task.few if recipe.absent_classes is None else recipe.absent_classes == "allow",
+        expected_counts=task.expected_counts if recipe.check_counts else (),
+        allow_missing_classes=(
+            task.allow_missing_classes if recipe.absent_classes is None else recipe.absent_classes == "allow"
+        ),
     )

@@ -16,7 +16,27 @@ from dist_vpt.data.workers import PADDING, BadImages, Batch, BatchSource, ImageB
 from dist_vpt.errors import UserError
 
 
-class TrainBatches:
+class _Batches:
+    """Batches from a source that can be replaced."""
+
+    _source: BatchSource
+
+    @property
+    def skipped(self) -> set[str]:
+        """Files that this process could not read so far (``on_decode_error="skip"``)."""
+        return self._source.skipped
+
+    def use(self, source: BatchSource) -> None:
+        """Take the same batches from another source from now on."""
+        self._source.close()
+        self._source = source
+
+    def close(self) -> None:
+        """End the worker processes at once; a later pass starts new ones."""
+        self._source.close()
+
+
+class TrainBatches(_Batches):
     """Shuffled batches for training; nothing is dropped, the last global batch of an epoch is smaller."""
 
     def __init__(
@@ -49,15 +69,10 @@ class TrainBatches:
         self._accumulate, self._rank, self._world = accumulate, rank, world
         reader = ImageReader(split, transform, True, on_decode_error, max_megapixels)
         batches = ImageBatches(reader, seed)
-        self._source: BatchSource = WorkerSource(batches, batch_size // parts, workers, cache, range(len(split)), world)
+        self._source = WorkerSource(batches, batch_size // parts, workers, cache, range(len(split)), world)
 
     def __len__(self) -> int:
         return self.steps_per_epoch
-
-    @property
-    def skipped(self) -> set[str]:
-        """Files that this process could not read so far (``on_decode_error="skip"``)."""
-        return self._source.skipped
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """For each optimizer step from ``start_step`` on, its micro-batches on this process.
@@ -76,17 +91,8 @@ class TrainBatches:
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._accumulate)]
 
-    def use(self, source: BatchSource) -> None:
-        """Take the same batches from another source from now on."""
-        self._source.close()
-        self._source = source
 
-    def close(self) -> None:
-        """End the worker processes at once; a later epoch starts new ones."""
-        self._source.close()
-
-
-class EvalBatches:
+class EvalBatches(_Batches):
     """Every example of a split once, in the split's order, dealt to the processes round-robin."""
 
     def __init__(
@@ -110,27 +116,13 @@ class EvalBatches:
         self._batch_size = batch_size
         reader = ImageReader(split, transform, False, on_decode_error, max_megapixels)
         mine = [int(i) for i in self._indices if i != PADDING]
-        self._source: BatchSource = WorkerSource(ImageBatches(reader, 0), batch_size, workers, cache, mine, world)
+        self._source = WorkerSource(ImageBatches(reader, 0), batch_size, workers, cache, mine, world)
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    @property
-    def skipped(self) -> set[str]:
-        """Files that this process could not read so far (``on_decode_error="skip"``)."""
-        return self._source.skipped
-
     def __iter__(self) -> Iterator[Batch]:
         return self._source([(0, self._indices[start : start + self._batch_size]) for start in self._starts])
-
-    def use(self, source: BatchSource) -> None:
-        """Take the same batches from another source from now on."""
-        self._source.close()
-        self._source = source
-
-    def close(self) -> None:
-        """End the worker processes at once; a later pass starts new ones."""
-        self._source.close()
 
 
 def _padded(indices: np.ndarray, multiple: int) -> np.ndarray:

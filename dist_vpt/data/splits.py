@@ -17,20 +17,20 @@ Picture = Image.Image | np.ndarray  # RGB, or uint8 [height, width, 3]
 
 
 class Source(Protocol):
-    """Where the images of a split lie. It is sent to worker processes: it holds paths, not open files."""
+    """The images of a split. It is pickled to worker processes, so it holds paths, not open files."""
 
     def read(self, i: int, max_megapixels: float) -> Picture: ...
 
     def where(self, i: int) -> str: ...
 
     def identity(self, i: int) -> str:
-        """What changes when the image does."""
+        """A text that changes when the image changes."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class LateLabels:
-    """Labels that are read when first asked for, as their storage must read whole records for them."""
+    """Labels that are read when first needed, since that means reading whole records."""
 
     count: int
     read: Callable[[], np.ndarray]  # int64 [count]
@@ -41,7 +41,7 @@ class LateLabels:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled images under one name."""
+    """Labeled images under one name."""
 
     name: str
     given: np.ndarray | LateLabels
@@ -51,11 +51,11 @@ class Split:
         return len(self.given)
 
     def __reduce__(self) -> tuple:
-        return Split, (self.name, self.labels, self.source)  # as it goes to worker processes
+        return Split, (self.name, self.labels, self.source)  # for worker processes
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 [n]. Raises DataError where they are read late and cannot be."""
+        """int64 [n]. Raises DataError if they are read late and damaged."""
         return self.given.read() if isinstance(self.given, LateLabels) else self.given
 
     def read(self, i: int, max_megapixels: float = 178.0) -> Picture:
@@ -72,7 +72,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """The four splits of a task. ``missing`` says of a split that is None why, and what to do about it."""
+    """The four splits of a task. ``missing`` gives the reason and the fix for a split that is None."""
 
     classes: tuple[str, ...]
     train: Split
@@ -80,9 +80,9 @@ class Splits:
     trainval: Split
     test: Split | None
     missing: Mapping[str, str] = field(default_factory=dict)
-    storage: str = ""  # what was read, for records: format and version
-    notes: tuple[str, ...] = ()  # what differs from the task's published protocol
-    carved: tuple[str, ...] = ()  # splits that the storage lacks and that were taken out of train, by a seed
+    storage: str = ""  # format and version, for result.json
+    notes: tuple[str, ...] = ()  # differences from the task's published protocol
+    carved: tuple[str, ...] = ()  # splits that the storage lacks and that were split off train, by a seed
 
     def __getitem__(self, name: str) -> Split:
         names = ("train", "val", "trainval", "test")
@@ -96,7 +96,7 @@ class Splits:
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images that are in memory already."""
+    """Images in memory."""
 
     pixels: np.ndarray  # uint8 [n, height, width, 3]
     name: str  # of the dataset, for messages
@@ -163,16 +163,16 @@ def shuffled(n: int, *key: int) -> np.ndarray:
 
 
 def stratified_holdout(labels: np.ndarray, count: int, *key: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows kept and ``count`` rows carved, each class in proportion and never its last image; both sorted.
+    """Rows kept and ``count`` rows held out, in proportion to the classes and never the last image of one; both sorted.
 
-    Fewer than ``count`` are carved where the classes are too small to give so many.
+    Fewer than ``count`` are held out if the classes are too small.
     """
     order = shuffled(len(labels), *key)
     rows_of_class = [order[labels[order] == k] for k in np.unique(labels)]
     sizes = np.array([len(rows) for rows in rows_of_class])
     wanted = count * sizes / len(labels)
     quota = np.minimum(np.floor(wanted).astype(np.int64), sizes - 1)
-    for k in np.argsort(quota - wanted, kind="stable"):  # what rounding left, to the largest remainders
+    for k in np.argsort(quota - wanted, kind="stable"):  # what rounding left goes to the largest remainders
         if quota.sum() < count and quota[k] < sizes[k] - 1:
             quota[k] += 1
     carved = np.sort(np.concatenate([rows[:q] for rows, q in zip(rows_of_class, quota, strict=True)]))
@@ -182,17 +182,16 @@ def stratified_holdout(labels: np.ndarray, count: int, *key: int) -> tuple[np.nd
 def with_missing_splits(
     recipe: DataConfig,
     classes: tuple[str, ...],
-    train: Split,
-    val: Split | None,
-    test: Split | None,
+    found: Mapping[str, Split],
     *,
-    carve_test: bool = True,
+    holdout_test: bool = True,
     missing: Mapping[str, str] | None = None,
 ) -> Splits:
-    """The four splits from what a storage brings: a val or test that it lacks is carved from train."""
+    """The four splits from those of a storage: a val or test that it lacks is split off train."""
+    train, val, test = found["train"], found.get("val"), found.get("test")
     every = len(train)
-    carved = (*(("test",) if test is None and carve_test else ()), *(("val",) if val is None else ()))
-    if test is None and carve_test:
+    carved = (*(("test",) if test is None and holdout_test else ()), *(("val",) if val is None else ()))
+    if test is None and holdout_test:
         train, test = _holdout_fraction(train, "test", recipe.test_fraction, every, recipe.split_seed)
     if val is None:
         trainval = replace(train, name="trainval")
@@ -203,21 +202,21 @@ def with_missing_splits(
 
 
 def fraction_of(split: Split, fraction: float, seed: int) -> Split:
-    """A part of a split, each class in proportion and with one image at least."""
+    """A part of a split, in proportion to the classes, with at least one image of each."""
     return split.subset(split.name, stratified_holdout(split.labels, round((1 - fraction) * len(split)), seed)[0])
 
 
 def _holdout_fraction(split: Split, name: str, fraction: float, every: int, seed: int) -> tuple[Split, Split]:
-    kept_rows, carved_rows = stratified_holdout(split.labels, round(fraction * every), seed)
-    if not len(carved_rows):
+    kept_rows, holdout_rows = stratified_holdout(split.labels, round(fraction * every), seed)
+    if not len(holdout_rows):
         raise DataError(
             f"{split.where(0)} and the rest of split {split.name!r}: {name}_fraction {fraction:g} of {every} "
-            f"images carves none, as every class keeps one; raise data.{name}_fraction or add images"
+            f"images splits off none, since every class keeps one; raise data.{name}_fraction or add images"
         )
-    return split.subset(split.name, kept_rows), split.subset(name, carved_rows)
+    return split.subset(split.name, kept_rows), split.subset(name, holdout_rows)
 
 
 def class_order(ids: Iterable[str]) -> tuple[str, ...]:
-    """Class ids by value where all are whole numbers, by letters otherwise."""
+    """Class ids, sorted by value if all are whole numbers, else alphabetically."""
     unique = set(ids)
     return tuple(sorted(unique, key=int if all(re.fullmatch(r"-?\d+", k) for k in unique) else None))

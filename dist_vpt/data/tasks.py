@@ -1,12 +1,9 @@
-"""The tasks, one row each, and what a recipe makes of its row."""
-
-from __future__ import annotations
+"""The tasks: one row each, with where its images are and how its published numbers were made."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-if TYPE_CHECKING:
-    pass
+from dist_vpt.errors import UserError, nearest
 
 Format = Literal["digits", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf"]
 Interpolation = Literal["vpt", "bilinear", "bicubic"]
@@ -17,22 +14,22 @@ Cache = Literal["none", "memory"]
 
 
 class Part(NamedTuple):
-    """A piece of a dataset's split: of its n examples those from start * n // 100 to stop * n // 100."""
+    """A part of a dataset's split: of its n examples those from start * n // 100 to stop * n // 100."""
 
     split: str
     start: int = 0  # percent
     stop: int = 100  # percent
-    first: int | None = None  # of these alone so many
+    first: int | None = None  # only this many of these
 
     def bounds(self, n: int) -> tuple[int, int]:
-        """Its first example of n, and the one after its last."""
+        """Its first example among n, and the one after its last."""
         start, stop = self.start * n // 100, self.stop * n // 100
         return start, stop if self.first is None else min(stop, start + self.first)
 
 
 @dataclass(frozen=True)
 class Tfds:
-    """Where a task's images and labels lie in TensorFlow Datasets."""
+    """Where a task's images and labels are in TensorFlow Datasets."""
 
     builder: str  # name, or name/configuration
     version: str  # that the published numbers were made with
@@ -46,22 +43,22 @@ class Tfds:
 class Task:
     """One dataset and the protocol under which its numbers are published."""
 
-    name: str  # the row's name, or the recipe's free one
+    name: str  # the row's name, or the one that the recipe gives
     format: Format  # how the dataset is stored
-    classes: int | None = None  # number of classes the storage must have; None: whatever it has
+    classes: int | None = None  # number of classes the storage must have; None: any number
     group: str | None = None  # natural, specialized, structured (VTAB-1k) or fgvc
-    interpolation: Interpolation | None = None  # kernel; None: what the weights want
-    crop_mode: CropMode = "crop"  # squash to a square, or shorter side and centre crop
-    normalize: Normalize = "weights"  # mean and std: ImageNet's (vpt), what the weights want, or 0 and 1
+    interpolation: Interpolation | None = None  # kernel; None: as in the backbone's pretraining
+    crop_mode: CropMode = "crop"  # squash to a square, or resize the shorter side, then center crop
+    normalize: Normalize = "weights"  # mean and std: ImageNet's (vpt), as in the backbone's pretraining, or 0 and 1
     augment: Augment = "none"  # fgvc: random crop and flip in training
     cache: Cache = "none"  # memory: decode each image of train and val once per process
-    upright: bool = False  # turned by its EXIF orientation; the published loaders of VTAB and FGVC do not
-    counts: tuple[tuple[str, int], ...] = ()  # images that the published splits have
-    few: bool = False  # so few images that classes without one in train are no mistake
-    folders: tuple[str, ...] = ()  # names under which the dataset's folder is found
+    exif_transpose: bool = False  # turn images by their EXIF orientation; the published loaders of VTAB and FGVC do not
+    expected_counts: tuple[tuple[str, int], ...] = ()  # images in the published splits
+    allow_missing_classes: bool = False  # train is so small that it may lack images of some classes
+    folders: tuple[str, ...] = ()  # possible names of the dataset's folder
     tfds: Tfds | None = None
-    prompts: int | None = None  # the paper's prompts of a block (VPT-deep, ViT-B/16, arXiv 2203.12119)
-    queries: int | None = None  # the paper's queries of a block (arXiv 2212.03220)
+    prompts: int | None = None  # prompts of a block in the paper (VPT-deep, ViT-B/16, arXiv 2203.12119)
+    queries: int | None = None  # queries of a block in the paper (arXiv 2212.03220)
 
 
 def _vtab(
@@ -75,8 +72,8 @@ def _vtab(
         interpolation="vpt",
         crop_mode="squash",
         normalize="vpt",
-        counts=(("train", 800), ("val", 200), ("trainval", 1000), ("test", test)),
-        few=True,
+        expected_counts=(("train", 800), ("val", 200), ("trainval", 1000), ("test", test)),
+        allow_missing_classes=True,
         folders=(folder, name) if folder else (name,),
         tfds=tfds,
         prompts=prompts,
@@ -87,7 +84,7 @@ def _vtab(
 def _tfds(  # noqa: PLR0917 (a row of a table)
     builder: str, version: str, train: Part, val: Part, test: Part, label: str = "label"
 ) -> Tfds:
-    """Every VTAB-1k task trains on the first 800 of its pool and chooses on the first 200 of another one."""
+    """Every VTAB-1k task trains on the first 800 of its pool and selects on the first 200 of another one."""
     return Tfds(builder, version, train._replace(first=800), val._replace(first=200), test, label)
 
 
@@ -107,14 +104,14 @@ def _fgvc(name: str, classes: int, test: int, *folders: str, prompts: int) -> Ta
         interpolation="bilinear",
         normalize="vpt",
         augment="fgvc",
-        counts=(("test", test),),
+        expected_counts=(("test", test),),
         folders=(*folders, name),
         prompts=prompts,
     )
 
 
 # VTAB-1k (Zhai et al., arXiv 1910.04867) in the order of VPT's tables, then the five FGVC sets of VPT.
-_ROWS = (
+_TASKS = (
     Task(name="digits", format="digits", classes=10, crop_mode="squash", cache="memory"),
     _vtab(
         "cifar100", "natural", 100, 10000, folder="cifar", prompts=10,
@@ -182,12 +179,20 @@ _ROWS = (
     _fgvc("stanford_dogs", 120, 8580, "Stanford-dogs", "StanfordDogs", prompts=100),
     _fgvc("stanford_cars", 196, 8041, "Stanford-cars", "StanfordCars", prompts=200),
 )  # fmt: skip
-TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
-# What a task that is no row gets from its storage format.
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
+# Defaults, by storage format, of tasks that are not in the table.
 FORMAT_TASKS: dict[Format, Task] = {
     "digits": Task(name="", format="digits", classes=10, crop_mode="squash", cache="memory"),
     "vtab_folder": Task(name="", format="vtab_folder", crop_mode="squash"),
     "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc"),
-    "image_folder": Task(name="", format="image_folder", upright=True),
-    "hf": Task(name="", format="hf", upright=True),
+    "image_folder": Task(name="", format="image_folder", exif_transpose=True),
+    "hf": Task(name="", format="hf", exif_transpose=True),
 }
+
+
+def published_task(name: str) -> Task:
+    """A task of VTAB-1k or FGVC by name. Raises UserError."""
+    known = {task.name: task for task in TASKS.values() if task.group}
+    if name not in known:
+        raise UserError(f"{name}: no such task; {nearest(name, known)}")
+    return known[name]

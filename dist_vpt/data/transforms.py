@@ -1,8 +1,8 @@
 """From a picture to pixels of one size: a part that never changes, and a part drawn per epoch.
 
-H, W height and width of what is cut from; S side of the result. Normalisation is the backbone's.
+H, W height and width of what is cut from; S side of the result. The backbone normalizes.
 
-The ``vpt`` resize is float32 and is computed for every batch: what is kept of a picture is always uint8.
+The ``vpt`` resize is float32 and is computed for every batch: caches always hold uint8.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ SHORTER_SIDES = {448: 512, 384: 438, 336: 384, 224: 256, 112: 128}
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How pictures are shown to the backbone."""
+    """How pictures become the backbone's input."""
 
     image_size: int  # S, pixels
     interpolation: Interpolation  # kernel
@@ -35,7 +35,7 @@ class ImageTransform:
 
     @property
     def dtype(self) -> type[np.generic]:
-        """Of the pixels that the backbone is shown, which are in 0..255."""
+        """Of the pixels that the backbone gets, which are in 0..255."""
         return np.float32 if self.interpolation == "vpt" else np.uint8
 
     def fixed(self, picture: Picture, train: bool) -> np.ndarray:
@@ -45,7 +45,7 @@ class ImageTransform:
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
         height, width = self._before_cut(image.height, image.width, train)
         pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.interpolation]))
-        return pixels_HW3 if self._random(train) else _centre(pixels_HW3, self.image_size)
+        return pixels_HW3 if self._random(train) else _center_crop(pixels_HW3, self.image_size)
 
     def varied(self, pixels_HW3: np.ndarray, train: bool, seed: int, epoch: int, index: int) -> np.ndarray:
         """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``."""
@@ -53,7 +53,7 @@ class ImageTransform:
             height, width, _ = pixels_HW3.shape
             pixels_HW3 = vpt_resize(pixels_HW3, *self._before_cut(height, width, train))
         if not self._random(train):
-            return _centre(pixels_HW3, self.image_size)
+            return _center_crop(pixels_HW3, self.image_size)
         height, width, _ = pixels_HW3.shape
         draws = np.random.PCG64(np.random.SeedSequence((seed, epoch, index))).random_raw(3)
         top = int(draws[0] % (height - self.image_size + 1))
@@ -84,10 +84,10 @@ class ImageTransform:
 def vpt_resize(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
     """TensorFlow 1's bilinear resize, which the published VPT loader uses: float32 [height, width, 3].
 
-    Source place = target place * in / out: no half-pixel centres, no antialiasing. First along x, then along y.
+    Source position = target position * in / out: no half-pixel centers, no antialiasing. First along x, then along y.
     """
-    low_y, high_y, weight_y = _neighbours(pixels_HW3.shape[0], height)
-    low_x, high_x, weight_x = _neighbours(pixels_HW3.shape[1], width)
+    low_y, high_y, weight_y = _neighbors(pixels_HW3.shape[0], height)
+    low_x, high_x, weight_x = _neighbors(pixels_HW3.shape[1], width)
     read, inverse = np.unique(np.concatenate([low_y, high_y]), return_inverse=True)
     rows_HW3 = pixels_HW3[read].astype(np.float32)
     left_HW3 = rows_HW3.take(low_x, axis=1)
@@ -96,14 +96,14 @@ def vpt_resize(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
     return top_HW3 + (along_x_HW3[inverse[height:]] - top_HW3) * weight_y[:, None, None]
 
 
-def _neighbours(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each target place the two source places and the second one's weight, in float32 as TensorFlow has it."""
-    place = np.arange(out, dtype=np.float32) * np.float32(size / out)
-    low = np.floor(place).astype(np.int64)
-    return low, np.minimum(low + 1, size - 1), place - low.astype(np.float32)
+def _neighbors(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each target position the two source positions and the weight of the second, in float32 as in TensorFlow."""
+    position = np.arange(out, dtype=np.float32) * np.float32(size / out)
+    low = np.floor(position).astype(np.int64)
+    return low, np.minimum(low + 1, size - 1), position - low.astype(np.float32)
 
 
-def _centre(pixels_HW3: np.ndarray, size: int) -> np.ndarray:
+def _center_crop(pixels_HW3: np.ndarray, size: int) -> np.ndarray:
     height, width, _ = pixels_HW3.shape
     return _cut(pixels_HW3, round((height - size) / 2), round((width - size) / 2), size)
 

@@ -126,7 +126,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device,
     try:
         for batch in batches:
             _raise_on_stop(stop)
-            observed = compute_stream(method.backbone, batch["images"].to(device), method.reads)
+            observed = compute_stream(method.backbone, batch["images"].to(device), method.spec)
             features_nF[batch["index"]] = method.features(observed).cpu()
             readable_n[batch["index"].numpy()] = batch["weight"].numpy() > 0
     finally:

@@ -54,7 +54,7 @@ class Experiment:
     def images(self) -> int | None:
         """Images that go through the backbone, at most if trials stop early; None for a task without known counts."""
         task = self.recipe.data.task
-        counts = dict(TASKS[task].counts) if task in TASKS else {}
+        counts = dict(TASKS[task].expected_counts) if task in TASKS else {}
         if not {"train", "val", "trainval", "test"} <= counts.keys():
             return None
         train, seeds = self.recipe.train, len(self.recipe.sweep.seeds)

@@ -1,1 +1,1 @@
-"""What a run's adapters are good for."""
+"""Using a run's adapters: loading, predicting, evaluating, merging, attention maps."""

@@ -1,4 +1,4 @@
-"""What a run's tokens attend to: attention of the class token, and of each prompt or query, to the image's patches.
+"""Maps of a run's attention: of the class token, and of each prompt or query, to the image's patches.
 
 B images, L blocks that are shown, H heads, N tokens, R tokens whose attention is shown, M patches, D width, E = D / H,
 S image side.
@@ -28,8 +28,8 @@ from dist_vpt.runs.folder import RunFolder
 
 CELL = 112  # pixels of an image's side in a grid
 COLUMNS = 4  # of a grid with a map for each block or head, and the least width of all
-SHOWN = 16  # prompts or queries that a picture has side by side; the others go into further rows
-OVERLAY = 0.65  # share of the colour of the map in a picture
+SHOWN = 16  # prompts or queries side by side in a picture; others go into further rows
+OVERLAY = 0.65  # share of the map's color in a picture
 ONLY = "attention can be drawn of runs on such backbones alone"
 
 
@@ -37,8 +37,8 @@ ONLY = "attention can be drawn of runs on such backbones alone"
 class Attention:
     """Weights of the patches in the softmax over all tokens, [B, H, R, M] for each block, float32."""
 
-    whole: list[Tensor]  # R = 1: of the class token, or without one the mean over the patches' own
-    own: list[Tensor]  # of each prompt or query; R = 0 in a block that has none
+    whole: list[Tensor]  # R = 1: of the class token, or without one the mean over the patches
+    own: list[Tensor]  # of each prompt or query; R = 0 in a block without any
     names: tuple[str, str]  # what the two are called
 
 
@@ -80,19 +80,19 @@ def _matrices(backbone: Backbone) -> Iterator[list[Tensor]]:
 
 
 def _queries(method: VQT, images_B3SS: Tensor) -> list[Tensor]:
-    """Attention of VQT's queries to the image's tokens, [B, H, Q, N] of each block; none where a block has none."""
+    """Attention of VQT's queries to the image's tokens, [B, H, Q, N] of each block; Q = 0 in a block without any."""
     backbone = method.backbone
-    observed = compute_stream(backbone, images_B3SS, StreamSpec(method.blocks, keys=True))
+    stream = compute_stream(backbone, images_B3SS, StreamSpec(method.blocks, keys=True))
     found: list[Tensor] = []
     for number, block in enumerate(backbone.blocks):
-        seams = unpack_block(block, number)
+        parts = unpack_block(block, number)
         if number not in method.blocks:
-            found.append(torch.zeros(len(images_B3SS), seams.heads, 0, backbone.tokens, device=images_B3SS.device))
+            found.append(torch.zeros(len(images_B3SS), parts.heads, 0, backbone.tokens, device=images_B3SS.device))
             continue
         i = method.blocks.index(number)
         z_QD = method.queries[i].to(backbone.dtype)
-        q_QHE = seams.q_norm(seams.project(0, seams.norm1(z_QD))) * seams.scale
-        scores_BHQN = q_QHE.transpose(0, 1) @ observed.keys[i].transpose(2, 3)
+        q_QHE = parts.q_norm(parts.project(0, parts.norm1(z_QD))) * parts.scale
+        scores_BHQN = q_QHE.transpose(0, 1) @ stream.keys[i].transpose(2, 3)
         found.append(widened(scores_BHQN).softmax(-1))
     return found
 
@@ -109,9 +109,9 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
 
     All blocks, with the mean over heads or one ``head`` alone; or one ``block``, with the mean and each head.
     """
-    files = _named(images)
-    opened = load_run(run, adapters, checkpointing="none", attention="eager", compile=False, offload=False)
-    backbone, folder = opened.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
+    files = _files_by_name(images)
+    loaded = load_run(run, adapters, checkpointing="none", attention="eager", compile=False, offload=False)
+    backbone, folder = loaded.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
     for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
         if value is not None and not 0 <= value < count:
             raise UserError(f"--{name} {value}: the backbone's {name}s are 0 to {count - 1}")
@@ -119,10 +119,10 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     pictures: dict[str, np.ndarray] = {}
     which = "".join(f"-{name}{value}" for name, value in (("block", block), ("head", head)) if value is not None)
     for called, file in files.items():
-        pixels_13SS = opened.show(file).unsqueeze(0).to(opened.device)
-        found = attend(opened.method, pixels_13SS)
-        if isinstance(opened.method, VPT):  # whose patches may be of a frame, too
-            pixels_13SS = opened.method.prompted_images(pixels_13SS).detach()
+        pixels_13SS = loaded.load_image(file).unsqueeze(0).to(loaded.device)
+        found = attend(loaded.method, pixels_13SS)
+        if isinstance(loaded.method, VPT):  # whose patches may include a frame
+            pixels_13SS = loaded.method.prompted_images(pixels_13SS).detach()
         image_SS3 = pixels_13SS[0].cpu().permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
         for name, figure in _figures(found, image_SS3, block, head):
             path = folder / f"{called}-{name}{which}.png"
@@ -141,20 +141,20 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     return written
 
 
-def _named(images: Sequence[str]) -> dict[str, Path]:
-    """Image files by what their pictures are called: their place below a folder that was given, or their own name.
+def _files_by_name(images: Sequence[str]) -> dict[str, Path]:
+    """Image files by the names of their pictures: their path below a given folder, or their own name.
 
-    Raises UserError for two of one name, of which one picture would be lost.
+    Raises UserError for two files of one name, since one picture would overwrite the other.
     """
     named: dict[str, Path] = {}
     for image in images:
         for file in image_files([image]):
-            place = file.relative_to(image) if Path(image).is_dir() else Path(file.name)
-            name = "-".join(place.with_suffix("").parts)
+            relative = file.relative_to(image) if Path(image).is_dir() else Path(file.name)
+            name = "-".join(relative.with_suffix("").parts)
             if named.setdefault(name, file) != file:
                 raise UserError(
-                    f"{named[name]} and {file}: the pictures of both would be called {name}-...; give one of them, and "
-                    "the other in a call with an --out of its own"
+                    f"{named[name]} and {file}: the pictures of both would be called {name}-...; use separate calls, "
+                    "each with its own --out"
                 )
     return named
 
@@ -194,7 +194,7 @@ def _figures(found: Attention, image_SS3: np.ndarray, block: int | None, head: i
 
 
 def _grid(rows: list[list[tuple[str, Tensor]]], image_SS3: np.ndarray, title: str, columns: int) -> Any:
-    """A figure with a cell for each map, rows longer than ``columns`` wrapped; colours are of each map's range."""
+    """A figure with a cell for each map, with rows longer than ``columns`` wrapped; colors span each map's range."""
     from matplotlib.figure import Figure
 
     lines = [row[at : at + columns] for row in rows for at in range(0, len(row), columns)]
@@ -217,7 +217,7 @@ def _grid(rows: list[list[tuple[str, Tensor]]], image_SS3: np.ndarray, title: st
 
 
 def _overlaid(image_SS3: np.ndarray, weights_M: np.ndarray) -> np.ndarray:
-    """The image in grey under the map in colours, dark for the least weight and bright for the most."""
+    """The image in gray under the map in colors, dark for the least weight and bright for the most."""
     from matplotlib import colormaps
     from PIL import Image
 
@@ -228,8 +228,8 @@ def _overlaid(image_SS3: np.ndarray, weights_M: np.ndarray) -> np.ndarray:
         image_SS3.shape[1::-1], Image.Resampling.BILINEAR
     )
     color_SS3 = colormaps["inferno"](np.asarray(large))[..., :3]
-    grey_SS1 = image_SS3.mean(2, keepdims=True)
-    return OVERLAY * color_SS3 + (1 - OVERLAY) * grey_SS1
+    gray_SS1 = image_SS3.mean(2, keepdims=True)
+    return OVERLAY * color_SS3 + (1 - OVERLAY) * gray_SS1
 
 
 def _drawn(figure: Any) -> np.ndarray:

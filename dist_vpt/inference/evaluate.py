@@ -1,4 +1,4 @@
-"""A split scored again with a run's adapters."""
+"""Scoring a split again with a run's adapters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,20 +21,22 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
     folder = RunFolder(run)
     folder.refuse_sweep()
     recipe = folder.load(overrides)
-    parts = build_components(recipe)
+    components = build_components(recipe)
     path = folder.best if adapters == "best" else folder.adapters
     tensors, facts = read_adapters(path)
-    restore(parts.method, tensors, path)
-    if list(parts.splits.classes) != classes_of(facts, path):
-        raise UserError(f"{run}: was trained on other classes than {recipe.data.task} has here; mend data.root")
+    restore(components.method, tensors, path)
+    if list(components.splits.classes) != classes_of(facts, path):
+        raise UserError(
+            f"{run}: was trained on other classes than {recipe.data.task} has here; use the data.root of the run"
+        )
     accelerator = make_accelerator(recipe)
-    model = accelerator.prepare_model(parts.method, evaluation_mode=True)
-    batches = parts.evaluation(split, accelerator.process_index, accelerator.num_processes)
-    scores = evaluate(accelerator, model, batches, len(parts.splits.classes)).compute()
+    model = accelerator.prepare_model(components.method, evaluation_mode=True)
+    batches = components.evaluation(split, accelerator.process_index, accelerator.num_processes)
+    scores = evaluate(accelerator, model, batches, len(components.splits.classes)).compute()
     batches.close()
     if accelerator.is_main_process:
         reported = _reported(folder, adapters).get(split, {})
-        table = Table(title=f"{run}: {split} split, {adapters} adapters, {len(parts.splits[split]):,} images")
+        table = Table(title=f"{run}: {split} split, {adapters} adapters, {len(components.splits[split]):,} images")
         for column in ("score", "now", "reported by the run"):
             table.add_column(column, justify="left" if column == "score" else "right")
         for name, value in scores.items():

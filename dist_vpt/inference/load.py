@@ -26,14 +26,16 @@ class LoadedRun:
     device: torch.device
     inputs: Inputs
 
-    def show(self, file: Path) -> Tensor:
-        """An image file as the method is shown it, [3, S, S]."""
-        image = decode(file, str(file), self.recipe.data.max_megapixels, upright=self.inputs.task.upright)
-        return self.inputs.view.eval(image)
+    def load_image(self, file: Path) -> Tensor:
+        """An image file as the method's input, [3, S, S]."""
+        picture = decode(
+            file, str(file), self.recipe.data.max_megapixels, exif_transpose=self.inputs.task.exif_transpose
+        )
+        return self.inputs.transform.eval(picture)
 
 
 def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
-    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime that are to be others."""
+    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime to change."""
     folder = RunFolder(run)
     folder.refuse_sweep()
     path = folder.best if adapters == "best" else folder.adapters
@@ -50,7 +52,7 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:
     if "classes" not in facts:
-        raise WeightsError(f"{path}: names no classes, so that a run did not write it; restore the run's own file")
+        raise WeightsError(f"{path}: lists no classes, so no run wrote it; restore the file of the run")
     return facts["classes"]
 
 

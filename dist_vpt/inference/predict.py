@@ -1,4 +1,4 @@
-"""What a run's adapters are good for: scoring a split again, classifying images, and merging into plain weights.
+"""Classifying image files with a run's adapters.
 
 B batch, K classes.
 """
@@ -22,22 +22,22 @@ from dist_vpt.inference.load import load_run
 def predict(
     run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
 ) -> list[dict[str, Any]]:
-    """Classify image files: for each, class names and probabilities, the likeliest first; as CSV or JSON."""
+    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON."""
     if top < 1:
         raise UserError(f"--top {top}: must be at least 1")
     if out and Path(out).suffix not in (".csv", ".json"):
         raise UserError(f"--out {out}: must end in .csv or .json")
     if out and not Path(out).parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {Path(out).parent}; make it first")
-    opened, files = load_run(run, adapters), image_files(images)
-    classes, size = opened.classes, opened.recipe.train.eval_batch_size
+        raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
+    loaded, files = load_run(run, adapters), image_files(images)
+    classes, size = loaded.classes, loaded.recipe.train.eval_batch_size
     rows = []
     for start in range(0, len(files), size):
-        some = files[start : start + size]
-        batch = torch.stack([opened.show(file) for file in some])
+        chunk = files[start : start + size]
+        batch = torch.stack([loaded.load_image(file) for file in chunk])
         with torch.no_grad():
-            probabilities_BK = opened.method(batch.to(opened.device)).float().softmax(1).cpu()
-        for file, row in zip(some, probabilities_BK, strict=True):
+            probabilities_BK = loaded.method(batch.to(loaded.device)).float().softmax(1).cpu()
+        for file, row in zip(chunk, probabilities_BK, strict=True):
             values, indices = row.topk(min(top, len(classes)))
             best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
             rows.append(

@@ -3,7 +3,7 @@
 N tokens, D width, r bottleneck.
 
 A branch h of a block, right before it joins the stream (after its LayerScale, where there is one), becomes
-h + up(gelu(down(h))): both branches of each block with ``houlsby``, the MLP's alone with ``pfeiffer``.
+h + up(gelu(down(h))): both branches of each block with ``houlsby``, only the MLP's with ``pfeiffer``.
 """
 
 import torch
@@ -17,14 +17,14 @@ from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_output
 
 
 class Adapter(HookedMethod):
-    """``adapters.BLOCK.attn`` (houlsby) and ``adapters.BLOCK.mlp``, each with down and up; they start as nothing."""
+    """``adapters.BLOCK.attn`` (houlsby) and ``adapters.BLOCK.mlp``, each with down and up; initially zero."""
 
     def __init__(self, recipe: AdapterConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
-            seams = unpack_block(block, number)
-            ends = {"mlp": seams.ls2} if recipe.style == "pfeiffer" else {"attn": seams.ls1, "mlp": seams.ls2}
+            parts = unpack_block(block, number)
+            ends = {"mlp": parts.ls2} if recipe.style == "pfeiffer" else {"attn": parts.ls1, "mlp": parts.ls2}
             adapters = nn.ModuleDict()
             for branch, end in ends.items():
                 adapter = _Serial(backbone.width, recipe.bottleneck, F.gelu)

@@ -3,7 +3,7 @@
 N tokens, D width, r bottleneck.
 
 Beside each block's MLP a bottleneck reads the same x' of the stream, before the MLP's norm (as the published code
-does; so backward keeps nothing for it that the norm does not keep anyway):
+does; so backward keeps nothing that it would not keep for the norm):
 
     x'' = x' + ls2(mlp(norm2(x'))) + scale * up(relu(down(x')))
 """
@@ -19,14 +19,14 @@ from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_output
 
 
 class AdaptFormer(HookedMethod):
-    """``adapters.BLOCK``, each with down and up; they start as nothing."""
+    """``adapters.BLOCK``, each with down and up; their initial output is zero."""
 
     def __init__(self, recipe: AdaptFormerConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
             adapter = _Beside(backbone.width, recipe.bottleneck, recipe.scale)
-            adapter.stand_beside(unpack_block(block, number))
+            adapter.attach_to(unpack_block(block, number))
             self.adapters.append(adapter)
 
 
@@ -34,12 +34,12 @@ class _Beside(Bottleneck):
     def __init__(self, width: int, bottleneck: int, scale: float):
         super().__init__(width, bottleneck, F.relu)
         self.scale = scale
-        self.read: Tensor | None = None  # x', on its way from where the MLP's branch begins to where it ends
+        self.read: Tensor | None = None  # x', from the begin of the MLP's branch to its end
 
-    def stand_beside(self, seams: BlockParts) -> None:
-        """Read where the MLP's branch begins, write where it ends."""
-        replace_output(seams.norm2, self._begin)
-        replace_output(seams.ls2, self._end)
+    def attach_to(self, parts: BlockParts) -> None:
+        """Read at the begin of the MLP's branch, write at its end."""
+        replace_output(parts.norm2, self._begin)
+        replace_output(parts.ls2, self._end)
 
     def _begin(self, x_BND: Tensor, normed_BND: Tensor) -> Tensor:
         self.read = x_BND

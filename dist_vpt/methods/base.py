@@ -2,12 +2,12 @@
 
 B batch, S image side, N tokens, D width, F features, K classes, T trials.
 
-A method owns a backbone and what is trained. It is called with images and gives logits; which of its parameters
-are trainable is decided here by structure: the backbone's are frozen, the method's own are not.
+A method has a backbone and trained tensors. It maps images to logits. Which parameters are trainable is decided here
+by structure: the backbone's are frozen, the method's are not.
 
 - A **writer** changes what the blocks compute, so gradients flow through them: it overrides ``forward``.
-- A **reader** only reads what the frozen backbone computes anyway: it says what it reads of the frozen stream
-  (``reads``) and what it makes of that (``read``). The stream runs without autograd, may come from a cache, and
+- A **reader** only reads what the frozen backbone computes anyway: it declares what it reads of the frozen stream
+  (``spec``) and computes logits from that (``read``). The stream runs without autograd, may come from a cache, and
   serves any number of readers at once (``read_many``).
 """
 
@@ -27,7 +27,7 @@ from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_str
 class Method(nn.Module):
     """Images [B, 3, S, S] (uint8) -> logits [B, K] (float32)."""
 
-    # Whether it works on Swin, where tokens attend within windows, and are merged on the way.
+    # Whether it supports Swin, where tokens attend within windows and are merged between stages.
     on_swin: ClassVar[bool] = False
 
     def __init__(
@@ -38,7 +38,7 @@ class Method(nn.Module):
         features: int | None = None,
         tuned: Iterable[nn.Module] = (),
     ):
-        """``features``: what the head reads of an image, D unless given.
+        """``features``: number of features that the head reads, D unless given.
 
         ``tuned``: modules of the backbone that are trained; they stay float32 and are computed under autocast.
         """
@@ -52,7 +52,7 @@ class Method(nn.Module):
 
     @classmethod
     def check_backbone(cls, backbone: Backbone) -> None:
-        """Raises UserError where the method cannot work on this backbone."""
+        """Raises UserError if the method does not support this backbone."""
         if isinstance(backbone, SwinBackbone) and not cls.on_swin:
             raise UserError(
                 f"method.name = {cls.__name__.lower()}: not on Swin, whose tokens attend within windows and are merged "
@@ -61,14 +61,14 @@ class Method(nn.Module):
             )
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that the optimiser gets."""
+        """Names and parameters that the optimizer gets."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """In which float32 weights that are tuned are computed in the recipe's precision.
+        """Computes trained float32 weights in the recipe's precision.
 
-        Without its cache of casts, which backward finds empty where checkpointing computes a block again: selective
-        checkpointing takes the casts that are then made for other arithmetic than forward's.
+        Without the cache of casts, which is empty when checkpointing recomputes a block in backward: selective
+        checkpointing would take the additional casts for other operations than forward's.
         """
         enabled = self.compute != torch.float32
         return torch.autocast(device.type, self.compute, enabled=enabled, cache_enabled=False)
@@ -83,13 +83,13 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors that an adapter file holds: what is trained, and what was chosen and goes with it."""
+        """Names and tensors of an adapter file: what is trained, and what was selected with it."""
         yield from self.trainable()
 
     def merged(self) -> dict[str, Tensor]:
-        """What a plain timm model needs in place of the backbone's tensors to give the same, under timm's names.
+        """Tensors that replace the backbone's in a plain timm model for equal outputs, under timm's names.
 
-        Raises UserError where no plain timm model gives the same.
+        Raises UserError if no plain timm model gives equal outputs.
         """
         raise UserError(
             f"a {type(self).__name__} computes what no plain timm model does: only linear, full, partial, bias, cls, "
@@ -97,7 +97,7 @@ class Method(nn.Module):
         )
 
     def classify(self, features_BF: Tensor) -> Tensor:
-        """The head in its own float32 whatever the backbone's dtype: it is tiny, and its loss is what is minimised."""
+        """The head in float32 whatever the backbone's dtype: it is tiny, and its loss is minimized."""
         return self.head(features_BF.to(next(self.head.parameters()).dtype))
 
 
@@ -105,43 +105,42 @@ class Reader(Method):
     """A method that never changes the image's tokens: the backbone runs without autograd."""
 
     @property
-    def reads(self) -> StreamSpec:
-        """What is read of the frozen stream besides the pooled features."""
+    def spec(self) -> StreamSpec:
+        """What it reads of the frozen stream besides the pooled features."""
         return StreamSpec()
 
     @property
-    def shares(self) -> StreamSpec:
-        """What is rather kept of the stream where it is computed once and many readers share it: larger, and further on
-        the way."""
-        return self.reads
+    def shared_spec(self) -> StreamSpec:
+        """What is kept of a stream that many readers share: larger, but closer to their result."""
+        return self.spec
 
-    def read(self, observed: StreamOutput) -> Tensor:
-        """Logits [B, K] from what the stream holds of B images."""
+    def read(self, stream: StreamOutput) -> Tensor:
+        """Logits [B, K] from the stream of B images."""
         raise NotImplementedError
 
     @classmethod
     def read_many(
-        cls, readers: Sequence["Reader"], observed: StreamOutput, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["Reader"], stream: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """Logits [B, K] of T readers from one reading of the stream, each as it would compute them alone.
+        """Logits [B, K] of T readers from one pass over the stream, each as if computed alone.
 
-        ``seeds`` are those of the readers' random draws (dropout).
+        ``seeds``: of the readers' random draws (dropout).
         """
         logits = []
         for t, reader in enumerate(readers):
             if seeds is not None:
                 torch.manual_seed(seeds[t])
-            logits.append(reader.read(observed))
+            logits.append(reader.read(stream))
         return logits
 
     def forward(self, images: Tensor | StreamOutput) -> Tensor:
         if not isinstance(images, StreamOutput):
-            images = compute_stream(self.backbone, images, self.reads)
+            images = compute_stream(self.backbone, images, self.spec)
         return self.read(images)
 
 
 def classification_head(features: int, classes: int) -> nn.Linear:
-    """The head of VPT's published set-up: kaiming-normal (fan-out) weight; bias -log(99), a prior of 0.01 a class."""
+    """The head of the published VPT: kaiming-normal (fan-out) weight; bias -log(99), a prior of 0.01 a class."""
     head = nn.Linear(features, classes)
     nn.init.kaiming_normal_(head.weight, mode="fan_out")
     nn.init.constant_(head.bias, -math.log(99.0))

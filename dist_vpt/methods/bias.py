@@ -2,8 +2,8 @@
 
 D channels of a module's output.
 
-Trained are all biases of the backbone, as in VPT's baseline: those of the blocks, of the patch embedding and of the
-norms before and after the blocks, the class token's attention pooling included where there is one.
+It trains all biases of the backbone, as in VPT's baseline: those of the blocks, of the patch embedding and of the
+norms before and after the blocks, and of the attention pooling where there is one.
 """
 
 import torch
@@ -28,9 +28,9 @@ class Bias(HookedMethod):
 
 
 class Biases(nn.Module):
-    """Takes every bias off a float32 backbone and adds a trained one, which starts at its values, in its place.
+    """Replaces every bias of a float32 backbone by a trained one that starts at its values.
 
-    Beside a frozen bias in bf16 a trained difference would lose what is small against it. Adding keeps nothing for
+    Added to a frozen bias in bf16, a small trained difference would be rounded away. The addition keeps nothing for
     backward.
     """
 

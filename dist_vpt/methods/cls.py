@@ -25,8 +25,8 @@ class Cls(HookedMethod):
 
 
 class ClassToken(nn.Module):
-    """Takes the place of a float32 backbone's class token, from whose values it starts, or anew (``reinit``) as timm's
-    own does: normal with a standard deviation of 1e-6.
+    """Replaces a float32 backbone's class token. It starts at the token's values, or (``reinit``) as in timm: normal
+    with a standard deviation of 1e-6.
     """
 
     position: Tensor
@@ -42,7 +42,7 @@ class ClassToken(nn.Module):
         placed = stem.pos_embed is not None and not stem.no_embed_class
         position_11D = stem.pos_embed[:, :1].detach().clone() if placed else torch.zeros_like(stem.cls_token)
         self.register_buffer("position", position_11D, persistent=False)  # its embedding, added to the token
-        # The last call before the blocks, also of an identity: positions are added, nothing is normalized yet.
+        # The last call before the blocks, even if an identity: positions are added, nothing is normalized yet.
         stem.norm_pre.register_forward_pre_hook(lambda _, inputs: self(inputs[0]))
 
     def forward(self, tokens_BND: Tensor) -> Tensor:

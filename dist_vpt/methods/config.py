@@ -1,4 +1,4 @@
-"""The method part of a recipe, one class a method. They need no torch, so that recipes are read in no time."""
+"""The method section of a recipe, one class a method. No torch is imported, so that recipes load fast."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -6,58 +6,62 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class MethodSettings(BaseModel):
-    """What every method's part of the recipe shares."""
+    """Settings of all methods."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    reader: ClassVar[bool] = False  # whether it only reads the frozen stream
-    reads_blocks: ClassVar[bool] = False  # and that with the weights inside the blocks
+    reader: ClassVar[bool] = False  # only reads the frozen stream
+    reads_blocks: ClassVar[bool] = False  # and uses the weights inside the blocks for that
 
     @property
     def frame(self) -> int:
-        """Pixels that are put on each side of an image: the backbone is built for images so much larger."""
+        """Pixels added on each side of an image; the backbone is built for the larger image."""
         return 0
 
 
 class VPTConfig(MethodSettings):
-    """Prompt tokens between the prefix tokens and the patches, shallow or deep, or in another place."""
+    """Prompts: tokens between the prefix tokens and the patches, shallow or deep, or another location."""
 
     name: Literal["vpt"] = Field("vpt", description="Visual Prompt Tuning")
     prompts: int = Field(
-        10, ge=1, description="P: prompt tokens of a prompted block; deep, not given: the paper's for a known task"
+        10,
+        ge=1,
+        description="P: prompt tokens in a prompted block; deep, not given: the paper's for a known task",
     )
     location: Literal["prepend", "add", "add-1", "prepend-pixel", "pad", "below"] = Field(
         "prepend",
-        description="prepend: tokens before the patches; add: added to the tokens, one to each (prompts is not read); "
+        description="prepend: tokens before the patches; add: added to the tokens, one to each (prompts is ignored); "
         "add-1: one added to all of them; prepend-pixel: patches of trained pixels, embedded and prepended; pad: a "
-        "frame of trained pixels around the image, so many wide; below: so many trained channels beside the image's "
-        "three, and how patches are embedded from them",
+        "frame of trained pixels around the image, `prompts` pixels wide; below: `prompts` trained channels beside "
+        "the image's three, with a trained embedding",
     )
-    deep: bool = Field(
-        True, description="true: fresh prompts before every prompted block; false: before the first alone"
-    )
-    layers: int | None = Field(None, ge=1, description="deep: how many blocks are prompted; null: all of them")
+    deep: bool = Field(True, description="true: new prompts before every prompted block; false: only before the first")
+    layers: int | None = Field(None, ge=1, description="deep: number of blocks that are prompted; null: all")
     prompted_blocks: Literal["first", "last"] = Field(
         "first", description="deep: whether `layers` counts from the first or the last block"
     )
     expand: bool = Field(
-        True, description="deep, first layers: the last prompts flow on through the blocks after; false: they end there"
+        True,
+        description="deep, first layers: the last prompts pass through the remaining blocks; false: removed",
     )
     shared: bool = Field(False, description="deep: one set of prompts for all prompted blocks after the first of them")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the prompts, drawn for every image")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the prompts, 0 to 1, drawn for each image")
     projection: int | None = Field(
-        None, ge=1, description="d: width of the prompts before a learned d -> D projection; null: none"
+        None,
+        ge=1,
+        description="d: width of the prompts before a learned projection to the backbone's; null: no projection",
     )
     pooling: Literal["original", "img_pool", "prompt_pool", "imgprompt_pool"] = Field(
         "original",
-        description="what the head reads: the weights' own pooling, or the mean of patches, prompts or both",
+        description="what the head reads: the backbone's pooling (original), or the mean of patches, prompts or both",
     )
     init: Literal["random", "class_token", "tokens"] = Field(
         "random",
-        description="random: uniform, as published; class_token, tokens: besides drawn like the class tokens, or all "
-        "tokens, of training images before the block (normal, with their mean and deviation)",
+        description="random: uniform, as published; class_token, tokens: plus a normal draw with the mean and standard "
+        "deviation of the class tokens, or of all tokens, of training images before the block",
     )
     extra_trainable: tuple[Literal["bias", "cls"], ...] = Field(
-        (), description="what is trained beside the prompts, as by the method of that name: all biases, the class token"
+        (),
+        description="also trained, as in the method of that name: all biases, the class token",
     )
 
     @model_validator(mode="after")
@@ -65,16 +69,16 @@ class VPTConfig(MethodSettings):
         if not self.deep and (self.layers is not None or self.shared or self.prompted_blocks != "first"):
             raise ValueError(
                 f"deep = false with layers = {self.layers}, prompted_blocks = {self.prompted_blocks}, shared = "
-                f"{self.shared}: these belong to deep prompts; set deep=true or leave them out"
+                f"{self.shared}: these need deep prompts; set deep=true or leave them out"
             )
         if not self.expand and (self.layers is None or self.prompted_blocks != "first" or self.location != "prepend"):
             raise ValueError(
                 f"expand = false with layers = {self.layers}, prompted_blocks = {self.prompted_blocks}, location = "
-                f"{self.location}: belongs to prompts prepended to the first layers; set layers or leave it out"
+                f"{self.location}: needs prompts that are prepended to the first layers; set layers or leave it out"
             )
         if self.location in ("prepend-pixel", "pad", "below") and (self.deep or self.projection):
             raise ValueError(
-                f"location = {self.location}: there are pixels before the first block alone, and no "
+                f"location = {self.location}: there are pixels only before the first block, and no "
                 "projection; set deep=false and projection=null"
             )
         tokens = self.location.startswith("prepend")
@@ -86,10 +90,10 @@ class VPTConfig(MethodSettings):
         if self.init != "random" and (self.location != "prepend" or self.projection):
             raise ValueError(
                 f"init = {self.init} with location = {self.location}, projection = {self.projection}: only prompts "
-                "that are tokens themselves can be drawn like tokens; set location=prepend and projection=null"
+                "that are tokens can be drawn like tokens; set location=prepend and projection=null"
             )
         if len(set(self.extra_trainable)) < len(self.extra_trainable):
-            raise ValueError(f"extra_trainable = {list(self.extra_trainable)}: each once; leave the repeated one out")
+            raise ValueError(f"extra_trainable = {list(self.extra_trainable)}: each only once; remove the repeated one")
         return self
 
     @property
@@ -98,34 +102,34 @@ class VPTConfig(MethodSettings):
 
 
 class VQTConfig(MethodSettings):
-    """Query tokens that read the frozen blocks, and a linear head on what they found."""
+    """Query tokens that read the frozen blocks, and a linear head on their outputs."""
 
     reader: ClassVar[bool] = True
     reads_blocks: ClassVar[bool] = True
     name: Literal["vqt"] = Field("vqt", description="Visual Query Tuning")
-    queries: int = Field(1, ge=1, description="Q: query tokens of a block; not given: the paper's for a known task")
+    queries: int = Field(1, ge=1, description="Q: query tokens in a block; not given: the paper's for a known task")
     blocks: tuple[int, ...] | None = Field(
-        None, min_length=1, description="numbers of the blocks that are read, from 0; null: all of them"
+        None, min_length=1, description="numbers of the blocks that are read, from 0; null: all"
     )
     pooling: Literal["none", "mean", "weighted"] = Field(
-        "none", description="of a block's queries: kept side by side, their mean, or a learned weighted sum"
+        "none", description="of a block's queries: concatenated (none), their mean, or a learned weighted sum"
     )
-    normalize: bool = Field(True, description="bring each block's features, and the backbone's own, to length 1")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the queries, drawn for every image")
+    normalize: bool = Field(True, description="scale features to length 1: each block's, and the backbone's")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the queries, 0 to 1, drawn for each image")
     form: Literal["auto", "absorbed", "projected"] = Field(
         "auto", description="how attention is computed; auto: the one with fewer operations"
     )
     keep: int | None = Field(
         None,
         ge=1,
-        description="features that the head reads, which the adapters name (`dist-vpt compress` chooses them); "
-        "null: all of them",
+        description="number of features that the head reads; the adapters list which (`dist-vpt compress` selects "
+        "them); null: all",
     )
 
     @model_validator(mode="after")
     def _blocks_rise(self) -> Self:
         if self.blocks is not None and (list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0):
-            raise ValueError(f"blocks = {list(self.blocks)}: must be rising block numbers from 0; sort them")
+            raise ValueError(f"blocks = {list(self.blocks)}: must be increasing block numbers from 0; sort them")
         return self
 
 
@@ -141,17 +145,17 @@ class MLPConfig(MethodSettings):
 
     reader: ClassVar[bool] = True
     name: Literal["mlp"] = Field("mlp", description="a multilayer perceptron as the head")
-    layers: int = Field(3, ge=1, description="linear layers; 1 is linear probing")
-    width: int | None = Field(None, ge=1, description="of the hidden layers; null: the backbone's width")
-    dropout: float = Field(0.0, ge=0, lt=1, description="after each hidden layer")
+    layers: int = Field(3, ge=1, description="number of linear layers; 1 is linear probing")
+    width: int | None = Field(None, ge=1, description="width of the hidden layers; null: the backbone's")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate after each hidden layer, 0 to 1")
 
 
 class SideConfig(MethodSettings):
-    """A small convolutional network beside the frozen backbone, and a linear head on the blend of the two."""
+    """A small convolutional network beside the frozen backbone, and a linear head on a blend of both."""
 
     reader: ClassVar[bool] = True
     name: Literal["side"] = Field("side", description="side-tuning")
-    layers: int = Field(3, ge=1, description="convolutions, each of which halves the image")
+    layers: int = Field(3, ge=1, description="number of convolutions, each of which halves the image")
     channels: int = Field(64, ge=1, description="C: channels of each convolution")
 
 
@@ -164,49 +168,49 @@ class FullConfig(MethodSettings):
 class PartialConfig(MethodSettings):
     """The last blocks, the norms after them, and a linear head."""
 
-    name: Literal["partial"] = Field("partial", description="the last blocks are tuned")
-    blocks: int = Field(1, ge=1, description="how many of the last blocks are trained")
+    name: Literal["partial"] = Field("partial", description="partial fine-tuning: the last blocks")
+    blocks: int = Field(1, ge=1, description="number of last blocks that are trained")
 
 
 class BiasConfig(MethodSettings):
     """All biases of the backbone and a linear head."""
 
-    name: Literal["bias"] = Field("bias", description="BitFit: biases alone")
+    name: Literal["bias"] = Field("bias", description="BitFit: only biases")
 
 
 class ClsConfig(MethodSettings):
     """The class token and a linear head."""
 
-    name: Literal["cls"] = Field("cls", description="the class token is tuned")
-    reinit: bool = Field(False, description="true: the token starts anew, near zero; false: as in the weights")
+    name: Literal["cls"] = Field("cls", description="class-token tuning")
+    reinit: bool = Field(False, description="true: the token starts near zero; false: at its pretrained value")
 
 
 class LoRAConfig(MethodSettings):
     """Low-rank updates of linear layers in every block, and a linear head."""
 
     name: Literal["lora"] = Field("lora", description="low-rank adaptation")
-    rank: int = Field(8, ge=1, description="r: rank of an update")
+    rank: int = Field(8, ge=1, description="r: rank of the updates")
     alpha: float = Field(8.0, gt=0, description="an update is multiplied by alpha / rank")
     targets: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
         ("q", "v"),
         min_length=1,
         description="which linear layers: queries, keys, values, attention's output, MLP's two",
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on what an update reads")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the updates' inputs, 0 to 1")
 
     @model_validator(mode="after")
     def _targets_once(self) -> Self:
         if len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"targets = {list(self.targets)}: each once; leave the repeated one out")
+            raise ValueError(f"targets = {list(self.targets)}: each only once; remove the repeated one")
         return self
 
 
 class AdapterConfig(MethodSettings):
-    """A bottleneck at the end of a block's branches, and a linear head."""
+    """Bottlenecks at the end of a block's branches, and a linear head."""
 
     name: Literal["adapter"] = Field("adapter", description="serial adapters")
     style: Literal["pfeiffer", "houlsby"] = Field(
-        "pfeiffer", description="pfeiffer: after each MLP; houlsby: after each attention, too"
+        "pfeiffer", description="pfeiffer: after each MLP; houlsby: also after each attention"
     )
     bottleneck: int = Field(64, ge=1, description="r: width inside an adapter")
 
@@ -216,7 +220,7 @@ class AdaptFormerConfig(MethodSettings):
 
     name: Literal["adaptformer"] = Field("adaptformer", description="parallel adapters")
     bottleneck: int = Field(64, ge=1, description="r: width inside an adapter")
-    scale: float = Field(0.1, gt=0, description="what an adapter gives is multiplied by it")
+    scale: float = Field(0.1, gt=0, description="factor of the adapters' outputs")
 
 
 class SSFConfig(MethodSettings):

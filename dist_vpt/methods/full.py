@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained. The baseline that the others are measured against."""
+"""Full fine-tuning: every weight is trained. The baseline of all others."""
 
 import torch
 from torch import Tensor

@@ -10,15 +10,15 @@ from dist_vpt.methods.config import LinearConfig
 
 
 class Linear(Reader):
-    """K x (D + 1) trained numbers; the backbone's pooled features are all that it reads."""
+    """K x (D + 1) trained numbers; it reads only the backbone's pooled features."""
 
     on_swin = True
 
     def __init__(self, recipe: LinearConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
 
-    def read(self, observed: StreamOutput) -> Tensor:
-        return self.classify(observed.pooled)
+    def read(self, stream: StreamOutput) -> Tensor:
+        return self.classify(stream.pooled)
 
     def merged(self) -> dict[str, Tensor]:
         return {}

@@ -3,7 +3,7 @@
 N tokens, D inputs and O outputs of a linear layer, r rank.
 
 A targeted linear layer gives W x + (alpha / r) B A x, with A [r, D] and B [O, r] trained. Queries, keys and values are
-rows of one layer in timm, and each has an A and a B of its own.
+rows of one layer in timm, and each has its own A and B.
 """
 
 import torch
@@ -17,7 +17,7 @@ from dist_vpt.methods.hooks import HookedMethod, Projection, replace_output
 
 
 class LoRA(HookedMethod):
-    """``lora.BLOCK.TARGET.down`` is A, ``up`` is B. B starts at zero, A does not, so that both train."""
+    """``lora.BLOCK.TARGET.down`` is A, ``up`` is B. B starts at zero, A does not, so that both get gradients."""
 
     def __init__(self, recipe: LoRAConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute)
@@ -54,6 +54,6 @@ class _LowRank(nn.Module):
         return self.up(self.down(F.dropout(x_BND, self.dropout, self.training)) * self.scale)
 
     def added_to(self, x_BND: Tensor, output_BNO: Tensor) -> Tensor:
-        # Not in place: a checkpointing policy may have kept the layer's output.
+        # Not in place: a checkpointing policy may keep the layer's output.
         after_rows = output_BNO.shape[-1] - self.rows.stop if self.rows.stop is not None else 0
         return output_BNO + F.pad(self(x_BND), (self.rows.start or 0, after_rows))

@@ -12,7 +12,7 @@ from dist_vpt.methods.config import MLPConfig
 
 
 class MLP(Reader):
-    """Hidden layers D -> width -> ... -> width (kaiming-normal), then the head that every method has."""
+    """Hidden layers D -> width -> ... -> width (kaiming-normal), then the head of all methods."""
 
     on_swin = True
 
@@ -27,5 +27,5 @@ class MLP(Reader):
             hidden += [layer, nn.GELU(), nn.Dropout(recipe.dropout)]
         self.head = nn.Sequential(*hidden, self.head)
 
-    def read(self, observed: StreamOutput) -> Tensor:
-        return self.classify(observed.pooled)
+    def read(self, stream: StreamOutput) -> Tensor:
+        return self.classify(stream.pooled)

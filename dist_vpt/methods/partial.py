@@ -17,7 +17,7 @@ from dist_vpt.methods.config import PartialConfig
 class Partial(Method):
     """The last blocks, and the norms and the pooling after them: float32, computed in the recipe's precision.
 
-    What comes before runs without autograd, held in the recipe's precision.
+    The blocks before run without autograd, with weights in the recipe's precision.
     """
 
     def __init__(self, recipe: PartialConfig, backbone: Backbone, classes: int, compute: torch.dtype):

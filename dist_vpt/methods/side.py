@@ -2,7 +2,7 @@
 
 B batch, S image side, D width, C channels of the side network.
 
-A small network sees the image beside the frozen backbone, and the two are blended by a learned share:
+A small network sees the image beside the frozen backbone, and a learned factor blends the two:
 
     features = a * pooled + (1 - a) * side(image)        a = sigmoid(blend)
 """
@@ -19,7 +19,7 @@ from dist_vpt.methods.config import SideConfig
 
 
 class Side(Reader):
-    """``side``: convolutions [C, ., 3, 3], each halving the image, their mean over places, and a layer C -> D."""
+    """``side``: convolutions [C, ., 3, 3], each halving the image, their spatial mean, and a layer C -> D."""
 
     on_swin = True
 
@@ -37,11 +37,11 @@ class Side(Reader):
         self.blend = nn.Parameter(torch.zeros(1))
 
     @property
-    def reads(self) -> StreamSpec:
+    def spec(self) -> StreamSpec:
         return StreamSpec(pixels=True)
 
-    def read(self, observed: StreamOutput) -> Tensor:
-        (pixels_B3SS,) = observed.pixels
+    def read(self, stream: StreamOutput) -> Tensor:
+        (pixels_B3SS,) = stream.pixels
         side_BD = self.side(pixels_B3SS.to(self.blend.dtype))
-        share = self.blend.sigmoid()
-        return self.classify(share * observed.pooled.to(side_BD.dtype) + (1 - share) * side_BD)
+        a = self.blend.sigmoid()
+        return self.classify(a * stream.pooled.to(side_BD.dtype) + (1 - a) * side_BD)

@@ -3,7 +3,7 @@
 D channels of a module's output.
 
 After every operation of the backbone (patch embedding, linear layers, norms) its output y becomes scale * y + shift, a
-trained pair for each channel. Backward keeps y, for the scale's gradient. Once trained, both fold into the weights.
+trained pair for each channel. Backward keeps y for the scale's gradient. After training, both fold into the weights.
 """
 
 from typing import Any, cast
@@ -34,7 +34,7 @@ class SSF(HookedMethod):
         for name, operation in operations(self.backbone):
             module, pair = cast(Any, operation), cast(_ScaleShift, self.ssf.get_submodule(name))
             if not isinstance(getattr(module, "bias", None), nn.Parameter):
-                raise UserError(f"{name} has no bias that its shift could fold into: this run cannot be merged")
+                raise UserError(f"{name} has no bias for its shift: this run cannot be merged")
             tensors[f"{name}.weight"] = pair.scale.view(-1, *[1] * (module.weight.ndim - 1)) * module.weight
             tensors[f"{name}.bias"] = pair.scale * module.bias + pair.shift
         return tensors

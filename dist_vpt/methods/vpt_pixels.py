@@ -1,7 +1,7 @@
 """Visual Prompt Tuning with prompts that are pixels: prepended patches, a frame around the image, further channels.
 
-B batch, N tokens, P prompts, D width, R prefix tokens, G side of a patch in pixels, X numbers of a prompt, S image side,
-T side of an image with a frame, I and J rows and columns of patches.
+B batch, N tokens, P prompts, D width, R prefix tokens, G side of a patch in pixels, X numbers of a prompt, S image
+side, T side of an image with a frame, I and J rows and columns of patches.
 """
 
 import math

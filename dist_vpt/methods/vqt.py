@@ -7,17 +7,17 @@ Per block, query tokens z attend to the image's tokens, not to each other, and t
 
     z' = z + ls1(proj(softmax(q(norm1(z)) k^T / sqrt(E)) v))        z'' = z' + ls2(mlp(norm2(z')))
 
-with k and v those of n, the image's tokens as the block's attention sees them. The features are the backbone's own,
-and z'' of each block. Two equal forms compute the attention:
+with k and v those of n, the image's tokens as the block's attention sees them. The features are the backbone's pooled
+ones, and z'' of each block. Two equal forms compute the attention:
 
-- ``projected``: k and v are computed from n, without autograd. A stream that is kept for several trials holds k and v
-  themselves where there is room, and then this is by far the cheaper form; one trial alone would hold twice the bytes
+- ``projected``: k and v are computed from n, without autograd. A stream that is cached for several trials holds k and v
+  themselves if the memory suffices, and then this is by far the cheaper form; a single trial would keep twice the bytes
   of its batch for backward.
 - ``absorbed``: a head's score is k.q = n.(W_k^T q) up to a number that cancels in the softmax, and the weights sum to
-  one, so that sum(p v) = W_v sum(p n) + b_v: no key and no value is ever computed, and n alone is kept for backward.
-  Under qk-norm each key has a scale of its own, which the stream brings along.
+  one, so that sum(p v) = W_v sum(p n) + b_v: no key and no value is ever computed, and only n is kept for backward.
+  With qk-norm each key has a scale, which is part of the stream.
 
-The head may read some of the features alone (``keep``): which ones is an index beside the trained tensors.
+The head may read a subset of the features (``keep``): an index beside the trained tensors lists them.
 """
 
 import math
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dist_vpt.backbones.blocks import BlockParts, centres, has_key_norm, keys_and_values, unpack_block, widened
+from dist_vpt.backbones.blocks import BlockParts, has_key_norm, keys_and_values, subtracts_mean, unpack_block, widened
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
@@ -41,7 +41,7 @@ from dist_vpt.methods.config import VQTConfig
 class VQT(Reader):
     """Queries [L, Q, D], with ``weighted`` pooling their weights [L, Q], and the head.
 
-    ``kept`` [keep] (int64, rising) are the features that the head reads, None: all; adapters bring them.
+    ``kept`` [keep] (int64, increasing) are the features that the head reads, None: all; adapters contain them.
     """
 
     kept: Tensor | None
@@ -54,28 +54,28 @@ class VQT(Reader):
         groups = recipe.queries if recipe.pooling == "none" else 1
         found = backbone.width * (1 + len(blocks) * groups)
         if recipe.keep is not None and recipe.keep > found:
-            raise UserError(f"method.keep = {recipe.keep}: there are {found} features to choose among; leave it out")
+            raise UserError(f"method.keep = {recipe.keep}: there are {found} features; leave it out")
         super().__init__(backbone, classes, compute, features=recipe.keep or found)
         self.recipe, self.blocks, self.all_features = recipe, blocks, found
         self.register_buffer("kept", None if recipe.keep is None else torch.full((recipe.keep,), -1))
-        seams = [unpack_block(backbone.blocks[number], number) for number in blocks]
-        self.key_norm = any(has_key_norm(s) for s in seams)
+        parts = [unpack_block(backbone.blocks[number], number) for number in blocks]
+        self.key_norm = any(has_key_norm(s) for s in parts)
         if self.key_norm and recipe.form == "absorbed":
-            centres(seams[0].k_norm)  # refuses a norm that cannot be absorbed
+            subtracts_mean(parts[0].k_norm)  # raises for a norm that cannot be absorbed
         bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + backbone.width))  # as VPT's prompts
         self.queries = nn.Parameter(torch.empty(len(blocks), recipe.queries, backbone.width).uniform_(-bound, bound))
         if recipe.pooling == "weighted":  # starts as the mean
             self.pool_weights = nn.Parameter(torch.full((len(blocks), recipe.queries), 1.0 / recipe.queries))
 
     @property
-    def reads(self) -> StreamSpec:
+    def spec(self) -> StreamSpec:
         if self.recipe.form == "projected":
             return StreamSpec(self.blocks, keys=True)
         return StreamSpec(self.blocks, key_scales=self.key_norm)
 
     @property
-    def shares(self) -> StreamSpec:
-        return self.reads if self.recipe.form == "absorbed" else StreamSpec(self.blocks, keys=True)
+    def shared_spec(self) -> StreamSpec:
+        return self.spec if self.recipe.form == "absorbed" else StreamSpec(self.blocks, keys=True)
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from super().adapter_tensors()
@@ -83,60 +83,60 @@ class VQT(Reader):
             yield "kept", self.kept
 
     def train(self, mode: bool = True) -> Self:
-        """Raises UserError where ``kept`` names no features: told here, once, and not for every batch."""
+        """Raises UserError if ``kept`` lists no features: checked here once, not for every batch."""
         if self.kept is not None:
             rises = bool((self.kept.diff() > 0).all()) and self.kept[0] >= 0 and self.kept[-1] < self.all_features
             if not rises:
                 raise UserError(
-                    f"method.keep = {self.recipe.keep}: adapters must name the kept features, rising numbers "
-                    f"below {self.all_features}, and none do; `dist-vpt compress` makes such adapters; or leave it out"
+                    f"method.keep = {self.recipe.keep}: adapters must list the kept features, increasing numbers "
+                    f"below {self.all_features}; use adapters of `dist-vpt compress`, or leave it out"
                 )
         return super().train(mode)
 
     def classify(self, features_BF: Tensor) -> Tensor:
-        """The head on those of the features that it reads."""
+        """The head on the features that it reads."""
         return super().classify(features_BF if self.kept is None else features_BF.index_select(1, self.kept))
 
-    def features(self, observed: StreamOutput) -> Tensor:
-        """All features [B, F] of the images, of which the head may read some alone."""
-        return self.features_of_many([self], observed)[0]
+    def features(self, stream: StreamOutput) -> Tensor:
+        """All features [B, F] of the images, of which the head may read a subset."""
+        return self.features_of_many([self], stream)[0]
 
-    def read(self, observed: StreamOutput) -> Tensor:
-        return self.read_many([self], observed)[0]
+    def read(self, stream: StreamOutput) -> Tensor:
+        return self.read_many([self], stream)[0]
 
     @classmethod
     def read_many(  # type: ignore[override]
-        cls, readers: Sequence["VQT"], observed: StreamOutput, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["VQT"], stream: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        found = cls.features_of_many(readers, observed, seeds)
+        found = cls.features_of_many(readers, stream, seeds)
         return [reader.classify(features_BF) for reader, features_BF in zip(readers, found, strict=True)]
 
     @classmethod
     def features_of_many(
-        cls, readers: Sequence["VQT"], observed: StreamOutput, seeds: Sequence[int] | None = None
+        cls, readers: Sequence["VQT"], stream: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """The features [B, F] of each reader, from one reading of the stream.
+        """The features [B, F] of each reader, from one pass over the stream.
 
-        Readers that are neighbours and equal in seed, dropout and queries drop alike, also without ``seeds``.
+        Adjacent readers that are equal in seed, dropout and queries share a mask, also without ``seeds``.
         """
         first = readers[0]
-        runs = []  # of readers one after the other that drop alike: queries [T, L, Q, D], mask [B, L, Q, D] or None
-        told = zip(readers, seeds if seeds is not None else [None] * len(readers), strict=True)
-        for (seed, *_), run in groupby(told, key=_draws):
+        runs = []  # of adjacent readers that share a mask: queries [T, L, Q, D], mask [B, L, Q, D] or None
+        seeded = zip(readers, seeds if seeds is not None else [None] * len(readers), strict=True)
+        for (seed, *_), run in groupby(seeded, key=_mask_key):
             if seed is not None:
                 torch.manual_seed(seed)
-            alike = [reader for reader, _ in run]
-            mask_BLQD = alike[0].mask(len(observed.pooled))
-            runs.append((torch.stack([reader.queries for reader in alike]), mask_BLQD))
+            group = [reader for reader, _ in run]
+            mask_BLQD = group[0].mask(len(stream.pooled))
+            runs.append((torch.stack([reader.queries for reader in group]), mask_BLQD))
         sizes = [reader.recipe.queries for reader in readers]
-        answers = []  # for each block one of each reader, [B, Q_t, D]; never all in one tensor, which would be large
+        answers = []  # for each block one of each reader, [B, Q_t, D]; one tensor of all would be large
         for i, number in enumerate(first.blocks):
-            z_QD = _asked(runs, i)
-            seams = unpack_block(first.backbone.blocks[number], number)
-            attend = first._attention(seams, observed, i, sum(sizes))
-            answers.append(answer(seams, z_QD.to(observed.pooled.dtype), attend).split(sizes, dim=1))
+            z_QD = _queries_of(runs, i)
+            parts = unpack_block(first.backbone.blocks[number], number)
+            attend = first._attention(parts, stream, i, sum(sizes))
+            answers.append(answer(parts, z_QD.to(stream.pooled.dtype), attend).split(sizes, dim=1))
         return [
-            reader._features(observed.pooled, mine)
+            reader._features(stream.pooled, mine)
             for reader, mine in zip(readers, zip(*answers, strict=True), strict=True)
         ]
 
@@ -145,33 +145,33 @@ class VQT(Reader):
         return self.recipe.dropout if self.training else 0.0
 
     def mask(self, images: int) -> Tensor | None:
-        """Factors of the queries [B, L, Q, D], 0 or 1 / (1 - dropout), drawn anew; None: nothing is dropped."""
+        """Factors of the queries [B, L, Q, D], 0 or 1 / (1 - dropout), newly drawn; None: no dropout."""
         if not self._dropout:
             return None
         kept_BLQD = torch.rand(images, *self.queries.shape, device=self.queries.device) >= self._dropout
         return kept_BLQD.to(self.queries.dtype) / (1 - self._dropout)
 
-    def _attention(self, seams: BlockParts, observed: StreamOutput, i: int, queries: int) -> "Attend":
-        """How so many queries attend to the i-th block that is read."""
-        if observed.keys:
-            return partial(_attend_projected, observed.keys[i], observed.values[i])
-        normed_BND = observed.normed[i]
-        if self.recipe.form == "auto" and cheaper_form(queries, seams.heads, self.backbone.width) == "projected":
+    def _attention(self, parts: BlockParts, stream: StreamOutput, i: int, queries: int) -> "Attend":
+        """The attention of this many queries to the i-th block that is read."""
+        if stream.keys:
+            return partial(_attend_projected, stream.keys[i], stream.values[i])
+        normed_BND = stream.normed[i]
+        if self.recipe.form == "auto" and cheaper_form(queries, parts.heads, self.backbone.width) == "projected":
             with torch.no_grad():
-                return partial(_attend_projected, *keys_and_values(seams, normed_BND))
-        return partial(_attend_absorbed, seams, normed_BND, observed.key_scales[i] if observed.key_scales else None)
+                return partial(_attend_projected, *keys_and_values(parts, normed_BND))
+        return partial(_attend_absorbed, parts, normed_BND, stream.key_scales[i] if stream.key_scales else None)
 
     def _features(self, pooled_BD: Tensor, answers: Sequence[Tensor]) -> Tensor:
-        """The backbone's features and those of each block's answers [B, Q, D], each brought to length 1: [B, F].
+        """The backbone's features and those of each block's answers [B, Q, D], each scaled to length 1: [B, F].
 
-        In as few passes over these numbers as can be: with many trials they are a large part of a step's time.
+        In as few passes over memory as possible: with many trials they take a large part of a step.
         """
         groups = [pooled_BD.to(self.queries.dtype)]
         groups += [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(answers)]
-        features_BF = torch.cat(groups, dim=1)  # widens answers of half precision on the way
+        features_BF = torch.cat(groups, dim=1)  # also widens answers in half precision
         if not self.recipe.normalize:
             return features_BF
-        pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one first, then as many of each block
+        pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one, then equally many of each block
         return _UnitLength.apply(pieces_BCD, len(answers)).flatten(1)
 
     def _pool(self, i: int, z_BQD: Tensor) -> Tensor:
@@ -195,9 +195,9 @@ def cheaper_form(queries: int, heads: int, width: int) -> str:
 
 
 class _UnitLength(torch.autograd.Function):
-    """x [B, 1 + L P, D] in groups brought to length 1: the first row is a group, then P rows each.
+    """x [B, 1 + L P, D] scaled to length 1 by groups: the first row is a group, then P rows each.
 
-    y = x / |x|, dx = (dy - y (y . dy)) / |x|: half the passes of what autograd makes of it.
+    y = x / |x|, dx = (dy - y (y . dy)) / |x|: half the passes of autograd's.
     """
 
     @staticmethod
@@ -218,19 +218,19 @@ class _UnitLength(torch.autograd.Function):
 
 
 def _group_sums(x_BC: Tensor, groups: int) -> Tensor:
-    """Each number's group's sum in its place."""
+    """For each number the sum of its group."""
     sums_BLP = x_BC[:, 1:].unflatten(1, (groups, -1)).sum(2, keepdim=True).expand(-1, -1, (x_BC.shape[1] - 1) // groups)
     return torch.cat([x_BC[:, :1], sums_BLP.flatten(1)], dim=1)
 
 
-def _draws(told: tuple[VQT, int | None]) -> tuple[int | None, float, int]:
-    """What is equal for readers that drop alike."""
-    reader, seed = told
+def _mask_key(seeded: tuple[VQT, int | None]) -> tuple[int | None, float, int]:
+    """Equal for readers that share a mask."""
+    reader, seed = seeded
     return seed if reader._dropout else None, reader._dropout, reader.recipe.queries
 
 
-def _asked(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
-    """Queries of the i-th block that is read, of all readers side by side: [Q, D], or with dropout [B, Q, D]."""
+def _queries_of(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
+    """Queries of the i-th block that is read, of all readers concatenated: [Q, D], or with dropout [B, Q, D]."""
     images = {len(mask_BLQD) for _, mask_BLQD in runs if mask_BLQD is not None}
     pieces = []
     for queries_TLQD, mask_BLQD in runs:
@@ -242,27 +242,27 @@ def _asked(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
 
-def answer(seams: BlockParts, z_QD: Tensor, attend: Attend) -> Tensor:
+def answer(parts: BlockParts, z_QD: Tensor, attend: Attend) -> Tensor:
     """z'' [B, Q, D]: a block's outputs for queries z, [Q, D] or one set for each image, [B, Q, D]."""
-    q_QHE = seams.q_norm(seams.project(0, seams.norm1(z_QD))) * seams.scale
+    q_QHE = parts.q_norm(parts.project(0, parts.norm1(z_QD))) * parts.scale
     heads_BQHE = attend(q_QHE)
-    z_BQD = z_QD + seams.ls1(seams.proj(seams.attn_norm(heads_BQHE.flatten(-2))))
-    return z_BQD + seams.ls2(seams.mlp(seams.norm2(z_BQD)))
+    z_BQD = z_QD + parts.ls1(parts.proj(parts.attn_norm(heads_BQHE.flatten(-2))))
+    return z_BQD + parts.ls2(parts.mlp(parts.norm2(z_BQD)))
 
 
-def _attend_absorbed(seams: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None, q_QHE: Tensor) -> Tensor:
-    weight_ED, bias_E = seams.weights(1)
-    heads, per_image = seams.heads, q_QHE.ndim == 4
-    if has_key_norm(seams):  # its scale of the channels goes to the query, its mean's removal too (that is symmetric)
-        q_QHE = q_QHE * seams.k_norm.weight if seams.k_norm.weight is not None else q_QHE
-        q_QHE = q_QHE - q_QHE.mean(-1, keepdim=True) if centres(seams.k_norm) else q_QHE
+def _attend_absorbed(parts: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None, q_QHE: Tensor) -> Tensor:
+    weight_ED, bias_E = parts.weights(1)
+    heads, per_image = parts.heads, q_QHE.ndim == 4
+    if has_key_norm(parts):  # its scale of the channels goes to the query, and so does centering, which is symmetric
+        q_QHE = q_QHE * parts.k_norm.weight if parts.k_norm.weight is not None else q_QHE
+        q_QHE = q_QHE - q_QHE.mean(-1, keepdim=True) if subtracts_mean(parts.k_norm) else q_QHE
     u_QHD = _HeadLinear.apply(q_QHE, weight_ED.unflatten(0, (heads, -1)))
     u_XD = u_QHD.flatten(-3, -2)  # X = Q * H
     if per_image:
         scores_BXN = u_XD @ n_BND.transpose(1, 2)
-    else:  # one matrix product of all tokens
+    else:  # one matrix product for all tokens
         scores_BXN = (n_BND.flatten(0, 1) @ u_XD.T).unflatten(0, n_BND.shape[:2]).transpose(1, 2)
-    if has_key_norm(seams):
+    if has_key_norm(parts):
         assert scale_BNH is not None
         scores_BXN = widened(scores_BXN)
         if bias_E is not None:  # does not cancel: each token's scale multiplies it
@@ -270,9 +270,9 @@ def _attend_absorbed(seams: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None,
             scores_BXN = scores_BXN + of_bias_QH.flatten(-2).unsqueeze(-1)
         scale_BHN = widened(scale_BNH).transpose(1, 2)
         scores_BXN = (scores_BXN.unflatten(1, (-1, heads)) * scale_BHN.unsqueeze(1)).flatten(1, 2)
-    p_BXN = scores_BXN.softmax(dim=-1).to(n_BND.dtype)  # of half precision: float32 inside, and nothing wider is kept
+    p_BXN = scores_BXN.softmax(dim=-1).to(n_BND.dtype)  # half precision: float32 inside, nothing wider is kept
     c_BQHD = (p_BXN @ n_BND).unflatten(1, (-1, heads))
-    weight_ED, bias_E = seams.weights(2)
+    weight_ED, bias_E = parts.weights(2)
     a_BQHE = _HeadLinear.apply(c_BQHD, weight_ED.unflatten(0, (heads, -1)).transpose(1, 2))
     return a_BQHE if bias_E is None else a_BQHE + bias_E.unflatten(0, (heads, -1))
 
@@ -280,7 +280,7 @@ def _attend_absorbed(seams: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None,
 class _HeadLinear(torch.autograd.Function):
     """x [..., H, I] times frozen weights [H, I, O], head by head: [..., H, O].
 
-    torch's own ways go through a layout with the heads first, and copy these large tensors there and back.
+    torch's operations use a layout with the heads first, and copy these large tensors to it and back.
     """
 
     @staticmethod

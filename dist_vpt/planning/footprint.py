@@ -162,7 +162,7 @@ class _Step:
         self, recipe: Recipe, inputs: Inputs, method: Method, optimizer: Any, images: int, classes: int
     ):
         self.recipe, self.method, self.optimizer, self.images, self.classes = recipe, method, optimizer, images, classes
-        self.size, self.pixels = inputs.view.image_size, inputs.view.dtype
+        self.size, self.pixels = inputs.transform.image_size, inputs.transform.dtype
 
     def known(self) -> list[Tensor]:
         """What lives before the step and after it."""

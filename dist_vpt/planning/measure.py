@@ -128,8 +128,8 @@ def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
 def synthetic_batches(recipe: Recipe, inputs: Inputs, classes: int) -> list[Batch]:
     """The micro-batches of one global batch of noise, as loaders give them."""
     noise = torch.Generator().manual_seed(recipe.seed)
-    pixels = PIXELS[inputs.view.dtype]
-    side = inputs.view.image_size
+    pixels = PIXELS[inputs.transform.dtype]
+    side = inputs.transform.image_size
     images = recipe.train.batch_size // recipe.train.grad_accum_steps
     return [
         {

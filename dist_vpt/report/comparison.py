@@ -1,6 +1,6 @@
 """Results side by side: a row for each method, a column for each task, and notes on what makes numbers differ.
 
-Data only: report.py gives it a form.
+Data only: tables.py, markdown.py, csv.py and html.py render it.
 """
 
 import string
@@ -22,10 +22,10 @@ PUBLISHED_EPOCHS, PUBLISHED_SIZE = 100, 224
 NAMES = {"image_size": "image size", "storage": "images from"}
 
 
-class Own(NamedTuple):
-    """A result and the folder of the file that holds it."""
+class LocalResult(NamedTuple):
+    """A result of the user's runs, and the folder of the file that holds it."""
 
-    place: str
+    folder: str
     result: Result
 
 
@@ -46,18 +46,18 @@ class Column:
 
 @dataclass
 class Cell:
-    """A number, or what stands in its place."""
+    """A number, or what is shown instead."""
 
     mean: float | None = None  # percent
     std: float | None = None  # over seeds; none: one seed, a mean over tasks, or a published number
-    instead: str = ABSENT  # "failed", or how many tasks of a mean are there
+    instead: str = ABSENT  # "failed", or how many tasks of a mean have results
     notes: list[str] = field(default_factory=list)
     marks: str = ""  # of these notes
-    best: bool = False  # of the own rows
+    best: bool = False  # among the rows of local results
 
     @property
     def number(self) -> str:
-        """To one decimal, or what stands in its place."""
+        """To one decimal, or what is shown instead."""
         return self.instead if self.mean is None else f"{self.mean:.1f}"
 
     @property
@@ -67,22 +67,22 @@ class Cell:
 
 
 @dataclass
-class Row:
+class ResultRow:
     """One method under one protocol, or a published row."""
 
     method: str
     backbone: str
     source: str  # OWN, or a short citation
-    detail: str = ""  # what tells it from other rows of the same method and backbone
+    detail: str = ""  # distinguishes rows of the same method and backbone
     notes: list[str] = field(default_factory=list)  # that hold for all of its cells
     marks: str = ""
-    own: dict[str, Own] = field(default_factory=dict)  # by task
+    local: dict[str, LocalResult] = field(default_factory=dict)  # by task
     published: Published | None = None
     cells: list[Cell] = field(default_factory=list)  # one for each column
 
     @property
     def name(self) -> str:
-        """The method, told apart from other rows."""
+        """The method, with what distinguishes it from other rows."""
         return f"{self.method} ({self.detail})" if self.detail else self.method
 
     @property
@@ -90,12 +90,14 @@ class Row:
         """By task, percent."""
         if self.published:
             return self.published.top1
-        return {task: own.result.test["top1"].mean for task, own in self.own.items() if scored(own.result)}
+        return {task: local.result.test["top1"].mean for task, local in self.local.items() if scored(local.result)}
 
     @property
     def seeds(self) -> str:
         """How many each number is a mean of, such as 5, or 3 to 5."""
-        counts = sorted({len(own.result.test["top1"].values) for own in self.own.values() if scored(own.result)})
+        counts = sorted(
+            {len(local.result.test["top1"].values) for local in self.local.values() if scored(local.result)}
+        )
         return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts)) or ABSENT
 
 
@@ -105,15 +107,15 @@ class Table:
 
     title: str
     columns: list[Column]
-    rows: list[Row]
+    rows: list[ResultRow]
     remarks: list[str]  # on tasks that failed and results that are not shown
     notes: dict[str, str] = field(default_factory=dict)  # note -> its mark
 
     def common(self) -> list[str]:
-        """Tasks for which all own rows that have a number at all have one, in the order of the columns."""
-        own = [row.top1 for row in self.rows if row.own and row.top1]
+        """Tasks for which all local rows with any number have one, in the order of the columns."""
+        local = [row.top1 for row in self.rows if row.local and row.top1]
         tasks = [column.task for column in self.columns if column.task]
-        return [task for task in tasks if own and all(task in top1 for top1 in own)]
+        return [task for task in tasks if local and all(task in top1 for top1 in local)]
 
 
 def scored(result: Result) -> bool:
@@ -121,15 +123,15 @@ def scored(result: Result) -> bool:
     return result.failed is None and "top1" in result.test
 
 
-def compare(results: Sequence[Own], published: Sequence[Published]) -> list[Table]:
+def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
     """A table for VTAB-1k, FGVC and other tasks, each where there is a result of it.
 
-    Published rows are those of a table's own methods. Own rows hold one protocol: what was made under another one, for
-    tasks that the row lacks, is in it with a note, and else in a row of its own.
+    Published rows are those of the table's methods. A local row has one protocol: results under another one join it,
+    with a note, for tasks that it lacks, and else get another row.
     """
     tables = []
     for title in (*SECTIONS, OTHER):
-        here = [own for own in results if _section(own.result.task) == title]
+        here = [local for local in results if _section(local.result.task) == title]
         if here:
             tables.append(_table(title, _columns(title, here), here, published))
     return tables
@@ -140,9 +142,9 @@ def _section(task: str) -> str:
     return next((title for title, groups in SECTIONS.items() if group in groups), OTHER)
 
 
-def _columns(title: str, results: Sequence[Own]) -> list[Column]:
+def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
     if title == OTHER:
-        return [Column(task, OTHER, task) for task in dict.fromkeys(own.result.task for own in results)]
+        return [Column(task, OTHER, task) for task in dict.fromkeys(local.result.task for local in results)]
     columns, parts = [], []
     for group in SECTIONS[title]:
         tasks = tuple(task.name for task in TASKS.values() if task.group == group)
@@ -158,7 +160,7 @@ def _columns(title: str, results: Sequence[Own]) -> list[Column]:
     return columns
 
 
-def _table(title: str, columns: list[Column], results: Sequence[Own], published: Sequence[Published]) -> Table:
+def _table(title: str, columns: list[Column], results: Sequence[LocalResult], published: Sequence[Published]) -> Table:
     shown, remarks = _newest(results)
     own_rows, rows = list(_own_rows(shown)), []
     tasks = {column.task for column in columns if column.task}
@@ -167,12 +169,12 @@ def _table(title: str, columns: list[Column], results: Sequence[Own], published:
         rows += [_published_row(row) for row in published if row.method == method and tasks >= row.top1.keys()]
     for row in rows:
         row.cells = [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
-        if row.own:
+        if row.local:
             _lift(row)
     for row in own_rows:
         for column, cell in zip(columns, row.cells, strict=True):
             if cell.instead == "failed" and column.task:
-                reason = row.own[column.task].result.failed or "no test score"
+                reason = row.local[column.task].result.failed or "no test score"
                 remarks.append(f"{column.task}, {row.name}: failed: {' '.join(reason.split())}")
     _mark_best([row.cells for row in own_rows])
     table = Table(title, columns, rows, remarks)
@@ -188,71 +190,71 @@ def _marks(notes: Sequence[str], known: dict[str, str]) -> str:
     return ",".join(sorted(marks, key=lambda mark: (len(mark), mark)))
 
 
-def _published_row(row: Published) -> Row:
+def _published_row(row: Published) -> ResultRow:
     source = row.label if row.verified else f"{row.label}, unverified"
     detail = row.name if row.name != row.method else ""
-    return Row(row.method, row.backbone, source, detail, row.notes, published=row)
+    return ResultRow(row.method, row.backbone, source, detail, row.notes, published=row)
 
 
-def _newest(results: Sequence[Own]) -> tuple[list[Own], list[str]]:
-    """Of results for one cell from one file the newest, a number before a failure; and what was left out for it.
+def _newest(results: Sequence[LocalResult]) -> tuple[list[LocalResult], list[str]]:
+    """Of results for one cell from one file the newest, a number before a failure; and remarks on what was left out.
 
-    A failure is left out wherever a number under its protocol is there.
+    A failure is left out if there is a number under its protocol.
     """
-    kept: list[Own] = []
+    kept: list[LocalResult] = []
     remarks = []
-    for own in sorted(results, key=lambda own: (scored(own.result), own.result.finished))[::-1]:
-        rivals = [other for other in kept if _same_cell(own, other) and not _unlike(own, other)]
-        if scored(own.result) and any(other.place == own.place for other in rivals):
+    for local in sorted(results, key=lambda local: (scored(local.result), local.result.finished))[::-1]:
+        rivals = [other for other in kept if _same_cell(local, other) and not _unlike(local, other)]
+        if scored(local.result) and any(other.folder == local.folder for other in rivals):
             remarks.append(
-                f"{own.result.task}, {own.result.method}: run {own.result.run} in {own.place} is not shown, as one of "
-                "another recipe finished later"
+                f"{local.result.task}, {local.result.method}: run {local.result.run} in {local.folder} is not shown, "
+                "as one of another recipe finished later"
             )
-        elif scored(own.result) or not rivals:
-            kept.append(own)
-    return [own for own in results if any(own is other for other in kept)], remarks
+        elif scored(local.result) or not rivals:
+            kept.append(local)
+    return [local for local in results if any(local is other for other in kept)], remarks
 
 
-def _same_cell(one: Own, other: Own) -> bool:
+def _same_cell(one: LocalResult, other: LocalResult) -> bool:
     return one.result.task == other.result.task and _group(one) == _group(other)
 
 
-def _group(own: Own) -> tuple[str, str, str]:
-    return own.result.method, own.result.backbone, own.result.precision
+def _group(local: LocalResult) -> tuple[str, str, str]:
+    return local.result.method, local.result.backbone, local.result.precision
 
 
-def _unlike(one: Own, other: Own) -> list[str]:
-    """Fields in which the protocols differ; a note is one's own matter. A failure without a protocol is like any."""
+def _unlike(one: LocalResult, other: LocalResult) -> list[str]:
+    """Fields in which the protocols differ, notes excepted. A failure without a protocol differs from none."""
     if one.result.protocol is None or other.result.protocol is None:
         return []
     return [name for name in one.result.protocol.differs(other.result.protocol) if name != "notes"]
 
 
-def _own_rows(results: Sequence[Own]) -> Iterator[Row]:
+def _own_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
     """Rows by method, backbone, precision, then protocol and file, as few as hold no task twice."""
-    for method, backbone in dict.fromkeys(_group(own)[:2] for own in results):
-        rows: list[list[Own]] = []
-        for group in dict.fromkeys(_group(own) for own in results if _group(own)[:2] == (method, backbone)):
-            rows += _packed([own for own in results if _group(own) == group])
+    for method, backbone in dict.fromkeys(_group(local)[:2] for local in results):
+        rows: list[list[LocalResult]] = []
+        for group in dict.fromkeys(_group(local) for local in results if _group(local)[:2] == (method, backbone)):
+            rows += _packed([local for local in results if _group(local) == group])
         details = _details([row[0] for row in rows])
         for row, detail in zip(rows, details, strict=True):
-            yield Row(method, backbone, OWN, detail, own={own.result.task: own for own in row})
+            yield ResultRow(method, backbone, OWN, detail, local={local.result.task: local for local in row})
 
 
-def _packed(results: Sequence[Own]) -> list[list[Own]]:
-    """Those of one protocol and file first; the fewer then join a row that has none of their tasks."""
-    alike: list[list[Own]] = []
-    for own in sorted(results, key=lambda own: own.result.protocol is None):
+def _packed(results: Sequence[LocalResult]) -> list[list[LocalResult]]:
+    """Groups by protocol and file; smaller ones then join a row that has none of their tasks."""
+    alike: list[list[LocalResult]] = []
+    for local in sorted(results, key=lambda local: local.result.protocol is None):
         for some in alike:
-            if some[0].place == own.place and not _unlike(some[0], own):
-                some.append(own)
+            if some[0].folder == local.folder and not _unlike(some[0], local):
+                some.append(local)
                 break
         else:
-            alike.append([own])
-    rows: list[list[Own]] = []
+            alike.append([local])
+    rows: list[list[LocalResult]] = []
     for some in sorted(alike, key=_weight, reverse=True):
-        tasks = {own.result.task for own in some}
-        free = [row for row in rows if tasks.isdisjoint(own.result.task for own in row)]
+        tasks = {local.result.task for local in some}
+        free = [row for row in rows if tasks.isdisjoint(local.result.task for local in row)]
         if free:
             min(free, key=lambda row: len(_unlike(row[0], some[0]))).extend(some)
         else:
@@ -260,38 +262,38 @@ def _packed(results: Sequence[Own]) -> list[list[Own]]:
     return rows
 
 
-def _weight(results: Sequence[Own]) -> tuple[bool, int]:
+def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
     """Orders results of one protocol: those without one last, more numbers first."""
-    return results[0].result.protocol is not None, sum(scored(own.result) for own in results)
+    return results[0].result.protocol is not None, sum(scored(local.result) for local in results)
 
 
-def _details(firsts: Sequence[Own]) -> list[str]:
-    """What tells rows of one method and backbone apart: precision, protocol, or else the folder."""
-    protocols = [own.result.protocol for own in firsts]
-    fields = dict.fromkeys(name for own in firsts for name in _unlike(firsts[0], own))
-    precise = len({own.result.precision for own in firsts}) > 1
+def _details(firsts: Sequence[LocalResult]) -> list[str]:
+    """What distinguishes rows of one method and backbone: precision, protocol, or else the folder."""
+    protocols = [local.result.protocol for local in firsts]
+    fields = dict.fromkeys(name for local in firsts for name in _unlike(firsts[0], local))
+    precise = len({local.result.precision for local in firsts}) > 1
     details = [
         ", ".join(
-            ([own.result.precision] if precise else []) + [f"{_name(name)} {_value(each, name)}" for name in fields]
+            ([local.result.precision] if precise else []) + [f"{_name(name)} {_value(each, name)}" for name in fields]
         )
-        for own, each in zip(firsts, protocols, strict=True)
+        for local, each in zip(firsts, protocols, strict=True)
     ]
     if len(set(details)) == len(details):
         return details
-    return [", ".join(filter(None, (detail, own.place))) for detail, own in zip(details, firsts, strict=True)]
+    return [", ".join(filter(None, (detail, local.folder))) for detail, local in zip(details, firsts, strict=True)]
 
 
-def _cell(task: str, row: Row) -> Cell:
+def _cell(task: str, row: ResultRow) -> Cell:
     if row.published:
         return Cell(row.published.top1.get(task))
-    if task not in row.own:
+    if task not in row.local:
         return Cell()
-    own = row.own[task]
-    if not scored(own.result):
+    local = row.local[task]
+    if not scored(local.result):
         return Cell(instead="failed")
-    top1 = own.result.test["top1"]
-    told = own.result.protocol.notes if own.result.protocol else ()
-    notes = [*_unpublished(own.result), *told, *_unlike_row(own, next(iter(row.own.values())))]
+    top1 = local.result.test["top1"]
+    own_notes = local.result.protocol.notes if local.result.protocol else ()
+    notes = [*_unpublished(local.result), *own_notes, *_unlike_row(local, next(iter(row.local.values())))]
     return Cell(top1.mean, top1.std if len(top1.values) > 1 else None, notes=notes)
 
 
@@ -320,17 +322,17 @@ def _unpublished(result: Result) -> Iterator[str]:
     for name, wanted in _expected(result.task).items():
         if _value(protocol, name) != str(wanted):
             yield f"not as published: {_name(name)} {_value(protocol, name)}, not {wanted}"
-    for split, count in TASKS[result.task].counts if result.task in TASKS else ():
+    for split, count in TASKS[result.task].expected_counts if result.task in TASKS else ():
         found = protocol.counts.get(split)
         if found is not None and found != count:
             yield f"not as published: {found:,} images in {split}, not {count:,}"
 
 
-def _unlike_row(own: Own, first: Own) -> Iterator[str]:
-    """What differs from the row's protocol and is not told by _unpublished."""
-    expected = _expected(own.result.task)
-    for name in _unlike(own, first):
-        value, usual = _value(own.result.protocol, name), _value(first.result.protocol, name)
+def _unlike_row(local: LocalResult, first: LocalResult) -> Iterator[str]:
+    """What differs from the row's protocol, unless _unpublished reports it."""
+    expected = _expected(local.result.task)
+    for name in _unlike(local, first):
+        value, usual = _value(local.result.protocol, name), _value(first.result.protocol, name)
         if usual != str(expected.get(name)):
             yield f"unlike the rest of the row: {_name(name)} {value}, not {usual}"
 
@@ -346,8 +348,8 @@ def _value(protocol: Protocol | None, name: str) -> str:
     return value.partition(" ")[0] if name == "storage" else value  # without its version
 
 
-def _mean(column: Column, row: Row) -> Cell:
-    """A mean where all of its tasks are there, and otherwise how many are."""
+def _mean(column: Column, row: ResultRow) -> Cell:
+    """A mean if all of its tasks have results, else how many have."""
     top1 = row.top1
     there = [task for task in column.tasks if task in top1]
     if len(there) < len(column.tasks):
@@ -357,8 +359,8 @@ def _mean(column: Column, row: Row) -> Cell:
     return Cell(sum(means) / len(means), notes=list(dict.fromkeys(notes)))
 
 
-def _lift(row: Row) -> None:
-    """Notes that all numbers of a row have become the row's."""
+def _lift(row: ResultRow) -> None:
+    """Move notes that all numbers of a row share to the row."""
     numbers = [cell for cell in row.cells if cell.mean is not None]
     row.notes = [note for note in (numbers[0].notes if numbers else []) if all(note in cell.notes for cell in numbers)]
     for cell in numbers:
@@ -366,7 +368,7 @@ def _lift(row: Row) -> None:
 
 
 def _mark_best(rows: Iterable[Sequence[Cell]]) -> None:
-    """The best of each column, as far as one decimal tells; nothing where there is nothing to compare."""
+    """The best of each column to one decimal; none where there is nothing to compare."""
     for cells in zip(*rows, strict=True):
         numbers = [cell for cell in cells if cell.mean is not None]
         best = max((float(cell.number) for cell in numbers), default=0.0)

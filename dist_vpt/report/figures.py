@@ -1,4 +1,4 @@
-"""Figures of a report: SVG that stands inside an HTML page and takes the page's colours."""
+"""Figures of the report: SVG for an HTML page, in the page's colors."""
 
 import io
 import re
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from dist_vpt.report.comparison import Row, Table, scored
+from dist_vpt.report.comparison import ResultRow, Table, scored
 
-INK = "#123456"  # what is drawn in it gets the page's text colour
+INK = "#123456"  # drawn elements of this color get the page's text color
 COLORS = ("#3b82c4", "#e0782f", "#2fa36b", "#b35fc0", "#c9a227", "#d9534f", "#17a2b8", "#8d6e63")  # light and dark
 OWN_MARKERS, PUBLISHED_MARKERS = "oPXd*h", "^s<>vp"
 STYLE = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a method's name is no formula
+    "text.parse_math": False,  # a method's name is not a formula
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -34,14 +34,14 @@ class Picture:
     """One figure."""
 
     title: str
-    text: str  # what it shows, for those who do not see it
+    text: str  # alternative text
     svg: str
     wide: bool = False
 
 
 @dataclass(frozen=True)
 class _Series:
-    row: Row
+    row: ResultRow
     label: str
     style: dict[str, Any]  # of matplotlib's plot and errorbar
 
@@ -56,22 +56,22 @@ def figures(table: Table, name: str) -> list[Picture]:
 
 def _figures(table: Table, name: str) -> list[Picture]:
     drawn = _series(table.rows)
-    own = [series for series in drawn if series.row.own]
-    tasks = [c.task for c in table.columns if c.task and any(c.task in series.row.top1 for series in own)]
+    local = [series for series in drawn if series.row.local]
+    tasks = [c.task for c in table.columns if c.task and any(c.task in series.row.top1 for series in local)]
     common = table.common()
     pictures = []
     if tasks:
         pictures.append(_per_task(tasks, drawn, f"{name}-tasks"))
     if common:
         pictures += _costs(common, drawn, name, _which(common, [c.task for c in table.columns if c.task]))
-    repeated = [t for t in tasks if any(len(_values(series.row, t)) > 1 for series in own)]
+    repeated = [t for t in tasks if any(len(_values(series.row, t)) > 1 for series in local)]
     if repeated:
-        pictures.append(_spreads(repeated, own, f"{name}-seeds"))
+        pictures.append(_spreads(repeated, local, f"{name}-seeds"))
     return pictures
 
 
 def _which(common: Sequence[str], every: Sequence[str]) -> str:
-    """Tasks of a mean in words, as few as tell which they are."""
+    """The tasks of a mean as a short text."""
     absent = [task for task in every if task not in common]
     if not absent:
         return f"all {len(every)} tasks" if len(every) > 1 else every[0]
@@ -79,11 +79,11 @@ def _which(common: Sequence[str], every: Sequence[str]) -> str:
     return f"the {len(common)} of {len(every)} tasks that all own rows have ({named})"
 
 
-def _series(rows: Sequence[Row]) -> list[_Series]:
-    """A colour for each method, a marker for each source; own numbers filled, published ones hollow."""
+def _series(rows: Sequence[ResultRow]) -> list[_Series]:
+    """A color for each method, a marker for each source; own numbers filled, published ones hollow."""
     methods = list(dict.fromkeys(row.method for row in rows))
     sources = list(dict.fromkeys(row.source for row in rows if row.published))
-    backbones = len({row.backbone for row in rows if row.own}) > 1
+    backbones = len({row.backbone for row in rows if row.local}) > 1
     seen: dict[str, int] = {}
     series = []
     for row in rows:
@@ -95,7 +95,7 @@ def _series(rows: Sequence[Row]) -> list[_Series]:
             marker = OWN_MARKERS[seen.setdefault(row.method, 0) % len(OWN_MARKERS)]
             seen[row.method] += 1
             style = {"marker": marker, "color": color, "markersize": 6}
-        label = f"{row.name}, {row.source}" + (f", {row.backbone}" if row.own and backbones else "")
+        label = f"{row.name}, {row.source}" + (f", {row.backbone}" if row.local and backbones else "")
         series.append(_Series(row, label, style | {"linestyle": "none"}))
     return series
 
@@ -107,7 +107,7 @@ def _per_task(tasks: Sequence[str], drawn: Sequence[_Series], name: str) -> Pict
         x = [index + _beside(at, len(drawn)) for index, _ in there]
         errors = [_std(series.row, task) for _, task in there]
         y = [series.row.top1[task] for _, task in there]
-        axes.errorbar(x, y, yerr=errors if series.row.own else None, elinewidth=1, label=series.label, **series.style)
+        axes.errorbar(x, y, yerr=errors if series.row.local else None, elinewidth=1, label=series.label, **series.style)
     _name_tasks(axes, tasks)
     axes.set_ylabel("test top-1, %")
     title = "Accuracy per task"
@@ -115,11 +115,11 @@ def _per_task(tasks: Sequence[str], drawn: Sequence[_Series], name: str) -> Pict
     return Picture(title, text, _svg(figure, name, f"{title}. {text}"), wide=True)
 
 
-def _spreads(tasks: Sequence[str], own: Sequence[_Series], name: str) -> Picture:
-    figure, axes = _axes(len(tasks), len(own))
-    for at, series in enumerate(own):
+def _spreads(tasks: Sequence[str], local: Sequence[_Series], name: str) -> Picture:
+    figure, axes = _axes(len(tasks), len(local))
+    for at, series in enumerate(local):
         points = [
-            (index + _beside(at, len(own)), value - series.row.top1[task])
+            (index + _beside(at, len(local)), value - series.row.top1[task])
             for index, task in enumerate(tasks)
             for value in _values(series.row, task)
             if len(_values(series.row, task)) > 1
@@ -140,7 +140,9 @@ def _costs(tasks: Sequence[str], drawn: Sequence[_Series], name: str, which: str
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, NullFormatter
 
-    devices = sorted({own.result.device for series in drawn for own in series.row.own.values() if own.result.device})
+    devices = sorted(
+        {local.result.device for series in drawn for local in series.row.local.values() if local.result.device}
+    )
     on = f" On {'; '.join(devices)}." if devices else ""
     pictures = []
     for key, title, label, cost, more in (
@@ -173,34 +175,34 @@ def _costs(tasks: Sequence[str], drawn: Sequence[_Series], name: str, which: str
     return pictures
 
 
-def _trained(row: Row, tasks: Sequence[str]) -> float:
+def _trained(row: ResultRow, tasks: Sequence[str]) -> float:
     if row.published:
         return row.published.trained or 0.0
-    counts = [parameters.trained for task in tasks if (parameters := row.own[task].result.parameters)]
+    counts = [parameters.trained for task in tasks if (parameters := row.local[task].result.parameters)]
     return sum(counts) / len(counts) if len(counts) == len(tasks) else 0.0
 
 
-def _seconds(row: Row, tasks: Sequence[str]) -> float:
+def _seconds(row: ResultRow, tasks: Sequence[str]) -> float:
     return _measured(row, tasks, lambda found: sum(found) / len(found), "seconds")
 
 
-def _memory(row: Row, tasks: Sequence[str]) -> float:
+def _memory(row: ResultRow, tasks: Sequence[str]) -> float:
     return _measured(row, tasks, max, "peak_memory_mib")
 
 
-def _measured(row: Row, tasks: Sequence[str], of: Callable[[list[float]], float], name: str) -> float:
+def _measured(row: ResultRow, tasks: Sequence[str], of: Callable[[list[float]], float], name: str) -> float:
     """Zero where a task's was not measured."""
-    found = [getattr(row.own[task].result, name) for task in tasks] if row.own else []
+    found = [getattr(row.local[task].result, name) for task in tasks] if row.local else []
     return of(found) if found and all(found) else 0.0
 
 
-def _values(row: Row, task: str) -> Sequence[float]:
-    own = row.own.get(task)
-    return own.result.test["top1"].values if own and scored(own.result) else ()
+def _values(row: ResultRow, task: str) -> Sequence[float]:
+    local = row.local.get(task)
+    return local.result.test["top1"].values if local and scored(local.result) else ()
 
 
-def _std(row: Row, task: str) -> float:
-    return row.own[task].result.test["top1"].std if row.own else 0.0
+def _std(row: ResultRow, task: str) -> float:
+    return row.local[task].result.test["top1"].std if row.local else 0.0
 
 
 def _axes(tasks: int, rows: int) -> tuple[Any, Any]:
@@ -211,7 +213,7 @@ def _axes(tasks: int, rows: int) -> tuple[Any, Any]:
 
 
 def _beside(at: int, number: int) -> float:
-    """Where a row's points stand about their task's place."""
+    """The offset of a row's points from their task's position."""
     return 0.7 * ((at + 0.5) / number - 0.5)
 
 
@@ -225,7 +227,7 @@ def _name_tasks(axes: Any, tasks: Sequence[str]) -> None:
 
 
 def _svg(figure: Any, name: str, text: str) -> str:
-    """To stand in a page: without a head, with ids and colours that fit the page."""
+    """For a page: without a header, with the page's ids and colors."""
     written = io.BytesIO()
     figure.savefig(written, format="svg", transparent=True)
     svg = written.getvalue().decode()

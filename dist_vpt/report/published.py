@@ -17,7 +17,7 @@ class Published:
     source: str
     status: str  # how the numbers were checked
     verified: bool
-    differs: str  # from the protocol of the task's own paper; empty: nothing
+    differs: str  # differences from the protocol of the task's paper; empty: none
     backbone: str
     top1: dict[str, float]  # by task, percent
     trained: float | None  # parameters without the head; none: not published

@@ -46,17 +46,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.recipe, self.info, self.result = (
-            self.path / "recipe.yaml",
-            self.path / "run.json",
-            self.path / "result.json",
-        )
-        self.metrics, self.log, self.state = (
-            self.path / "metrics.jsonl",
-            self.path / "train.log",
-            self.path / "state",
-        )
-        self.splits = self.path / "splits.json"
+        self.recipe, self.info = self.path / "recipe.yaml", self.path / "run.json"
+        self.result, self.splits = self.path / "result.json", self.path / "splits.json"
+        self.metrics, self.log, self.state = self.path / "metrics.jsonl", self.path / "train.log", self.path / "state"
         self.adapters, self.best = self.path / "adapters.safetensors", self.path / "best.safetensors"
         self._holder = ""  # this process, since it last took the folder
 

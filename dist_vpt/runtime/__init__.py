@@ -1,1 +1,1 @@
-"""How a model is computed, applied to it from outside: kernels, checkpointing, compilation, offload, int8."""
+"""How a model is computed, applied from outside: attention kernels, checkpointing, compilation, offload, int8."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what backward computes again instead of keeping."""
+"""Activation checkpointing: what backward recomputes instead of keeping."""
 
 import inspect
 from collections.abc import Collection
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dist_vpt.errors import UserError
 from dist_vpt.runtime.blocks import RunBlock, is_block_weight
 
-if TYPE_CHECKING:  # workers that load images import this module too, and no model
+if TYPE_CHECKING:  # workers that load images import this module, but no model
     from dist_vpt.backbones.vit import Backbone
 
 aten = torch.ops.aten
@@ -33,20 +33,19 @@ SHOWS = SHOWN.keys() <= inspect.signature(checkpoint).parameters.keys()
 
 
 def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
-    """Have backward compute again what the policy does not keep; losses and gradients stay what they are.
+    """Have backward recompute what the policy does not keep; losses and gradients stay equal.
 
-    ``none`` keeps all that backward needs; ``mlp`` an MLP's input and nothing of its inside; ``block`` each block's
-    input alone; ``every-N`` does so in every N-th block; ``budget-F`` keeps at most F of what ``none`` keeps.
+    ``none`` keeps all that backward needs; ``mlp`` only the input of an MLP; ``block`` only each block's input;
+    ``every-N`` does so in every N-th block; ``budget-F`` keeps at most F of what ``none`` keeps.
     """
-    # Never the reentrant form: it gives no gradient where the tokens before the prompts ask for none.
+    # Never the reentrant form: it gives no gradient where the tokens before the prompts require none.
     run = backbone.run_block
     if policy == "mlp":
         inside = [module for name, module in backbone.blocks.named_modules() if name.endswith(".mlp")]
         if not inside:
             raise UserError(
-                f"runtime.activation_checkpointing = mlp: a {type(backbone.blocks[0]).__name__} of the backbone has "
-                "no MLP "
-                "as a module of its own; use block, every-N or budget-F"
+                f"runtime.activation_checkpointing = mlp: a {type(backbone.blocks[0]).__name__} of the backbone has no "
+                "MLP module; use block, every-N or budget-F"
             )
         for mlp in inside:
             mlp.forward = partial(checkpoint, mlp.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -57,8 +56,7 @@ def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
         if every > len(backbone.blocks):
             raise UserError(
                 f"runtime.activation_checkpointing = {policy}: the backbone has {len(backbone.blocks)} blocks, and "
-                "none would "
-                f"be computed again; use at most every-{len(backbone.blocks)}, or none"
+                f"none would be recomputed; use at most every-{len(backbone.blocks)}, or none"
             )
         backbone.run_block = partial(_checkpointed, run, frozenset(backbone.blocks[every - 1 :: every]))
 
@@ -68,18 +66,18 @@ def _checkpointed(run: RunBlock, chosen: Collection[nn.Module], block: nn.Module
 
 
 class _Budget:
-    """Blocks that keep at most a fraction of what they would keep, and the dearest of it.
+    """Blocks that keep at most a fraction of what they would keep: what costs most to recompute.
 
     What a block may keep, besides its input, are the outputs of its matrix products and of fused attention; norms,
-    activations and sums cost next to nothing to compute again. Attention comes first (it is the slowest per number of
+    activations and sums cost next to nothing to recompute. Attention comes first (it is the slowest per number of
     its output), then the products with the most multiplications per number, of equals the larger. What a block leaves
-    of its share goes to the next one; a block whose share is all that it would keep is left alone.
+    of its budget goes to the next one; a block whose budget covers all is not checkpointed.
     """
 
     def __init__(self, fraction: float, run: RunBlock):
         self.fraction, self.run = fraction, run
         self.spare: float | None = None  # bytes that the blocks so far have left
-        self.plans: dict[nn.Module, frozenset[int] | None] = {}  # numbers of the operations kept; None: all there is
+        self.plans: dict[nn.Module, frozenset[int] | None] = {}  # numbers of the operations kept; None: all
 
     def __call__(self, block: nn.Module, tokens_BND: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -95,31 +93,31 @@ class _Budget:
         )
 
     def _plan(self, block: nn.Module, tokens_BND: Tensor) -> frozenset[int] | None:
-        """What the block keeps, from a run on two images: the shares are the same for more.
+        """What the block keeps, from a run on two images: the fractions are the same for more.
 
-        One alone would not do: with it, heads of several images need no copy to lie side by side.
+        With a single image the heads are contiguous without a copy, which would count too little.
         """
         tokens_2ND = tokens_BND[:2].detach().clone().requires_grad_(tokens_BND.requires_grad)
         seen, devices = _Seen(block), [tokens_BND.device] if tokens_BND.is_cuda else []
         with torch.random.fork_rng(devices), saved_tensors_hooks(seen.pack, lambda tensor: tensor), seen:
             self.run(block, tokens_2ND)
-        whole, own = sum(seen.saved.values()), tokens_2ND.nbytes
-        if not whole:  # nothing here asks for a gradient
+        all_bytes, block_input = sum(seen.saved.values()), tokens_2ND.nbytes
+        if not all_bytes:  # nothing here requires a gradient
             return None
-        free = not tokens_BND.requires_grad  # nothing before it is trained: little is kept, and not the input
-        if self.fraction * whole < own and not free:
+        free = not tokens_BND.requires_grad  # nothing before it is trained: little is kept, without the input
+        if self.fraction * all_bytes < block_input and not free:
             raise UserError(
                 f"runtime.activation_checkpointing = budget-{self.fraction}: a block's input alone is "
-                f"{own / whole:.2f} "
-                "of what the block keeps for backward; use a larger fraction, or block"
+                f"{block_input / all_bytes:.2f} of what the block keeps for backward; use a larger fraction, or block"
             )
         if self.spare is None:
-            self.spare = -own  # the last block's output, which is not within any block
-        self.spare += self.fraction * whole
-        if whole <= self.spare or self.fraction * whole < own:  # the blocks that follow make up for such a free one
-            self.spare -= whole
+            self.spare = -block_input  # the last block's output, which is not within any block
+        self.spare += self.fraction * all_bytes
+        # A block without a trained tensor before it may exceed its budget; the blocks after it make up for that.
+        if all_bytes <= self.spare or self.fraction * all_bytes < block_input:
+            self.spare -= all_bytes
             return None
-        self.spare -= own
+        self.spare -= block_input
         kept = []
         needed = seen.products[: seen.needed]
         for number, (_, size) in sorted(enumerate(needed), key=lambda item: item[1], reverse=True):
@@ -136,9 +134,9 @@ class _Seen(TorchDispatchMode):
         super().__init__()
         self.block = block
         self.saved: dict[int, int] = {}  # storage -> bytes
-        self.held: list[Tensor] = []  # so that no storage's address is given out twice
+        self.held: list[Tensor] = []  # so that no storage's address is reused
         self.products: list[tuple[float, int]] = []  # multiplications per number of the output, and its bytes
-        self.needed = 0  # how many of them are before the last thing that is kept
+        self.needed = 0  # how many of them come before the last tensor that is kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -157,12 +155,12 @@ class _Seen(TorchDispatchMode):
 
 
 def _contexts(kept: frozenset[int]) -> Any:
-    """Of one checkpointed call: forward keeps the numbered ones of its products, backward computes all else again."""
-    numbers = {False: count(), True: count()}  # of forward, and of backward where torch asks there too
+    """Of one checkpointed call: forward keeps the numbered ones of its products, backward recomputes the rest."""
+    numbers = {False: count(), True: count()}  # of forward, and of backward, if torch calls it there too
 
     def keeps(context: Any, func: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-        dear = func.overloadpacket in PRODUCTS or func.overloadpacket in FUSED_ATTENTION
-        keep = dear and next(numbers[context.is_recompute]) in kept
+        costly = func.overloadpacket in PRODUCTS or func.overloadpacket in FUSED_ATTENTION
+        keep = costly and next(numbers[context.is_recompute]) in kept
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(keeps)

@@ -1,17 +1,13 @@
-"""How this process gives freed host memory back."""
+"""Whether this process keeps freed host memory or returns it to the system."""
 
 import ctypes
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # workers that load images import this module too, and no model
-    pass
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
-LARGE = 2**20  # bytes from which on a tensor that is freed goes back to the system
+LARGE = 2**20  # bytes; a larger tensor is returned to the system when it is freed
 
 
 def keep_freed_memory() -> bool:
-    """Have this process use freed host memory again rather than give it back; whether its malloc can (glibc's).
+    """Have this process reuse freed host memory rather than return it. False if its malloc cannot (only glibc's can).
 
     By default every large tensor comes from the system as fresh pages, and goes back when it is freed: a step on a CPU
     then pays a page fault for each 4 KiB that it writes, which on a virtual machine can cost as much as its arithmetic.
@@ -21,17 +17,17 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Have this process give back host memory as soon as it is freed, and now; whether its malloc can (glibc's).
+    """Have this process return host memory as soon as it is freed, and now. False if malloc cannot (only glibc's can).
 
-    Where weights are gathered and freed all the time, freed places are hardly ever of the size that is wanted next: a
-    process that shares weights out would grow to the size of one that does not.
+    If weights are gathered and freed all the time, freed blocks rarely have the size that is needed next: a process
+    that shards weights would grow to the size of one that does not.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return bool(mallopt and mallopt(M_MMAP_THRESHOLD, LARGE) and trim_freed_memory())
 
 
 def trim_freed_memory() -> bool:
-    """Give back the host memory that is free by now, and no other; whether this process's malloc can (glibc's)."""
+    """Return the host memory that is free now, and no other. False if the malloc cannot (only glibc's can)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)

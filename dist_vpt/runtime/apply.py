@@ -2,7 +2,7 @@
 
 B images, H heads, N tokens, D width, E = D / H.
 
-Each policy wraps ``backbone.run_block``, the one way in which blocks are run: first the attention kernel, then the
+Each policy wraps ``backbone.run_block``, through which all blocks run: first the attention kernel, then the
 compiler, then checkpointing, then offload, each around the one before.
 """
 
@@ -16,13 +16,13 @@ from dist_vpt.runtime.attention import apply_attention
 from dist_vpt.runtime.compile import apply_compile
 from dist_vpt.runtime.offload import apply_offload
 
-if TYPE_CHECKING:  # workers that load images import this module too, and no model
+if TYPE_CHECKING:  # workers that load images import this module, but no model
     from dist_vpt.backbones.vit import Backbone
     from dist_vpt.recipe.schema import RuntimeConfig
 
 
 def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch.dtype, *, writes: bool) -> None:
-    """All that a recipe says. ``writes``: gradients flow through the blocks. After the method has been attached."""
+    """Apply the runtime settings, after the method is attached. ``writes``: gradients flow through the blocks."""
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
     if runtime.quantize == "int8":
         from dist_vpt.runtime.int8 import apply_int8
@@ -36,6 +36,8 @@ def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch
         backbone.chosen["checkpointing"] = runtime.activation_checkpointing
     if runtime.offload:
         if cpu:
-            raise UserError("runtime.offload = true: on a CPU all is in host memory already; set runtime.offload=false")
+            raise UserError(
+                "runtime.offload = true: a CPU's tensors are in host memory already; set runtime.offload=false"
+            )
         apply_offload(backbone)
         backbone.chosen["offload"] = "to host memory"

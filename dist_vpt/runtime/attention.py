@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dist_vpt.errors import UserError
 from dist_vpt.runtime.blocks import RunBlock
 
-if TYPE_CHECKING:  # workers that load images import this module too, and no model
+if TYPE_CHECKING:  # workers that load images import this module, but no model
     from dist_vpt.backbones.vit import Backbone
 
 BACKENDS = {
@@ -23,15 +23,15 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,  # whose kernels a package has replaced
 }
 # Eager's forward and backward are 1.4 to 10 times as fast as the fused ones on a CPU in bfloat16; with more tokens
-# they are so too, but there the attention matrix is half of what a block keeps.
+# this also holds, but there the attention matrix is half of what a block keeps.
 EAGER_TOKENS = 256
 
 
 def apply_attention(backbone: "Backbone", kernel: str, compute: torch.dtype, *, writes: bool, cpu: bool) -> None:
-    """Choose the kernel of all blocks and note it in ``backbone.chosen``. Raises UserError for one that is not there.
+    """Choose the kernel of all blocks and note it in ``backbone.chosen``. Raises UserError if it is not available.
 
-    ``eager`` computes and keeps the attention matrix; the others are scaled_dot_product_attention: by torch's choice
-    (``sdpa``), by one kernel alone, or by a flash-attn package (``flash``). ``auto`` is sdpa but where gradients flow
+    ``eager`` computes and keeps the attention matrix; the others are scaled_dot_product_attention: chosen by
+    torch (``sdpa``), one kernel, or a flash-attn package (``flash``). ``auto`` is sdpa except where gradients flow
     through the blocks (``writes``) on a CPU in half precision: the fused backward is slow there.
     """
     if kernel == "auto":
@@ -54,17 +54,17 @@ def _with_backend(backend: SDPBackend, run: RunBlock, block: nn.Module, tokens_B
 
 
 def _activate_flash() -> str:
-    """Have a flash-attn package replace torch's own flash kernels, the newest that is installed; its name."""
+    """Have a flash-attn package replace torch's own flash kernels, the newest that is installed. Returns its name."""
     reasons = []
     for name in sorted(getattr(attention, "list_flash_attention_impls", list)(), reverse=True):
         try:
             attention.activate_flash_attention_impl(name)
-        except Exception as error:  # not installed, or not for this torch or this GPU: each says it in its own way
+        except Exception as error:  # not installed, or not for this torch or this GPU: each raises its own error
             reasons.append(f"{name}: {error}")
         else:
             return name
     raise UserError(
-        f"runtime.attention = flash: no package with flash attention ({'; '.join(reasons) or 'torch knows of none'}); "
+        f"runtime.attention = flash: no package with flash attention ({'; '.join(reasons) or 'torch lists none'}); "
         "pip install 'dist-vpt[flash]', or set runtime.attention=sdpa_flash for torch's own kernels"
     )
 

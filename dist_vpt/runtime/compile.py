@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # workers that load images import this module too, and no model
+if TYPE_CHECKING:  # workers that load images import this module, but no model
     from dist_vpt.backbones.vit import Backbone
 
 
 def apply_compile(backbone: "Backbone", *, cpu: bool) -> None:
-    """Compile blocks, all by one function, for the shapes that they meet; without a compiler they run as they are."""
+    """Compile the blocks as one function, for static shapes; without a compiler they run uncompiled."""
     try:
         _try_compiler("cpu" if cpu else str(torch.accelerator.current_accelerator()))
-    except Exception as error:  # no C++ compiler, no Triton, no headers: each says it in its own way
+    except Exception as error:  # no C++ compiler, no Triton, no headers: each raises its own error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         backbone.chosen["compile"] = f"warning: no compiler here, blocks run uncompiled ({reason})"
         return

@@ -1,9 +1,9 @@
-"""Frozen weights of linear layers in 8 bits, quantised by torchao and applied to a backbone from outside.
+"""Frozen weights of linear layers in 8 bits, quantized by torchao and applied to a backbone from outside.
 
 B images, N tokens, D inputs and O outputs of a linear layer.
 
-A layer holds its weight as int8 levels with a float32 scale a row: half of what bf16 takes. Forward and backward each
-make numbers of them for as long as the layer is computed; backward keeps none of those.
+A layer holds its weight as int8 levels with a float32 scale a row: half the size of bf16. Forward and backward each
+dequantize it while the layer is computed; nothing dequantized is kept for backward.
 """
 
 from functools import partial
@@ -26,7 +26,7 @@ EPSILON = torch.finfo(torch.float32).eps  # the least scale, of a row of zeros
 def apply_int8(backbone: "Backbone") -> None:
     """Hold the weights of the blocks' linear layers in int8. After the method has been attached.
 
-    Raises UserError without torchao, and for blocks that read such a weight otherwise than by calling its layer.
+    Raises UserError without torchao, and for blocks that use such a weight other than by calling its layer.
     """
     from dist_vpt.backbones.swin import SwinBackbone
 
@@ -45,13 +45,13 @@ def apply_int8(backbone: "Backbone") -> None:
 
 
 def _hold_in_int8(linear: nn.Linear) -> None:
-    quantise = _torchao()
+    quantize = _torchao()
     weight_OD, row = linear.weight.detach(), (1, linear.in_features)
-    scale_O1, zero_O1 = quantise.choose_qparams_affine(
-        weight_OD, quantise.MappingType.SYMMETRIC, row, torch.int8, -127, 127, EPSILON,
+    scale_O1, zero_O1 = quantize.choose_qparams_affine(
+        weight_OD, quantize.MappingType.SYMMETRIC, row, torch.int8, -127, 127, EPSILON,
         scale_dtype=torch.float32, zero_point_dtype=torch.int8, keepdim=True,
     )  # fmt: skip
-    levels_OD = quantise.quantize_affine(weight_OD, row, scale_O1, zero_O1, torch.int8, -127, 127)
+    levels_OD = quantize.quantize_affine(weight_OD, row, scale_O1, zero_O1, torch.int8, -127, 127)
     linear.weight = nn.Parameter(levels_OD, requires_grad=False)
     linear.register_buffer("scale_O1", scale_O1, persistent=False)
     linear.forward = partial(_forward, linear)  # type: ignore[method-assign]
@@ -72,19 +72,19 @@ def _forward(linear: nn.Linear, x_BND: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b and its gradient in x alone; keeps the layer, and no number, for backward."""
+    """x W^T + b and its gradient in x alone; keeps the layer, but no tensor, for backward."""
 
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, linear: nn.Linear) -> Tensor:
         ctx.linear = linear
-        return F.linear(x_BND, _numbers(linear, x_BND.dtype), linear.bias)
+        return F.linear(x_BND, _dequantized(linear, x_BND.dtype), linear.bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ _numbers(ctx.linear, grads[0].dtype), None
+        return grads[0] @ _dequantized(ctx.linear, grads[0].dtype), None
 
 
-def _numbers(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
+def _dequantized(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     scale_O1: Any = linear.scale_O1
-    # Multiplied in float32: a scale in bf16 would be off by the same share in all of its row.
+    # Multiplied in float32: a scale in bf16 would be off by the same factor in its whole row.
     return torch.mul(linear.weight, scale_O1, out=torch.empty_like(linear.weight, dtype=dtype))

@@ -10,16 +10,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dist_vpt.runtime.blocks import RunBlock, is_block_weight
 
-if TYPE_CHECKING:  # workers that load images import this module too, and no model
+if TYPE_CHECKING:  # workers that load images import this module, but no model
     from dist_vpt.backbones.vit import Backbone
 
 PutAway = Callable[[Tensor], Callable[[], Tensor]]
 
 
 def apply_offload(backbone: "Backbone", put_away: PutAway | None = None) -> None:
-    """Have what blocks keep for backward wait in host memory; weights stay where they are.
+    """Move what blocks keep for backward to host memory until it is used; weights stay on the device.
 
-    ``put_away`` gives for a tensor what brings it back; in host memory unless given.
+    ``put_away`` stores a tensor and returns a function that brings it back; by default, host memory.
     """
     backbone.run_block = partial(_offloaded, put_away or _to_host, backbone.run_block)
 
@@ -36,6 +36,6 @@ def _offloaded(put_away: PutAway, run: RunBlock, block: nn.Module, tokens_BND: T
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    # With its strides: what selective checkpointing gives back must be laid out as it was.
+    # With its strides: what selective checkpointing returns must have the same layout.
     host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
     return partial(host.copy_(tensor).to, tensor.device)

@@ -1,18 +1,14 @@
-"""The most memory that this process has held."""
+"""Peak memory of this process."""
 
 import contextlib
 import gc
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dist_vpt.runtime.allocator import trim_freed_memory
-
-if TYPE_CHECKING:
-    pass
 
 MIB = 2**20
 PROC_STATUS = Path("/proc/self/status")
@@ -23,17 +19,17 @@ def peak_memory_mib() -> float:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / MIB
     if PROC_STATUS.is_file():
-        told = next((line for line in PROC_STATUS.read_text().splitlines() if line.startswith("VmHWM")), None)
-        if told is not None:
-            return int(told.split()[1]) / 1024
+        line = next((each for each in PROC_STATUS.read_text().splitlines() if each.startswith("VmHWM")), None)
+        if line is not None:
+            return int(line.split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (MIB if sys.platform == "darwin" else 1024)
 
 
 def free_and_reset_peak() -> None:
-    """Give back what an earlier run of this process held, and count the peak anew (macOS cannot).
+    """Release the memory of an earlier run of this process, and reset the peak (not on macOS).
 
-    What torch's allocator and malloc keep for later would count as taken where a run asks whether it fits.
+    What torch's allocator and malloc cache would count as used in the check whether a run fits.
     """
     gc.collect()
     trim_freed_memory()

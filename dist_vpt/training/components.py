@@ -40,7 +40,7 @@ class Inputs:
 
     task: Task
     preprocessing: Preprocessing  # that the weights were trained with
-    view: ImageTransform
+    transform: ImageTransform
     mean: tuple[float, ...]  # of the channels in [0, 1], with which images are normalized
     std: tuple[float, ...]
 
@@ -58,7 +58,7 @@ class Components:
 
     @property
     def view(self) -> ImageTransform:
-        return self.inputs.view
+        return self.inputs.transform
 
     def protocol(self) -> dict[str, Any]:
         """What makes scores comparable, for result.json: what was read, and how images were transformed."""
@@ -161,7 +161,7 @@ class Components:
             recipe.stream,
             self.data,
             self.method.backbone,
-            (self.method.shares if shared else self.method.reads, self.method.reads),
+            (self.method.shared_spec if shared else self.method.spec, self.method.spec),
             self.view,
             {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
             accelerator,
@@ -186,13 +186,13 @@ def build_components(recipe: Recipe) -> Components:
 def resolve_inputs(data: DataConfig, backbone: BackboneConfig) -> Inputs:
     """The recipe's own settings, else those of the task, else those of the weights."""
     task, preprocessing = resolve(data), preprocessing_of(backbone)
-    view = ImageTransform(
+    transform = ImageTransform(
         image_size=data.image_size or preprocessing.image_size,
         interpolation=task.interpolation or cast(Interpolation, preprocessing.interpolation),
         crop_mode=task.crop_mode,
         augment=task.augment,
     )
-    return Inputs(task, preprocessing, view, *channels(data, task, preprocessing))
+    return Inputs(task, preprocessing, transform, *channels(data, task, preprocessing))
 
 
 def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -212,7 +212,7 @@ def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, 
     torch.manual_seed(recipe.seed)
     backbone, difference = build(
         recipe.backbone,
-        image_size=inputs.view.image_size,
+        image_size=inputs.transform.image_size,
         mean=inputs.mean,
         std=inputs.std,
         frame=recipe.method.frame,

@@ -201,7 +201,7 @@ def read(trials: Sequence[Trial], observed: StreamOutput, seeds: Sequence[int] |
 
 def _observed(group: TrialGroup, batch: Batch) -> StreamOutput:
     images, reader = batch["images"], group.trials[0].reader
-    return images if isinstance(images, StreamOutput) else compute_stream(reader.backbone, images, reader.reads)
+    return images if isinstance(images, StreamOutput) else compute_stream(reader.backbone, images, reader.spec)
 
 
 def _read_split(

@@ -335,7 +335,7 @@ def _base_encoder(file: Arrays) -> Arrays:
 class File:
     """A published file in small."""
 
-    layout: str  # as it is recognised
+    layout: str  # as it is recognized
     arrays: Callable[[], Arrays]
     row: Row  # a tiny model in place of the published one
     left_out: tuple[str, ...]  # beginnings of the names that are left out on purpose

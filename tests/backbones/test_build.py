@@ -21,8 +21,8 @@ SMALL = "test_vit"  # timm's own model for tests: width 64, 6 blocks, patches of
 
 def built(image_size: int = 32, dtype: torch.dtype = torch.float32, **settings: Any) -> Backbone:
     recipe = BackboneConfig(**({"name": SMALL, "weights": "random"} | settings))
-    wants = preprocessing_of(recipe)
-    return build(recipe, image_size=image_size, mean=wants.mean, std=wants.std)[0].hold_in(dtype)
+    preprocessing = preprocessing_of(recipe)
+    return build(recipe, image_size=image_size, mean=preprocessing.mean, std=preprocessing.std)[0].hold_in(dtype)
 
 
 def refused(**settings: Any) -> str:
@@ -92,7 +92,7 @@ def test_random_weights_are_those_of_the_seed(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_are_held_in_a_dtype_and_pixels_are_normalised_in_float32(dtype: torch.dtype) -> None:
+def test_weights_are_held_in_a_dtype_and_pixels_are_normalized_in_float32(dtype: torch.dtype) -> None:
     backbone = built(dtype=dtype)
     assert {p.dtype for p in backbone.parameters()} == {dtype}
     assert backbone.dtype == dtype
@@ -242,8 +242,8 @@ def test_a_frame_that_does_not_go_with_the_patches(size: int, frame: int, fix: s
 
 def test_no_network() -> None:
     message = refused(weights="pretrained")
-    assert message.startswith(f"backbone.name = {SMALL}: its weights could not be fetched (")
-    assert message.endswith("download them elsewhere and give backbone.weights=FILE")
+    assert message.startswith(f"backbone.name = {SMALL}: its weights could not be downloaded (")
+    assert message.endswith("download them elsewhere and set backbone.weights=FILE")
     assert "\n" not in message
 
 
@@ -288,5 +288,5 @@ def test_weights_from_the_hub(filename: str, hub: Callable[..., Any], tmp_path: 
 
 def test_a_repository_without_weights(hub: Callable[..., Any]) -> None:
     asked = hub()
-    assert "could not be fetched (404)" in refused(weights="pretrained")
+    assert "could not be downloaded (404)" in refused(weights="pretrained")
     assert [name for _, name in asked] == ["model.safetensors", "pytorch_model.bin"]

@@ -373,7 +373,7 @@ def test_methods_that_need_a_list_of_tokens_are_refused(name: str) -> None:
             r"method.extra_trainable = \['bias'\]: the method of that name is not for Swin; leave it out",
         ),
         ({"init": "class_token"}, "method.init = class_token: the backbone has none; set method.init=tokens"),
-        ({"deep": False, "pooling": "prompt_pool"}, "go in before block 0, and patches are merged after it, which"),
+        ({"deep": False, "pooling": "prompt_pool"}, "written before block 0, and patches are merged after it, which"),
         ({"layers": 5}, "method.layers = 5: the backbone has 4 blocks"),
     ],
 )

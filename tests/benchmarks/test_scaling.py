@@ -35,6 +35,7 @@ def script(name: str) -> Any:
 
 
 traffic, scaling = script("traffic"), script("scaling")
+model: Any = sys.modules["scaling_model"]
 
 
 def measured(strategy: str, folder: Path, *words: str) -> list[dict[str, Any]]:
@@ -49,7 +50,7 @@ def measured(strategy: str, folder: Path, *words: str) -> list[dict[str, Any]]:
         (folder / f"{rank}.json").write_text(json.dumps(found))
         return 0
 
-    forks = launched(work, folder / "told.txt", "ddp" if strategy == "ddp" else str(file))
+    forks = launched(work, folder / "output.txt", "ddp" if strategy == "ddp" else str(file))
     assert forks.finish() == [0, 0], forks.output[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -71,7 +72,7 @@ def test_processes_exchange_the_gradients_of_what_trains_and_no_more(strategy: s
         size, _ = scaling.sent(scaling.work(load_recipe([], [*VIT_B, *VPT]), K).passes(strategy, 2))
         assert found["step_bytes"] == pytest.approx(size / 2, rel=1e-4)
         times = found["collectives_ms"]
-        assert set(times) == set(scaling.TIMES)
+        assert set(times) == set(model.TIMES)
         assert all(ms > 0 for sizes in times.values() for ms in sizes.values())
 
 
@@ -110,20 +111,20 @@ def test_what_an_all_reduce_of_nodes_takes() -> None:
         between += ring(same, gather=False) + ring(same, gather=True)
     inside += sum(ring(list(node), gather=True) for node in gpus) // nodes
     assert (gpus == wanted).all()
-    network = scaling.Network(near, 10.0, 3.0, 0.0, 0.0)
+    network = model.Network(near, 10.0, 3.0, 0.0, 0.0)
     assert 2 * network.moving(size, nodes * near) == pytest.approx(inside / 10 + between / 3)
 
 
 def test_latencies_add_up_in_a_node_and_grow_with_the_logarithm_of_nodes() -> None:
-    network = scaling.Network(8, 1.0, 1.0, 1.0, 100.0)
+    network = model.Network(8, 1.0, 1.0, 1.0, 100.0)
     assert [network.waiting(w) for w in (1, 2, 8, 16, 64, 1024)] == [0, 1, 7, 107, 307, 707]
     assert network.moving(5.0, 1) == 0
 
 
 def test_where_scaling_stops() -> None:
-    assert scaling.stops({1: 9.0, 2: 10.0, 4: 10.1, 8: 18.0, 16: 18.1}, weak=True) == {"90%": 2, "50%": 8}
+    assert model.stops({1: 9.0, 2: 10.0, 4: 10.1, 8: 18.0, 16: 18.1}, weak=True) == {"90%": 2, "50%": 8}
     # Perfect to 2, half at 8; what comes after a fall does not count.
-    assert scaling.stops({1: 16.0, 2: 8.0, 4: 5.0, 8: 4.0, 16: 1.0}, weak=False) == {"90%": 2, "50%": 16}
+    assert model.stops({1: 16.0, 2: 8.0, 4: 5.0, 8: 4.0, 16: 1.0}, weak=False) == {"90%": 2, "50%": 16}
 
 
 def test_what_collectives_take_is_on_a_line_through_few_and_many_bytes() -> None:
@@ -134,7 +135,7 @@ def test_what_collectives_take_is_on_a_line_through_few_and_many_bytes() -> None
     assert scaling.taken({"12": 2.0, "1000012": 1.0}, 10**9, 1) == pytest.approx(2.0)  # no rate was seen
 
 
-def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert scaling.main(["backbone.name=demo", "--methods", "linear"]) == 3
     assert "error: linear, apart, process 0 of 1: exit code 1" in capsys.readouterr().err
@@ -142,20 +143,20 @@ def test_a_process_that_fails_is_told(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of traffic.py a script without torch, which says what it was told; the real one is tested above."""
+    """Instead of traffic.py a script without torch, which prints what it gets; the real one is tested above."""
     stand_in = tmp_path / "stand_in.py"
     stand_in.write_text("""
 import json, os, sys
-told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE")}
-file = told.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-together = told["WORLD_SIZE"] is not None
-print("what a library says")
+variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "ACCELERATE_DEEPSPEED_CONFIG_FILE")}
+file = variables.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+together = variables["WORLD_SIZE"] is not None
+print("output of a library")
 print(json.dumps({
-    "told": told, "words": sys.argv[1:], "config": file and json.load(open(file)),
+    "variables": variables, "words": sys.argv[1:], "config": file and json.load(open(file)),
     "step_bytes": 51424 if together else 0, "start_bytes": 0, "wire_bytes": None, "gradient_bytes": 51400,
-    "calls": {}, "step_ms": 9.0 + int(told["RANK"] or 0) + 2 * together,
+    "calls": {}, "step_ms": 9.0 + int(variables["RANK"] or 0) + 2 * together,
     "collectives_ms": dict.fromkeys(("all_reduce", "reduce", "all_gather"), {"8": 0.5, "16777216": 20.0})
-    if told["WORLD_SIZE"] == "2" else None,
+    if variables["WORLD_SIZE"] == "2" else None,
 }))
 """)
     monkeypatch.setattr(scaling, "TRAFFIC", stand_in)
@@ -163,12 +164,12 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("strategy", ["apart", "ddp", "zero0", "zero2"])
-def test_processes_are_told_what_a_launcher_tells(strategy: str, quick: Path) -> None:
+def test_processes_get_the_variables_of_a_launcher(strategy: str, quick: Path) -> None:
     arguments = scaling._parser().parse_args(["backbone.name=demo", "--images", "3"])
     found = scaling.start("vqt", strategy, 2, arguments)
     together = strategy != "apart"
-    assert [one["told"]["RANK"] for one in found] == (["0", "1"] if together else [None, None])
-    assert {one["told"]["WORLD_SIZE"] for one in found} == {"2" if together else None}
+    assert [one["variables"]["RANK"] for one in found] == (["0", "1"] if together else [None, None])
+    assert {one["variables"]["WORLD_SIZE"] for one in found} == {"2" if together else None}
     stages = [one["config"] and one["config"]["zero_optimization"]["stage"] for one in found]
     assert stages == [{"zero0": 0, "zero2": 2}.get(strategy)] * 2
     for one in found:  # the work of each stays the same
@@ -180,8 +181,8 @@ def test_processes_are_told_what_a_launcher_tells(strategy: str, quick: Path) ->
 def test_last_line_is_the_file_with_both_tables(
     quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(scaling, "BACKBONES", ("demo",))
-    monkeypatch.setattr(scaling, "model_flops", lambda recipe, wants, classes: 10**9)  # test_benchmark_step.py
+    monkeypatch.setattr(model, "BACKBONES", ("demo",))
+    monkeypatch.setattr(model, "model_flops", lambda recipe, preprocessing, classes: 10**9)  # test_benchmark_step.py
     words = ["backbone.name=demo", "--methods", "linear", "--strategies", "ddp", "zero1", "--processes", "2"]
     words += ["--turns", "1", "--out", str(quick)]
     assert scaling.main(words) == 0

@@ -37,7 +37,7 @@ VPT = ["method.prompts=3", "runtime.precision=bf16"]
 D, L, K, P = 192, 12, 10, 3  # ViT-Ti
 PATCHES, PIXELS = 4, 3 * 16 * 16  # of a 32 px image
 KEYS = {
-    "step_ms", "images_per_s", "saved_for_backward_mib", "peak_mib", "model_flops", "matmul_tflops", "utilisation",
+    "step_ms", "images_per_s", "saved_for_backward_mib", "peak_mib", "model_flops", "matmul_tflops", "utilization",
     "method", "method_settings", "backbone", "image_size", "classes", "batch", "micro_batch", "precision",
     "checkpointing", "offload", "attention", "compile", "optimizer", "repeats", "parameters", "device", "device_type",
     "machine", "versions",
@@ -104,7 +104,7 @@ def test_last_line_is_the_whole_result(run: tuple[dict, Path]) -> None:
     assert result["parameters"]["trained"] == L * P * D + K * (D + 1)
     assert result["parameters"]["total"] > 5_000_000
     assert result["images_per_s"] == pytest.approx(2 / (result["step_ms"] / 1e3), rel=1e-3)
-    assert result["utilisation"] == pytest.approx(
+    assert result["utilization"] == pytest.approx(
         result["model_flops"] * result["images_per_s"] / (result["matmul_tflops"] * 1e12), rel=1e-3
     )
     assert result["peak_mib"] > 50

@@ -39,7 +39,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def benchmarks() -> Iterator[tuple[ModuleType, ModuleType]]:
-    """sweep.py and published_vqt.py, imported as the first's own call imports its neighbours."""
+    """sweep.py and published_vqt.py, imported as the first's own call imports its neighbors."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
         found = []
@@ -174,7 +174,7 @@ def test_ways_that_disagree_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["method.name=linear"], "method.name = linear: only vqt"),
         (["runtime.precision=bf16"], "both are measured"),
@@ -185,12 +185,12 @@ def test_ways_that_disagree_are_refused(
 )
 def test_what_it_does_not_measure_is_refused(
     words: list[str],
-    told: str,
+    message: str,
     benchmarks: tuple[ModuleType, ModuleType],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     tiny = [word for word in TINY if "queries" not in word]
     assert benchmarks[0].main([*tiny, *words, "--out", str(tmp_path)]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ SaveImage = Callable[..., Path]
 
 @pytest.fixture
 def save_image() -> SaveImage:
-    """Writes an image file of one grey value per pixel column, and the folders above it."""
+    """Writes an image file of one gray value per pixel column, and the folders above it."""
 
     def save(path: Path, value: int = 0, size: tuple[int, int] = (12, 10)) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`dist-vpt data check` and `prepare`: what they find, what they say of it, and how they end."""
+"""`dist-vpt data check` and `prepare`: what they find, what they report, and how they end."""
 
 import json
 import shutil
@@ -12,9 +12,11 @@ from PIL import Image
 
 from dist_vpt.cli.main import main
 from dist_vpt.data import check as module
-from dist_vpt.data.check import Checked, check, histogram, prepare
+from dist_vpt.data import prepare as prepare_module
+from dist_vpt.data.check import CheckedTask, check, histogram
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import open_splits
+from dist_vpt.data.prepare import prepare
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import DataError, UserError
 from tests.data import tfds_copies
@@ -38,9 +40,9 @@ def folder(root: Path, name: str, counts: dict[str, int], classes: int) -> Path:
 WHOLE = {"train800.txt": 800, "val200.txt": 200, "train800val200.txt": 1000, "test.txt": 711}
 
 
-def found(root: Path, *tasks: str) -> dict[str, Checked]:
+def found(root: Path, *tasks: str) -> dict[str, CheckedTask]:
     """What is found, whether it is as published or not."""
-    kept: dict[str, Checked] = {}
+    kept: dict[str, CheckedTask] = {}
     original = module.show
     module.show = lambda root, checked: kept.update({one.task: one for one in checked})  # type: ignore[assignment]
     try:
@@ -64,7 +66,7 @@ def test_a_folder_as_published_is_ok(tmp_path: Path, capsys: pytest.CaptureFixtu
     table = capsys.readouterr().out
     assert "kitti" in table
     assert "800/200/711" in table
-    assert "not there: cifar100, caltech101, dtd" in table
+    assert "not found: cifar100, caltech101, dtd" in table
 
 
 @pytest.mark.parametrize("name", ["cifar", "cifar100", "CIFAR"])
@@ -74,14 +76,14 @@ def test_folders_are_found_under_every_name_in_circulation(name: str, tmp_path: 
     assert len(open_splits(DataConfig(task="cifar100", root=str(tmp_path / name))).train) == 800
 
 
-def test_what_differs_is_told(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_differs_is_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "check", "--root", str(root)]) == 2
-    told = capsys.readouterr()
-    assert "dtd: split test has 60 images, the published one 1,880" in told.out
-    assert "4 of 24 tasks are not as published: dtd, oxford_iiit_pet, dsprites_loc, dsprites_ori" in told.err
+    printed = capsys.readouterr()
+    assert "dtd: split test has 60 images, the published one 1,880" in printed.out
+    assert "4 of 24 tasks are not as published: dtd, oxford_iiit_pet, dsprites_loc, dsprites_ori" in printed.err
     one = found(root)["oxford_iiit_pet"]
     assert one.storage == "tfds oxford_iiit_pet:4.0.0 (array_record)"
-    assert one.notes == ["oxford_iiit_pet has version 4.0.0; published numbers are of 3.2.0"]
+    assert one.notes == ["oxford_iiit_pet has version 4.0.0; published numbers used 3.2.0"]
     assert found(root)["dsprites_loc"].sample == "64x64"
 
 
@@ -94,19 +96,19 @@ def test_a_task_that_was_named_must_be_there(tmp_path: Path) -> None:
 
 
 def test_nothing_is_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds none of the known tasks; name the folder in which the datasets lie"):
+    with pytest.raises(DataError, match="holds none of the known tasks; use the folder with the datasets"):
         check(str(tmp_path), [])
     with pytest.raises(DataError, match=r"--root .*/no: is not a folder"):
         check(str(tmp_path / "no"), [])
 
 
-def test_damage_is_told_and_the_others_are_checked(tmp_path: Path) -> None:
+def test_damage_is_reported_and_the_others_are_checked(tmp_path: Path) -> None:
     home = folder(tmp_path, "kitti", {**WHOLE, "val200.txt": 199}, 4)
     (home / "test.txt").write_text("images/a.jpg 4\nimages/b.jpg 0\n")
     folder(tmp_path, "svhn", {**WHOLE, "test.txt": 26032}, 10)
     checked = found(tmp_path)
     assert [line.split(": ", 1)[1] for line in checked["kitti"].wrong] == [
-        "label 4 is out of range: 4 classes have the labels 0 to 3; mend the label, or complete classes.txt",
+        "label 4 is out of range: 4 classes have the labels 0 to 3; fix the label, or complete classes.txt",
         f"there is no file 'images/b.jpg' in {home} or {home / 'images'}; restore it or remove its entry",
     ]
     assert checked["svhn"].wrong == []
@@ -129,7 +131,7 @@ def test_fgvc_sets_are_found(tmp_path: Path) -> None:
     one = found(tmp_path, "cub")["cub"]
     assert one.storage == "fgvc_json"
     assert one.wrong == ["split test has 1 images, the published one 5,794"]
-    assert one.notes == ["has no val, which is taken out of train by data.split_seed"]
+    assert one.notes == ["has no val, which is split off train by data.split_seed"]
     assert one.splits["trainval"].tolist() == [2] * 200
 
 
@@ -156,14 +158,14 @@ def test_prepare_fetches_and_reads_again(
         return made
 
     monkeypatch.setattr(tfds_library, "builder", builder)
-    monkeypatch.setattr(module, "_has_tensorflow", lambda: True)
+    monkeypatch.setattr(prepare_module, "_has_tensorflow", lambda: True)
     assert main(["data", "prepare", "dtd", "dsprites_loc", "dsprites_ori", "--root", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("is being prepared") == 2  # a builder serves two tasks
+    assert capsys.readouterr().out.count("preparing in") == 2  # a builder serves two tasks
     for task in ("dtd", "dsprites_ori"):
         splits = open_splits(DataConfig(task=task, root=str(tmp_path), check_counts=False))
         assert len(splits.train.labels) == 800
     assert main(["data", "prepare", "dtd", "--root", str(tmp_path)]) == 0
-    assert "dtd: prepared already" in capsys.readouterr().out
+    assert "dtd: already prepared" in capsys.readouterr().out
 
 
 def test_the_published_version_is_prepared_where_the_library_makes_it(
@@ -174,7 +176,7 @@ def test_the_published_version_is_prepared_where_the_library_makes_it(
     def prepared(self: Any, **_: Any) -> None:
         made[self.name] = (str(self.version), [str(version) for version in self.versions])
 
-    monkeypatch.setattr(module, "_has_tensorflow", lambda: True)
+    monkeypatch.setattr(prepare_module, "_has_tensorflow", lambda: True)
     monkeypatch.setattr(tfds_library.core.DatasetBuilder, "download_and_prepare", prepared)
     prepare(str(tmp_path), ["dtd", "kitti", "oxford_iiit_pet"])
     assert made["dtd"][0].startswith("3.")
@@ -183,7 +185,7 @@ def test_the_published_version_is_prepared_where_the_library_makes_it(
         assert version == ("3.2.0" if "3.2.0" in makes else makes[0])
 
 
-def test_what_cannot_be_prepared_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_prepared_is_reported_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Any, **_: Any) -> None:
         if "retinopathy" in self.name:
             raise AssertionError("Manual directory does not exist")
@@ -193,13 +195,13 @@ def test_what_cannot_be_prepared_is_told_at_the_end(tmp_path: Path, monkeypatch:
         UserError, match=r"preparing needs TensorFlow, training does not: pip install 'dist-vpt\[prepare\]'"
     ):
         prepare(str(tmp_path), ["dtd"])  # before anything is fetched
-    monkeypatch.setattr(module, "_has_tensorflow", lambda: True)
+    monkeypatch.setattr(prepare_module, "_has_tensorflow", lambda: True)
     monkeypatch.setattr(tfds_library.core.DatasetBuilder, "download_and_prepare", fail)
     with pytest.raises(UserError) as caught:
         prepare(str(tmp_path), ["dtd", "diabetic_retinopathy", "svhn"])
     dtd, retinopathy, svhn = str(caught.value).splitlines()
     assert dtd == "dtd: ConnectionError: no network; see the message, and start the command again"
-    assert "must be fetched by hand" in retinopathy
+    assert "must be downloaded by hand" in retinopathy
     assert "kaggle" in retinopathy.lower()
     assert str(tmp_path / "downloads" / "manual") in retinopathy
     assert svhn == "svhn_cropped: OSError: disk full; see the message, and start the command again"

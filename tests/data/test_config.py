@@ -18,27 +18,27 @@ OWN = {"task": "mine", "root": "somewhere"}
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"task": "digit"}, "task 'digit' is not a known task \\(did you mean 'digits'\\?\\).*give format and root"),
+        ({"task": "digit"}, "task 'digit' is not a known task \\(did you mean 'digits'\\?\\).*set format and root"),
         ({"task": "mine", "format": "hf"}, "root is missing: format 'hf' needs the folder of the dataset; set root"),
         ({"root": "x"}, "root 'x': digits come with scikit-learn; remove root or set format"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean and std go together"),
         (
             {"mean": (0.5, 0.5, 0.5), "std": (1, 1, 1), "normalize": "vpt"},
-            "normalize 'vpt': mean and std say the same otherwise; give either",
+            "normalize 'vpt': mean and std replace it; set either",
         ),
         ({"task": "dtd"}, "root is missing: format 'tfds' needs the folder of the dataset; set root"),
-        ({**OWN, "format": "tfds"}, "format 'tfds': task 'mine' is none that is read from there; "),
+        ({**OWN, "format": "tfds"}, "format 'tfds': task 'mine' is not in TensorFlow Datasets; "),
         ({"task": "dtdd", "root": "x"}, "task 'dtdd' is not a known task \\(did you mean 'dtd'\\?\\)"),
-        ({"fraction": 0.5}, "fraction 0.5: format 'digits' brings its own splits; remove fraction"),
+        ({"fraction": 0.5}, "fraction 0.5: format 'digits' has fixed splits; remove fraction"),
         ({"task": "cub", "root": "x", "fraction": 0.0}, "fraction\n.*greater than 0"),
         ({"mean": (0.5, 0.5, 0.5), "std": (1, 0, 1)}, "std.1\n.*greater than 0"),
-        ({"val_fraction": 0.3}, "val_fraction 0.3: format 'digits' brings its own splits; remove val_fraction"),
+        ({"val_fraction": 0.3}, "val_fraction 0.3: format 'digits' has fixed splits; remove val_fraction"),
         ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' brings"),
         (
             {**OWN, "format": "image_folder", "val_fraction": 0.5, "test_fraction": 0.5},
             "val_fraction 0.5 \\+ test_fraction 0.5: their sum must be below 1",
         ),
-        ({"hf": {"image": "x"}}, "hf: only format 'hf' reads it and the format is 'digits'"),
+        ({"hf": {"image": "x"}}, "hf: only format 'hf' uses it and the format is 'digits'"),
         ({"hf": {"colour": "x"}}, "hf.colour\n.*not permitted"),
         ({"batch": 3}, "batch\n.*not permitted"),
         ({"image_size": 4}, "image_size\n.*greater than or equal to 8"),
@@ -47,7 +47,7 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"on_decode_error": "ignore"}, "on_decode_error\n.*'fail' or 'skip'"),
     ],
 )
-def test_mistake_is_told(settings, says):
+def test_mistake_is_reported(settings, says):
     with pytest.raises(ValidationError, match=says):
         DataConfig(**settings)
 
@@ -56,7 +56,7 @@ def test_fraction_that_is_not_read_does_not_count():
     assert DataConfig(**OWN, format="fgvc_json", val_fraction=0.9).val_fraction == 0.9
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ValidationError) as caught:
         DataConfig(root="x", mean=(0, 0, 0), val_fraction=0.2)
     assert all(word in str(caught.value) for word in ("root 'x'", "mean and std", "val_fraction 0.2"))

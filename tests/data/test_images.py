@@ -1,4 +1,4 @@
-"""Decoding: what comes out, and what is told of a file that cannot be decoded."""
+"""Decoding: what comes out, and what is reported of a file that cannot be decoded."""
 
 import struct
 import warnings
@@ -44,7 +44,7 @@ def test_cmyk_jpeg():
     assert decode(encoded(RGB.convert("CMYK"), "JPEG"), "x").mode == "RGB"
 
 
-def test_palette_with_transparency_keeps_its_colours_without_a_warning():
+def test_palette_with_transparency_keeps_its_colors_without_a_warning():
     palette = RGB.convert("P")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -53,9 +53,9 @@ def test_palette_with_transparency_keeps_its_colours_without_a_warning():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_keeps_its_high_byte(kind):
-    grey = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
-    picture = decode(encoded(Image.fromarray(grey), kind), "x")
+def test_16_bit_gray_keeps_its_high_byte(kind):
+    gray = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
+    picture = decode(encoded(Image.fromarray(gray), kind), "x")
     assert np.asarray(picture)[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
@@ -76,7 +76,7 @@ def test_turns_upright_when_asked():
     exif[0x0112] = 6
     data = encoded(RGB, "JPEG", exif=exif)
     assert decode(data, "x").size == (30, 40)
-    assert decode(data, "x", upright=True).size == (40, 30)
+    assert decode(data, "x", exif_transpose=True).size == (40, 30)
 
 
 @pytest.mark.parametrize(

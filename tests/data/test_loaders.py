@@ -1,4 +1,4 @@
-"""Batches: the same global batches however they are made, and what is told when they cannot be."""
+"""Batches: the same global batches however they are made, and what is reported when they cannot be."""
 
 import os
 import signal
@@ -292,7 +292,7 @@ def test_cache_that_does_not_fit(monkeypatch, transform, pixels):
     first_step()
 
 
-def test_killed_worker_is_told(files):
+def test_killed_worker_is_reported(files):
     batches = EvalBatches(files("kill"), PLAIN, 2, workers=1)
     with pytest.raises(DataError, match=r"died while it read .*/3\.jpg \(by SIGKILL\); .* lower data\.workers, or"):
         list(batches)
@@ -317,7 +317,7 @@ def test_closing_does_not_wait_for_the_garbage_collector():
     batches = EvalBatches(make_split(), PLAIN, 4, workers=2)
     batches.cycle = batches  # as an owner that the batches refer to would make it
     list(batches)
-    processes = batches._feed._pool._loader._iterator._workers
+    processes = batches._source._pool._loader._iterator._workers
     started = time.monotonic()
     batches.close()
     assert time.monotonic() - started < 3

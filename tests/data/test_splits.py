@@ -83,7 +83,7 @@ def test_missing_split_says_why():
 def test_complete_carves_what_is_missing():
     recipe = DataConfig(task="mine", format="image_folder", root="x", val_fraction=0.1, test_fraction=0.2)
     every = numbered("train", list(range(100)), [0, 1] * 50)
-    splits = with_missing_splits(recipe, ("0", "1"), every, None, None)
+    splits = with_missing_splits(recipe, ("0", "1"), {"train": every})
     parts = [values(splits[name]) for name in ("train", "val", "test")]
     assert [len(part) for part in parts] == [70, 10, 20]
     assert sorted(value for part in parts for value in part) == list(range(100))
@@ -96,14 +96,14 @@ def test_complete_carves_what_is_missing():
 def test_complete_keeps_what_is_there():
     recipe = DataConfig(task="mine", format="image_folder", root="x")
     train, val, test = (numbered(name, [k], [0]) for k, name in enumerate(("train", "val", "test")))
-    splits = with_missing_splits(recipe, ("0",), train, val, test)
+    splits = with_missing_splits(recipe, ("0",), {"train": train, "val": val, "test": test})
     assert [values(splits[name]) for name in ("train", "val", "trainval", "test")] == [[0], [1], [0, 1], [2]]
 
 
 def test_fraction_that_carves_nothing_is_refused():
     recipe = DataConfig(task="mine", format="image_folder", root="x")
-    with pytest.raises(DataError, match=r"'train': test_fraction 0.2 of 2 images carves none.*raise data.test"):
-        with_missing_splits(recipe, ("0", "1"), numbered("train", [1, 2], [0, 1]), None, None)
+    with pytest.raises(DataError, match=r"'train': test_fraction 0.2 of 2 images splits off none.*raise data.test"):
+        with_missing_splits(recipe, ("0", "1"), {"train": numbered("train", [1, 2], [0, 1])})
 
 
 def test_class_order():
@@ -124,7 +124,7 @@ def test_digits_have_their_counts_and_are_stratified():
         assert np.all(np.abs(np.bincount(splits[name].labels) - each) <= 3)
     pixels = np.stack([np.asarray(splits.val.read(i)) for i in range(200)])
     assert (pixels.shape, pixels.dtype, pixels.min(), pixels.max()) == ((200, 8, 8, 3), np.uint8, 0, 255)
-    assert np.unique(pixels).tolist() == [round(255 * grey / 16) for grey in range(17)]
+    assert np.unique(pixels).tolist() == [round(255 * gray / 16) for gray in range(17)]
 
 
 def test_digits_are_disjoint_and_follow_the_seed():

@@ -24,9 +24,9 @@ def test_squash_and_crop_are_torchvisions(kernel, size):
     squash = ImageTransform(48, kernel, "squash").eval(image)
     assert torch.equal(squash, tv.PILToTensor()(tv.Resize((48, 48), KERNELS[kernel])(image)))
     for side in (48, 49):
-        view = ImageTransform(side, kernel, "crop")
-        theirs = tv.Compose([tv.Resize(view.shorter_side, KERNELS[kernel]), tv.CenterCrop(side), tv.PILToTensor()])
-        assert torch.equal(view.eval(image), theirs(image))
+        transform = ImageTransform(side, kernel, "crop")
+        theirs = tv.Compose([tv.Resize(transform.shorter_side, KERNELS[kernel]), tv.CenterCrop(side), tv.PILToTensor()])
+        assert torch.equal(transform.eval(image), theirs(image))
 
 
 def test_shorter_sides():
@@ -35,21 +35,21 @@ def test_shorter_sides():
 
 
 def test_arrays_and_pictures_give_the_same():
-    view, image = ImageTransform(16, "bicubic", "crop"), picture()
-    assert torch.equal(view.eval(np.asarray(image)), view.eval(image))
+    transform, image = ImageTransform(16, "bicubic", "crop"), picture()
+    assert torch.equal(transform.eval(np.asarray(image)), transform.eval(image))
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees():
-    for fit in ("squash", "crop"):
-        view = ImageTransform(16, "bilinear", fit)
-        assert torch.equal(view.train(picture(), 0, 5, 7), view.eval(picture()))
+    for crop_mode in ("squash", "crop"):
+        transform = ImageTransform(16, "bilinear", crop_mode)
+        assert torch.equal(transform.train(picture(), 0, 5, 7), transform.eval(picture()))
 
 
 @pytest.mark.parametrize(("crop_mode", "width"), [("crop", 54), ("squash", 37)])
-def test_random_part_is_a_crop_and_a_flip(fit, width):
-    view = ImageTransform(32, "bicubic", fit, "fgvc")
+def test_random_part_is_a_crop_and_a_flip(crop_mode, width):
+    transform = ImageTransform(32, "bicubic", crop_mode, "fgvc")
     image = picture()
-    whole = view.fixed(image, train=True)
+    whole = transform.fixed(image, train=True)
     assert whole.shape == (37, width, 3)
     windows = {}
     for top in range(37 - 32 + 1):
@@ -59,7 +59,7 @@ def test_random_part_is_a_crop_and_a_flip(fit, width):
             windows[window[:, ::-1].tobytes()] = (top, left, 1)
     drawn = []
     for epoch in range(400):
-        pixels = view.train(image, 0, epoch, 3)
+        pixels = transform.train(image, 0, epoch, 3)
         assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 32))
         drawn.append(windows[pixels.numpy().transpose(1, 2, 0).tobytes()])
     tops, lefts, flips = (np.array(part) for part in zip(*drawn, strict=True))
@@ -69,10 +69,10 @@ def test_random_part_is_a_crop_and_a_flip(fit, width):
 
 
 def test_random_part_depends_on_seed_epoch_and_index_alone():
-    view, image = ImageTransform(32, "bicubic", "crop", "fgvc"), picture(400, 61)
+    transform, image = ImageTransform(32, "bicubic", "crop", "fgvc"), picture(400, 61)
 
     def draw(*key):
-        return view.train(image, *key).numpy().tobytes()
+        return transform.train(image, *key).numpy().tobytes()
 
     torch.manual_seed(0)
     np.random.seed(0)
@@ -137,13 +137,13 @@ def test_vpt_resize_is_its_formula(size):
 
 
 def test_vpt_view_is_float_and_keeps_whole_pictures():
-    image, view = picture(90, 61), ImageTransform(48, "vpt")
-    kept = view.fixed(image, train=True)
+    image, transform = picture(90, 61), ImageTransform(48, "vpt")
+    kept = transform.fixed(image, train=True)
     assert (kept.dtype, kept.shape) == (np.uint8, (61, 90, 3))
-    shown = view.eval(image)
+    shown = transform.eval(image)
     assert (shown.dtype, shown.shape) == (torch.float32, (3, 48, 48))
     assert np.array_equal(shown.numpy().transpose(1, 2, 0), vpt_resize(np.asarray(image), 48, 48))
-    assert torch.equal(view.train(image, 0, 3, 4), shown)
+    assert torch.equal(transform.train(image, 0, 3, 4), shown)
 
 
 def test_vpt_view_may_be_cropped():

@@ -390,7 +390,7 @@ def test_a_worker_that_is_killed_on_one_process_is_told_by_all(tmp_path: Path) -
         def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
             for step, batches in enumerate(whole(self, epoch, start_step)):
                 if rank == 1 and step == FAILS_AT:
-                    self._feed._pool._loader._iterator._workers[0].kill()  # type: ignore[attr-defined]
+                    self._source._pool._loader._iterator._workers[0].kill()  # type: ignore[attr-defined]
                 yield batches
 
         TrainBatches.epoch = epoch  # type: ignore[method-assign]

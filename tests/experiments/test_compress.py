@@ -222,7 +222,7 @@ def test_a_smaller_head_is_the_head_on_the_kept_columns(source: Path, selected: 
     batches = parts.evaluation("test", 0, 1)
     batch = next(iter(batches))
     with torch.no_grad():
-        features_BF = whole.features(compute_stream(whole.backbone, batch["images"], whole.reads)).double().numpy()
+        features_BF = whole.features(compute_stream(whole.backbone, batch["images"], whole.spec)).double().numpy()
         logits_BK = small(batch["images"]).numpy()
     own = {name: tensor.double().numpy() for name, tensor in adapters(selected[0] / "featselect-0.1").items()}
     columns = own["kept"].astype(int)
@@ -641,7 +641,7 @@ def test_an_index_that_names_no_features_is_rejected_before_it_is_used(kept: lis
         assert method.kept is not None
         method.kept.copy_(torch.tensor(kept))
     for mode in (True, False):
-        with pytest.raises(UserError, match="adapters must name the kept features, rising numbers below 64"):
+        with pytest.raises(UserError, match="adapters must list the kept features, increasing numbers below 64"):
             method.train(mode)
 
 
@@ -649,11 +649,11 @@ def test_a_recipe_that_keeps_features_cannot_be_trained_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Components, "use_cached_stream", lambda *_: pytest.fail("computed"))
-    with pytest.raises(UserError, match=r"method.keep = 7: adapters must name the kept features"):
+    with pytest.raises(UserError, match=r"method.keep = 7: adapters must list the kept features"):
         train(tmp_path / "run", *RUN, "method.keep=7")
     assert not (tmp_path / "run").exists()
     assert main(["sweep", *words(tmp_path / "sweep", *RUN, "method.keep=7")]) == 2
-    assert "method.keep = 7: adapters must name the kept features" in capsys.readouterr().err
+    assert "method.keep = 7: adapters must list the kept features" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
 
 
@@ -664,6 +664,6 @@ def test_a_file_where_compressions_should_go(source: Path, tmp_path: Path, capsy
 
 
 def test_more_features_than_there_are() -> None:
-    with pytest.raises(UserError, match=r"method.keep = 65: there are 64 features to choose among"):
+    with pytest.raises(UserError, match=r"method.keep = 65: there are 64 features"):
         make_vqt(keep=65)
     assert load_recipe([], ["method.name=vqt"]).method.keep is None  # type: ignore[union-attr]

@@ -69,7 +69,7 @@ def test_missing_recipe(run: Path, capsys: pytest.CaptureFixture[str], tmp_path:
         ),
         (["data.image_size=30"], "must be a multiple of the patch size 4"),
         (["backbone.weights=nix.safetensors"], "nix.safetensors: no such weights file"),
-        (["backbone.name=vit_tiny_patch16_224", "data.image_size=32"], "could not be fetched"),
+        (["backbone.name=vit_tiny_patch16_224", "data.image_size=32"], "could not be downloaded"),
         (["method.layers=7"], "method.layers = 7: the backbone has 6 blocks"),
         (["data.task=mine", "data.format=image_folder", "data.root=/nix/da"], "/nix/da"),
         (["runtime.precision=fp16", "runtime.device=cpu"], "runtime.precision = fp16: needs a GPU"),

@@ -116,7 +116,7 @@ def parts_of(*overrides: str) -> Components:
 def facts_of(parts: Components, split: str = "train") -> dict[str, Any]:
     assert isinstance(parts.method, Reader)
     return identity(
-        parts.splits[split], parts.view, parts.data.max_megapixels, parts.method.backbone, parts.method.reads
+        parts.splits[split], parts.view, parts.data.max_megapixels, parts.method.backbone, parts.method.spec
     )
 
 
@@ -127,7 +127,7 @@ def cache_of(folder: Path, parts: Components, split: str = "train", stop: StopSi
     target = cache_folder(str(folder), facts)
     device = torch.device("cpu")
     backbone, batches = parts.method.backbone, partial(parts.evaluation, split)
-    return on_disk(target, facts, backbone, parts.method.reads, batches, device, stop or StopSignal())[0]
+    return on_disk(target, facts, backbone, parts.method.spec, batches, device, stop or StopSignal())[0]
 
 
 def in_memory(parts: Components, split: str = "train") -> StreamCache:
@@ -135,7 +135,7 @@ def in_memory(parts: Components, split: str = "train") -> StreamCache:
     backbone, batches = parts.method.backbone, parts.evaluation(split, 0, 1)
     accelerator = Accelerator(cpu=True)
     return fill(
-        backbone, parts.method.reads, batches, parts.splits[split], accelerator, torch.device("cpu"), StopSignal()
+        backbone, parts.method.spec, batches, parts.splits[split], accelerator, torch.device("cpu"), StopSignal()
     )
 
 
@@ -503,7 +503,7 @@ def test_what_makes_another_cache(tmp_path: Path) -> None:
         "attention": facts_of(parts_of(*data, "runtime.attention=eager")),
     }
     labels = replace(parts.splits["train"], given=1 - parts.splits["train"].labels)
-    other["labels"] = identity(labels, parts.view, 178.0, parts.method.backbone, parts.method.reads)  # type: ignore[attr-defined]
+    other["labels"] = identity(labels, parts.view, 178.0, parts.method.backbone, parts.method.spec)  # type: ignore[attr-defined]
     attention: Any = parts.method.backbone.blocks[2].attn
     attention.num_heads *= 2
     other["heads"] = facts_of(parts)
@@ -710,7 +710,7 @@ def test_the_size_of_a_stream_is_what_it_holds() -> None:
     parts = parts_of("runtime.precision=bf16", "method.blocks=[1,4]")
     assert isinstance(parts.method, Reader)
     held = sum(tensor.nbytes for tensor in tensors(in_memory(parts, "val")))
-    assert held == nbytes(parts.method.backbone, parts.method.reads, 200)
+    assert held == nbytes(parts.method.backbone, parts.method.spec, 200)
 
 
 def test_what_zero3_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,8 @@ def weights_of(method: Method, number: int) -> dict[str, Array]:
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + epsilon) * weight + bias
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + epsilon) * weight + bias
 
 
 def heads_of(w: dict[str, Array], part: int, normed_BND: Array) -> Array:

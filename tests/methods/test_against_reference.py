@@ -275,7 +275,7 @@ def recipe_of(settings: dict[str, Any]) -> MethodConfig:
 def make(settings: dict[str, Any], kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Method:
     method = attach(recipe_of(settings), make_backbone(kind, **size_of(settings)), 4, dtype)
     torch.manual_seed(seed)  # after the backbone's own, so that these are not its numbers once more
-    with torch.no_grad():  # start away from the initialisation's tiny prompts and constant bias
+    with torch.no_grad():  # start away from the initialization's tiny prompts and constant bias
         for name, parameter in method.trainable():
             if not name.startswith("backbone."):
                 parameter.copy_(torch.randn_like(parameter) * 0.5 + name.endswith(".scale"))

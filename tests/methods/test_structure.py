@@ -123,7 +123,7 @@ def test_trained_names(name: str) -> None:
 def test_a_recipe_says_what_its_method_reads(name: str) -> None:
     method, recipe = make(SETTINGS[name]), TypeAdapter(MethodConfig).validate_python(SETTINGS[name])
     assert recipe.reader == isinstance(method, Reader)
-    assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.reads.blocks))
+    assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.spec.blocks))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -333,8 +333,8 @@ def test_more_layers_than_blocks_are_refused() -> None:
         ),
         ({"expand": False, "layers": 2, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
         ({"location": "add", "pooling": "imgprompt_pool"}, "no prompts come out of the last block"),
-        ({"location": "prepend-pixel"}, "location = prepend-pixel: there are pixels before the first block alone"),
-        ({"location": "pad"}, "location = pad: there are pixels before the first block alone"),
+        ({"location": "prepend-pixel"}, "location = prepend-pixel: there are pixels only before the first block"),
+        ({"location": "pad"}, "location = pad: there are pixels only before the first block"),
         ({"location": "below", "deep": False, "projection": 4}, "set deep=false and projection=null"),
         ({"location": "below", "deep": False, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
         ({"extra_trainable": ("bias", "bias")}, "each once"),

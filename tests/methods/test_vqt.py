@@ -189,10 +189,10 @@ def test_readers_together_are_what_they_are_alone(form: str, dropout: float, ima
     )
     for reader in together[1:]:
         reader.backbone = together[0].backbone
-    observed = compute_stream(together[0].backbone, images, together[0].reads)
+    stream = compute_stream(together[0].backbone, images, together[0].spec)
     for reader in (*together, *alone):
         reader.train()
-    logits = VQT.read_many(together, observed, seeds=[7, 8, 9])
+    logits = VQT.read_many(together, stream, seeds=[7, 8, 9])
     torch.stack([loss_of(each) for each in logits]).sum().backward()
     for t, reader in enumerate(alone):
         torch.manual_seed(7 + t)
@@ -207,7 +207,7 @@ def test_readers_together_are_what_they_are_alone(form: str, dropout: float, ima
 
 def test_the_absorbed_form_keeps_what_it_reads_and_little_else(images: torch.Tensor) -> None:
     method = make(torch.float32, "plain", form="absorbed")
-    observed = compute_stream(method.backbone, images, method.reads)
+    stream = compute_stream(method.backbone, images, method.spec)
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -216,8 +216,8 @@ def test_the_absorbed_form_keeps_what_it_reads_and_little_else(images: torch.Ten
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss_of(method(observed)).backward()
-    for normed_BND in observed.normed:
+        loss_of(method(stream)).backward()
+    for normed_BND in stream.normed:
         kept.pop(normed_BND.untyped_storage().data_ptr())
     weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
     largest = max(size for address, size in kept.items() if address not in weights)
@@ -226,27 +226,27 @@ def test_the_absorbed_form_keeps_what_it_reads_and_little_else(images: torch.Ten
 
 def test_the_stream_holds_what_blocks_see(images: torch.Tensor) -> None:
     backbone = make_backbone(torch.float64, "registers")
-    observed = compute_stream(backbone, images, StreamSpec((0, 2), key_scales=True))
+    stream = compute_stream(backbone, images, StreamSpec((0, 2), key_scales=True))
     tokens = backbone.embed(images)
     seen = []
     for block in backbone.blocks:
         seen.append(block.norm1(tokens))
         tokens = block(tokens)
-    assert isinstance(observed, StreamOutput)
-    assert torch.equal(observed.normed[0], seen[0])
-    assert torch.equal(observed.normed[1], seen[2])
-    assert torch.equal(observed.pooled, backbone.pool(backbone.norm(tokens)))
-    assert [tuple(s.shape) for s in observed.key_scales] == [(3, backbone.tokens, 2)] * 2
-    assert not any(t.requires_grad for t in (observed.pooled, *observed.normed))
+    assert isinstance(stream, StreamOutput)
+    assert torch.equal(stream.normed[0], seen[0])
+    assert torch.equal(stream.normed[1], seen[2])
+    assert torch.equal(stream.pooled, backbone.pool(backbone.norm(tokens)))
+    assert [tuple(s.shape) for s in stream.key_scales] == [(3, backbone.tokens, 2)] * 2
+    assert not any(t.requires_grad for t in (stream.pooled, *stream.normed))
 
 
 @pytest.mark.parametrize("which", ["plain", "qk-norm"])
-def test_kept_keys_and_values_give_what_normalised_inputs_give(which: str, images: torch.Tensor) -> None:
+def test_kept_keys_and_values_give_what_normalized_inputs_give(which: str, images: torch.Tensor) -> None:
     method = make(torch.float64, which, queries=3, form="auto")
-    assert method.reads.fields[0] == "normed"
-    assert method.shares.fields == ("keys", "values")
-    assert make(torch.float64, which, form="absorbed").shares.fields[0] == "normed"
-    live, kept = (compute_stream(method.backbone, images, reads) for reads in (method.reads, method.shares))
+    assert method.spec.fields[0] == "normed"
+    assert method.shared_spec.fields == ("keys", "values")
+    assert make(torch.float64, which, form="absorbed").shared_spec.fields[0] == "normed"
+    live, kept = (compute_stream(method.backbone, images, spec) for spec in (method.spec, method.shared_spec))
     assert not any(t.requires_grad for t in (*kept.keys, *kept.values))
     assert torch.allclose(method(kept), method(live), rtol=1e-12, atol=1e-12)
 
@@ -259,7 +259,7 @@ def test_the_cheaper_form_depends_on_the_queries_of_all_trials() -> None:
 def test_blocks_that_are_not_there_are_refused() -> None:
     with pytest.raises(UserError, match=r"method.blocks: 3: the backbone's blocks are 0 to 2"):
         make(torch.float32, "plain", blocks=(0, 3))
-    with pytest.raises(ValidationError, match="must be rising block numbers"):
+    with pytest.raises(ValidationError, match="must be increasing block numbers"):
         make(torch.float32, "plain", blocks=(2, 1))
 
 

@@ -372,7 +372,7 @@ def test_speeds_of_the_same_method_on_such_a_device(options: list[str], device: 
     assert len(list(known_speeds(some, device))) == files
 
 
-@pytest.mark.parametrize("where", ["dist_vpt.experiments.run._set_up", "dist_vpt.training.engine.fit"])
+@pytest.mark.parametrize("where", ["dist_vpt.experiments.run._set_up", "dist_vpt.experiments.run.fit"])
 def test_an_out_of_memory_error_ends_with_advice(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("no memory")

@@ -1,10 +1,9 @@
-"""`dist-vpt report`: tables whose numbers are worked out by hand, in five forms, and what stands beside a number."""
+"""`dist-vpt report`: tables whose numbers are worked out by hand, in four forms, and what stands beside a number."""
 
 import csv
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,11 +18,14 @@ from rich.console import Console
 from dist_vpt.cli.main import main
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import UserError
-from dist_vpt.report import tables as report_module
-from dist_vpt.report.comparison import ABSENT, Cell, Own, Row, Table, _letters, compare
+from dist_vpt.report.comparison import ABSENT, Cell, LocalResult, ResultRow, Table, _letters, compare
+from dist_vpt.report.csv import csv_text
 from dist_vpt.report.figures import figures
+from dist_vpt.report.html import html
+from dist_vpt.report.legend import sources
+from dist_vpt.report.markdown import markdown
 from dist_vpt.report.published import Published, published
-from dist_vpt.report.tables import csv_lines, forms, gather, html, latex, markdown, show
+from dist_vpt.report.tables import forms, gather, show
 from dist_vpt.runs.results import Parameters, Protocol, Result, append, spread
 
 NATURAL = ("cifar100", "caltech101", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397")
@@ -55,7 +57,7 @@ def protocol(task: str, **changes: Any) -> Protocol:
         "normalize": "vpt",
         "augment": "fgvc" if fgvc else "none",
         "image_size": 224,
-        "counts": dict(TASKS[task].counts) if task in TASKS else {},
+        "counts": dict(TASKS[task].expected_counts) if task in TASKS else {},
         "trials": 20,
         "epochs": 100,
     }
@@ -79,16 +81,16 @@ def result(task: str, *values: float, method: str = "vqt", **changes: Any) -> Re
     return Result.model_validate(facts | changes)
 
 
-def own(*results: Result, place: str = "runs") -> list[Own]:
-    return [Own(place, each) for each in results]
+def own(*results: Result, folder: str = "runs") -> list[LocalResult]:
+    return [LocalResult(folder, each) for each in results]
 
 
-def suite(method: str = "vqt", **changes: Any) -> list[Own]:
+def suite(method: str = "vqt", **changes: Any) -> list[LocalResult]:
     """All of VTAB-1k."""
     return own(*(result(task, value, method=method, **changes) for task, value in BY_HAND.items()))
 
 
-def one_table(results: Sequence[Own], rows: Sequence[Published] = ()) -> Table:
+def one_table(results: Sequence[LocalResult], rows: Sequence[Published] = ()) -> Table:
     (table,) = compare(results, rows)
     return table
 
@@ -97,7 +99,7 @@ def cells(table: Table, row: int = 0) -> dict[str, Cell]:
     return dict(zip([column.label for column in table.columns], table.rows[row].cells, strict=True))
 
 
-def notes_of(table: Table, part: Row | Cell) -> set[str]:
+def notes_of(table: Table, part: ResultRow | Cell) -> set[str]:
     """The texts below the table to which the marks of a row or cell point."""
     texts = {mark: note for note, mark in table.notes.items()}
     return {texts[mark] for mark in part.marks.split(",") if mark}
@@ -149,7 +151,7 @@ def test_a_mean_is_shown_only_where_all_of_its_tasks_are_there() -> None:
 
 def test_a_failed_task_says_why_below_the_table() -> None:
     results = suite()
-    results[2] = Own("runs", result("dtd", failed="out of memory:\n  12 GiB asked for"))
+    results[2] = LocalResult("runs", result("dtd", failed="out of memory:\n  12 GiB asked for"))
     table = one_table(results)
     found = cells(table)
     assert (found["dtd"].mean, found["dtd"].number) == (None, "failed")
@@ -186,7 +188,7 @@ def test_the_best_own_number_of_a_column_is_marked_as_far_as_it_shows() -> None:
     assert best == {"linearown": {"dtd"}, "vqtown": {"dtd", "svhn"}, "vqtA": set(), "mlpown": set()}
 
 
-def _rows(table: Table) -> list[tuple[int, Row]]:
+def _rows(table: Table) -> list[tuple[int, ResultRow]]:
     return list(enumerate(table.rows))
 
 
@@ -205,20 +207,20 @@ def test_three_tables() -> None:
 
 def test_a_cell_under_another_protocol_is_marked_and_so_are_its_means() -> None:
     results = suite()
-    results[14] = Own("runs", result("kitti", 30.0, interpolation="bicubic", trials=4))
+    results[14] = LocalResult("runs", result("kitti", 30.0, resize="bicubic", trials=4))
     table = one_table(results)
     found = cells(table)
-    told = {"not as published: resize bicubic, not vpt", "unlike the rest of the row: trials 4, not 20"}
+    expected = {"not as published: resize bicubic, not vpt", "unlike the rest of the row: trials 4, not 20"}
     assert len(table.rows) == 1
-    assert notes_of(table, found["kitti"]) == told
+    assert notes_of(table, found["kitti"]) == expected
     marked = {name for name, cell in found.items() if cell.marks}
     assert marked == {"kitti", "mean of 8 structured", "mean of 3 groups", "mean of 19"}
-    assert notes_of(table, found["mean of 19"]) == told
+    assert notes_of(table, found["mean of 19"]) == expected
     assert not table.rows[0].marks
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"resize": "bicubic"}, "not as published: resize bicubic, not vpt"),
         ({"fit": "crop"}, "not as published: fit crop, not squash"),
@@ -230,10 +232,10 @@ def test_a_cell_under_another_protocol_is_marked_and_so_are_its_means() -> None:
     ],
     ids=str,
 )
-def test_what_holds_for_a_whole_row_is_told_once(changes: dict[str, Any], told: str) -> None:
+def test_what_holds_for_a_whole_row_is_told_once(changes: dict[str, Any], expected: str) -> None:
     table = one_table(suite(**changes))
-    assert notes_of(table, table.rows[0]) == {told}
-    assert table.notes == {told: "a"}
+    assert notes_of(table, table.rows[0]) == {expected}
+    assert table.notes == {expected: "a"}
     assert not any(cell.marks for cell in table.rows[0].cells)
 
 
@@ -257,7 +259,7 @@ def test_tasks_without_published_numbers_are_compared_with_the_row_alone() -> No
 
 def test_a_note_of_one_task_is_its_own_alone() -> None:
     results = suite()
-    results[2] = Own("runs", result("dtd", 30.0, notes=("dtd has another version",)))
+    results[2] = LocalResult("runs", result("dtd", 30.0, notes=("dtd has another version",)))
     table = one_table(results)
     assert notes_of(table, cells(table)["dtd"]) == {"dtd has another version"}
     assert list(table.notes) == ["dtd has another version"]
@@ -265,7 +267,7 @@ def test_a_note_of_one_task_is_its_own_alone() -> None:
 
 def test_the_rows_protocol_is_that_of_most_tasks() -> None:
     results = suite()
-    results[0] = Own("runs", result("cifar100", 10.0, trials=4))
+    results[0] = LocalResult("runs", result("cifar100", 10.0, trials=4))
     table = one_table(results)
     assert notes_of(table, cells(table)["cifar100"]) == {"unlike the rest of the row: trials 4, not 20"}
     assert not cells(table)["dtd"].marks
@@ -273,15 +275,15 @@ def test_the_rows_protocol_is_that_of_most_tasks() -> None:
 
 def test_what_a_row_lacks_comes_from_the_nearest_protocol() -> None:
     both = [result(task, 50.0, run=f"{task}-{size}", image_size=size) for size in (224, 98) for task in ("dtd", "svhn")]
-    more = [Own("more", result("kitti", 60.0, image_size=size)) for size in (224, 98)]
+    more = [LocalResult("more", result("kitti", 60.0, image_size=size)) for size in (224, 98)]
     for rest, at in zip(more, (0, 1), strict=True):
         table = one_table([*own(*both), rest])
         assert [row.name for row in table.rows] == ["vqt (image size 224)", "vqt (image size 98)"]
-        assert ["kitti" in row.own for row in table.rows] == [at == 0, at == 1]
+        assert ["kitti" in row.local for row in table.rows] == [at == 0, at == 1]
 
 
 def test_equal_tasks_under_two_protocols_are_two_rows() -> None:
-    table = one_table(suite() + suite(run="b2", interpolation="bicubic", epochs=30))
+    table = one_table(suite() + suite(run="b2", resize="bicubic", epochs=30))
     assert [row.name for row in table.rows] == ["vqt (resize vpt, epochs 100)", "vqt (resize bicubic, epochs 30)"]
     assert [bool(row.marks) for row in table.rows] == [False, True]
 
@@ -297,9 +299,11 @@ def test_precisions_and_backbones_are_rows_of_their_own() -> None:
 
 
 def test_files_are_put_together_where_their_tasks_differ() -> None:
-    half, rest = suite()[:9], [Own("more", each.result) for each in suite()[9:]]
+    half, rest = suite()[:9], [LocalResult("more", each.result) for each in suite()[9:]]
     assert cells(one_table(half + rest))["mean of 19"].number == "37.9"
-    twice = one_table(half + [Own("more", each.result.model_copy(update={"run": "b2"})) for each in suite()[:9]])
+    twice = one_table(
+        half + [LocalResult("more", each.result.model_copy(update={"run": "b2"})) for each in suite()[:9]]
+    )
     assert [row.name for row in twice.rows] == ["vqt (runs)", "vqt (more)"]
 
 
@@ -313,10 +317,10 @@ def test_of_two_recipes_for_a_cell_the_newest_is_shown_and_the_other_named() -> 
 def test_a_failure_gives_way_to_a_number_under_its_protocol_alone() -> None:
     number = own(result("dtd", 50.0))
     later = "2026-11-22T12:00:00+00:00"
-    mended = one_table(number + own(result("dtd", run="b2", failed="x", finished=later), place="other"))
+    mended = one_table(number + own(result("dtd", run="b2", failed="x", finished=later), folder="other"))
     assert [[cell.number for cell in row.cells][2] for row in mended.rows] == ["50.0"]
     assert mended.remarks == []
-    another = one_table(number + own(result("dtd", run="b2", failed="x", interpolation="bicubic")))
+    another = one_table(number + own(result("dtd", run="b2", failed="x", resize="bicubic")))
     assert [[cell.number for cell in row.cells][2] for row in another.rows] == ["50.0", "failed"]
 
 
@@ -334,8 +338,8 @@ def test_a_failure_without_a_protocol_stands_in_any_row() -> None:
     assert notes_of(table, found["sun397"]) == {"unlike the rest of the row: trials 4, not 20"}
     assert table.remarks[0] == "dtd, vqt: failed: no such folder"
     alone = one_table(own(failure("dtd")))
-    assert [len(text) > 100 for text in forms([alone], own(failure("dtd")), []).values()] == [True] * 4
-    mended = one_table([*own(failure("dtd")), *own(result("dtd", 50.0, interpolation="bicubic"), place="more")])
+    assert [len(text) > 100 for text in forms([alone], own(failure("dtd")), []).values()] == [True] * 3
+    mended = one_table([*own(failure("dtd")), *own(result("dtd", 50.0, resize="bicubic"), folder="more")])
     assert ([row.source for row in mended.rows], cells(mended)["dtd"].number) == (["own"], "50.0")
     precise = one_table(own(failure("dtd", precision="fp32"), result("dtd", 50.0)))
     assert [row.name for row in precise.rows] == ["vqt (fp32)", "vqt (bf16)"]
@@ -416,7 +420,7 @@ def test_a_method_that_others_call_otherwise() -> None:
 def test_published_rows_of_fgvc_name_their_source() -> None:
     tables = compare(own(result("cub", 88.0, method="linear")), published())
     assert [row.source for row in tables[0].rows] == ["own", "VPT paper"]
-    assert "arXiv 2203.12119" in report_module.sources(tables)[0]
+    assert "arXiv 2203.12119" in sources(tables)[0]
 
 
 # Reading
@@ -428,7 +432,7 @@ def test_results_are_found_below_folders_and_put_together(tmp_path: Path, monkey
     with (write(tmp_path / "b", result("svhn", 60.0)) / "results.jsonl").open("a") as file:
         file.write("{")
     results, warnings = gather(["b", str(tmp_path / "a"), str(tmp_path)])
-    assert [(each.result.task, each.place) for each in results] == [
+    assert [(each.result.task, each.folder) for each in results] == [
         ("svhn", "b"),
         ("dtd", str(tmp_path / "a" / "deep" / "down")),
     ]
@@ -481,7 +485,7 @@ def test_files_are_written_only_where_they_are_asked_for(
     assert "50.5 ± 0.7" in capsys.readouterr().out
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["results.jsonl"]
     assert main(["report", "runs", "--out", "a/b"]) == 0
-    names = ["report.csv", "report.html", "report.md", "report.tex"]
+    names = ["report.csv", "report.html", "report.md"]
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == names
     assert main(["report", "runs", "--out", str(folder / "results.jsonl")]) == 2
     assert "results.jsonl: cannot be written" in capsys.readouterr().err
@@ -502,7 +506,7 @@ def test_published_rows_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFi
 HOSTILE = 'a|b_c & 5% $x$ <script>alert("1")</script> {z} \\ ~ ^ #'
 
 
-def full_results() -> list[Own]:
+def full_results() -> list[LocalResult]:
     """Three methods with costs and seeds, one cell of another protocol, one failure, hostile names."""
     cost = {"seconds": 100.0, "peak_memory_mib": 900.0, "device": "GPU", "versions": {"torch": "2.15"}}
     results = []
@@ -572,7 +576,7 @@ def test_csv_holds_everything_in_full() -> None:
         ).model_copy(update={"epochs": {"last": 99}}),
         result("svhn", failed='says "no",\nand stops'),
     )
-    lines = list(csv.DictReader(io.StringIO(csv_lines(compare(results, published())))))
+    lines = list(csv.DictReader(io.StringIO(csv_text(compare(results, published())))))
     assert [(line["task"], line["status"]) for line in lines[:2]] == [("dtd", "ok"), ("svhn", "failed")]
     assert [line["status"] for line in lines[2:]] == ["published"] * 19
     first, failed, paper = lines[0], lines[1], lines[4]
@@ -589,30 +593,6 @@ def test_csv_holds_everything_in_full() -> None:
     assert (paper["task"], paper["top1_mean"], paper["source"]) == ("dtd", "66.7", "VQT paper, unverified")
     assert paper["group"] == "natural"
     assert "unverified (VQT paper)" in paper["notes"]
-
-
-def test_latex_rows_have_as_many_cells_as_columns() -> None:
-    text = latex(compare(full_results(), published()))
-    width = len(re.search(r"begin\{tabular\}\{(\w+)\}", text)[1])  # type: ignore[index]
-    assert width == 4 + len(VTAB) + 5
-    rows = [line for line in text.splitlines() if line.endswith(r" \\") and "multicolumn" not in line]
-    assert len(rows) == 1 + 3 + 4
-    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {width - 1}
-    assert r"a\textbar{}b\_c \& 5\% \$x\$ \textless{}script" in text
-    assert r"\{z\} \textbackslash{} \textasciitilde{} \textasciicircum{} \#" in text
-    assert r"\textbf{73.5}{\tiny$\pm$0.7}" in text
-    assert text.isascii()
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
-def test_latex_compiles(tmp_path: Path) -> None:
-    (tmp_path / "report.tex").write_text(latex(compare(full_results(), published())))
-    (tmp_path / "a.tex").write_text(
-        "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}\\input{report}\\end{document}"
-    )
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "a.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:]
 
 
 class Page(HTMLParser):
@@ -649,7 +629,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def page(results: list[Own], warnings: Sequence[str] = ()) -> tuple[Page, str]:
+def page(results: list[LocalResult], warnings: Sequence[str] = ()) -> tuple[Page, str]:
     text = html(compare(results, published()), results, warnings)
     return Page(text), text
 
@@ -702,11 +682,11 @@ def test_two_renders_are_byte_equal(tmp_path: Path) -> None:
             check=True,
         )
         written.append([done.stdout.replace(str(out), ""), *(file.read_bytes() for file in sorted(out.iterdir()))])
-    assert len(written[0]) == 5
+    assert len(written[0]) == 4
     assert written[0] == written[1]
     results, warnings = gather([str(tmp_path / "runs")])
     again = forms(compare(results, published()), results, warnings)
-    assert again["tex"].encode() == (tmp_path / "1" / "report.tex").read_bytes()
+    assert again["csv"].encode() == (tmp_path / "1" / "report.csv").read_bytes()
 
 
 # Figures
@@ -736,7 +716,7 @@ def test_costs_are_compared_over_the_tasks_that_all_own_rows_have() -> None:
     assert [picture.title for picture in figures(own_rows, "x")] == ["Accuracy per task"]
 
 
-def test_figures_take_the_pages_colours_and_have_a_text() -> None:
+def test_figures_take_the_pages_colors_and_have_a_text() -> None:
     (picture,) = figures(one_table(suite()), "x")
     assert picture.svg.startswith('<svg role="img" aria-label="Accuracy per task. ')
     assert "currentColor" in picture.svg

@@ -182,7 +182,7 @@ def test_policies_that_are_none(policy: str) -> None:
         (
             "every-5",
             {},
-            "every-5: the backbone has 4 blocks, and none would be computed again; use at most every-4",
+            "every-5: the backbone has 4 blocks, and none would be recomputed; use at most every-4",
         ),
         (
             "mlp",
@@ -276,7 +276,7 @@ def test_offload_copies_what_is_kept_but_no_weights(policy: str, monkeypatch: py
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_offload_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"runtime.offload = true: on a CPU all is in host memory already"):
+    with pytest.raises(UserError, match=r"runtime.offload = true: a CPU's tensors are in host memory already"):
         train(tmp_path / "run", "runtime.offload=true")
 
 

@@ -64,42 +64,42 @@ def convert(name: str, tensors: Tensors, model: Any) -> tuple[dict[str, Tensor],
     Position embeddings are resampled to the model's grid. The model may be on the meta device.
     """
     layout = LAYOUTS[name]
-    own = model.state_dict()
+    wanted = model.state_dict()
     heads = heads_of(model)
     offered: dict[str, Tensor] = {}
     missing: list[str] = []
     mismatched: list[str] = []
     used: set[str] = set()
-    for own_name, tensor in own.items():
-        sources = layout.sources(own_name)
+    for name_in_model, tensor in wanted.items():
+        sources = layout.sources(name_in_model)
         used.update(sources)
         absent = [source for source in sources if source not in tensors]
         if absent:
             missing += absent
             continue
         found = [tensors[source] for source in sources]
-        shapes = layout.shapes(own_name, tuple(tensor.shape), heads)
-        if own_name == "pos_embed":
+        shapes = layout.shapes(name_in_model, tuple(tensor.shape), heads)
+        if name_in_model == "pos_embed":
             value = _positions(layout, found, tensor, model)
             if value is None:
                 mismatched.append(_mismatch(sources[0], found[0], shapes[0]))
             else:
-                offered[own_name] = value
+                offered[name_in_model] = value
             continue
         wrong = [
-            _mismatch(source, there, shape)
-            for source, there, shape in zip(sources, found, shapes, strict=True)
-            if shape is not None and tuple(there.shape) != shape
+            _mismatch(source, found_tensor, shape)
+            for source, found_tensor, shape in zip(sources, found, shapes, strict=True)
+            if shape is not None and tuple(found_tensor.shape) != shape
         ]
         mismatched += wrong
         if wrong:
             continue
         try:
-            value = layout.value(own_name, found)
+            value = layout.value(name_in_model, found)
         except (IndexError, RuntimeError):
             continue  # one of several sources is of another shape, which is reported where it is a tensor itself
         if value.shape == tensor.shape:
-            offered[own_name] = value
+            offered[name_in_model] = value
     rest = tensors.keys() - used
     left_out = {source for source in rest if re.match(layout.left_out, source)}
     mismatched += [
@@ -125,14 +125,14 @@ def _mismatch(source: str, found: Tensor, shape: Shape) -> str:
     return f"{source}: file {tuple(found.shape)}, model {shape}"
 
 
-def _positions(layout: Layout, found: list[Tensor], own_1ND: Tensor, model: Any) -> Tensor | None:
+def _positions(layout: Layout, found: list[Tensor], wanted_1ND: Tensor, model: Any) -> Tensor | None:
     """Positions on the model's grid; None where the file's are of another width or on no square grid."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     try:
         there_1ND = layout.value("pos_embed", found)
     except (IndexError, RuntimeError):  # of another rank
         return None
-    if there_1ND.ndim != 3 or there_1ND.shape[0] != 1 or there_1ND.shape[2] != own_1ND.shape[2]:
+    if there_1ND.ndim != 3 or there_1ND.shape[0] != 1 or there_1ND.shape[2] != wanted_1ND.shape[2]:
         return None
     side = math.isqrt(max(there_1ND.shape[1] - prefix, 0))
     if side == 0 or side * side != there_1ND.shape[1] - prefix:
@@ -144,15 +144,15 @@ def _positions(layout: Layout, found: list[Tensor], own_1ND: Tensor, model: Any)
     return resample_abs_pos_embed(there_1ND, grid, num_prefix_tokens=prefix, **kernel)
 
 
-def _agrees(there: Tensor, model: nn.Module, name: str) -> bool:
+def _agrees(found_tensor: Tensor, model: nn.Module, name: str) -> bool:
     """Whether a tensor that is left out equals what the model computes itself.
 
     A buffer is compared where both hold it for windows of equal size and number. A bias that the model lacks must be
     zero, as those of DINOv3's distilled models are.
     """
     if re.fullmatch(r"blocks\.\d+\.attn\.qkv\.bias", name):
-        return there.is_meta or not there.any()
-    own = dict(model.named_buffers()).get(name)
-    if own is None or own.is_meta or own.shape != there.shape:
+        return found_tensor.is_meta or not found_tensor.any()
+    wanted = dict(model.named_buffers()).get(name)
+    if wanted is None or wanted.is_meta or wanted.shape != found_tensor.shape:
         return True
-    return torch.equal(own, there.to(own.dtype))
+    return torch.equal(wanted, found_tensor.to(wanted.dtype))

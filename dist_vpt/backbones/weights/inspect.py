@@ -111,7 +111,7 @@ def _patch(layout: str, tensors: dict[str, Tensor]) -> int | None:
 
 
 def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, Row]]:
-    """Rows whose published files have this layout, or may have been saved again with timm's names."""
+    """Rows whose published files have this layout, or may have been saved again under timm's names."""
     for name, row in ZOO.items():
         if patch is not None and f"patch{patch}_" not in row.architecture:
             continue

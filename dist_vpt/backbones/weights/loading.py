@@ -94,9 +94,9 @@ def load_into(model: nn.Module, path: Path, *, lenient: bool) -> LoadReport:
         )
         raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{load_report}")
     refuse_infinite(tensors, load_report, path)
-    own = model.state_dict()
+    state = model.state_dict()
     result = model.load_state_dict(offered, strict=False)
-    _prove(model, offered, set(result.missing_keys), own.keys() - offered.keys(), path)
+    _prove(model, offered, set(result.missing_keys), state.keys() - offered.keys(), path)
     return load_report
 
 
@@ -136,7 +136,7 @@ def _converted_by_timm(tensors: dict[str, Tensor], model: Any, path: Path) -> di
 def _prove(model: nn.Module, loaded: dict[str, Tensor], missing: set[str], expected: set[str], path: Path) -> None:
     if missing != expected:
         raise WeightsError(f"{path}: torch reports {sorted(missing)} as missing, the report {sorted(expected)}")
-    own = model.state_dict()
+    state = model.state_dict()
     for name, tensor in loaded.items():
-        if not torch.equal(own[name], tensor.to(own[name].dtype)):
+        if not torch.equal(state[name], tensor.to(state[name].dtype)):
             raise WeightsError(f"{path}: {name} differs from the file after loading")

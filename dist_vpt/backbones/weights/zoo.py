@@ -29,7 +29,7 @@ class Row:
     pool: str  # what they give for an image: 'token' (class token), 'avg' (mean of the patches) or 'map' (attention)
     trained: str  # on what, and how
     source: str  # the project's page
-    licence: str  # of the weights
+    license: str  # of the weights
     interpolation: str = "bicubic"
     options: dict[str, Any] = field(default_factory=dict)  # where the model differs from timm's of that name
 
@@ -159,7 +159,7 @@ ZOO: dict[str, Row] = {
 
 
 def show() -> None:
-    """Print the table: a section for each project and what its weights want, 100 characters wide."""
+    """Print the table: a section for each project and preprocessing, 100 characters wide."""
     from itertools import groupby
 
     from rich.console import Console
@@ -167,21 +167,21 @@ def show() -> None:
 
     console = Console(highlight=False, width=100)
     columns = {"name": 17, "timm's model": 36, "px": 3, "pool": 5, "hub": 3, "trained": 28}  # and their widths
-    for (source, licence, wants), rows in groupby(ZOO.items(), key=lambda item: _section(item[1])):
+    for (source, license, preprocessing), rows in groupby(ZOO.items(), key=lambda item: _section(item[1])):
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
         for column, width in columns.items():
             table.add_column(column, width=width, no_wrap=True)
         for name, row in rows:
             hub = "yes" if row.pretrained else ""
             table.add_row(name, row.architecture, str(row.size), row.pool, hub, row.trained)
-        console.print(f"\n{source}, {licence}", style="bold")
-        console.print(wants)
+        console.print(f"\n{source}, {license}", style="bold")
+        console.print(preprocessing)
         console.print(table)
-    console.print("\nbackbone.name=NAME backbone.weights=FILE (the project's own), or pretrained where hub says yes")
+    console.print("\nbackbone.name=NAME backbone.weights=FILE (the project's file), or pretrained where hub says yes")
 
 
 def _section(row: Row) -> tuple[str, str, str]:
-    """Project, licence, and the layout of its files with what the weights want of pixels in [0, 1]."""
+    """Project, license, and the layout of its files with the preprocessing of pixels in [0, 1]."""
     mean, std = (" ".join(f"{value:.6g}" for value in values) for values in row.channels[1:])
-    wants = f"file layout {row.layout}; {row.channels.name}: mean {mean}, std {std}; {row.interpolation}"
-    return row.source, row.licence, wants
+    preprocessing = f"file layout {row.layout}; {row.channels.name}: mean {mean}, std {std}; {row.interpolation}"
+    return row.source, row.license, preprocessing

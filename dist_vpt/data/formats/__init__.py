@@ -1,4 +1,4 @@
-"""From a recipe's data part to labelled splits and batches. Knows nothing of models or of Accelerate."""
+"""The storage formats, and opening the splits of a recipe's task."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -11,7 +11,7 @@ from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import Format, Task
 from dist_vpt.errors import DataError
 
-# Storage format -> module:function that opens it; imported when asked for.
+# Storage format -> module:function that opens it, imported lazily.
 FORMATS: dict[Format, str] = {
     "digits": "dist_vpt.data.formats.digits:open_splits",
     "tfds": "dist_vpt.data.formats.tfds:open_splits",
@@ -33,20 +33,20 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     splits: Splits = getattr(import_module(module), function)(recipe, task)
     notes = (*splits.notes, *_beside(recipe, task, storage))
     splits = replace(splits, storage=splits.storage or storage, notes=notes)
-    place = recipe.root or task.name
+    location = recipe.root or task.name
     if task.classes is not None and len(splits.classes) != task.classes:
         raise DataError(
-            f"{place}: {len(splits.classes)} classes, but task {task.name!r} has "
-            f"{task.classes}; complete the dataset, or give it a task name of its own"
+            f"{location}: {len(splits.classes)} classes, but task {task.name!r} has "
+            f"{task.classes}; complete the dataset, or use another task name"
         )
-    _check_counts(place, task, splits)
-    if not task.few:
-        _check_absent(place, recipe.train_on, splits)
+    _check_counts(location, task, splits)
+    if not task.allow_missing_classes:
+        _check_absent(location, recipe.train_on, splits)
     return splits
 
 
 def stored_as(recipe: DataConfig, task: Task) -> Format:
-    """The storage format: what the recipe says, else for a task of VTAB-1k what is found below the root."""
+    """The storage format: the recipe's, else for a task of VTAB-1k the one found below the root."""
     if recipe.format is not None or task.tfds is None:
         return task.format
     from dist_vpt.data.formats import tfds, vtab_folder
@@ -61,33 +61,33 @@ def stored_as(recipe: DataConfig, task: Task) -> Format:
 
 
 def _beside(recipe: DataConfig, task: Task, storage: Format) -> list[str]:
-    """A note where the other storage lies below the root too, and nobody chose between them."""
+    """A note if both formats exist below the root and the recipe does not choose between them."""
     if recipe.format is not None or storage != "tfds" or not task.folders:
         return []
     from dist_vpt.data.formats.vtab_folder import LISTS
 
     home = open_home(recipe, task.folders, LISTS["train"])
-    return [f"{home} is there too; data.format=vtab_folder reads it"] if (home / LISTS["train"]).is_file() else []
+    return [f"{home} exists too; data.format=vtab_folder uses it"] if (home / LISTS["train"]).is_file() else []
 
 
-def _check_counts(place: str, task: Task, splits: Splits) -> None:
+def _check_counts(location: str, task: Task, splits: Splits) -> None:
     mistakes = Mistakes()
-    for name, count in task.counts:
+    for name, count in task.expected_counts:
         split = getattr(splits, name)
         if split is not None and len(split) != count:
             mistakes.add(
-                f"{place}: split {name!r} of task {task.name!r}",
-                f"{len(split):,} images, and the published one has {count:,}; complete the dataset, or accept that "
-                "with data.check_counts=false",
+                f"{location}: split {name!r} of task {task.name!r}",
+                f"{len(split):,} images, and the published one has {count:,}; complete the dataset, or set "
+                "data.check_counts=false",
             )
     mistakes.check()
 
 
-def _check_absent(place: str, train_on: str, splits: Splits) -> None:
+def _check_absent(location: str, train_on: str, splits: Splits) -> None:
     absent = np.setdiff1d(np.arange(len(splits.classes)), splits[train_on].labels)
     if len(absent):
         names = ", ".join(splits.classes[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
         raise DataError(
-            f"{place}: {len(absent)} of {len(splits.classes)} classes have no image in split "
-            f"{train_on!r} ({names}); complete it, or accept that with data.absent_classes=allow"
+            f"{location}: {len(absent)} of {len(splits.classes)} classes have no image in split "
+            f"{train_on!r} ({names}); complete it, or set data.absent_classes=allow"
         )

@@ -1,4 +1,4 @@
-"""1,797 handwritten digits that come with scikit-learn, as dark ink on white paper: for the quick start and tests."""
+"""The 1,797 handwritten digits of scikit-learn, as dark ink on white paper: for the quick start and tests."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """FGVC folders: train.json, val.json and test.json map an image's relative path to its class id.
 
 A path starts at the root, at ``images`` or at ``Images``. Ids are whole numbers or text; their order on train
-gives the labels of every split. A part of train (``data.fraction``) is that of train_PERCENT.json, or is carved.
+gives the labels of every split. A part of train (``data.fraction``) is that of train_PERCENT.json, or is split off.
 """
 
 import json
@@ -38,31 +38,30 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     if recipe.fraction < 1 and files["train"] != reduced:
         found["train"] = fraction_of(found["train"], recipe.fraction, recipe.split_seed)
     missing = {"test": f"there is no {files['test']}; add it: an object of 'relative/path': class id"}
-    val, test = found.get("val"), found.get("test")
-    return with_missing_splits(recipe, classes, found["train"], val, test, carve_test=False, missing=missing)
+    return with_missing_splits(recipe, classes, found, holdout_test=False, missing=missing)
 
 
 def _entries(file: Path) -> list[tuple[str, Any]]:
-    """The object's pairs as they stand in the file: a dict would hide a path that occurs twice."""
+    """The object's pairs as in the file: a dict would hide a path that occurs twice."""
     try:
         parsed = json.loads(read_text(file), object_pairs_hook=tuple)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}: is not JSON ({error.msg}); mend the file") from None
+        raise DataError(f"{file}:{error.lineno}: is not JSON ({error.msg}); fix the syntax") from None
     if not isinstance(parsed, tuple):
-        raise DataError(f"{file}: holds a {type(parsed).__name__}; an object of 'relative/path': class id is needed")
+        raise DataError(f"{file}: holds a {type(parsed).__name__}; use an object of 'relative/path': class id")
     return list(parsed)
 
 
 def _check(file: Path, pairs: list[tuple[str, Any]], mistakes: Mistakes) -> None:
     if not pairs:
-        mistakes.add(file, "holds no image; a 'relative/path': class id is needed")
+        mistakes.add(file, "holds no image; add a 'relative/path': class id")
     seen = set()
     for path, value in pairs:
-        place = f"{file}: {path!r}"
+        location = f"{file}: {path!r}"
         if isinstance(value, bool) or not isinstance(value, int | str):
-            mistakes.add(place, f"class id {value!r} is neither a whole number nor text; mend it")
+            mistakes.add(location, f"class id {value!r} is neither a whole number nor text; use one of these")
         if path in seen:
-            mistakes.add(place, "occurs twice; remove one")
+            mistakes.add(location, "occurs twice; remove one")
         seen.add(path)
 
 

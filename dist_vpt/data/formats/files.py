@@ -1,4 +1,4 @@
-"""Datasets that are a folder of image files: finding them, reading them, and reporting all that is wrong."""
+"""Datasets that are a folder of image files: finding them, reading them, and reporting all mistakes."""
 
 import os
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dist_vpt.data.config import DataConfig
 from dist_vpt.data.images import decode
 from dist_vpt.errors import DataError
 
-SHOWN = 10  # mistakes that a message spells out; the rest is counted
+SHOWN = 10  # mistakes that a message lists; the others are counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,28 +21,28 @@ class FileSource:
 
     root: Path  # absolute
     files: tuple[str, ...]  # relative to the root
-    upright: bool = False  # turn as the EXIF orientation says
+    exif_transpose: bool = False  # turn by the EXIF orientation
 
     def read(self, i: int, max_megapixels: float) -> Image.Image:
-        return decode(self.root / self.files[i], self.where(i), max_megapixels, self.upright)
+        return decode(self.root / self.files[i], self.where(i), max_megapixels, self.exif_transpose)
 
     def where(self, i: int) -> str:
         return str(self.root / self.files[i])
 
     def identity(self, i: int) -> str:
         found = (self.root / self.files[i]).stat()
-        return f"{self.files[i]} {found.st_size} {found.st_mtime_ns} {self.upright}"
+        return f"{self.files[i]} {found.st_size} {found.st_mtime_ns} {self.exif_transpose}"
 
 
 class Mistakes:
-    """Collects what is wrong with a dataset, so that one message tells it all."""
+    """Collects the mistakes in a dataset for one message."""
 
     def __init__(self) -> None:
         self._found: list[str] = []
 
-    def add(self, place: object, what: str = "") -> None:
-        """``place`` may be a whole message."""
-        self._found.append(f"{place}: {what}" if what else str(place))
+    def add(self, location: object, what: str = "") -> None:
+        """``location`` may be a whole message."""
+        self._found.append(f"{location}: {what}" if what else str(location))
 
     def check(self) -> None:
         """Raise a DataError if there was any."""
@@ -61,17 +61,19 @@ class Folder:
         self._listings: dict[str, frozenset[str]] = {}
 
     def find(self, path: str) -> str:
-        """The path from the root on; ValueError(value, rule and fix) where it leads nowhere or out of it."""
+        """The path relative to the root. Raises ValueError if it does not exist or leaves the root."""
         parts = PurePosixPath(path).parts
         if path.startswith(("/", "\\")) or ".." in parts:
-            raise ValueError(f"path {path!r} leaves the dataset's folder; give it relative to the folder, without '..'")
+            raise ValueError(
+                f"path {path!r} leaves the dataset's folder; use a path relative to the folder, without '..'"
+            )
         for start in self._below:
             inner = str(PurePosixPath(start, *parts))
             folder, name = os.path.split(inner)
             if name in self._listing(folder):
                 return inner
-        places = " or ".join(str(self.root / start) for start in self._below)
-        raise ValueError(f"there is no file {path!r} in {places}; restore it or remove its entry")
+        folders = " or ".join(str(self.root / start) for start in self._below)
+        raise ValueError(f"there is no file {path!r} in {folders}; restore it or remove its entry")
 
     def _listing(self, folder: str) -> frozenset[str]:
         if folder not in self._listings:
@@ -85,20 +87,20 @@ class Folder:
 
 def open_root(recipe: DataConfig) -> Path:
     """The recipe's root as an absolute path, or a DataError if it is no folder."""
-    assert recipe.root is not None  # DataConfig asks for it
+    assert recipe.root is not None  # DataConfig requires it
     root = Path(recipe.root).expanduser().absolute()
     if not root.is_dir():
         siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         near = get_close_matches(root.name, siblings, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "name the folder of the dataset"
+        hint = f"did you mean {near[0]!r}?" if near else "use the folder of the dataset"
         raise DataError(f"data.root {recipe.root!r}: {root} is not a folder; {hint}")
     return root
 
 
 def open_home(recipe: DataConfig, names: Sequence[str], holds: str) -> Path:
-    """The dataset's folder, which holds a file of that name: the recipe's root, or a folder of these names below it.
+    """The dataset's folder, which contains the file ``holds``: the recipe's root, or one of these folders below it.
 
-    Names are found whatever their case. The root where there is none.
+    Names match in any case. Returns the root if there is none.
     """
     root = open_root(recipe)
     if (root / holds).is_file():
@@ -117,4 +119,4 @@ def read_text(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from None
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); mend the file or its rights") from None
+        raise DataError(f"{file}: cannot be read ({error.strerror}); fix the file or its permissions") from None

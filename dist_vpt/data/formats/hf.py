@@ -1,4 +1,4 @@
-"""HuggingFace datasets: from the hub, saved to disk, or a folder that the library can read as a dataset."""
+"""Hugging Face datasets: from the hub, saved to disk, or a folder that the library can read as a dataset."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, UserError, nearest
 
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
-SAVED = ("dataset_dict.json", "state.json")  # one of them lies in a folder written by save_to_disk
+SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder written by save_to_disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class HfSource:
         if stored is None:
             raise DataError(f"{self.where(i)}: has no image; remove the record, or set data.on_decode_error=skip")
         encoded = stored["path"] if stored["bytes"] is None else stored["bytes"]
-        return decode(encoded, self.where(i), max_megapixels, upright=True)
+        return decode(encoded, self.where(i), max_megapixels, exif_transpose=True)
 
     def where(self, i: int) -> str:
         stored = self.dataset[i][self.column]
@@ -54,50 +54,42 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     found, missing = {}, {}
     for name, part in parts.items():
         hidden = np.flatnonzero(labels[name] < 0)
-        place = f"{recipe.root} split {name!r}"
+        location = f"{recipe.root} split {name!r}"
         if len(hidden):
-            missing[name] = f"{place} record {hidden[0]} has label -1, so its labels are hidden"
+            missing[name] = f"{location} record {hidden[0]} has label -1, so its labels are hidden"
             continue
         if not isinstance(part.features.get(image), datasets.Image):
-            raise DataError(f"{place}: column {image!r} is no Image column there; mend the dataset")
+            raise DataError(f"{location}: column {image!r} is not an Image column; fix the dataset")
         column = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        found[name] = Split(name, labels[name], HfSource(column, image, place))
+        found[name] = Split(name, labels[name], HfSource(column, image, location))
     for name in ("train", "val"):
         if name in missing:
             named = ", ".join(f"{each}: ..." for each in dict.fromkeys(("train", name)))
-            raise DataError(f"{missing[name]}; name those with labels, all that are used: 'data.hf.splits={{{named}}}'")
-    return with_missing_splits(
-        recipe,
-        classes,
-        found["train"],
-        found.get("val"),
-        found.get("test"),
-        carve_test="test" not in missing,
-        missing=missing,
-    )
+            raise DataError(f"{missing[name]}; list the splits that have labels: 'data.hf.splits={{{named}}}'")
+    return with_missing_splits(recipe, classes, found, holdout_test="test" not in missing, missing=missing)
 
 
 def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
-    """Our split names to the dataset's splits: as the recipe says, or by their names."""
-    theirs = _open(recipe, datasets)
-    chosen = {str(ours): name for ours, name in recipe.hf.splits.items()}
+    """Splits by this package's names: chosen by the recipe, or by the dataset's names."""
+    available = _open(recipe, datasets)
+    chosen = {str(own_name): name for own_name, name in recipe.hf.splits.items()}
     if not chosen:
-        by_name = {ours: [name for name in names if name in theirs] for ours, names in SPLIT_NAMES.items()}
-        chosen = {ours: names[0] for ours, names in by_name.items() if names}
-    for ours, name in chosen.items():
-        if name not in theirs:
-            raise DataError(f"data.hf.splits.{ours} {name!r}: no such saved split; {nearest(name, theirs)}")
+        by_name = {own_name: [name for name in names if name in available] for own_name, names in SPLIT_NAMES.items()}
+        chosen = {own_name: names[0] for own_name, names in by_name.items() if names}
+    for own_name, name in chosen.items():
+        if name not in available:
+            raise DataError(f"data.hf.splits.{own_name} {name!r}: no such saved split; {nearest(name, available)}")
     if "train" not in chosen:
         raise DataError(
-            f"data.root {recipe.root!r}: has no split 'train' but {', '.join(map(repr, theirs))}; "
-            "say which to train on: 'data.hf.splits={train: ...}'"
+            f"data.root {recipe.root!r}: has no split 'train' but {', '.join(map(repr, available))}; "
+            "set the one to train on: 'data.hf.splits={train: ...}'"
         )
-    return {ours: theirs[name] for ours, name in chosen.items()}
+    return {own_name: available[name] for own_name, name in chosen.items()}
 
 
 def _open(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
-    """The dataset's own splits; where the recipe chooses splits by expressions, these."""
-    assert recipe.root is not None  # DataConfig asks for it
+    """The dataset's splits, or the expressions that the recipe chooses."""
+    assert recipe.root is not None  # DataConfig requires it
     folder = Path(recipe.root).expanduser()
     root = str(folder) if folder.is_dir() else recipe.root
     try:
@@ -109,7 +101,7 @@ def _open(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
             return {name: datasets.load_dataset(**where, split=name) for name in recipe.hf.splits.values()}
         return datasets.load_dataset(**where)
     except Exception as error:  # the library and its network clients raise errors of many families
-        kind = "" if folder.is_dir() else "is no folder here, and as a dataset of the hub it "
+        kind = "" if folder.is_dir() else "is not a folder, and as a dataset of the hub it "
         raise DataError(
             f"data.root {recipe.root!r}: {kind}cannot be opened ({type(error).__name__}: {error}); check the "
             f"name and data.hf, and without a network download the dataset first"
@@ -128,8 +120,8 @@ def _column(recipe: DataConfig, role: str, asked: str | None, kind: type, featur
     columns = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(columns) != 1:
         raise DataError(
-            f"{recipe.root}: has {len(columns)} {kind.__name__} columns among {', '.join(features)}; exactly "
-            f"one is found by itself, so say which with data.hf.{role}"
+            f"{recipe.root}: has {len(columns)} {kind.__name__} columns among {', '.join(features)}; one "
+            f"is needed; choose it with data.hf.{role}"
         )
     return columns[0]
 
@@ -151,7 +143,7 @@ def _labels(recipe: DataConfig, parts: dict[str, Any], column: str) -> tuple[dic
             if len(outside):
                 raise DataError(
                     f"{recipe.root} split {name!r} record {outside[0]}: {column} {numbers_n[outside[0]]} must be below "
-                    f"{len(declared['train'])}, the number of its classes; mend the record"
+                    f"{len(declared['train'])}, the number of its classes; fix the record"
                 )
         return numbers, tuple(declared["train"])
     classes = class_order(map(str, values["train"]))
@@ -168,14 +160,14 @@ def _labels(recipe: DataConfig, parts: dict[str, Any], column: str) -> tuple[dic
     return labels, classes
 
 
-def _values(place: str, part: Any, column: str) -> list[int | str]:
+def _values(location: str, part: Any, column: str) -> list[int | str]:
     if column not in part.features:
-        raise DataError(f"{place}: has no column {column!r}; {nearest(column, part.features)}")
+        raise DataError(f"{location}: has no column {column!r}; {nearest(column, part.features)}")
     values = list(part[column])
     for i, value in enumerate(values):
         if not isinstance(value, int | str):
             raise DataError(
-                f"{place} record {i}: {column} {value!r} is no class; mend the record, or say which column "
-                f"is the label with data.hf.label"
+                f"{location} record {i}: {column} {value!r} is not a class; fix the record, or choose the column "
+                f"of the labels with data.hf.label"
             )
     return values

@@ -1,6 +1,6 @@
-"""A folder for each class: ``root/<split>/<class>/...``, or ``root/<class>/...`` whose splits are carved.
+"""A folder for each class: ``root/<split>/<class>/...``, or ``root/<class>/...`` with splits split off.
 
-Hidden files and files that are no images by their extension are passed over. Classes are ordered by name.
+Hidden files and files without an image's extension are ignored. Classes are ordered by name.
 """
 
 import os
@@ -29,15 +29,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     mistakes.check()
     has_folders = folders["train"] != root
     missing = {"test": f"there is no folder {root / 'test'}; add it, with a folder for each class"}
-    return with_missing_splits(
-        recipe,
-        classes,
-        found["train"],
-        found.get("val"),
-        found.get("test"),
-        carve_test=not has_folders,
-        missing=missing,
-    )
+    return with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -75,7 +67,7 @@ def _read(name: str, folder: Path, root: Path, classes: tuple[str, ...], mistake
             mistakes.add(folder / class_name, "holds no image; add images or remove the folder")
         files += images
         labels += [label_of[class_name]] * len(images)
-    return Split(name, np.array(labels, np.int64), FileSource(root, tuple(files), upright=True))
+    return Split(name, np.array(labels, np.int64), FileSource(root, tuple(files), exif_transpose=True))
 
 
 def _images(folder: Path, root: Path) -> list[str]:

@@ -1,7 +1,7 @@
-"""VTAB-1k tasks out of prepared TensorFlow Datasets, without TensorFlow: ArrayRecord and TFRecord files.
+"""VTAB-1k tasks from prepared TensorFlow Datasets, without TensorFlow: ArrayRecord and TFRecord files.
 
-n examples of a split. A record is a serialised ``tf.train.Example``; images stay encoded in it until they are read,
-labels are read whole split by whole split, when first asked for.
+n examples of a split. A record is a serialized ``tf.train.Example``; images stay encoded in it until they are read,
+the labels of a split are all read when they are first needed.
 """
 
 import os
@@ -26,7 +26,7 @@ Features = Any  # name -> tf.train.Feature
 LENGTH = struct.Struct("<Q")  # of a TFRecord, then 4 bytes of checksum, the payload, and 4 bytes of its checksum
 CRC = struct.Struct("<I")
 CLEVR_EDGES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)  # distance of the nearest object to the camera
-KITTI_EDGES = (-100.0, 8.0, 20.0, 999.0)  # metres to the nearest vehicle ahead
+KITTI_EDGES = (-100.0, 8.0, 20.0, 999.0)  # meters to the nearest vehicle ahead
 NO_VEHICLE = 1000.0
 VEHICLES = 3  # types below it: car, van, truck
 
@@ -50,12 +50,12 @@ def _clevr_dist(features: Features) -> int:
 
 def _kitti(features: Features) -> int:
     """Distance along the camera's axis of the nearest car, van or truck."""
-    types, places = _integers(features["objects/type"]), _rows_of_3(features["objects/location"])
-    nearest = places[types < VEHICLES, 2].min(initial=np.float32(NO_VEHICLE))
+    types, positions = _integers(features["objects/type"]), _rows_of_3(features["objects/location"])
+    nearest = positions[types < VEHICLES, 2].min(initial=np.float32(NO_VEHICLE))
     return bin_of(nearest, KITTI_EDGES)
 
 
-# Labels that are not a feature of their own (VTAB, arXiv 1910.04867, appendix A).
+# Labels that are computed from features (VTAB, arXiv 1910.04867, appendix A).
 LABELS: dict[str, Callable[[Features], int]] = {
     "clevr_count": lambda features: len(features["objects/size"].int64_list.value) - 3,
     "clevr_dist": _clevr_dist,
@@ -66,7 +66,7 @@ LABELS: dict[str, Callable[[Features], int]] = {
 
 
 class Piece(NamedTuple):
-    """Records of one file: so many after the first ``skip``, as TFDS's readers want it."""
+    """Records of one file: ``take`` of them after the first ``skip``, as TFDS's readers expect."""
 
     filename: str
     skip: int
@@ -95,7 +95,7 @@ class TfdsSource:
             return ArrayRecordDataSource(self.pieces)
         except OSError as error:
             raise DataError(
-                f"{error.filename}: cannot be read ({error.strerror}); mend the file or its rights"
+                f"{error.filename}: cannot be read ({error.strerror}); fix the file or its permissions"
             ) from error
 
     def features(self, i: int) -> Features:
@@ -107,7 +107,7 @@ class TfdsSource:
             return _example().FromString(raw).features.feature
         except DataError:
             raise
-        except Exception as error:  # readers and protobuf meet damage with errors of many types
+        except Exception as error:  # readers and protobuf raise errors of many types for damage
             raise DataError(self._damaged(i, error)) from error
 
     def labels(self) -> np.ndarray:
@@ -118,7 +118,7 @@ class TfdsSource:
         for i in range(len(labels_n)):
             try:
                 labels_n[i] = of(self.features(i))
-            except DataError as error:  # whole stretches are lost where ArrayRecord's chunks are damaged: one is told
+            except DataError as error:  # a damaged chunk of ArrayRecord loses many records: the first one is reported
                 raise DataError(str(error)) from error
             except (IndexError, ValueError) as error:  # features that are not there, or not of this shape
                 mistakes.add(self.where(i), f"has no label {self.label} ({error}); prepare the dataset again")
@@ -143,13 +143,13 @@ class TfdsSource:
         return image.point(lambda value: value * 255) if self.label.startswith("dsprites") else image
 
     def where(self, i: int) -> str:
-        piece, place = self._at(i)
-        return f"{piece.filename} record {place}"
+        piece, number = self._at(i)
+        return f"{piece.filename} record {number}"
 
     def identity(self, i: int) -> str:
-        piece, place = self._at(i)
+        piece, number = self._at(i)
         found = os.stat(piece.filename)
-        return f"{Path(piece.filename).name} {found.st_size} {found.st_mtime_ns} {place}"
+        return f"{Path(piece.filename).name} {found.st_size} {found.st_mtime_ns} {number}"
 
     def _at(self, i: int) -> tuple[Piece, int]:
         k = int(np.searchsorted(self._ends, i, side="right")) - 1
@@ -158,7 +158,7 @@ class TfdsSource:
     def _damaged(self, i: int, error: Exception) -> str:
         return (
             f"{self.where(i)}: damaged ({type(error).__name__}: {str(error).strip()[:200]}); "
-            "copy the file anew, or prepare the dataset again"
+            "copy the file again, or prepare the dataset again"
         )
 
 
@@ -180,7 +180,7 @@ class TFRecords:
         descriptor = self._files[file]
         (length,) = LENGTH.unpack(os.pread(descriptor, LENGTH.size, offset))
         read = os.pread(descriptor, length + CRC.size, offset + LENGTH.size + CRC.size)
-        if not _whole(read[:length], read[length:]):
+        if not _intact(read[:length], read[length:]):
             raise ValueError("its checksum differs")
         return read[:length]
 
@@ -192,24 +192,24 @@ class TFRecords:
         while len(offsets) < last:
             head = os.pread(file, LENGTH.size + CRC.size, offset)
             length, sum_ = head[: LENGTH.size], head[LENGTH.size :]
-            here = f"{piece.filename} record {len(offsets)} of {piece.examples_in_shard}"
-            remedy = "copy the file anew, or prepare the dataset again"
-            if len(sum_) == CRC.size and not _whole(length, sum_):
-                raise DataError(f"{here}: damaged (the checksum of its length differs); {remedy}")
+            location = f"{piece.filename} record {len(offsets)} of {piece.examples_in_shard}"
+            fix = "copy the file again, or prepare the dataset again"
+            if len(sum_) == CRC.size and not _intact(length, sum_):
+                raise DataError(f"{location}: damaged (the checksum of its length differs); {fix}")
             after = offset + len(head) + CRC.size + (LENGTH.unpack(length)[0] if len(sum_) == CRC.size else 0)
             if len(sum_) < CRC.size or after > size:
-                raise DataError(f"{here}: the file ends before the end of it; {remedy}")
+                raise DataError(f"{location}: the file ends before the end of it; {fix}")
             offsets.append(offset)
             offset = after
         return offsets[piece.skip :]
 
 
-def _whole(data: bytes, told: bytes) -> bool:
-    """Whether data has the checksum that was told: CRC-32C, masked as TFRecord has it."""
+def _intact(data: bytes, checksum: bytes) -> bool:
+    """Whether data has this checksum: CRC-32C, masked as in TFRecord."""
     import crc32c
 
     found = crc32c.crc32c(data)
-    return CRC.unpack(told)[0] == ((found >> 15 | found << 17) + 0xA282EAD8) % 2**32
+    return CRC.unpack(checksum)[0] == ((found >> 15 | found << 17) + 0xA282EAD8) % 2**32
 
 
 def open_splits(recipe: DataConfig, task: Task) -> Splits:
@@ -223,7 +223,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     row, kind = task.tfds, info.file_format.value
     notes = []
     if not matches(folder.name, row.version):
-        notes.append(f"{row.builder} has version {folder.name}; published numbers are of {row.version}")
+        notes.append(f"{row.builder} has version {folder.name}; published numbers used {row.version}")
     train, val, test = (
         _split(name, part, info, kind, row.label, task.classes)
         for name, part in (("train", row.train), ("val", row.val), ("test", row.test))
@@ -234,12 +234,12 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
 
 
 def missing(recipe: DataConfig, task: Task) -> str:
-    """What to say where a task's prepared dataset is not there."""
+    """The message if a task's prepared dataset does not exist."""
     assert task.tfds is not None
     return (
         f"data.root {recipe.root!r}: there is no prepared {task.tfds.builder} (a folder "
         f"{task.tfds.builder}/VERSION with dataset_info.json) in {open_root(recipe)}; "
-        f"dist-vpt data prepare {task.name} --root {recipe.root} makes it"
+        f"run dist-vpt data prepare {task.name} --root {recipe.root}"
     )
 
 
@@ -273,13 +273,13 @@ def _split(  # noqa: PLR0917 (a part of a split of a dataset, and how to read it
     lost = [piece.filename for piece in pieces if not os.path.isfile(piece.filename)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise DataError(f"{lost[0]}{more}: not there, though dataset_info.json says so; copy the dataset anew")
+        raise DataError(f"{lost[0]}{more}: does not exist, though dataset_info.json lists it; copy the dataset again")
     source = TfdsSource(pieces, kind, label, classes)
     return Split(name, LateLabels(stop - start, source.labels), source)
 
 
 def _names(info: Any, label: str, classes: int) -> Sequence[str]:
-    """The classes' names where the label is a feature that has them, else their numbers."""
+    """The classes' names if the label is a feature that has them, else their numbers."""
     names = getattr(info.features[label], "names", None) if label in info.features else None
     numbers = [str(k) for k in range(classes)]
     return names if names and len(names) == classes else numbers
@@ -292,12 +292,12 @@ def _info(folder: Path) -> Any:
     except Exception as error:  # of many types; all mean that the folder is no prepared dataset
         raise DataError(
             f"{folder}: not a prepared dataset ({type(error).__name__}: {str(error).strip()[:200]}); "
-            "copy it anew, or prepare it again"
+            "copy it again, or prepare it again"
         ) from error
 
 
 def packages() -> Any:
-    """tensorflow-datasets, or a UserError that says how to install it. It imports no TensorFlow."""
+    """tensorflow-datasets, which imports no TensorFlow. Raises UserError if a package is missing."""
     try:
         import array_record  # noqa: F401
         import crc32c  # noqa: F401
@@ -318,7 +318,7 @@ def _example() -> Any:
 
 
 def _jpeg(data: bytes, where: str, max_megapixels: float) -> Picture:
-    """As TensorFlow decodes it: with the fast inverse DCT, from which Pillow's differs by a grey level."""
+    """As TensorFlow decodes it: with the fast inverse DCT, from which Pillow's differs by a gray level."""
     import simplejpeg
 
     try:
@@ -326,9 +326,8 @@ def _jpeg(data: bytes, where: str, max_megapixels: float) -> Picture:
         refuse_large(width, height, where, max_megapixels)
         try:
             return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True)
-        except (
-            ValueError
-        ) as warned:  # some files of the real datasets have bytes too many, of which TensorFlow only warns
+        # Some files of the real datasets have extra bytes, of which TensorFlow only warns.
+        except ValueError as warned:
             if "premature" in str(warned).lower():
                 raise
             return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, strict=False)

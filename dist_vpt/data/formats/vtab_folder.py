@@ -1,8 +1,8 @@
 """The vtab-1k folder: lists of ``relative/path label`` lines beside a folder of images.
 
 The lists are train800.txt, val200.txt, train800val200.txt and test.txt; classes.txt, one name a line, may
-stand beside them. A path starts at the root or at its ``images`` folder. Labels count from 0. A known task's folder may
-also lie below the root, under any of the names in circulation.
+be beside them. A path starts at the root or at its ``images`` folder. Labels count from 0. A known task's folder may
+also be below the root, under any of its usual names.
 """
 
 import re
@@ -43,14 +43,14 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
 
 
 def _class_names(file: Path, task: Task) -> tuple[str, ...] | None:
-    """The names in classes.txt; without it the task's classes by number, None where it has none."""
+    """The names in classes.txt; without the file the task's classes by number, or None if it has none."""
     if not file.exists():
         return None if task.classes is None else tuple(str(k) for k in range(task.classes))
     names = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
-        what = f"class {twice[0]!r} stands there twice" if twice else "names no class"
-        raise DataError(f"{file}: {what}; give each class one line, or remove the file")
+        what = f"class {twice[0]!r} occurs twice" if twice else "lists no class"
+        raise DataError(f"{file}: {what}; use one line for each class, or remove the file")
     return names
 
 
@@ -58,7 +58,7 @@ def _read_list(name: str, file: Path, folder: Folder, names: tuple[str, ...] | N
     files, labels = [], []
     lines = read_text(file).splitlines()
     if not any(line.strip() for line in lines):
-        mistakes.add(file, "is empty; a 'relative/path label' line for each image is needed")
+        mistakes.add(file, "is empty; add a 'relative/path label' line for each image")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -77,19 +77,19 @@ def _path_and_label(line: str, names: tuple[str, ...] | None) -> tuple[str, int]
         raise ValueError(f"{line.strip()!r} has no label; write 'relative/path label'")
     path, label = fields
     if not re.fullmatch(r"[+-]?\d{1,9}", label, re.ASCII):
-        raise ValueError(f"label {label!r} is no class number; write 'relative/path label'")
+        raise ValueError(f"label {label!r} is not a class number; write 'relative/path label'")
     if int(label) < 0:
         raise ValueError(f"label {label} is negative; labels count from 0")
     if names is not None and int(label) >= len(names):
         raise ValueError(
             f"label {label} is out of range: {len(names)} classes have the labels 0 to {len(names) - 1}; "
-            f"mend the label, or complete classes.txt"
+            f"fix the label, or complete classes.txt"
         )
     return path, int(label)
 
 
 def _names_by_number(root: Path, found: dict[str, Split]) -> tuple[str, ...]:
-    """0, 1, 2 ... up to the largest label. A number that no training image has is taken for a mistake."""
+    """0, 1, 2 ... up to the largest label. A number without a training image counts as a mistake."""
     classes = 1 + max(int(split.labels.max()) for split in found.values())
     trained_on = np.union1d(found["train"].labels, found["trainval"].labels)
     if len(trained_on) < classes:
@@ -97,7 +97,7 @@ def _names_by_number(root: Path, found: dict[str, Split]) -> tuple[str, ...]:
         absent = gaps[0] if len(gaps) else len(trained_on)
         raise DataError(
             f"{root}: no image of train or trainval has label {absent} ({classes - len(trained_on)} of the "
-            f"labels 0 to {classes - 1} are absent); mend the labels, or name all classes, one a line, in "
+            f"labels 0 to {classes - 1} are absent); fix the labels, or list all classes, one a line, in "
             f"{root / 'classes.txt'}"
         )
     return tuple(str(k) for k in range(classes))

@@ -116,7 +116,7 @@ def test_a_model_without_a_short_name(tmp_path: Path, capsys: pytest.CaptureFixt
     code, lines, err = said(tmp_path / "a.pth", capsys)
     assert code == 2
     assert lines["shapes"].endswith("images of 224 px, patches of 32, depth 3, width 384")
-    assert "fits none of the short names of this layout; where it is of another VisionTransformer" in err
+    assert "fits none of the short names of this layout; if it holds another VisionTransformer" in err
 
 
 def test_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

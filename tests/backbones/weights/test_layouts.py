@@ -23,8 +23,8 @@ TOLERANCE = 2e-5  # float32, relative to the largest number, as for the methods
 
 def built(path: Path) -> Backbone:
     recipe = BackboneConfig(name="tiny", weights=str(path))
-    wants = preprocessing_of(recipe)
-    return build(recipe, image_size=wants.image_size, mean=wants.mean, std=wants.std)[0]
+    preprocessing = preprocessing_of(recipe)
+    return build(recipe, image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)[0]
 
 
 def model_of(row: Row) -> Any:
@@ -128,7 +128,7 @@ def test_a_bias_that_the_model_has_not_must_be_zero(tmp_path: Path) -> None:
     arrays["blocks.1.attn.qkv.bias"][3] = 0.1
     path = FILES["dinov3"].save(tmp_path, arrays)
     message = refused(model_of(FILES["dinov3"].row), path)
-    assert "1 of another shape: blocks.1.attn.qkv.bias: its numbers differ" in message
+    assert "1 of another shape: blocks.1.attn.qkv.bias: its values differ" in message
     with_bias = create("vit_small_patch16_dinov3_qkvb", 32, **VIT)
     assert not load_into(with_bias, path, lenient=False)
     assert torch.equal(with_bias.blocks[1].attn.q_bias, torch.from_numpy(arrays["blocks.1.attn.qkv.bias"][:16]))

@@ -225,7 +225,7 @@ def test_weights_of_another_architecture(other: dict[str, Any], layout: str, tin
     assert "not weights of this architecture" in refused(vit, save(source, tmp_path / FILES[layout], layout))
 
 
-def test_lenient_is_no_licence_for_weights_of_nothing_alike(tiny_vit: MakeVit, tmp_path: Path) -> None:
+def test_lenient_is_no_license_for_weights_of_nothing_alike(tiny_vit: MakeVit, tmp_path: Path) -> None:
     save_file({"blocks.0.conv.weight": torch.zeros(3, 3)}, tmp_path / "a.safetensors")
     assert "name the architecture" in refused(tiny_vit(), tmp_path / "a.safetensors", lenient=True)
 

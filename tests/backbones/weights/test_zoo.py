@@ -33,8 +33,8 @@ def test_facts_are_timms(name: str) -> None:
     assert cfg.has_weights
     assert (cfg.input_size, cfg.interpolation) == ((3, row.size, row.size), row.interpolation)
     assert (tuple(cfg.mean), tuple(cfg.std)) == row.channels[1:]
-    if row.layout != "clip":  # timm gives OpenAI's weights its own licence
-        assert cfg.license == row.licence.lower()
+    if row.layout != "clip":  # timm gives OpenAI's weights its own license
+        assert cfg.license == row.license.lower()
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -91,7 +91,7 @@ def test_pretrained_weights_of_a_short_name_are_timms(monkeypatch: pytest.Monkey
 
 def test_weights_that_the_hub_lacks_are_fetched_from_the_project() -> None:
     with pytest.raises(
-        WeightsError, match=r"fetch the file from github\.com/facebookresearch/moco-v3 and give backbone"
+        WeightsError, match=r"download the file from github\.com/facebookresearch/moco-v3 and set backbone"
     ):
         build(BackboneConfig(name="mocov3_s16"), image_size=224, mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -112,7 +112,7 @@ def test_the_table_fits_in_100_columns(capsys: pytest.CaptureFixture[str]) -> No
     assert list(above) == list(ZOO)
     for name, row in ZOO.items():
         project, wants, line = above[name]
-        assert project == f"{row.source}, {row.licence}"
+        assert project == f"{row.source}, {row.license}"
         assert line.split()[1:4] == [row.architecture, str(row.size), row.pool]
         assert line.strip().endswith(row.trained)
         layout, channels, interpolation = wants.split("; ")

@@ -1,4 +1,4 @@
-"""FGVC folders: what is read and every mistake that is told."""
+"""FGVC folders: what is read and every mistake that is reported."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from dist_vpt.data.formats import open_splits
 from dist_vpt.errors import DataError
 
 
-def grey(split, i):
+def gray(split, i):
     return int(np.asarray(split.read(i))[0, 0, 0])
 
 
@@ -46,7 +46,7 @@ def test_labels_are_ranked_on_train_for_every_split(write, opened, below):
     assert splits.val.labels.tolist() == [2]
     assert splits.test.labels.tolist() == [1, 2]
     assert splits.trainval.labels.tolist() == [1, 0, 2, 2]
-    assert [grey(splits.train, i) for i in range(3)] == [0, 1, 2]
+    assert [gray(splits.train, i) for i in range(3)] == [0, 1, 2]
 
 
 def test_ids_may_be_text(write, opened):
@@ -87,16 +87,16 @@ def test_id_without_a_training_image(write, opened):
 @pytest.mark.parametrize("value", [1.5, None, True, [1], {"a": 1}])
 def test_id_that_is_no_id(write, opened, value):
     write(train={"a.png": value})
-    refused(opened, r"train\.json: 'a.png': class id .* is neither a whole number nor text; mend it")
+    refused(opened, r"train\.json: 'a.png': class id .* is neither a whole number nor text; use one")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"a.png": 1,\n "b.png" 2}', r"train\.json:2: is not JSON \(Expecting ':' delimiter\); mend the file"),
-        ("[1]", "holds a list; an object of 'relative.path': class id is needed"),
+        ('{"a.png": 1,\n "b.png" 2}', r"train\.json:2: is not JSON \(Expecting ':' delimiter\); fix the syntax"),
+        ("[1]", "holds a list; use an object of 'relative.path': class id"),
         ("3", "holds a int; an object"),
-        ("{}", "train.json: holds no image; a 'relative/path': class id is needed"),
+        ("{}", "train.json: holds no image; add a 'relative/path': class id"),
         ('{"a.png": 1, "a.png": 2}', "train.json: 'a.png': occurs twice; remove one"),
         ('{"gone.png": 1}', "train.json: 'gone.png': there is no file 'gone.png' in .*; restore it"),
         ('{"": 1}', "train.json: '': there is no file ''"),

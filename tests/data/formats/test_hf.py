@@ -24,7 +24,7 @@ def offline(tmp_path_factory, monkeypatch):
 
 
 def part(values, labels, label=None, **columns):
-    """A split whose images are of one grey value each."""
+    """A split whose images are of one gray value each."""
     images = [Image.fromarray(np.full((4, 6, 3), value, np.uint8)) for value in values]
     features = {"picture": datasets.Image(), "kind": label or datasets.ClassLabel(names=CLASSES)}
     features |= {name: datasets.Value("int64") for name in columns}
@@ -33,7 +33,7 @@ def part(values, labels, label=None, **columns):
     )
 
 
-def greys(split):
+def grays(split):
     return [int(np.asarray(split.read(i))[0, 0, 0]) for i in range(len(split))]
 
 
@@ -51,7 +51,7 @@ def test_saved_splits(tmp_path, opened):
     save(tmp_path, train=part([1, 2], [0, 1]), valid=part([3], [1]), test=part([4], [0]), extra=part([5], [0]))
     splits = opened("hf")
     assert splits.classes == ("cat", "dog")
-    assert [greys(splits[name]) for name in ("train", "val", "trainval", "test")] == [[1, 2], [3], [1, 2, 3], [4]]
+    assert [grays(splits[name]) for name in ("train", "val", "trainval", "test")] == [[1, 2], [3], [1, 2, 3], [4]]
     assert splits.trainval.labels.tolist() == [0, 1, 1]
     assert splits.train.where(1) == f"{tmp_path} split 'train' record 1"
     assert splits.train.read(0).mode == "RGB"
@@ -61,13 +61,13 @@ def test_a_label_beyond_the_classes(tmp_path, opened):
     stored = part([1, 2], [0, 1])
     table = stored.data.table.set_column(1, "kind", [[0, 2]])  # the library checks labels only when it encodes them
     save(tmp_path, train=datasets.Dataset(table, info=stored.info), test=part([1], [0]))
-    refused(opened, "split 'train' record 1: kind 2 must be below 2, the number of its classes; mend the record")
+    refused(opened, "split 'train' record 1: kind 2 must be below 2, the number of its classes; fix the record")
 
 
 def test_missing_splits_are_carved(tmp_path, opened):
     part(list(range(40)), [0, 1] * 20).save_to_disk(tmp_path)
     splits = opened("hf", val_fraction=0.1, test_fraction=0.2)
-    found = [greys(splits[name]) for name in ("train", "val", "test")]
+    found = [grays(splits[name]) for name in ("train", "val", "test")]
     assert [len(values) for values in found] == [28, 4, 8]
     assert sorted(value for values in found for value in values) == list(range(40))
     assert splits.test.labels.tolist() == [value % 2 for value in found[2]]
@@ -77,7 +77,7 @@ def test_pickles_small(tmp_path, opened):
     save(tmp_path, train=part(range(100), [0, 1] * 50), val=part([1], [0]), test=part([1], [0]))
     split = opened("hf").train
     assert len(pickle.dumps(split)) < 5000
-    assert greys(pickle.loads(pickle.dumps(split))) == list(range(100))
+    assert grays(pickle.loads(pickle.dumps(split))) == list(range(100))
 
 
 def test_image_folder_and_split_expressions(tmp_path, opened, save_image):
@@ -86,11 +86,11 @@ def test_image_folder_and_split_expressions(tmp_path, opened, save_image):
             save_image(tmp_path / name / f"{i}.png", 10 * label + i)
     splits = opened("hf", val_fraction=0.25, test_fraction=0.25)
     assert splits.classes == ("cat", "dog")
-    assert sorted(greys(splits.trainval) + greys(splits.test)) == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert sorted(grays(splits.trainval) + grays(splits.test)) == [0, 1, 2, 3, 10, 11, 12, 13]
     assert splits.trainval.where(0).endswith("cat/0.png)")
     hf = {"splits": {"train": "train[:3]+train[-3:]", "val": "train[3:4]", "test": "train[4:5]"}}
     splits = opened("hf", hf=hf)
-    assert [greys(splits[name]) for name in ("train", "val", "test")] == [[0, 1, 2, 11, 12, 13], [3], [10]]
+    assert [grays(splits[name]) for name in ("train", "val", "test")] == [[0, 1, 2, 11, 12, 13], [3], [10]]
     refused(
         opened,
         r"cannot be opened \(ValueError: .*train\[:0\].*no data",
@@ -118,10 +118,10 @@ def test_labels_may_be_numbers_or_text(tmp_path, opened, kind, labels, classes):
     )
 
 
-def test_columns_must_be_told_where_they_are_not_plain(tmp_path, opened):
+def test_columns_must_be_chosen_where_they_are_not_plain(tmp_path, opened):
     label = datasets.Value("int64")
     save(tmp_path, train=part([1, 2], [0, 1], label, other=[0, 1]))
-    refused(opened, "has 0 ClassLabel columns among picture, kind, other; .* say which with data.hf.label")
+    refused(opened, "has 0 ClassLabel columns among picture, kind, other; .* choose it with data.hf.label")
     refused(opened, r"data.hf.label 'knid': no such column; did you mean 'kind'\?", hf={"label": "knid"})
     refused(opened, "data.hf.image 'other': is a Value column; choose an Image one", hf={"image": "other"})
 
@@ -129,7 +129,7 @@ def test_columns_must_be_told_where_they_are_not_plain(tmp_path, opened):
 def test_record_without_a_class(tmp_path, opened):
     label = datasets.Value("float64")
     save(tmp_path, train=part([1, 2], [0, None], label))
-    refused(opened, "split 'train' record 0: kind 0.0 is no class; mend the record", hf={"label": "kind"})
+    refused(opened, "split 'train' record 0: kind 0.0 is not a class; fix the record", hf={"label": "kind"})
 
 
 def test_record_without_an_image(tmp_path, opened):
@@ -167,7 +167,7 @@ def test_splits_must_agree(tmp_path, opened):
     for name, val, says in (
         ("order", other, "split 'val': the classes of column 'kind' differ from those of train"),
         ("label", plain, "split 'val': has no column 'kind'; valid: picture, sort"),
-        ("image", blind, "split 'val': column 'picture' is no Image column there"),
+        ("image", blind, "split 'val': column 'picture' is not an Image column"),
     ):
         for split_name, saved in (("train", part([1, 2], [0, 1])), ("validation", val)):
             saved.save_to_disk(tmp_path / name / split_name)
@@ -177,16 +177,16 @@ def test_splits_must_agree(tmp_path, opened):
 
 def test_no_split_to_train_on(tmp_path, opened):
     save(tmp_path, all=part([1, 2], [0, 1]))
-    refused(opened, r"has no split 'train' but 'all'; say which to train on: 'data.hf.splits={train: \.\.\.}'")
+    refused(opened, r"has no split 'train' but 'all'; set the one to train on: 'data.hf.splits={train: \.\.\.}'")
     refused(opened, "data.hf.splits.train 'every': no such saved split; valid: all", hf={"splits": {"train": "every"}})
     splits = opened("hf", hf={"splits": {"train": "all", "val": "all", "test": "all"}})
-    assert greys(splits.val) == [1, 2]
+    assert grays(splits.val) == [1, 2]
 
 
 def test_unreachable_hub(opened):
     refused(
         opened,
-        r"data.root 'no/such': is no folder here, and as a dataset of the hub it cannot be opened \(.*no/such",
+        r"data.root 'no/such': is not a folder, and as a dataset of the hub it cannot be opened \(.*no/such",
         root="no/such",
     )
 

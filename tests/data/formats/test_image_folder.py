@@ -1,4 +1,4 @@
-"""Class folders: both layouts and every mistake that is told."""
+"""Class folders: both layouts and every mistake that is reported."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from dist_vpt.errors import DataError
 
 
-def grey(split, i):
+def gray(split, i):
     return int(np.asarray(split.read(i))[0, 0, 0])
 
 
@@ -36,7 +36,7 @@ def split(tmp_path, save_image):
 def test_flat_layout_is_carved(flat, opened):
     splits = opened("image_folder", val_fraction=0.1, test_fraction=0.2)
     assert splits.classes == ("cat", "dog")
-    parts = {name: [grey(splits[name], i) for i in range(len(splits[name]))] for name in ("train", "val", "test")}
+    parts = {name: [gray(splits[name], i) for i in range(len(splits[name]))] for name in ("train", "val", "test")}
     assert [len(part) for part in parts.values()] == [28, 4, 8]
     assert sorted(value for part in parts.values() for value in part) == [*range(20), *range(100, 120)]
     for name, part in parts.items():
@@ -56,7 +56,7 @@ def test_carving_follows_the_seed(flat, opened):
 
 def test_split_layout(split, opened):
     splits = opened("image_folder")
-    assert [[grey(splits[n], i) for i in range(len(splits[n]))] for n in ("train", "val", "trainval", "test")] == [
+    assert [[gray(splits[n], i) for i in range(len(splits[n]))] for n in ("train", "val", "trainval", "test")] == [
         [0, 1],
         [2],
         [0, 1, 2],
@@ -70,7 +70,7 @@ def test_split_layout(split, opened):
 @pytest.mark.parametrize("name", ["valid", "validation"])
 def test_val_has_other_names(split, opened, name):
     (split / "val").rename(split / name)
-    assert [grey(opened("image_folder").val, 0)] == [2]
+    assert [gray(opened("image_folder").val, 0)] == [2]
 
 
 def test_no_test_folder(split, opened, save_image):

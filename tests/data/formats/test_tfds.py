@@ -96,7 +96,7 @@ def test_slices_of_the_real_datasets(task: str) -> None:
     assert row.val.bounds(n[row.val.split]) == (val, val + 200)
     start, stop = row.test.bounds(n[row.test.split])
     assert start == test
-    assert stop - start == dict(TASKS[task].counts)["test"]
+    assert stop - start == dict(TASKS[task].expected_counts)["test"]
 
 
 def feature(**lists: Any) -> Any:
@@ -187,9 +187,7 @@ else:
 
 def test_another_version_is_noted(own_copy: Callable[[str, str], Path]) -> None:
     root = own_copy("tfrecord", "oxford_iiit_pet")
-    assert opened("oxford_iiit_pet", root).notes == (
-        "oxford_iiit_pet has version 4.0.0; published numbers are of 3.2.0",
-    )
+    assert opened("oxford_iiit_pet", root).notes == ("oxford_iiit_pet has version 4.0.0; published numbers used 3.2.0",)
     shutil.copytree(root / "oxford_iiit_pet" / "4.0.0", root / "oxford_iiit_pet" / "3.2.0")
     assert opened("oxford_iiit_pet", root).notes == ()
 
@@ -205,7 +203,7 @@ def test_other_counts_than_the_published_are_refused(copies: dict[str, Path]) ->
     refused("dtd", copies["tfrecord"], said, check_counts=True)
 
 
-def test_what_is_not_prepared_is_told(tmp_path: Path, copies: dict[str, Path]) -> None:
+def test_what_is_not_prepared_is_reported(tmp_path: Path, copies: dict[str, Path]) -> None:
     refused(
         "dtd", tmp_path, r"no prepared dtd .*dist-vpt data prepare dtd --root .*nor is there a vtab-1k folder \(dtd/"
     )
@@ -218,14 +216,14 @@ def test_what_is_not_prepared_is_told(tmp_path: Path, copies: dict[str, Path]) -
 def test_a_file_that_is_gone(kind: str, own_copy: Callable[[str, str], Path]) -> None:
     root = own_copy(kind, "dtd")
     next(root.glob(f"dtd/*/*test*{kind}*")).unlink()
-    refused("dtd", root, "dtd-test.*: not there, though dataset_info.json says so; copy the dataset anew")
+    refused("dtd", root, "dtd-test.*: does not exist, though dataset_info.json lists it; copy the dataset again")
 
 
 def test_damaged_metadata(own_copy: Callable[[str, str], Path]) -> None:
     root = own_copy("tfrecord", "dtd")
     file = next(root.glob("dtd/*/dataset_info.json"))
     file.write_text(file.read_text()[:-40])
-    refused("dtd", root, f"{re.escape(str(file.parent))}: not a prepared dataset .*; copy it anew, or prepare it again")
+    refused("dtd", root, f"{re.escape(str(file.parent))}: not a prepared dataset .*; copy it again, or prepare")
 
 
 def test_a_split_that_is_missing(own_copy: Callable[[str, str], Path]) -> None:
@@ -246,10 +244,10 @@ def test_damaged_records_are_named(kind: str, own_copy: Callable[[str, str], Pat
             opened("svhn", root)["test"].labels  # noqa: B018 (which reads them)
         first = str(caught.value).splitlines()[0]
         assert re.fullmatch(
-            rf".*{re.escape(file.name)} record \d+( of 60)?: damaged \(.*; copy the file anew, or .*", first
+            rf".*{re.escape(file.name)} record \d+( of 60)?: damaged \(.*; copy the file again, or .*", first
         )
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=rf"{re.escape(file.name)}.*copy the file anew, or prepare the dataset again"):
+    with pytest.raises(DataError, match=rf"{re.escape(file.name)}.*copy the file again, or prepare the dataset again"):
         opened("svhn", root)["test"].labels  # noqa: B018
 
 
@@ -287,7 +285,7 @@ def test_a_large_picture_is_refused(copies: dict[str, Path]) -> None:
             opened(task, copies["tfrecord"])["test"].read(0, 1e-4)
 
 
-def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch, copies: dict[str, Path]) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch, copies: dict[str, Path]) -> None:
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     with pytest.raises(
         UserError, match=r"packages that are not installed \(.*simplejpeg.*pip install 'dist-vpt\[tfds\]'"
@@ -313,5 +311,5 @@ def test_leftovers_beside_a_version_are_no_version(own_copy: Callable[[str, str]
 def test_two_storages_in_one_place_are_noted(own_copy: Callable[[str, str], Path]) -> None:
     root = own_copy("tfrecord", "dtd")
     (root / "dtd" / "train800.txt").write_text("")
-    assert opened("dtd", root).notes == (f"{root / 'dtd'} is there too; data.format=vtab_folder reads it",)
+    assert opened("dtd", root).notes == (f"{root / 'dtd'} exists too; data.format=vtab_folder uses it",)
     assert opened("dtd", root, format="tfds").notes == ()

@@ -1,4 +1,4 @@
-"""The vtab-1k folder: what is read and every mistake that is told."""
+"""The vtab-1k folder: what is read and every mistake that is reported."""
 
 import pickle
 import re
@@ -63,14 +63,14 @@ def test_root_may_be_relative(folder, opened, monkeypatch):
 def test_class_names(folder, opened):
     (folder / "classes.txt").write_text("\ufeffcat\n\ndog \nbird\n", encoding="utf-8")
     assert opened("vtab_folder", absent_classes="allow").classes == ("cat", "dog", "bird")
-    refused(opened, "1 of 3 classes have no image in split 'train' .bird.; complete it, or accept that with")
+    refused(opened, "1 of 3 classes have no image in split 'train' .bird.; complete it, or set")
 
 
 def test_task_declares_the_classes(folder, opened, monkeypatch):
     monkeypatch.setitem(TASKS, "mine", Task(name="mine", format="vtab_folder", classes=3))
     assert opened("vtab_folder", absent_classes="allow").classes == ("0", "1", "2")
     monkeypatch.setitem(TASKS, "mine", Task(name="mine", format="vtab_folder", classes=1))
-    refused(opened, "train800.txt:2: label 1 is out of range: 1 classes have the labels 0 to 0; mend the label")
+    refused(opened, "train800.txt:2: label 1 is out of range: 1 classes have the labels 0 to 0; fix the label")
 
 
 def test_trainval_is_made_where_its_list_is_missing(folder, opened):
@@ -103,9 +103,9 @@ def test_train_list_is_needed(folder, opened):
     ("line", "says"),
     [
         ("a/0.png", "'a/0.png' has no label; write 'relative/path label'"),
-        ("a/0.png cat", "label 'cat' is no class number; write"),
-        ("a/0.png 1.0", "label '1.0' is no class number"),
-        ("a/0.png 99999999999999999999", "is no class number"),
+        ("a/0.png cat", "label 'cat' is not a class number; write"),
+        ("a/0.png 1.0", "label '1.0' is not a class number"),
+        ("a/0.png 99999999999999999999", "is not a class number"),
         ("a/0.png -1", "label -1 is negative; labels count from 0"),
         ("a/9.png 0", "there is no file 'a/9.png' in .* or .*images; restore it or remove its entry"),
         ("a 0", "there is no file 'a'"),
@@ -126,9 +126,7 @@ def test_label_beyond_the_class_names(folder, opened):
     refused(opened, "train800.txt:2: label 1 is out of range: 1 classes have the labels 0 to 0; .*classes.txt")
 
 
-@pytest.mark.parametrize(
-    ("text", "says"), [("", "names no class"), ("cat\ndog\ncat\n", "class 'cat' stands there twice")]
-)
+@pytest.mark.parametrize(("text", "says"), [("", "lists no class"), ("cat\ndog\ncat\n", "class 'cat' occurs twice")])
 def test_bad_class_names(folder, opened, text, says):
     (folder / "classes.txt").write_text(text)
     refused(opened, f"classes.txt: {says}; give each class one line, or remove the file")
@@ -136,7 +134,7 @@ def test_bad_class_names(folder, opened, text, says):
 
 def test_empty_list(folder, opened):
     (folder / "test.txt").write_text("\n \n")
-    refused(opened, "test.txt: is empty; a 'relative/path label' line for each image is needed")
+    refused(opened, "test.txt: is empty; add a 'relative/path label' line for each image")
 
 
 def test_binary_list(folder, opened):
@@ -147,7 +145,7 @@ def test_binary_list(folder, opened):
 def test_list_that_is_a_folder(folder, opened):
     (folder / "test.txt").unlink()
     (folder / "test.txt").mkdir()
-    refused(opened, "test.txt: cannot be read .*; mend the file or its rights")
+    refused(opened, "test.txt: cannot be read .*; fix the file or its permissions")
 
 
 @pytest.mark.parametrize(("label", "absent"), [(2, 1), (4, 3), (999_999_999, 999_999_998)])
@@ -156,7 +154,7 @@ def test_label_without_a_training_image(folder, opened, label, absent):
     refused(
         opened,
         rf"no image of train or trainval has label 2 \({absent} of the labels 0 to {label} are absent\); "
-        r"mend the labels, or name all classes, one a line, in .*classes\.txt",
+        r"fix the labels, or list all classes, one a line, in .*classes\.txt",
     )
 
 
@@ -183,7 +181,7 @@ def test_first_ten_mistakes_and_their_number(folder, opened):
 def test_root_that_is_no_folder(folder, opened):
     with pytest.raises(DataError, match=r"data.root '.*imagse': .* is not a folder; did you mean 'images'\?"):
         opened("vtab_folder", root=str(folder / "imagse"))
-    with pytest.raises(DataError, match=r"is not a folder; name the folder of the dataset"):
+    with pytest.raises(DataError, match=r"is not a folder; use the folder of the dataset"):
         opened("vtab_folder", root=str(folder / "a/b/c"))
 
 

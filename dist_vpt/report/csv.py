@@ -1,0 +1,67 @@
+"""The report as CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_vpt.data.tasks import TASKS
+from dist_vpt.report.comparison import LocalResult, Table
+
+
+def csv_text(tables: Sequence[Table]) -> str:
+    """A line for each task and row, with everything known about it, in full precision."""
+    lines = []
+    for table in tables:
+        for row in table.rows:
+            for column, cell in zip(table.columns, row.cells, strict=True):
+                if column.task and (row.published or column.task in row.local):
+                    facts = {
+                        "table": table.title,
+                        "group": TASKS[column.task].group if column.task in TASKS else None,
+                        "task": column.task,
+                        "method": row.method,
+                        "detail": row.detail,
+                        "source": row.source,
+                        "backbone": row.backbone,
+                        "status": "published" if row.published else "ok" if cell.mean is not None else "failed",
+                        "top1_mean": cell.mean,
+                        "notes": "; ".join([*row.notes, *cell.notes]),
+                    }
+                    lines.append(facts | (_facts(row.local[column.task]) if row.local else {}))
+    written = io.StringIO()
+    names = dict.fromkeys(name for facts in lines for name in facts)
+    writer = csv.DictWriter(written, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return written.getvalue()
+
+
+def _facts(local: LocalResult) -> dict[str, Any]:
+    """A result, flat."""
+    result = local.result
+    facts: dict[str, Any] = {"precision": result.precision, "seeds": _joined(result.seeds)}
+    for score, spread in sorted(result.test.items(), key=lambda item: (item[0] != "top1", item[0])):
+        facts |= {
+            f"{score}_mean": spread.mean,
+            f"{score}_std": spread.std,
+            f"{score}_values": _joined(spread.values),
+            f"{score}_n": len(spread.values),
+        }
+    protocol = result.protocol.model_dump() if result.protocol else {}
+    counts, notes = protocol.pop("counts", {}), protocol.pop("notes", ())
+    facts |= {f"val_{name}": value for name, value in result.val.items()}
+    facts |= {f"epoch_{name}": value for name, value in result.epochs.items()}
+    facts |= protocol | {f"images_{name}": count for name, count in counts.items()}
+    facts |= {"protocol_notes": "; ".join(notes), "chosen": json.dumps(result.chosen)}
+    facts |= {"seconds": result.seconds, "peak_memory_mib": result.peak_memory_mib}
+    if result.parameters:
+        facts |= {"trained_parameters": result.parameters.trained, "total_parameters": result.parameters.total}
+    facts |= {"device": result.device, "versions": json.dumps(result.versions), "finished": result.finished}
+    return facts | {"run": result.run, "folder": str(Path(local.folder, result.folder)), "failed": result.failed}
+
+
+def _joined(values: Sequence[Any]) -> str:
+    return " ".join(map(str, values))
