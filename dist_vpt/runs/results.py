@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -161,5 +162,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation (n - 1; 0 for one value)."""
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+    """Mean and standard deviation (n - 1; 0 for one value and where the mean is not finite)."""
+    mean = statistics.fmean(values)
+    std = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else 0.0
+    return {"mean": mean, "std": std}

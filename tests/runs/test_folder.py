@@ -166,7 +166,7 @@ def test_a_beginning_that_is_cut_short_leaves_a_run(folder: RunFolder, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module, "write_atomically", killed)
+        patch.setattr("dist_vpt.runs.folder.write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             use(folder, "run.resume=auto")
     use(folder, "run.resume=auto")

@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError
-from dist_vpt.frozen_stream import cache as stream_cache
+from dist_vpt.frozen_stream import placement as stream_placement
 from dist_vpt.frozen_stream.cache import nbytes
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.frozen_stream.placement import BUDGET
@@ -146,7 +146,7 @@ def test_keys_and_values_are_kept_for_several_trials_where_there_is_room(
     assert not kept(one).keys  # alone, a trial would hold twice the bytes of its batch for backward
     method = roomy.trials[0].reader
     room = nbytes(method.backbone, method.shared_spec, 1200) / BUDGET - 1
-    monkeypatch.setattr(stream_cache.psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
+    monkeypatch.setattr(stream_placement.psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
     narrow = make(tmp_path / "c", each)
     assert not kept(narrow).keys
     for made in (roomy, narrow):
