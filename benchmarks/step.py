@@ -106,7 +106,7 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         "batch": recipe.train.batch_size,
         "micro_batch": recipe.train.batch_size // recipe.train.grad_accum_steps,
         "precision": recipe.runtime.precision,
-        "activation_checkpointing": recipe.runtime.activation_checkpointing,
+        "checkpointing": recipe.runtime.activation_checkpointing,
         "offload": recipe.runtime.offload,
         "attention": training.method.backbone.chosen["attention"],
         "compile": training.method.backbone.chosen.get("compile"),
