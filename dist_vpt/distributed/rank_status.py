@@ -36,8 +36,6 @@ class RankStatus:
         """Enter a phase of the run."""
         self.phase, self.doing, self.limited, self.since = phase, doing, limited, time.monotonic()
 
-    at = set
-
     @property
     def description(self) -> str:
         """For messages, such as "step 7: reading images"."""

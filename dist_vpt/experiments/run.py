@@ -100,7 +100,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     stop: StopSignal,
 ) -> TrainState:
     """The training, resumed where a state is saved, with its first lines in the log."""
-    phase.at("the start", "setting up")
+    phase.set("the start", "setting up")
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
     trained = sum(p.numel() for _, p in parts.method.trainable())
     parts.init_method(recipe, accelerator.device)
@@ -169,7 +169,7 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
 
 def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
-    phase.at("the end", "writing the result")
+    phase.set("the end", "writing the result")
     images_per_s = t.monitor.images_per_s(t.progress)
     held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped_now()

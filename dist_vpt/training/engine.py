@@ -189,7 +189,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     lr = learning_rate(t.recipe, t.step, t.train.steps_per_epoch)
     set_lr(t.optimizer, lr)
     micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
-    phase.at(f"step {t.step}", "training", limited=True)
+    phase.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
     for micro, (batch, weights_B) in enumerate(micro_batches):
@@ -223,7 +223,7 @@ def fit(t: Training) -> None:
         t.start_epoch()
         batches = t.train.epoch(t.epoch, t.progress.step)
         while t.progress.step < t.train.steps_per_epoch and not t.ended:
-            phase.at(f"step {t.step}", "reading images")
+            phase.set(f"step {t.step}", "reading images")
             t.take_step(next_or_error(batches))
             t.progress.seconds = time.monotonic() - started
             t.log_step()
@@ -246,7 +246,7 @@ def save(t: Training) -> str:
 
     Raises RunFailed after MAX_FAILED_SAVES failures in a row.
     """
-    phase.at(f"step {t.step}", "saving the state")
+    phase.set(f"step {t.step}", "saving the state")
     failed = t.write_state()
     t.failed_saves = t.failed_saves + 1 if failed else 0
     if failed is None:
@@ -282,7 +282,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     scores = Scores(classes, accelerator.device, confusion=confusion)
     unread = iter(batches)
     for number in range(len(batches)):
-        phase.at(f"batch {number} of a split to score", "reading images")
+        phase.set(f"batch {number} of a split to score", "reading images")
         fetched = next_or_error(unread)
         raise_on_any_rank(accelerator, fetched if isinstance(fetched, DataError) else None, stop)
         if stop is not None and stop.agreed:

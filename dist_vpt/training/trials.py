@@ -99,7 +99,7 @@ class TrialGroup(Training):
         train, ended, done = self.recipe.train, self.running, self.epoch + 1
         found: list[dict[str, float]] = []
         if self.val is not None and ended and (done == train.epochs or done % train.eval_every == 0):
-            phase.at(f"epoch {done}", "scoring val")
+            phase.set(f"epoch {done}", "scoring val")
             found = _quick_scores(self, ended, self.val)  # before the epoch ends: after a stop it is scored again
         self.progress.epoch, self.progress.step = done, 0
         for trial in ended:
@@ -151,7 +151,7 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     for trial in running:
         set_lr(trial.optimizer, learning_rate(trial.recipe, group.step, group.train.steps_per_epoch))
     micro_batches, weight = weigh_global_batch(accelerator, fetched, group.class_weights, group.stop)
-    phase.at(f"step {group.step}", "training", limited=True)
+    phase.set(f"step {group.step}", "training", limited=True)
     sums, images = torch.zeros(len(running), 2), 0.0  # loss and correct answers of each trial
     for micro, (batch, weights_B) in enumerate(micro_batches):
         seeds = [fold_in(trial.recipe.seed, group.step, accelerator.process_index, micro) for trial in running]
@@ -180,7 +180,7 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
 @torch.no_grad()
 def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list[Scores]:
     """Stream a split once through the backbone and score it with all trials. A collective call."""
-    phase.at("the end", f"scoring {split}")
+    phase.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)
     scores = [Scores(len(group.parts.splits.classes), group.accelerator.device) for _ in trials]
     try:
