@@ -16,7 +16,7 @@ from typing import Any
 
 # The only three things that this script takes from the package.
 from dist_vpt.backbones.weights.zoo import ZOO
-from dist_vpt.cli.main import _parser as build_parser
+from dist_vpt.cli.main import build_parser
 from dist_vpt.recipe.schema import Recipe
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
@@ -150,7 +150,11 @@ def _flags(action: argparse.Action) -> str:
     if not action.option_strings:
         return _value(action)
     names = ", ".join(action.option_strings)
-    return names if action.nargs == 0 else f"{names} {_value(action)}{'...' if action.nargs in ('+', '*') else ''}"
+    return names if action.nargs == 0 else f"{names} {_value(action)}{_more(action)}"
+
+
+def _more(action: argparse.Action) -> str:
+    return " ..." if action.nargs in ("+", "*") else ""
 
 
 def _usage(action: argparse.Action) -> str:
@@ -175,9 +179,8 @@ def backbones_page() -> str:
     parts = [
         "# Backbones with short names",
         f"{len(ZOO)} sets of published weights. Use one with `backbone.name=NAME backbone.weights=FILE`, where the "
-        "file is the project's own; where the hub has timm's copy, `backbone.weights=pretrained` (the default) "
-        "downloads it. `dist-vpt backbones` prints the same table. How weights are loaded and checked: "
-        "[Backbones](../backbones.md).",
+        "file is the project's own; if the hub has a copy, `backbone.weights=pretrained` (the default) fetches it. "
+        "`dist-vpt backbones` prints the same table. How weights are loaded and checked: [Backbones](../backbones.md).",
     ]
     rows = sorted(ZOO.items(), key=lambda item: [*dict.fromkeys(map(_project, ZOO.values()))].index(_project(item[1])))
     for (source, license, layout), group in groupby(rows, key=lambda item: _project(item[1])):
@@ -206,7 +209,7 @@ def backbones_page() -> str:
 
 
 def _project(row: Any) -> tuple[str, str, str]:
-    return row.source, row.licence, row.layout
+    return row.source, row.license, row.layout
 
 
 def _preprocessing(row: Any) -> str:

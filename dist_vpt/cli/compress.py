@@ -33,9 +33,9 @@ def add_parser(commands: Any) -> None:
 
 def compress(arguments: argparse.Namespace) -> None:
     from dist_vpt.experiments.compress import compress
-    from dist_vpt.recipe.loading import split_arguments
+    from dist_vpt.recipe.loading import split_overrides
 
     # argparse gives all arguments that follow --keep to it, overrides too.
-    fractions, overrides = split_arguments(arguments.keep)
+    fractions, overrides = split_overrides(arguments.keep)
     overrides += arguments.overrides
     compress(arguments.run, fractions, arguments.mode, arguments.adapters, arguments.lasso, arguments.out, overrides)

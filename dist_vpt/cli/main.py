@@ -48,7 +48,7 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
     except UserError as error:
         if debug:
             raise
-        rank = LaunchEnv.current().rank
+        rank = _rank()
         if error.shared and rank:
             return error.exit_code
         print(f"{f'[process {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
@@ -62,6 +62,14 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 141
     return 0
+
+
+def _rank() -> int:
+    """For messages: that of a process whose environment is broken is reported as well."""
+    try:
+        return LaunchEnv.current().rank
+    except UserError:
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:

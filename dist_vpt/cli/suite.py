@@ -34,11 +34,11 @@ def add_parser(commands: Any) -> None:
 def suite(arguments: argparse.Namespace) -> None:
     from dist_vpt.experiments.suite import suite
     from dist_vpt.experiments.suite_plan import plan_experiments, show_plan, slurm_array
-    from dist_vpt.recipe.loading import split_arguments
+    from dist_vpt.recipe.loading import split_overrides
 
     # argparse gives all arguments that follow --method or --tasks to them, overrides too.
-    methods, overrides = split_arguments(arguments.method)
-    tasks, more = split_arguments(arguments.tasks)
+    methods, overrides = split_overrides(arguments.method)
+    tasks, more = split_overrides(arguments.tasks)
     shared = [*arguments.recipe, *overrides, *more]
     root = arguments.root or ("." if arguments.dry_run else None)  # a plan reads no data
     pairs = plan_experiments(tasks, methods, shared, root, arguments.out)

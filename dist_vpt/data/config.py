@@ -23,13 +23,13 @@ class HfConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    config: str | None = Field(default=None, description="configuration (subset) of a hub dataset; none: its default")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset; none: its newest")
-    image: str | None = Field(default=None, description="column of the images; none: the only Image column")
-    label: str | None = Field(default=None, description="column of the labels; none: the only ClassLabel column")
+    config: str | None = Field(default=None, description="configuration (subset) of a hub dataset; null: its default")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset; null: its newest")
+    image: str | None = Field(default=None, description="column of the images; null: the only Image column")
+    label: str | None = Field(default=None, description="column of the labels; null: the only ClassLabel column")
     splits: dict[Literal["train", "val", "test"], str] = Field(
         default_factory=dict,
-        description="split -> split of the dataset, e.g. {train: 'train[:90%]', val: 'train[90%:]'}; none given: "
+        description="split -> split of the dataset, e.g. {train: 'train[:90%]', val: 'train[90%:]'}; null: "
         "train, validation and test",
     )
 
@@ -40,7 +40,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     task: str = Field(default="digits", description="a known task, or any name where format and root are given")
-    format: Format | None = Field(default=None, description="storage format; none: the task's")
+    format: Format | None = Field(default=None, description="storage format; null: the task's")
     root: str | None = Field(
         default=None,
         description="folder of the dataset, or the folder with the datasets of known tasks, relative to the working "
@@ -70,21 +70,21 @@ class DataConfig(BaseModel):
         default=None,
         ge=8,
         le=4096,
-        description="side of the square image in pixels; none: that of the backbone's pretraining",
+        description="side of the square image in pixels; null: that of the backbone's pretraining",
     )
     interpolation: Interpolation | None = Field(
         default=None,
-        description="kernel; vpt: the published VPT loader's (TensorFlow 1's bilinear); none given: the task's, "
+        description="kernel; vpt: the published VPT loader's (TensorFlow 1's bilinear); null: the task's, "
         "then that of the backbone's pretraining",
     )
     crop_mode: CropMode | None = Field(
         default=None,
-        description="squash to a square, or resize the shorter side and crop; none given: the task's",
+        description="squash to a square, or resize the shorter side and crop; null: the task's",
     )
     normalize: Normalize | None = Field(
         default=None,
         description="mean and std of the channels; vpt: ImageNet's, weights: those of the backbone's pretraining, "
-        "none: 0 and 1; none given: the task's",
+        "none: 0 and 1; null: the task's",
     )
     mean: Channels | None = Field(
         default=None, description="mean of the channels, of pixels in 0..1; replaces normalize"
@@ -93,11 +93,11 @@ class DataConfig(BaseModel):
         default=None, description="standard deviation of the channels, of pixels in 0..1; replaces normalize"
     )
     augment: Augment | None = Field(
-        default=None, description="fgvc: random crop and flip in training; none given: the task's"
+        default=None, description="fgvc: random crop and flip in training; null: the task's"
     )
     cache: Cache | None = Field(
         default=None,
-        description="memory: decode and resize each image once per process; none given: the task's",
+        description="memory: decode and resize each image once per process; null: the task's",
     )
     workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     on_decode_error: Literal["fail", "skip"] = Field(
@@ -106,7 +106,7 @@ class DataConfig(BaseModel):
     )
     absent_classes: Literal["fail", "allow"] | None = Field(
         default=None,
-        description="allow: classes may have no image in the split that is trained on; none given: fail, except for "
+        description="allow: classes may have no image in the split that is trained on; null: fail, except for "
         "the small splits of VTAB-1k",
     )
     check_counts: bool = Field(

@@ -21,7 +21,8 @@ def prepare(root: str, tasks: Sequence[str], file_format: str = "array_record") 
     unknown = [task.name for task in published if task.tfds is None]
     if unknown:
         raise UserError(
-            f"{unknown[0]}: TensorFlow Datasets does not have it; see configs/fgvc/{unknown[0]}.yaml for its folder"
+            f"{unknown[0]}: TensorFlow Datasets does not have it; the head of its recipe says which folder to make: "
+            f"`dist-vpt recipe copy {unknown[0]}`"
         )
     library, console, failed = tfds.packages(), Console(highlight=False), []
     left: dict[str, Tfds] = {}

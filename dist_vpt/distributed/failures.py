@@ -56,14 +56,14 @@ class FailureDetector:
     """Finds the first failure among the processes of a run; ``heartbeat``: seconds between two reports of each."""
 
     def __init__(self, folder: Folder, own: RankFile, minutes: float, heartbeat: float, leaving: threading.Event):
-        self.folder, self.own, self.minutes, self.heartbeat = folder, own, minutes, heartbeat
+        self.folder, self.rank_file, self.minutes, self.heartbeat = folder, own, minutes, heartbeat
         self._leaving = leaving
         self._seen: dict[int, tuple[int, float]] = {}  # each process's newest heartbeat, and when it was first seen
         self._file = own.path.with_name("failed.json")
 
     @property
     def _others(self) -> list[int]:
-        return [rank for rank in range(self.own.world) if rank != self.own.rank]
+        return [rank for rank in range(self.rank_file.world) if rank != self.rank_file.rank]
 
     def recorded(self) -> Failure | None:
         """The failure that a process has recorded."""
@@ -74,9 +74,9 @@ class FailureDetector:
 
     def record(self, failure: Failure) -> Failure:
         """Let all processes know a failure; returns the one that was recorded first."""
-        if not self.own.is_open:
+        if not self.rank_file.is_open:
             return failure
-        temporary = self._file.with_name(f".failed-{self.own.rank}.tmp")
+        temporary = self._file.with_name(f".failed-{self.rank_file.rank}.tmp")
         try:
             temporary.write_text(json.dumps(asdict(failure)) + "\n")
             _link(temporary, self._file)
@@ -109,10 +109,10 @@ class FailureDetector:
 
     def missing(self) -> Failure | None:
         """Whether the next process, in a ring, is gone, or another keeps all waiting for longer than the timeout."""
-        following = (self.own.rank + 1) % self.own.world
+        following = (self.rank_file.rank + 1) % self.rank_file.world
         if self._gone(following, 1.5 * self.heartbeat, SILENT_SECONDS):
             return self._record_gone(following)
-        status, limit = self.own.status, 60 * self.minutes
+        status, limit = self.rank_file.status, 60 * self.minutes
         collectives = status.collectives
         if (status.waiting or status.limited) and time.monotonic() - status.since > limit:
             late = self._late()
@@ -127,20 +127,20 @@ class FailureDetector:
 
     def _late(self) -> Failure | None:
         """The processes that keep the others waiting."""
-        ranks = range(self.own.world)
+        ranks = range(self.rank_file.world)
         before = {rank: self._report(rank) for rank in ranks}
         if self._leaving.wait(2.5 * self.heartbeat):  # long enough for a heartbeat of each
             return None
         reports = {rank: report for rank in ranks if (report := self._report(rank))}
-        silent = {rank for rank in reports if reports[rank]["beat"] == before[rank].get("beat")} - {self.own.rank}
+        silent = {rank for rank in reports if reports[rank]["beat"] == before[rank].get("beat")} - {self.rank_file.rank}
         pace = {rank: (report["meetings"], report["waiting"]) for rank, report in reports.items()}
         late = [rank for rank in pace if pace[rank] < max(pace.values()) or rank in silent]
-        limit, status = f"{self.minutes:g} minutes (run.timeout_minutes)", self.own.status
+        limit, status = f"{self.minutes:g} minutes (run.timeout_minutes)", self.rank_file.status
         logs = f"{self.folder.log} and {self.folder.path / 'logs'}"
         fix = f"see {logs} for where each one was; if it is only slow, raise run.timeout_minutes"
         if not late:
             reason = f"{self.folder.path}: no progress for {limit}, all at {status.description}; {fix}"
-            return Failure(self.own.rank, reason)
+            return Failure(self.rank_file.rank, reason)
         listed = [
             f"{rank_name(reports[rank])} did not join the others for {limit}: it is at {reports[rank]['what']}"
             + (", and gives no heartbeat" if rank in silent else "")
@@ -161,7 +161,7 @@ class FailureDetector:
         if heartbeat != report["beat"]:
             since = time.monotonic()
             self._seen[rank] = (report["beat"], since)
-        if is_locked(self.own.path.with_name(f"rank-{rank}.json")):
+        if is_locked(self.rank_file.path.with_name(f"rank-{rank}.json")):
             return False
         here = report["host"] == socket.gethostname()
         return time.monotonic() - since >= (silent if here else silent_elsewhere)
@@ -181,7 +181,7 @@ class FailureDetector:
         )
 
     def _report(self, rank: int) -> dict[str, Any]:
-        return read_rank_status(self.folder.path, rank) if rank != self.own.rank else self.own.content()
+        return read_rank_status(self.folder.path, rank) if rank != self.rank_file.rank else self.rank_file.content()
 
 
 def _link(source: Path, target: Path) -> None:

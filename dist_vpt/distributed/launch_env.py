@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dist_vpt.errors import UserError
+
 REMOVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by detach_from_launcher
 LEFTOVERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED")
 
@@ -41,26 +43,37 @@ class LaunchEnv:
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> "LaunchEnv":
-        """From the variables of an environment."""
-        local_rank, local_world_size = environ.get("LOCAL_RANK"), environ.get("LOCAL_WORLD_SIZE")
+        """From the variables of an environment. Raises UserError for one that is no whole number."""
         return cls(
-            rank=int(environ.get("RANK", "0")),
-            world_size=int(environ.get("WORLD_SIZE", "1")),
-            local_rank=None if local_rank is None else int(local_rank),
-            local_world_size=None if local_world_size is None else int(local_world_size),
+            rank=_number(environ, "RANK") or 0,
+            world_size=_number(environ, "WORLD_SIZE") or 1,
+            local_rank=_number(environ, "LOCAL_RANK"),
+            local_world_size=_number(environ, "LOCAL_WORLD_SIZE"),
             master_addr=environ.get("MASTER_ADDR"),
             master_port=environ.get("MASTER_PORT"),
-            launched="RANK" in environ,
+            launched=bool(environ.get("RANK")),
             deepspeed=environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
             slurm=SlurmEnv(
                 job_id=environ.get("SLURM_JOB_ID"),
                 node_name=environ.get("SLURMD_NODENAME"),
-                node_index=int(environ.get("SLURM_NODEID", "0")),
-                nodes=int(environ.get("SLURM_NNODES", "1")),
-                gpus=int(environ.get("SLURM_GPUS_ON_NODE", "0")),
-                cpus=int(environ.get("SLURM_CPUS_ON_NODE", "1")),
+                node_index=_number(environ, "SLURM_NODEID") or 0,
+                nodes=_number(environ, "SLURM_NNODES") or 1,
+                gpus=_number(environ, "SLURM_GPUS_ON_NODE") or 0,
+                cpus=_number(environ, "SLURM_CPUS_ON_NODE") or 1,
             ),
         )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    """A variable's value; None where it is not set or empty."""
+    value = environ.get(name, "")
+    try:
+        return int(value) if value else None
+    except ValueError:
+        raise UserError(
+            f"{name} = {value!r}: this variable of the environment, which a launcher sets, must be a whole number; "
+            "unset it"
+        ) from None
 
 
 def leftover_variables() -> dict[str, str]:

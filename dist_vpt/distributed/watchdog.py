@@ -38,16 +38,16 @@ class RankWatchdog:
         self.heartbeat = min(BEAT_SECONDS, 6 * minutes)
         self.poll = min(POLL_SECONDS, 6 * minutes)
         self.log = RankLog(folder.path / "logs" / f"rank-{rank}.log" if rank else folder.log, captures_all=rank > 0)
-        self.own = RankFile(folder.path, rank, world, status)
+        self.rank_file = RankFile(folder.path, rank, world, status)
         self._leaving = threading.Event()
-        self._failures = FailureDetector(folder, self.own, minutes, self.heartbeat, self._leaving)
+        self._failures = FailureDetector(folder, self.rank_file, minutes, self.heartbeat, self._leaving)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="ranks")
 
     def __enter__(self) -> "RankWatchdog":
-        rank, world = self.own.rank, self.own.world
+        rank, world = self.rank_file.rank, self.rank_file.world
         self.status.progress = {}
         try:
-            self.own.open()
+            self.rank_file.open()
         except BlockingIOError:
             raise RunFolderError(
                 f"{self.folder.path}: another process {rank} of {world} is running in it; wait for the end of its run "
@@ -57,7 +57,7 @@ class RankWatchdog:
             message = f"warning: {error}: process {rank} cannot report its status, and no other process sees its end"
             print(message, file=sys.stderr, flush=True)
         if rank:
-            self.log.open(rank_name(self.own.content()))
+            self.log.open(rank_name(self.rank_file.content()))
         self._thread.start()
         return self
 
@@ -65,12 +65,12 @@ class RankWatchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is not None and self.own.world > 1:
+            if error is not None and self.rank_file.world > 1:
                 self._fail(error)
         finally:
             self._leaving.set()
             self._thread.join(LEAVE_SECONDS)  # or it might write into a file that gets the descriptor next
-            self.own.close()
+            self.rank_file.close()
             self.log.close()
 
     def _fail(self, error: BaseException) -> None:
@@ -79,7 +79,7 @@ class RankWatchdog:
         if stopped_alone and (failure := self._failures.recorded() or self._failures.any_gone()):
             raise failure.error() from error  # a launcher stopped this process because of another one
         by_all = isinstance(error, UserError) and error.shared and not isinstance(error, ProcessFailed)
-        if by_all or isinstance(error, (Interrupted, KeyboardInterrupt)) or self.own.replaced():
+        if by_all or isinstance(error, (Interrupted, KeyboardInterrupt)) or self.rank_file.replaced():
             return
         if isinstance(error, ProcessFailed):  # of a run within a sweep: the sweep fails with its reason
             self._failures.record(Failure(int(error.shared), str(error), error.exit_code))
@@ -97,22 +97,22 @@ class RankWatchdog:
         raise failure.error() from error
 
     def _own_failure(self, error: BaseException) -> Failure:
-        name, message = rank_name(self.own.content()), str(error).strip()[:2000]
+        name, message = rank_name(self.rank_file.content()), str(error).strip()[:2000]
         if isinstance(error, UserError):  # where a restart is of no use, all exit codes must say so
-            return Failure(self.own.rank, f"{name}: {message}", error.exit_code)
+            return Failure(self.rank_file.rank, f"{name}: {message}", error.exit_code)
         where = f"at {self.status.description} (traceback in {self.log.path})"
-        return Failure(self.own.rank, f"{name}: {type(error).__name__}: {message} {where}")
+        return Failure(self.rank_file.rank, f"{name}: {type(error).__name__}: {message} {where}")
 
     def _watch(self) -> None:
         """The thread: gives heartbeats, and ends this process where the run has failed and it does not notice."""
         last = 0.0
         while not self._leaving.wait(self.poll):
             if time.monotonic() - last >= self.heartbeat:
-                self.own.write()
+                self.rank_file.write()
                 last = time.monotonic()
-            if self.own.world == 1:
+            if self.rank_file.world == 1:
                 continue
-            if self.own.replaced():
+            if self.rank_file.replaced():
                 failure = self._restarted()
             else:
                 failure = self._failures.recorded() or self._failures.missing()
@@ -121,9 +121,11 @@ class RankWatchdog:
 
     def _restarted(self) -> Failure | None:
         """The failure of a process whose run was started again; none where its folder was removed."""
-        if not self.own.path.exists():
+        if not self.rank_file.path.exists():
             return None
-        return Failure(self.own.rank, f"{rank_name(self.own.content())}: its run was started again while it hung")
+        return Failure(
+            self.rank_file.rank, f"{rank_name(self.rank_file.content())}: its run was started again while it hung"
+        )
 
     def _end(self, failure: Failure) -> NoReturn:
         """End this process, whose training waits in vain or hangs, from the thread."""
@@ -133,10 +135,10 @@ class RankWatchdog:
             logger.error(f"{error}\nended at {self.status.description}, here:")
             with open(self.log.path, "a") as file:
                 faulthandler.dump_traceback(file)
-        if self.own.rank == 0 or not error.shared:
-            prefix = f"[process {self.own.rank}] " if self.own.rank else ""
+        if self.rank_file.rank == 0 or not error.shared:
+            prefix = f"[process {self.rank_file.rank}] " if self.rank_file.rank else ""
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
 
     def _open_log(self) -> None:
-        self.log.open(rank_name(self.own.content()))
+        self.log.open(rank_name(self.rank_file.content()))

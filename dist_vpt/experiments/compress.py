@@ -34,7 +34,7 @@ from dist_vpt.files import raising_disk_full
 from dist_vpt.methods.config import VQTConfig
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.runs.adapters import read_adapters, restore
-from dist_vpt.runs.folder import GOES_ON, RunFolder
+from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import Components, build_components
 
@@ -71,7 +71,7 @@ def compress(  # noqa: PLR0917 (the options of the command)
             accelerator = make_accelerator(source.recipe)
             stack.callback(accelerator.end_training)
             for fraction in pending:
-                stack.enter_context(fraction.folder.claimed(fraction.recipe))
+                stack.enter_context(fraction.folder.acquire(fraction.recipe))
             features = fix_features(source, parts, method, accelerator, stop)
             about = describe_source(features, accelerator)
             show(f"{method.all_features:,} features of each image, from fixed queries")
@@ -82,11 +82,11 @@ def compress(  # noqa: PLR0917 (the options of the command)
             waiting = {fraction.keep for fraction in pending}
             for fraction, trained in made:  # each is written before the next one is begun
                 if fraction.keep in waiting:
-                    with raising_disk_full("the results", fraction.folder.path, GOES_ON):
+                    with raising_disk_full("the results", fraction.folder.path, RESUME_HINT):
                         write_run(fraction, trained, about)
     if mode == "finetune":
         remove_finished_states(fractions[0], fraction_of)
-    with raising_disk_full("the curve", folder, GOES_ON):
+    with raising_disk_full("the curve", folder, RESUME_HINT):
         return conclude(folder, fractions, fraction_of, console)
 
 

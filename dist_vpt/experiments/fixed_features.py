@@ -28,7 +28,7 @@ from dist_vpt.frozen_stream.placement import BUDGET
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, restore
-from dist_vpt.runs.folder import GOES_ON
+from dist_vpt.runs.folder import RESUME_HINT
 from dist_vpt.runs.progress import Progress
 from dist_vpt.training.components import Components, build_reader
 from dist_vpt.training.metrics import Scores
@@ -136,7 +136,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device,
 
 def _raise_on_stop(stop: StopSignal) -> None:
     if stop.asked:
-        raise Interrupted(f"compress: stopped; {GOES_ON}, from the fractions that are written")
+        raise Interrupted(f"compress: stopped; {RESUME_HINT}, from the fractions that are written")
 
 
 def group_lasso(weight_KF: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def acquire(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, leaving
     refused: UserError | None = None
     if accelerator.is_main_process:
         try:
-            done = leaving.enter_context(folder.claimed(recipe, kind))
+            done = leaving.enter_context(folder.acquire(recipe, kind))
         except UserError as error:
             refused = error
     raise_on_any_rank(accelerator, refused)

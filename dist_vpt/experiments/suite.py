@@ -23,7 +23,7 @@ from rich.table import Table
 from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.experiments.suite_plan import Experiment, check_roots, record_plan, with_storage
-from dist_vpt.runs.folder import GOES_ON
+from dist_vpt.runs.folder import RESUME_HINT
 from dist_vpt.runs.results import FILE, finished_runs, read
 
 WORKER_VARIABLE = "DIST_VPT_SUITE_WORKER"  # set for the processes that a suite starts as its workers
@@ -106,10 +106,10 @@ def _start_workers(count: int, arguments: Sequence[str]) -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if {Interrupted.exit_code, -signal.SIGTERM, -signal.SIGUSR1} & set(codes):
-        raise Interrupted(f"the workers were stopped; {GOES_ON}")
+        raise Interrupted(f"the workers were stopped; {RESUME_HINT}")
     for number, code in enumerate(codes):
         if code:
-            print(f"worker {number} ended with exit code {code}; {GOES_ON}", file=sys.stderr)
+            print(f"worker {number} ended with exit code {code}; {RESUME_HINT}", file=sys.stderr)
 
 
 def _visible_devices() -> list[str]:

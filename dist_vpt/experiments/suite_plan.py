@@ -9,11 +9,12 @@ from pathlib import Path
 
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import RecipeError, RunFolderError, UserError, nearest
-from dist_vpt.files import locked, raising_disk_full, read_json, shipped_folder, write_atomically
+from dist_vpt.files import locked, raising_disk_full, read_json, write_atomically
 from dist_vpt.recipe.differences import identity_keys
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe, grid_axes
-from dist_vpt.runs.folder import GOES_ON
+from dist_vpt.recipe.shipped import shipped_recipes
+from dist_vpt.runs.folder import RESUME_HINT
 
 GROUPS = {
     "vtab": ("natural", "specialized", "structured"),
@@ -90,7 +91,7 @@ def plan_experiments(
                 recipe = load_recipe([file, *files, _recipe_file("method", method)], [*overrides, *given])
             except RecipeError as error:
                 if root is None and "root is missing" in str(error):
-                    raise RecipeError("--root DIR is missing: the folder in which the datasets lie") from error
+                    raise RecipeError("--root DIR is missing: the folder that contains the datasets") from error
                 mistakes.append(f"{name} with {method}: {error}")
                 continue
             experiments.append(Experiment(name, Path(method).stem, recipe))
@@ -171,7 +172,7 @@ def check_roots(experiments: Sequence[Experiment]) -> None:
     data = [experiment.recipe.data for experiment in experiments]
     for root in map(Path, sorted({each.root for each in data if each.format != "hf" and each.root})):
         if not root.expanduser().is_dir():
-            raise UserError(f"--root {root}: is not a folder; name the one in which the datasets lie")
+            raise UserError(f"--root {root}: is not a folder; name the one that contains the datasets")
         tasks = {one.task for one in experiments if one.recipe.data.root == str(root) and one.task in TASKS}
         lists = [name for name in ("train800.txt", "train.json") if (root / name).is_file()]
         if len(tasks) > 1 and lists:
@@ -219,17 +220,17 @@ def record_plan(folder: Path, experiments: Sequence[Experiment]) -> None:
             for one in experiments
         }
         if known | planned != known:
-            with raising_disk_full("the plan", folder, GOES_ON):
+            with raising_disk_full("the plan", folder, RESUME_HINT):
                 write_atomically(file, json.dumps({"pairs": known | planned}, indent=1) + "\n")
 
 
 def _recipe_file(folder: str, name: str) -> str:
-    """A recipe by its path, or by its name in configs/ of the working directory or of this source tree."""
+    """A recipe by its path, or by the name of a shipped one in configs/``folder``."""
     if Path(name).is_file():
         return name
-    folders = [Path("configs") / folder, shipped_folder("configs") / folder]
-    for each in folders:
-        if (each / f"{name}.yaml").is_file():
-            return str(each / f"{name}.yaml")
-    known = [path.stem for each in folders for path in each.glob("*.yaml")]
-    raise UserError(f"{name}: no such recipe file, and none of that name in configs/{folder}; {nearest(name, known)}")
+    known = [recipe for recipe in shipped_recipes() if recipe.path.startswith(f"{folder}/")]
+    for recipe in known:
+        if name in (recipe.name, recipe.path):
+            return str(recipe.file)
+    names = [recipe.name for recipe in known]
+    raise UserError(f"{name}: neither a file nor the name of a {folder} recipe; {nearest(name, names)}")

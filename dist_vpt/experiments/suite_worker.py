@@ -26,7 +26,7 @@ from dist_vpt.experiments.sweep_grid import SweepJob, choose, grid_jobs, read_ou
 from dist_vpt.experiments.sweep_report import conclude
 from dist_vpt.experiments.sweep_worker import Worker
 from dist_vpt.files import locked, read_json
-from dist_vpt.runs.folder import GOES_ON, RunFolder
+from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runs.results import FILE, Parameters, Protocol, Result, Spread, append, finished_runs
 
 POLL_SECONDS = 0.5
@@ -58,7 +58,7 @@ class SuiteWorker:
             reported = False
             while left := [experiment for experiment in self.experiments if not self._is_over(experiment)]:
                 if stop.asked:
-                    raise Interrupted(f"{self.folder}: stopped; {GOES_ON}")
+                    raise Interrupted(f"{self.folder}: stopped; {RESUME_HINT}")
                 if any(self._do_one_item(experiment, stop) for experiment in left):
                     reported = False
                     continue
@@ -71,17 +71,17 @@ class SuiteWorker:
         """Do an item of the experiment, if there is one that no worker holds; whether there was."""
         try:
             for item in work_items(experiment):
-                with locked(claim_file(self.folder, experiment, item.name), LOCK_FIX) as acquired:
+                with locked(lock_file(self.folder, experiment, item.name), LOCK_FIX) as acquired:
                     if acquired and not self._is_over(experiment) and self._do(experiment, item, stop):
                         return True
         except Interrupted as stopped:
-            raise Interrupted(f"{self.folder}: stopped; {GOES_ON} ({stopped})") from stopped
+            raise Interrupted(f"{self.folder}: stopped; {RESUME_HINT} ({stopped})") from stopped
         except UserError as error:
             self._fail(experiment, str(error))
             return True
         except Exception as error:  # out of memory, a full disk, a bug: the other experiments continue
             reason = f"{type(error).__name__}: {error}".strip()[:500]
-            file = claim_file(self.folder, experiment, "traceback")
+            file = lock_file(self.folder, experiment, "traceback")
             try:
                 file.write_text(traceback.format_exc())
             except OSError:
@@ -112,9 +112,9 @@ class SuiteWorker:
     def _open_sweep(self, experiment: Experiment) -> RunFolder:
         """The sweep's folder, with its recipe in it."""
         folder = RunFolder(experiment.folder)
-        with locked(claim_file(self.folder, experiment, "begin"), LOCK_FIX, timeout=-1):
+        with locked(lock_file(self.folder, experiment, "begin"), LOCK_FIX, timeout=-1):
             if not folder.holds(experiment.recipe, "sweep"):
-                with folder.claimed(experiment.recipe, kind="sweep"):
+                with folder.acquire(experiment.recipe, kind="sweep"):
                     pass
         return folder
 
@@ -131,7 +131,7 @@ class SuiteWorker:
 
     def _is_over(self, experiment: Experiment) -> bool:
         """Whether the experiment has a result, or has failed since this worker started."""
-        failed = claim_file(self.folder, experiment, "failed")
+        failed = lock_file(self.folder, experiment, "failed")
         if experiment.key in self.failed or (failed.is_file() and failed.stat().st_mtime >= self.started):
             return True
         return experiment.key in finished_runs(self.folder / FILE)
@@ -140,7 +140,7 @@ class SuiteWorker:
         self.failed[experiment.key] = reason
         self._show(f"{experiment.name}: failed: {reason}")
         try:
-            claim_file(self.folder, experiment, "failed").write_text(reason + "\n")
+            lock_file(self.folder, experiment, "failed").write_text(reason + "\n")
             append(self.folder / FILE, Result.model_validate({**_common(experiment), "failed": reason}))
         except (OSError, UserError) as error:
             self._show(f"warning: this could not be written down ({error})")
@@ -170,7 +170,7 @@ def work_items(experiment: Experiment) -> Iterator[WorkItem]:
     yield WorkItem("end", [])
 
 
-def claim_file(folder: Path, experiment: Experiment, name: str) -> Path:
+def lock_file(folder: Path, experiment: Experiment, name: str) -> Path:
     """The lock of a work item, or another file that the workers of an experiment share."""
     return folder / "claims" / f"{experiment.name}/{name}".replace("/", "__").replace(" ", "-")
 

@@ -30,7 +30,7 @@ from dist_vpt.experiments.sweep_report import conclude, print_sweep
 from dist_vpt.experiments.sweep_worker import POLL_SECONDS, Worker
 from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.recipe.schema import Recipe
-from dist_vpt.runs.folder import GOES_ON, RunFolder
+from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.training.accelerator import capture_user_error, init_accelerator
 from dist_vpt.training.components import build_components
 
@@ -61,7 +61,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             _refuse_deepspeed(recipe, accelerator)
             done = acquire(folder, recipe, accelerator, stack, "sweep")
         elif rank == 0:
-            done = stack.enter_context(folder.claimed(recipe, "sweep"))
+            done = stack.enter_context(folder.acquire(recipe, "sweep"))
         else:
             _wait_for_first_process(folder, recipe, stop)  # which removes the rank files of an earlier attempt
         if done:
@@ -84,7 +84,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         results = worker.wait_for(finals)
         if rank:
             return {}
-        with raising_disk_full("the table", folder.path, GOES_ON):
+        with raising_disk_full("the table", folder.path, RESUME_HINT):
             return conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - started, console)
 
 
@@ -115,7 +115,7 @@ def _wait_for_first_process(folder: RunFolder, recipe: Recipe, stop: StopSignal)
         if folder.holds(recipe, "sweep") and (alive or folder.status().get("status") == "done"):
             return
         if stop.asked:
-            raise Interrupted(f"{folder.path}: stopped; {GOES_ON}")
+            raise Interrupted(f"{folder.path}: stopped; {RESUME_HINT}")
         if time.monotonic() > deadline:
             raise RunFolderError(
                 f"{folder.path}: the first process has not begun this sweep in {recipe.run.timeout_minutes} minutes; "

@@ -23,7 +23,7 @@ from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences, identity_ke
 from dist_vpt.recipe.loading import load_recipe_from
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, write_adapters
-from dist_vpt.runs.folder import GOES_ON, RunFolder
+from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
 from dist_vpt.training.accelerator import make_accelerator, strategy_name
@@ -70,7 +70,7 @@ class Worker:
         reported = False
         while missing := [job for job in jobs if not self.done(job)]:
             if self.stop.asked:
-                raise Interrupted(f"{self.folder.path}: stopped; {GOES_ON}")
+                raise Interrupted(f"{self.folder.path}: stopped; {RESUME_HINT}")
             if not reported:
                 self.show(f"waiting for {len(missing)} trials of other processes")
                 reported = True
@@ -136,7 +136,7 @@ class Worker:
                 self.write_outcome(job, progress.last, progress.best, trial.diverged, seconds, skipped)
             state.unlink(missing_ok=True)
 
-        on_main_process(self.accelerator, write, "outcomes", self.folder.path, GOES_ON)
+        on_main_process(self.accelerator, write, "outcomes", self.folder.path, RESUME_HINT)
 
     def _state_of(self, jobs: Sequence[SweepJob]) -> Path:
         """Where the state of these jobs is kept while they are trained together."""
@@ -155,7 +155,7 @@ class Worker:
 
         if self.shared:
             assert self.accelerator is not None
-            on_main_process(self.accelerator, write, "outcomes", self.folder.path, GOES_ON)
+            on_main_process(self.accelerator, write, "outcomes", self.folder.path, RESUME_HINT)
         else:
             write()
 
@@ -178,7 +178,7 @@ class Worker:
             "skipped_images": list(skipped),
             "recipe": job.recipe.model_dump(mode="json"),
         }
-        with raising_disk_full("outcomes", self.folder.path, GOES_ON):
+        with raising_disk_full("outcomes", self.folder.path, RESUME_HINT):
             job.outcome.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(job.outcome, json.dumps(outcome, indent=1) + "\n")
 

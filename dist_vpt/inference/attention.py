@@ -110,7 +110,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     All blocks, with the mean over heads or one ``head`` alone; or one ``block``, with the mean and each head.
     """
     files = _files_by_name(images)
-    loaded = load_run(run, adapters, checkpointing="none", attention="eager", compile=False, offload=False)
+    loaded = load_run(run, adapters, activation_checkpointing="none", attention="eager", compile=False, offload=False)
     backbone, folder = loaded.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
     for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
         if value is not None and not 0 <= value < count:

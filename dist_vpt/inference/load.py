@@ -39,8 +39,7 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     folder = RunFolder(run)
     folder.refuse_sweep()
     path = folder.best if adapters == "best" else folder.adapters
-    recipe = folder.load()
-    recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=runtime)})
+    recipe = folder.load().changed("runtime", **runtime)
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
     inputs = resolve_inputs(recipe.data, recipe.backbone)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any
 
 from dist_vpt.errors import RunFailed, UserError
 from dist_vpt.planning.footprint import MemoryEstimate, PerDeviceMemory, footprint
@@ -67,7 +66,7 @@ def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
 
 def _of_images(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
     """With micro-batches of ``images`` images, as many of which are evaluated at once."""
-    return footprint(_changed(recipe, "train", eval_batch_size=images), classes, images)
+    return footprint(recipe.changed("train", eval_batch_size=images), classes, images)
 
 
 def _share(count: Callable[[int], MemoryEstimate], name: str, processes: int, images: int) -> PerDeviceMemory:
@@ -109,7 +108,7 @@ def policies(recipe: Recipe, *, gpus: bool) -> Iterator[tuple[str, tuple[str, ..
         overrides = tuple(
             f"runtime.{key}={str(value).lower()}" for key, value in changes.items() if value != getattr(runtime, key)
         )
-        yield checkpointing + " + offload" * offload, overrides, _changed(recipe, "runtime", **changes)
+        yield checkpointing + " + offload" * offload, overrides, recipe.changed("runtime", **changes)
 
 
 def as_counted(recipe: Recipe, *, gpus: bool) -> Recipe:
@@ -118,11 +117,7 @@ def as_counted(recipe: Recipe, *, gpus: bool) -> Recipe:
     Footprints are counted on a CPU, which has other kernels and resolves ``auto`` differently; fused kernels all keep
     the same tensors.
     """
-    return _changed(recipe, "runtime", attention="sdpa") if gpus and recipe.runtime.attention != "eager" else recipe
-
-
-def _changed(recipe: Recipe, section: str, **changes: Any) -> Recipe:
-    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=changes)})
+    return recipe.changed("runtime", attention="sdpa") if gpus and recipe.runtime.attention != "eager" else recipe
 
 
 def micro_batch(recipe: Recipe, devices: int) -> int:
@@ -143,7 +138,7 @@ def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machin
         for choice in found:
             if choice.largest >= batch // parts and choice.scored:
                 eval_batch = min(choice.scored, recipe.train.eval_batch_size)
-                changed = _changed(choice.recipe, "train", grad_accum_steps=parts, eval_batch_size=eval_batch)
+                changed = choice.recipe.changed("train", grad_accum_steps=parts, eval_batch_size=eval_batch)
                 # Gradients are kept between micro-batches, which the largest micro-batch alone does not show.
                 if parts != accumulate and not fits(changed, classes, choice.strategy, machines):
                     continue

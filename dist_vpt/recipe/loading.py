@@ -56,15 +56,22 @@ def load_recipe_from(data: dict[str, Any]) -> Recipe:
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Command-line arguments -> recipes in the order in which they are merged, and ``a.b=c`` overrides.
 
-    Shipped recipes come first, by kind; then the user's files in the order given. Raises RecipeError for a lone ``=``.
+    Shipped recipes come first, by kind; then the user's files in the order given. Raises RecipeError for a lone ``=``
+    and for two recipes of a kind that a run has one of.
     """
+    names, overrides = split_overrides(arguments)
+    return merge_order(names), overrides
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Command-line arguments -> others, and ``a.b=c`` overrides. Raises RecipeError for a lone ``=``."""
     if "=" in arguments:
         at = arguments.index("=")
         key, value = (" ".join(arguments[part]) for part in (slice(max(at - 1, 0), at), slice(at + 1, at + 2)))
         rule = f"an override has no spaces around =; write {key or 'KEY'}={value or 'VALUE'}"
         raise RecipeError(f"command line: {key} = {value}: {rule}")
     overrides = [argument for argument in arguments if re.match(r"[A-Za-z_][\w.]*=", argument)]
-    return merge_order([argument for argument in arguments if argument not in overrides]), overrides
+    return [argument for argument in arguments if argument not in overrides], overrides
 
 
 def sets_method(file: str) -> bool:

@@ -282,6 +282,12 @@ class Recipe(Section):
                 "compiled block; use mlp, block or every-N, or compile=false"
             )
 
+    def changed(self, section: str, **changes: Any) -> Self:
+        """A copy with other values in a section; they are not checked, but their keys are."""
+        part = getattr(self, section)
+        assert changes.keys() <= type(part).model_fields.keys(), f"{section} has no {changes.keys()}"
+        return self.model_copy(update={section: part.model_copy(update=changes)})
+
     def to_yaml(self) -> str:
         """The resolved recipe with every key; loading it gives an equal recipe."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=110)

@@ -74,7 +74,10 @@ def nearest_names(name: str) -> str:
 
 
 def merge_order(names: Sequence[str]) -> list[str]:
-    """Shipped recipes by kind, whether named or given by path; then files of the user, in the order given."""
+    """Shipped recipes by kind, whether named or given by path; then files of the user, in the order given.
+
+    Raises RecipeError for two recipes of a kind that a run has one of: which one wins would depend on their order.
+    """
     kinds = {recipe.file.resolve(): KINDS.index(recipe.kind) for recipe in shipped_recipes()}
 
     def order(name: str) -> int:
@@ -83,7 +86,14 @@ def merge_order(names: Sequence[str]) -> list[str]:
         except RecipeError:  # loading the recipe reports it
             return len(KINDS)
 
-    return sorted(names, key=order)
+    ordered = sorted(names, key=order)
+    for kind in ("backbone", "data", "task", "method"):
+        same = [name for name in ordered if order(name) == KINDS.index(kind)]
+        if len(same) > 1:
+            raise RecipeError(
+                f"{' '.join(same)}: {len(same)} recipes of the kind {kind}, and a run has one; remove the others"
+            )
+    return ordered
 
 
 def copy_recipe(name: str, target: str | None = None) -> Path:

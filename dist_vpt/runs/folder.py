@@ -33,7 +33,7 @@ RUN_FILES = (
     "logs",
     "recipe.yaml",
 )
-GOES_ON = "the same command goes on"  # of sweeps and compressions
+RESUME_HINT = "the same command resumes"  # of sweeps and compressions
 LOGS = ("train.log", "logs")  # a run that is started again appends to them
 SEEN_SECONDS = 90.0  # how long a node may not see a new file (on NFS at most a minute)
 
@@ -63,7 +63,7 @@ class RunFolder:
         return read_json(self.info) if self.info.is_file() else {}
 
     @contextmanager
-    def claimed(self, recipe: Recipe, kind: str = "run") -> Iterator[bool]:
+    def acquire(self, recipe: Recipe, kind: str = "run") -> Iterator[bool]:
         """Lock the folder for one run or sweep, on the main process; yields whether what is in it is done already.
 
         Raises RunFolderError where another process has locked the folder, where it holds another recipe's run or, with

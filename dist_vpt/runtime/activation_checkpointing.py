@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dist_vpt.errors import UserError
 from dist_vpt.runtime.blocks import RunBlock, is_block_weight
 
-if TYPE_CHECKING:  # workers that load images import this module, but no model
+if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from dist_vpt.runtime.attention import apply_attention
 from dist_vpt.runtime.compile import apply_compile
 from dist_vpt.runtime.offload import apply_offload
 
-if TYPE_CHECKING:  # workers that load images import this module, but no model
+if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
     from dist_vpt.recipe.schema import RuntimeConfig
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dist_vpt.errors import UserError
 from dist_vpt.runtime.blocks import RunBlock
 
-if TYPE_CHECKING:  # workers that load images import this module, but no model
+if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
 BACKENDS = {

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # workers that load images import this module, but no model
+if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
 

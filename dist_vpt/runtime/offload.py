@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dist_vpt.runtime.blocks import RunBlock, is_block_weight
 
-if TYPE_CHECKING:  # workers that load images import this module, but no model
+if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
 PutAway = Callable[[Tensor], Callable[[], Tensor]]

@@ -1,7 +1,7 @@
 """Signals, kills, a full disk and damaged states, one after the other in one run: it ends as if nothing had happened.
 
 Each strategy's run on two processes is struck by every kind of fault THRICE: between two steps, within a save, on
-either process, at steps drawn from a seed. After each one the same command goes on.
+either process, at steps drawn from a seed. After each one the same command resumes.
 """
 
 import json

@@ -207,7 +207,7 @@ def test_a_sweep_that_is_started_again_after_a_kill_watches_its_processes(split:
     ]
     options = words(folder, *grid, "train.batch_size=100", "train.epochs=30", "run.trackers=[]", "stream.cache=none")
     recipe = load_recipe([], [*options, "run.resume=auto"])
-    with RunFolder(folder).claimed(recipe, "sweep"):
+    with RunFolder(folder).acquire(recipe, "sweep"):
         left = (folder / "run.json").read_bytes()
     (folder / "run.json").write_bytes(left)
 
@@ -248,7 +248,7 @@ def test_a_mistake_that_shows_before_the_rendezvous_is_reported_once(
 
 def test_a_second_process_of_the_same_rank_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe([], words(tmp_path / "run"))
-    with RunFolder(tmp_path / "run").claimed(recipe):
+    with RunFolder(tmp_path / "run").acquire(recipe):
         (tmp_path / "run" / "ranks").mkdir()
         with open(tmp_path / "run" / "ranks" / "rank-1.json", "w") as living:
             fcntl.flock(living, fcntl.LOCK_EX)
@@ -302,7 +302,7 @@ def watched(folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: Callable[[
     monkeypatch.setattr(watchdog, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(watchdog, "LEAVE_SECONDS", 0.02)
     monkeypatch.setattr(watchdog.RankWatchdog, "_end", end)
-    with folder.claimed(load_recipe([], words(folder.path))), watchdog.RankWatchdog(folder, 1, 2, 1.0, RankStatus()):
+    with folder.acquire(load_recipe([], words(folder.path))), watchdog.RankWatchdog(folder, 1, 2, 1.0, RankStatus()):
         then(folder.path / "ranks")
         deadline = time.monotonic() + 5
         while not reasons and time.monotonic() < deadline:

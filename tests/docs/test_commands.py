@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.docs.command_server import write_command
 from tests.docs.pages import NOT_RUN, PAGES, RUN_WITH, Block, blocks
 from tests.running import ROOT
 
@@ -50,12 +52,20 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def environment() -> dict[str, str]:
-    """This checkout's package, its command on the PATH, no network."""
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """This checkout's package, its command on the PATH, no network. The package is imported once for all commands."""
     kept = {name: value for name, value in os.environ.items() if name in ("HOME", "LANG", "OMP_NUM_THREADS", "TMPDIR")}
-    bins = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PATH": bins, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    bins, socket = tmp_path_factory.mktemp("bin"), tmp_path_factory.mktemp("server") / "socket"
+    path = f"{bins}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    write_command(bins, socket)
+    words = [sys.executable, "-m", "tests.docs.command_server", str(socket)]
+    with subprocess.Popen(words, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        yield variables
+        server.terminate()
 
 
 @pytest.mark.parametrize("page", first_of_each(), ids=lambda page: page.stem)
@@ -74,6 +84,13 @@ def test_commands_run(page: Path, folder: Path, environment: dict[str, str]) -> 
             timeout=SECONDS,
         )
         assert done.returncode == 0, f"{block.where}:\n{block.commands}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_command_is_installed() -> None:
+    """The blocks above reach the package by another way."""
+    command = Path(sys.executable).with_name("dist-vpt")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("dist-vpt "), done.stderr
 
 
 def test_few_commands_are_left_out() -> None:

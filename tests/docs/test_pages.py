@@ -1,9 +1,12 @@
 """The pages hold together: links resolve, the reference is up to date, the README is short, the words are right."""
 
+import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 import yaml
@@ -14,6 +17,7 @@ from tests.running import ROOT
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 HEADING = re.compile(r"^#+ (?P<title>.+)$", re.MULTILINE)
 MOST_WORDS = 1500
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 # Words that the docs once had for things with better names, and British spellings.
 AVOIDED = re.compile(
     r"\b(mend\w*|told|meets|claims?|licences?|behaviours?|centres?|colours?"
@@ -52,7 +56,8 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_the_reference_is_up_to_date() -> None:
     script = [sys.executable, str(ROOT / "tools" / "make_reference.py"), "--check"]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    this_checkout = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, cwd=ROOT, env=this_checkout, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -63,6 +68,30 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_words(page: Path) -> None:
     assert not [match[0] for match in AVOIDED.finditer(prose(page))]
+
+
+def sources() -> list[str]:
+    """All text in the package's strings, and the scripts for Slurm."""
+    found = [path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.sh")]
+    for path in (ROOT / "dist_vpt").rglob("*.py"):
+        strings = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.JoinedStr)]
+        found += ["".join(str(getattr(part, "value", "")) for part in string.values) for string in strings]
+        found += [n.value for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if _is_text(n)]
+    return found
+
+
+def _is_text(node: ast.AST) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def test_messages_of_troubleshooting_exist() -> None:
+    """What the first column quotes is in the package; ... stands for what differs."""
+    rows = re.findall(r"^\| (.+?) \|", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    quoted = [quote for row in rows for quote in re.findall(r"`([^`]+)`", row)]
+    texts = sources()
+    assert len(quoted) > 20
+    parts = [part.strip() for quote in quoted for part in quote.split("...")]
+    assert not [part for part in parts if not any(part in text for text in texts)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -458,7 +458,7 @@ def test_what_is_stopped_before_a_fraction_is_done_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(fixed_features, name, stopped)
-        with pytest.raises(Interrupted, match="compress: stopped; the same command goes on"):
+        with pytest.raises(Interrupted, match="compress: stopped; the same command resumes"):
             again(source, [0.5], out=str(tmp_path))
     assert status(tmp_path / "featselect-0.5") == "interrupted"
     again(source, [0.5], out=str(tmp_path))
@@ -485,7 +485,7 @@ def test_a_full_disk_loses_nothing_that_was_finetuned(
     monkeypatch.setattr(compress_training, "fit_trials", counted)
     with monkeypatch.context() as patch:
         patch.setattr(compress_training, "write_adapters", full)
-        with pytest.raises(RunFailed, match=r"finetune-0.2: the results cannot be written .* the same command goes on"):
+        with pytest.raises(RunFailed, match=r"finetune-0.2: the results cannot be written .* the same command resumes"):
             again(source, [0.9, 0.5, 0.2], "finetune", out=str(tmp_path))
     assert (status(tmp_path / "finetune-0.5"), status(tmp_path / "finetune-0.2")) == ("done", "failed")
     before = (tmp_path / "finetune-0.5" / "adapters.safetensors").stat().st_mtime_ns

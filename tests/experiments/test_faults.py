@@ -138,7 +138,7 @@ def test_the_folder_of_something_else(run: Path, capsys: pytest.CaptureFixture[s
 
 def test_two_runs_at_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = load_recipe([], [*TINY, f"run.dir={run}"])
-    with RunFolder(run).claimed(recipe):
+    with RunFolder(run).acquire(recipe):
         message = fault(run, capsys, "run.resume=auto")
         assert f"another run is at work here (process {os.getpid()} on " in message
         assert "wait for its end or choose another run.dir" in message

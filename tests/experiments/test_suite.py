@@ -176,7 +176,7 @@ def test_a_stop_is_obeyed_and_gone_on_from(undisturbed: Path, root: Path, tmp_pa
         time.sleep(0.05)
     run.send(signal.SIGTERM)
     assert run.finish() == [75], run.output
-    assert "the same command goes on" in run.output
+    assert "the same command resumes" in run.output
     assert command(words(tmp_path, root), tmp_path / "more.txt").finish() == [0]
     assert comparable(tmp_path) == comparable(undisturbed)
 

@@ -342,7 +342,7 @@ def test_a_folder_is_seen_to_be_held_where_locks_reach_no_other_machine(
     monkeypatch.setattr(
         sweep_module, "read_rank_status", lambda *_: {} if (beat := next(beats)) is None else {"beat": beat}
     )
-    with folder.claimed(recipe, "sweep"):
+    with folder.acquire(recipe, "sweep"):
         stop = StopSignal()
         with pytest.raises(StopIteration):  # none of these is a sign of the next attempt
             sweep_module._wait_for_first_process(folder, recipe, stop)

@@ -325,7 +325,7 @@ def test_more_layers_than_blocks_are_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"deep": False, "layers": 2}, "belong to deep prompts"),
+        ({"deep": False, "layers": 2}, "these need deep prompts"),
         ({"expand": False}, "expand = false with layers = None"),
         (
             {"expand": False, "layers": 2, "prompted_blocks": "last"},
@@ -337,8 +337,8 @@ def test_more_layers_than_blocks_are_refused() -> None:
         ({"location": "pad"}, "location = pad: there are pixels only before the first block"),
         ({"location": "below", "deep": False, "projection": 4}, "set deep=false and projection=null"),
         ({"location": "below", "deep": False, "pooling": "prompt_pool"}, "no prompts come out of the last block"),
-        ({"extra_trainable": ("bias", "bias")}, "each once"),
-        ({"init": "tokens", "projection": 4}, "only prompts that are tokens themselves"),
+        ({"extra_trainable": ("bias", "bias")}, "each only once"),
+        ({"init": "tokens", "projection": 4}, "only prompts that are tokens can be drawn like tokens"),
     ],
 )
 def test_options_of_vpt_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -33,7 +33,7 @@ import sys
 import time
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.folder import RunFolder
-with RunFolder(sys.argv[1]).claimed(load_recipe([], ["run.dir=" + sys.argv[1]])):
+with RunFolder(sys.argv[1]).acquire(load_recipe([], ["run.dir=" + sys.argv[1]])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def use(folder: RunFolder, *overrides: str, then: BaseException | None = None, status: str = "done") -> None:
     """A run in the folder, to its end or to an error."""
-    with folder.claimed(recipe(folder, *overrides)) as done:
+    with folder.acquire(recipe(folder, *overrides)) as done:
         assert not done
         if then is not None:
             raise then
@@ -65,14 +65,14 @@ def use(folder: RunFolder, *overrides: str, then: BaseException | None = None, s
 def refused(folder: RunFolder, *overrides: str) -> str:
     """The message of a refusal, which leaves the folder as it was."""
     before = files(folder.path)
-    with pytest.raises(RunFolderError) as caught, folder.claimed(recipe(folder, *overrides)):
+    with pytest.raises(RunFolderError) as caught, folder.acquire(recipe(folder, *overrides)):
         pytest.fail("the folder was given away")
     assert files(folder.path) == before
     return str(caught.value)
 
 
 def test_a_new_folder_gets_the_recipe_and_where_it_came_from(folder: RunFolder) -> None:
-    with folder.claimed(recipe(folder, "optim.lr=0.3")) as done:
+    with folder.acquire(recipe(folder, "optim.lr=0.3")) as done:
         assert not done
         status = folder.status()
         assert status["status"] == "running"
@@ -106,7 +106,7 @@ def test_a_used_folder_goes_on_with_auto(folder: RunFolder) -> None:
         use(folder, then=Interrupted("stopped by a signal"))
     assert folder.status()["reason"] == "stopped by a signal"
     started = folder.status()["started"]
-    with folder.claimed(recipe(folder, "run.resume=auto")) as done:
+    with folder.acquire(recipe(folder, "run.resume=auto")) as done:
         assert not done
         assert folder.status()["status"] == "running"
         assert folder.status()["started"] == started
@@ -116,7 +116,7 @@ def test_a_used_folder_goes_on_with_auto(folder: RunFolder) -> None:
 def test_a_finished_run_is_done_with_auto(folder: RunFolder) -> None:
     use(folder)
     before = files(folder.path)
-    with folder.claimed(recipe(folder, "run.resume=auto")) as done:
+    with folder.acquire(recipe(folder, "run.resume=auto")) as done:
         assert done
     assert files(folder.path) == before
 
@@ -448,7 +448,7 @@ def test_who_waits_sees_whether_a_run_was_begun_by_who_holds_its_folder(tmp_path
     recipe = load_recipe([], [f"run.dir={tmp_path / 'run'}", "run.resume=auto"])
     folder, waiting = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     assert not waiting.under_way()
-    with folder.claimed(recipe):
+    with folder.acquire(recipe):
         assert waiting.under_way()
         left = folder.info.read_bytes()
     folder.info.write_bytes(left)  # as after a kill

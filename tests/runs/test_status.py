@@ -19,7 +19,7 @@ from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed.rank_status import read_rank_status
 from dist_vpt.errors import Interrupted
 from dist_vpt.experiments.suite_plan import Experiment
-from dist_vpt.experiments.suite_worker import claim_file
+from dist_vpt.experiments.suite_worker import lock_file
 from dist_vpt.files import locked
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.folder import RunFolder
@@ -53,7 +53,7 @@ def ended(folder: Path, error: BaseException | None = None) -> None:
         patch.setattr("dist_vpt.runs.provenance.git_revision", lambda: None)
         with (
             nullcontext() if error is None else pytest.raises(type(error)),
-            run.claimed(load_recipe([], [f"run.dir={folder}"])),
+            run.acquire(load_recipe([], [f"run.dir={folder}"])),
         ):
             if error is not None:
                 raise error
@@ -125,7 +125,7 @@ def test_how_runs_have_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_sweep_by_its_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "sweep"
     grid = ("sweep.grid={optim: {lr: [1.0, 0.1, 0.2], weight_decay: [0.0, 0.1]}}", "sweep.seeds=[1, 2]")
-    with RunFolder(folder).claimed(load_recipe([], [f"run.dir={folder}", *grid]), kind="sweep"):
+    with RunFolder(folder).acquire(load_recipe([], [f"run.dir={folder}", *grid]), kind="sweep"):
         (folder / "trials").mkdir()
         for number, seconds in enumerate((10.0, 20.0)):
             (folder / "trials" / f"{number:03d}.json").write_text(json.dumps({"seconds": seconds}))
@@ -177,7 +177,7 @@ def test_a_sweep_whose_trials_two_processes_share(tmp_path: Path, capsys: pytest
     """Of 20 trials each trains ten in one pass; five seeds are to come."""
     folder = tmp_path / "sweep"
     grid = (f"sweep.grid={{optim: {{lr: {[n / 10 for n in range(1, 21)]}}}}}", "sweep.seeds=[1, 2, 3, 4, 5]")
-    with RunFolder(folder).claimed(load_recipe([], [f"run.dir={folder}", *grid]), kind="sweep"):
+    with RunFolder(folder).acquire(load_recipe([], [f"run.dir={folder}", *grid]), kind="sweep"):
         (folder / "ranks").mkdir()
         for rank, left in enumerate((30.0, 50.0)):
             progress = {"trials": 10, "epoch": 4, "epochs": 9, "seconds": 60.0, "seconds_left": left}
@@ -206,7 +206,7 @@ def suite(tmp_path: Path) -> Iterator[tuple[Path, ExitStack]]:
     (folder / "svhn" / "vpt" / "run.json").write_text('{"kind": "sweep", "status": "running"}')
     (folder / "svhn" / "vpt" / "trials" / "000.json").write_text('{"seconds": 4.0}')
     with ExitStack() as runner:
-        runner.enter_context(locked(claim_file(folder, pairs["svhn"], "trial 1"), ""))
+        runner.enter_context(locked(lock_file(folder, pairs["svhn"], "trial 1"), ""))
         yield folder, runner
 
 
