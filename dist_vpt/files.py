@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout, lock_descriptor
 from dist_vpt.errors import RunFailed, RunFolderError
 
 POLL_SECONDS = 0.05  # between two attempts at a lock
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
 LOOK_SECONDS = 0.25  # for which is_locked of other processes may keep a free lock from being acquired
 
 
@@ -81,15 +82,19 @@ def locked(
     try:
         open(file, "ab").close()
     except OSError as error:
-        raise RunFolderError(f"{file}: cannot be opened ({error.strerror}); free space there, or {fix}") from error
+        raise RunFolderError(
+            f"{file}: cannot be opened ({error.strerror}); free space or fix permissions there, or {fix}"
+        ) from error
     # A soft lock, filelock's fallback, would outlive a process that is killed.
-    lock, acquired = FileLock(file, fallback_to_soft=False, on_acquired=write_holder), False
+    lock, acquired = FileLock(file, fallback_to_soft=False, on_acquired=write_holder if holder else None), False
     try:
         lock.acquire(timeout, poll_interval=POLL_SECONDS, cancel_check=cancel)
         acquired = True
     except Timeout:
         pass
     except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise RunFolderError(f"{file}: cannot be locked ({error}); fix its permissions, or {fix}") from error
         raise RunFolderError(
             f"{file}: this file system has no locks ({error.strerror}); mount it with them (Lustre: flock), or {fix}"
         ) from error

@@ -8,6 +8,7 @@ launch/slurm.sh calls them on each node. The exit code of its step is the highes
 that it has ended 128 or more; so the exit codes of training processes are raised above that (distributed/launcher.py).
 """
 
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return check(argv, launch)
     if command == "gpus":
         return _report(_too_few_gpus(launch), launch)
+    # Before the slow imports: Slurm sends it to the launcher, too, but it is meant for the processes that train.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     from dist_vpt.distributed.launcher import launch_on_node
 
     return launch_on_node(Path(argv[0]), argv[1:])

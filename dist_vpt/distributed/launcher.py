@@ -21,7 +21,6 @@ def launch_on_node(strategy: Path, argv: Sequence[str]) -> int:
     """Start this node's processes of ``dist_vpt.train``, one per GPU, and wait for them; returns the exit code."""
     slurm, deepspeed_config = LaunchEnv.current().slurm, strategy.with_suffix(".json")
     processes = max(slurm.gpus, 1)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to the launcher too, but it is for the processes
     if not slurm.gpus and not deepspeed_config.is_file():  # DeepSpeed would be switched off by it
         os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, slurm.cpus // processes)))

@@ -73,13 +73,13 @@ class RankFile:
     def open(self) -> None:
         """Raises BlockingIOError where another process holds the file, OSError where there can be none."""
         self.path.parent.mkdir(exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            lock_nowait(descriptor)
+            lock_nowait(self._descriptor)
         except BlockingIOError:
-            os.close(descriptor)
+            os.close(self._descriptor)
+            self._descriptor = None
             raise
-        self._descriptor = descriptor
         self.write()
 
     def content(self) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from dist_vpt.training.metrics import Scores
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json."""
-
     launch = LaunchEnv.current()
 
     def make() -> tuple[Components, TrainBatches]:
@@ -73,7 +72,6 @@ def acquire(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, leaving
 
     Raises its error on all processes, and RunFolderError where one of them does not see the folder.
     """
-
     done: bool = False
     refused: UserError | None = None
     if accelerator.is_main_process:

@@ -86,6 +86,11 @@ class Training(ABC):
 
     @property
     @abstractmethod
+    def state_folder(self) -> Path:
+        """Where states are saved."""
+
+    @property
+    @abstractmethod
     def newest_state(self) -> str:
         """Where a resumed training would start."""
 
@@ -134,6 +139,10 @@ class TrainState(Training):
     @property
     def path(self) -> Path:
         return self.folder.path
+
+    @property
+    def state_folder(self) -> Path:
+        return self.folder.state
 
     @property
     def newest_state(self) -> str:
@@ -253,7 +262,7 @@ def save(t: Training) -> str:
         return f"with its state saved; {t.resume_with} resumes it"
     t.warn(
         f"warning: the state of step {t.step} could not be saved ({failed}); training continues, and would resume "
-        f"{t.newest_state}; free space for {t.path}"
+        f"{t.newest_state}; free space in {t.state_folder}"
     )
     if t.failed_saves == MAX_FAILED_SAVES:
         error = RunFailed(

@@ -68,6 +68,10 @@ class TrialGroup(Training):
         return self.state
 
     @property
+    def state_folder(self) -> Path:
+        return self.state.parent
+
+    @property
     def newest_state(self) -> str:
         return "from the state before" if self.state.is_file() else "from the beginning of these trials"
 
@@ -117,6 +121,7 @@ class TrialGroup(Training):
     def save_is_due(self) -> bool:
         """Process 0 decides for all: other clocks differ. A collective call."""
         due = self.accelerator.is_main_process and time.monotonic() - self.saved_at > SAVE_SECONDS
+        self.saved_at = time.monotonic() if due else self.saved_at
         return all_reduce_sum(self.accelerator, due)[0] > 0
 
     def write_state(self) -> str | None:
@@ -128,7 +133,6 @@ class TrialGroup(Training):
                 write_trials(self.state, self.trials, {**shared, "skipped": sorted(self.skipped)})
             except OSError as error:
                 failed = str(error)
-        self.saved_at = time.monotonic()
         return broadcast_object_list([failed])[0]
 
     def warn(self, text: str) -> None:

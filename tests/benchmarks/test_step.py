@@ -63,10 +63,10 @@ def flops(*overrides: str) -> int:
     be forked, and other tests fork."""
     code = f"""
 import runpy, sys
-from dist_vpt.backbones.build import describe
 from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.training.components import resolve_inputs
 recipe = load_recipe([], sys.argv[2:])
-print(runpy.run_path(sys.argv[1])["model_flops"](recipe, describe(recipe.backbone), {K}))
+print(runpy.run_path(sys.argv[1])["model_flops"](recipe, resolve_inputs(recipe.data, recipe.backbone), {K}))
 """
     words = [sys.executable, "-c", code, str(SCRIPT), *TINY, *overrides]
     return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from dist_vpt.distributed.launch_env import LaunchEnv, SlurmEnv, detach_from_launcher
+from dist_vpt.errors import UserError
 from tests.running import ROOT
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "SLURMD_", "ACCELERATE_USE_")
@@ -74,3 +75,10 @@ def test_a_detached_process_is_alone_on_its_own_device(
     assert os.environ == {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": device}
     detach_from_launcher()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == device
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NNODES"])
+def test_a_broken_variable_is_named_and_an_empty_one_is_none(name: str) -> None:
+    assert LaunchEnv.parse({name: ""}) == LaunchEnv()
+    with pytest.raises(UserError, match=rf"^{name} = 'many': .* must be a whole number; unset it$"):
+        LaunchEnv.parse({name: "many"})

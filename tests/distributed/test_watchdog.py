@@ -25,7 +25,7 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs import folder
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training import accelerator as strategy
-from dist_vpt.training import engine
+from dist_vpt.training import step as step_module
 from dist_vpt.training.accelerator import init_accelerator
 from dist_vpt.training.components import Components
 from tests.forks import Forks, command
@@ -345,8 +345,8 @@ def test_a_process_that_cannot_report_its_status_warns_and_still_watches_the_oth
 def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
     def before(rank: int) -> None:
         if rank == 1:
-            whole = engine.F.cross_entropy
-            before_step(lambda: setattr(engine.F, "cross_entropy", lambda *a, **k: whole(*a, **k) * float("nan")))
+            whole = step_module.F.cross_entropy
+            before_step(lambda: setattr(step_module.F, "cross_entropy", lambda *a, **k: whole(*a, **k) * float("nan")))
 
     forks = forked("ddp", tmp_path / "run", before)
     assert forks.finish(90) == [3, 3], forks.output[-3000:]

@@ -81,6 +81,21 @@ def test_files_of_the_user_come_last_in_the_order_given() -> None:
     assert load("b.yaml", "a.yaml", "vqt", "train.test=false").train.epochs == 17
 
 
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (("vqt", "vpt_deep"), "method"),
+        (("vqt", str(ROOT / "configs" / "method" / "linear.yaml")), "method"),
+        (("dtd", "svhn"), "task"),
+        (("mae_b16", "dinov2_s14"), "backbone"),
+        (("hf", "image_folder"), "data"),
+    ],
+)
+def test_two_recipes_of_a_kind_are_refused(names: tuple[str, ...], kind: str) -> None:
+    with pytest.raises(RecipeError, match=f": 2 recipes of the kind {kind}, and a run has one; remove the others"):
+        split_arguments(names)
+
+
 def test_a_file_wins_over_a_name_and_a_name_over_a_folder() -> None:
     Path("vqt").mkdir()
     assert load("vqt").method.name == "vqt"

@@ -178,7 +178,7 @@ def test_a_full_disk_fails_a_save_and_not_the_run(stopped: Path, tmp_path: Path)
         train(tmp_path / "run", *OPTIONS)
     log = (tmp_path / "run" / "train.log").read_text()
     assert "warning: the state of step 4 could not be saved ([Errno 28] No space left on device: " in log
-    assert log.count("training continues, and would resume from step 3; free space for ") == 2
+    assert log.count("training continues, and would resume from step 3; free space in ") == 2
     assert metrics(tmp_path / "run") == metrics(stopped / "whole")
     assert states(tmp_path / "run") == ["step-00000011", "step-00000012"]
 
