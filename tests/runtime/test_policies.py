@@ -187,7 +187,7 @@ def test_policies_that_are_none(policy: str) -> None:
         (
             "mlp",
             {"block_fn": ParallelScalingBlock},
-            "mlp: a ParallelScalingBlock of the backbone has no MLP as a module",
+            "mlp: a ParallelScalingBlock of the backbone has no MLP module",
         ),
     ],
 )
@@ -283,8 +283,14 @@ def test_offload_needs_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["method.name=linear", "runtime.offload=true"], "runtime.offload = True: method.name = linear keeps nothing"),
-        (["runtime.compile=true", "runtime.activation_checkpointing=budget-0.5"], "does not show the products"),
+        (
+            ["method.name=linear", "runtime.offload=true"],
+            "runtime.offload = True: method.name = linear keeps no activations",
+        ),
+        (
+            ["runtime.compile=true", "runtime.activation_checkpointing=budget-0.5"],
+            "a budget cannot choose among the operations",
+        ),
     ],
 )
 def test_keys_that_do_not_go_together(words: list[str], message: str) -> None:
