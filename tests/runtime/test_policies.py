@@ -318,12 +318,12 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatc
     def no_compiler(device: str) -> None:
         raise RuntimeError(f"no compiler for {device}\nand a page of advice")
 
-    monkeypatch.setattr(compile, "_try_compiler", no_compiler)
+    monkeypatch.setattr("dist_vpt.runtime.compile._try_compiler", no_compiler)
     result = train(tmp_path / "run", "runtime.compile=true", "runtime.activation_checkpointing=block")
     plain = train(tmp_path / "plain")
     assert result["last"]["test"] == plain["last"]["test"]
     warning = "warning: no compiler here, blocks run uncompiled (no compiler for cpu)"
-    assert result["runtime"] == {"attention": "sdpa", "compile": warning, "activation_checkpointing": "block"}
+    assert result["runtime"] == {"attention": "sdpa", "compile": warning, "checkpointing": "block"}
     assert json.loads((tmp_path / "run" / "result.json").read_text())["runtime"] == result["runtime"]
     assert f"attention sdpa; compile {warning}; checkpointing block" in (tmp_path / "run" / "train.log").read_text()
     assert plain["runtime"] == {"attention": "sdpa"}
