@@ -8,7 +8,7 @@ BIN := .venv/bin
 # Processes that run the tests, each with one thread.
 WORKERS ?= 2
 
-.PHONY: quickstart check test lint setup benchmark clean
+.PHONY: quickstart check test lint docs setup benchmark clean
 
 quickstart: .venv/.installed
 	$(BIN)/dist-vpt train quickstart run.dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -16,7 +16,7 @@ quickstart: .venv/.installed
 check: .venv/.installed-dev lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not (gpu or distributed or slurm or slow)" $(TESTS)
 
-test: .venv/.installed-dev lint
+test: .venv/.installed-dev lint docs
 	$(BIN)/coverage erase
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report= $(TESTS)
 	@$(BIN)/coverage report --fail-under=$(if $(TESTS),0,90) --skip-covered
@@ -25,6 +25,10 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; a warning is an error.
+docs: .venv/.installed-dev
+	$(BIN)/mkdocs build --strict --quiet
 
 setup: .venv/.installed
 
