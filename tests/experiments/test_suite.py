@@ -438,7 +438,7 @@ def test_a_damaged_manifest_is_reported(root: Path, tmp_path: Path) -> None:
 
 
 def test_places_that_cannot_be(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--root .*nowhere: is not a folder; use the folder with the datasets"):
+    with pytest.raises(UserError, match=r"--root .*nowhere: is not a folder; name the one that contains the datasets"):
         run_here(tmp_path, root / "nowhere")
     one = tmp_path / "one"
     one.mkdir()
