@@ -138,12 +138,12 @@ def test_grids_over_other_keys_are_passes_of_their_own(tmp_path: Path, capsys: p
         ("sweep.grid.optim.lr=[0.1, -1]", "optim.lr=-1"),
         ("sweep.grid.optim.lr=[]", "grid.optim.lr = []: must be a list with at least one value"),
         ("sweep.grid.optim.lr=0.1", "grid.optim.lr = 0.1: must be a list"),
-        ("sweep.grid.optim.lr=[0.1, 0.1]", "each said once"),
-        ("sweep.grid.seed=[1, 2]", "grid.seed: is the sweep's own"),
+        ("sweep.grid.optim.lr=[0.1, 0.1]", "each given once"),
+        ("sweep.grid.seed=[1, 2]", "grid.seed: is set by the sweep"),
         ("sweep.grid.method.name=[linear, cls]", "cls and the recipe's linear cannot share a sweep"),
-        ("sweep.grid.train.test=[true, false]", "grid.train.test: is the sweep's own"),
+        ("sweep.grid.train.test=[true, false]", "grid.train.test: is set by the sweep"),
         ("backbone.weights=missing.safetensors", "missing.safetensors: no such weights file"),
-        ("sweep.seeds=[1, 1]", "seeds = [1, 1]: each once"),
+        ("sweep.seeds=[1, 1]", "seeds = [1, 1]: must differ; give each once"),
     ],
 )
 def test_bad_grids_are_refused(override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
