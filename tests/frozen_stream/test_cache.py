@@ -229,7 +229,7 @@ def test_what_is_augmented_stays_live(tmp_path: Path, capsys: pytest.CaptureFixt
     assert_equal(kept, live, 1e-6)
     for place in ("memory", "disk"):
         error = message(capsys, tmp_path / place, *options, f"stream.cache={place}", f"stream.dir={tmp_path / 'cache'}")
-        assert f"stream.cache = {place}: data.augment = fgvc shows each image otherwise" in error
+        assert f"stream.cache = {place}: data.augment = fgvc changes each image in every epoch" in error
         assert "set stream.cache=auto (which keeps val alone) or data.augment=none" in error
     assert not (tmp_path / "cache").exists()
 
