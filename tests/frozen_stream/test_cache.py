@@ -651,8 +651,8 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("overrides", "mistake"),
     [
-        (("method.name=vpt", "stream.cache=memory"), "method.name = vpt changes the image's tokens"),
-        (("method.name=full", "stream.dir=cache"), "method.name = full changes the image's tokens"),
+        (("method.name=vpt", "stream.cache=memory"), "method.name = vpt changes the image tokens"),
+        (("method.name=full", "stream.dir=cache"), "method.name = full changes the image tokens"),
         (("method.name=linear", "stream.cache=disk"), "cache = disk: needs a folder for its files; set stream.dir"),
         (("method.name=linear", "stream.cache=ram"), "stream.cache = 'ram'"),
     ],
