@@ -192,7 +192,7 @@ def test_one_bad_dataset_does_not_stop_the_others(root: Path, tmp_path: Path) ->
     assert "2 of 6 have no result" in run.output
     found = results(tmp_path)
     assert [name for name, result in found.items() if result.failed] == ["dsprites_loc/reader", "dsprites_loc/writer"]
-    assert "copy the file anew" in str(found["dsprites_loc/writer"].failed)
+    assert "copy the file again" in str(found["dsprites_loc/writer"].failed)
     file.write_bytes(whole)
     again = command(words(tmp_path, copies), tmp_path / "again.txt")
     assert again.finish() == [0], again.output
@@ -240,7 +240,7 @@ def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
         UserError, match=r"--tasks dtdd: neither a task, a group nor a recipe file; did you mean 'dtd'\?"
     ):
         task_recipes(["dtdd"])
-    with pytest.raises(UserError, match=r"vpt_dep: no such recipe file, .* did you mean 'vpt_deep'"):
+    with pytest.raises(UserError, match=r"vpt_dep: neither a file nor the name of a method recipe; did you mean 'vpt_deep'"):
         plan_experiments(["dtd"], ["vpt_dep"], [], "somewhere", "out")
 
 
@@ -248,7 +248,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         plan_experiments(["dtd", "svhn"], ["linear"], ["train.epochs=0"], "somewhere", "out")
     assert str(caught.value).count("train.epochs = 0") == 2
-    with pytest.raises(RecipeError, match=r"^--root DIR is missing: the folder in which the datasets lie$"):
+    with pytest.raises(RecipeError, match=r"^--root DIR is missing: the folder that contains the datasets$"):
         plan_experiments(["dtd", "svhn"], ["linear"], [], None, "out")
     with pytest.raises(UserError, match="dtd/linear is listed twice; list each once"):
         plan_experiments(["dtd"], ["linear", "linear"], [], "somewhere", "out")
