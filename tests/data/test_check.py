@@ -200,11 +200,11 @@ def test_what_cannot_be_prepared_is_reported_at_the_end(tmp_path: Path, monkeypa
     with pytest.raises(UserError) as caught:
         prepare(str(tmp_path), ["dtd", "diabetic_retinopathy", "svhn"])
     dtd, retinopathy, svhn = str(caught.value).splitlines()
-    assert dtd == "dtd: ConnectionError: no network; see the message, and start the command again"
+    assert dtd == "dtd: ConnectionError: no network; see the message and run the command again"
     assert "must be downloaded by hand" in retinopathy
     assert "kaggle" in retinopathy.lower()
     assert str(tmp_path / "downloads" / "manual") in retinopathy
-    assert svhn == "svhn_cropped: OSError: disk full; see the message, and start the command again"
+    assert svhn == "svhn_cropped: OSError: disk full; see the message and run the command again"
     with pytest.raises(UserError, match="cub: TensorFlow Datasets does not have it"):
         prepare(str(tmp_path), ["cub"])
 
