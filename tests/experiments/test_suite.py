@@ -240,7 +240,9 @@ def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
         UserError, match=r"--tasks dtdd: neither a task, a group nor a recipe file; did you mean 'dtd'\?"
     ):
         task_recipes(["dtdd"])
-    with pytest.raises(UserError, match=r"vpt_dep: neither a file nor the name of a method recipe; did you mean 'vpt_deep'"):
+    with pytest.raises(
+        UserError, match=r"vpt_dep: neither a file nor the name of a method recipe; did you mean 'vpt_deep'"
+    ):
         plan_experiments(["dtd"], ["vpt_dep"], [], "somewhere", "out")
 
 
