@@ -83,7 +83,7 @@ class RankFile:
         self.write()
 
     def content(self) -> dict[str, Any]:
-        """What the file tells the other processes."""
+        """The content of the file."""
         return {
             "rank": self.rank,
             "world": self.world,

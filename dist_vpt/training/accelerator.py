@@ -90,7 +90,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
         method, [*frozen, *(name for name, _ in method.named_buffers())]
     )
     for parameter in frozen.values():
-        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # tells DeepSpeed not to broadcast it
+        parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed does not broadcast it then
     model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
