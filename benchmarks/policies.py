@@ -35,6 +35,7 @@ from step import (
 )
 
 from dist_vpt.cli.main import run_with_exit_code
+from dist_vpt.distributed.launch_env import ALONE
 from dist_vpt.errors import UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.loading import load_recipe, split_arguments
@@ -67,7 +68,7 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
             "--policies: all are compared with none; begin with it, and leave runtime.activation_checkpointing out"
         )
     load = round(os.getloadavg()[0], 1)
-    device = make_accelerator(recipe).device
+    device = make_accelerator(recipe, ALONE).device
     inputs = resolve_inputs(recipe.data, recipe.backbone)
     plain = build_method(recipe, inputs, classes)[0].to(device).train()
     batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, inputs, classes)[0].items()})  # type: ignore[attr-defined]

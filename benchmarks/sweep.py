@@ -59,6 +59,7 @@ from ways import TOLERANCE, WAYS, Numbers, Way, floor, ratios, rounded_numbers, 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.data.loaders import Batch
+from dist_vpt.distributed.launch_env import ALONE
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RunFailed, UserError
 from dist_vpt.frozen_stream.cache import StreamCache, nbytes
@@ -99,7 +100,7 @@ def benchmark(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 1)
     _check(recipe)
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})})
-    accelerator = make_accelerator(recipe)
+    accelerator = make_accelerator(recipe, ALONE)
     device, batch = accelerator.device, recipe.train.batch_size
     images = options.images or max(batch, 32 if device.type == "cpu" else 1000)
     if images < batch:

@@ -89,7 +89,7 @@ def _check(recipe: "Recipe", arguments: argparse.Namespace) -> None:
     strategy, time, nodes, gpus = arguments.strategy, arguments.time, arguments.nodes, arguments.gpus_per_node
     known = [path.stem for path in (shipped_folder("launch") / "accelerate").glob("*.yaml")]
     if strategy not in known:
-        raise UserError(f"--strategy {strategy}: no launch/accelerate/{strategy}.yaml; {nearest(strategy, known)}")
+        raise UserError(f"--strategy {strategy}: no such strategy; {nearest(strategy, known)}")
     for name, value, least in (
         ("nodes", nodes, 1),
         ("gpus-per-node", gpus, 0),

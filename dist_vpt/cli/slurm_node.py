@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     from dist_vpt.distributed.launcher import launch_on_node
 
-    return launch_on_node(Path(argv[0]), argv[1:])
+    return launch_on_node(launch, Path(argv[0]), argv[1:])
 
 
 def check(argv: Sequence[str], launch: LaunchEnv) -> int:

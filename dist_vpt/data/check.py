@@ -111,8 +111,8 @@ def _checked(root: str, task: Task) -> CheckedTask:
         split = getattr(splits, name)
         if split is not None and len(split) != count:
             one.wrong.append(f"split {name} has {len(split):,} images, the published one {count:,}")
-    if splits.carved:
-        one.notes.append(f"has no {' and no '.join(splits.carved)}, which is split off train by data.split_seed")
+    if splits.held_out:
+        one.notes.append(f"has no {' and no '.join(splits.held_out)}, which is split off train by data.split_seed")
     return one
 
 

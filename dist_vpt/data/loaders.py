@@ -48,6 +48,7 @@ class TrainBatches(_Batches):
         accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
+        local_world: int | None = None,  # processes on this machine, where they are not all
         seed: int = 0,
         workers: int = 0,
         on_decode_error: BadImages = "fail",
@@ -69,7 +70,9 @@ class TrainBatches(_Batches):
         self._accumulate, self._rank, self._world = accumulate, rank, world
         reader = ImageReader(split, transform, True, on_decode_error, max_megapixels)
         batches = ImageBatches(reader, seed)
-        self._source = WorkerSource(batches, batch_size // parts, workers, cache, range(len(split)), world)
+        self._source = WorkerSource(
+            batches, batch_size // parts, workers, cache, range(len(split)), local_world or world
+        )
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -103,6 +106,7 @@ class EvalBatches(_Batches):
         *,
         rank: int = 0,
         world: int = 1,
+        local_world: int | None = None,  # processes on this machine, where they are not all
         workers: int = 0,
         on_decode_error: BadImages = "fail",
         max_megapixels: float = 178.0,
@@ -111,12 +115,12 @@ class EvalBatches(_Batches):
         """``batch_size`` images per batch and process; all processes yield equally many and equally large."""
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
-        self._indices = _padded(np.arange(len(split)), world)[rank::world]
+        self._indices = _padded(np.arange(len(split)), local_world or world)[rank::world]
         self._starts = range(0, len(self._indices), batch_size)
         self._batch_size = batch_size
         reader = ImageReader(split, transform, False, on_decode_error, max_megapixels)
         mine = [int(i) for i in self._indices if i != PADDING]
-        self._source = WorkerSource(ImageBatches(reader, 0), batch_size, workers, cache, mine, world)
+        self._source = WorkerSource(ImageBatches(reader, 0), batch_size, workers, cache, mine, local_world or world)
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -82,7 +82,7 @@ class Splits:
     missing: Mapping[str, str] = field(default_factory=dict)
     storage: str = ""  # format and version, for result.json
     notes: tuple[str, ...] = ()  # differences from the task's published protocol
-    carved: tuple[str, ...] = ()  # splits that the storage lacks and that were split off train, by a seed
+    held_out: tuple[str, ...] = ()  # splits that the storage lacks and that were split off train, by a seed
 
     def __getitem__(self, name: str) -> Split:
         names = ("train", "val", "trainval", "test")
@@ -175,8 +175,8 @@ def stratified_holdout(labels: np.ndarray, count: int, *key: int) -> tuple[np.nd
     for k in np.argsort(quota - wanted, kind="stable"):  # what rounding left goes to the largest remainders
         if quota.sum() < count and quota[k] < sizes[k] - 1:
             quota[k] += 1
-    carved = np.sort(np.concatenate([rows[:q] for rows, q in zip(rows_of_class, quota, strict=True)]))
-    return np.setdiff1d(np.arange(len(labels)), carved), carved
+    held_out = np.sort(np.concatenate([rows[:q] for rows, q in zip(rows_of_class, quota, strict=True)]))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
 def with_missing_splits(
@@ -190,7 +190,7 @@ def with_missing_splits(
     """The four splits from those of a storage: a val or test that it lacks is split off train."""
     train, val, test = found["train"], found.get("val"), found.get("test")
     every = len(train)
-    carved = (*(("test",) if test is None and holdout_test else ()), *(("val",) if val is None else ()))
+    held_out = (*(("test",) if test is None and holdout_test else ()), *(("val",) if val is None else ()))
     if test is None and holdout_test:
         train, test = _holdout_fraction(train, "test", recipe.test_fraction, every, recipe.split_seed)
     if val is None:
@@ -198,7 +198,7 @@ def with_missing_splits(
         train, val = _holdout_fraction(train, "val", recipe.val_fraction, every, recipe.split_seed)
     else:
         trainval = join("trainval", train, val)
-    return Splits(classes, train, val, trainval, test, missing or {}, carved=carved)
+    return Splits(classes, train, val, trainval, test, missing or {}, held_out=held_out)
 
 
 def fraction_of(split: Split, fraction: float, seed: int) -> Split:

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, get_worker_info
 from dist_vpt.data.splits import Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
-from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import block_stop_signals
 from dist_vpt.errors import DataError
 
@@ -151,12 +150,12 @@ class WorkerSource:
     """Batches from worker processes or the cache in memory. Raises the errors of the workers."""
 
     def __init__(  # noqa: PLR0917 (what to load, and how)
-        self, batches: ImageBatches, largest: int, workers: int, cache: Cache, needed: Sequence[int], world: int
+        self, batches: ImageBatches, largest: int, workers: int, cache: Cache, needed: Sequence[int], local_world: int
     ):
-        """``largest``: images of the largest micro-batch."""
+        """``largest``: images of the largest micro-batch; ``local_world``: processes on this machine."""
         self.skipped: set[str] = set()
         self._batches, self._largest, self._workers, self._cache = batches, largest, workers, cache
-        self._needed, self._world = needed, world
+        self._needed, self._local_world = needed, local_world
         self._pool = WorkerPool(batches, batches.reader, 0 if cache == "memory" else workers)
         self._pass = 0
 
@@ -186,7 +185,7 @@ class WorkerSource:
 
     def _filled(self) -> CachedImages:
         reader = self._batches.reader
-        _check_memory(reader, len(self._needed), self._world)
+        _check_memory(reader, len(self._needed), self._local_world)
         chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
         pixels: dict[int, np.ndarray | None] = {}
         pool = WorkerPool(reader, reader, self._workers)
@@ -285,13 +284,12 @@ def _forkserver() -> Any:
     return context
 
 
-def _check_memory(reader: ImageReader, images: int, world: int) -> None:
+def _check_memory(reader: ImageReader, images: int, processes: int) -> None:
     transform = reader.transform
     cropped_later = reader.train and transform.augment == "fgvc"
     # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a vpt resize
     # no side is known: assume the square's.
     pixels = transform.shorter_side**2 * 1.5 if cropped_later else transform.image_size**2
-    processes = LaunchEnv.current().local_world_size or world
     needed, available = images * pixels * 3 * processes, psutil.virtual_memory().available
     if needed > available:
         raise DataError(

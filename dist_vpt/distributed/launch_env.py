@@ -64,6 +64,9 @@ class LaunchEnv:
         )
 
 
+ALONE = LaunchEnv()
+
+
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     """A variable's value; None where it is not set or empty."""
     value = environ.get(name, "")
@@ -81,12 +84,12 @@ def leftover_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in LEFTOVERS if name in os.environ}
 
 
-def detach_from_launcher() -> None:
-    """Make this process train alone, on the device that its launcher assigned to it."""
-    local_rank = LaunchEnv.current().local_rank
-    if local_rank is not None:
+def detach_from_launcher(launch: LaunchEnv) -> LaunchEnv:
+    """Make this process train alone, on the device that its launcher assigned to it; returns how it is launched now."""
+    if (local_rank := launch.local_rank) is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = [] if visible is None else visible.split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank % len(devices)] if devices else str(local_rank)
     for name in [*REMOVED, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
         os.environ.pop(name, None)
+    return LaunchEnv.current()

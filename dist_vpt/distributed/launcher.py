@@ -17,15 +17,15 @@ EXIT_CODE_OFFSET = 160  # added to the exit code of a training process, above th
 KILLED = 94  # stands for the exit code of a process that a signal has ended
 
 
-def launch_on_node(strategy: Path, argv: Sequence[str]) -> int:
+def launch_on_node(launch: LaunchEnv, strategy: Path, argv: Sequence[str]) -> int:
     """Start this node's processes of ``dist_vpt.train``, one per GPU, and wait for them; returns the exit code."""
-    slurm, deepspeed_config = LaunchEnv.current().slurm, strategy.with_suffix(".json")
+    slurm, deepspeed_config = launch.slurm, strategy.with_suffix(".json")
     processes = max(slurm.gpus, 1)
     if not slurm.gpus and not deepspeed_config.is_file():  # DeepSpeed would be switched off by it
         os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, slurm.cpus // processes)))
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
-    options = _options(strategy, deepspeed_config, processes)
+    options = _options(launch, strategy, deepspeed_config, processes)
     try:
         launch_command(launch_command_parser().parse_args([*options, "-m", "dist_vpt.train", *argv]))
     except ChildFailedError as failed:
@@ -35,8 +35,7 @@ def launch_on_node(strategy: Path, argv: Sequence[str]) -> int:
     return 0
 
 
-def _options(strategy: Path, deepspeed_config: Path, processes: int) -> list[str]:
-    launch = LaunchEnv.current()
+def _options(launch: LaunchEnv, strategy: Path, deepspeed_config: Path, processes: int) -> list[str]:
     options = {
         "config_file": strategy,
         "num_machines": launch.slurm.nodes,

@@ -52,9 +52,6 @@ class RankStatus:
             self.collectives += 1
 
 
-phase = RankStatus()
-
-
 class RankFile:
     """RUN/ranks/rank-N.json, which process N writes every few seconds and locks for as long as it lives."""
 

@@ -18,9 +18,8 @@ SIGNS = ("gloo", "Gloo", "Connection closed by peer", "NCCL", "ProcessGroup")  #
 
 
 @contextmanager
-def rendezvous(minutes: float) -> Iterator[None]:
+def rendezvous(launch: LaunchEnv, minutes: float) -> Iterator[None]:
     """Within, processes of a launcher initialize their process group. Raises UserError where they cannot."""
-    launch = LaunchEnv.current()
     world, address, port = launch.world_size, launch.master_addr, launch.master_port
     if world == 1 or not launch.launched:
         yield

@@ -33,17 +33,17 @@ class StopSignal:
     entered: ClassVar[list["StopSignal"]] = []
 
     def __init__(self) -> None:
-        self.asked = False  # this process got a signal
+        self.requested = False  # this process got a signal
         self.agreed = False  # all processes are to stop
 
     def __enter__(self) -> "StopSignal":
         def ask(number: int, frame: FrameType | None) -> None:
-            self.asked = True
+            self.requested = True
 
         with block_stop_signals():
             resource_tracker.ensure_running()  # now: any package might start it later, without blocked signals
         self.previous = {number: signal.signal(number, ask) for number in STOP}
-        self.asked |= any(outer.asked for outer in self.entered)
+        self.requested |= any(outer.requested for outer in self.entered)
         self.entered.append(self)
         return self
 
@@ -51,5 +51,5 @@ class StopSignal:
         self.entered.remove(self)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.asked and self.entered:
-            self.entered[-1].asked = True
+        if self.requested and self.entered:
+            self.entered[-1].requested = True

@@ -57,7 +57,8 @@ def compress(  # noqa: PLR0917 (the options of the command)
     shares, console = parse_shares(keep), Console(highlight=False)
     if not 0 <= lasso < math.inf:
         raise UserError(f"--lasso {lasso}: must be a number from 0 on; the published one is 1e-4")
-    if LaunchEnv.current().world_size > 1:
+    launch = LaunchEnv.current()
+    if launch.world_size > 1:
         raise UserError("compress: works on one process; start it without accelerate launch")
     source, parts, method = open_source(run, adapters, overrides)
     folder = _output_folder(run, out)
@@ -68,14 +69,14 @@ def compress(  # noqa: PLR0917 (the options of the command)
     if pending:
         show = partial(console.print, markup=False, soft_wrap=True)
         with StopSignal() as stop, ExitStack() as stack:
-            accelerator = make_accelerator(source.recipe)
+            accelerator = make_accelerator(source.recipe, launch)
             stack.callback(accelerator.end_training)
             for fraction in pending:
                 stack.enter_context(fraction.folder.acquire(fraction.recipe))
             features = fix_features(source, parts, method, accelerator, stop)
             about = describe_source(features, accelerator)
             show(f"{method.all_features:,} features of each image, from fixed queries")
-            if (augment := parts.view.augment) != "none":
+            if (augment := parts.transform.augment) != "none":
                 show(f"heads are trained on images without data.augment = {augment}, as evaluation shows them")
             made = train_fractions(mode, pending, fraction_of, features, about, lasso, accelerator, stop, show)
             del features, parts, method  # `finetune` drops them, too, before it makes a backbone of its own

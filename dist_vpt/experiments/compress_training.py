@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator
 from torch import Tensor
 
+from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RunFailed
 from dist_vpt.experiments.compress_fractions import Fraction, FractionOf, finetune_group
@@ -42,7 +42,7 @@ class About:
     device: str
 
 
-def describe_source(f: Features, accelerator: Accelerator) -> About:
+def describe_source(f: Features, accelerator: RankAccelerator) -> About:
     """Score the run with all its features, and count what its results report."""
     uncompressed = {
         "split": f.source.scored,
@@ -61,7 +61,7 @@ def train_fractions(  # noqa: PLR0917 (what a compression is made of)
     features: Features,
     about: About,
     lasso: float,
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     stop: StopSignal,
     show: Callable[[str], None],
 ) -> Iterator[tuple[Fraction, Trained]]:
@@ -109,7 +109,7 @@ def finetune(  # noqa: PLR0917 (what a trial group is made of)
     fractions: Sequence[Fraction],
     starts: Sequence[dict[str, Tensor]] | None,
     about: About,
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     stop: StopSignal,
     state: Path,
     show: Callable[[str], None],

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Split
+from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache
@@ -78,12 +78,12 @@ class Trained:
 
 
 def fix_features(
-    source: Source, parts: Components, method: VQT, accelerator: Accelerator, stop: StopSignal
+    source: Source, parts: Components, method: VQT, accelerator: RankAccelerator, stop: StopSignal
 ) -> Features:
     """The features of the splits that are trained on and scored, each image computed once.
 
     Raises UserError where memory does not hold them, DataError for an image that cannot be read, and Interrupted where
-    ``stop`` was asked.
+    a stop was requested.
     """
     recipe, device = source.recipe, accelerator.device
     has_val = recipe.data.train_on == "train" and parts.splits.val is not None
@@ -96,17 +96,19 @@ def fix_features(
             "free some" + (", or leave the test split out with train.test=false" if has_val else "")
         )
     method.to(device).eval()
-    feeds = {name: _feed(method, parts.evaluation(name, 0, 1), parts.splits[name], device, stop) for name in names}
+    caches = {
+        name: _cache_features(method, parts.evaluation(name, 0, 1), parts.splits[name], device, stop) for name in names
+    }
 
     def evaluation(name: str) -> EvalBatches:
         batches = parts.evaluation(name, 0, 1)
-        batches.use(feeds[name])
+        batches.use(caches[name])
         return batches
 
     # Micro-batches are for memory, and a head needs none: one after the other or not, the sum is the same.
     whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"grad_accum_steps": 1})})
     train = parts.training(whole, 0, 1)
-    train.use(feeds[recipe.data.train_on])
+    train.use(caches[recipe.data.train_on])
     return Features(
         source=source,
         method=method,
@@ -114,13 +116,15 @@ def fix_features(
         val=evaluation("val") if has_val else None,
         scored=evaluation(source.scored),
         class_weights=parts.class_weights(recipe, device),
-        skipped={file for feed in feeds.values() for file in feed.skipped},
+        skipped={file for cache in caches.values() for file in cache.skipped},
         stop=stop,
     )
 
 
 @torch.no_grad()
-def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device, stop: StopSignal) -> CachedBatches:
+def _cache_features(
+    method: VQT, batches: EvalBatches, split: Split, device: torch.device, stop: StopSignal
+) -> CachedBatches:
     features_nF = torch.empty(len(split), method.all_features)
     readable_n = np.zeros(len(split), bool)
     try:
@@ -135,7 +139,7 @@ def _feed(method: VQT, batches: EvalBatches, split: Split, device: torch.device,
 
 
 def _raise_on_stop(stop: StopSignal) -> None:
-    if stop.asked:
+    if stop.requested:
         raise Interrupted(f"compress: stopped; {RESUME_HINT}, from the fractions that are written")
 
 

@@ -4,13 +4,12 @@ import json
 from contextlib import ExitStack
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from dist_vpt.data.loaders import TrainBatches
-from dist_vpt.distributed.collectives import on_main_process, raise_on_any_rank
+from dist_vpt.distributed.collectives import RankAccelerator, on_main_process, raise_on_any_rank
 from dist_vpt.distributed.launch_env import LaunchEnv
-from dist_vpt.distributed.rank_status import phase
+from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import RunFolderError, UserError
@@ -36,27 +35,27 @@ from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    """Do one run or resume it; returns the content of result.json."""
-    launch = LaunchEnv.current()
+def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
+    """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
+    launch, status = LaunchEnv.current(), status or RankStatus()
 
     def make() -> tuple[Components, TrainBatches]:
-        parts = build_components(recipe)
+        parts = build_components(recipe, launch)
         train = parts.training(recipe, launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written
         return parts, train
 
     free_and_reset_peak()
     folder = RunFolder(str(recipe.run.dir))
-    made, refused = capture_user_error(make)  # before any process waits for another
+    made, refused = capture_user_error(launch, make)  # before any process waits for another
     with StopSignal() as stop, ExitStack() as leaving:
-        accelerator = init_accelerator(recipe, refused, leaving)
+        accelerator = init_accelerator(recipe, launch, status, refused, leaving)
         assert made is not None
         parts, train = made
         if acquire(folder, recipe, accelerator, leaving):
             accelerator.print(f"{folder.path}: done already; its scores are in {folder.result}")
             return read_json(folder.result)
-        watchdog = RankWatchdog(folder, launch.rank, launch.world_size, recipe.run.timeout_minutes, phase)
+        watchdog = RankWatchdog(folder, launch.rank, launch.world_size, recipe.run.timeout_minutes, status)
         with watchdog, advice_on_memory(recipe, accelerator):
             warning = check_memory(recipe, accelerator, len(parts.splits.classes))
             training = _set_up(recipe, parts, train, accelerator, folder, stop)
@@ -67,7 +66,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
             return _conclude(training, parts)
 
 
-def acquire(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, leaving: ExitStack, kind: str = "run") -> bool:
+def acquire(
+    folder: RunFolder, recipe: Recipe, accelerator: RankAccelerator, leaving: ExitStack, kind: str = "run"
+) -> bool:
     """Let the main process lock the folder for a run or sweep; returns whether that is done already.
 
     Raises its error on all processes, and RunFolderError where one of them does not see the folder.
@@ -93,12 +94,12 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     recipe: Recipe,
     parts: Components,
     train: TrainBatches,
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     folder: RunFolder,
     stop: StopSignal,
 ) -> TrainState:
     """The training, resumed where a state is saved, with its first lines in the log."""
-    phase.set("the start", "setting up")
+    accelerator.status.set("the start", "setting up")
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
     trained = sum(p.numel() for _, p in parts.method.trainable())
     parts.init_method(recipe, accelerator.device)
@@ -124,10 +125,10 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         parameters={"trained": trained, "total": total},
         stop=stop,
     )
-    if parts.splits.carved:
+    if parts.splits.held_out:
 
         def write_splits() -> None:
-            write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
+            write_atomically(folder.splits, json.dumps(parts.held_out(), indent=1) + "\n")
 
         on_main_process(accelerator, write_splits, "the splits", folder.path, _then(training))
     with raising_disk_full("the log", folder.path, _then(training)):
@@ -149,7 +150,7 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
         f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
         f"({100 * trained / total:.2f} %)",
         f"{recipe.data.task}: {len(parts.splits[recipe.data.train_on]):,} images of {len(parts.splits.classes)} "
-        f"classes at {parts.view.image_size} px; "
+        f"classes at {parts.transform.image_size} px; "
         f"{recipe.train.epochs} epochs of {t.train.steps_per_epoch} steps of {recipe.train.batch_size} images",
         f"{strategy_name(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
         f"{recipe.runtime.precision}; run folder {t.path}",
@@ -158,16 +159,16 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
     ]
     if stream:
         lines.append(stream)
-    if parts.difference.left_out:
-        lines.append(f"left out of the weights' file: {parts.difference.left_out_summary()}")
-    if parts.difference:
-        lines.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.difference}")
+    if parts.load_report.left_out:
+        lines.append(f"left out of the weights' file: {parts.load_report.left_out_summary()}")
+    if parts.load_report:
+        lines.append(f"weights differ from the backbone (backbone.load=lenient):\n{parts.load_report}")
     return lines
 
 
 def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
-    phase.set("the end", "writing the result")
+    t.accelerator.status.set("the end", "writing the result")
     images_per_s = t.monitor.images_per_s(t.progress)
     held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped_now()
@@ -203,7 +204,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     on_main_process(t.accelerator, finish, "the results", t.path, _then(t))
     if scores is not None:  # last: a figure that cannot be drawn must not cost a finished run its result
         confusion_KK, classes = scores.confusion().cpu().numpy(), parts.splits.classes
-        t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.view, classes)
+        t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.transform, classes)
     t.accelerator.wait_for_everyone()
     return result
 

@@ -44,7 +44,8 @@ def suite(
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
-    folder, launched = Path(out), LaunchEnv.current().world_size > 1
+    folder, launch = Path(out), LaunchEnv.current()
+    launched = launch.world_size > 1
     check_roots(experiments)
     experiments = [with_storage(experiment) for experiment in experiments]
     record_plan(folder, experiments)
@@ -60,7 +61,7 @@ def suite(
     else:
         count = 1 if launched or WORKER_VARIABLE in os.environ else workers or len(_visible_devices()) or 1
     if launched:  # each process of a launch is a worker
-        detach_from_launcher()
+        detach_from_launcher(launch)
     if count > 1:
         _start_workers(count, [*arguments, *([] if index is None else ["--index", str(index)])])
     elif count:

@@ -18,6 +18,8 @@ from rich.console import Console
 
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.tasks import TASKS
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, UserError
 from dist_vpt.experiments.suite_plan import LOCK_FIX, Experiment
@@ -57,7 +59,7 @@ class SuiteWorker:
         with StopSignal() as stop:
             reported = False
             while left := [experiment for experiment in self.experiments if not self._is_over(experiment)]:
-                if stop.asked:
+                if stop.requested:
                     raise Interrupted(f"{self.folder}: stopped; {RESUME_HINT}")
                 if any(self._do_one_item(experiment, stop) for experiment in left):
                     reported = False
@@ -98,7 +100,8 @@ class SuiteWorker:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
-        worker = Worker(experiment.recipe, self._open_sweep(experiment), 0, 1, stop, self.console)
+        folder = self._open_sweep(experiment)
+        worker = Worker(experiment.recipe, folder, 0, 1, stop, self.console, LaunchEnv.current(), RankStatus())
         if not item.jobs:
             self._end(experiment, worker.folder)
         elif any(not worker.done(job) for job in item.jobs):

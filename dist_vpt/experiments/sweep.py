@@ -15,12 +15,12 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
-from accelerate import Accelerator
 from rich.console import Console
 
 from dist_vpt.data.splits import Splits
+from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
-from dist_vpt.distributed.rank_status import phase, read_rank_status
+from dist_vpt.distributed.rank_status import RankStatus, read_rank_status
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import Interrupted, RunFolderError, UserError
@@ -39,9 +39,9 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     """Run or resume a sweep; returns the content of sweep.json on the first process, {} on the others."""
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     launch = LaunchEnv.current()
-    rank, world = launch.rank, launch.world_size
+    rank, world, status = launch.rank, launch.world_size, RankStatus()
     if recipe.sweep.parallelize == "trials":
-        detach_from_launcher()
+        launch = detach_from_launcher(launch)
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
     shared = recipe.sweep.parallelize == "batch"  # or each process works alone
@@ -49,15 +49,15 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     if rank == 0 or shared:  # mistakes in data and weights show before anything is written or waited for
 
         def check() -> None:
-            parts = build_components(grid[0].recipe)
+            parts = build_components(grid[0].recipe, launch)
             check_splits(parts.splits)
             parts.method.train()
 
-        _, refused = capture_user_error(check)
+        _, refused = capture_user_error(launch, check)
     with StopSignal() as stop, ExitStack() as stack:
         accelerator, done = None, False
         if shared:
-            accelerator = init_accelerator(grid[0].recipe, refused, stack)
+            accelerator = init_accelerator(grid[0].recipe, launch, status, refused, stack)
             _refuse_deepspeed(recipe, accelerator)
             done = acquire(folder, recipe, accelerator, stack, "sweep")
         elif rank == 0:
@@ -71,8 +71,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
             return read_json(folder.path / "sweep.json")
         # Where each process works alone, none keeps the others waiting.
         minutes = recipe.run.timeout_minutes if shared else math.inf
-        stack.enter_context(RankWatchdog(folder, rank, world, minutes, phase))
-        worker = Worker(recipe, folder, rank, world, stop, console, accelerator)
+        stack.enter_context(RankWatchdog(folder, rank, world, minutes, status))
+        worker = Worker(recipe, folder, rank, world, stop, console, launch, status, accelerator)
         for warning in recipe.warnings:
             worker.show(f"note: {warning}")
         started = time.monotonic()
@@ -94,9 +94,9 @@ def check_splits(splits: Splits) -> None:
         splits[name]
 
 
-def _refuse_deepspeed(recipe: Recipe, accelerator: Accelerator) -> None:
+def _refuse_deepspeed(recipe: Recipe, accelerator: RankAccelerator) -> None:
     if recipe.method.reader and accelerator.state.deepspeed_plugin is not None:
-        refused = UserError("a reader's sweep shares one small model: start it with launch/accelerate/ddp.yaml")
+        refused = UserError("a reader's sweep shares one small model: start it with the ddp strategy")
         refused.shared = True  # the recipe and the launcher's file are the same everywhere
         raise refused
 
@@ -114,7 +114,7 @@ def _wait_for_first_process(folder: RunFolder, recipe: Recipe, stop: StopSignal)
         alive = folder.under_way() or (last is not None and beat is not None and beat != last)
         if folder.holds(recipe, "sweep") and (alive or folder.status().get("status") == "done"):
             return
-        if stop.asked:
+        if stop.requested:
             raise Interrupted(f"{folder.path}: stopped; {RESUME_HINT}")
         if time.monotonic() > deadline:
             raise RunFolderError(

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from dist_vpt.distributed.collectives import on_main_process
+from dist_vpt.distributed.collectives import RankAccelerator, on_main_process
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Diverged, Interrupted, RunFolderError
 from dist_vpt.experiments.run import run
@@ -46,9 +47,12 @@ class Worker:
         world: int,
         stop: StopSignal,
         console: Console,
-        accelerator: Accelerator | None = None,
+        launch: LaunchEnv,
+        status: RankStatus,
+        accelerator: RankAccelerator | None = None,
     ):
         self.recipe, self.folder, self.stop, self.console = recipe, folder, stop, console
+        self.launch, self.status = launch, status
         # The workers of a suite share no batches, whatever their recipes say.
         self.shared = accelerator is not None and recipe.sweep.parallelize == "batch"
         self.first, (self.rank, self.world) = rank == 0, (0, 1) if self.shared else (rank, world)
@@ -69,7 +73,7 @@ class Worker:
         """The outcomes of all jobs, those of other processes included."""
         reported = False
         while missing := [job for job in jobs if not self.done(job)]:
-            if self.stop.asked:
+            if self.stop.requested:
                 raise Interrupted(f"{self.folder.path}: stopped; {RESUME_HINT}")
             if not reported:
                 self.show(f"waiting for {len(missing)} trials of other processes")
@@ -106,7 +110,7 @@ class Worker:
             jobs = [job for job in jobs if job.number in missing]
             state = self._state_of(jobs)
         if self.accelerator is None:
-            self.accelerator = make_accelerator(self.recipe)
+            self.accelerator = make_accelerator(self.recipe, self.launch, self.status)
         recipes = [job.recipe for job in jobs]
         self.show(f"{len(jobs)} trials in one pass: {jobs[0].label} to {jobs[-1].label}")
         with advice_on_memory(recipes[0], self.accelerator, trials=len(jobs)):
@@ -145,7 +149,7 @@ class Worker:
 
     def _train_alone(self, job: SweepJob) -> None:
         try:
-            result, diverged = run(job.recipe), ""
+            result, diverged = run(job.recipe, self.status), ""
         except Diverged as error:  # alone: too little memory or disk is no outcome of the setting
             result, diverged = {"last": {}, "best": {}, "seconds": 0.0, "skipped_images": []}, str(error)
 
@@ -187,7 +191,7 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
     job: SweepJob,
     trial: Trial,
     parts: Components,
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     seconds: float,
     skipped: Sequence[str],
 ) -> None:
@@ -214,7 +218,7 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
         protocol=parts.protocol(),
     )
     write_result(folder, result)
-    if parts.splits.carved:
-        write_atomically(folder.splits, json.dumps(parts.carved(), indent=1) + "\n")
+    if parts.splits.held_out:
+        write_atomically(folder.splits, json.dumps(parts.held_out(), indent=1) + "\n")
     write_atomically(folder.recipe, job.recipe.to_yaml())
     folder.mark("done")

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
 from dist_vpt.data.splits import Split
-from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Interrupted
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
@@ -89,7 +88,7 @@ def fill(  # noqa: PLR0917 (what is computed, from what, where it is kept)
     spec: StreamSpec,
     batches: EvalBatches,
     split: Split,
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     device: torch.device,
     stop: StopSignal,
 ) -> StreamCache:
@@ -151,7 +150,7 @@ def _array_name(field: str, block: int) -> str:
     return f"{field.replace('_', '-')}-{block:02d}"
 
 
-def _next_or_error(batches: Iterator[Batch], accelerator: Accelerator, stop: StopSignal) -> Batch:
+def _next_or_error(batches: Iterator[Batch], accelerator: RankAccelerator, stop: StopSignal) -> Batch:
     """The next batch, or on all processes the error of the one that failed, or Interrupted after a stop signal."""
     try:
         batch, error = next(batches), None

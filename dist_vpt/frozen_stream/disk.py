@@ -31,7 +31,7 @@ CHUNK = 2**26  # bytes per read while files are verified
 
 
 def identity(
-    split: Split, view: ImageTransform, max_megapixels: float, backbone: Backbone, spec: StreamSpec
+    split: Split, transform: ImageTransform, max_megapixels: float, backbone: Backbone, spec: StreamSpec
 ) -> dict[str, Any]:
     """What a cache depends on: backbone, preprocessing, the largest image, the split's images and labels, the dtype."""
     model, weights, images = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
@@ -47,7 +47,7 @@ def identity(
         "format": FORMAT,
         "model": model.hexdigest(),
         "weights": weights.hexdigest(),
-        "view": asdict(view),
+        "transform": asdict(transform),
         "max_megapixels": max_megapixels,  # larger images are not in it
         "split": split.name,
         "count": len(split),
@@ -92,7 +92,7 @@ def on_disk(  # noqa: PLR0917 (what is computed, from what, where it is kept)
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock, fix = folder.with_suffix(".lock"), "choose another stream.dir"
         # The builder may be another run, which does not see the stop signal of this one.
-        with locked(lock, fix, timeout=-1, cancel=lambda: stop.asked) as acquired:
+        with locked(lock, fix, timeout=-1, cancel=lambda: stop.requested) as acquired:
             if not acquired:
                 raise stopped()
             os.listdir(folder.parent)  # NFS may answer from its cache: look anew for what another node has built
@@ -133,7 +133,7 @@ def _build(  # noqa: PLR0917 (as on_disk)
         arrays = {name: _mapped(temporary / f"{name}.bin", wanted[name], backbone.dtype, new=True) for name in wanted}
         readable_n = np.zeros(facts["count"], bool)
         for batch in batches:
-            if stop.asked:  # if this process alone is stopped, another one acquires the lock and builds it
+            if stop.requested:  # if this process alone is stopped, another one acquires the lock and builds it
                 raise stopped()
             write_rows(arrays, spec, compute_stream(backbone, batch["images"].to(device), spec), batch["index"])
             real_B = batch["index"] != PADDING

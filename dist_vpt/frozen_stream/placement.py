@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import psutil
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dist_vpt.backbones.vit import Backbone
@@ -17,8 +16,7 @@ from dist_vpt.data.config import DataConfig
 from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
-from dist_vpt.distributed.collectives import raise_on_any_rank
-from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, UserError
 from dist_vpt.frozen_stream.cache import CachedBatches, fill, nbytes
@@ -45,9 +43,9 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     data: DataConfig,
     backbone: Backbone,
     specs: tuple[StreamSpec, StreamSpec],
-    view: ImageTransform,
+    transform: ImageTransform,
     sources: Mapping[str, tuple[Split, Callable[[int, int], EvalBatches]]],
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     stop: StopSignal,
     *,
     passes: int,
@@ -60,11 +58,11 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     cache that is impossible, and Interrupted after a stop signal.
     """
     images = sum(len(split) for split, _ in sources.values())
-    asked = StreamConfig(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
+    config = StreamConfig(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
 
     @cache
     def facts(name: str) -> dict[str, Any]:
-        return identity(sources[name][0], view, data.max_megapixels, backbone, specs[1])
+        return identity(sources[name][0], transform, data.max_megapixels, backbone, specs[1])
 
     def missing_bytes() -> int:
         folders = {name: cache_folder(str(recipe.dir), facts(name)) for name in sources}
@@ -88,7 +86,8 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
         needed = (nbytes(backbone, specs[0], images), nbytes(backbone, specs[1], images))
         sharded = any(hasattr(parameter, "ds_id") for parameter in backbone.parameters())  # by ZeRO-3
         with _naming_stream_dir():
-            return choose(asked, needed, accelerator.device, missing_bytes, sharded=sharded)
+            processes = accelerator.launch.local_world_size or 1
+            return choose(config, needed, accelerator.device, missing_bytes, processes, sharded=sharded)
 
     placement = _on_all_ranks(accelerator, choose_here)
     # The main process's choice: free memory changes while the processes look at it.
@@ -99,7 +98,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     return opened, placement.line + (f" ({', '.join(opened)})" if opened else "")
 
 
-def _on_all_ranks(accelerator: Accelerator, make: Callable[[], T]) -> T:
+def _on_all_ranks(accelerator: RankAccelerator, make: Callable[[], T]) -> T:
     """What each process makes, or on all of them the UserError of the first one that fails. A collective call."""
     made, error = None, None
     try:
@@ -116,22 +115,24 @@ def choose(
     needed: tuple[int, int],
     device: torch.device,
     missing_bytes: Callable[[], int],
+    processes: int = 1,
     *,
     sharded: bool = False,
 ) -> Placement:
     """Where a stream of these two sizes in bytes is kept; files hold the second.
 
-    ``missing_bytes``: how much of the second size stream.dir does not hold yet. ``sharded``: no process can run the
-    backbone by itself. Raises UserError where the recipe names a location in which the stream does not fit.
+    ``missing_bytes``: how much of the second size stream.dir does not hold yet. ``processes``: of this machine.
+    ``sharded``: no process can run the backbone by itself. Raises UserError where the recipe names a location in which
+    the stream does not fit.
     """
     if recipe.cache == "none":
         return Placement("none", False, "frozen stream: live, computed for each batch")
     if recipe.cache == "disk" and sharded:
         raise UserError(
             "stream.cache = disk: one process writes the files, and under ZeRO-3 none can run the backbone by itself; "
-            "set stream.cache=memory, or start with launch/accelerate/ddp.yaml"
+            "set stream.cache=memory, or start with the ddp strategy"
         )
-    free = _budgets(recipe, device, sharded=sharded)
+    free = _budgets(recipe, device, processes, sharded=sharded)
     need = f"the frozen stream takes {needed[1] / 2**30:.2f} GiB"
 
     def fits(location: Location) -> bool:
@@ -156,9 +157,10 @@ def choose(
     return Placement(found, first, f"frozen stream: cached {where}, {needed[0 if first else 1] / 2**30:.2f} GiB")
 
 
-def _budgets(recipe: StreamConfig, device: torch.device, *, sharded: bool) -> dict[Location, tuple[float, str]]:
+def _budgets(
+    recipe: StreamConfig, device: torch.device, processes: int, *, sharded: bool
+) -> dict[Location, tuple[float, str]]:
     """Location -> bytes that may be used there, and its name in messages; the fastest first."""
-    processes = LaunchEnv.current().local_world_size or 1
     free: dict[Location, tuple[float, str]] = {}
     if device.type == "cuda":
         free["device"] = (torch.cuda.mem_get_info(device)[0] * BUDGET, "on the accelerator")

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 from dist_vpt.files import read_json
 from dist_vpt.inference.load import classes_of
@@ -21,7 +22,8 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
     folder = RunFolder(run)
     folder.refuse_sweep()
     recipe = folder.load(overrides)
-    components = build_components(recipe)
+    launch = LaunchEnv.current()
+    components = build_components(recipe, launch)
     path = folder.best if adapters == "best" else folder.adapters
     tensors, facts = read_adapters(path)
     restore(components.method, tensors, path)
@@ -29,7 +31,7 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
         raise UserError(
             f"{run}: was trained on other classes than {recipe.data.task} has here; use the data.root of the run"
         )
-    accelerator = make_accelerator(recipe)
+    accelerator = make_accelerator(recipe, launch)
     model = accelerator.prepare_model(components.method, evaluation_mode=True)
     batches = components.evaluation(split, accelerator.process_index, accelerator.num_processes)
     scores = evaluate(accelerator, model, batches, len(components.splits.classes)).compute()

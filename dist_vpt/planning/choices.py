@@ -6,6 +6,7 @@ from functools import cache, partial
 from operator import attrgetter
 
 from dist_vpt.errors import RunFailed, UserError
+from dist_vpt.files import shipped_folder
 from dist_vpt.planning.footprint import MemoryEstimate, PerDeviceMemory, footprint
 from dist_vpt.planning.machines import Machines, size
 from dist_vpt.recipe.schema import Recipe
@@ -33,7 +34,7 @@ class Choice:
     strategy: str
     recipe: Recipe  # with this policy
     overrides: tuple[str, ...]  # that turn the user's recipe into this one
-    share: PerDeviceMemory
+    per_device: PerDeviceMemory
     largest: int  # largest micro-batch that fits, in images; 0: not even one
     scored: int  # images that can be evaluated at once
     fits: bool
@@ -55,12 +56,12 @@ def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
         for name in STRATEGIES if processes > 1 else ("ddp",):
             if unsupported_reason(with_policy, name):
                 continue
-            share = estimate.on(name, processes)
-            budget, others = machines.budget - share.held, partial(_share, count, name, processes)
-            largest = most_images(micro, share, others, budget, attrgetter("working"))
-            scored = most_images(eval_batch, share, others, budget, attrgetter("scoring"))
-            fits = share.peak <= machines.budget
-            found.append(Choice(policy, name, with_policy, overrides, share, largest, scored, fits))
+            per_device = estimate.on(name, processes)
+            budget, others = machines.budget - per_device.held, partial(_per_device, count, name, processes)
+            largest = most_images(micro, per_device, others, budget, attrgetter("working"))
+            scored = most_images(eval_batch, per_device, others, budget, attrgetter("scoring"))
+            fits = per_device.peak <= machines.budget
+            found.append(Choice(policy, name, with_policy, overrides, per_device, largest, scored, fits))
     return sorted(found, key=lambda choice: STRATEGIES.index(choice.strategy))
 
 
@@ -69,25 +70,25 @@ def _of_images(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
     return footprint(recipe.changed("train", eval_batch_size=images), classes, images)
 
 
-def _share(count: Callable[[int], MemoryEstimate], name: str, processes: int, images: int) -> PerDeviceMemory:
+def _per_device(count: Callable[[int], MemoryEstimate], name: str, processes: int, images: int) -> PerDeviceMemory:
     return count(images).on(name, processes)
 
 
 def most_images(
     images: int,
-    share: PerDeviceMemory,
+    per_device: PerDeviceMemory,
     others: Callable[[int], PerDeviceMemory],
     budget: int,
     peak: Callable[[PerDeviceMemory], int],
 ) -> int:
-    """The largest batch that fits into ``budget`` bytes, given that ``images`` images take what ``share`` says.
+    """The largest batch that fits into ``budget`` bytes, given that ``images`` images take what ``per_device`` says.
 
     A few images may peak as high as one, where the optimizer's copies of the trained weights are the peak. For many,
     the peak grows linearly.
     """
     many, twice = peak(others(MANY)), peak(others(2 * MANY))
     found = MANY + (budget - many) * MANY // (twice - many)
-    if peak(share) <= budget:
+    if peak(per_device) <= budget:
         return max(images, found)
     return max(0, min(found, images - 1)) if peak(others(1)) <= budget else 0
 
@@ -149,7 +150,7 @@ def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machin
                     f"recommended: {' '.join(overrides) or 'the recipe as it is'}"
                     f"{launch_hint(choice.strategy, machines)}"
                 )
-    least = min(choice.share.held for choice in found)
+    least = min(choice.per_device.held for choice in found)
     raise RunFailed(
         f"nothing fits: {machines}, of which weights and optimizer alone take {size(least)} in the best case; use more "
         "or larger devices, a smaller backbone, or fewer prompts"
@@ -168,7 +169,7 @@ def launch_hint(strategy: str, machines: Machines) -> str:
     if machines.processes == 1:
         return ""
     if machines.nodes == 1:
-        return f"; start with launch/local.sh {strategy} {machines.devices}"
+        return f"; start with {shipped_folder('launch')}/local.sh {strategy} {machines.devices}"
     return (
         f"; start with dist-vpt launch slurm ... --nodes {machines.nodes} --gpus-per-node {machines.devices} "
         f"--strategy {strategy}"

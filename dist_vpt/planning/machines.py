@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from accelerate import Accelerator
 
-from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.errors import UserError
 
 GIB, MIB = 2**30, 2**20
@@ -46,10 +45,10 @@ class Machines:
         return f"{self.memory / GIB:.1f} GiB each ({reserved}{FRAGMENTATION:.0%} for fragmentation are left free)"
 
 
-def machines_of(accelerator: Accelerator, memory: int) -> Machines:
+def machines_of(accelerator: RankAccelerator, memory: int) -> Machines:
     """The machines of the running processes, each on a device with ``memory`` bytes."""
     processes = accelerator.num_processes
-    devices = min(processes, LaunchEnv.current().local_world_size or processes)
+    devices = min(processes, accelerator.launch.local_world_size or processes)
     return Machines(memory, devices, processes // devices, accelerator.device.type == "cuda")
 
 

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.data.workers import PIXELS, Batch
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.methods.config import MethodConfig
 from dist_vpt.planning.choices import as_counted
@@ -53,8 +54,8 @@ def architecture(name: str) -> str:
 def measure(recipe: Recipe, classes: int) -> str:
     """The peak of a training step on this machine, in one process, and the estimate beside it."""
     gpus = recipe.runtime.device != "cpu" and torch.cuda.is_available()
-    share = footprint(as_counted(recipe, gpus=gpus), classes).on("ddp", 1)
-    estimate, found = share.held + share.working, measured_bytes(recipe, classes)  # nothing is evaluated here
+    per_device = footprint(as_counted(recipe, gpus=gpus), classes).on("ddp", 1)
+    estimate, found = per_device.held + per_device.working, measured_bytes(recipe, classes)  # nothing is evaluated here
     return (
         f"measured: {size(found)} at the peak of a training step on this machine, estimated {size(estimate)} "
         f"({100 * (estimate / found - 1):+.1f} %)"
@@ -97,7 +98,7 @@ def _peak_on_cpu(step: Callable[[], Any]) -> int:
 
 def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
     """What the engine's train step works with, without data and files."""
-    accelerator = make_accelerator(recipe)
+    accelerator = make_accelerator(recipe, LaunchEnv.current())
     method, _ = build_method(recipe, inputs, classes)
     parameters = {
         "trained": sum(p.numel() for _, p in method.trainable()),

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.data.config import resolve
 from dist_vpt.data.formats import open_splits
+from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.errors import OutOfMemory, RunFailed, UserError
 from dist_vpt.planning.choices import Choice, as_counted, choices, micro_batch, recommendation
 from dist_vpt.planning.footprint import footprint, weightless
@@ -24,6 +24,14 @@ from dist_vpt.training.accelerator import strategy_name
 from dist_vpt.training.components import resolve_inputs
 
 WIDTH = 108  # of the table, in characters
+CELLS = {  # fields of PerDeviceMemory -> headings of the table
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optimizer",
+    "working": "training",
+    "scoring": "scoring",
+    "peak": "peak",
+}
 
 
 def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measured: bool = False) -> None:
@@ -61,19 +69,17 @@ def table(found: Sequence[Choice]) -> Table:
     shown = Table(box=None, pad_edge=False, collapse_padding=True)
     for name in ("strategy", "policy"):
         shown.add_column(name, no_wrap=True)
-    host = ("host",) if any(choice.share.host for choice in found) else ()
-    for name in ("weights", "grads", "optimizer", "training", "scoring", "peak", *host, "fits", "batch"):
+    host = ("host",) if any(choice.per_device.host for choice in found) else ()
+    for name in (*CELLS.values(), *host, "fits", "batch"):
         shown.add_column(name, justify="right", no_wrap=True)
     for choice in found:
-        share = choice.share
-        cells = [share.weights, share.gradients, share.optimizer, share.working, share.scoring, share.peak]
-        cells += [share.host] if host else []
+        cells = [getattr(choice.per_device, name) for name in (*CELLS, *host)]
         last = ("yes" if choice.fits else "no", f"{choice.largest:,}" if choice.largest else "none")
         shown.add_row(choice.strategy, choice.policy, *map(size, cells), *last)
     return shown
 
 
-def check_memory(recipe: Recipe, accelerator: Accelerator, classes: int) -> str:
+def check_memory(recipe: Recipe, accelerator: RankAccelerator, classes: int) -> str:
     """A warning where a run is estimated not to fit on its GPU, or "".
 
     Raises UserError instead with ``runtime.memory_check=refuse``, except for a compiled run, which needs less than the
@@ -86,12 +92,12 @@ def check_memory(recipe: Recipe, accelerator: Accelerator, classes: int) -> str:
     machines = machines_of(accelerator, free + CONTEXT)  # the context is allocated already
     images = micro_batch(recipe, machines.processes)
     counted = footprint(as_counted(recipe, gpus=True), classes, images)
-    share = counted.on(strategy_file(accelerator), machines.processes)
-    if share.peak <= machines.budget:
+    per_device = counted.on(strategy_file(accelerator), machines.processes)
+    if per_device.peak <= machines.budget:
         return ""
     message = (
-        f"this run is estimated to hold {share.peak / GIB:.1f} GiB on a GPU of which {free / GIB:.1f} GiB are free; "
-        f"{suggestion(recipe, classes, machines)}"
+        f"this run is estimated to hold {per_device.peak / GIB:.1f} GiB on a GPU of which {free / GIB:.1f} GiB are "
+        f"free; {suggestion(recipe, classes, machines)}"
     )
     if runtime.memory_check == "refuse" and not runtime.compile:
         raise UserError(f"{message}; runtime.memory_check=warn tries it nevertheless")
@@ -99,7 +105,7 @@ def check_memory(recipe: Recipe, accelerator: Accelerator, classes: int) -> str:
 
 
 @contextmanager
-def advice_on_memory(recipe: Recipe, accelerator: Accelerator, trials: int = 1) -> Iterator[None]:
+def advice_on_memory(recipe: Recipe, accelerator: RankAccelerator, trials: int = 1) -> Iterator[None]:
     """Turns torch's out-of-memory error into one with advice. ``trials``: how many share the backbone."""
     try:
         yield
@@ -107,7 +113,7 @@ def advice_on_memory(recipe: Recipe, accelerator: Accelerator, trials: int = 1) 
         raise OutOfMemory(out_of_memory(recipe, accelerator, trials)) from error
 
 
-def out_of_memory(recipe: Recipe, accelerator: Accelerator, trials: int = 1) -> str:
+def out_of_memory(recipe: Recipe, accelerator: RankAccelerator, trials: int = 1) -> str:
     """What to do about an out-of-memory error, from the estimates, which are of one trial."""
     device = accelerator.device
     if trials > 1:
@@ -127,7 +133,7 @@ def suggestion(recipe: Recipe, classes: int, machines: Machines) -> str:
         return str(error)
 
 
-def strategy_file(accelerator: Accelerator) -> str:
+def strategy_file(accelerator: RankAccelerator) -> str:
     """The file in launch/accelerate that corresponds to how these processes were started."""
     name = {"single": "ddp", "zero0": "ddp"}.get(strategy_name(accelerator), strategy_name(accelerator))
     plugin = accelerator.state.deepspeed_plugin

@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed, nn
 
-from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
 from dist_vpt.errors import UserError
+from dist_vpt.files import shipped_folder
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory
@@ -25,20 +26,21 @@ from dist_vpt.training.optim import build_optimizer
 SET_BY_RECIPE = ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast")
 NOT_ON_CPU = (
     "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto (without a GPU that is "
-    "the CPU), or start with launch/accelerate/ddp.yaml"
+    "the CPU), or start with the ddp strategy"
 )
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
+def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | None = None) -> RankAccelerator:
     """An Accelerator for this process, its DeepSpeed configuration filled in from the recipe."""
-    launch = LaunchEnv.current()
     cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
     if recipe.runtime.precision == "fp16" and cpu:
         raise UserError("runtime.precision = fp16: needs a GPU (gradients are scaled there); use bf16 or fp32 on a CPU")
     # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
     backend = "gloo" if cpu and launch.launched else None
-    with rendezvous(recipe.run.timeout_minutes):
-        accelerator = Accelerator(
+    with rendezvous(launch, recipe.run.timeout_minutes):
+        accelerator = RankAccelerator(
+            launch,
+            status,
             cpu=recipe.runtime.device == "cpu",
             # Frozen weights are held in the recipe's precision and need no autocast; fp16 needs its gradient scaler.
             mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
@@ -58,7 +60,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.num_processes != launch.world_size:
         raise UserError(
             f"{launch.world_size} processes were started, but Accelerate sees {accelerator.num_processes}; "
-            "start them with `accelerate launch` (launch/accelerate/ has a file for each strategy)"
+            f"start them with `accelerate launch --config_file` and a file of {shipped_folder('launch')}/accelerate"
         )
     if accelerator.state.deepspeed_plugin is not None:
         _fill_deepspeed(accelerator, recipe)
@@ -73,7 +75,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def strategy_name(accelerator: Accelerator) -> str:
+def strategy_name(accelerator: RankAccelerator) -> str:
     """single, ddp, or zero0 to zero3."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
@@ -81,7 +83,7 @@ def strategy_name(accelerator: Accelerator) -> str:
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 
-def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[nn.Module, Any]:
+def prepare(recipe: Recipe, accelerator: RankAccelerator, method: Method) -> tuple[nn.Module, Any]:
     """The method wrapped for the strategy, and an optimizer over its trainable parameters."""
     frozen = {name: parameter for name, parameter in method.named_parameters() if not parameter.requires_grad}
     # Every process reads the same frozen weights from the same file, so they need no broadcast at all. Buffers are
@@ -102,7 +104,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, method: Method) -> tuple[n
 def unsupported_reason(recipe: Recipe, name: str) -> str:
     """Why a recipe cannot run under a strategy, with the fix, or "".
 
-    ``name`` may be that of a file in launch/accelerate.
+    ``name``: as strategy_name gives it, or of a file in launch/accelerate.
     """
     runtime, zero, zero3 = recipe.runtime, name.startswith("zero"), name.startswith("zero3")
     reasons = {
@@ -110,14 +112,13 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP": zero
         and runtime.precision == "fp16",
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
-        "a block itself is called; start with launch/accelerate/ddp.yaml (or zero1.yaml, zero2.yaml)": zero3
-        and recipe.method.reads_blocks,
+        "a block itself is called; start with the ddp strategy (or zero1, zero2)": zero3 and recipe.method.reads_blocks,
         f"runtime.activation_checkpointing = {runtime.activation_checkpointing}: ZeRO-3 gathers weights at other "
         "moments in backward than in forward, and torch's selective checkpointing takes that for other arithmetic; "
-        "use mlp, block or every-N, or start with launch/accelerate/ddp.yaml": zero3
+        "use mlp, block or every-N, or start with the ddp strategy": zero3
         and runtime.activation_checkpointing.startswith("budget"),
         "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
-        "follow; use compile=false, or start with launch/accelerate/ddp.yaml": zero3 and runtime.compile,
+        "follow; use compile=false, or start with the ddp strategy": zero3 and runtime.compile,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -133,7 +134,7 @@ def frozen_bytes(method: Method) -> tuple[int, int]:
     return held, total
 
 
-def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
+def _fill_deepspeed(accelerator: RankAccelerator, recipe: Recipe) -> None:
     """Fill DeepSpeed's configuration in from the recipe. Raises UserError for an entry that contradicts it."""
     if reason := unsupported_reason(recipe, strategy_name(accelerator)):
         error = UserError(reason)
@@ -160,21 +161,23 @@ def _fill_deepspeed(accelerator: Accelerator, recipe: Recipe) -> None:
 Made = TypeVar("Made")
 
 
-def capture_user_error(make: Callable[[], Made]) -> tuple[Made | None, UserError | None]:
+def capture_user_error(launch: LaunchEnv, make: Callable[[], Made]) -> tuple[Made | None, UserError | None]:
     """What ``make`` returns; with several processes a UserError is returned too, for ``init_accelerator`` to raise."""
     try:
         return make(), None
     except UserError as error:
-        if LaunchEnv.current().world_size == 1:
+        if launch.world_size == 1:
             raise
         return None, error
 
 
-def init_accelerator(recipe: Recipe, error: UserError | None, leaving: ExitStack) -> Accelerator:
+def init_accelerator(
+    recipe: Recipe, launch: LaunchEnv, status: RankStatus, error: UserError | None, leaving: ExitStack
+) -> RankAccelerator:
     """The Accelerator of all processes. Raises, on all of them, the first ``error`` that one has captured before."""
     within = distributed.is_initialized()  # a sweep keeps its process group for its next run
     try:
-        accelerator = make_accelerator(recipe)
+        accelerator = make_accelerator(recipe, launch, status)
         if not within:
             leaving.callback(accelerator.end_training)
         raise_on_any_rank(accelerator, error)

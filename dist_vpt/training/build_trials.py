@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.amp import GradScaler
 
-from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.methods.base import Reader
@@ -26,14 +25,14 @@ PER_TRIAL_KEYS = ("seed", "optim.lr", "optim.weight_decay", "method.dropout", "m
 
 def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     recipes: Sequence[Recipe],
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     stop: StopSignal,
     state: Path,
     show: Callable[[str], None],
     starts: Sequence[dict[str, Tensor]] | None = None,
     *,
     keeps_best: bool = False,
-    check_memory: Callable[[Recipe, Accelerator, int], str] = lambda *_: "",
+    check_memory: Callable[[Recipe, RankAccelerator, int], str] = lambda *_: "",
 ) -> TrialGroup:
     """Build the trials of ``recipes`` on one frozen backbone, restore ``state``, cache the stream.
 
@@ -43,7 +42,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     """
     recipe, rank, world = recipes[0], accelerator.process_index, accelerator.num_processes
     free_and_reset_peak()
-    parts = build_components(recipe)
+    parts = build_components(recipe, accelerator.launch)
     classes = len(parts.splits.classes)
     show(check_memory(recipe, accelerator, classes))  # of one trial: all together hold more
     train = parts.training(recipe, rank, world)
@@ -82,7 +81,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     return group
 
 
-def gradient_scaler(recipe: Recipe, accelerator: Accelerator) -> GradScaler:
+def gradient_scaler(recipe: Recipe, accelerator: RankAccelerator) -> GradScaler:
     """A trial's own: as Accelerate's in a single run; trials overflow at different steps."""
     return GradScaler(accelerator.device.type, enabled=recipe.runtime.precision == "fp16")
 

@@ -5,12 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dist_vpt.distributed.collectives import raise_on_any_rank
+from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.runs.adapters import collect, restore, write_adapters
@@ -24,7 +23,7 @@ from dist_vpt.training.optimizer_state import gather_optimizer_state, set_optimi
 class States:
     """The states of one run."""
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator):
+    def __init__(self, folder: RunFolder, accelerator: RankAccelerator):
         self.folder, self.accelerator = folder, accelerator
         self.last: int | None = None  # step of the newest state
         self._best: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None  # not on disk yet

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
@@ -22,6 +21,8 @@ from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.placement import open_streams
@@ -52,12 +53,13 @@ class Components:
     inputs: Inputs
     splits: Splits
     method: Method
-    difference: LoadReport  # between the backbone's tensors and its file's
+    load_report: LoadReport  # between the backbone's tensors and its file's
     data: DataConfig
     eval_batch_size: int
+    launch: LaunchEnv
 
     @property
-    def view(self) -> ImageTransform:
+    def transform(self) -> ImageTransform:
         return self.inputs.transform
 
     def protocol(self) -> dict[str, Any]:
@@ -67,27 +69,28 @@ class Components:
         names = ("train", "val", "trainval", "test")
         return {
             "storage": splits.storage,
-            "resize": self.view.interpolation,
-            "fit": self.view.crop_mode,
-            "augment": self.view.augment,
+            "resize": self.transform.interpolation,
+            "fit": self.transform.crop_mode,
+            "augment": self.transform.augment,
             "normalize": given or task.normalize,
-            "image_size": self.view.image_size,
+            "image_size": self.transform.image_size,
             "fraction": self.data.fraction,
-            "carved": list(splits.carved),
+            "carved": list(splits.held_out),
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
             "notes": list(splits.notes),
         }
 
-    def carved(self) -> dict[str, list[str]]:
+    def held_out(self) -> dict[str, list[str]]:
         """Files of the splits that a seed took out of train, for splits.json."""
-        splits = {name: self.splits[name] for name in self.splits.carved}
+        splits = {name: self.splits[name] for name in self.splits.held_out}
         return {name: [split.where(i) for i in range(len(split))] for name, split in splits.items()}
 
-    def feeding(self, rank: int, world: int) -> dict[str, Any]:
+    def loader_options(self, rank: int, world: int) -> dict[str, Any]:
         """The arguments that training and evaluation batches of a process have in common."""
         return {
             "rank": rank,
             "world": world,
+            "local_world": self.launch.local_world_size,
             "workers": self.data.workers,
             "on_decode_error": self.data.on_decode_error,
             "max_megapixels": self.data.max_megapixels,
@@ -98,17 +101,17 @@ class Components:
         """Shuffled batches of the split that the recipe trains on. Raises UserError where they cannot be split."""
         return TrainBatches(
             self.splits[recipe.data.train_on],
-            self.view,
+            self.transform,
             batch_size=recipe.train.batch_size,
             accumulate=recipe.train.grad_accum_steps,
             seed=recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
-            **self.feeding(rank, world),
+            **self.loader_options(rank, world),
         )
 
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
         """Batches with every image of a split once, over all processes; test, which is read once, is never cached."""
-        feeding = self.feeding(rank, world) | ({"cache": "none"} if split == "test" else {})
-        return EvalBatches(self.splits[split], self.view, self.eval_batch_size, **feeding)
+        loader_options = self.loader_options(rank, world) | ({"cache": "none"} if split == "test" else {})
+        return EvalBatches(self.splits[split], self.transform, self.eval_batch_size, **loader_options)
 
     def validation(self, recipe: Recipe, rank: int, world: int) -> EvalBatches | None:
         """Batches of val, unless there is none or it is trained on."""
@@ -126,8 +129,8 @@ class Components:
         """
         if not self.method.inits_from_images:
             return
-        method, feeding = self.method.to(device), self.feeding(rank=0, world=1) | {"cache": "none"}
-        batches = EvalBatches(self.splits[recipe.data.train_on], self.view, self.eval_batch_size, **feeding)
+        method, loader_options = self.method.to(device), self.loader_options(rank=0, world=1) | {"cache": "none"}
+        batches = EvalBatches(self.splits[recipe.data.train_on], self.transform, self.eval_batch_size, **loader_options)
         few = islice(batches, math.ceil(INIT_IMAGES / self.eval_batch_size))
         method.init_from_images((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
         batches.close()
@@ -135,7 +138,7 @@ class Components:
     def use_cached_stream(
         self,
         recipe: Recipe,
-        accelerator: Accelerator,
+        accelerator: RankAccelerator,
         train: TrainBatches,
         val: EvalBatches | None,
         stop: StopSignal,
@@ -150,37 +153,37 @@ class Components:
         if not isinstance(self.method, Reader):
             return ""
         wanted = {recipe.data.train_on: train} | ({"val": val} if val is not None else {})
-        if self.view.augment != "none":
+        if self.transform.augment != "none":
             if recipe.stream.cache not in ("auto", "none"):
                 raise UserError(
-                    f"stream.cache = {recipe.stream.cache}: data.augment = {self.view.augment} changes each image "
+                    f"stream.cache = {recipe.stream.cache}: data.augment = {self.transform.augment} changes each image "
                     "in every epoch; set stream.cache=auto (which keeps val alone) or data.augment=none"
                 )
             del wanted[recipe.data.train_on]
-        feeds, line = open_streams(
+        caches, line = open_streams(
             recipe.stream,
             self.data,
             self.method.backbone,
             (self.method.shared_spec if shared else self.method.spec, self.method.spec),
-            self.view,
+            self.transform,
             {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
             accelerator,
             stop,
             passes=recipe.train.epochs,
         )
-        for name, feed in feeds.items():
-            wanted[name].use(feed)
+        for name, cache in caches.items():
+            wanted[name].use(cache)
         return line
 
 
-def build_components(recipe: Recipe) -> Components:
+def build_components(recipe: Recipe, launch: LaunchEnv = ALONE) -> Components:
     """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
     inputs = resolve_inputs(recipe.data, recipe.backbone)
     splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training
-    method, difference = build_method(recipe, inputs, len(splits.classes))
-    return Components(inputs, splits, method, difference, recipe.data, recipe.train.eval_batch_size)
+    method, load_report = build_method(recipe, inputs, len(splits.classes))
+    return Components(inputs, splits, method, load_report, recipe.data, recipe.train.eval_batch_size, launch)
 
 
 def resolve_inputs(data: DataConfig, backbone: BackboneConfig) -> Inputs:
@@ -210,7 +213,7 @@ def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tupl
 def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, LoadReport]:
     """The frozen backbone with the method attached, and the difference from its weight file."""
     torch.manual_seed(recipe.seed)
-    backbone, difference = build(
+    backbone, load_report = build(
         recipe.backbone,
         image_size=inputs.transform.image_size,
         mean=inputs.mean,
@@ -220,7 +223,7 @@ def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, 
     torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))
-    return method, difference
+    return method, load_report
 
 
 def build_reader(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:

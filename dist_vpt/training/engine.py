@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor, nn
 
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
-from dist_vpt.distributed.rank_status import phase
+from dist_vpt.distributed.collectives import RankAccelerator, all_reduce_sum, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Diverged, Interrupted, RunFailed
 from dist_vpt.methods.base import Method
@@ -52,7 +50,7 @@ class Training(ABC):
     """A training in progress, as ``fit`` sees it: one run (TrainState), or trials that train together (TrialGroup)."""
 
     recipe: Recipe
-    accelerator: Accelerator
+    accelerator: RankAccelerator
     train: TrainBatches
     val: EvalBatches | None
     class_weights: Tensor  # [K]
@@ -198,7 +196,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     lr = learning_rate(t.recipe, t.step, t.train.steps_per_epoch)
     set_lr(t.optimizer, lr)
     micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
-    phase.set(f"step {t.step}", "training", limited=True)
+    accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
     for micro, (batch, weights_B) in enumerate(micro_batches):
@@ -232,7 +230,7 @@ def fit(t: Training) -> None:
         t.start_epoch()
         batches = t.train.epoch(t.epoch, t.progress.step)
         while t.progress.step < t.train.steps_per_epoch and not t.ended:
-            phase.set(f"step {t.step}", "reading images")
+            t.accelerator.status.set(f"step {t.step}", "reading images")
             t.take_step(next_or_error(batches))
             t.progress.seconds = time.monotonic() - started
             t.log_step()
@@ -255,7 +253,7 @@ def save(t: Training) -> str:
 
     Raises RunFailed after MAX_FAILED_SAVES failures in a row.
     """
-    phase.set(f"step {t.step}", "saving the state")
+    t.accelerator.status.set(f"step {t.step}", "saving the state")
     failed = t.write_state()
     t.failed_saves = t.failed_saves + 1 if failed else 0
     if failed is None:
@@ -276,7 +274,7 @@ def save(t: Training) -> str:
 
 @torch.no_grad()
 def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
-    accelerator: Accelerator,
+    accelerator: RankAccelerator,
     model: nn.Module,
     batches: EvalBatches,
     classes: int,
@@ -291,7 +289,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     scores = Scores(classes, accelerator.device, confusion=confusion)
     unread = iter(batches)
     for number in range(len(batches)):
-        phase.set(f"batch {number} of a split to score", "reading images")
+        accelerator.status.set(f"batch {number} of a split to score", "reading images")
         fetched = next_or_error(unread)
         raise_on_any_rank(accelerator, fetched if isinstance(fetched, DataError) else None, stop)
         if stop is not None and stop.agreed:

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
-from dist_vpt.distributed.rank_status import logger, phase
+from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.rank_status import logger
 from dist_vpt.recipe.differences import flatten
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
@@ -30,8 +31,6 @@ from dist_vpt.training.figures import confusion_figure, mistakes_figure
 from dist_vpt.training.metrics import Mistake
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from dist_vpt.training.step import Step
 
 WARM_UP = 3  # steps that the speed does not count: first calls allocate, compile and start workers
@@ -40,7 +39,7 @@ WARM_UP = 3  # steps that the speed does not count: first calls allocate, compil
 class RunLogger:
     """Writes on the main process, and nothing on the others."""
 
-    def __init__(self, recipe: Recipe, accelerator: "Accelerator", folder: RunFolder):
+    def __init__(self, recipe: Recipe, accelerator: "RankAccelerator", folder: RunFolder):
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
@@ -97,7 +96,7 @@ class RunLogger:
         self.steps += 1
         if self.steps == WARM_UP:
             self.started = (time.monotonic(), progress.images)
-        phase.progress = {
+        self.accelerator.status.progress = {
             "step": number,
             "steps": self.total_steps,
             "epoch": progress.epoch + 1,

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dist_vpt.data.loaders import Batch
-from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_all_ranks
+from dist_vpt.distributed.collectives import RankAccelerator, all_reduce_sum, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError
 from dist_vpt.recipe.schema import Recipe
@@ -46,7 +45,7 @@ def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:
 
 
 def weigh_global_batch(
-    accelerator: Accelerator, fetched: list[Batch] | DataError, class_weights_K: Tensor, stop: StopSignal
+    accelerator: RankAccelerator, fetched: list[Batch] | DataError, class_weights_K: Tensor, stop: StopSignal
 ) -> tuple[list[tuple[Batch, Tensor]], float]:
     """This process's micro-batches on its device with the weight of each image, and the weight of the global batch.
 
@@ -56,7 +55,7 @@ def weigh_global_batch(
     on_device = [send_to_device(batch, accelerator.device, non_blocking=True) for batch in batches]
     weights = [weigh(batch, class_weights_K) for batch in on_device]
     local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else 0.0
-    weight, failed, stopped = all_reduce_sum(accelerator, local, isinstance(fetched, DataError), stop.asked)
+    weight, failed, stopped = all_reduce_sum(accelerator, local, isinstance(fetched, DataError), stop.requested)
     if failed:
         raise_on_all_ranks(accelerator, fetched if isinstance(fetched, DataError) else None)
     stop.agreed = stopped > 0
@@ -82,8 +81,8 @@ def image_losses(logits: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> Te
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step, counted from 0 over the whole run."""
-    share = multiplier(recipe.optim, step, steps_per_epoch, recipe.train.epochs)
-    return recipe.optim.peak_lr(recipe.train.batch_size) * share
+    factor = multiplier(recipe.optim, step, steps_per_epoch, recipe.train.epochs)
+    return recipe.optim.peak_lr(recipe.train.batch_size) * factor
 
 
 def not_finite(name: str, value: float, step: int) -> str:

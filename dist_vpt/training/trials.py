@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
-from dist_vpt.distributed.rank_status import phase
 from dist_vpt.errors import DataError
 from dist_vpt.frozen_stream.observe import StreamOutput, compute_stream
 from dist_vpt.runs.adapters import collect
@@ -87,7 +86,7 @@ class TrialGroup(Training):
         """Report the progress, for ``dist-vpt status``."""
         epochs = self.recipe.train.epochs
         steps = epochs * self.train.steps_per_epoch
-        phase.progress = {
+        self.accelerator.status.progress = {
             "step": self.step,
             "steps": steps,
             "epoch": self.epoch + 1,
@@ -103,7 +102,7 @@ class TrialGroup(Training):
         train, ended, done = self.recipe.train, self.running, self.epoch + 1
         found: list[dict[str, float]] = []
         if self.val is not None and ended and (done == train.epochs or done % train.eval_every == 0):
-            phase.set(f"epoch {done}", "scoring val")
+            self.accelerator.status.set(f"epoch {done}", "scoring val")
             found = _quick_scores(self, ended, self.val)  # before the epoch ends: after a stop it is scored again
         self.progress.epoch, self.progress.step = done, 0
         for trial in ended:
@@ -146,7 +145,7 @@ def fit_trials(group: TrialGroup) -> None:
     """
     group.saved_at = time.monotonic()
     fit(group)
-    phase.progress = {}
+    group.accelerator.status.progress = {}
 
 
 def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
@@ -155,7 +154,7 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     for trial in running:
         set_lr(trial.optimizer, learning_rate(trial.recipe, group.step, group.train.steps_per_epoch))
     micro_batches, weight = weigh_global_batch(accelerator, fetched, group.class_weights, group.stop)
-    phase.set(f"step {group.step}", "training", limited=True)
+    accelerator.status.set(f"step {group.step}", "training", limited=True)
     sums, images = torch.zeros(len(running), 2), 0.0  # loss and correct answers of each trial
     for micro, (batch, weights_B) in enumerate(micro_batches):
         seeds = [fold_in(trial.recipe.seed, group.step, accelerator.process_index, micro) for trial in running]
@@ -184,7 +183,7 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
 @torch.no_grad()
 def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list[Scores]:
     """Stream a split once through the backbone and score it with all trials. A collective call."""
-    phase.set("the end", f"scoring {split}")
+    group.accelerator.status.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)
     scores = [Scores(len(group.parts.splits.classes), group.accelerator.device) for _ in trials]
     try:

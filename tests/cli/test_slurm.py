@@ -434,7 +434,7 @@ def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Sign
         (["--nodes", "0"], "--nodes 0: must be at least 1"),
         (["--gpus-per-node", "-1"], "--gpus-per-node -1: must be at least 0"),
         (["--max-restarts", "-1"], "--max-restarts -1: must be at least 0"),
-        (["--strategy", "zero4"], "--strategy zero4: no launch/accelerate/zero4.yaml; did you mean 'zero"),
+        (["--strategy", "zero4"], "--strategy zero4: no such strategy; did you mean 'zero"),
         (
             ["--time", "soon"],
             "--time soon: must be as sbatch takes it: minutes, minutes:seconds, hours:minutes:seconds,",

@@ -39,18 +39,18 @@ def test_shuffled_is_a_pinned_function_of_its_key():
 @pytest.mark.parametrize("count", [0, 1, 10, 37, 99, 100])
 def test_carve_takes_each_class_in_proportion(count):
     labels = np.repeat([0, 1, 2], [50, 30, 20])
-    kept, carved = stratified_holdout(labels, count, 0)
-    assert sorted([*kept, *carved]) == list(range(100))
+    kept, held_out = stratified_holdout(labels, count, 0)
+    assert sorted([*kept, *held_out]) == list(range(100))
     expected = min(count, 97)  # each class keeps one
-    assert len(carved) == expected
-    taken = np.bincount(labels[carved], minlength=3)
+    assert len(held_out) == expected
+    taken = np.bincount(labels[held_out], minlength=3)
     assert np.all(np.abs(taken - np.minimum(count * np.array([0.5, 0.3, 0.2]), [49, 29, 19])) <= 1)
 
 
 def test_carve_keeps_the_last_image_of_a_class():
     labels = np.array([0] * 10 + [1])
-    kept, carved = stratified_holdout(labels, 9, 0)
-    assert len(carved) == 9
+    kept, held_out = stratified_holdout(labels, 9, 0)
+    assert len(held_out) == 9
     assert set(labels[kept]) == {0, 1}
 
 

@@ -70,10 +70,11 @@ def test_a_detached_process_is_alone_on_its_own_device(
 ) -> None:
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr(os, "environ", LAUNCHED | given)
-    detach_from_launcher()
+    alone = detach_from_launcher(LaunchEnv.current())
+    assert alone == LaunchEnv(local_world_size=2)
     # Processes that train alone still share the memory of their machine.
     assert os.environ == {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": device}
-    detach_from_launcher()
+    assert detach_from_launcher(alone) == alone
     assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 
 

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from dist_vpt.backbones.weights.zoo import ZOO
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.inference.evaluate import evaluate_run
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.adapters import read_adapters
@@ -104,7 +105,8 @@ def test_two_processes_equal_one(strategy: str, alone: Path, tmp_path: Path) -> 
 def test_ddp_sends_no_buffers_and_starts_without_a_warning(tmp_path: Path) -> None:
     def work(rank: int) -> int:
         recipe = load_recipe([], words(tmp_path / "run"))
-        method, accelerator = build_components(recipe).method, make_accelerator(recipe)
+        launch = LaunchEnv.current()
+        method, accelerator = build_components(recipe, launch).method, make_accelerator(recipe, launch)
         assert [*method.buffers()]
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)

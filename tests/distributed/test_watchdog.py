@@ -19,6 +19,7 @@ from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed import rendezvous, watchdog
 from dist_vpt.distributed.failures import Failure
+from dist_vpt.distributed.launch_env import ALONE
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.errors import OutOfMemory, RunFolderError
 from dist_vpt.recipe.loading import load_recipe
@@ -190,9 +191,9 @@ def test_a_mistake_is_reported_where_processes_never_connect(monkeypatch: pytest
     refused = RunFolderError("my own")
     for error in (RuntimeError("gloo: connection closed"), RunFolderError("wandb is not installed")):
         with pytest.raises(RunFolderError, match=r"^my own$"), contextlib.ExitStack() as leaving:
-            init_accelerator(load_recipe([]), refused, leaving)
+            init_accelerator(load_recipe([]), ALONE, RankStatus(), refused, leaving)
         with pytest.raises(type(error), match=str(error)), contextlib.ExitStack() as leaving:
-            init_accelerator(load_recipe([]), None, leaving)
+            init_accelerator(load_recipe([]), ALONE, RankStatus(), None, leaving)
 
 
 @pytest.mark.parametrize("split", ["batch", "trials"])

@@ -430,7 +430,7 @@ def test_a_stopped_finetuning_resumes(source: Path, tmp_path: Path, monkeypatch:
     fit = compress_training.fit_trials
 
     def stopped(p: Any) -> None:
-        p.stop.asked = True
+        p.stop.requested = True
         fit(p)
 
     with monkeypatch.context() as patch:
@@ -453,7 +453,7 @@ def test_what_is_stopped_before_a_fraction_is_done_resumes(
     called = getattr(fixed_features, name)
 
     def stopped(*words: Any) -> Any:
-        StopSignal.entered[-1].asked = True
+        StopSignal.entered[-1].requested = True
         return called(*words)
 
     with monkeypatch.context() as patch:

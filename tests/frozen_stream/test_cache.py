@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 
 from dist_vpt.cli.main import main
 from dist_vpt.data.loaders import PADDING
-from dist_vpt.distributed.launch_env import detach_from_launcher
+from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RecipeError, UserError
 from dist_vpt.frozen_stream import cache as stream_cache
@@ -116,7 +116,7 @@ def parts_of(*overrides: str) -> Components:
 def facts_of(parts: Components, split: str = "train") -> dict[str, Any]:
     assert isinstance(parts.method, Reader)
     return identity(
-        parts.splits[split], parts.view, parts.data.max_megapixels, parts.method.backbone, parts.method.spec
+        parts.splits[split], parts.transform, parts.data.max_megapixels, parts.method.backbone, parts.method.spec
     )
 
 
@@ -133,7 +133,7 @@ def cache_of(folder: Path, parts: Components, split: str = "train", stop: StopSi
 def in_memory(parts: Components, split: str = "train") -> StreamCache:
     assert isinstance(parts.method, Reader)
     backbone, batches = parts.method.backbone, parts.evaluation(split, 0, 1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = RankAccelerator(cpu=True)
     return fill(
         backbone, parts.method.spec, batches, parts.splits[split], accelerator, torch.device("cpu"), StopSignal()
     )
@@ -503,7 +503,7 @@ def test_what_makes_another_cache(tmp_path: Path) -> None:
         "attention": facts_of(parts_of(*data, "runtime.attention=eager")),
     }
     labels = replace(parts.splits["train"], given=1 - parts.splits["train"].labels)
-    other["labels"] = identity(labels, parts.view, 178.0, parts.method.backbone, parts.method.spec)  # type: ignore[attr-defined]
+    other["labels"] = identity(labels, parts.transform, 178.0, parts.method.backbone, parts.method.spec)  # type: ignore[attr-defined]
     attention: Any = parts.method.backbone.blocks[2].attn
     attention.num_heads *= 2
     other["heads"] = facts_of(parts)
@@ -569,8 +569,7 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
 
 def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     _free(monkeypatch, 4.0, 0)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    place, _, line = choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)
+    place, _, line = choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB, 4)
     assert place == "none"
     assert "0.80 GiB may be used in memory for each of 4 processes" in line
 
@@ -580,10 +579,10 @@ def test_processes_that_train_alone_share_the_memory_all_the_same(monkeypatch: p
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    detach_from_launcher()
+    processes = detach_from_launcher(LaunchEnv.current()).local_world_size
     assert "WORLD_SIZE" not in os.environ
     _free(monkeypatch, 4.0, 0)
-    assert choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB)[0] == "none"
+    assert choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB, processes)[0] == "none"
 
 
 def test_a_cache_of_another_node_that_is_seen_late_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -691,9 +690,15 @@ def test_padding_has_no_weight() -> None:
 def test_all_that_is_asked_for_is_kept(reads: StreamSpec, tmp_path: Path) -> None:
     parts = parts_of("data.image_size=16")
     backbone, batches = make_backbone("registers"), partial(parts.evaluation, "val")
-    facts = identity(parts.splits["val"], parts.view, 178.0, backbone, reads)
+    facts = identity(parts.splits["val"], parts.transform, 178.0, backbone, reads)
     memory = fill(
-        backbone, reads, batches(0, 1), parts.splits["val"], Accelerator(cpu=True), torch.device("cpu"), StopSignal()
+        backbone,
+        reads,
+        batches(0, 1),
+        parts.splits["val"],
+        RankAccelerator(cpu=True),
+        torch.device("cpu"),
+        StopSignal(),
     )
     disk, _ = on_disk(tmp_path / "val-key", facts, backbone, reads, batches, torch.device("cpu"), StopSignal())
     images = torch.cat([batch["images"] for batch in batches(0, 1)])
@@ -715,10 +720,10 @@ def test_the_size_of_a_stream_is_what_it_holds() -> None:
 
 def test_what_zero3_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = unsupported_reason(load_recipe([], ["data.task=digits", *READERS["vqt"]]), "zero3")
-    assert re.match(r"method.name = vqt: .* ZeRO-3 .* start with launch/accelerate/ddp.yaml", refused)
+    assert re.match(r"method.name = vqt: .* ZeRO-3 .* start with the ddp strategy", refused)
     assert not unsupported_reason(load_recipe([], ["data.task=digits", *READERS["linear"]]), "zero3")
     recipe = StreamConfig(cache="disk", dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"ZeRO-3 .* set stream.cache=memory, or start with launch/accelerate/ddp.yaml"):
+    with pytest.raises(UserError, match=r"ZeRO-3 .* set stream.cache=memory, or start with the ddp strategy"):
         choose(recipe, (0, 0), torch.device("cpu"), lambda: 0, sharded=True)
     _free(monkeypatch, 0, 8.0)
     assert choose(StreamConfig(dir=str(tmp_path)), (1, 1), torch.device("cpu"), lambda: 1, sharded=True)[0] == "none"

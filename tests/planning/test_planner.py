@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from dist_vpt.cli.main import main
+from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.errors import RunFailed, UserError
+from dist_vpt.files import shipped_folder
 from dist_vpt.planning import choices as choices_module
 from dist_vpt.planning import planner as plan_module
 from dist_vpt.planning.choices import POLICIES, as_counted, choices, fits, micro_batch, policies, recommendation
@@ -283,7 +284,7 @@ def test_a_run_that_cannot_fit_is_refused_or_warned_of(monkeypatch: pytest.Monke
     assert "recommended" in check_memory(recipe("train.eval_batch_size=50", "runtime.compile=true"), gpu, 10)
     assert check_memory(recipe("runtime.memory_check=ignore"), gpu, 10) == ""
     assert check_memory(recipe("train.batch_size=4", "train.eval_batch_size=50"), gpu, 10) == ""
-    assert check_memory(recipe("train.batch_size=200"), Accelerator(cpu=True), 10) == ""  # of GPUs alone
+    assert check_memory(recipe("train.batch_size=200"), RankAccelerator(cpu=True), 10) == ""  # of GPUs alone
 
 
 @pytest.mark.usefixtures("by_the_image")
@@ -309,7 +310,10 @@ def test_strategies_that_train_would_refuse_are_not_offered(options: list[str], 
     ("machines", "start"),
     [
         (Machines(memory_for(9)), "recommended: the recipe as it is"),
-        (Machines(memory_for(9), 4), "recommended: the recipe as it is; start with launch/local.sh ddp 4"),
+        (
+            Machines(memory_for(9), 4),
+            f"recommended: the recipe as it is; start with {shipped_folder('launch')}/local.sh ddp 4",
+        ),
         (
             Machines(memory_for(9), 4, 2),
             "recommended: the recipe as it is; start with dist-vpt launch slurm ... --nodes 2 --gpus-per-node 4 "

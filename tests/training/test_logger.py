@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.distributed.launch_env import ALONE
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.experiments import run as run_module
 from dist_vpt.planning import planner
@@ -231,7 +232,12 @@ def test_a_gpu_s_memory_is_given_back_before_a_run_asks_whether_it_fits(
             if overrides:
                 recipe = load_recipe([], [*overrides, "data.workers=0", f"run.dir={tmp_path / 'pass'}"])
                 made = build_trials.build_trial_group(
-                    [recipe], make_accelerator(recipe), StopSignal(), tmp_path / "pass.pt", print, check_memory=checked
+                    [recipe],
+                    make_accelerator(recipe, ALONE),
+                    StopSignal(),
+                    tmp_path / "pass.pt",
+                    print,
+                    check_memory=checked,
                 )
                 made.close()
             else:

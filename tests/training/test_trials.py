@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.amp import GradScaler
 
+from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError
 from dist_vpt.frozen_stream import placement as stream_placement
@@ -62,7 +63,7 @@ def make(
 ) -> TrialGroup:
     tmp_path.mkdir(exist_ok=True)
     some = recipes(tmp_path, each)
-    return build_trial_group(some, make_accelerator(some[0]), StopSignal(), tmp_path / "pass.pt", show, **more)
+    return build_trial_group(some, make_accelerator(some[0], ALONE), StopSignal(), tmp_path / "pass.pt", show, **more)
 
 
 def fitted(tmp_path: Path, each: Sequence[Sequence[str]], **more: bool) -> TrialGroup:
@@ -234,7 +235,7 @@ def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 
     def asks_to_stop(epoch: int, step: int = 0) -> Any:
         for number, batches in enumerate(next_batches(epoch, step)):
-            interrupted.stop.asked = epoch == 2 and number == 4
+            interrupted.stop.requested = epoch == 2 and number == 4
             yield batches
 
     interrupted.train.epoch = asks_to_stop  # type: ignore[method-assign]
@@ -300,7 +301,7 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
     score, scored = trials._quick_scores, []
 
     def asks_to_stop(p: TrialGroup, *args: Any) -> Any:
-        p.stop.asked = len(scored) == 1
+        p.stop.requested = len(scored) == 1
         scored.append(p.epoch)
         return score(p, *args)
 
@@ -367,8 +368,8 @@ def test_states_are_saved_within_an_epoch_as_asked_for(tmp_path: Path, monkeypat
 def test_without_val_trials_are_trained_and_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = build_trials.build_components
 
-    def without_val(recipe: Recipe) -> Any:
-        parts = made(recipe)
+    def without_val(recipe: Recipe, launch: LaunchEnv) -> Any:
+        parts = made(recipe, launch)
         return replace(parts, splits=replace(parts.splits, val=None))
 
     monkeypatch.setattr(build_trials, "build_components", without_val)
@@ -396,7 +397,9 @@ def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
         each = [["train.epochs=2", *some, f"runtime.precision={precision}"] for some in settings("vqt", "adam", 3)]
         (tmp_path / name).mkdir()
         some = recipes(tmp_path / name, each)
-        return build_trial_group(some, Accelerator(cpu=True), StopSignal(), tmp_path / name / "pass.pt", lambda _: None)
+        return build_trial_group(
+            some, RankAccelerator(cpu=True), StopSignal(), tmp_path / name / "pass.pt", lambda _: None
+        )
 
     wanted, found = made("fp32", "fp32"), made("fp16", "fp16")
     overflowing = made("overflow", "fp16")
@@ -419,4 +422,6 @@ def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
 
 def made_again(p: TrialGroup, state: Path) -> TrialGroup:
     """From its saved state."""
-    return build_trial_group([t.recipe for t in p.trials], Accelerator(cpu=True), StopSignal(), state, lambda _: None)
+    return build_trial_group(
+        [t.recipe for t in p.trials], RankAccelerator(cpu=True), StopSignal(), state, lambda _: None
+    )
