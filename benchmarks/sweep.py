@@ -222,7 +222,7 @@ class Bench:
                 _with_seed(self.recipe, t),
                 reader,
                 build_optimizer(self.recipe.optim, reader),
-                gradient_scaler(self.recipe, self.accelerator),
+                gradient_scaler(self.recipe.runtime.precision, self.accelerator),
             )
             for t, reader in enumerate(readers)
         ]

@@ -7,7 +7,7 @@ in an evaluation (no augmentation, no dropout), and heads that are trained on it
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def fix_features(
 
     # Micro-batches are for memory, and a head needs none: one after the other or not, the sum is the same.
     whole = recipe.model_copy(update={"train": recipe.train.model_copy(update={"grad_accum_steps": 1})})
-    train = parts.training(whole, 0, 1)
+    train = replace(parts, recipe=whole).training(0, 1)
     train.use(caches[recipe.data.train_on])
     return Features(
         source=source,
@@ -115,7 +115,7 @@ def fix_features(
         train=train,
         val=evaluation("val") if has_val else None,
         scored=evaluation(source.scored),
-        class_weights=parts.class_weights(recipe, device),
+        class_weights=parts.class_weights(device),
         skipped={file for cache in caches.values() for file in cache.skipped},
         stop=stop,
     )
@@ -186,7 +186,7 @@ def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
     while progress.epoch < recipe.train.epochs and not progress.ended:
         for (fetched,) in f.train.epoch(progress.epoch):
             step = progress.epoch * f.train.steps_per_epoch + progress.step
-            set_lr(optimizer, learning_rate(recipe, step, f.train.steps_per_epoch))
+            set_lr(optimizer, learning_rate(recipe.optim, recipe.train, step, f.train.steps_per_epoch))
             batch = send_to_device(fetched, f.device)
             labels_B, weights_B = batch["labels"], weigh(batch, f.class_weights)
             logits_BK = reader.classify(batch["images"].pooled)

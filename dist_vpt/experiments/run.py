@@ -41,7 +41,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
 
     def make() -> tuple[Components, TrainBatches]:
         parts = build_components(recipe, launch)
-        train = parts.training(recipe, launch.rank, launch.world_size)
+        train = parts.training(launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written
         return parts, train
 
@@ -102,12 +102,12 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     accelerator.status.set("the start", "setting up")
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
     trained = sum(p.numel() for _, p in parts.method.trainable())
-    parts.init_method(recipe, accelerator.device)
-    model, optimizer = prepare(recipe, accelerator, parts.method)
+    parts.init_method(accelerator.device)
+    model, optimizer = prepare(recipe.optim, accelerator, parts.method)
     states = States(folder, accelerator)
     progress, resumed = states.resume(parts.method, optimizer)
-    val = parts.validation(recipe, accelerator.process_index, accelerator.num_processes)
-    stream = parts.use_cached_stream(recipe, accelerator, train, val, stop)
+    val = parts.validation(accelerator.process_index, accelerator.num_processes)
+    stream = parts.use_cached_stream(accelerator, train, val, stop)
     training = TrainState(
         recipe=recipe,
         accelerator=accelerator,
@@ -116,7 +116,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         optimizer=optimizer,
         train=train,
         val=val,
-        class_weights=parts.class_weights(recipe, accelerator.device),
+        class_weights=parts.class_weights(accelerator.device),
         folder=folder,
         states=states,
         monitor=RunLogger(recipe, accelerator, folder),

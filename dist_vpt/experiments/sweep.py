@@ -29,6 +29,7 @@ from dist_vpt.experiments.sweep_grid import choose, grid_jobs, seed_jobs
 from dist_vpt.experiments.sweep_report import conclude, print_sweep
 from dist_vpt.experiments.sweep_worker import POLL_SECONDS, Worker
 from dist_vpt.files import raising_disk_full, read_json
+from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.training.accelerator import capture_user_error, init_accelerator
@@ -58,7 +59,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         accelerator, done = None, False
         if shared:
             accelerator = init_accelerator(grid[0].recipe, launch, status, refused, stack)
-            _refuse_deepspeed(recipe, accelerator)
+            _refuse_deepspeed(recipe.method, accelerator)
             done = acquire(folder, recipe, accelerator, stack, "sweep")
         elif rank == 0:
             done = stack.enter_context(folder.acquire(recipe, "sweep"))
@@ -94,8 +95,8 @@ def check_splits(splits: Splits) -> None:
         splits[name]
 
 
-def _refuse_deepspeed(recipe: Recipe, accelerator: RankAccelerator) -> None:
-    if recipe.method.reader and accelerator.state.deepspeed_plugin is not None:
+def _refuse_deepspeed(method: MethodConfig, accelerator: RankAccelerator) -> None:
+    if method.reader and accelerator.state.deepspeed_plugin is not None:
         refused = UserError("a reader's sweep shares one small model: start it with the ddp strategy")
         refused.shared = True  # the recipe and the launcher's file are the same everywhere
         raise refused

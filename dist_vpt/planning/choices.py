@@ -9,7 +9,7 @@ from dist_vpt.errors import RunFailed, UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.planning.footprint import MemoryEstimate, PerDeviceMemory, footprint
 from dist_vpt.planning.machines import Machines, size
-from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.schema import Recipe, TrainConfig
 from dist_vpt.training.accelerator import unsupported_reason
 
 # Checkpointing and offload, the fastest first (benchmarks/policies.py; offload has not been timed).
@@ -43,7 +43,7 @@ class Choice:
 def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
     """Every policy under every strategy that the recipe can have, the fastest first."""
     processes, eval_batch = machines.processes, recipe.train.eval_batch_size
-    micro, found = micro_batch(recipe, processes), []
+    micro, found = micro_batch(recipe.train, processes), []
     for policy, overrides, with_policy in policies(recipe, gpus=machines.gpus):
         counted = as_counted(with_policy, gpus=machines.gpus)
         count = cache(partial(_of_images, counted, classes))
@@ -121,15 +121,15 @@ def as_counted(recipe: Recipe, *, gpus: bool) -> Recipe:
     return recipe.changed("runtime", attention="sdpa") if gpus and recipe.runtime.attention != "eager" else recipe
 
 
-def micro_batch(recipe: Recipe, devices: int) -> int:
+def micro_batch(train: TrainConfig, devices: int) -> int:
     """Images that a process computes at once. Raises UserError where the batch is not divisible."""
-    parts = devices * recipe.train.grad_accum_steps
-    if recipe.train.batch_size % parts:
+    parts = devices * train.grad_accum_steps
+    if train.batch_size % parts:
         raise UserError(
-            f"train.batch_size = {recipe.train.batch_size}: must be a multiple of {parts} = {devices} devices x "
-            f"{recipe.train.grad_accum_steps} accumulated micro-batches; change it or --gpus"
+            f"train.batch_size = {train.batch_size}: must be a multiple of {parts} = {devices} devices x "
+            f"{train.grad_accum_steps} accumulated micro-batches; change it or --gpus"
         )
-    return recipe.train.batch_size // parts
+    return train.batch_size // parts
 
 
 def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machines: Machines) -> str:
@@ -160,7 +160,7 @@ def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machin
 def fits(recipe: Recipe, classes: int, strategy: str, machines: Machines) -> bool:
     """Whether the recipe as it is fits, by its own footprint."""
     counted = as_counted(recipe, gpus=machines.gpus)
-    images = micro_batch(recipe, machines.processes)
+    images = micro_batch(recipe.train, machines.processes)
     return footprint(counted, classes, images).on(strategy, machines.processes).peak <= machines.budget
 
 

@@ -104,7 +104,7 @@ def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
         "trained": sum(p.numel() for _, p in method.trainable()),
         "total": sum(p.numel() for p in method.parameters()),
     }
-    model, optimizer = prepare(recipe, accelerator, method)
+    model, optimizer = prepare(recipe.optim, accelerator, method)
     model.train()
     unused = cast(Any, None)
     return TrainState(

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.data.config import resolve
+from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.errors import OutOfMemory, RunFailed, UserError
@@ -40,7 +40,7 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     console.width = max(console.width, WIDTH)
     gpus = recipe.runtime.device != "cpu" and (memory is not None or torch.cuda.is_available())
     machines = Machines(device_memory(gpus) if memory is None else memory, devices, nodes, gpus)
-    classes = count_classes(recipe)
+    classes = count_classes(recipe.data)
     method = weightless(as_counted(recipe, gpus=gpus), resolve_inputs(recipe.data, recipe.backbone), classes)
     trained, total = (
         sum(p.numel() for p in each) for each in ([p for _, p in method.trainable()], method.parameters())
@@ -48,7 +48,7 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     found = choices(recipe, classes, machines)
     console.print(
         f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained; "
-        f"{recipe.runtime.precision}; micro-batches of {micro_batch(recipe, machines.processes)} images on "
+        f"{recipe.runtime.precision}; micro-batches of {micro_batch(recipe.train, machines.processes)} images on "
         f"{machines.processes} device{'s' if machines.processes > 1 else ''} with {machines}"
     )
     console.print(table(found))
@@ -59,9 +59,9 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     console.print(recommendation(recipe, classes, found, machines), soft_wrap=True)  # to be pasted
 
 
-def count_classes(recipe: Recipe) -> int:
+def count_classes(data: DataConfig) -> int:
     """Of a known task from its row, of others from the data."""
-    return resolve(recipe.data).classes or len(open_splits(recipe.data).classes)
+    return resolve(data).classes or len(open_splits(data).classes)
 
 
 def table(found: Sequence[Choice]) -> Table:
@@ -90,7 +90,7 @@ def check_memory(recipe: Recipe, accelerator: RankAccelerator, classes: int) -> 
         return ""
     free, _ = torch.cuda.mem_get_info(accelerator.device)
     machines = machines_of(accelerator, free + CONTEXT)  # the context is allocated already
-    images = micro_batch(recipe, machines.processes)
+    images = micro_batch(recipe.train, machines.processes)
     counted = footprint(as_counted(recipe, gpus=True), classes, images)
     per_device = counted.on(strategy_file(accelerator), machines.processes)
     if per_device.peak <= machines.budget:
@@ -122,7 +122,9 @@ def out_of_memory(recipe: Recipe, accelerator: RankAccelerator, trials: int = 1)
             "train.grad_accum_steps or a smaller train.eval_batch_size, or train fewer of them"
         )
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else device_memory(False)
-    return f"out of memory on {device}; {suggestion(recipe, count_classes(recipe), machines_of(accelerator, memory))}"
+    return (
+        f"out of memory on {device}; {suggestion(recipe, count_classes(recipe.data), machines_of(accelerator, memory))}"
+    )
 
 
 def suggestion(recipe: Recipe, classes: int, machines: Machines) -> str:

@@ -18,7 +18,7 @@ from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
 from dist_vpt.errors import UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.methods.base import Method
-from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.schema import OptimConfig, Recipe
 from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
 
@@ -83,7 +83,7 @@ def strategy_name(accelerator: RankAccelerator) -> str:
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 
-def prepare(recipe: Recipe, accelerator: RankAccelerator, method: Method) -> tuple[nn.Module, Any]:
+def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) -> tuple[nn.Module, Any]:
     """The method wrapped for the strategy, and an optimizer over its trainable parameters."""
     frozen = {name: parameter for name, parameter in method.named_parameters() if not parameter.requires_grad}
     # Every process reads the same frozen weights from the same file, so they need no broadcast at all. Buffers are
@@ -93,7 +93,7 @@ def prepare(recipe: Recipe, accelerator: RankAccelerator, method: Method) -> tup
     )
     for parameter in frozen.values():
         parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed does not broadcast it then
-    model, optimizer = accelerator.prepare(method, build_optimizer(recipe.optim, method))
+    model, optimizer = accelerator.prepare(method, build_optimizer(optim, method))
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
     if strategy_name(accelerator) == "zero3" and accelerator.device.type == "cpu":

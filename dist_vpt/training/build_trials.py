@@ -45,8 +45,8 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     parts = build_components(recipe, accelerator.launch)
     classes = len(parts.splits.classes)
     show(check_memory(recipe, accelerator, classes))  # of one trial: all together hold more
-    train = parts.training(recipe, rank, world)
-    val = parts.validation(recipe, rank, world)
+    train = parts.training(rank, world)
+    val = parts.validation(rank, world)
     first = parts.method.to(accelerator.device)
     assert isinstance(first, Reader)
     readers = [first, *(build_reader(each, first.backbone, classes) for each in recipes[1:])]
@@ -55,7 +55,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
             each,
             reader.to(accelerator.device),
             build_optimizer(each.optim, reader),
-            gradient_scaler(recipe, accelerator),
+            gradient_scaler(recipe.runtime.precision, accelerator),
         )
         for each, reader in zip(recipes, readers, strict=True)
     ]
@@ -66,7 +66,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
         accelerator=accelerator,
         train=train,
         val=val,
-        class_weights=parts.class_weights(recipe, accelerator.device),
+        class_weights=parts.class_weights(accelerator.device),
         stop=stop,
         trials=trials,
         parts=parts,
@@ -77,13 +77,13 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     _resume(group)  # before the stream is computed: it may raise
     group.start_epoch()  # methods that cannot be trained raise here
     if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end
-        show(parts.use_cached_stream(recipe, accelerator, train, val, stop, shared=len(recipes) > 1))
+        show(parts.use_cached_stream(accelerator, train, val, stop, shared=len(recipes) > 1))
     return group
 
 
-def gradient_scaler(recipe: Recipe, accelerator: RankAccelerator) -> GradScaler:
+def gradient_scaler(precision: str, accelerator: RankAccelerator) -> GradScaler:
     """A trial's own: as Accelerate's in a single run; trials overflow at different steps."""
-    return GradScaler(accelerator.device.type, enabled=recipe.runtime.precision == "fp16")
+    return GradScaler(accelerator.device.type, enabled=precision == "fp16")
 
 
 def _resume(group: TrialGroup) -> None:

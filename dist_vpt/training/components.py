@@ -54,8 +54,7 @@ class Components:
     splits: Splits
     method: Method
     load_report: LoadReport  # between the backbone's tensors and its file's
-    data: DataConfig
-    eval_batch_size: int
+    recipe: Recipe
     launch: LaunchEnv
 
     @property
@@ -64,8 +63,8 @@ class Components:
 
     def protocol(self) -> dict[str, Any]:
         """What makes scores comparable, for result.json: what was read, and how images were transformed."""
-        task, splits = self.inputs.task, self.splits
-        given = None if self.data.mean is None else f"mean {list(self.data.mean)}, std {list(self.data.std or ())}"
+        data, task, splits = self.recipe.data, self.inputs.task, self.splits
+        given = None if data.mean is None else f"mean {list(data.mean)}, std {list(data.std or ())}"
         names = ("train", "val", "trainval", "test")
         return {
             "storage": splits.storage,
@@ -74,7 +73,7 @@ class Components:
             "augment": self.transform.augment,
             "normalize": given or task.normalize,
             "image_size": self.transform.image_size,
-            "fraction": self.data.fraction,
+            "fraction": data.fraction,
             "carved": list(splits.held_out),
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
             "notes": list(splits.notes),
@@ -87,18 +86,20 @@ class Components:
 
     def loader_options(self, rank: int, world: int) -> dict[str, Any]:
         """The arguments that training and evaluation batches of a process have in common."""
+        data = self.recipe.data
         return {
             "rank": rank,
             "world": world,
             "local_world": self.launch.local_world_size,
-            "workers": self.data.workers,
-            "on_decode_error": self.data.on_decode_error,
-            "max_megapixels": self.data.max_megapixels,
+            "workers": data.workers,
+            "on_decode_error": data.on_decode_error,
+            "max_megapixels": data.max_megapixels,
             "cache": self.inputs.task.cache,
         }
 
-    def training(self, recipe: Recipe, rank: int, world: int) -> TrainBatches:
+    def training(self, rank: int, world: int) -> TrainBatches:
         """Shuffled batches of the split that the recipe trains on. Raises UserError where they cannot be split."""
+        recipe = self.recipe
         return TrainBatches(
             self.splits[recipe.data.train_on],
             self.transform,
@@ -111,33 +112,34 @@ class Components:
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
         """Batches with every image of a split once, over all processes; test, which is read once, is never cached."""
         loader_options = self.loader_options(rank, world) | ({"cache": "none"} if split == "test" else {})
-        return EvalBatches(self.splits[split], self.transform, self.eval_batch_size, **loader_options)
+        return EvalBatches(self.splits[split], self.transform, self.recipe.train.eval_batch_size, **loader_options)
 
-    def validation(self, recipe: Recipe, rank: int, world: int) -> EvalBatches | None:
+    def validation(self, rank: int, world: int) -> EvalBatches | None:
         """Batches of val, unless there is none or it is trained on."""
-        return self.evaluation("val", rank, world) if recipe.data.train_on == "train" and self.splits.val else None
+        is_held_out = self.recipe.data.train_on == "train" and self.splits.val
+        return self.evaluation("val", rank, world) if is_held_out else None
 
-    def class_weights(self, recipe: Recipe, device: torch.device) -> Tensor:
+    def class_weights(self, device: torch.device) -> Tensor:
         """Weight of each class in the loss, [K], from the split that the recipe trains on."""
-        labels = self.splits[recipe.data.train_on].labels
-        return class_weights(recipe.train.class_weights, labels, len(self.splits.classes)).to(device)
+        labels = self.splits[self.recipe.data.train_on].labels
+        return class_weights(self.recipe.train.class_weights, labels, len(self.splits.classes)).to(device)
 
-    def init_method(self, recipe: Recipe, device: torch.device) -> None:
+    def init_method(self, device: torch.device) -> None:
         """Show a method that is initialized from images the first ones of the split that is trained on.
 
         Every process shows it the same ones, so that all start alike.
         """
         if not self.method.inits_from_images:
             return
-        method, loader_options = self.method.to(device), self.loader_options(rank=0, world=1) | {"cache": "none"}
-        batches = EvalBatches(self.splits[recipe.data.train_on], self.transform, self.eval_batch_size, **loader_options)
-        few = islice(batches, math.ceil(INIT_IMAGES / self.eval_batch_size))
+        recipe, method = self.recipe, self.method.to(device)
+        size, options = recipe.train.eval_batch_size, self.loader_options(rank=0, world=1) | {"cache": "none"}
+        batches = EvalBatches(self.splits[recipe.data.train_on], self.transform, size, **options)
+        few = islice(batches, math.ceil(INIT_IMAGES / size))
         method.init_from_images((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
         batches.close()
 
     def use_cached_stream(
         self,
-        recipe: Recipe,
         accelerator: RankAccelerator,
         train: TrainBatches,
         val: EvalBatches | None,
@@ -152,6 +154,7 @@ class Components:
         """
         if not isinstance(self.method, Reader):
             return ""
+        recipe = self.recipe
         wanted = {recipe.data.train_on: train} | ({"val": val} if val is not None else {})
         if self.transform.augment != "none":
             if recipe.stream.cache not in ("auto", "none"):
@@ -162,7 +165,7 @@ class Components:
             del wanted[recipe.data.train_on]
         caches, line = open_streams(
             recipe.stream,
-            self.data,
+            recipe.data,
             self.method.backbone,
             (self.method.shared_spec if shared else self.method.spec, self.method.spec),
             self.transform,
@@ -183,7 +186,7 @@ def build_components(recipe: Recipe, launch: LaunchEnv = ALONE) -> Components:
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training
     method, load_report = build_method(recipe, inputs, len(splits.classes))
-    return Components(inputs, splits, method, load_report, recipe.data, recipe.train.eval_batch_size, launch)
+    return Components(inputs, splits, method, load_report, recipe, launch)
 
 
 def resolve_inputs(data: DataConfig, backbone: BackboneConfig) -> Inputs:

@@ -193,7 +193,7 @@ class TrainState(Training):
 def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) -> Step:
     """One optimizer step on this process's micro-batches of one global batch. A collective call."""
     accelerator, train = t.accelerator, t.recipe.train
-    lr = learning_rate(t.recipe, t.step, t.train.steps_per_epoch)
+    lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
     set_lr(t.optimizer, lr)
     micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
     accelerator.status.set(f"step {t.step}", "training", limited=True)

@@ -20,7 +20,7 @@ from dist_vpt.data.loaders import Batch
 from dist_vpt.distributed.collectives import RankAccelerator, all_reduce_sum, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError
-from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.schema import OptimConfig, TrainConfig
 from dist_vpt.training.optim import multiplier
 
 DIVERGED_FIX = "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
@@ -79,10 +79,10 @@ def image_losses(logits: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> Te
     return losses.view_as(labels)
 
 
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+def learning_rate(optim: OptimConfig, train: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step, counted from 0 over the whole run."""
-    factor = multiplier(recipe.optim, step, steps_per_epoch, recipe.train.epochs)
-    return recipe.optim.peak_lr(recipe.train.batch_size) * factor
+    factor = multiplier(optim, step, steps_per_epoch, train.epochs)
+    return optim.peak_lr(train.batch_size) * factor
 
 
 def not_finite(name: str, value: float, step: int) -> str:

@@ -152,7 +152,10 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     """One optimizer step of every running trial on one global batch. A collective call."""
     accelerator, running = group.accelerator, group.running
     for trial in running:
-        set_lr(trial.optimizer, learning_rate(trial.recipe, group.step, group.train.steps_per_epoch))
+        set_lr(
+            trial.optimizer,
+            learning_rate(trial.recipe.optim, trial.recipe.train, group.step, group.train.steps_per_epoch),
+        )
     micro_batches, weight = weigh_global_batch(accelerator, fetched, group.class_weights, group.stop)
     accelerator.status.set(f"step {group.step}", "training", limited=True)
     sums, images = torch.zeros(len(running), 2), 0.0  # loss and correct answers of each trial

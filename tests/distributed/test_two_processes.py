@@ -110,7 +110,7 @@ def test_ddp_sends_no_buffers_and_starts_without_a_warning(tmp_path: Path) -> No
         assert [*method.buffers()]
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
-            model, _ = prepare(recipe, accelerator, method)
+            model, _ = prepare(recipe.optim, accelerator, method)
         return len(model.modules_buffers) + model.will_sync_module_buffers()
 
     forks = launched(work, tmp_path / "output.txt", "ddp")

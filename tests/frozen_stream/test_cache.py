@@ -116,7 +116,7 @@ def parts_of(*overrides: str) -> Components:
 def facts_of(parts: Components, split: str = "train") -> dict[str, Any]:
     assert isinstance(parts.method, Reader)
     return identity(
-        parts.splits[split], parts.transform, parts.data.max_megapixels, parts.method.backbone, parts.method.spec
+        parts.splits[split], parts.transform, parts.recipe.data.max_megapixels, parts.method.backbone, parts.method.spec
     )
 
 

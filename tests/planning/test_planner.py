@@ -403,7 +403,7 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 def test_a_batch_that_devices_do_not_divide() -> None:
     with pytest.raises(UserError, match=r"train.batch_size = 16: must be a multiple of 3"):
-        micro_batch(recipe(), 3)
+        micro_batch(recipe().train, 3)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
