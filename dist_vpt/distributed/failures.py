@@ -55,11 +55,11 @@ class Failure:
 class FailureDetector:
     """Finds the first failure among the processes of a run; ``heartbeat``: seconds between two reports of each."""
 
-    def __init__(self, folder: Folder, own: RankFile, minutes: float, heartbeat: float, leaving: threading.Event):
-        self.folder, self.rank_file, self.minutes, self.heartbeat = folder, own, minutes, heartbeat
+    def __init__(self, folder: Folder, rank_file: RankFile, minutes: float, heartbeat: float, leaving: threading.Event):
+        self.folder, self.rank_file, self.minutes, self.heartbeat = folder, rank_file, minutes, heartbeat
         self._leaving = leaving
         self._seen: dict[int, tuple[int, float]] = {}  # each process's newest heartbeat, and when it was first seen
-        self._file = own.path.with_name("failed.json")
+        self._file = rank_file.path.with_name("failed.json")
 
     @property
     def _others(self) -> list[int]:
