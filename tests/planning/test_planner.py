@@ -13,6 +13,7 @@ import torch
 
 from dist_vpt.cli.main import main
 from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.launch_env import ALONE
 from dist_vpt.errors import RunFailed, UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.planning import choices as choices_module
@@ -272,7 +273,7 @@ def test_the_largest_batch_by_footprints(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.usefixtures("by_the_image")
 def test_a_run_that_cannot_fit_is_refused_or_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu: Any = SimpleNamespace(
-        device=torch.device("cuda"), num_processes=1, state=SimpleNamespace(deepspeed_plugin=None)
+        device=torch.device("cuda"), num_processes=1, state=SimpleNamespace(deepspeed_plugin=None), launch=ALONE
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(3.5 * (1 + FRAGMENTATION) * GIB), 0))
     with pytest.raises(
