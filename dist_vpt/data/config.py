@@ -6,7 +6,18 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dist_vpt.data.tasks import FORMAT_TASKS, TASKS, Augment, Cache, CropMode, Format, Interpolation, Normalize, Task
+from dist_vpt.data.tasks import (
+    FORMAT_TASKS,
+    TASKS,
+    Augment,
+    Cache,
+    CropMode,
+    Exif,
+    Format,
+    Interpolation,
+    Normalize,
+    Task,
+)
 from dist_vpt.errors import nearest
 
 # Formats that use a fraction: the others have fixed splits.
@@ -112,6 +123,16 @@ class DataConfig(BaseModel):
     check_counts: bool = Field(
         default=True, description="false: the splits of a known task may have other numbers of images than published"
     )
+    exif: Exif | None = Field(
+        default=None,
+        description="transpose: turn images by their EXIF orientation; ignore: leave them as they are stored; null: "
+        "ignore for tasks with published numbers, transpose for your own data",
+    )
+    background: str | None = Field(
+        default=None,
+        description="color onto which transparent images are composed, as a name or #rrggbb; none: drop the alpha "
+        "channel; null: none for tasks with published numbers, white for your own data",
+    )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
 
@@ -136,6 +157,7 @@ class DataConfig(BaseModel):
             yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
+        yield from self._mistakes_of_decoding(storage)
         if self.mean is not None and self.normalize is not None:
             yield f"normalize {self.normalize!r}: mean and std replace it; set either"
         fields = type(self).model_fields
@@ -158,6 +180,23 @@ class DataConfig(BaseModel):
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
 
+    def _mistakes_of_decoding(self, storage: Format) -> Iterator[str]:
+        for name, value in (("exif", self.exif), ("background", self.background)):
+            if storage in ("digits", "tfds") and value is not None:
+                yield f"{name} {value!r}: format {storage!r} has its images as they are published; remove {name}"
+        if self.background is not None and not is_color(self.background):
+            yield f"background {self.background!r}: must be none, the name of a color or #rrggbb; use white"
+
+
+def is_color(text: str) -> bool:
+    """Whether Pillow knows a color, or none."""
+    from PIL import ImageColor
+
+    try:
+        return text == "none" or len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        return False
+
 
 def resolve(recipe: DataConfig) -> Task:
     """The task's row, or the format's defaults for another name, with the recipe's settings on top."""
@@ -174,6 +213,8 @@ def resolve(recipe: DataConfig) -> Task:
         normalize=recipe.normalize or task.normalize,
         augment=recipe.augment or task.augment,
         cache=recipe.cache or task.cache,
+        exif=recipe.exif or task.exif,
+        background=recipe.background or task.background,
         expected_counts=task.expected_counts if recipe.check_counts else (),
         allow_missing_classes=(
             task.allow_missing_classes if recipe.absent_classes is None else recipe.absent_classes == "allow"

@@ -1,24 +1,56 @@
 """Opening image files: RGB pixels, or a DataError that names the file."""
 
+import contextlib
 import threading
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
+from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError
+
+# Formats that Pillow knows by name and reads only with a program or a handler of its user's.
+WITHOUT_READER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 _opening = threading.Lock()
 
 
-def decode(
-    source: str | Path | bytes, where: str, max_megapixels: float = 178.0, exif_transpose: bool = False
-) -> Image.Image:
-    """The RGB picture in a file or in encoded bytes; ``where`` names it in messages.
+@dataclass(frozen=True)
+class Decoding:
+    """How encoded images become RGB; the defaults are those of the published VTAB and FGVC loaders."""
 
-    ``exif_transpose`` turns the picture by its EXIF orientation; the published VTAB and FGVC loaders do not.
-    """
+    exif: bool = False  # turn by the EXIF orientation
+    background: tuple[int, ...] | None = None  # RGB, under what is transparent; None: the alpha channel is dropped
+
+    @classmethod
+    def of(cls, task: Task) -> "Decoding":
+        """That of a task with the recipe's settings."""
+        color = None if task.background == "none" else ImageColor.getrgb(task.background)
+        return cls(task.exif == "transpose", color)
+
+
+AS_PUBLISHED = Decoding()
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Extensions of the image formats that the installed Pillow reads, with its HEIF plugin if that is installed."""
+    with contextlib.suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    found = Image.registered_extensions().items()
+    return frozenset(name for name, kind in found if kind in Image.OPEN and kind not in WITHOUT_READER)
+
+
+def decode(
+    source: str | Path | bytes, where: str, max_megapixels: float = 178.0, decoding: Decoding = AS_PUBLISHED
+) -> Image.Image:
+    """The RGB picture in a file or in encoded bytes; ``where`` names it in messages."""
     try:
         image = _open(source)
     except FileNotFoundError:
@@ -29,7 +61,7 @@ def decode(
         refuse_large(*image.size, where, max_megapixels)
         try:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image) if exif_transpose else image)
+            return _rgb(ImageOps.exif_transpose(image) if decoding.exif else image, decoding.background)
         except Exception as error:
             raise DataError(unreadable(where, error)) from error
 
@@ -53,6 +85,7 @@ def unreadable(where: str, error: Exception) -> str:
 
 def _open(source: str | Path | bytes) -> Image.Image:
     """Read only the header, without Pillow's limit on pixels: data.max_megapixels is checked instead."""
+    image_extensions()  # registers the plugin
     with _opening:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -61,11 +94,16 @@ def _open(source: str | Path | bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Image:
     if image.mode.startswith("I;16"):  # 16-bit gray: Pillow would clip it at 255, so keep the high byte
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels_HW, transparent = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((pixels_HW >> 8).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(Image.fromarray(np.where(pixels_HW == transparent, 0, 255).astype(np.uint8)))
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode}: 32-bit pixels have no agreed range, save the image with 8 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the palette's colors, without Pillow's warning
+    if image.has_transparency_data:
+        image = image.convert("RGBA")  # a palette's colors, too, without Pillow's warning
+        if background is not None:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
     return image.convert("RGB")

@@ -83,6 +83,7 @@ class Splits:
     storage: str = ""  # format and version, for result.json
     notes: tuple[str, ...] = ()  # differences from the task's published protocol
     held_out: tuple[str, ...] = ()  # splits that the storage lacks and that were split off train, by a seed
+    remarks: tuple[str, ...] = ()  # about what was found and not read, for the log
 
     def __getitem__(self, name: str) -> Split:
         names = ("train", "val", "trainval", "test")

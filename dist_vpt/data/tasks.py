@@ -11,6 +11,7 @@ CropMode = Literal["squash", "crop"]
 Normalize = Literal["vpt", "weights", "none"]
 Augment = Literal["none", "fgvc"]
 Cache = Literal["none", "memory"]
+Exif = Literal["transpose", "ignore"]
 
 
 class Part(NamedTuple):
@@ -52,7 +53,8 @@ class Task:
     normalize: Normalize = "weights"  # mean and std: ImageNet's (vpt), as in the backbone's pretraining, or 0 and 1
     augment: Augment = "none"  # fgvc: random crop and flip in training
     cache: Cache = "none"  # memory: decode each image of train and val once per process
-    exif_transpose: bool = False  # turn images by their EXIF orientation; the published loaders of VTAB and FGVC do not
+    exif: Exif = "ignore"  # orientation: ignore, as the published loaders of VTAB and FGVC do, or transpose
+    background: str = "none"  # color under transparent images; none: alpha is dropped, as those loaders do
     expected_counts: tuple[tuple[str, int], ...] = ()  # images in the published splits
     allow_missing_classes: bool = False  # train is so small that it may lack images of some classes
     folders: tuple[str, ...] = ()  # possible names of the dataset's folder
@@ -183,10 +185,10 @@ TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 # Defaults, by storage format, of tasks that are not in the table.
 FORMAT_TASKS: dict[Format, Task] = {
     "digits": Task(name="", format="digits", classes=10, crop_mode="squash", cache="memory"),
-    "vtab_folder": Task(name="", format="vtab_folder", crop_mode="squash"),
-    "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc"),
-    "image_folder": Task(name="", format="image_folder", exif_transpose=True),
-    "hf": Task(name="", format="hf", exif_transpose=True),
+    "vtab_folder": Task(name="", format="vtab_folder", crop_mode="squash", exif="transpose", background="white"),
+    "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc", exif="transpose", background="white"),
+    "image_folder": Task(name="", format="image_folder", exif="transpose", background="white"),
+    "hf": Task(name="", format="hf", exif="transpose", background="white"),
 }
 
 

@@ -155,7 +155,8 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
         f"{strategy_name(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
         f"{recipe.runtime.precision}; run folder {t.path}",
         "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
-        *(f"note: {note}" for note in (*recipe.warnings, *parts.splits.notes)),
+        *(f"note: {warning}" for warning in recipe.warnings),
+        *parts.remarks(),
     ]
     if stream:
         lines.append(stream)

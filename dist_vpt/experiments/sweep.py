@@ -46,15 +46,16 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     grid = grid_jobs(recipe, folder.path)
     shared = recipe.sweep.parallelize == "batch"  # or each process works alone
-    refused = None
+    remarks, refused = None, None
     if rank == 0 or shared:  # mistakes in data and weights show before anything is written or waited for
 
-        def check() -> None:
+        def check() -> list[str]:
             parts = build_components(grid[0].recipe, launch)
             check_splits(parts.splits)
             parts.method.train()
+            return parts.remarks()
 
-        _, refused = capture_user_error(launch, check)
+        remarks, refused = capture_user_error(launch, check)
     with StopSignal() as stop, ExitStack() as stack:
         accelerator, done = None, False
         if shared:
@@ -74,8 +75,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         minutes = recipe.run.timeout_minutes if shared else math.inf
         stack.enter_context(RankWatchdog(folder, rank, world, minutes, status))
         worker = Worker(recipe, folder, rank, world, stop, console, launch, status, accelerator)
-        for warning in recipe.warnings:
-            worker.show(f"note: {warning}")
+        for line in (*(f"note: {warning}" for warning in recipe.warnings), *(remarks or [])):
+            worker.show(line)
         started = time.monotonic()
         worker.work(grid)
         outcomes = worker.wait_for(grid)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vpt.data.images import decode
+from dist_vpt.data.images import Decoding, decode
 from dist_vpt.errors import WeightsError
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
@@ -28,9 +28,7 @@ class LoadedRun:
 
     def load_image(self, file: Path) -> Tensor:
         """An image file as the method's input, [3, S, S]."""
-        picture = decode(
-            file, str(file), self.recipe.data.max_megapixels, exif_transpose=self.inputs.task.exif_transpose
-        )
+        picture = decode(file, str(file), self.recipe.data.max_megapixels, Decoding.of(self.inputs.task))
         return self.inputs.transform.eval(picture)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dist_vpt.data.formats.image_folder import EXTENSIONS
+from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
 from dist_vpt.inference.load import load_run
@@ -70,9 +70,12 @@ def image_files(images: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for image in map(Path, images):
         if image.is_dir():
-            inside = sorted(p for p in image.rglob("[!.]*") if p.suffix.lower() in EXTENSIONS)
+            inside, others = find_images(image)
+            line = passed_over(others, image)
             if not inside:
-                raise UserError(f"{image}: no images in this folder ({', '.join(sorted(EXTENSIONS))})")
+                raise UserError(line or f"{image}: holds no image; name a folder of images, or image files")
+            if line:
+                print(f"note: {line}", file=sys.stderr)
             files += inside
         elif image.is_file():
             files.append(image)

@@ -79,6 +79,14 @@ class Components:
             "notes": list(splits.notes),
         }
 
+    def remarks(self) -> list[str]:
+        """Lines for the log about the splits: what was split off train, and what was found and not read."""
+        sizes = [f"{name} ({len(self.splits[name]):,} images)" for name in self.splits.held_out]
+        lines = (
+            [f"split off train by data.split_seed = {self.recipe.data.split_seed}: {', '.join(sizes)}"] if sizes else []
+        )
+        return [*lines, *(f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks))]
+
     def held_out(self) -> dict[str, list[str]]:
         """Files of the splits that a seed took out of train, for splits.json."""
         splits = {name: self.splits[name] for name in self.splits.held_out}

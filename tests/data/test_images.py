@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_vpt.data.images import decode
+from dist_vpt.data.images import Decoding, decode
 from dist_vpt.errors import DataError
 
 
@@ -52,6 +52,47 @@ def test_palette_with_transparency_keeps_its_colors_without_a_warning():
     assert np.array_equal(np.asarray(picture), np.asarray(palette.convert("RGB")))
 
 
+def transparent(kind: str) -> tuple[Image.Image, dict, np.ndarray]:
+    """An image that is transparent in part, options to save it as PNG, and its opacity [H, W], 0 to 1."""
+    half = np.zeros((40, 30))
+    half[20:] = 1
+    gradient = np.random.default_rng(1).integers(0, 256, (40, 30), dtype=np.uint8)
+    image = RGB.copy()
+    if kind in ("RGBA", "LA"):
+        image = image.convert(kind)
+        image.putalpha(Image.fromarray(gradient))
+        return image, {}, gradient / 255
+    if kind == "P":
+        image, table = image.convert("P"), np.random.default_rng(2).integers(0, 256, 256, dtype=np.uint8)
+        return image, {"transparency": table.tobytes()}, table[np.asarray(image)] / 255
+    image.paste((1, 2, 3), (0, 0, 30, 20))
+    if kind == "RGB":
+        return image, {"transparency": (1, 2, 3)}, half
+    gray = np.array(RGB.convert("L")).clip(10)
+    gray[:20] = 7
+    if kind == "I;16":
+        return Image.fromarray(gray.astype(np.uint16) * 257), {"transparency": 7 * 257}, half
+    return Image.fromarray(gray), {"transparency": 7}, half
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB", "L", "I;16"])
+@pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 30)])
+def test_transparent_parts_are_composed_onto_the_background(kind, background):
+    image, options, opacity = transparent(kind)
+    data = encoded(image, "PNG", **options)
+    picture = np.asarray(decode(data, "x", decoding=Decoding(background=background))).astype(float)
+    colors = np.asarray(decode(data, "x")).astype(float)  # alpha dropped, as the published loaders do
+    wanted = opacity[:, :, None] * colors + (1 - opacity[:, :, None]) * np.array(background, float)
+    assert np.abs(picture - wanted).max() <= 1
+    if kind in ("RGBA", "RGB", "P"):
+        assert np.array_equal(colors, np.asarray(image.convert("RGBA").convert("RGB")))
+
+
+def test_opaque_images_do_not_depend_on_the_background():
+    data = encoded(RGB, "PNG")
+    assert decode(data, "x", decoding=Decoding(background=(255, 0, 0))).tobytes() == RGB.tobytes()
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_16_bit_gray_keeps_its_high_byte(kind):
     gray = np.array([[0, 255, 256, 32768, 65535]], np.uint16)
@@ -76,7 +117,7 @@ def test_turns_upright_when_asked():
     exif[0x0112] = 6
     data = encoded(RGB, "JPEG", exif=exif)
     assert decode(data, "x").size == (30, 40)
-    assert decode(data, "x", exif_transpose=True).size == (40, 30)
+    assert decode(data, "x", decoding=Decoding(exif=True)).size == (40, 30)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,11 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
             f"{location}: {len(splits.classes)} classes, but task {task.name!r} has "
             f"{task.classes}; complete the dataset, or use another task name"
         )
+    if len(splits.classes) < 2:
+        raise DataError(
+            f"{location}: has one class only, {splits.classes[0]!r}; is data.root a folder too high or too low? "
+            "It must hold the folders of the splits or of the classes, or lists that name several classes"
+        )
     _check_counts(location, task, splits)
     if not task.allow_missing_classes:
         _check_absent(location, recipe.train_on, splits)

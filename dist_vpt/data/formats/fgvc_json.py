@@ -12,6 +12,7 @@ import numpy as np
 
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import FileSource, Folder, Mistakes, open_home, read_text
+from dist_vpt.data.images import Decoding
 from dist_vpt.data.splits import Split, Splits, class_order, fraction_of, with_missing_splits
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, nearest
@@ -29,7 +30,8 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
         _check(files[name], pairs, mistakes)
     mistakes.check()
     classes = class_order(str(value) for _, value in entries["train"])
-    folder, label_of = Folder(root, ("", "images", "Images")), {name: k for k, name in enumerate(classes)}
+    folder = Folder(root, ("", "images", "Images"), Decoding.of(task))
+    label_of = {name: k for k, name in enumerate(classes)}
     found = {
         name: _split(name, files[name], pairs, folder=folder, label_of=label_of, mistakes=mistakes)
         for name, pairs in entries.items()
@@ -86,4 +88,4 @@ def _split(
             mistakes.add(f"{file}: {path!r}", str(error))
             continue
         labels.append(label_of[str(value)])
-    return Split(name, np.array(labels, np.int64), FileSource(folder.root, tuple(files)))
+    return Split(name, np.array(labels, np.int64), FileSource(folder.root, tuple(files), folder.decoding))

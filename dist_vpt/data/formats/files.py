@@ -1,6 +1,7 @@
 """Datasets that are a folder of image files: finding them, reading them, and reporting all mistakes."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,10 +10,11 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from dist_vpt.data.config import DataConfig
-from dist_vpt.data.images import decode
+from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode, image_extensions
 from dist_vpt.errors import DataError
 
 SHOWN = 10  # mistakes that a message lists; the others are counted
+TOOL_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,17 +23,17 @@ class FileSource:
 
     root: Path  # absolute
     files: tuple[str, ...]  # relative to the root
-    exif_transpose: bool = False  # turn by the EXIF orientation
+    decoding: Decoding = AS_PUBLISHED
 
     def read(self, i: int, max_megapixels: float) -> Image.Image:
-        return decode(self.root / self.files[i], self.where(i), max_megapixels, self.exif_transpose)
+        return decode(self.root / self.files[i], self.where(i), max_megapixels, self.decoding)
 
     def where(self, i: int) -> str:
         return str(self.root / self.files[i])
 
     def identity(self, i: int) -> str:
         found = (self.root / self.files[i]).stat()
-        return f"{self.files[i]} {found.st_size} {found.st_mtime_ns} {self.exif_transpose}"
+        return f"{self.files[i]} {found.st_size} {found.st_mtime_ns} {self.decoding}"
 
 
 class Mistakes:
@@ -55,8 +57,8 @@ class Mistakes:
 class Folder:
     """The files below a root, each folder listed once: a dataset may have a hundred thousand of them."""
 
-    def __init__(self, root: Path, below: tuple[str, ...]):
-        self.root = root
+    def __init__(self, root: Path, below: tuple[str, ...], decoding: Decoding):
+        self.root, self.decoding = root, decoding
         self._below = below  # folders in which a relative path may start, in this order
         self._listings: dict[str, frozenset[str]] = {}
 
@@ -83,6 +85,47 @@ class Folder:
             except (FileNotFoundError, NotADirectoryError):
                 self._listings[folder] = frozenset()
         return self._listings[folder]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or a folder that other programs leave among images."""
+    return name.startswith(".") or name.lower() in TOOL_FOLDERS
+
+
+def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The images below a folder, sorted, and how many other files there are, by extension.
+
+    Hidden files and folders do not count. A folder that links reach twice is entered once. Raises DataError for a
+    folder that cannot be read.
+    """
+    images: list[Path] = []
+    others: Counter[str] = Counter()
+    entered: set[tuple[int, int]] = set()
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); fix its permissions or remove it")
+
+    for inner, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        found = os.stat(inner)
+        known = (found.st_dev, found.st_ino) in entered
+        entered.add((found.st_dev, found.st_ino))
+        folders[:] = [] if known else sorted(name for name in folders if not is_hidden(name))
+        for name in () if known else (name for name in names if not is_hidden(name)):
+            extension = os.path.splitext(name)[1].lower()
+            if extension in image_extensions():
+                images.append(Path(inner, name))
+            else:
+                others[extension or "without extension"] += 1
+    return sorted(images), others
+
+
+def passed_over(others: Counter[str], folder: Path) -> str:
+    """A line about files that are no images, or ""."""
+    if not others:
+        return ""
+    kinds = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
+    more = ", ..." if len(others) > 5 else ""
+    return f"{folder}: {others.total()} files are not read, since they are no images that Pillow opens ({kinds}{more})"
 
 
 def open_root(recipe: DataConfig) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dist_vpt.data.config import DataConfig
-from dist_vpt.data.images import decode
+from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
 from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, UserError, nearest
@@ -24,13 +24,14 @@ class HfSource:
     dataset: Any  # datasets.Dataset with one column
     column: str
     name: str  # of the dataset and split, for messages
+    decoding: Decoding = AS_PUBLISHED
 
     def read(self, i: int, max_megapixels: float) -> Image.Image:
         stored = self.dataset[i][self.column]
         if stored is None:
             raise DataError(f"{self.where(i)}: has no image; remove the record, or set data.on_decode_error=skip")
         encoded = stored["path"] if stored["bytes"] is None else stored["bytes"]
-        return decode(encoded, self.where(i), max_megapixels, exif_transpose=True)
+        return decode(encoded, self.where(i), max_megapixels, self.decoding)
 
     def where(self, i: int) -> str:
         stored = self.dataset[i][self.column]
@@ -38,7 +39,7 @@ class HfSource:
         return f"{self.name} record {i}" + (f" ({path})" if path else "")
 
     def identity(self, i: int) -> str:
-        return f"{self.dataset._fingerprint} {i}"
+        return f"{self.dataset._fingerprint} {i} {self.decoding}"
 
 
 def open_splits(recipe: DataConfig, task: Task) -> Splits:
@@ -61,7 +62,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
         if not isinstance(part.features.get(image), datasets.Image):
             raise DataError(f"{location}: column {image!r} is not an Image column; fix the dataset")
         column = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        found[name] = Split(name, labels[name], HfSource(column, image, location))
+        found[name] = Split(name, labels[name], HfSource(column, image, location, Decoding.of(task)))
     for name in ("train", "val"):
         if name in missing:
             named = ", ".join(f"{each}: ..." for each in dict.fromkeys(("train", name)))

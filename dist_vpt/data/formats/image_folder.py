@@ -1,59 +1,104 @@
 """A folder for each class: ``root/<split>/<class>/...``, or ``root/<class>/...`` with splits split off.
 
-Hidden files and files without an image's extension are ignored. Classes are ordered by name.
+Hidden files and folders are ignored, other files that are no images are counted. Classes are ordered by name.
 """
 
 import os
+import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from dist_vpt.data.config import DataConfig
-from dist_vpt.data.formats.files import FileSource, Mistakes, open_root
+from dist_vpt.data.formats.files import FileSource, Mistakes, find_images, is_hidden, open_root, passed_over
+from dist_vpt.data.images import Decoding
 from dist_vpt.data.splits import Split, Splits, with_missing_splits
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, nearest
 
-EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+# Names of split folders, in any case, also with an ending such as _set, -data or 2017.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+ENDINGS = re.compile(r"(set|data|images|split)$")
 
 
 def open_splits(recipe: DataConfig, task: Task) -> Splits:
     root = open_root(recipe)
-    folders = _split_folders(root)
+    folders, missing = _split_folders(root)
     classes = tuple(_subfolders(folders["train"]))
     if not classes:
         raise DataError(f"{folders['train']}: has no class folders; give each class a folder of images")
-    mistakes = Mistakes()
-    found = {name: _read(name, folder, root, classes, mistakes) for name, folder in folders.items()}
+    mistakes, others = Mistakes(), Counter[str]()
+    source = FileSource(root, (), Decoding.of(task))
+    found = {name: _read(name, folder, source, classes, mistakes, others) for name, folder in folders.items()}
     mistakes.check()
     has_folders = folders["train"] != root
-    missing = {"test": f"there is no folder {root / 'test'}; add it, with a folder for each class"}
-    return with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
+    splits = with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
+    lines = [passed_over(others, root)]
+    if has_folders and (beside := [name for name in _subfolders(root) if split_of(name) is None]):
+        lines.append(f"{root}: folders beside the splits are not read: {', '.join(beside)}")
+    return replace(splits, remarks=tuple(line for line in lines if line))
 
 
-def _split_folders(root: Path) -> dict[str, Path]:
-    """The folder of each split, or the root alone as train. A class may be called "train" (a vehicle)."""
-    found = {
-        split: root / name
-        for split, names in SPLIT_FOLDERS.items()
-        for name in names
-        if (root / name).is_dir() and _subfolders(root / name)
-    }
-    if not found:
-        return {"train": root}
-    if "train" not in found:
-        there = ", ".join(str(folder) for folder in found.values())
+def split_of(name: str) -> str | None:
+    """The split that a folder's name stands for."""
+    plain = ENDINGS.sub("", re.sub(r"[^a-z]", "", name.lower()))
+    return next((split for split, names in SPLIT_NAMES.items() if plain in names), None)
+
+
+def _split_folders(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """The folder of each split, or the root alone as train; and why there is no test.
+
+    A class may be called "train" (a vehicle). Raises DataError for split folders that cannot be meant.
+    """
+    top = _subfolders(root)
+    names = {split: [name for name in top if split_of(name) == split] for split in SPLIT_NAMES}
+    names = {split: found for split, found in names.items() if found}
+    if not any(_subfolders(root / name) for found in names.values() for name in found):
+        if len(names) > 1 or (names and len(top) == 1):
+            raise DataError(f"{_without_classes(root / next(iter(names.values()))[0])}")
+        return {"train": root}, {}
+    for split, found in names.items():
+        if len(found) > 1:
+            raise DataError(f"{root}: {' and '.join(found)} could both be the split {split!r}; rename all but one")
+    folders = {split: root / name for split, (name,) in names.items()}
+    if "train" not in folders:
+        there = ", ".join(map(str, folders.values()))
         raise DataError(f"{root}: has {there} but no folder {root / 'train'} of class folders; add it")
-    return found
+    for split in ("train", "val"):
+        if split in folders and not _subfolders(folders[split]):
+            raise DataError(_without_classes(folders[split]))
+    no_test = "set train.test=false to train without it"
+    if "test" not in folders:
+        return folders, {
+            "test": f"there is no folder {root / 'test'}; add it, with a folder for each class, or {no_test}"
+        }
+    if not _subfolders(folders["test"]):  # often of images without labels
+        return folders, {"test": f"{_without_classes(folders.pop('test'))}, or {no_test}"}
+    return folders, {}
+
+
+def _without_classes(folder: Path) -> str:
+    images, _ = find_images(folder)
+    return (
+        f"{folder}: is named like a split and holds {len(images)} images but no class folders; move each image into a "
+        "folder of its class there, or rename the folder"
+    )
 
 
 def _subfolders(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
 
 
-def _read(name: str, folder: Path, root: Path, classes: tuple[str, ...], mistakes: Mistakes) -> Split:
+def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
+    name: str, folder: Path, source: FileSource, classes: tuple[str, ...], mistakes: Mistakes, others: Counter[str]
+) -> Split:
     label_of = {k: label for label, k in enumerate(classes)}
     files: list[str] = []
     labels: list[int] = []
@@ -62,18 +107,10 @@ def _read(name: str, folder: Path, root: Path, classes: tuple[str, ...], mistake
             hint = nearest(class_name, classes)
             mistakes.add(folder / class_name, f"class {class_name!r} has no folder in train; {hint}")
             continue
-        images = _images(folder / class_name, root)
+        images, more = find_images(folder / class_name)
+        others += more
         if not images:
             mistakes.add(folder / class_name, "holds no image; add images or remove the folder")
-        files += images
+        files += [image.relative_to(source.root).as_posix() for image in images]
         labels += [label_of[class_name]] * len(images)
-    return Split(name, np.array(labels, np.int64), FileSource(root, tuple(files), exif_transpose=True))
-
-
-def _images(folder: Path, root: Path) -> list[str]:
-    return sorted(
-        Path(inner, file).relative_to(root).as_posix()
-        for inner, _, names in os.walk(folder, followlinks=True)
-        for file in names
-        if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS
-    )
+    return Split(name, np.array(labels, np.int64), replace(source, files=tuple(files)))

@@ -12,6 +12,7 @@ import numpy as np
 
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import FileSource, Folder, Mistakes, open_home, read_text
+from dist_vpt.data.images import Decoding
 from dist_vpt.data.splits import Split, Splits, join
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError
@@ -22,7 +23,7 @@ LISTS = {"train": "train800.txt", "val": "val200.txt", "trainval": "train800val2
 def open_splits(recipe: DataConfig, task: Task) -> Splits:
     root = open_home(recipe, task.folders, LISTS["train"])
     names = _class_names(root / "classes.txt", task)
-    folder, mistakes = Folder(root, ("", "images")), Mistakes()
+    folder, mistakes = Folder(root, ("", "images"), Decoding.of(task)), Mistakes()
     found, missing = {}, {}
     for name, list_name in LISTS.items():
         file = root / list_name
@@ -68,7 +69,7 @@ def _read_list(name: str, file: Path, folder: Folder, names: tuple[str, ...] | N
             labels.append(label)
         except ValueError as error:
             mistakes.add(f"{file}:{number}", str(error))
-    return Split(name, np.array(labels, np.int64), FileSource(folder.root, tuple(files)))
+    return Split(name, np.array(labels, np.int64), FileSource(folder.root, tuple(files), folder.decoding))
 
 
 def _path_and_label(line: str, names: tuple[str, ...] | None) -> tuple[str, int]:

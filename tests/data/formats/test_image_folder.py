@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dist_vpt.errors import DataError
 
@@ -67,10 +68,55 @@ def test_split_layout(split, opened):
     assert splits.train.where(0) == str(split / "train/cat/a.png")
 
 
-@pytest.mark.parametrize("name", ["valid", "validation"])
-def test_val_has_other_names(split, opened, name):
-    (split / "val").rename(split / name)
-    assert [gray(opened("image_folder").val, 0)] == [2]
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("train", "Training"), ("train", "train_set"), ("train", "TRAIN2017"), ("val", "Valid"), ("val", "validation"),
+     ("val", "dev"), ("test", "Testing"), ("test", "test-images")],
+)  # fmt: skip
+def test_splits_have_other_names(split, opened, name, other):
+    (split / name).rename(split / other)
+    splits = opened("image_folder")
+    assert [[gray(splits[n], i) for i in range(len(splits[n]))] for n in ("train", "val", "test")] == [[0, 1], [2], [3]]
+
+
+def test_two_folders_for_one_split(split, opened, save_image):
+    save_image(split / "Dev/cat/x.png", 1)
+    refused(opened, "Dev and val could both be the split 'val'; rename all but one")
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_split_folder_without_class_folders(split, opened, name):
+    for i, image in enumerate(list((split / name).rglob("*.*"))):
+        image.rename(split / name / f"{i}.png")
+        image.parent.rmdir()
+    refused(opened, rf"{name}: is named like a split and holds [12] images but no class folders; move each image into")
+
+
+def test_a_test_folder_without_class_folders_is_refused_where_test_is_needed(split, opened):
+    (split / "test/cat/d.png").rename(split / "test/d.png")
+    (split / "test/cat").rmdir()
+    splits = opened("image_folder")
+    assert len(splits.train) == 2
+    with pytest.raises(DataError, match=r"test: is named like .* holds 1 images .*, or set train.test=false"):
+        splits["test"]
+
+
+def test_classes_that_look_like_splits(tmp_path, opened, save_image):
+    for name in ("Training", "Testing", "cat"):
+        save_image(tmp_path / name / "x.png")
+    refused(opened, "Training: is named like a split and holds 1 images but no class folders")
+
+
+def test_folders_beside_the_splits_are_named(split, opened, save_image):
+    save_image(split / "extra/cat/x.png", 1)
+    assert opened("image_folder").remarks == (f"{split}: folders beside the splits are not read: extra",)
+
+
+@pytest.mark.parametrize("layout", ["", "train"])
+def test_one_class(tmp_path, opened, save_image, layout):
+    for i in range(20):
+        save_image(tmp_path / layout / "cat" / f"{i}.png", i)
+    refused(opened, "has one class only, 'cat'; is data.root a folder too high or too low?")
 
 
 def test_no_test_folder(split, opened, save_image):
@@ -96,6 +142,44 @@ def test_hidden_and_foreign_files_are_passed_over(flat, opened):
     assert splits.classes == ("cat", "dog")
 
 
+def test_folders_of_other_programs_are_passed_over_at_every_depth(flat, opened, save_image):
+    for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "deeper/.thumbs/x"):
+        save_image(flat / "cat" / folder / "copy.png", 1)
+    save_image(flat / "__MACOSX" / "cat" / "x.png")
+    splits = opened("image_folder")
+    assert splits.classes == ("cat", "dog")
+    assert sum(len(splits[name]) for name in ("train", "val", "test")) == 40
+
+
+def test_files_that_are_no_images_are_counted(flat, opened):
+    for i in range(3):
+        (flat / "cat" / f"{i}.json").write_text("{}")
+    (flat / "dog" / "LICENSE").write_text("x")
+    [line] = opened("image_folder").remarks
+    assert (
+        line
+        == f"{flat}: 4 files are not read, since they are no images that Pillow opens (3 .json, 1 without extension)"
+    )
+
+
+@pytest.mark.parametrize("extension", ["avif", "JFIF", "jp2", "tga", "BMP"])
+def test_all_formats_that_pillow_reads(flat, opened, extension):
+    image = Image.new("RGB", (12, 10), "red")
+    kind = {"JFIF": "JPEG", "jp2": "JPEG2000"}.get(extension, extension.upper())
+    for i in range(20):
+        image.save(flat / "cat" / f"x{i}.{extension}", kind)
+    splits = opened("image_folder")
+    files = [splits[n].where(i) for n in ("trainval", "test") for i in range(len(splits[n]))]
+    assert sum(file.endswith(extension) for file in files) == 20
+
+
+def test_a_folder_is_entered_once(flat, opened):
+    (flat / "cat" / "loop").symlink_to(flat / "cat", target_is_directory=True)
+    (flat / "cat" / "again").symlink_to(flat / "cat" / "deeper", target_is_directory=True)
+    splits = opened("image_folder")
+    assert sum(len(splits[name]) for name in ("train", "val", "test")) == 40
+
+
 def test_empty_class_folder(flat, opened):
     (flat / "eel").mkdir()
     (flat / "eel/notes.txt").write_text("x")
@@ -112,13 +196,11 @@ def test_class_that_train_lacks(split, opened):
 
 
 def test_split_folders_without_train(split, opened):
-    (split / "train").rename(split / "training")
+    (split / "train").rename(split / "first")
     refused(opened, "has .*val, .*test but no folder .*train of class folders; add it")
 
 
 def test_images_stand_upright(flat, opened):
-    from PIL import Image
-
     path = flat / "cat/0.png"
     image = Image.open(path)
     exif = image.getexif()
