@@ -201,6 +201,17 @@ def test_predict_takes_files_and_folders_in_order(
     assert rows[0] == rows[-1]
 
 
+def test_predict_says_which_files_of_a_folder_it_passed_over(
+    folder: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(pictures / "00.png", tmp_path)
+    (tmp_path / "a.json").write_text("{}")
+    assert len(predict(str(folder), [str(tmp_path)])) == 1
+    assert capsys.readouterr().err == (
+        f"note: {tmp_path}: files that Pillow does not open as images are not read: 1 .json\n"
+    )
+
+
 def test_predict_with_the_best_adapters(folder: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(folder / "best.safetensors", folder / "kept")
     tensors, facts = read_adapters(folder / "best.safetensors")
@@ -217,7 +228,7 @@ def test_predict_with_the_best_adapters(folder: Path, pictures: Path, capsys: py
     ("words", "message"),
     [
         (["{pictures}/nix.png"], "nix.png: no such file or folder"),
-        (["{empty}"], "no images in this folder"),
+        (["{empty}"], "holds no image; name a folder of images"),
         (["{pictures}/00.png", "--top", "0"], "--top 0: must be at least 1"),
         (["{pictures}/00.png", "--out", "out.txt"], "--out out.txt: must end in .csv or .json"),
         (["{pictures}/00.png", "--out", "{empty}/nix/out.csv"], "there is no folder"),

@@ -125,7 +125,7 @@ def passed_over(others: Counter[str], folder: Path) -> str:
         return ""
     kinds = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
     more = ", ..." if len(others) > 5 else ""
-    return f"{folder}: {others.total()} files are not read, since they are no images that Pillow opens ({kinds}{more})"
+    return f"{folder}: files that Pillow does not open as images are not read: {kinds}{more}"
 
 
 def open_root(recipe: DataConfig) -> Path:
