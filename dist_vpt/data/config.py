@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.data.tasks import (
     FORMAT_TASKS,
@@ -27,6 +27,21 @@ READS_TEST_FRACTION = ("image_folder", "hf")
 
 Channels = tuple[float, float, float]
 PositiveChannels = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+def _color(value: str) -> str:
+    from PIL import ImageColor
+
+    try:
+        known = value == "none" or len(ImageColor.getrgb(value)) == 3
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"{value!r}: must be none, the name of a color or #rrggbb; use white")
+    return value
+
+
+Color = Annotated[str, AfterValidator(_color)]
 
 
 class HfConfig(BaseModel):
@@ -128,7 +143,7 @@ class DataConfig(BaseModel):
         description="transpose: turn images by their EXIF orientation; ignore: leave them as they are stored; null: "
         "ignore for tasks with published numbers, transpose for your own data",
     )
-    background: str | None = Field(
+    background: Color | None = Field(
         default=None,
         description="color onto which transparent images are composed, as a name or #rrggbb; none: drop the alpha "
         "channel; null: none for tasks with published numbers, white for your own data",
@@ -157,7 +172,9 @@ class DataConfig(BaseModel):
             yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
-        yield from self._mistakes_of_decoding(storage)
+        for name in ("exif", "background") if storage in ("digits", "tfds") else ():
+            if getattr(self, name) is not None:
+                yield f"{name} {getattr(self, name)!r}: format {storage!r} has its images as published; remove {name}"
         if self.mean is not None and self.normalize is not None:
             yield f"normalize {self.normalize!r}: mean and std replace it; set either"
         fields = type(self).model_fields
@@ -179,23 +196,6 @@ class DataConfig(BaseModel):
             yield f"format 'tfds': task {self.task!r} is not in TensorFlow Datasets; {nearest(self.task, known)}"
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
-
-    def _mistakes_of_decoding(self, storage: Format) -> Iterator[str]:
-        for name, value in (("exif", self.exif), ("background", self.background)):
-            if storage in ("digits", "tfds") and value is not None:
-                yield f"{name} {value!r}: format {storage!r} has its images as they are published; remove {name}"
-        if self.background is not None and not is_color(self.background):
-            yield f"background {self.background!r}: must be none, the name of a color or #rrggbb; use white"
-
-
-def is_color(text: str) -> bool:
-    """Whether Pillow knows a color, or none."""
-    from PIL import ImageColor
-
-    try:
-        return text == "none" or len(ImageColor.getrgb(text)) == 3
-    except ValueError:
-        return False
 
 
 def resolve(recipe: DataConfig) -> Task:
