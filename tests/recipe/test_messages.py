@@ -237,6 +237,11 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     ),
     (
         {},
+        ["data.background=brwn", "data.format=image_folder", "data.root=x", "data.task=mine"],
+        ["command line: data.background: 'brwn': must be none, the name of a color or #rrggbb; use white"],
+    ),
+    (
+        {},
         ["runtime.activation_checkpointing=every"],
         [
             (
