@@ -181,8 +181,8 @@ def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) ->
         row = ZOO[name]
         if row.pretrained is None:
             raise WeightsError(
-                f"backbone.name = {name}: timm's hub has no such weights; download the file from {row.source} and set "
-                "backbone.weights=FILE"
+                f"backbone.name = {name}: timm's hub has no such weights; download the file from {row.project.page} "
+                "and set backbone.weights=FILE"
             )
         name = row.pretrained
     return load_into(model, _from_hub(name), lenient=recipe.load == "lenient")

@@ -14,7 +14,7 @@ from dist_vpt.backbones.build import create
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.loading import layout_of, read_tensors, refuse_infinite
-from dist_vpt.backbones.weights.zoo import ZOO, Row
+from dist_vpt.backbones.weights.zoo import ZOO, ZooEntry
 from dist_vpt.errors import WeightsError
 
 
@@ -110,7 +110,7 @@ def _patch(layout: str, tensors: dict[str, Tensor]) -> int | None:
     return kernel.shape[0] if layout == "jax" else kernel.shape[-1]
 
 
-def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, Row]]:
+def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, ZooEntry]]:
     """Rows whose published files have this layout, or may have been saved again under timm's names."""
     for name, row in ZOO.items():
         if patch is not None and f"patch{patch}_" not in row.architecture:
@@ -122,7 +122,7 @@ def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, Row]]:
             yield name, row
 
 
-def _compare(layout: str, tensors: dict[str, Tensor], row: Row) -> LoadReport:
+def _compare(layout: str, tensors: dict[str, Tensor], row: ZooEntry) -> LoadReport:
     return convert(layout, tensors, _model(row))[1]
 
 
@@ -130,7 +130,7 @@ def _count(load_report: LoadReport) -> int:
     return len(load_report.missing) + len(load_report.unexpected) + len(load_report.mismatched)
 
 
-def _model(row: Row) -> nn.Module:
+def _model(row: ZooEntry) -> nn.Module:
     return _without_memory(row.architecture, row.size, tuple(row.options.items()))
 
 
