@@ -24,7 +24,7 @@ BUCKETS = 12  # of neighboring classes, in a picture of all their counts
 
 @dataclass
 class CheckedTask:
-    """What was found of a task."""
+    """The result of checking one task."""
 
     task: str
     storage: str = ""  # format and version; "": not found

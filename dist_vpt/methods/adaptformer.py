@@ -25,12 +25,12 @@ class AdaptFormer(HookedMethod):
         super().__init__(backbone, classes, compute)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
-            adapter = _Beside(backbone.width, recipe.bottleneck, recipe.scale)
+            adapter = _ParallelAdapter(backbone.width, recipe.bottleneck, recipe.scale)
             adapter.attach_to(unpack_block(block, number))
             self.adapters.append(adapter)
 
 
-class _Beside(Bottleneck):
+class _ParallelAdapter(Bottleneck):
     def __init__(self, width: int, bottleneck: int, scale: float):
         super().__init__(width, bottleneck, F.relu)
         self.scale = scale

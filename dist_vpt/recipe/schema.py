@@ -229,7 +229,7 @@ class Recipe(Section):
 
     @property
     def warnings(self) -> list[str]:
-        """What is allowed but probably not intended."""
+        """Messages about settings that are allowed but probably not intended."""
         if self.backbone.name == "demo" and self.data.task != "digits":
             return [
                 "the backbone is demo, which was trained on printed letters of 24 px only; for other images name a "

@@ -14,7 +14,7 @@ from dist_vpt.report.published import Published
 from dist_vpt.runs.results import Protocol, Result
 
 ABSENT = "\u2013"  # en dash
-OWN = "own"  # source of rows that are not published ones
+LOCAL = "local"  # source of the rows of the user's runs
 OTHER = "Other tasks"
 SECTIONS = {"VTAB-1k": ("natural", "specialized", "structured"), "FGVC": ("fgvc",)}
 # Of all published numbers that are shown, beside what the task's row says.
@@ -72,7 +72,7 @@ class ResultRow:
 
     method: str
     backbone: str
-    source: str  # OWN, or a short citation
+    source: str  # LOCAL, or a short citation
     detail: str = ""  # distinguishes rows of the same method and backbone
     notes: list[str] = field(default_factory=list)  # that hold for all of its cells
     marks: str = ""
@@ -162,21 +162,21 @@ def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
 
 def _table(title: str, columns: list[Column], results: Sequence[LocalResult], published: Sequence[Published]) -> Table:
     shown, remarks = _newest(results)
-    own_rows, rows = list(_own_rows(shown)), []
+    local_rows, rows = list(_local_rows(shown)), []
     tasks = {column.task for column in columns if column.task}
-    for method in dict.fromkeys(row.method for row in own_rows):
-        rows += [row for row in own_rows if row.method == method]
+    for method in dict.fromkeys(row.method for row in local_rows):
+        rows += [row for row in local_rows if row.method == method]
         rows += [_published_row(row) for row in published if row.method == method and tasks >= row.top1.keys()]
     for row in rows:
         row.cells = [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
         if row.local:
             _lift(row)
-    for row in own_rows:
+    for row in local_rows:
         for column, cell in zip(columns, row.cells, strict=True):
             if cell.instead == "failed" and column.task:
                 reason = row.local[column.task].result.failed or "no test score"
                 remarks.append(f"{column.task}, {row.name}: failed: {' '.join(reason.split())}")
-    _mark_best([row.cells for row in own_rows])
+    _mark_best([row.cells for row in local_rows])
     table = Table(title, columns, rows, remarks)
     for row in rows:
         row.marks = _marks(row.notes, table.notes)
@@ -230,7 +230,7 @@ def _unlike(one: LocalResult, other: LocalResult) -> list[str]:
     return [name for name in one.result.protocol.differs(other.result.protocol) if name != "notes"]
 
 
-def _own_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
+def _local_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
     """Rows by method, backbone, precision, then protocol and file, as few as hold no task twice."""
     for method, backbone in dict.fromkeys(_group(local)[:2] for local in results):
         rows: list[list[LocalResult]] = []
@@ -238,7 +238,7 @@ def _own_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
             rows += _packed([local for local in results if _group(local) == group])
         details = _details([row[0] for row in rows])
         for row, detail in zip(rows, details, strict=True):
-            yield ResultRow(method, backbone, OWN, detail, local={local.result.task: local for local in row})
+            yield ResultRow(method, backbone, LOCAL, detail, local={local.result.task: local for local in row})
 
 
 def _packed(results: Sequence[LocalResult]) -> list[list[LocalResult]]:
@@ -268,7 +268,7 @@ def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
 
 
 def _details(firsts: Sequence[LocalResult]) -> list[str]:
-    """What distinguishes rows of one method and backbone: precision, protocol, or else the folder."""
+    """Labels that tell rows of one method and backbone apart: precision, protocol, or else the folder."""
     protocols = [local.result.protocol for local in firsts]
     fields = dict.fromkeys(name for local in firsts for name in _unlike(firsts[0], local))
     precise = len({local.result.precision for local in firsts}) > 1
@@ -292,8 +292,8 @@ def _cell(task: str, row: ResultRow) -> Cell:
     if not scored(local.result):
         return Cell(instead="failed")
     top1 = local.result.test["top1"]
-    own_notes = local.result.protocol.notes if local.result.protocol else ()
-    notes = [*_unpublished(local.result), *own_notes, *_unlike_row(local, next(iter(row.local.values())))]
+    protocol_notes = local.result.protocol.notes if local.result.protocol else ()
+    notes = [*_unpublished(local.result), *protocol_notes, *_unlike_row(local, next(iter(row.local.values())))]
     return Cell(top1.mean, top1.std if len(top1.values) > 1 else None, notes=notes)
 
 
@@ -316,7 +316,7 @@ def _expected(task: str) -> dict[str, str | int | None]:
 
 
 def _unpublished(result: Result) -> Iterator[str]:
-    """What differs from the protocol of the task's published numbers."""
+    """Notes on differences from the protocol of the task's published numbers."""
     protocol = result.protocol
     assert protocol is not None  # the result is scored
     for name, wanted in _expected(result.task).items():
@@ -329,7 +329,7 @@ def _unpublished(result: Result) -> Iterator[str]:
 
 
 def _unlike_row(local: LocalResult, first: LocalResult) -> Iterator[str]:
-    """What differs from the row's protocol, unless _unpublished reports it."""
+    """Notes on differences from the row's protocol that _unpublished does not report."""
     expected = _expected(local.result.task)
     for name in _unlike(local, first):
         value, usual = _value(local.result.protocol, name), _value(first.result.protocol, name)

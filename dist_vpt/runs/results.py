@@ -30,7 +30,7 @@ class Spread(_Line):
 
 
 class Protocol(_Line):
-    """What makes two numbers comparable."""
+    """The evaluation protocol: two numbers are comparable if theirs are equal."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

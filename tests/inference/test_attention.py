@@ -71,7 +71,7 @@ def softmax_of(w: dict[str, Array], asking_BRD: Array, tokens_BND: Array) -> Arr
 
 
 def block_inputs(method: Method, images: torch.Tensor) -> list[Array]:
-    """What the method's own forward pass shows to each block."""
+    """What the method's prompt_maps forward pass shows to each block."""
     seen: list[Array] = []
     hooks = [
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().double().numpy()))
@@ -100,23 +100,23 @@ def test_maps_are_the_softmax_of_the_weights(settings: dict[str, Any], kind: str
     prefix = {"class_token": 1, "registers": 3, "no_class_token": 0}[kind]
     found, inputs = attend(method, images), block_inputs(method, images)
     assert found.names == ("class" if prefix else "patches", "query" if settings["name"] == "vqt" else "prompt")
-    assert len(found.whole) == len(found.own) == len(inputs) == 3
+    assert len(found.class_token) == len(found.prompts) == len(inputs) == 3
     for number, tokens_BND in enumerate(inputs):
         w = weights_of(method, number)
         all_BHNN = softmax_of(w, tokens_BND, tokens_BND)
         to_patches = all_BHNN[..., -PATCHES:]
-        whole = to_patches[:, :, :1] if prefix else to_patches[:, :, -PATCHES:].mean(2, keepdims=True)
-        np.testing.assert_allclose(found.whole[number], whole, rtol=1e-4, atol=1e-6)
+        token_maps = to_patches[:, :, :1] if prefix else to_patches[:, :, -PATCHES:].mean(2, keepdims=True)
+        np.testing.assert_allclose(found.class_token[number], token_maps, rtol=1e-4, atol=1e-6)
         prompts = tokens_BND.shape[1] - prefix - PATCHES
-        own = to_patches[:, :, prefix : prefix + prompts]
+        prompt_maps = to_patches[:, :, prefix : prefix + prompts]
         if settings["name"] == "vqt" and number in settings["blocks"]:
             queries_QD = method.queries[settings["blocks"].index(number)].detach().double().numpy()  # type: ignore[index, union-attr]
-            own = softmax_of(w, np.stack([queries_QD] * len(images)), tokens_BND)[..., -PATCHES:]
-        assert found.own[number].shape == own.shape
-        assert own.shape[2] == {"vqt": 2 * (number != 1), "linear": 0}.get(
+            prompt_maps = softmax_of(w, np.stack([queries_QD] * len(images)), tokens_BND)[..., -PATCHES:]
+        assert found.prompts[number].shape == prompt_maps.shape
+        assert prompt_maps.shape[2] == {"vqt": 2 * (number != 1), "linear": 0}.get(
             settings["name"], 3 * ("layers" not in settings or number == 2)
         )
-        np.testing.assert_allclose(found.own[number], own, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.prompts[number], prompt_maps, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the tensors of a file give a model, and a report of how the two differ.
+"""Convert a file's tensors to a model's state dict, and report the differences.
 
 N tokens, D width. No file is opened here.
 """
@@ -43,7 +43,7 @@ class LoadReport:
         return "\n".join(lines)
 
     def left_out_summary(self) -> str:
-        """What was left out on purpose, counted by part of the file."""
+        """Tensors left out on purpose, counted by part of the file."""
         parts: dict[str, int] = {}
         for name in self.left_out:
             pieces = re.split(r"[./]", name)

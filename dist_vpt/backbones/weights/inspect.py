@@ -70,7 +70,7 @@ def image_side(layout: str, tensors: dict[str, Tensor]) -> int | None:
 
 
 def _facts(layout: str, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """What can be derived from the shapes."""
+    """Facts derived from the shapes of the tensors."""
     yield f"{sum(t.numel() for t in tensors.values()):,} numbers in {len(tensors)} tensors"
     side = image_side(layout, tensors)
     if side is not None:
@@ -131,11 +131,11 @@ def _count(load_report: LoadReport) -> int:
 
 
 def _model(row: ZooEntry) -> nn.Module:
-    return _without_memory(row.architecture, row.size, tuple(row.options.items()))
+    return _on_meta_device(row.architecture, row.size, tuple(row.options.items()))
 
 
 @cache
-def _without_memory(architecture: str, size: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
+def _on_meta_device(architecture: str, size: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
     """Names and shapes only: a huge model is compared as quickly as a small one."""
     with torch.device("meta"):
         return create(architecture, size, **dict(options))
