@@ -190,16 +190,17 @@ def test_a_backbone_whose_blocks_cannot_be_unpacked_is_reported(images: torch.Te
 
 
 def test_one_block_and_one_head(vpt_run: Path, photo: Path, tmp_path: Path) -> None:
-    whole = {}
-    for words in ({}, {"block": 1}, {"head": 0}, {"block": 1, "head": 0}):
-        files = show(str(vpt_run), [str(photo)], out=str(tmp_path), **words)
+    shown = {}
+    for options in ({}, {"block": 1}, {"head": 0}, {"block": 1, "head": 0}):
+        files = show(str(vpt_run), [str(photo)], out=str(tmp_path), **options)
         assert [file.parent for file in files] == [tmp_path] * 2
-        whole[tuple(words)] = np.asarray(Image.open(files[0]))
-    assert not any(np.array_equal(whole[()], picture) for words, picture in whole.items() if words)
-    assert whole["block", "head"].size < whole["block",].size  # one map; the mean and each head
+        shown[tuple(options)] = np.asarray(Image.open(files[0]))
+    assert not any(np.array_equal(shown[()], picture) for options, picture in shown.items() if options)
+    assert shown["block", "head"].size < shown["block",].size  # one map; the mean and each head
 
 
-@pytest.mark.parametrize("words", [{"block": 99}, {"block": -1}, {"head": 99}])
-def test_blocks_and_heads_that_are_not_there(words: dict[str, int], vpt_run: Path, photo: Path) -> None:
-    with pytest.raises(UserError, match=rf"--{next(iter(words))} -?\d+: the backbone's {next(iter(words))}s are 0 to "):
-        show(str(vpt_run), [str(photo)], **words)
+@pytest.mark.parametrize("options", [{"block": 99}, {"block": -1}, {"head": 99}])
+def test_blocks_and_heads_that_are_not_there(options: dict[str, int], vpt_run: Path, photo: Path) -> None:
+    (name,) = options
+    with pytest.raises(UserError, match=rf"--{name} -?\d+: the backbone's {name}s are 0 to "):
+        show(str(vpt_run), [str(photo)], **options)
