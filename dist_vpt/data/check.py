@@ -1,4 +1,4 @@
-"""``dist-vpt data check``: which known tasks lie below a folder, and how they differ from the published ones."""
+"""``dist-vpt data check``: find known tasks below a folder and compare them with the published ones."""
 
 import re
 from collections.abc import Sequence

@@ -34,10 +34,10 @@ class _ParallelAdapter(Bottleneck):
     def __init__(self, width: int, bottleneck: int, scale: float):
         super().__init__(width, bottleneck, F.relu)
         self.scale = scale
-        self.read: Tensor | None = None  # x', from the begin of the MLP's branch to its end
+        self.read: Tensor | None = None  # x', from the beginning of the MLP's branch to its end
 
     def attach_to(self, parts: BlockParts) -> None:
-        """Read at the begin of the MLP's branch, write at its end."""
+        """Read at the beginning of the MLP's branch, write at its end."""
         replace_output(parts.norm2, self._begin)
         replace_output(parts.ls2, self._end)
 

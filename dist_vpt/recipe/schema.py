@@ -1,4 +1,4 @@
-"""The recipe: one typed description of a whole run, a section for each part of it."""
+"""The recipe: a typed description of one run, with a section for each part."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -35,7 +35,7 @@ RUN_FILES = (
 )
 RESUME_HINT = "the same command resumes"  # of sweeps and compressions
 LOGS = ("train.log", "logs")  # a run that is started again appends to them
-SEEN_SECONDS = 90.0  # how long a node may not see a new file (on NFS at most a minute)
+SEEN_SECONDS = 90.0  # until a new file appears on other nodes (on NFS at most a minute)
 
 
 class RunFolder:
@@ -155,7 +155,7 @@ class RunFolder:
         return begun and not self._changed(recipe)
 
     def seen(self) -> bool:
-        """Wait for the recipe of a run that the main process has started, which another node may see late."""
+        """Wait for the recipe of a run that the main process has started: on another node the file may appear late."""
         deadline = time.monotonic() + SEEN_SECONDS
         while not self.recipe.is_file():
             if time.monotonic() > deadline:

@@ -16,7 +16,7 @@ from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.layouts.base import Layout, Shape, Tensors
 from dist_vpt.backbones.weights.layouts.swin import BUFFERS
 
-SHOWN = 8  # names that a message lists; the others are counted
+MAX_LISTED = 8  # names in a message; the others are counted
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LoadReport:
             ("of another shape", self.mismatched),
         ):
             if names:
-                lines.append(f"  {len(names)} {title}: {', '.join(names[:SHOWN])}{_more(len(names))}")
+                lines.append(f"  {len(names)} {title}: {', '.join(names[:MAX_LISTED])}{_more(len(names))}")
         return "\n".join(lines)
 
     def left_out_summary(self) -> str:
@@ -51,11 +51,11 @@ class LoadReport:
             part = ".".join(pieces[:2]) if part == "base_encoder" else part
             parts[part] = parts.get(part, 0) + 1
         shown = [part if count == 1 else f"{part} ({count})" for part, count in parts.items()]
-        return f"{', '.join(shown[:SHOWN])}{_more(len(shown))}"
+        return f"{', '.join(shown[:MAX_LISTED])}{_more(len(shown))}"
 
 
 def _more(count: int) -> str:
-    return f" and {count - SHOWN} more" if count > SHOWN else ""
+    return f" and {count - MAX_LISTED} more" if count > MAX_LISTED else ""
 
 
 def convert(name: str, tensors: Tensors, model: Any) -> tuple[dict[str, Tensor], LoadReport]:

@@ -114,7 +114,7 @@ class TfdsSource:
         """int64 [n], from every record. Raises DataError for damaged records and labels out of range."""
         of, mistakes = LABELS.get(self.label, lambda features: int(_integers(features[self.label])[0])), Mistakes()
         labels_n = np.zeros(int(self._ends[-1]), np.int64)
-        _ = self._records  # a file that is cut off says so once
+        _ = self._records  # opens the files: a truncated one is reported once
         for i in range(len(labels_n)):
             try:
                 labels_n[i] = of(self.features(i))
@@ -318,7 +318,7 @@ def _example() -> Any:
 
 
 def _jpeg(data: bytes, where: str, max_megapixels: float) -> Picture:
-    """As TensorFlow decodes it: with the fast inverse DCT, from which Pillow's differs by a gray level."""
+    """Decode a JPEG as TensorFlow does, with the fast inverse DCT: Pillow's pixels differ by one gray level."""
     import simplejpeg
 
     try:
