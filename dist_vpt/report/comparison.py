@@ -17,7 +17,7 @@ ABSENT = "\u2013"  # en dash
 LOCAL = "local"  # source of the rows of the user's runs
 OTHER = "Other tasks"
 SECTIONS = {"VTAB-1k": ("natural", "specialized", "structured"), "FGVC": ("fgvc",)}
-# Of all published numbers that are shown, beside what the task's row says.
+# Protocol of all published numbers shown, besides the settings in data/tasks.py.
 PUBLISHED_EPOCHS, PUBLISHED_SIZE = 100, 224
 NAMES = {"image_size": "image size", "storage": "images from"}
 
@@ -46,7 +46,7 @@ class Column:
 
 @dataclass
 class Cell:
-    """A number, or what is shown instead."""
+    """A number, or a text in its place."""
 
     mean: float | None = None  # percent
     std: float | None = None  # over seeds; none: one seed, a mean over tasks, or a published number
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def number(self) -> str:
-        """To one decimal, or what is shown instead."""
+        """The mean to one decimal, or the text in its place."""
         return self.instead if self.mean is None else f"{self.mean:.1f}"
 
     @property
@@ -87,14 +87,14 @@ class ResultRow:
 
     @property
     def top1(self) -> dict[str, float]:
-        """By task, percent."""
+        """Top-1 accuracy by task, in percent."""
         if self.published:
             return self.published.top1
         return {task: local.result.test["top1"].mean for task, local in self.local.items() if scored(local.result)}
 
     @property
     def seeds(self) -> str:
-        """How many each number is a mean of, such as 5, or 3 to 5."""
+        """Number of seeds behind each number, such as 5, or 3 to 5."""
         counts = sorted(
             {len(local.result.test["top1"].values) for local in self.local.values() if scored(local.result)}
         )
@@ -119,15 +119,15 @@ class Table:
 
 
 def scored(result: Result) -> bool:
-    """Whether there is a number to show."""
+    """Whether a result has a test score."""
     return result.failed is None and "top1" in result.test
 
 
 def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
-    """A table for VTAB-1k, FGVC and other tasks, each where there is a result of it.
+    """A table for VTAB-1k, FGVC and other tasks, each if it has results.
 
-    Published rows are those of the table's methods. A local row has one protocol: results under another one join it,
-    with a note, for tasks that it lacks, and else get another row.
+    Published rows are those of the table's methods. A local row has one protocol: results under another protocol
+    fill tasks that the row lacks, with a note, or else get a row for themselves.
     """
     tables = []
     for title in (*SECTIONS, OTHER):
@@ -197,7 +197,7 @@ def _published_row(row: Published) -> ResultRow:
 
 
 def _newest(results: Sequence[LocalResult]) -> tuple[list[LocalResult], list[str]]:
-    """Of results for one cell from one file the newest, a number before a failure; and remarks on what was left out.
+    """Keep the newest result per cell and file, scores before failures; return remarks on the others.
 
     A failure is left out if there is a number under its protocol.
     """
@@ -231,7 +231,7 @@ def _unlike(one: LocalResult, other: LocalResult) -> list[str]:
 
 
 def _local_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
-    """Rows by method, backbone, precision, then protocol and file, as few as hold no task twice."""
+    """Rows by method, backbone, precision, then protocol and file: as few as possible, each with a task only once."""
     for method, backbone in dict.fromkeys(_group(local)[:2] for local in results):
         rows: list[list[LocalResult]] = []
         for group in dict.fromkeys(_group(local) for local in results if _group(local)[:2] == (method, backbone)):
@@ -243,27 +243,27 @@ def _local_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
 
 def _packed(results: Sequence[LocalResult]) -> list[list[LocalResult]]:
     """Groups by protocol and file; smaller ones then join a row that has none of their tasks."""
-    alike: list[list[LocalResult]] = []
+    groups: list[list[LocalResult]] = []
     for local in sorted(results, key=lambda local: local.result.protocol is None):
-        for some in alike:
-            if some[0].folder == local.folder and not _unlike(some[0], local):
-                some.append(local)
+        for group in groups:
+            if group[0].folder == local.folder and not _unlike(group[0], local):
+                group.append(local)
                 break
         else:
-            alike.append([local])
+            groups.append([local])
     rows: list[list[LocalResult]] = []
-    for some in sorted(alike, key=_weight, reverse=True):
-        tasks = {local.result.task for local in some}
+    for group in sorted(groups, key=_weight, reverse=True):
+        tasks = {local.result.task for local in group}
         free = [row for row in rows if tasks.isdisjoint(local.result.task for local in row)]
         if free:
-            min(free, key=lambda row: len(_unlike(row[0], some[0]))).extend(some)
+            min(free, key=lambda row: len(_unlike(row[0], group[0]))).extend(group)
         else:
-            rows.append(some)
+            rows.append(group)
     return rows
 
 
 def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
-    """Orders results of one protocol: those without one last, more numbers first."""
+    """Sort key of groups of results: those without a protocol last, more scores first."""
     return results[0].result.protocol is not None, sum(scored(local.result) for local in results)
 
 
@@ -349,7 +349,7 @@ def _value(protocol: Protocol | None, name: str) -> str:
 
 
 def _mean(column: Column, row: ResultRow) -> Cell:
-    """A mean if all of its tasks have results, else how many have."""
+    """The mean if all of its tasks have results, else the number of those that have."""
     top1 = row.top1
     there = [task for task in column.tasks if task in top1]
     if len(there) < len(column.tasks):
@@ -368,7 +368,7 @@ def _lift(row: ResultRow) -> None:
 
 
 def _mark_best(rows: Iterable[Sequence[Cell]]) -> None:
-    """The best of each column to one decimal; none where there is nothing to compare."""
+    """Mark the best of each column, compared to one decimal; a single number is not marked."""
     for cells in zip(*rows, strict=True):
         numbers = [cell for cell in cells if cell.mean is not None]
         best = max((float(cell.number) for cell in numbers), default=0.0)

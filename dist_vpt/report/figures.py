@@ -71,7 +71,7 @@ def _figures(table: Table, name: str) -> list[Picture]:
 
 
 def _which(common: Sequence[str], every: Sequence[str]) -> str:
-    """The tasks of a mean as a short text."""
+    """A short text about the tasks of a mean."""
     absent = [task for task in every if task not in common]
     if not absent:
         return f"all {len(every)} tasks" if len(every) > 1 else every[0]
@@ -191,7 +191,7 @@ def _memory(row: ResultRow, tasks: Sequence[str]) -> float:
 
 
 def _measured(row: ResultRow, tasks: Sequence[str], of: Callable[[list[float]], float], name: str) -> float:
-    """Zero where a task's was not measured."""
+    """The measurement over all tasks; zero if one was not measured."""
     found = [getattr(row.local[task].result, name) for task in tasks] if row.local else []
     return of(found) if found and all(found) else 0.0
 
