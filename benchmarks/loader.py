@@ -30,9 +30,9 @@ from PIL import Image
 
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import open_splits
-from dist_vpt.data.formats.tfds import Piece, TfdsSource
+from dist_vpt.data.formats.tfds import FileInstruction, TfdsSource
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
-from dist_vpt.data.splits import LateLabels, Split
+from dist_vpt.data.splits import LazyLabels, Split
 from dist_vpt.data.transforms import ImageTransform, vpt_resize
 from dist_vpt.runs.provenance import versions
 from dist_vpt.runtime.allocator import keep_freed_memory
@@ -114,8 +114,8 @@ def resident_mib(folder: Path, examples: int) -> dict[str, Any]:
     file = make_records(folder / "pictures.tfrecord-00000-of-00001", examples)
     this = psutil.Process()
     before = this.memory_full_info().pss
-    source = TfdsSource([Piece(str(file), 0, examples, examples)], "tfrecord", "dsprites_ori", 16)
-    split = Split("test", LateLabels(examples, source.labels), source)
+    source = TfdsSource([FileInstruction(str(file), 0, examples, examples)], "tfrecord", "dsprites_ori", 16)
+    split = Split("test", LazyLabels(examples, source.labels), source)
     batches = EvalBatches(split, ImageTransform(64, "vpt"), 256, workers=WORKERS)
     largest = seen = 0
     for number, batch in enumerate(batches):

@@ -1,7 +1,7 @@
 """Runs in processes forked from the tests' own: what they import is there already, which a launcher has to do anew.
 
-Launchers are tested in test_distributed.py; here two processes are told what they would have told them. Tests that
-fork use the fixture on_the_cpu: a forked process cannot use a GPU that its parent has used.
+test_two_processes.py tests launchers; here two processes get the variables that a launcher sets. Tests that fork use
+the fixture on_the_cpu: a forked process cannot use a GPU that its parent has used.
 """
 
 import multiprocessing
@@ -25,8 +25,8 @@ FORK = multiprocessing.get_context("fork")
 class Forks:
     """``work(rank)`` in ``count`` processes, under way from the start on."""
 
-    def __init__(self, count: int, work: Callable[[int], Any], told: Path | None = None):
-        self.told = told  # file of what all of them print; None: where the tests print
+    def __init__(self, count: int, work: Callable[[int], Any], log: Path | None = None):
+        self.log = log  # file of what all of them print; None: where the tests print
         self.processes = [FORK.Process(target=self._work, args=(work, rank)) for rank in range(count)]
         for process in self.processes:
             process.start()
@@ -38,8 +38,8 @@ class Forks:
         GradientState._reset_state()
         PartialState._reset_state()
         forkserver._forkserver.__init__()  # type: ignore[misc]  # one that tests have started is no child of this process
-        if self.told is not None:
-            file = os.open(self.told, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        if self.log is not None:
+            file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
@@ -70,39 +70,39 @@ class Forks:
 
     @property
     def output(self) -> str:
-        return self.told.read_text() if self.told is not None and self.told.exists() else ""
+        return self.log.read_text() if self.log is not None and self.log.exists() else ""
 
 
 def command(
-    words: list[str], told: Path, strategy: str = "single", before: Callable[[int], None] = lambda rank: None
+    argv: list[str], log: Path, strategy: str = "single", before: Callable[[int], None] = lambda rank: None
 ) -> Forks:
-    """`dist-vpt` with ``words`` on one process (``single``), or on two: ``ddp``, or a DeepSpeed configuration's file.
+    """`dist-vpt` with ``argv`` on one process (``single``), or on two: ``ddp``, or a DeepSpeed configuration's file.
 
     ``before(rank)`` is called first.
     """
 
     def work(rank: int) -> int:
         before(rank)
-        return main(words)
+        return main(argv)
 
-    return launched(work, told, strategy)
+    return launched(work, log, strategy)
 
 
-def launched(work: Callable[[int], Any], told: Path, strategy: str) -> Forks:
-    """``work(rank)`` on the processes of a strategy, as ``command`` names them, told what a launcher would tell."""
+def launched(work: Callable[[int], Any], log: Path, strategy: str) -> Forks:
+    """``work(rank)`` on the processes of a strategy (as in ``command``), with the variables that a launcher sets."""
     count = 1 if strategy == "single" else 2
-    variables = {} if strategy == "single" else _told_by_a_launcher(strategy)
+    variables = {} if strategy == "single" else _launcher_variables(strategy)
 
-    def told_so(rank: int) -> Any:
+    def launched_work(rank: int) -> Any:
         os.environ.update(variables)
         if count > 1:
             os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}")
         return work(rank)
 
-    return Forks(count, told_so, told)
+    return Forks(count, launched_work, log)
 
 
-def _told_by_a_launcher(strategy: str) -> dict[str, str]:
+def _launcher_variables(strategy: str) -> dict[str, str]:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]

@@ -209,7 +209,7 @@ def backbones_page() -> str:
 
 
 def _project(row: Any) -> tuple[str, str, str]:
-    return row.source, row.license, row.layout
+    return *row.project, row.layout
 
 
 def _preprocessing(row: Any) -> str:

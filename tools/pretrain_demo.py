@@ -214,7 +214,7 @@ def save(backbone: VisionTransformer, out: Path) -> None:
         "architecture": json.dumps(ARCHITECTURE),
         "preprocessing": json.dumps(PREPROCESSING),
         "made_by": "python tools/pretrain_demo.py",
-        "licence": "Apache-2.0",
+        "license": "Apache-2.0",
     }
     save_file({name: value.half().contiguous() for name, value in backbone.state_dict().items()}, out, metadata)
 

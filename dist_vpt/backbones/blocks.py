@@ -152,7 +152,7 @@ def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
             "timm's plain PatchEmbed; choose another method or backbone"
         )
     for name, module in backbone.named_modules():
-        separate = [own for own, _ in module.named_parameters(recurse=False) if own.endswith("_bias")]
+        separate = [key for key, _ in module.named_parameters(recurse=False) if key.endswith("_bias")]
         if separate:
             raise UserError(
                 f"{name} of the backbone, a {type(module).__name__}, holds {' and '.join(separate)} apart from the "

@@ -87,15 +87,15 @@ def build(
 
 
 @dataclass(frozen=True)
-class Plain:
-    """How timm makes the plain model, with a classifier, that a backbone's merged weights fit."""
+class TimmModel:
+    """A call that creates the unmodified timm model, with a classifier, which merged weights fit."""
 
     architecture: str  # timm's name of the model; VisionTransformer: the class itself
     options: dict[str, Any]
     pool: str | None  # that the classifier is reset to; None: the model's own
 
     def __str__(self) -> str:
-        """Lines of Python."""
+        """The call as lines of Python."""
         arguments = [f"{name}={value!r}" for name, value in self.options.items()]
         if self.architecture == "VisionTransformer":
             lines = [f"model = timm.models.VisionTransformer({', '.join(arguments)})"]
@@ -106,8 +106,8 @@ class Plain:
         return "\n".join(lines)
 
 
-def plain(recipe: BackboneConfig, image_size: int, classes: int) -> Plain:
-    """The plain timm model of a backbone that can be built."""
+def timm_model(recipe: BackboneConfig, image_size: int, classes: int) -> TimmModel:
+    """The unmodified timm model of a backbone."""
     row = ZOO.get(recipe.name)
     name, options = (row.architecture, row.options) if row else (recipe.name, {})
     with torch.device("meta"):
@@ -118,11 +118,11 @@ def plain(recipe: BackboneConfig, image_size: int, classes: int) -> Plain:
             model = create(name, image_size, **options)
     pool = _pool(recipe)
     options = options | {"num_classes": classes, "img_size": image_size}
-    return Plain(name, options, None if pool in (None, model.global_pool) else pool)
+    return TimmModel(name, options, None if pool in (None, model.global_pool) else pool)
 
 
 def _pool(recipe: BackboneConfig) -> str | None:
-    """Pooling by the recipe or the weights' row; None: the timm model's."""
+    """Pooling set by the recipe or by the zoo; None: the timm model's."""
     return recipe.global_pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
 
 
@@ -181,8 +181,8 @@ def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) ->
         row = ZOO[name]
         if row.pretrained is None:
             raise WeightsError(
-                f"backbone.name = {name}: timm's hub has no such weights; download the file from {row.source} and set "
-                "backbone.weights=FILE"
+                f"backbone.name = {name}: timm's hub has no such weights; download the file from {row.project.page} "
+                "and set backbone.weights=FILE"
             )
         name = row.pretrained
     return load_into(model, _from_hub(name), lenient=recipe.load == "lenient")
@@ -233,15 +233,16 @@ def _models() -> list[str]:
     return timm.list_models(["vit_*", "deit*", "swin_*"])
 
 
-def _check_windows(image_size: int, own_size: int, swin: SwinTransformer) -> None:
+def _check_windows(image_size: int, pretrained_size: int, swin: SwinTransformer) -> None:
     """At the pretraining size, windows tile the grid of every stage; so they do at its multiples, and only there."""
-    if image_size % own_size:
-        lower = image_size // own_size * own_size
-        sizes = f"{lower} or {lower + own_size}" if lower else str(own_size)
+    if image_size % pretrained_size:
+        lower = image_size // pretrained_size * pretrained_size
+        sizes = f"{lower} or {lower + pretrained_size}" if lower else str(pretrained_size)
         window, patch = swin.layers[0].blocks[0].window_size[0], swin.patch_embed.patch_size[0]
         raise UserError(
             f"image size {image_size}: Swin's windows of {window} x {window} patches of {patch} pixels must tile the "
-            f"grids of all its {len(swin.layers)} stages: must be a multiple of {own_size}; use data.image_size={sizes}"
+            f"grids of all its {len(swin.layers)} stages: must be a multiple of {pretrained_size}; use "
+            f"data.image_size={sizes}"
         )
 
 

@@ -122,6 +122,6 @@ class _Windows:
         return self.bias() if self.prompts_BPD is None else self._padded(self.bias())
 
     def _padded(self, scores: Tensor) -> Tensor:
-        """What is added to scores [..., M, M], with zeros from and to prompts: [..., P + M, P + M]."""
+        """Pad a bias or mask of scores [..., M, M] with zeros from and to prompts: [..., P + M, P + M]."""
         assert self.prompts_BPD is not None
         return F.pad(scores, (prompts := self.prompts_BPD.shape[1], 0, prompts, 0))

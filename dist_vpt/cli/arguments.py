@@ -1,4 +1,4 @@
-"""What the parsers of the sub-commands share."""
+"""Helpers shared by the parsers of the sub-commands."""
 
 import argparse
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""``dist-vpt doctor``: what on this machine would stop a run, and how to fix it.
+"""``dist-vpt doctor``: find what would stop a run on this machine, and how to fix it.
 
 Each check is a function that looks at one thing and imports what it needs itself, so that a broken package is a result
 of one check. An error stops every run, or every run of one kind; runs work with a warning.
@@ -135,7 +135,7 @@ def check_launcher() -> CheckResult:
     found = leftover_variables()
     if found:
         listed = " ".join(f"{name}={value}" for name, value in found.items())
-        message = f"{listed} in this shell: a run would take itself for one of a launcher's processes"
+        message = f"{listed} in this shell: a run would wait for other processes of a launcher"
         return CheckResult("warning", message, f"unset {' '.join(found)}")
     return CheckResult("ok", "no variables of a launcher are set")
 
@@ -223,7 +223,7 @@ def check_shared_memory() -> CheckResult:
 
 
 def check_extras() -> CheckResult:
-    """Optional packages, none of which is an error: what needs one says so."""
+    """Optional packages, none of which is required: a command that needs one reports it."""
     there = {extra: all(find_spec(name) for name in names) for extra, names in EXTRAS.items()}
     installed = ", ".join(extra for extra, found in there.items() if found) or "none"
     missing = ",".join(extra for extra, found in there.items() if not found)

@@ -24,7 +24,7 @@ NARROW = 72  # columns of a terminal below which units and speeds are left out
 
 
 def status(folders: Sequence[str], *, as_json: bool = False, watch: float | None = None) -> None:
-    """Show all that is in and below folders; with ``watch``, again every so many seconds until control-C.
+    """Show the status of all runs in and below folders; with ``watch``, again every so many seconds until control-C.
 
     Raises UserError for paths that are no folders, for all of them at once.
     """

@@ -41,17 +41,17 @@ def suite(arguments: argparse.Namespace) -> None:
     tasks, more = split_overrides(arguments.tasks)
     shared = [*arguments.recipe, *overrides, *more]
     root = arguments.root or ("." if arguments.dry_run else None)  # a plan reads no data
-    pairs = plan_experiments(tasks, methods, shared, root, arguments.out)
+    experiments = plan_experiments(tasks, methods, shared, root, arguments.out)
     command = [*shared, "--tasks", *tasks, "--method", *methods, "--out", arguments.out]
     command += ["--root", arguments.root] if arguments.root else []
     command += ["--debug"] if arguments.debug else []
     if arguments.dry_run:
-        show_plan(pairs)
+        show_plan(experiments)
     elif arguments.slurm:
         if arguments.index is not None:
             raise UserError("--index: a job array numbers the sweeps by itself; leave it out, or --slurm")
         command += ["--workers", str(arguments.workers)] if arguments.workers is not None else []
-        slurm_array(pairs, command, Path(arguments.slurm))
+        slurm_array(experiments, command, Path(arguments.slurm))
         print(f"sbatch {arguments.slurm}")
     else:
-        suite(pairs, arguments.out, workers=arguments.workers, index=arguments.index, arguments=command)
+        suite(experiments, arguments.out, workers=arguments.workers, index=arguments.index, arguments=command)

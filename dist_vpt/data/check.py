@@ -1,4 +1,4 @@
-"""``dist-vpt data check``: which known tasks lie below a folder, and how they differ from the published ones."""
+"""``dist-vpt data check``: find known tasks below a folder and compare them with the published ones."""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ BUCKETS = 12  # of neighboring classes, in a picture of all their counts
 
 @dataclass
 class CheckedTask:
-    """What was found of a task."""
+    """The result of checking one task."""
 
     task: str
     storage: str = ""  # format and version; "": not found

@@ -1,4 +1,4 @@
-"""``dist-vpt data prepare``: download and prepare what TensorFlow Datasets has of the known tasks."""
+"""``dist-vpt data prepare``: download and prepare the known tasks that TensorFlow Datasets has."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -54,7 +54,7 @@ def _has_tensorflow() -> bool:
 
 
 def _builder(wanted: Tfds, library: Any, root: str) -> Any:
-    """Of the version of the published numbers, or of the newest if that one is gone."""
+    """The builder of the version of the published numbers, or of the newest if that version is not available."""
     try:
         return library.builder(wanted.builder, version=wanted.version, data_dir=root)
     except AssertionError:

@@ -29,7 +29,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class LateLabels:
+class LazyLabels:
     """Labels that are read when first needed, since that means reading whole records."""
 
     count: int
@@ -44,7 +44,7 @@ class Split:
     """Labeled images under one name."""
 
     name: str
-    given: np.ndarray | LateLabels
+    given: np.ndarray | LazyLabels
     source: Source
 
     def __len__(self) -> int:
@@ -55,8 +55,8 @@ class Split:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 [n]. Raises DataError if they are read late and damaged."""
-        return self.given.read() if isinstance(self.given, LateLabels) else self.given
+        """int64 [n]. Raises DataError for lazily read labels that are damaged."""
+        return self.given.read() if isinstance(self.given, LazyLabels) else self.given
 
     def read(self, i: int, max_megapixels: float = 178.0) -> Picture:
         """The i-th image, or a DataError that names it."""
@@ -67,7 +67,7 @@ class Split:
         return self.source.where(i)
 
     def subset(self, name: str, rows: np.ndarray) -> "Split":
-        return Split(name, self.labels[rows], _Rows(self.source, rows))
+        return Split(name, self.labels[rows], _Subset(self.source, rows))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ArraySource:
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class _Subset:
     source: Source
     rows: np.ndarray
 
@@ -128,7 +128,7 @@ class _Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class _Joined:
+class _Concatenated:
     first: Split
     second: Split
 
@@ -154,8 +154,8 @@ def join(name: str, first: Split, second: Split) -> Split:
     def labels() -> np.ndarray:
         return np.concatenate([first.labels, second.labels])
 
-    late = isinstance(first.given, LateLabels) or isinstance(second.given, LateLabels)
-    return Split(name, LateLabels(len(first) + len(second), labels) if late else labels(), _Joined(first, second))
+    lazy = isinstance(first.given, LazyLabels) or isinstance(second.given, LazyLabels)
+    return Split(name, LazyLabels(len(first) + len(second), labels) if lazy else labels(), _Concatenated(first, second))
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:

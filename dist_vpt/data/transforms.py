@@ -62,11 +62,11 @@ class ImageTransform:
         return pixels_SS3[:, ::-1] if draws[2] >> 63 else pixels_SS3
 
     def train(self, picture: Picture, seed: int, epoch: int, index: int) -> torch.Tensor:
-        """The picture as training sees it: [3, S, S] of ``dtype``."""
+        """The picture transformed for training: [3, S, S] of ``dtype``."""
         return _tensor(self.varied(self.fixed(picture, True), True, seed, epoch, index))
 
     def eval(self, picture: Picture) -> torch.Tensor:
-        """The picture as evaluation sees it: [3, S, S] of ``dtype``."""
+        """The picture transformed for evaluation: [3, S, S] of ``dtype``."""
         return _tensor(self.varied(self.fixed(picture, False), False, 0, 0, 0))
 
     def _random(self, train: bool) -> bool:

@@ -24,7 +24,7 @@ LISTED = 8  # processes that a message names
 
 
 class Folder(Protocol):
-    """What the watchdog uses of a run folder."""
+    """The part of a run folder that the watchdog uses."""
 
     path: Path
     log: Path
@@ -45,7 +45,7 @@ class Failure:
     exit_code: int = ProcessFailed.exit_code  # of the other processes
 
     def error(self) -> ProcessFailed:
-        """What the other processes raise."""
+        """The exception for the other processes to raise."""
         error = ProcessFailed(self.reason)
         error.exit_code = self.exit_code
         error.shared = self.rank != 0  # the first process reports it, unless it is the one

@@ -1,4 +1,4 @@
-"""What a launcher (accelerate launch, torchrun, srun) sets in a process's environment; only this module reads it."""
+"""Environment variables set by a launcher (accelerate launch, torchrun, srun); no other module reads them."""
 
 import os
 from collections.abc import Mapping

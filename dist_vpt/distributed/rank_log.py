@@ -8,7 +8,7 @@ from dist_vpt.distributed.rank_status import logger
 
 
 class RankLog:
-    """What loggers and warnings report goes to the process's own log while it is open."""
+    """While open, sends logging records and warnings to the log file of this process."""
 
     def __init__(self, path: Path, *, captures_all: bool):
         self.path = path

@@ -1,4 +1,4 @@
-"""What this process is doing, and the file in which it reports that to the other processes of its run."""
+"""The status of this process, and the file that reports it to the other processes of the run."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ logger = logging.getLogger("dist_vpt")  # to the process's own log, unless that 
 
 @dataclass
 class RankStatus:
-    """What this process is doing: set by the code that does it, read by the watchdog's thread."""
+    """The current activity of this process, set by the main thread and read by the watchdog's thread."""
 
     phase: str = "the start"
     doing: str = "starting"

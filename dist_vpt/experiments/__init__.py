@@ -1,1 +1,1 @@
-"""What people ask for: runs, sweeps, suites, compressions."""
+"""Experiments: runs, sweeps, suites, compressions."""

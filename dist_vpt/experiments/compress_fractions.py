@@ -76,7 +76,7 @@ def is_done(fraction: Fraction) -> bool:
 
 
 def changes(fraction: Fraction) -> list[str]:
-    """What differs between a fraction and the run that is in its folder."""
+    """Differences between a fraction and the run that is in its folder."""
     found, made_of = read_json(fraction.folder.result).get("compression", {}), fraction.made_of
     changed = [f"{key}: {found.get(key)} -> {value}" for key, value in made_of.items() if found.get(key) != value]
     lines = differences(fraction.folder.load(), fraction.recipe)

@@ -33,7 +33,7 @@ Mode = Literal["compress", "featselect", "finetune"]
 
 @dataclass(frozen=True)
 class About:
-    """What a fraction's result holds of the run that it was made from."""
+    """Facts about the source run for the results of its fractions."""
 
     source: Source
     uncompressed: dict[str, Any]  # split, number of features, size of the adapters, scores

@@ -138,12 +138,12 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
 
 
 def _then(t: TrainState) -> str:
-    """What to do once the disk has space."""
+    """The hint on how to resume once the disk has space."""
     return f"{t.resume_with} resumes {t.newest_state}"
 
 
 def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
-    """What is about to be trained, line by line. ``stream``: where the frozen stream comes from."""
+    """Log lines that describe the training to come. ``stream``: where the frozen stream comes from."""
     recipe, accelerator = t.recipe, t.accelerator
     trained, total = t.parameters["trained"], t.parameters["total"]
     lines = [

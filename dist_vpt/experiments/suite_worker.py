@@ -36,7 +36,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class WorkItem:
-    """What one worker does in one go; its name is in the messages and in the name of its lock."""
+    """A unit of work for one worker; messages and the lock file use its name."""
 
     name: str
     jobs: list[SweepJob]  # none for the end
@@ -179,7 +179,7 @@ def lock_file(folder: Path, experiment: Experiment, name: str) -> Path:
 
 
 def _common(experiment: Experiment) -> dict[str, Any]:
-    """What results.jsonl holds of an experiment that has ended, however it ended."""
+    """The fields of results.jsonl that finished and failed experiments share."""
     recipe = experiment.recipe
     return {
         "run": experiment.key,

@@ -1,4 +1,4 @@
-"""What a sweep found: sweep.json, the heat map, and the table on the console."""
+"""The report of a sweep: sweep.json, the heat map, and the table on the console."""
 
 import json
 from collections.abc import Sequence

@@ -97,7 +97,7 @@ class Worker:
             self.console.print(text, markup=False, soft_wrap=True)
 
     def _as_main_sees(self, found: Any) -> Any:
-        """What the main process found in the folder, where batches are shared: another node may see a file late."""
+        """The main process's ``found`` where batches are shared: another node may see a new file late."""
         return broadcast_object_list([found])[0] if self.shared else found
 
     def _train_together(self, jobs: Sequence[SweepJob]) -> None:

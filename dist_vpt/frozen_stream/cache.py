@@ -1,4 +1,4 @@
-"""What a stream cache holds, how it is computed into memory, and how it stands in for a loader.
+"""The content of a stream cache, its computation into memory, and its use in place of a loader.
 
 n images of the split, B of a batch, S image side, N tokens, D width, H heads, E = D / H, L blocks that are read.
 """

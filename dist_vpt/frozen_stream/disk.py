@@ -33,7 +33,7 @@ CHUNK = 2**26  # bytes per read while files are verified
 def identity(
     split: Split, transform: ImageTransform, max_megapixels: float, backbone: Backbone, spec: StreamSpec
 ) -> dict[str, Any]:
-    """What a cache depends on: backbone, preprocessing, the largest image, the split's images and labels, the dtype."""
+    """The inputs of a cache: backbone, preprocessing, the largest image, the split's images and labels, the dtype."""
     model, weights, images = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     model.update(repr((backbone, backbone.own_pool.keywords)).encode())
     for module in backbone.modules():  # what their repr leaves out

@@ -15,7 +15,7 @@ from dist_vpt.backbones.vit import Backbone
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What a reader needs of the stream besides the pooled features."""
+    """The tensors of the stream that a reader needs besides the pooled features."""
 
     blocks: tuple[int, ...] = ()  # whose normalized inputs it reads, ascending
     key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
@@ -31,7 +31,7 @@ class StreamSpec:
 
 
 class StreamOutput(NamedTuple):
-    """What the frozen stream holds of some images, in the backbone's dtype."""
+    """The frozen stream of a batch of images, in the backbone's dtype."""
 
     pooled: Tensor  # [B, D]: the weights' own pooling of the last block's normalized tokens
     normed: tuple[Tensor, ...] = ()  # [B, N, D] for each block that is read: what its attention sees

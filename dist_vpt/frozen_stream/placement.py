@@ -99,7 +99,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
 
 
 def _on_all_ranks(accelerator: RankAccelerator, make: Callable[[], T]) -> T:
-    """What each process makes, or on all of them the UserError of the first one that fails. A collective call."""
+    """Call ``make`` on each process; if one fails, raise its UserError on all of them. A collective call."""
     made, error = None, None
     try:
         made = make()

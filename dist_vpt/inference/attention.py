@@ -37,9 +37,9 @@ ONLY = "attention can be drawn of runs on such backbones alone"
 class Attention:
     """Weights of the patches in the softmax over all tokens, [B, H, R, M] for each block, float32."""
 
-    whole: list[Tensor]  # R = 1: of the class token, or without one the mean over the patches
-    own: list[Tensor]  # of each prompt or query; R = 0 in a block without any
-    names: tuple[str, str]  # what the two are called
+    class_token: list[Tensor]  # R = 1: of the class token, or without one the mean over the patches
+    prompts: list[Tensor]  # of each prompt or query; R = 0 in a block without any
+    names: tuple[str, str]  # of the token and of a prompt, in file names and titles
 
 
 @torch.no_grad()
@@ -48,22 +48,22 @@ def attend(method: Method, images_B3SS: Tensor) -> Attention:
     backbone = method.backbone
     with _matrices(backbone) as found:
         if isinstance(method, VQT):
-            own = _queries(method, images_B3SS)
+            prompts = _queries(method, images_B3SS)
         else:
             method(images_B3SS)
-            own = [weights_BHNN[:, :, backbone.prefix : -backbone.patches] for weights_BHNN in found]
+            prompts = [weights_BHNN[:, :, backbone.prefix : -backbone.patches] for weights_BHNN in found]
     has_class = backbone.stem.cls_token is not None
     rows = [weights[:, :, :1] if has_class else weights[:, :, -backbone.patches :].mean(2, True) for weights in found]
     return Attention(
         [weights[..., -backbone.patches :] for weights in rows],
-        [weights[..., -backbone.patches :] for weights in own],
+        [weights[..., -backbone.patches :] for weights in prompts],
         ("class" if has_class else "patches", "query" if isinstance(method, VQT) else "prompt"),
     )
 
 
 @contextmanager
 def _matrices(backbone: Backbone) -> Iterator[list[Tensor]]:
-    """What eager attention computes inside the context: [B, H, N, N] of each block."""
+    """Collect the attention matrices [B, H, N, N] of all blocks that run inside the context."""
     found: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -118,15 +118,15 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     written = []
     pictures: dict[str, np.ndarray] = {}
     which = "".join(f"-{name}{value}" for name, value in (("block", block), ("head", head)) if value is not None)
-    for called, file in files.items():
+    for stem, file in files.items():
         pixels_13SS = loaded.load_image(file).unsqueeze(0).to(loaded.device)
         found = attend(loaded.method, pixels_13SS)
         if isinstance(loaded.method, VPT):  # whose patches may include a frame
             pixels_13SS = loaded.method.prompted_images(pixels_13SS).detach()
         image_SS3 = pixels_13SS[0].cpu().permute(1, 2, 0).float().clamp(0, 255).numpy() / 255
         for name, figure in _figures(found, image_SS3, block, head):
-            path = folder / f"{called}-{name}{which}.png"
-            pictures[f"attention/{called}/{name}{which}"] = drawn = _drawn(figure)
+            path = folder / f"{stem}-{name}{which}.png"
+            pictures[f"attention/{stem}/{name}{which}"] = drawn = _drawn(figure)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, _png(drawn))
             print(path)
@@ -165,32 +165,32 @@ def _heads(backbone: Backbone) -> int:
 
 def _figures(found: Attention, image_SS3: np.ndarray, block: int | None, head: int | None) -> Iterator[tuple[str, Any]]:
     """Names and figures of one image: a map in each cell, over the image."""
-    numbers = range(len(found.whole)) if block is None else [block]
-    whole, own = found.names
+    numbers = range(len(found.class_token)) if block is None else [block]
+    token, prompt = found.names
     of = "mean over heads" if head is None else f"head {head}"
 
     def chosen(weights_BHRM: Tensor) -> Tensor:
         weights_HRM = weights_BHRM[0].cpu()
         return weights_HRM.mean(0) if head is None else weights_HRM[head]
 
-    cells = {f"block {number}": chosen(found.whole[number])[0] for number in numbers}
+    cells = {f"block {number}": chosen(found.class_token[number])[0] for number in numbers}
     if block is not None and head is None:
         cells = {"mean": cells[f"block {block}"]}
-        cells |= {f"head {h}": weights_RM[0] for h, weights_RM in enumerate(found.whole[block][0].cpu())}
-    kind = "class token" if whole == "class" else "mean over the patches"
+        cells |= {f"head {h}": weights_RM[0] for h, weights_RM in enumerate(found.class_token[block][0].cpu())}
+    kind = "class token" if token == "class" else "mean over the patches"
     where = of if block is None else f"block {block}"
-    yield whole, _grid([list(cells.items())], image_SS3, f"Attention of the {kind} to the patches, {where}", COLUMNS)
+    yield token, _grid([list(cells.items())], image_SS3, f"Attention of the {kind} to the patches, {where}", COLUMNS)
     rows = []
     for number in numbers:
-        maps_RM = chosen(found.own[number])
+        maps_RM = chosen(found.prompts[number])
         if len(maps_RM):
-            rows.append([(f"block {number}, {own} {r}", weights_M) for r, weights_M in enumerate(maps_RM)])
+            rows.append([(f"block {number}, {prompt} {r}", weights_M) for r, weights_M in enumerate(maps_RM)])
     if rows:
         columns = min(SHOWN, max(len(row) for row in rows))
         if columns == 1:
             rows, columns = [[row[0] for row in rows]], COLUMNS
-        name = {"prompt": "prompts", "query": "queries"}[own]
-        yield name, _grid(rows, image_SS3, f"Attention of each {own} to the patches, {of}", columns)
+        name = {"prompt": "prompts", "query": "queries"}[prompt]
+        yield name, _grid(rows, image_SS3, f"Attention of each {prompt} to the patches, {of}", columns)
 
 
 def _grid(rows: list[list[tuple[str, Tensor]]], image_SS3: np.ndarray, title: str, columns: int) -> Any:

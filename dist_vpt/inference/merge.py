@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dist_vpt.backbones.build import plain
+from dist_vpt.backbones.build import timm_model
 from dist_vpt.errors import UserError
 from dist_vpt.inference.load import classes_of
 from dist_vpt.methods.base import Method
@@ -37,7 +37,7 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     transform = inputs.transform
-    model = plain(recipe.backbone, transform.image_size, len(classes))
+    model = timm_model(recipe.backbone, transform.image_size, len(classes))
     shown = {
         "image_size": transform.image_size,
         "mean": inputs.mean,

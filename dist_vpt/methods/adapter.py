@@ -27,12 +27,12 @@ class Adapter(HookedMethod):
             ends = {"mlp": parts.ls2} if recipe.style == "pfeiffer" else {"attn": parts.ls1, "mlp": parts.ls2}
             adapters = nn.ModuleDict()
             for branch, end in ends.items():
-                adapter = _Serial(backbone.width, recipe.bottleneck, F.gelu)
+                adapter = _SerialAdapter(backbone.width, recipe.bottleneck, F.gelu)
                 replace_output(end, adapter.added_to)
                 adapters[branch] = adapter
             self.adapters.append(adapters)
 
 
-class _Serial(Bottleneck):
+class _SerialAdapter(Bottleneck):
     def added_to(self, _: Tensor, branch_BND: Tensor) -> Tensor:
         return branch_BND + self(branch_BND)

@@ -25,19 +25,19 @@ class AdaptFormer(HookedMethod):
         super().__init__(backbone, classes, compute)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
-            adapter = _Beside(backbone.width, recipe.bottleneck, recipe.scale)
+            adapter = _ParallelAdapter(backbone.width, recipe.bottleneck, recipe.scale)
             adapter.attach_to(unpack_block(block, number))
             self.adapters.append(adapter)
 
 
-class _Beside(Bottleneck):
+class _ParallelAdapter(Bottleneck):
     def __init__(self, width: int, bottleneck: int, scale: float):
         super().__init__(width, bottleneck, F.relu)
         self.scale = scale
-        self.read: Tensor | None = None  # x', from the begin of the MLP's branch to its end
+        self.read: Tensor | None = None  # x', from the beginning of the MLP's branch to its end
 
     def attach_to(self, parts: BlockParts) -> None:
-        """Read at the begin of the MLP's branch, write at its end."""
+        """Read at the beginning of the MLP's branch, write at its end."""
         replace_output(parts.norm2, self._begin)
         replace_output(parts.ls2, self._end)
 

@@ -106,12 +106,12 @@ class Reader(Method):
 
     @property
     def spec(self) -> StreamSpec:
-        """What it reads of the frozen stream besides the pooled features."""
+        """The tensors of the frozen stream that it reads besides the pooled features."""
         return StreamSpec()
 
     @property
     def shared_spec(self) -> StreamSpec:
-        """What is kept of a stream that many readers share: larger, but closer to their result."""
+        """The tensors to keep of a stream that many readers share: larger, but less is left to compute for each."""
         return self.spec
 
     def read(self, stream: StreamOutput) -> Tensor:

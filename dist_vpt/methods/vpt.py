@@ -76,7 +76,7 @@ class VPT(Method):
         return {first + i: min(i, 1) if recipe.shared else i for i in range(layers)}
 
     def _shape(self, width: int) -> tuple[int, int]:
-        """Of one set: the number of prompts, and the numbers in each."""
+        """Shape of one set: the number of prompts, and the width of each."""
         prompts = {"add": self.backbone.tokens, "add-1": 1}.get(self.recipe.location, self.recipe.prompts)
         return prompts, self.recipe.projection or width
 
@@ -86,7 +86,7 @@ class VPT(Method):
         return -bound, bound
 
     def _projection(self) -> nn.Module:
-        """From prompts to what is written."""
+        """The layer from prompts to tokens."""
         return self._linear_projection() if self.recipe.projection else nn.Identity()
 
     def _linear_projection(self) -> nn.Linear:
@@ -148,7 +148,7 @@ class VPT(Method):
         return images_B3SS
 
     def _per_image(self, prompts_PX: Tensor, images: int) -> Tensor:
-        """Prompts for each image, with its own dropout."""
+        """Prompts repeated for each image, with separate dropout."""
         return F.dropout(prompts_PX.expand(images, -1, -1), self.recipe.dropout, self.training)
 
     def _embedded(self, prompts_PX: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _check_for_swin(recipe: VPTConfig) -> None:
         ("location", "prepend", "on Swin prompts are prepended to the patches of each window"),
         ("projection", None, "on Swin the prompts of each stage have another width"),
         ("shared", False, "on Swin the prompts of each stage have another width"),
-        ("extra_trainable", [], "the method of that name is not for Swin"),
+        ("extra_trainable", [], "the method of that name does not support Swin"),
     ):
         if settings[key] != wanted:
             raise UserError(f"method.{key} = {settings[key]}: {why}; leave it out")

@@ -7,7 +7,7 @@ Per block, query tokens z attend to the image's tokens, not to each other, and t
 
     z' = z + ls1(proj(softmax(q(norm1(z)) k^T / sqrt(E)) v))        z'' = z' + ls2(mlp(norm2(z')))
 
-with k and v those of n, the image's tokens as the block's attention sees them. The features are the backbone's pooled
+with k and v those of n, the normalized inputs of the block's attention. The features are the backbone's pooled
 ones, and z'' of each block. Two equal forms compute the attention:
 
 - ``projected``: k and v are computed from n, without autograd. A stream that is cached for several trials holds k and v
@@ -129,15 +129,15 @@ class VQT(Reader):
             mask_BLQD = group[0].mask(len(stream.pooled))
             runs.append((torch.stack([reader.queries for reader in group]), mask_BLQD))
         sizes = [reader.recipe.queries for reader in readers]
-        answers = []  # for each block one of each reader, [B, Q_t, D]; one tensor of all would be large
+        outputs = []  # for each block one of each reader, [B, Q_t, D]; one tensor of all would be large
         for i, number in enumerate(first.blocks):
             z_QD = _queries_of(runs, i)
             parts = unpack_block(first.backbone.blocks[number], number)
-            attend = first._attention(parts, stream, i, sum(sizes))
-            answers.append(answer(parts, z_QD.to(stream.pooled.dtype), attend).split(sizes, dim=1))
+            attention = first._attention(parts, stream, i, sum(sizes))
+            outputs.append(query_outputs(parts, z_QD.to(stream.pooled.dtype), attention).split(sizes, dim=1))
         return [
-            reader._features(stream.pooled, mine)
-            for reader, mine in zip(readers, zip(*answers, strict=True), strict=True)
+            reader._features(stream.pooled, of_reader)
+            for reader, of_reader in zip(readers, zip(*outputs, strict=True), strict=True)
         ]
 
     @property
@@ -151,7 +151,7 @@ class VQT(Reader):
         kept_BLQD = torch.rand(images, *self.queries.shape, device=self.queries.device) >= self._dropout
         return kept_BLQD.to(self.queries.dtype) / (1 - self._dropout)
 
-    def _attention(self, parts: BlockParts, stream: StreamOutput, i: int, queries: int) -> "Attend":
+    def _attention(self, parts: BlockParts, stream: StreamOutput, i: int, queries: int) -> "Attention":
         """The attention of this many queries to the i-th block that is read."""
         if stream.keys:
             return partial(_attend_projected, stream.keys[i], stream.values[i])
@@ -161,18 +161,18 @@ class VQT(Reader):
                 return partial(_attend_projected, *keys_and_values(parts, normed_BND))
         return partial(_attend_absorbed, parts, normed_BND, stream.key_scales[i] if stream.key_scales else None)
 
-    def _features(self, pooled_BD: Tensor, answers: Sequence[Tensor]) -> Tensor:
-        """The backbone's features and those of each block's answers [B, Q, D], each scaled to length 1: [B, F].
+    def _features(self, pooled_BD: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's features and the queries' outputs of each block [B, Q, D], each scaled to length 1: [B, F].
 
         In as few passes over memory as possible: with many trials they take a large part of a step.
         """
         groups = [pooled_BD.to(self.queries.dtype)]
-        groups += [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(answers)]
-        features_BF = torch.cat(groups, dim=1)  # also widens answers in half precision
+        groups += [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(outputs)]
+        features_BF = torch.cat(groups, dim=1)  # also widens outputs in half precision
         if not self.recipe.normalize:
             return features_BF
         pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one, then equally many of each block
-        return _UnitLength.apply(pieces_BCD, len(answers)).flatten(1)
+        return _UnitLength.apply(pieces_BCD, len(outputs)).flatten(1)
 
     def _pool(self, i: int, z_BQD: Tensor) -> Tensor:
         if self.recipe.pooling == "mean":
@@ -182,7 +182,7 @@ class VQT(Reader):
         return z_BQD
 
 
-Attend = Callable[[Tensor], Tensor]  # q [B, Q, H, E] or [Q, H, E], scaled -> heads' outputs [B, Q, H, E]
+Attention = Callable[[Tensor], Tensor]  # q [B, Q, H, E] or [Q, H, E], scaled -> heads' outputs [B, Q, H, E]
 
 
 def cheaper_form(queries: int, heads: int, width: int) -> str:
@@ -242,10 +242,10 @@ def _queries_of(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2)
 
 
-def answer(parts: BlockParts, z_QD: Tensor, attend: Attend) -> Tensor:
+def query_outputs(parts: BlockParts, z_QD: Tensor, attention: Attention) -> Tensor:
     """z'' [B, Q, D]: a block's outputs for queries z, [Q, D] or one set for each image, [B, Q, D]."""
     q_QHE = parts.q_norm(parts.project(0, parts.norm1(z_QD))) * parts.scale
-    heads_BQHE = attend(q_QHE)
+    heads_BQHE = attention(q_QHE)
     z_BQD = z_QD + parts.ls1(parts.proj(parts.attn_norm(heads_BQHE.flatten(-2))))
     return z_BQD + parts.ls2(parts.mlp(parts.norm2(z_BQD)))
 

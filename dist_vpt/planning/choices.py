@@ -133,7 +133,7 @@ def micro_batch(train: TrainConfig, devices: int) -> int:
 
 
 def recommendation(recipe: Recipe, classes: int, found: Sequence[Choice], machines: Machines) -> str:
-    """What to add to the command. Raises RunFailed where nothing fits."""
+    """The recommended overrides, as text. Raises RunFailed if nothing fits."""
     batch, accumulate = recipe.train.batch_size // machines.processes, recipe.train.grad_accum_steps
     for parts in (n for n in range(accumulate, batch + 1) if batch % n == 0):
         for choice in found:

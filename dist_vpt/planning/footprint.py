@@ -49,7 +49,7 @@ class MemoryEstimate:
     host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
 
     def on(self, strategy: str, processes: int) -> "PerDeviceMemory":
-        """What each of several processes holds on its device."""
+        """The memory of each process under a strategy with this many processes."""
         w = processes
         if strategy == "ddp" and w == 1:
             return PerDeviceMemory(self.frozen + self.trained, 0, self.optimizer, self.height, self.scoring, self.host)
@@ -151,7 +151,7 @@ def weightless(recipe: Recipe, inputs: Inputs, classes: int) -> Method:
 
 
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """What ``runtime.offload`` does with a tensor; the meta device stands for the host."""
+    """Simulate ``runtime.offload`` for a tensor; the meta device represents host memory."""
     return partial(torch.empty_like, torch.empty_like(tensor, device="meta"), device=tensor.device)
 
 
@@ -165,7 +165,7 @@ class _Step:
         self.size, self.pixels = inputs.transform.image_size, inputs.transform.dtype
 
     def known(self) -> list[Tensor]:
-        """What lives before the step and after it."""
+        """Tensors that exist before and after a step: parameters, buffers and optimizer state."""
         state = [t for t in tree_leaves([dict(s) for s in self.optimizer.state.values()]) if isinstance(t, Tensor)]
         return [*self.method.parameters(), *self.method.buffers(), *state]
 

@@ -18,7 +18,7 @@ CONTEXT = int(0.6 * GIB)
 
 @dataclass(frozen=True)
 class Machines:
-    """What a recipe is planned for: one process on each of ``devices`` devices of each of ``nodes`` nodes."""
+    """The machines of a plan: one process on each of ``devices`` devices of each of ``nodes`` nodes."""
 
     memory: int  # bytes of a device
     devices: int = 1

@@ -97,7 +97,7 @@ def _peak_on_cpu(step: Callable[[], Any]) -> int:
 
 
 def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
-    """What the engine's train step works with, without data and files."""
+    """Build a TrainState for the engine's train step, without data and files."""
     accelerator = make_accelerator(recipe, LaunchEnv.current())
     method, _ = build_method(recipe, inputs, classes)
     parameters = {

@@ -114,7 +114,7 @@ def advice_on_memory(recipe: Recipe, accelerator: RankAccelerator, trials: int =
 
 
 def out_of_memory(recipe: Recipe, accelerator: RankAccelerator, trials: int = 1) -> str:
-    """What to do about an out-of-memory error, from the estimates, which are of one trial."""
+    """The message about an out-of-memory error, with a fix from the estimates, which are of one trial."""
     device = accelerator.device
     if trials > 1:
         return (

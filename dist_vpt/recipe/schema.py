@@ -1,4 +1,4 @@
-"""The recipe: one typed description of a whole run, a section for each part of it."""
+"""The recipe: a typed description of one run, with a section for each part."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -229,7 +229,7 @@ class Recipe(Section):
 
     @property
     def warnings(self) -> list[str]:
-        """What is allowed but probably not intended."""
+        """Messages about settings that are allowed but probably not intended."""
         if self.backbone.name == "demo" and self.data.task != "digits":
             return [
                 "the backbone is demo, which was trained on printed letters of 24 px only; for other images name a "

@@ -13,13 +13,13 @@ from dist_vpt.errors import RecipeError, UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.recipe.yaml import Loader
 
-KINDS = ("base", "whole", "backbone", "data", "task", "method")  # in the order in which they are merged
+KINDS = ("base", "complete", "backbone", "data", "task", "method")  # in the order in which they are merged
 KIND_OF_FOLDER = {"backbone": "backbone", "data": "data", "vtab": "task", "fgvc": "task", "method": "method"}
 
 
 @dataclass(frozen=True)
 class ShippedRecipe:
-    """A file of configs/. Whole recipes in a folder are named with it (digits/vqt), all others by their stem."""
+    """A file of configs/. Complete recipes in a folder are named with it (digits/vqt), all others by their stem."""
 
     path: str  # in configs/, without .yaml
     kind: str
@@ -27,7 +27,7 @@ class ShippedRecipe:
 
     @property
     def name(self) -> str:
-        return self.path if self.kind == "whole" or self.path.startswith("digits/") else Path(self.path).name
+        return self.path if self.kind == "complete" or self.path.startswith("digits/") else Path(self.path).name
 
     @property
     def summary(self) -> str:
@@ -43,13 +43,13 @@ def shipped_recipes() -> tuple[ShippedRecipe, ...]:
     folder, recipes = shipped_folder("configs"), []
     for file in sorted(folder.rglob("*.yaml")):
         path = file.relative_to(folder).with_suffix("").as_posix()
-        kind = "base" if file.stem in ("base", "common") else KIND_OF_FOLDER.get(path.split("/")[0], "whole")
+        kind = "base" if file.stem in ("base", "common") else KIND_OF_FOLDER.get(path.split("/")[0], "complete")
         recipes.append(ShippedRecipe(path, kind, file))
     return tuple(sorted(recipes, key=lambda recipe: KINDS.index(recipe.kind)))
 
 
 def find_recipe(name: str, folder: Path = Path()) -> Path:
-    """The file that is meant: a path (relative to ``folder``), or the name of a shipped recipe.
+    """Find a recipe file by path (relative to ``folder``) or by the name of a shipped recipe.
 
     A path that ends in .yaml is returned though there is no such file. Raises RecipeError for an unknown name.
     """

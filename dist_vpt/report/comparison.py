@@ -14,10 +14,10 @@ from dist_vpt.report.published import Published
 from dist_vpt.runs.results import Protocol, Result
 
 ABSENT = "\u2013"  # en dash
-OWN = "own"  # source of rows that are not published ones
+LOCAL = "local"  # source of the rows of the user's runs
 OTHER = "Other tasks"
 SECTIONS = {"VTAB-1k": ("natural", "specialized", "structured"), "FGVC": ("fgvc",)}
-# Of all published numbers that are shown, beside what the task's row says.
+# Protocol of all published numbers shown, besides the settings in data/tasks.py.
 PUBLISHED_EPOCHS, PUBLISHED_SIZE = 100, 224
 NAMES = {"image_size": "image size", "storage": "images from"}
 
@@ -46,7 +46,7 @@ class Column:
 
 @dataclass
 class Cell:
-    """A number, or what is shown instead."""
+    """A number, or a text in its place."""
 
     mean: float | None = None  # percent
     std: float | None = None  # over seeds; none: one seed, a mean over tasks, or a published number
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def number(self) -> str:
-        """To one decimal, or what is shown instead."""
+        """The mean to one decimal, or the text in its place."""
         return self.instead if self.mean is None else f"{self.mean:.1f}"
 
     @property
@@ -72,7 +72,7 @@ class ResultRow:
 
     method: str
     backbone: str
-    source: str  # OWN, or a short citation
+    source: str  # LOCAL, or a short citation
     detail: str = ""  # distinguishes rows of the same method and backbone
     notes: list[str] = field(default_factory=list)  # that hold for all of its cells
     marks: str = ""
@@ -87,14 +87,14 @@ class ResultRow:
 
     @property
     def top1(self) -> dict[str, float]:
-        """By task, percent."""
+        """Top-1 accuracy by task, in percent."""
         if self.published:
             return self.published.top1
         return {task: local.result.test["top1"].mean for task, local in self.local.items() if scored(local.result)}
 
     @property
     def seeds(self) -> str:
-        """How many each number is a mean of, such as 5, or 3 to 5."""
+        """Number of seeds behind each number, such as 5, or 3 to 5."""
         counts = sorted(
             {len(local.result.test["top1"].values) for local in self.local.values() if scored(local.result)}
         )
@@ -119,15 +119,15 @@ class Table:
 
 
 def scored(result: Result) -> bool:
-    """Whether there is a number to show."""
+    """Whether a result has a test score."""
     return result.failed is None and "top1" in result.test
 
 
 def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
-    """A table for VTAB-1k, FGVC and other tasks, each where there is a result of it.
+    """A table for VTAB-1k, FGVC and other tasks, each if it has results.
 
-    Published rows are those of the table's methods. A local row has one protocol: results under another one join it,
-    with a note, for tasks that it lacks, and else get another row.
+    Published rows are those of the table's methods. A local row has one protocol: results under another protocol
+    fill tasks that the row lacks, with a note, or else get a row for themselves.
     """
     tables = []
     for title in (*SECTIONS, OTHER):
@@ -162,21 +162,21 @@ def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
 
 def _table(title: str, columns: list[Column], results: Sequence[LocalResult], published: Sequence[Published]) -> Table:
     shown, remarks = _newest(results)
-    own_rows, rows = list(_own_rows(shown)), []
+    local_rows, rows = list(_local_rows(shown)), []
     tasks = {column.task for column in columns if column.task}
-    for method in dict.fromkeys(row.method for row in own_rows):
-        rows += [row for row in own_rows if row.method == method]
+    for method in dict.fromkeys(row.method for row in local_rows):
+        rows += [row for row in local_rows if row.method == method]
         rows += [_published_row(row) for row in published if row.method == method and tasks >= row.top1.keys()]
     for row in rows:
         row.cells = [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
         if row.local:
             _lift(row)
-    for row in own_rows:
+    for row in local_rows:
         for column, cell in zip(columns, row.cells, strict=True):
             if cell.instead == "failed" and column.task:
                 reason = row.local[column.task].result.failed or "no test score"
                 remarks.append(f"{column.task}, {row.name}: failed: {' '.join(reason.split())}")
-    _mark_best([row.cells for row in own_rows])
+    _mark_best([row.cells for row in local_rows])
     table = Table(title, columns, rows, remarks)
     for row in rows:
         row.marks = _marks(row.notes, table.notes)
@@ -197,7 +197,7 @@ def _published_row(row: Published) -> ResultRow:
 
 
 def _newest(results: Sequence[LocalResult]) -> tuple[list[LocalResult], list[str]]:
-    """Of results for one cell from one file the newest, a number before a failure; and remarks on what was left out.
+    """Keep the newest result per cell and file, scores before failures; return remarks on the others.
 
     A failure is left out if there is a number under its protocol.
     """
@@ -230,45 +230,45 @@ def _unlike(one: LocalResult, other: LocalResult) -> list[str]:
     return [name for name in one.result.protocol.differs(other.result.protocol) if name != "notes"]
 
 
-def _own_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
-    """Rows by method, backbone, precision, then protocol and file, as few as hold no task twice."""
+def _local_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
+    """Rows by method, backbone, precision, then protocol and file: as few as possible, each with a task only once."""
     for method, backbone in dict.fromkeys(_group(local)[:2] for local in results):
         rows: list[list[LocalResult]] = []
         for group in dict.fromkeys(_group(local) for local in results if _group(local)[:2] == (method, backbone)):
             rows += _packed([local for local in results if _group(local) == group])
         details = _details([row[0] for row in rows])
         for row, detail in zip(rows, details, strict=True):
-            yield ResultRow(method, backbone, OWN, detail, local={local.result.task: local for local in row})
+            yield ResultRow(method, backbone, LOCAL, detail, local={local.result.task: local for local in row})
 
 
 def _packed(results: Sequence[LocalResult]) -> list[list[LocalResult]]:
     """Groups by protocol and file; smaller ones then join a row that has none of their tasks."""
-    alike: list[list[LocalResult]] = []
+    groups: list[list[LocalResult]] = []
     for local in sorted(results, key=lambda local: local.result.protocol is None):
-        for some in alike:
-            if some[0].folder == local.folder and not _unlike(some[0], local):
-                some.append(local)
+        for group in groups:
+            if group[0].folder == local.folder and not _unlike(group[0], local):
+                group.append(local)
                 break
         else:
-            alike.append([local])
+            groups.append([local])
     rows: list[list[LocalResult]] = []
-    for some in sorted(alike, key=_weight, reverse=True):
-        tasks = {local.result.task for local in some}
+    for group in sorted(groups, key=_weight, reverse=True):
+        tasks = {local.result.task for local in group}
         free = [row for row in rows if tasks.isdisjoint(local.result.task for local in row)]
         if free:
-            min(free, key=lambda row: len(_unlike(row[0], some[0]))).extend(some)
+            min(free, key=lambda row: len(_unlike(row[0], group[0]))).extend(group)
         else:
-            rows.append(some)
+            rows.append(group)
     return rows
 
 
 def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
-    """Orders results of one protocol: those without one last, more numbers first."""
+    """Sort key of groups of results: those without a protocol last, more scores first."""
     return results[0].result.protocol is not None, sum(scored(local.result) for local in results)
 
 
 def _details(firsts: Sequence[LocalResult]) -> list[str]:
-    """What distinguishes rows of one method and backbone: precision, protocol, or else the folder."""
+    """Labels that tell rows of one method and backbone apart: precision, protocol, or else the folder."""
     protocols = [local.result.protocol for local in firsts]
     fields = dict.fromkeys(name for local in firsts for name in _unlike(firsts[0], local))
     precise = len({local.result.precision for local in firsts}) > 1
@@ -292,8 +292,8 @@ def _cell(task: str, row: ResultRow) -> Cell:
     if not scored(local.result):
         return Cell(instead="failed")
     top1 = local.result.test["top1"]
-    own_notes = local.result.protocol.notes if local.result.protocol else ()
-    notes = [*_unpublished(local.result), *own_notes, *_unlike_row(local, next(iter(row.local.values())))]
+    protocol_notes = local.result.protocol.notes if local.result.protocol else ()
+    notes = [*_unpublished(local.result), *protocol_notes, *_unlike_row(local, next(iter(row.local.values())))]
     return Cell(top1.mean, top1.std if len(top1.values) > 1 else None, notes=notes)
 
 
@@ -316,7 +316,7 @@ def _expected(task: str) -> dict[str, str | int | None]:
 
 
 def _unpublished(result: Result) -> Iterator[str]:
-    """What differs from the protocol of the task's published numbers."""
+    """Notes on differences from the protocol of the task's published numbers."""
     protocol = result.protocol
     assert protocol is not None  # the result is scored
     for name, wanted in _expected(result.task).items():
@@ -329,7 +329,7 @@ def _unpublished(result: Result) -> Iterator[str]:
 
 
 def _unlike_row(local: LocalResult, first: LocalResult) -> Iterator[str]:
-    """What differs from the row's protocol, unless _unpublished reports it."""
+    """Notes on differences from the row's protocol that _unpublished does not report."""
     expected = _expected(local.result.task)
     for name in _unlike(local, first):
         value, usual = _value(local.result.protocol, name), _value(first.result.protocol, name)
@@ -349,7 +349,7 @@ def _value(protocol: Protocol | None, name: str) -> str:
 
 
 def _mean(column: Column, row: ResultRow) -> Cell:
-    """A mean if all of its tasks have results, else how many have."""
+    """The mean if all of its tasks have results, else the number of those that have."""
     top1 = row.top1
     there = [task for task in column.tasks if task in top1]
     if len(there) < len(column.tasks):
@@ -368,7 +368,7 @@ def _lift(row: ResultRow) -> None:
 
 
 def _mark_best(rows: Iterable[Sequence[Cell]]) -> None:
-    """The best of each column to one decimal; none where there is nothing to compare."""
+    """Mark the best of each column, compared to one decimal; a single number is not marked."""
     for cells in zip(*rows, strict=True):
         numbers = [cell for cell in cells if cell.mean is not None]
         best = max((float(cell.number) for cell in numbers), default=0.0)

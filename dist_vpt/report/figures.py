@@ -11,7 +11,7 @@ from dist_vpt.report.comparison import ResultRow, Table, scored
 
 INK = "#123456"  # drawn elements of this color get the page's text color
 COLORS = ("#3b82c4", "#e0782f", "#2fa36b", "#b35fc0", "#c9a227", "#d9534f", "#17a2b8", "#8d6e63")  # light and dark
-OWN_MARKERS, PUBLISHED_MARKERS = "oPXd*h", "^s<>vp"
+LOCAL_MARKERS, PUBLISHED_MARKERS = "oPXd*h", "^s<>vp"
 STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a method's name is not a formula
@@ -71,16 +71,16 @@ def _figures(table: Table, name: str) -> list[Picture]:
 
 
 def _which(common: Sequence[str], every: Sequence[str]) -> str:
-    """The tasks of a mean as a short text."""
+    """A short text about the tasks of a mean."""
     absent = [task for task in every if task not in common]
     if not absent:
         return f"all {len(every)} tasks" if len(every) > 1 else every[0]
     named = f"without {', '.join(absent)}" if len(absent) < len(common) else ", ".join(common)
-    return f"the {len(common)} of {len(every)} tasks that all own rows have ({named})"
+    return f"the {len(common)} of {len(every)} tasks that all local rows have ({named})"
 
 
 def _series(rows: Sequence[ResultRow]) -> list[_Series]:
-    """A color for each method, a marker for each source; own numbers filled, published ones hollow."""
+    """A color for each method, a marker for each source; local numbers filled, published ones hollow."""
     methods = list(dict.fromkeys(row.method for row in rows))
     sources = list(dict.fromkeys(row.source for row in rows if row.published))
     backbones = len({row.backbone for row in rows if row.local}) > 1
@@ -92,7 +92,7 @@ def _series(rows: Sequence[ResultRow]) -> list[_Series]:
             marker = PUBLISHED_MARKERS[sources.index(row.source) % len(PUBLISHED_MARKERS)]
             style = {"marker": marker, "color": color, "markerfacecolor": "none", "markersize": 5}
         else:
-            marker = OWN_MARKERS[seen.setdefault(row.method, 0) % len(OWN_MARKERS)]
+            marker = LOCAL_MARKERS[seen.setdefault(row.method, 0) % len(LOCAL_MARKERS)]
             seen[row.method] += 1
             style = {"marker": marker, "color": color, "markersize": 6}
         label = f"{row.name}, {row.source}" + (f", {row.backbone}" if row.local and backbones else "")
@@ -111,7 +111,7 @@ def _per_task(tasks: Sequence[str], drawn: Sequence[_Series], name: str) -> Pict
     _name_tasks(axes, tasks)
     axes.set_ylabel("test top-1, %")
     title = "Accuracy per task"
-    text = "Own rows are filled, with the standard deviation over seeds; published rows are hollow."
+    text = "Local rows are filled, with the standard deviation over seeds; published rows are hollow."
     return Picture(title, text, _svg(figure, name, f"{title}. {text}"), wide=True)
 
 
@@ -131,7 +131,7 @@ def _spreads(tasks: Sequence[str], local: Sequence[_Series], name: str) -> Pictu
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_ylabel("top-1 less its mean, points")
     title = "Spread over seeds"
-    text = "Each seed's test accuracy less the mean of the task's seeds, own rows."
+    text = "Each seed's test accuracy less the mean of the task's seeds, local rows."
     return Picture(title, text, _svg(figure, name, f"{title}. {text}"), wide=True)
 
 
@@ -191,7 +191,7 @@ def _memory(row: ResultRow, tasks: Sequence[str]) -> float:
 
 
 def _measured(row: ResultRow, tasks: Sequence[str], of: Callable[[list[float]], float], name: str) -> float:
-    """Zero where a task's was not measured."""
+    """The measurement over all tasks; zero if one was not measured."""
     found = [getattr(row.local[task].result, name) for task in tasks] if row.local else []
     return of(found) if found and all(found) else 0.0
 

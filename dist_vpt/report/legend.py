@@ -1,4 +1,4 @@
-"""What every form of the report says about its tables: what the numbers mean, and where published ones come from."""
+"""Texts shared by all report formats: the meaning of the numbers and the sources of published ones."""
 
 from collections.abc import Sequence
 

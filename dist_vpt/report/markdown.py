@@ -16,7 +16,7 @@ def markdown(tables: Sequence[Table], warnings: Sequence[str] = ()) -> str:
     def marked(text: str, marks: str) -> str:
         return f"{text} <sup>{marks}</sup>" if marks else text
 
-    lines = ["# Results", "", f"{LEGEND} {MISSING} **Bold**: the best own number.", ""]
+    lines = ["# Results", "", f"{LEGEND} {MISSING} **Bold**: the best local number.", ""]
     lines += [f"- Warning: {_md(warning)}" for warning in warnings] + [""] * bool(warnings)
     for table in tables:
         heads = ["method", "from", "backbone", "seeds", *(_md(column.label) for column in table.columns)]

@@ -24,7 +24,7 @@ class Published:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know before comparing with the row."""
+        """Caveats for a comparison with the row."""
         notes = [] if self.verified else [f"unverified ({self.label}): {self.status}"]
         return notes + ([f"protocol differs ({self.label}): {self.differs}"] if self.differs else [])
 

@@ -44,7 +44,7 @@ def report(folders: Sequence[str], out: str | None = None, *, with_published: bo
 
 
 def forms(tables: Sequence[Table], results: Sequence[LocalResult], warnings: Sequence[str]) -> dict[str, str]:
-    """The written forms by file extension."""
+    """The written reports by file extension."""
     from dist_vpt.report.html import html  # loads Matplotlib
 
     return {
@@ -55,7 +55,7 @@ def forms(tables: Sequence[Table], results: Sequence[LocalResult], warnings: Seq
 
 
 def gather(folders: Sequence[str]) -> tuple[list[LocalResult], list[str]]:
-    """Results of all files in and below folders, the newest of a recipe, and what is wrong with other lines.
+    """Results of all files in and below folders, the newest of each recipe, and warnings about unreadable lines.
 
     Raises UserError where a folder has none, for all such folders at once.
     """

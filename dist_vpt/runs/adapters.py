@@ -51,7 +51,7 @@ def restore(method: Method, tensors: Mapping[str, Tensor], source: Path) -> None
 
 
 def write_adapters(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a .safetensors file of trained tensors with what is needed to use it (recipe, classes) in its head."""
+    """Write a .safetensors file of trained tensors with the metadata needed to use it (recipe, classes)."""
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in facts.items()}
     write_atomically(path, save(dict(tensors), metadata))
 

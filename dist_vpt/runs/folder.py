@@ -35,7 +35,7 @@ RUN_FILES = (
 )
 RESUME_HINT = "the same command resumes"  # of sweeps and compressions
 LOGS = ("train.log", "logs")  # a run that is started again appends to them
-SEEN_SECONDS = 90.0  # how long a node may not see a new file (on NFS at most a minute)
+SEEN_SECONDS = 90.0  # until a new file appears on other nodes (on NFS at most a minute)
 
 
 class RunFolder:
@@ -64,7 +64,7 @@ class RunFolder:
 
     @contextmanager
     def acquire(self, recipe: Recipe, kind: str = "run") -> Iterator[bool]:
-        """Lock the folder for one run or sweep, on the main process; yields whether what is in it is done already.
+        """Lock the folder for one run or sweep, on the main process; yields whether its run is done already.
 
         Raises RunFolderError where another process has locked the folder, where it holds another recipe's run or, with
         run.resume=never, any run, and where it holds other files.
@@ -72,7 +72,7 @@ class RunFolder:
         with self._locked():
             try:
                 done = self._begin(recipe, kind)
-            except OSError as error:  # a bare one would leave the other processes waiting
+            except OSError as error:  # an uncaught OSError would leave the other processes waiting
                 raise RunFolderError(
                     f"{self.path}: cannot be written ({error}); free space there or choose another run.dir"
                 ) from error
@@ -90,7 +90,7 @@ class RunFolder:
                 raise
 
     def under_way(self) -> bool:
-        """Whether the process that started what is in the folder still holds the lock that it started with."""
+        """Whether the process that started the run in this folder still holds its lock."""
         if not is_locked(self.path / ".lock"):  # first: a new holder writes its name after locking
             return False
         try:
@@ -106,7 +106,7 @@ class RunFolder:
         write_atomically(self.info, json.dumps(content, indent=1) + "\n")
 
     def _begin(self, recipe: Recipe, kind: str) -> bool:
-        """Start this recipe in the folder, unless it is done already; returns whether it is."""
+        """Start this recipe in the folder, unless it is done already; returns whether it is done."""
         self._admit(recipe, kind)
         if self.status().get("status") == "done":
             return True
@@ -155,7 +155,7 @@ class RunFolder:
         return begun and not self._changed(recipe)
 
     def seen(self) -> bool:
-        """Wait for the recipe of a run that the main process has started, which another node may see late."""
+        """Wait for the recipe of a run that the main process has started: on another node the file may appear late."""
         deadline = time.monotonic() + SEEN_SECONDS
         while not self.recipe.is_file():
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, revision, device."""
+"""The provenance of a run: versions, revision, device."""
 
 import os
 import platform

@@ -30,7 +30,7 @@ class Spread(_Line):
 
 
 class Protocol(_Line):
-    """What makes two numbers comparable."""
+    """The evaluation protocol: two numbers are comparable if theirs are equal."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -119,7 +119,7 @@ def append(file: Path, result: Result) -> None:
 
 
 def read(file: Path) -> tuple[list[Result], list[str]]:
-    """All results, of each task and method the latest, and what is wrong with lines that are left out."""
+    """All results, the latest of each task and method, and warnings about unreadable lines."""
     found: dict[tuple[str, ...], Result] = {}
     wrong = []
     for number, line in _lines(file):
@@ -143,7 +143,7 @@ def finished_runs(file: Path) -> set[str]:
 
 
 def identity(result: Result) -> tuple[str, ...]:
-    """Equal for results of which the later one replaces the earlier one, which may have failed."""
+    """Key of a result: a later result with an equal key replaces an earlier one, which may have failed."""
     storage = result.protocol.storage.split()[:1] if result.protocol else []
     return (result.task, result.method, result.backbone, result.run, *storage)
 

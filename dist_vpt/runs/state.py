@@ -122,7 +122,7 @@ def _checksum(facts: Mapping[str, Any]) -> str:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a state, if anything is."""
+    """The reason why a state is damaged; None for a valid one."""
     try:
         facts = json.loads((path / MARKER).read_text())
         if facts.pop("sha256") != _checksum(facts):

@@ -41,7 +41,7 @@ class RunStatus:
 
 
 def run_statuses(folder: Path) -> list[RunStatus]:
-    """Of a run, of a sweep, of a suite with all its sweeps, or of all that lie below a folder."""
+    """The status of a run, of a sweep, of a suite and its sweeps, or of all of these below a folder."""
     return [status for found in _find(folder) for status in _statuses(found)]
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dist_vpt.errors import UserError
-from dist_vpt.runtime.blocks import RunBlock, is_block_weight
+from dist_vpt.runtime.run_block import RunBlock, is_block_weight
 
 if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
@@ -27,9 +27,9 @@ FUSED_ATTENTION = {
     aten._scaled_dot_product_cudnn_attention,
     aten._scaled_dot_product_fused_attention_overrideable,
 }
-# Newer torch shows what selective checkpointing keeps to outer hooks, such as those that count or offload it.
-SHOWN = {"respect_saved_tensors_hooks": True}
-SHOWS = SHOWN.keys() <= inspect.signature(checkpoint).parameters.keys()
+# Newer torch passes what selective checkpointing keeps to outer hooks, such as those that count or offload it.
+HOOK_OPTIONS = {"respect_saved_tensors_hooks": True}
+HAS_HOOK_OPTIONS = HOOK_OPTIONS.keys() <= inspect.signature(checkpoint).parameters.keys()
 
 
 def apply_checkpointing(backbone: "Backbone", policy: str) -> None:
@@ -87,21 +87,21 @@ class _Budget:
         kept = self.plans[block]
         if kept is None:
             return self.run(block, tokens_BND)
-        shown: Any = SHOWN if SHOWS else {}
+        hook_options: Any = HOOK_OPTIONS if HAS_HOOK_OPTIONS else {}
         return checkpoint(
-            self.run, block, tokens_BND, use_reentrant=False, context_fn=partial(_contexts, kept), **shown
+            self.run, block, tokens_BND, use_reentrant=False, context_fn=partial(_contexts, kept), **hook_options
         )
 
     def _plan(self, block: nn.Module, tokens_BND: Tensor) -> frozenset[int] | None:
-        """What the block keeps, from a run on two images: the fractions are the same for more.
+        """Choose the operations to save, from a run on two images: the fractions are the same for more.
 
         With a single image the heads are contiguous without a copy, which would count too little.
         """
         tokens_2ND = tokens_BND[:2].detach().clone().requires_grad_(tokens_BND.requires_grad)
-        seen, devices = _Seen(block), [tokens_BND.device] if tokens_BND.is_cuda else []
-        with torch.random.fork_rng(devices), saved_tensors_hooks(seen.pack, lambda tensor: tensor), seen:
+        recorded, devices = _SavedTensors(block), [tokens_BND.device] if tokens_BND.is_cuda else []
+        with torch.random.fork_rng(devices), saved_tensors_hooks(recorded.pack, lambda tensor: tensor), recorded:
             self.run(block, tokens_2ND)
-        all_bytes, block_input = sum(seen.saved.values()), tokens_2ND.nbytes
+        all_bytes, block_input = sum(recorded.saved.values()), tokens_2ND.nbytes
         if not all_bytes:  # nothing here requires a gradient
             return None
         free = not tokens_BND.requires_grad  # nothing before it is trained: little is kept, without the input
@@ -119,7 +119,7 @@ class _Budget:
             return None
         self.spare -= block_input
         kept = []
-        needed = seen.products[: seen.needed]
+        needed = recorded.products[: recorded.needed]
         for number, (_, size) in sorted(enumerate(needed), key=lambda item: item[1], reverse=True):
             if size <= self.spare:
                 self.spare -= size
@@ -127,8 +127,8 @@ class _Budget:
         return frozenset(kept)
 
 
-class _Seen(TorchDispatchMode):
-    """What a block keeps for backward, weights left out, and its products and attention in order."""
+class _SavedTensors(TorchDispatchMode):
+    """Records the bytes that a block saves for backward, without weights, and its costly operations in order."""
 
     def __init__(self, block: nn.Module):
         super().__init__()

@@ -11,7 +11,7 @@ from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dist_vpt.errors import UserError
-from dist_vpt.runtime.blocks import RunBlock
+from dist_vpt.runtime.run_block import RunBlock
 
 if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
@@ -70,7 +70,7 @@ def _activate_flash() -> str:
 
 
 class AttentionScores(NamedTuple):
-    """What decides whether a kernel can compute an attention's scores."""
+    """The properties of attention scores that decide whether a kernel supports them."""
 
     width: int  # of a head
     biased: bool = False  # whether something is added to them, as Swin adds a bias by relative position

@@ -8,25 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from dist_vpt.runtime.blocks import RunBlock, is_block_weight
+from dist_vpt.runtime.run_block import RunBlock, is_block_weight
 
 if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
-PutAway = Callable[[Tensor], Callable[[], Tensor]]
+Offload = Callable[[Tensor], Callable[[], Tensor]]
 
 
-def apply_offload(backbone: "Backbone", put_away: PutAway | None = None) -> None:
+def apply_offload(backbone: "Backbone", offload: Offload | None = None) -> None:
     """Move what blocks keep for backward to host memory until it is used; weights stay on the device.
 
-    ``put_away`` stores a tensor and returns a function that brings it back; by default, host memory.
+    ``offload`` stores a tensor and returns a function that brings it back; by default, host memory.
     """
-    backbone.run_block = partial(_offloaded, put_away or _to_host, backbone.run_block)
+    backbone.run_block = partial(_offloaded, offload or _to_host, backbone.run_block)
 
 
-def _offloaded(put_away: PutAway, run: RunBlock, block: nn.Module, tokens_BND: Tensor) -> Tensor:
+def _offloaded(offload: Offload, run: RunBlock, block: nn.Module, tokens_BND: Tensor) -> Tensor:
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        return tensor if is_block_weight(tensor, block) else put_away(tensor)
+        return tensor if is_block_weight(tensor, block) else offload(tensor)
 
     def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed()

@@ -162,7 +162,7 @@ Made = TypeVar("Made")
 
 
 def capture_user_error(launch: LaunchEnv, make: Callable[[], Made]) -> tuple[Made | None, UserError | None]:
-    """What ``make`` returns; with several processes a UserError is returned too, for ``init_accelerator`` to raise."""
+    """Call ``make``; with several processes, return its UserError for ``init_accelerator`` to raise on all of them."""
     try:
         return make(), None
     except UserError as error:

@@ -37,7 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe's sections data and backbone come to, resolved once and handed on."""
+    """A run's task, preprocessing and transform, resolved once from the recipe's data and backbone sections."""
 
     task: Task
     preprocessing: Preprocessing  # that the weights were trained with
@@ -48,7 +48,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Components:
-    """What a recipe is made of, before any device or process is involved."""
+    """The parts built from a recipe (inputs, splits, method), before any device or process is involved."""
 
     inputs: Inputs
     splits: Splits
@@ -62,7 +62,7 @@ class Components:
         return self.inputs.transform
 
     def protocol(self) -> dict[str, Any]:
-        """What makes scores comparable, for result.json: what was read, and how images were transformed."""
+        """The evaluation protocol for result.json: the splits that were read and how images were transformed."""
         data, task, splits = self.recipe.data, self.inputs.task, self.splits
         given = None if data.mean is None else f"mean {list(data.mean)}, std {list(data.std or ())}"
         names = ("train", "val", "trainval", "test")

@@ -28,7 +28,7 @@ DIVERGED_FIX = "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_n
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step reports."""
+    """The metrics of one optimizer step."""
 
     loss: float  # weighted mean over the global batch
     correct: float  # images

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_vpt.backbones.weights.zoo import CLIP, HALF, IMAGENET, ZOO, Row
+from dist_vpt.backbones.weights.zoo import CLIP, HALF, IMAGENET, ZOO, Project, ZooEntry
 from tests.reference import rotary, swin, vit
 
 D, H, DEPTH, G, SIDE = 16, 2, 2, 16, 32
@@ -337,7 +337,7 @@ class File:
 
     layout: str  # as it is recognized
     arrays: Callable[[], Arrays]
-    row: Row  # a tiny model in place of the published one
+    row: ZooEntry  # a tiny model in place of the published one
     left_out: tuple[str, ...]  # beginnings of the names that are left out on purpose
     wrap: Callable[[Any], Any] = lambda state: state  # what torch.save gets
     reference: Callable[[Arrays], Arrays] = _headless  # the encoder under the reference's names
@@ -368,9 +368,9 @@ class File:
             return vit.features_forward(self.reference(arrays), vit.Config(**settings), images)[0]
 
 
-def _row(architecture: str, layout: str, channels: Any, pool: str, size: int = SIDE, **options: Any) -> Row:
+def _row(architecture: str, layout: str, channels: Any, pool: str, size: int = SIDE, **options: Any) -> ZooEntry:
     shape = SWIN if layout == "swin" else VIT
-    return Row(architecture, layout, None, channels, size, pool, "", "", "", options=shape | options)
+    return ZooEntry(architecture, layout, None, channels, size, pool, "", Project("", ""), options=shape | options)
 
 
 _B16 = "vit_base_patch16_224"

@@ -447,7 +447,7 @@ def test_a_run_is_scored_as_it_was(
     """Trained on the weights of a published file, saved, loaded again and scored: equal to the last digit."""
     monkeypatch.setitem(ZOO, "tiny", FILES["swin"].row)
     file = FILES["swin"].save(tmp_path)
-    words = [f"backbone.weights={file}", "backbone.name=tiny", "data.image_size=32", f"method.name={method}", *more]
-    result = train(tmp_path / "run", *words)
+    overrides = [f"backbone.weights={file}", "backbone.name=tiny", "data.image_size=32", f"method.name={method}", *more]
+    result = train(tmp_path / "run", *overrides)
     assert "left out of the weights' file: head (2), " in (tmp_path / "run" / "train.log").read_text()
     assert evaluate_run(str(tmp_path / "run"), "test", "last") == result["last"]["test"]

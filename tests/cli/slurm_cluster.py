@@ -78,15 +78,15 @@ class Cluster:
         self._wait_for((self.root / "munge.socket").exists)
         self._daemon("slurmctld", "slurmctld", "-D", "-i")
         for node in NODES:
-            words = ["slurmd", "-D", "-N", node]
+            argv = ["slurmd", "-D", "-N", node]
             if self.apart:
                 # Not `ip netns exec`, which mounts /sys anew, without the cgroups that slurmd looks for.
-                inside = f"hostname {node} && mount --bind {self.root}/hosts /etc/hosts && exec {' '.join(words)}"
-                words = [
+                inside = f"hostname {node} && mount --bind {self.root}/hosts /etc/hosts && exec {' '.join(argv)}"
+                argv = [
                     "nsenter", f"--net=/run/netns/{self._namespace(node)}", "unshare", "--uts", "--mount", "--pid",
                     "--fork", "--kill-child", "--mount-proc", "bash", "-c", inside,
                 ]  # fmt: skip
-            self._daemon(f"slurmd.{node}", *words)
+            self._daemon(f"slurmd.{node}", *argv)
         self._wait_for(lambda: self._idle() == set(NODES))
 
     def __exit__(self, *_: object) -> None:
@@ -119,10 +119,10 @@ class Cluster:
         found = []
         for process in psutil.process_iter():
             try:
-                ours = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                in_cluster = process.environ().get("SLURM_CONF") == self.environment["SLURM_CONF"]
             except psutil.Error:
                 continue
-            if ours and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+            if in_cluster and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         return found
 
@@ -132,30 +132,30 @@ class Cluster:
             return []
         known = [line.split(":")[1].split("@")[0].strip() for line in self._ip("-oneline", "link").splitlines()]
         known += [line.split()[0] for line in self._ip("netns").splitlines()]
-        ours = {self._bridge, *map(self._namespace, NODES), *map(self._end, NODES)}
-        return sorted(ours.intersection(known))
+        names = {self._bridge, *map(self._namespace, NODES), *map(self._end, NODES)}
+        return sorted(names.intersection(known))
 
-    def run(self, *words: str, check: bool = True, **more: str) -> str:
+    def run(self, *argv: str, check: bool = True, **more: str) -> str:
         """Output of a command that knows of this cluster; ``more``: environment variables."""
         environment = {**self.environment, **more}
-        done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-        assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+        assert not check or done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def submit(self, script: Path, *words: str, options: Sequence[str] = (), **more: str) -> str:
+    def submit(self, script: Path, *argv: str, options: Sequence[str] = (), **more: str) -> str:
         """The number of a job that runs a script in the repository's folder; its log is in self.log(number)."""
         name = "%A_%a" if any("--array" in option for option in options) else "%j"
-        line = ["sbatch", "--parsable", f"--output={self.root}/jobs/{name}.log", *options, str(script), *words]
-        return self.run(*line, **more).strip()
+        command = ["sbatch", "--parsable", f"--output={self.root}/jobs/{name}.log", *options, str(script), *argv]
+        return self.run(*command, **more).strip()
 
     def log(self, job: str) -> str:
         path = self.root / "jobs" / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
     def job(self, number: str) -> list[dict[str, str]]:
-        """What Slurm tells of a job, or of every element of an array."""
+        """The records of a job, or of every element of an array, as Slurm shows them."""
         lines = self.run("scontrol", "show", "job", number, "--oneliner").splitlines()
-        return [dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines if line]
+        return [dict(field.partition("=")[::2] for field in line.split() if "=" in field) for line in lines if line]
 
     def wait(self, number: str, seconds: float = 400) -> dict[str, str]:
         """A job's last record. `sbatch --wait` would look only every ten seconds."""
@@ -168,7 +168,7 @@ class Cluster:
             ended = [name for name, daemon in self.daemons if daemon.poll() is not None]
             if ended or (job is None and time.monotonic() > deadline):
                 logs = "".join(path.read_text()[-500:] for path in sorted((self.root / "log").glob("*.out")))
-                # Not Unavailable: a test that is skipped for a mistake of ours would look like success.
+                # Not Unavailable: a test skipped because of our own mistake would look like success.
                 raise AssertionError(f"{', '.join(ended) or 'Slurm'} did not start or has ended: {logs}")
             assert time.monotonic() < deadline, f"waited in vain for {job}: {self.log(job or '')[-3000:]}"
             time.sleep(0.2 if job is None else 1)
@@ -176,11 +176,11 @@ class Cluster:
     def _idle(self) -> set[str]:
         return set(self.run("sinfo", "--noheader", "--states=idle", "--Node", "--format=%N", check=False).split())
 
-    def _daemon(self, name: str, *words: str) -> None:
-        words = ("setpriv", "--pdeathsig", "KILL", *words)  # where this process is killed, they go with it
-        with open(self.root / "log" / f"{name}.out", "wb") as told:
+    def _daemon(self, name: str, *argv: str) -> None:
+        argv = ("setpriv", "--pdeathsig", "KILL", *argv)  # where this process is killed, they go with it
+        with open(self.root / "log" / f"{name}.out", "wb") as log:
             daemon = subprocess.Popen(
-                words, env=self.environment, stdin=subprocess.DEVNULL, stdout=told, stderr=told, start_new_session=True
+                argv, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         self.daemons.append((name, daemon))
 
@@ -221,9 +221,8 @@ class Cluster:
             for device in ("eth0", "lo"):
                 self._ip("-n", name, "link", "set", device, "up")
 
-    def _ip(self, *words: str, check: bool = True) -> str:
-        line = ["ip", *words]
-        return subprocess.run(line, env=self.environment, capture_output=True, text=True, check=check).stdout
+    def _ip(self, *argv: str, check: bool = True) -> str:
+        return subprocess.run(["ip", *argv], env=self.environment, capture_output=True, text=True, check=check).stdout
 
     def _write_configuration(self) -> None:
         host = socket.gethostname().partition(".")[0]
@@ -260,11 +259,11 @@ class Cluster:
             *(["GresTypes=gpu"] if self.gpus else []),
         ]
         for number, node in enumerate(NODES):
-            place = f"NodeHostname={host} Port={18100 + 2 * self.number + number}"
+            entry = f"NodeHostname={host} Port={18100 + 2 * self.number + number}"
             if self.apart:
-                place = f"NodeHostname={node} Port=17818"
+                entry = f"NodeHostname={node} Port=17818"
             devices = f" Gres=gpu:{self.gpus}" if self.gpus else ""
-            lines.append(f"NodeName={node} NodeAddr={self._address(node)} {place} CPUs=16 RealMemory=64000{devices}")
+            lines.append(f"NodeName={node} NodeAddr={self._address(node)} {entry} CPUs=16 RealMemory=64000{devices}")
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         (self.root / "slurm.conf").write_text("\n".join(lines) + "\n")
         if self.gpus:

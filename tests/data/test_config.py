@@ -39,7 +39,7 @@ OWN = {"task": "mine", "root": "somewhere"}
             "val_fraction 0.5 \\+ test_fraction 0.5: their sum must be below 1",
         ),
         ({"hf": {"image": "x"}}, "hf: only format 'hf' uses it and the format is 'digits'"),
-        ({"hf": {"colour": "x"}}, "hf.colour\n.*not permitted"),
+        ({"hf": {"color": "x"}}, "hf.color\n.*not permitted"),
         ({"batch": 3}, "batch\n.*not permitted"),
         ({"image_size": 4}, "image_size\n.*greater than or equal to 8"),
         ({"workers": -1}, "workers\n.*greater than or equal to 0"),

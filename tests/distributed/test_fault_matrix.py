@@ -1,6 +1,6 @@
 """Signals, kills, a full disk and damaged states, one after the other in one run: it ends as if nothing had happened.
 
-Each strategy's run on two processes is struck by every kind of fault THRICE: between two steps, within a save, on
+Each strategy's run on two processes gets every kind of fault REPEATS times: between two steps, within a save, on
 either process, at steps drawn from a seed. After each one the same command resumes.
 """
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
 STRATEGIES = ("ddp", "zero2", "zero3")
 STOPS = ("SIGTERM", "SIGUSR1", "kill one", "kill all")  # what ends a session of the run
 OTHERS = ("full disk", "damaged state")  # within a session, and after one
-THRICE = 3
+REPEATS = 3
 IN_A_SAVE = ("tensors", "marker", "rename", "prune")  # on main; the other process waits for it
 OPTIONS = (
     *SMALLEST, "optim.name=adamw", "optim.lr=0.02", "train.epochs=9", "train.test=false", "run.save_every=2",
@@ -36,8 +36,8 @@ OPTIONS = (
 
 
 @dataclass
-class Strike:
-    """What a process does at one point of the first step, or the first save, from step ``at`` on."""
+class Fault:
+    """A fault to inject into a process, at one point of the first step, or the first save, from step ``at`` on."""
 
     at: int
     point: str  # "step", one of IN_A_SAVE, or "waiting": for main to have saved
@@ -52,7 +52,7 @@ class Session:
     stop: str
     full_disk: bool
     damaged_after: bool
-    strikes: tuple[list[Strike], list[Strike]] = field(default_factory=lambda: ([], []))  # of the two processes
+    faults: tuple[list[Fault], list[Fault]] = field(default_factory=lambda: ([], []))  # of the two processes
 
 
 @pytest.fixture(scope="module")
@@ -61,36 +61,36 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sessions(strategy: str) -> Iterator[Session]:
-    """Every kind of fault THRICE, in an order and at points drawn from the strategy's name."""
+    """Every kind of fault REPEATS times, in an order and at points drawn from the strategy's name."""
     draw = random.Random(strategy)
-    stops = [stop for stop in STOPS for _ in range(THRICE)]
+    stops = [stop for stop in STOPS for _ in range(REPEATS)]
     draw.shuffle(stops)
-    full = draw.sample(range(len(stops)), THRICE)
-    damaged = draw.sample(range(2, len(stops)), THRICE)  # when there are two states
+    full = draw.sample(range(len(stops)), REPEATS)
+    damaged = draw.sample(range(2, len(stops)), REPEATS)  # when there are two states
     for number, stop in enumerate(stops):
         yield Session(stop, number in full, number in damaged)
 
 
-def prepared(session: Session, at: int, draw: random.Random, meeting: Path) -> Session:
-    """The session with its strikes from step ``at`` on."""
-    main, other = session.strikes
+def prepared(session: Session, at: int, draw: random.Random, barrier: Path) -> Session:
+    """The session with its faults from step ``at`` on."""
+    main, other = session.faults
     if session.full_disk:
-        main.append(Strike(at, draw.choice(("tensors", "marker", "rename")), no_space))
+        main.append(Fault(at, draw.choice(("tensors", "marker", "rename")), no_space))
         at += 2  # steps between saves
     at += draw.randrange(3)
     point = draw.choice(("step", *IN_A_SAVE))
     if session.stop.startswith("SIG"):
         number = getattr(signal, session.stop)
-        strike = Strike(at, point, lambda: signal.raise_signal(number))
-        (main if point != "step" or draw.random() < 0.5 else other).append(strike)
+        fault = Fault(at, point, lambda: signal.raise_signal(number))
+        (main if point != "step" or draw.random() < 0.5 else other).append(fault)
     elif session.stop == "kill one":
         if draw.random() < 0.5:
-            main.append(Strike(at, point, kill_me))
+            main.append(Fault(at, point, kill_me))
         else:
-            other.append(Strike(at, "step" if point == "step" else "waiting", kill_me))
+            other.append(Fault(at, "step" if point == "step" else "waiting", kill_me))
     else:
-        main.append(Strike(at, point, lambda: meet_and_die(meeting, 0)))
-        other.append(Strike(at, "step" if point == "step" else "waiting", lambda: meet_and_die(meeting, 1)))
+        main.append(Fault(at, point, lambda: die_together(barrier, 0)))
+        other.append(Fault(at, "step" if point == "step" else "waiting", lambda: die_together(barrier, 1)))
     return session
 
 
@@ -102,29 +102,29 @@ def kill_me() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def meet_and_die(meeting: Path, rank: int) -> None:
-    """So that neither dies of the other's death."""
-    (meeting / str(rank)).touch()
-    while not (meeting / str(1 - rank)).exists():
+def die_together(barrier: Path, rank: int) -> None:
+    """Wait for the other process to get here, so that neither dies of the other's death."""
+    (barrier / str(rank)).touch()
+    while not (barrier / str(1 - rank)).exists():
         time.sleep(0.005)
     kill_me()
 
 
-def armed(session: Session) -> Callable[[int], None]:
-    """Lets a process strike at its points; called in the process itself."""
+def injecting(session: Session) -> Callable[[int], None]:
+    """Inject the faults of a process at their points; called in the process itself."""
 
     def before(rank: int) -> None:
-        strikes, now = session.strikes[rank], -1
+        faults, now = session.faults[rank], -1
 
         def at(point: str) -> None:
-            for strike in strikes:
-                if strike.point == point and now >= strike.at and strike.times:
-                    strike.times -= 1
-                    strike.act()
+            for fault in faults:
+                if fault.point == point and now >= fault.at and fault.times:
+                    fault.times -= 1
+                    fault.act()
 
-        def struck(original: Callable[..., Any], point: str) -> Callable[..., Any]:
+        def with_faults(original: Callable[..., Any], point: str) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                if point == "tensors" and any(s.point == point and now >= s.at and s.times for s in strikes):
+                if point == "tensors" and any(s.point == point and now >= s.at and s.times for s in faults):
                     args[1].write_bytes(b"half a file")
                 at(point)
                 return original(*args, **kwargs)
@@ -140,17 +140,17 @@ def armed(session: Session) -> Callable[[int], None]:
             return train_step(t, *args, **kwargs)
 
         engine.train_step = step
-        state.save_file = struck(state.save_file, "tensors")
-        state.write_atomically = struck(state.write_atomically, "marker")
-        state.os = Struck(os, replace=struck(os.replace, "rename"))
-        state.shutil = Struck(shutil, rmtree=struck(shutil.rmtree, "prune"))
+        state.save_file = with_faults(state.save_file, "tensors")
+        state.write_atomically = with_faults(state.write_atomically, "marker")
+        state.os = PatchedModule(os, replace=with_faults(os.replace, "rename"))
+        state.shutil = PatchedModule(shutil, rmtree=with_faults(shutil.rmtree, "prune"))
         if rank == 1:
-            checkpointing.broadcast_object_list = struck(checkpointing.broadcast_object_list, "waiting")
+            checkpointing.broadcast_object_list = with_faults(checkpointing.broadcast_object_list, "waiting")
 
     return before
 
 
-class Struck:
+class PatchedModule:
     """A module with some of its functions replaced, for one importer alone."""
 
     def __init__(self, module: Any, **replaced: Callable[..., Any]):
@@ -180,44 +180,44 @@ def test_a_run_ends_as_if_nothing_had_happened(strategy: str, images: Path, tmp_
     file = "ddp" if strategy == "ddp" else str(ROOT / "launch" / "accelerate" / f"{strategy}.json")
 
     def run(name: str, session: Session | None, number: int) -> Forks:
-        words = ["train", *OPTIONS, f"data.root={images}", f"run.dir={tmp_path / name}"]
-        before = armed(session) if session is not None else lambda rank: None
-        return command(words, tmp_path / f"{name}-{number}.txt", file, before)
+        argv = ["train", *OPTIONS, f"data.root={images}", f"run.dir={tmp_path / name}"]
+        before = injecting(session) if session is not None else lambda rank: None
+        return command(argv, tmp_path / f"{name}-{number}.txt", file, before)
 
     whole = run("whole", None, 0)
-    folder, draw, faults, damaged = tmp_path / "run", random.Random(f"{strategy} points"), [], 0
+    folder, draw, injected, damaged = tmp_path / "run", random.Random(f"{strategy} points"), [], 0
     assert whole.finish(120) == [0, 0], whole.output[-3000:]
     planned = list(sessions(strategy))
     for number, session in enumerate(planned):
-        (meeting := tmp_path / f"meeting-{number}").mkdir()
+        (barrier := tmp_path / f"barrier-{number}").mkdir()
         began = int(states(folder)[-1].name[5:]) if states(folder) else 0
-        struck = run("run", prepared(session, began + 1 - damaged, draw, meeting), number)
-        codes = struck.finish(120)
-        told = f"{strategy} {number} {session}: {codes}\n{struck.output[-3000:]}"
-        faults.append(session.stop)
+        attempt = run("run", prepared(session, began + 1 - damaged, draw, barrier), number)
+        codes = attempt.finish(120)
+        report = f"{strategy} {number} {session}: {codes}\n{attempt.output[-3000:]}"
+        injected.append(session.stop)
         if session.stop.startswith("SIG"):
-            assert codes == [75, 75], told
-            assert "stopped at step" in struck.output, told
+            assert codes == [75, 75], report
+            assert "stopped at step" in attempt.output, report
         elif session.stop == "kill all":
-            assert codes == [-signal.SIGKILL] * 2, told
+            assert codes == [-signal.SIGKILL] * 2, report
         else:
-            assert codes.count(-signal.SIGKILL) == 1, told
-            assert 0 not in codes, told
-        assert ("is damaged" in struck.output) == bool(damaged), told
-        assert ("could not be saved (" in struck.output) == session.full_disk, told
-        faults += ["full disk"] * session.full_disk
-        assert not (folder / "result.json").exists(), told
+            assert codes.count(-signal.SIGKILL) == 1, report
+            assert 0 not in codes, report
+        assert ("is damaged" in attempt.output) == bool(damaged), report
+        assert ("could not be saved (" in attempt.output) == session.full_disk, report
+        injected += ["full disk"] * session.full_disk
+        assert not (folder / "result.json").exists(), report
         damaged = 0
         if session.damaged_after:
             damage(states(folder)[-1], draw)
-            faults.append("damaged state")
+            injected.append("damaged state")
             damaged = 1
     last = run("run", None, len(planned))
     assert last.finish(120) == [0, 0], last.output[-3000:]
     assert ("is damaged" in last.output) == bool(damaged)
-    assert sorted(faults) == sorted((*STOPS, *OTHERS) * THRICE)
-    assert len(faults) * len(STRATEGIES) >= 50
-    print(f"{strategy}: {len(planned) + 2} runs of two processes, {len(faults)} faults")
+    assert sorted(injected) == sorted((*STOPS, *OTHERS) * REPEATS)
+    assert len(injected) * len(STRATEGIES) >= 50
+    print(f"{strategy}: {len(planned) + 2} runs of two processes, {len(injected)} faults")
     assert_alike(tmp_path / "whole", folder, exactly=strategy == "ddp")
     left = {path.name for path in (folder / "state").iterdir() if not path.name.startswith("damaged-")}
     assert left == {path.name for path in (tmp_path / "whole" / "state").iterdir()}
@@ -229,10 +229,10 @@ def assert_alike(whole: Path, folder: Path, exactly: bool) -> None:
     for one, other in zip(metrics(whole), metrics(folder), strict=True):
         assert other == (one if exactly else pytest.approx(one, abs=1e-6))
     for name in ("adapters.safetensors", "best.safetensors"):
-        (ours, said), (theirs, also_said) = read_adapters(folder / name), read_adapters(whole / name)
-        assert ours.keys() == theirs.keys()
-        assert said["epoch"] == also_said["epoch"]
-        for key, tensor in ours.items():
-            assert float((tensor - theirs[key]).abs().max()) <= (0 if exactly else 1e-6), (name, key)
+        (found, facts), (expected, expected_facts) = read_adapters(folder / name), read_adapters(whole / name)
+        assert found.keys() == expected.keys()
+        assert facts["epoch"] == expected_facts["epoch"]
+        for key, tensor in found.items():
+            assert float((tensor - expected[key]).abs().max()) <= (0 if exactly else 1e-6), (name, key)
     results = [json.loads((run / "result.json").read_text()) for run in (whole, folder)]
     assert results[0]["best"]["epoch"] == results[1]["best"]["epoch"]

@@ -388,9 +388,9 @@ def test_a_rendezvous_that_fails(rank: int, address: str, message: str, tmp_path
 
 def test_a_worker_that_is_killed_on_one_process_is_reported_by_all(tmp_path: Path) -> None:
     def before(rank: int) -> None:
-        whole, feeding = TrainBatches.epoch, Components.feeding
+        whole, loader_options = TrainBatches.epoch, Components.loader_options
         if rank == 0:  # workers take long to start
-            Components.feeding = lambda *a: feeding(*a) | {"workers": 0}  # type: ignore[method-assign]
+            Components.loader_options = lambda *a: loader_options(*a) | {"workers": 0}  # type: ignore[method-assign]
 
         def epoch(self: TrainBatches, epoch: int, start_step: int = 0) -> Any:
             for step, batches in enumerate(whole(self, epoch, start_step)):

@@ -60,8 +60,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     path = f"{bins}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     variables = {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
     write_command(bins, socket)
-    words = [sys.executable, "-m", "tests.docs.command_server", str(socket)]
-    with subprocess.Popen(words, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as server:
+    argv = [sys.executable, "-m", "tests.docs.command_server", str(socket)]
+    with subprocess.Popen(argv, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n"
         yield variables

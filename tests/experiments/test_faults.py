@@ -150,8 +150,8 @@ def test_a_batch_that_the_processes_do_not_divide(
 ) -> None:
     from dist_vpt.training.components import Components
 
-    alone = Components.feeding
-    monkeypatch.setattr(Components, "feeding", lambda self, rank, world: alone(self, rank, 3))
+    alone = Components.loader_options
+    monkeypatch.setattr(Components, "loader_options", lambda self, rank, world: alone(self, rank, 3))
     assert main(["train", *TINY, f"run.dir={run}", "train.batch_size=8", "train.grad_accum_steps=2"]) == 2
     message = capsys.readouterr().err
     assert "error: batch_size 8: must be a multiple of 6 = 3 processes x 2 accumulated micro-batches; use 6 or 12" in (

@@ -71,7 +71,7 @@ def softmax_of(w: dict[str, Array], asking_BRD: Array, tokens_BND: Array) -> Arr
 
 
 def block_inputs(method: Method, images: torch.Tensor) -> list[Array]:
-    """What the method's own forward pass shows to each block."""
+    """What the method's prompt_maps forward pass shows to each block."""
     seen: list[Array] = []
     hooks = [
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().double().numpy()))
@@ -100,23 +100,23 @@ def test_maps_are_the_softmax_of_the_weights(settings: dict[str, Any], kind: str
     prefix = {"class_token": 1, "registers": 3, "no_class_token": 0}[kind]
     found, inputs = attend(method, images), block_inputs(method, images)
     assert found.names == ("class" if prefix else "patches", "query" if settings["name"] == "vqt" else "prompt")
-    assert len(found.whole) == len(found.own) == len(inputs) == 3
+    assert len(found.class_token) == len(found.prompts) == len(inputs) == 3
     for number, tokens_BND in enumerate(inputs):
         w = weights_of(method, number)
         all_BHNN = softmax_of(w, tokens_BND, tokens_BND)
         to_patches = all_BHNN[..., -PATCHES:]
-        whole = to_patches[:, :, :1] if prefix else to_patches[:, :, -PATCHES:].mean(2, keepdims=True)
-        np.testing.assert_allclose(found.whole[number], whole, rtol=1e-4, atol=1e-6)
+        token_maps = to_patches[:, :, :1] if prefix else to_patches[:, :, -PATCHES:].mean(2, keepdims=True)
+        np.testing.assert_allclose(found.class_token[number], token_maps, rtol=1e-4, atol=1e-6)
         prompts = tokens_BND.shape[1] - prefix - PATCHES
-        own = to_patches[:, :, prefix : prefix + prompts]
+        prompt_maps = to_patches[:, :, prefix : prefix + prompts]
         if settings["name"] == "vqt" and number in settings["blocks"]:
             queries_QD = method.queries[settings["blocks"].index(number)].detach().double().numpy()  # type: ignore[index, union-attr]
-            own = softmax_of(w, np.stack([queries_QD] * len(images)), tokens_BND)[..., -PATCHES:]
-        assert found.own[number].shape == own.shape
-        assert own.shape[2] == {"vqt": 2 * (number != 1), "linear": 0}.get(
+            prompt_maps = softmax_of(w, np.stack([queries_QD] * len(images)), tokens_BND)[..., -PATCHES:]
+        assert found.prompts[number].shape == prompt_maps.shape
+        assert prompt_maps.shape[2] == {"vqt": 2 * (number != 1), "linear": 0}.get(
             settings["name"], 3 * ("layers" not in settings or number == 2)
         )
-        np.testing.assert_allclose(found.own[number], own, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.prompts[number], prompt_maps, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -190,16 +190,17 @@ def test_a_backbone_whose_blocks_cannot_be_unpacked_is_reported(images: torch.Te
 
 
 def test_one_block_and_one_head(vpt_run: Path, photo: Path, tmp_path: Path) -> None:
-    whole = {}
-    for words in ({}, {"block": 1}, {"head": 0}, {"block": 1, "head": 0}):
-        files = show(str(vpt_run), [str(photo)], out=str(tmp_path), **words)
+    shown = {}
+    for options in ({}, {"block": 1}, {"head": 0}, {"block": 1, "head": 0}):
+        files = show(str(vpt_run), [str(photo)], out=str(tmp_path), **options)
         assert [file.parent for file in files] == [tmp_path] * 2
-        whole[tuple(words)] = np.asarray(Image.open(files[0]))
-    assert not any(np.array_equal(whole[()], picture) for words, picture in whole.items() if words)
-    assert whole["block", "head"].size < whole["block",].size  # one map; the mean and each head
+        shown[tuple(options)] = np.asarray(Image.open(files[0]))
+    assert not any(np.array_equal(shown[()], picture) for options, picture in shown.items() if options)
+    assert shown["block", "head"].size < shown["block",].size  # one map; the mean and each head
 
 
-@pytest.mark.parametrize("words", [{"block": 99}, {"block": -1}, {"head": 99}])
-def test_blocks_and_heads_that_are_not_there(words: dict[str, int], vpt_run: Path, photo: Path) -> None:
-    with pytest.raises(UserError, match=rf"--{next(iter(words))} -?\d+: the backbone's {next(iter(words))}s are 0 to "):
-        show(str(vpt_run), [str(photo)], **words)
+@pytest.mark.parametrize("options", [{"block": 99}, {"block": -1}, {"head": 99}])
+def test_blocks_and_heads_that_are_not_there(options: dict[str, int], vpt_run: Path, photo: Path) -> None:
+    (name,) = options
+    with pytest.raises(UserError, match=rf"--{name} -?\d+: the backbone's {name}s are 0 to "):
+        show(str(vpt_run), [str(photo)], **options)

@@ -225,7 +225,7 @@ def test_predict_with_the_best_adapters(folder: Path, pictures: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["{pictures}/nix.png"], "nix.png: no such file or folder"),
         (["{empty}"], "holds no image; name a folder of images"),
@@ -235,15 +235,15 @@ def test_predict_with_the_best_adapters(folder: Path, pictures: Path, capsys: py
     ],
 )
 def test_predict_with_mistakes(  # noqa: PLR0917 (fixtures)
-    words: list[str],
+    arguments: list[str],
     message: str,
     folder: Path,
     pictures: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [word.format(pictures=pictures, empty=tmp_path) for word in words]
-    assert main(["predict", str(folder), *words]) == 2
+    arguments = [argument.format(pictures=pictures, empty=tmp_path) for argument in arguments]
+    assert main(["predict", str(folder), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err

@@ -232,7 +232,7 @@ def expected_beside(own: dict[str, np.ndarray], pooled_BD: np.ndarray, images: t
         split = {name: name.rpartition(".") for name in tensors}
         return {names.get(of, of) + dot + kind: tensors[name] for name, (of, dot, kind) in split.items()}
 
-    normalized = reference.normalise_images(images.numpy(), MEAN, STD)
+    normalized = reference.normalize_images(images.numpy(), MEAN, STD)
     options = {"smoothing": 0.1, "example_weight": WEIGHT}
     result = side.forward_backward(pooled_BD, normalized, LABELS.numpy(), renamed(own, names), **options)
     return dataclasses.replace(result, grads=renamed(result.grads, {there: here for here, there in names.items()}))

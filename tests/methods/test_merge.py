@@ -130,8 +130,8 @@ def test_the_printed_model_gives_what_the_run_gave(
     """By the weights' short name: it stands for an architecture, its options, and a pooling that timm's has not."""
     monkeypatch.setitem(ZOO, "tiny", FILES[kind].row)
     run, out = tmp_path / "run", tmp_path / "merged.safetensors"
-    words = [f"method.name={method}", "backbone.name=tiny", "backbone.weights=random", "data.image_size=32"]
-    result = train(run, *words, "data.interpolation=bilinear", "train.batch_size=500", "train.eval_batch_size=500")
+    overrides = [f"method.name={method}", "backbone.name=tiny", "backbone.weights=random", "data.image_size=32"]
+    result = train(run, *overrides, "data.interpolation=bilinear", "train.batch_size=500", "train.eval_batch_size=500")
     assert main(["merge", str(run), "--out", str(out)]) == 0
     code = capsys.readouterr().out.split(f"{out}: weights for\n")[1]
     names: dict[str, Any] = {}

@@ -78,5 +78,5 @@ def test_a_backbones_head_gives_command_source_and_license(file: Path, monkeypat
     arguments, _ = build_parser().parse_known_args(command(file))
     name = load_recipe(*split_arguments(arguments.recipe)).backbone.name
     row = next(row for short, row in ZOO.items() if name in (short, row.pretrained))
-    assert row.source in head(file)
-    assert f"license {row.license}" in head(file)
+    assert row.project.page in head(file)
+    assert f"license {row.project.license}" in head(file)

@@ -40,7 +40,7 @@ def test_every_recipe_has_a_name_and_a_kind() -> None:
     for recipe in shipped_recipes():
         assert find_recipe(recipe.name) == find_recipe(recipe.path) == recipe.file
     kinds = {recipe.name: recipe.kind for recipe in shipped_recipes()}
-    assert (kinds["digits/vqt"], kinds["quickstart"], kinds["vqt"]) == ("whole", "whole", "method")
+    assert (kinds["digits/vqt"], kinds["quickstart"], kinds["vqt"]) == ("complete", "complete", "method")
     assert (kinds["dtd"], kinds["cub"], kinds["fgvc"], kinds["base"]) == ("task", "task", "data", "base")
 
 

@@ -55,7 +55,7 @@ def adam_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> tuple[Array, AdamState]:
-    """Adam (Kingma and Ba) with L2 regularisation: the decay enters the gradient and so both moments."""
+    """Adam (Kingma and Ba) with L2 regularization: the decay enters the gradient and so both moments."""
     state, direction = _adam_direction(grad + weight_decay * param, state, betas, eps)
     return param - lr * direction, state
 

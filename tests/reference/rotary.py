@@ -93,5 +93,5 @@ def _linear(x: Array, w: Mapping[str, Array], at: str) -> Array:
 
 
 def _norm(x: Array, w: Mapping[str, Array], at: str) -> Array:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPS) * w[f"{at}.weight"] + w[f"{at}.bias"]
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + EPS) * w[f"{at}.weight"] + w[f"{at}.bias"]

@@ -123,7 +123,7 @@ def _attention(
 
 
 def _merge(x_IJD: Array, w: Weights, at: str) -> Array:
-    """Four neighbours side by side (down the first column, then down the second), normalized, to twice the width."""
+    """Four neighbors side by side (down the first column, then down the second), normalized, to twice the width."""
     four = [x_IJD[0::2, 0::2], x_IJD[1::2, 0::2], x_IJD[0::2, 1::2], x_IJD[1::2, 1::2]]
     return _norm(np.concatenate(four, axis=2), w, f"{at}.norm") @ w[f"{at}.reduction.weight"].T
 
@@ -133,8 +133,8 @@ def _linear(x: Array, w: Weights, at: str) -> Array:
 
 
 def _norm(x: Array, w: Weights, at: str) -> Array:
-    centred = x - x.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + EPS) * w[f"{at}.weight"] + w[f"{at}.bias"]
+    centered = x - x.mean(axis=-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + EPS) * w[f"{at}.weight"] + w[f"{at}.bias"]
 
 
 def _gelu(x: Array) -> Array:

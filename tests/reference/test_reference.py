@@ -1,4 +1,4 @@
-"""The reference against finite differences, against timm with autograd, and against PyTorch's optimisers.
+"""The reference against finite differences, against timm with autograd, and against PyTorch's optimizers.
 
 Shape letters: see vit.py. Tiny sizes: D = 8, H = 2, L = 3, M = 4 patches of 2 x 2 pixels, K = 5, B = 3.
 """
@@ -512,7 +512,7 @@ def test_unknown_weights_are_refused(batch):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Schedule and optimisers
+# Schedule and optimizers
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -531,7 +531,7 @@ def test_schedule_at_points_known_by_heart():
         schedule.multiplier(5.5, 1, 5)
 
 
-OPTIMISERS = [
+OPTIMIZERS = [
     (optim.sgd_step, torch.optim.SGD, {}),
     (optim.sgd_step, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
     (optim.sgd_step, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
@@ -541,11 +541,11 @@ OPTIMISERS = [
 ]
 
 
-@pytest.mark.parametrize(("step", "optimiser", "options"), OPTIMISERS)
-def test_optimisers_equal_pytorch(step, optimiser, options, rng):
+@pytest.mark.parametrize(("step", "torch_class", "options"), OPTIMIZERS)
+def test_optimizers_equal_pytorch(step, torch_class, options, rng):
     param, state = rng.normal(size=(3, 4)), None
     theirs = torch.from_numpy(param.copy()).requires_grad_()
-    optimizer = optimiser([theirs], lr=1.0, **options)
+    optimizer = torch_class([theirs], lr=1.0, **options)
     for turn in range(6):
         lr, grad = 0.3 * math.cos(turn / 4), rng.normal(size=(3, 4))  # the rate changes, as under a schedule
         param, state = step(param, grad, state, lr=lr, **options)
@@ -555,7 +555,7 @@ def test_optimisers_equal_pytorch(step, optimiser, options, rng):
         np.testing.assert_allclose(param, theirs.detach().numpy(), rtol=0, atol=1e-13)
 
 
-def test_first_optimiser_steps_by_hand():
+def test_first_optimizer_steps_by_hand():
     one, two = np.array([1.0]), np.array([2.0])
     # g = 2 + 0.5 * 1; v = g; Nesterov looks ahead: g + 0.9 * g.
     param, _ = optim.sgd_step(one, two, None, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5)

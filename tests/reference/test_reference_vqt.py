@@ -205,7 +205,7 @@ def test_gradients_equal_finite_differences(rng, images, *, name, blocks, poolin
         )
 
 
-def test_normalisation_backward_equals_finite_differences(rng):
+def test_normalization_backward_equals_finite_differences(rng):
     x, probe = rng.normal(size=(2, 3, 5))
     dx = vqt.unit_backward(probe, vqt.unit_forward(x)[1])
 
@@ -215,7 +215,7 @@ def test_normalisation_backward_equals_finite_differences(rng):
     assert_slope(loss, x, dx, rng, 10)
 
 
-def test_normalisation_of_nothing_equals_pytorch(rng):
+def test_normalization_of_nothing_equals_pytorch(rng):
     x, probe = np.zeros((2, 5)), rng.normal(size=(2, 5))
     x[1] = 1e-14  # neither may become NaN
     leaf = torch.from_numpy(x).requires_grad_()
@@ -239,7 +239,7 @@ def test_image_tokens_do_not_see_the_queries(rng, images, name):
     _, weights, config = tiny(name)
     options = make_options(rng, normalize=False)
     result = run(name, images, options, queries=100 * options["queries"])
-    x, _ = vit.embed_forward(vit.normalise_images(images, config.mean, config.std), weights, config)
+    x, _ = vit.embed_forward(vit.normalize_images(images, config.mean, config.std), weights, config)
     assert_near(result.stream[0], x, 0)
     for block in range(DEPTH):
         x, _ = vit.block_forward(x, vit._local(weights, f"blocks.{block}."), config)
@@ -311,7 +311,7 @@ def test_equal_weights_are_the_mean(rng, images):
     assert_near(weighted.grads["queries"], mean.grads["queries"], 1e-13)
 
 
-def test_normalised_groups_have_length_one(rng, images):
+def test_normalized_groups_have_length_one(rng, images):
     options = make_options(rng)
     unit, plain = run("plain", images, options), run("plain", images, options, normalize=False)
     for one, group in zip(unit.groups, plain.groups, strict=True):
@@ -328,7 +328,7 @@ def test_some_blocks_give_the_same_groups_as_all(rng, images):
         assert_near(group, expected, 1e-13)
 
 
-def test_no_blocks_and_no_normalisation_is_the_linear_probe(rng, images):
+def test_no_blocks_and_no_normalization_is_the_linear_probe(rng, images):
     _, weights, config = tiny("plain")
     options = make_options(rng, blocks=(), normalize=False)
     ours = run("plain", images, options)

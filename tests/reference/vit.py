@@ -4,7 +4,7 @@ This is the yardstick of the tests: it shares no code with the package, uses no 
 visible loop to a fast one. The architecture is timm's pre-norm `VisionTransformer`, read from its state dict.
 
 Shape letters
-    B images        S image side     C colour channels   G patch side (pixels)   M patches per image
+    B images        S image side     C color channels   G patch side (pixels)   M patches per image
     R prefix tokens (class token, then registers)        P prompts               N = R + P + M tokens
     D width         H heads          E = D / H           F MLP width             L blocks       K classes
     d prompt width (D unless projected)
@@ -198,10 +198,10 @@ def loss_only(
     return cross_entropy(logits_BK, labels, smoothing=smoothing, example_weight=example_weight)[0]
 
 
-def normalise_images(images_u8: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+def normalize_images(images_u8: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """uint8 pixels to (x / 255 - mean) / std, per channel."""
     if images_u8.dtype != np.uint8:
-        raise ValueError(f"images have dtype {images_u8.dtype}; pass uint8 pixels, normalisation happens here")
+        raise ValueError(f"images have dtype {images_u8.dtype}; pass uint8 pixels, normalization happens here")
     mean_C11 = np.asarray(mean, np.float64)[:, None, None]
     std_C11 = np.asarray(std, np.float64)[:, None, None]
     return (images_u8.astype(np.float64) / 255.0 - mean_C11) / std_C11
@@ -316,8 +316,8 @@ def features_backward(dfeatures_BD: Array, cache: Cache, *, backbone_grads: bool
 
 
 def pixels_forward(images_u8: Array, w: Weights, config: Config, pixels: Pixels | None) -> tuple[Array, Weights, Cache]:
-    """Normalised images with what is trained beside them, and weights with a kernel for all of their channels."""
-    images_BCSS = normalise_images(images_u8, config.mean, config.std)
+    """Normalized images with what is trained beside them, and weights with a kernel for all of their channels."""
+    images_BCSS = normalize_images(images_u8, config.mean, config.std)
     if pixels is None:
         return images_BCSS, w, None
     B, C, S, _ = images_BCSS.shape
@@ -680,9 +680,9 @@ def linear_backward(dout: Array, cache: Cache) -> tuple[Array, dict[str, Array]]
 
 def norm_forward(x: Array, weight: Array, bias: Array, eps: float) -> tuple[Array, Cache]:
     """LayerNorm over the last axis, with the biased variance."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    rstd = 1.0 / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
-    unit = centred * rstd
+    centered = x - x.mean(axis=-1, keepdims=True)
+    rstd = 1.0 / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + eps)
+    unit = centered * rstd
     return unit * weight + bias, (unit, rstd, weight)
 
 

@@ -162,7 +162,7 @@ def features_forward(
     queries_JQD = vit._f64(queries)
     weights_JQ = None if pool_weights is None else vit._f64(pool_weights)
 
-    x_BND, embed_cache = vit.embed_forward(vit.normalise_images(images_u8, config.mean, config.std), w, config)
+    x_BND, embed_cache = vit.embed_forward(vit.normalize_images(images_u8, config.mean, config.std), w, config)
     B, N, D = x_BND.shape
     _check_blocks(blocks, queries_JQD, depth, D)
     _check_pooling(pooling, weights_JQ, queries_JQD.shape[:2])

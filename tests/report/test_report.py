@@ -81,13 +81,13 @@ def result(task: str, *values: float, method: str = "vqt", **changes: Any) -> Re
     return Result.model_validate(facts | changes)
 
 
-def own(*results: Result, folder: str = "runs") -> list[LocalResult]:
+def local(*results: Result, folder: str = "runs") -> list[LocalResult]:
     return [LocalResult(folder, each) for each in results]
 
 
 def suite(method: str = "vqt", **changes: Any) -> list[LocalResult]:
     """All of VTAB-1k."""
-    return own(*(result(task, value, method=method, **changes) for task, value in BY_HAND.items()))
+    return local(*(result(task, value, method=method, **changes) for task, value in BY_HAND.items()))
 
 
 def one_table(results: Sequence[LocalResult], rows: Sequence[Published] = ()) -> Table:
@@ -133,7 +133,7 @@ def test_means_by_hand() -> None:
 
 
 def test_the_mean_of_groups_is_not_that_of_all_tasks() -> None:
-    lopsided = own(*(result(task, 100.0 if task in SPECIALIZED else 0.0) for task in VTAB))
+    lopsided = local(*(result(task, 100.0 if task in SPECIALIZED else 0.0) for task in VTAB))
     found = cells(one_table(lopsided))
     assert found["mean of 3 groups"].mean == pytest.approx(100 / 3)
     assert found["mean of 19"].mean == pytest.approx(400 / 19)
@@ -160,13 +160,13 @@ def test_a_failed_task_has_its_reason_below_the_table() -> None:
 
 
 def test_a_result_without_a_test_score_is_a_failure() -> None:
-    table = one_table(own(result("dtd", test={"loss": spread([1.0])})))
+    table = one_table(local(result("dtd", test={"loss": spread([1.0])})))
     assert cells(table)["dtd"].number == "failed"
     assert table.remarks == ["dtd, vqt: failed: no test score"]
 
 
 def test_mean_and_spread_over_seeds() -> None:
-    table = one_table(own(result("dtd", 50.0, 52.0, 54.0), result("svhn", 61.25)))
+    table = one_table(local(result("dtd", 50.0, 52.0, 54.0), result("svhn", 61.25)))
     found = cells(table)
     assert (found["dtd"].number, found["dtd"].spread) == ("52.0", "2.0")  # squares 4 + 0 + 4, over 2
     assert (found["svhn"].number, found["svhn"].spread) == ("61.2", "")  # one seed has no spread
@@ -174,7 +174,7 @@ def test_mean_and_spread_over_seeds() -> None:
     assert one_table(suite()).rows[0].seeds == "1"
 
 
-def test_the_best_own_number_of_a_column_is_marked_as_far_as_it_shows() -> None:
+def test_the_best_local_number_of_a_column_is_marked_as_far_as_it_shows() -> None:
     pairs = {"dtd": (60.04, 60.01, 59.0), "svhn": (70.0, 80.0, 75.0), "kitti": (50.0,)}
     methods = ("linear", "vqt", "mlp")
     results = [
@@ -183,9 +183,9 @@ def test_the_best_own_number_of_a_column_is_marked_as_far_as_it_shows() -> None:
         for method, value in zip(methods, values, strict=False)
     ]
     high = Published("vqt", "vqt", "A", "B", "C", True, "", "vit", dict.fromkeys(VTAB, 99.0), None)
-    table = one_table(own(*results), [high])
+    table = one_table(local(*results), [high])
     best = {row.name + row.source: {task for task in pairs if cells(table, at)[task].best} for at, row in _rows(table)}
-    assert best == {"linearown": {"dtd"}, "vqtown": {"dtd", "svhn"}, "vqtA": set(), "mlpown": set()}
+    assert best == {"linearlocal": {"dtd"}, "vqtlocal": {"dtd", "svhn"}, "vqtA": set(), "mlplocal": set()}
 
 
 def _rows(table: Table) -> list[tuple[int, ResultRow]]:
@@ -193,8 +193,8 @@ def _rows(table: Table) -> list[tuple[int, ResultRow]]:
 
 
 def test_three_tables() -> None:
-    fgvc = own(*(result(task, value) for task, value in zip(FGVC, [80.0, 81, 82, 83, 94], strict=True)))
-    tables = compare(own(result("digits", 97.0), result("mine", 50.0, 60.0)) + fgvc + suite(), published())
+    fgvc = local(*(result(task, value) for task, value in zip(FGVC, [80.0, 81, 82, 83, 94], strict=True)))
+    tables = compare(local(result("digits", 97.0), result("mine", 50.0, 60.0)) + fgvc + suite(), published())
     assert [table.title for table in tables] == ["VTAB-1k", "FGVC", "Other tasks"]
     assert cells(tables[1])["mean of 5"].mean == 84.0
     assert [column.label for column in tables[2].columns] == ["digits", "mine"]
@@ -241,18 +241,18 @@ def test_what_holds_for_a_whole_row_is_noted_once(changes: dict[str, Any], expec
 
 def test_another_number_of_images_than_published() -> None:
     counts = {"train": 800, "val": 200, "trainval": 1000, "test": 1500}
-    table = one_table(own(result("svhn", 1.0), result("dtd", 50.0, counts=counts)))
+    table = one_table(local(result("svhn", 1.0), result("dtd", 50.0, counts=counts)))
     assert notes_of(table, cells(table)["dtd"]) == {"not as published: 1,500 images in test, not 1,880"}
     assert not cells(table)["svhn"].marks
 
 
 def test_as_published_has_no_note() -> None:
-    tables = compare(suite() + own(*(result(task, 50.0) for task in FGVC)), [])
+    tables = compare(suite() + local(*(result(task, 50.0) for task in FGVC)), [])
     assert [table.notes for table in tables] == [{}, {}]
 
 
 def test_tasks_without_published_numbers_are_compared_with_the_row_alone() -> None:
-    table = one_table(own(result("digits", 97.0, image_size=24), result("mine", 90.0, image_size=98)))
+    table = one_table(local(result("digits", 97.0, image_size=24), result("mine", 90.0, image_size=98)))
     assert table.notes == {"unlike the rest of the row: image size 98, not 24": "a"}
     assert cells(table)["mine"].marks == "a"
 
@@ -277,7 +277,7 @@ def test_what_a_row_lacks_comes_from_the_nearest_protocol() -> None:
     both = [result(task, 50.0, run=f"{task}-{size}", image_size=size) for size in (224, 98) for task in ("dtd", "svhn")]
     more = [LocalResult("more", result("kitti", 60.0, image_size=size)) for size in (224, 98)]
     for rest, at in zip(more, (0, 1), strict=True):
-        table = one_table([*own(*both), rest])
+        table = one_table([*local(*both), rest])
         assert [row.name for row in table.rows] == ["vqt (image size 224)", "vqt (image size 98)"]
         assert ["kitti" in row.local for row in table.rows] == [at == 0, at == 1]
 
@@ -290,7 +290,7 @@ def test_equal_tasks_under_two_protocols_are_two_rows() -> None:
 
 def test_precisions_and_backbones_are_rows_of_their_own() -> None:
     results = [result("dtd", 1.0), result("dtd", 2.0, precision="fp32"), result("dtd", 3.0, backbone="large")]
-    table = one_table(own(*results))
+    table = one_table(local(*results))
     assert [(row.name, row.backbone) for row in table.rows] == [
         ("vqt (bf16)", "vit"),
         ("vqt (fp32)", "vit"),
@@ -309,18 +309,18 @@ def test_files_are_put_together_where_their_tasks_differ() -> None:
 
 def test_of_two_recipes_for_a_cell_the_newest_is_shown_and_the_other_named() -> None:
     new = result("dtd", 60.0, run="new", finished="2026-11-21T12:00:00+00:00")
-    table = one_table(own(new, result("dtd", 50.0, run="old"), result("dtd", run="broken", failed="x")))
+    table = one_table(local(new, result("dtd", 50.0, run="old"), result("dtd", run="broken", failed="x")))
     assert cells(table)["dtd"].mean == 60.0
     assert table.remarks == ["dtd, vqt: run old in runs is not shown, as one of another recipe finished later"]
 
 
 def test_a_failure_gives_way_to_a_number_under_its_protocol_alone() -> None:
-    number = own(result("dtd", 50.0))
+    number = local(result("dtd", 50.0))
     later = "2026-11-22T12:00:00+00:00"
-    repaired = one_table(number + own(result("dtd", run="b2", failed="x", finished=later), folder="other"))
+    repaired = one_table(number + local(result("dtd", run="b2", failed="x", finished=later), folder="other"))
     assert [[cell.number for cell in row.cells][2] for row in repaired.rows] == ["50.0"]
     assert repaired.remarks == []
-    another = one_table(number + own(result("dtd", run="b2", failed="x", resize="bicubic")))
+    another = one_table(number + local(result("dtd", run="b2", failed="x", resize="bicubic")))
     assert [[cell.number for cell in row.cells][2] for row in another.rows] == ["50.0", "failed"]
 
 
@@ -330,18 +330,18 @@ def failure(task: str, **changes: Any) -> Result:
 
 
 def test_a_failure_without_a_protocol_stands_in_any_row() -> None:
-    results = own(failure("dtd"), failure("svhn"), failure("kitti"), result("sun397", 1.0, trials=4)) + suite()[:2]
+    results = local(failure("dtd"), failure("svhn"), failure("kitti"), result("sun397", 1.0, trials=4)) + suite()[:2]
     table = one_table(results)
     found = cells(table)
     assert len(table.rows) == 1
     assert {task for task in VTAB if found[task].number == "failed"} == {"dtd", "svhn", "kitti"}
     assert notes_of(table, found["sun397"]) == {"unlike the rest of the row: trials 4, not 20"}
     assert table.remarks[0] == "dtd, vqt: failed: no such folder"
-    alone = one_table(own(failure("dtd")))
-    assert [len(text) > 100 for text in forms([alone], own(failure("dtd")), []).values()] == [True] * 3
-    repaired = one_table([*own(failure("dtd")), *own(result("dtd", 50.0, resize="bicubic"), folder="more")])
-    assert ([row.source for row in repaired.rows], cells(repaired)["dtd"].number) == (["own"], "50.0")
-    precise = one_table(own(failure("dtd", precision="fp32"), result("dtd", 50.0)))
+    alone = one_table(local(failure("dtd")))
+    assert [len(text) > 100 for text in forms([alone], local(failure("dtd")), []).values()] == [True] * 3
+    repaired = one_table([*local(failure("dtd")), *local(result("dtd", 50.0, resize="bicubic"), folder="more")])
+    assert ([row.source for row in repaired.rows], cells(repaired)["dtd"].number) == (["local"], "50.0")
+    precise = one_table(local(failure("dtd", precision="fp32"), result("dtd", 50.0)))
     assert [row.name for row in precise.rows] == ["vqt (fp32)", "vqt (bf16)"]
 
 
@@ -393,9 +393,9 @@ def test_the_count_of_trained_numbers_is_no_task() -> None:
 def test_published_rows_of_own_methods_stand_below_them() -> None:
     table = one_table(suite("vqt") + suite("linear"), published())
     assert [(row.name, row.source) for row in table.rows] == [
-        ("vqt", "own"),
+        ("vqt", "local"),
         ("vqt", "VQT paper, unverified"),
-        ("linear", "own"),
+        ("linear", "local"),
         ("linear", "VPT paper"),
         ("linear", "VQT paper, unverified"),
         ("linear", "Unifying study"),
@@ -411,15 +411,15 @@ def test_published_rows_of_own_methods_stand_below_them() -> None:
 def test_a_method_that_others_call_otherwise() -> None:
     table = one_table(suite("bias"), published())
     assert [(row.name, row.source) for row in table.rows] == [
-        ("bias", "own"),
+        ("bias", "local"),
         ("bias", "VPT paper"),
         ("bias (bitfit)", "Unifying study"),
     ]
 
 
 def test_published_rows_of_fgvc_name_their_source() -> None:
-    tables = compare(own(result("cub", 88.0, method="linear")), published())
-    assert [row.source for row in tables[0].rows] == ["own", "VPT paper"]
+    tables = compare(local(result("cub", 88.0, method="linear")), published())
+    assert [row.source for row in tables[0].rows] == ["local", "VPT paper"]
     assert "arXiv 2203.12119" in sources(tables)[0]
 
 
@@ -473,7 +473,7 @@ def test_a_line_that_was_cut_off_is_a_warning_everywhere(tmp_path: Path, capsys:
     for ending in ("html", "md"):
         assert "results.jsonl:2: Invalid JSON" in (tmp_path / "out" / f"report.{ending}").read_text()
     lines = list(csv.DictReader((tmp_path / "out" / "report.csv").open()))
-    assert [line["task"] for line in lines if line["source"] == "own"] == ["dtd"]
+    assert [line["task"] for line in lines if line["source"] == "local"] == ["dtd"]
 
 
 def test_files_are_written_only_where_they_are_asked_for(
@@ -519,7 +519,7 @@ def full_results() -> list[LocalResult]:
                 values, more = [], {"failed": f"no {HOSTILE}"}
             facts = cost | {"parameters": parameters, "chosen": {"optim.lr": 0.01}, "folder": f"{task}/x"}
             results.append(result(task, *values, method=method, **facts, **more))
-    return own(*results)
+    return local(*results)
 
 
 def test_terminal_shows_all_rows_however_narrow_it_is() -> None:
@@ -539,7 +539,7 @@ def test_terminal_shows_all_rows_however_narrow_it_is() -> None:
 
 def test_terminal_takes_no_markup_from_names() -> None:
     console = Console(width=100, file=io.StringIO())
-    show(compare(own(result("dtd", method="[red]x[/red]", failed="[/nonsense]")), []), console)
+    show(compare(local(result("dtd", method="[red]x[/red]", failed="[/nonsense]")), []), console)
     assert isinstance(console.file, io.StringIO)
     assert "[red]x[/red]" in console.file.getvalue()
     assert "failed: [/nonsense]" in console.file.getvalue()
@@ -560,7 +560,7 @@ def test_markdown_rows_have_as_many_cells_as_the_head() -> None:
 
 def test_csv_holds_everything_in_full() -> None:
     third = 100 / 3
-    results = own(
+    results = local(
         result(
             "dtd",
             third,
@@ -635,7 +635,7 @@ def page(results: list[LocalResult], warnings: Sequence[str] = ()) -> tuple[Page
 
 
 def test_the_page_is_balanced_loads_nothing_and_runs_nothing() -> None:
-    found, text = page(full_results() + own(result("cub", 1.0, 2.0), result("mine", 3.0, 4.0)))
+    found, text = page(full_results() + local(result("cub", 1.0, 2.0), result("mine", 3.0, 4.0)))
     assert found.open == []
     assert text.startswith("<!DOCTYPE html>")
     assert found.tags["script"] == 0
@@ -703,18 +703,18 @@ def test_which_figures_there_are() -> None:
         "Spread over seeds",
     ]
     assert [picture.title for picture in figures(one_table(suite()), "x")] == ["Accuracy per task"]
-    assert figures(one_table(own(result("dtd", failed="x"))), "x") == []
+    assert figures(one_table(local(result("dtd", failed="x"))), "x") == []
 
 
 def test_costs_are_compared_over_the_tasks_that_all_own_rows_have() -> None:
     facts = {"seconds": 10.0, "peak_memory_mib": 10.0, "parameters": Parameters(trained=1, total=2)}
     linear = [result(task, 50.0, method="linear", **facts) for task in ("dtd", "svhn", "kitti")]
-    table = one_table(own(*linear, result("dtd", 60.0, **facts), result("kitti", 60.0, **facts)))
+    table = one_table(local(*linear, result("dtd", 60.0, **facts), result("kitti", 60.0, **facts)))
     assert table.common() == ["dtd", "kitti"]
     texts = {picture.title: picture.text for picture in figures(table, "x")}
-    assert "2 of 19 tasks that all own rows have (dtd, kitti)" in texts["Accuracy against peak memory"]
-    own_rows = one_table(own(*linear, result("dtd", 60.0, method="vqt")))  # vqt's costs were not measured
-    assert [picture.title for picture in figures(own_rows, "x")] == ["Accuracy per task"]
+    assert "2 of 19 tasks that all local rows have (dtd, kitti)" in texts["Accuracy against peak memory"]
+    local_rows = one_table(local(*linear, result("dtd", 60.0, method="vqt")))  # vqt's costs were not measured
+    assert [picture.title for picture in figures(local_rows, "x")] == ["Accuracy per task"]
 
 
 def test_figures_take_the_pages_colors_and_have_a_text() -> None:

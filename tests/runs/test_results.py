@@ -106,7 +106,7 @@ def test_a_line_that_breaks_a_rule_is_reported_with_its_line(
 
 def test_keys_of_later_versions_are_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    file.write_text(json.dumps(result().model_dump(mode="json") | {"colour": "red"}) + "\n")
+    file.write_text(json.dumps(result().model_dump(mode="json") | {"color": "red"}) + "\n")
     assert read(file) == ([result()], [])
 
 

@@ -36,9 +36,9 @@ def a_wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def shown_by(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def shown_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     capsys.readouterr()
-    assert main(["status", *words]) == 0
+    assert main(["status", *arguments]) == 0
     return capsys.readouterr().out
 
 

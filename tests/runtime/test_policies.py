@@ -281,7 +281,7 @@ def test_offload_needs_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (
             ["method.name=linear", "runtime.offload=true"],
@@ -293,9 +293,9 @@ def test_offload_needs_a_gpu(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_keys_that_do_not_go_together(words: list[str], message: str) -> None:
+def test_keys_that_do_not_go_together(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(message)):
-        load_recipe([], words)
+        load_recipe([], overrides)
 
 
 def test_compiled_blocks_give_the_same() -> None:

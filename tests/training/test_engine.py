@@ -214,12 +214,12 @@ def _bytes(path: Path) -> dict[str, list[float]]:
 def test_a_signal_during_the_last_scoring_keeps_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = EvalBatches.__iter__
 
-    def signalled(self: EvalBatches) -> Any:
+    def signaled(self: EvalBatches) -> Any:
         if len(self) == 5:  # 597 images of the test split, 128 at a time
             signal.raise_signal(signal.SIGTERM)
         return batches(self)
 
-    monkeypatch.setattr(EvalBatches, "__iter__", signalled)
+    monkeypatch.setattr(EvalBatches, "__iter__", signaled)
     with pytest.raises(Interrupted, match="stopped while scoring"):
         train(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
@@ -240,7 +240,7 @@ def test_a_signal_while_val_is_scored_is_heard_there_and_val_is_scored_again(
     train(tmp_path / "whole", *options)
     batches, read, steps, scored = EvalBatches.__iter__, [], [], []
 
-    def signalled(self: EvalBatches) -> Any:
+    def signaled(self: EvalBatches) -> Any:
         scored.append(1)
         for number, batch in enumerate(batches(self)):
             if len(scored) == epoch and number == 1:
@@ -249,7 +249,7 @@ def test_a_signal_while_val_is_scored_is_heard_there_and_val_is_scored_again(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(EvalBatches, "__iter__", signalled)
+        patch.setattr(EvalBatches, "__iter__", signaled)
         with pytest.raises(Interrupted, match=f"at step {5 * epoch}, while val was scored, with its state saved"):
             train(tmp_path / "run", *options)
     assert read == [*([0, 1, 2, 3] * (epoch - 1)), 0, 1], "the rest of val was not scored first"

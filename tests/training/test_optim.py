@@ -1,4 +1,4 @@
-"""The schedule and the optimisers against plain float64 formulas."""
+"""The schedule and the optimizers against plain float64 formulas."""
 
 from collections.abc import Callable, Iterator
 
@@ -86,7 +86,7 @@ Settings = dict[str, object]
     ],
     ids=str,
 )
-def test_optimisers_are_the_reference_over_several_steps(settings: Settings) -> None:
+def test_optimizers_are_the_reference_over_several_steps(settings: Settings) -> None:
     recipe, method = OptimConfig(**settings), Few()  # type: ignore[arg-type]
     optimizer = build_optimizer(recipe, method)  # type: ignore[arg-type]
     values = {name: p.detach().numpy().copy() for name, p in method.named_parameters()}

@@ -40,7 +40,7 @@ def settings(method: str, optimizer: str, trials: int) -> list[list[str]]:
     """Trials that differ in all that trials may differ in."""
     each = []
     for t in range(trials):
-        words = [
+        some = [
             f"method.name={method}",
             f"optim.name={optimizer}",
             f"optim.lr={(0.5, 0.1, 0.02, 0.01)[t % 4]}",
@@ -49,8 +49,8 @@ def settings(method: str, optimizer: str, trials: int) -> list[list[str]]:
             f"seed={t}",
         ]
         if method == "vqt":
-            words += ["method.blocks=[1, 4]", f"method.queries={1 + t % 3}", f"method.dropout={(0.0, 0.2)[t % 5 == 1]}"]
-        each.append([*COMMON, *words])
+            some += ["method.blocks=[1, 4]", f"method.queries={1 + t % 3}", f"method.dropout={(0.0, 0.2)[t % 5 == 1]}"]
+        each.append([*COMMON, *some])
     return each
 
 

@@ -1,4 +1,4 @@
-"""What the tensors of a file give a model, and a report of how the two differ.
+"""Convert a file's tensors to a model's state dict, and report the differences.
 
 N tokens, D width. No file is opened here.
 """
@@ -16,7 +16,7 @@ from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.layouts.base import Layout, Shape, Tensors
 from dist_vpt.backbones.weights.layouts.swin import BUFFERS
 
-SHOWN = 8  # names that a message lists; the others are counted
+MAX_LISTED = 8  # names in a message; the others are counted
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class LoadReport:
             ("of another shape", self.mismatched),
         ):
             if names:
-                lines.append(f"  {len(names)} {title}: {', '.join(names[:SHOWN])}{_more(len(names))}")
+                lines.append(f"  {len(names)} {title}: {', '.join(names[:MAX_LISTED])}{_more(len(names))}")
         return "\n".join(lines)
 
     def left_out_summary(self) -> str:
-        """What was left out on purpose, counted by part of the file."""
+        """Tensors left out on purpose, counted by part of the file."""
         parts: dict[str, int] = {}
         for name in self.left_out:
             pieces = re.split(r"[./]", name)
@@ -51,11 +51,11 @@ class LoadReport:
             part = ".".join(pieces[:2]) if part == "base_encoder" else part
             parts[part] = parts.get(part, 0) + 1
         shown = [part if count == 1 else f"{part} ({count})" for part, count in parts.items()]
-        return f"{', '.join(shown[:SHOWN])}{_more(len(shown))}"
+        return f"{', '.join(shown[:MAX_LISTED])}{_more(len(shown))}"
 
 
 def _more(count: int) -> str:
-    return f" and {count - SHOWN} more" if count > SHOWN else ""
+    return f" and {count - MAX_LISTED} more" if count > MAX_LISTED else ""
 
 
 def convert(name: str, tensors: Tensors, model: Any) -> tuple[dict[str, Tensor], LoadReport]:

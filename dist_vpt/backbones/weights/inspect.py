@@ -14,7 +14,7 @@ from dist_vpt.backbones.build import create
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.loading import layout_of, read_tensors, refuse_infinite
-from dist_vpt.backbones.weights.zoo import ZOO, Row
+from dist_vpt.backbones.weights.zoo import ZOO, ZooEntry
 from dist_vpt.errors import WeightsError
 
 
@@ -70,7 +70,7 @@ def image_side(layout: str, tensors: dict[str, Tensor]) -> int | None:
 
 
 def _facts(layout: str, tensors: dict[str, Tensor]) -> Iterator[str]:
-    """What can be derived from the shapes."""
+    """Facts derived from the shapes of the tensors."""
     yield f"{sum(t.numel() for t in tensors.values()):,} numbers in {len(tensors)} tensors"
     side = image_side(layout, tensors)
     if side is not None:
@@ -110,7 +110,7 @@ def _patch(layout: str, tensors: dict[str, Tensor]) -> int | None:
     return kernel.shape[0] if layout == "jax" else kernel.shape[-1]
 
 
-def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, Row]]:
+def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, ZooEntry]]:
     """Rows whose published files have this layout, or may have been saved again under timm's names."""
     for name, row in ZOO.items():
         if patch is not None and f"patch{patch}_" not in row.architecture:
@@ -122,7 +122,7 @@ def _candidates(layout: str, patch: int | None) -> Iterator[tuple[str, Row]]:
             yield name, row
 
 
-def _compare(layout: str, tensors: dict[str, Tensor], row: Row) -> LoadReport:
+def _compare(layout: str, tensors: dict[str, Tensor], row: ZooEntry) -> LoadReport:
     return convert(layout, tensors, _model(row))[1]
 
 
@@ -130,12 +130,12 @@ def _count(load_report: LoadReport) -> int:
     return len(load_report.missing) + len(load_report.unexpected) + len(load_report.mismatched)
 
 
-def _model(row: Row) -> nn.Module:
-    return _without_memory(row.architecture, row.size, tuple(row.options.items()))
+def _model(row: ZooEntry) -> nn.Module:
+    return _on_meta_device(row.architecture, row.size, tuple(row.options.items()))
 
 
 @cache
-def _without_memory(architecture: str, size: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
+def _on_meta_device(architecture: str, size: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
     """Names and shapes only: a huge model is compared as quickly as a small one."""
     with torch.device("meta"):
         return create(architecture, size, **dict(options))

@@ -13,7 +13,7 @@ from dist_vpt.data.config import DataConfig
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode, image_extensions
 from dist_vpt.errors import DataError
 
-SHOWN = 10  # mistakes that a message lists; the others are counted
+MAX_LISTED = 10  # mistakes in a message; the others are counted
 TOOL_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})
 
 
@@ -43,15 +43,15 @@ class Mistakes:
         self._found: list[str] = []
 
     def add(self, location: object, what: str = "") -> None:
-        """``location`` may be a whole message."""
+        """Add a mistake; without ``what``, ``location`` is the complete message."""
         self._found.append(f"{location}: {what}" if what else str(location))
 
     def check(self) -> None:
         """Raise a DataError if there was any."""
         if self._found:
-            more = len(self._found) - SHOWN
+            more = len(self._found) - MAX_LISTED
             rest = [f"... and {more} more, {len(self._found)} in all"] if more > 0 else []
-            raise DataError("\n".join(self._found[:SHOWN] + rest))
+            raise DataError("\n".join(self._found[:MAX_LISTED] + rest))
 
 
 class Folder:

@@ -73,19 +73,19 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
 def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
     """Splits by this package's names: chosen by the recipe, or by the dataset's names."""
     available = _open(recipe, datasets)
-    chosen = {str(own_name): name for own_name, name in recipe.hf.splits.items()}
+    chosen = {str(split): name for split, name in recipe.hf.splits.items()}
     if not chosen:
-        by_name = {own_name: [name for name in names if name in available] for own_name, names in SPLIT_NAMES.items()}
-        chosen = {own_name: names[0] for own_name, names in by_name.items() if names}
-    for own_name, name in chosen.items():
+        by_name = {split: [name for name in names if name in available] for split, names in SPLIT_NAMES.items()}
+        chosen = {split: names[0] for split, names in by_name.items() if names}
+    for split, name in chosen.items():
         if name not in available:
-            raise DataError(f"data.hf.splits.{own_name} {name!r}: no such saved split; {nearest(name, available)}")
+            raise DataError(f"data.hf.splits.{split} {name!r}: no such saved split; {nearest(name, available)}")
     if "train" not in chosen:
         raise DataError(
             f"data.root {recipe.root!r}: has no split 'train' but {', '.join(map(repr, available))}; "
             "set the one to train on: 'data.hf.splits={train: ...}'"
         )
-    return {own_name: available[name] for own_name, name in chosen.items()}
+    return {split: available[name] for split, name in chosen.items()}
 
 
 def _open(recipe: DataConfig, datasets: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import Mistakes, open_root
 from dist_vpt.data.images import decode, refuse_large, unreadable
-from dist_vpt.data.splits import LateLabels, Picture, Split, Splits, join
+from dist_vpt.data.splits import LazyLabels, Picture, Split, Splits, join
 from dist_vpt.data.tasks import Part, Task, Tfds
 from dist_vpt.errors import DataError, UserError
 
@@ -65,7 +65,7 @@ LABELS: dict[str, Callable[[Features], int]] = {
 }
 
 
-class Piece(NamedTuple):
+class FileInstruction(NamedTuple):
     """Records of one file: ``take`` of them after the first ``skip``, as TFDS's readers expect."""
 
     filename: str
@@ -77,22 +77,22 @@ class Piece(NamedTuple):
 class TfdsSource:
     """Images and labels of a split's records. Files are opened by the process that reads them."""
 
-    def __init__(self, pieces: Sequence[Piece], file_format: str, label: str, classes: int):
-        self.pieces, self.file_format, self.label, self.classes = tuple(pieces), file_format, label, classes
-        self._ends = np.cumsum([0, *(piece.take for piece in pieces)])
+    def __init__(self, instructions: Sequence[FileInstruction], file_format: str, label: str, classes: int):
+        self.instructions, self.file_format, self.label, self.classes = tuple(instructions), file_format, label, classes
+        self._ends = np.cumsum([0, *(instruction.take for instruction in instructions)])
 
     def __reduce__(self) -> tuple:
-        return TfdsSource, (self.pieces, self.file_format, self.label, self.classes)
+        return TfdsSource, (self.instructions, self.file_format, self.label, self.classes)
 
     @cached_property
     def _records(self) -> Any:
         """Raw records by number."""
         try:
             if self.file_format == "tfrecord":
-                return TFRecords(self.pieces)
+                return TFRecords(self.instructions)
             from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-            return ArrayRecordDataSource(self.pieces)
+            return ArrayRecordDataSource(self.instructions)
         except OSError as error:
             raise DataError(
                 f"{error.filename}: cannot be read ({error.strerror}); fix the file or its permissions"
@@ -114,7 +114,7 @@ class TfdsSource:
         """int64 [n], from every record. Raises DataError for damaged records and labels out of range."""
         of, mistakes = LABELS.get(self.label, lambda features: int(_integers(features[self.label])[0])), Mistakes()
         labels_n = np.zeros(int(self._ends[-1]), np.int64)
-        _ = self._records  # a file that is cut off says so once
+        _ = self._records  # opens the files: a truncated one is reported once
         for i in range(len(labels_n)):
             try:
                 labels_n[i] = of(self.features(i))
@@ -143,17 +143,17 @@ class TfdsSource:
         return image.point(lambda value: value * 255) if self.label.startswith("dsprites") else image
 
     def where(self, i: int) -> str:
-        piece, number = self._at(i)
-        return f"{piece.filename} record {number}"
+        instruction, number = self._at(i)
+        return f"{instruction.filename} record {number}"
 
     def identity(self, i: int) -> str:
-        piece, number = self._at(i)
-        found = os.stat(piece.filename)
-        return f"{Path(piece.filename).name} {found.st_size} {found.st_mtime_ns} {number}"
+        instruction, number = self._at(i)
+        found = os.stat(instruction.filename)
+        return f"{Path(instruction.filename).name} {found.st_size} {found.st_mtime_ns} {number}"
 
-    def _at(self, i: int) -> tuple[Piece, int]:
+    def _at(self, i: int) -> tuple[FileInstruction, int]:
         k = int(np.searchsorted(self._ends, i, side="right")) - 1
-        return self.pieces[k], self.pieces[k].skip + i - int(self._ends[k])
+        return self.instructions[k], self.instructions[k].skip + i - int(self._ends[k])
 
     def _damaged(self, i: int, error: Exception) -> str:
         return (
@@ -165,11 +165,11 @@ class TfdsSource:
 class TFRecords:
     """Records of TFRecord files by number, each with its checksum compared."""
 
-    def __init__(self, pieces: Sequence[Piece]):
+    def __init__(self, instructions: Sequence[FileInstruction]):
         self._offsets: list[tuple[int, int]] = []  # of a record: file, byte
-        self._files = [os.open(piece.filename, os.O_RDONLY) for piece in pieces]
-        for k, piece in enumerate(pieces):
-            self._offsets += [(k, offset) for offset in self._index(piece, self._files[k])]
+        self._files = [os.open(instruction.filename, os.O_RDONLY) for instruction in instructions]
+        for k, instruction in enumerate(instructions):
+            self._offsets += [(k, offset) for offset in self._index(instruction, self._files[k])]
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", ()):
@@ -185,14 +185,14 @@ class TFRecords:
         return read[:length]
 
     @staticmethod
-    def _index(piece: Piece, file: int) -> list[int]:
+    def _index(instruction: FileInstruction, file: int) -> list[int]:
         size, offset = os.fstat(file).st_size, 0
         offsets: list[int] = []
-        last = piece.skip + piece.take
+        last = instruction.skip + instruction.take
         while len(offsets) < last:
             head = os.pread(file, LENGTH.size + CRC.size, offset)
             length, sum_ = head[: LENGTH.size], head[LENGTH.size :]
-            location = f"{piece.filename} record {len(offsets)} of {piece.examples_in_shard}"
+            location = f"{instruction.filename} record {len(offsets)} of {instruction.examples_in_shard}"
             fix = "copy the file again, or prepare the dataset again"
             if len(sum_) == CRC.size and not _intact(length, sum_):
                 raise DataError(f"{location}: damaged (the checksum of its length differs); {fix}")
@@ -201,7 +201,7 @@ class TFRecords:
                 raise DataError(f"{location}: the file ends before the end of it; {fix}")
             offsets.append(offset)
             offset = after
-        return offsets[piece.skip :]
+        return offsets[instruction.skip :]
 
 
 def _intact(data: bytes, checksum: bytes) -> bool:
@@ -268,14 +268,14 @@ def _split(  # noqa: PLR0917 (a part of a split of a dataset, and how to read it
             f"{info.data_dir}: has no split {part.split!r}, of which {name} is a part; prepare the dataset again"
         )
     start, stop = part.bounds(info.splits[part.split].num_examples)
-    instructions = info.splits[f"{part.split}[{start}:{stop}]"].file_instructions if stop > start else []
-    pieces = [Piece(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in instructions]
-    lost = [piece.filename for piece in pieces if not os.path.isfile(piece.filename)]
+    found = info.splits[f"{part.split}[{start}:{stop}]"].file_instructions if stop > start else []
+    instructions = [FileInstruction(str(i.filename), i.skip, i.take, i.examples_in_shard) for i in found]
+    lost = [instruction.filename for instruction in instructions if not os.path.isfile(instruction.filename)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise DataError(f"{lost[0]}{more}: does not exist, though dataset_info.json lists it; copy the dataset again")
-    source = TfdsSource(pieces, kind, label, classes)
-    return Split(name, LateLabels(stop - start, source.labels), source)
+    source = TfdsSource(instructions, kind, label, classes)
+    return Split(name, LazyLabels(stop - start, source.labels), source)
 
 
 def _names(info: Any, label: str, classes: int) -> Sequence[str]:
@@ -318,7 +318,7 @@ def _example() -> Any:
 
 
 def _jpeg(data: bytes, where: str, max_megapixels: float) -> Picture:
-    """As TensorFlow decodes it: with the fast inverse DCT, from which Pillow's differs by a gray level."""
+    """Decode a JPEG as TensorFlow does, with the fast inverse DCT: Pillow's pixels differ by one gray level."""
     import simplejpeg
 
     try:

@@ -13,7 +13,7 @@ from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.loading import load_into, read_tensors
 from dist_vpt.backbones.weights.recognize import recognize
-from dist_vpt.backbones.weights.zoo import ZOO, Row
+from dist_vpt.backbones.weights.zoo import ZOO, ZooEntry
 from dist_vpt.errors import WeightsError
 from tests.backbones.published import FILES, SWIN, VIT, Arrays, File, file, filled, fixed_positions, torch_vit
 
@@ -27,7 +27,7 @@ def built(path: Path) -> Backbone:
     return build(recipe, image_size=preprocessing.image_size, mean=preprocessing.mean, std=preprocessing.std)[0]
 
 
-def model_of(row: Row) -> Any:
+def model_of(row: ZooEntry) -> Any:
     return create(row.architecture, row.size, **row.options)
 
 

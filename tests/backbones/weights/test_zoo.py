@@ -34,7 +34,7 @@ def test_facts_are_timms(name: str) -> None:
     assert (cfg.input_size, cfg.interpolation) == ((3, row.size, row.size), row.interpolation)
     assert (tuple(cfg.mean), tuple(cfg.std)) == row.channels[1:]
     if row.layout != "clip":  # timm gives OpenAI's weights its own license
-        assert cfg.license == row.license.lower()
+        assert cfg.license == row.project.license.lower()
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -47,7 +47,7 @@ def test_every_row_is_a_model_that_can_be_tuned(name: str) -> None:
     # it was trained by, though timm's default is the mean.
     assert row.pool == {"mae": "avg", "dinov3": "token"}.get(row.layout, model.global_pool)
     assert row.channels in (HALF, IMAGENET, CLIP)
-    assert row.source.startswith("github.com/")
+    assert row.project.page.startswith("github.com/")
     assert row.trained
     width, depth, heads = _published_shape(name)
     blocks = [len(stage.blocks) for stage in model.layers] if hasattr(model, "layers") else len(model.blocks)
@@ -112,7 +112,7 @@ def test_the_table_fits_in_100_columns(capsys: pytest.CaptureFixture[str]) -> No
     assert list(above) == list(ZOO)
     for name, row in ZOO.items():
         project, wants, line = above[name]
-        assert project == f"{row.source}, {row.license}"
+        assert project == ", ".join(row.project)
         assert line.split()[1:4] == [row.architecture, str(row.size), row.pool]
         assert line.strip().endswith(row.trained)
         layout, channels, interpolation = wants.split("; ")

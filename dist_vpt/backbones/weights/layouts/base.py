@@ -1,4 +1,4 @@
-"""What a layout is: how a family of published weight files names and shapes its tensors."""
+"""Layout: how a family of published weight files names and shapes its tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ from dist_vpt.backbones.weights.layouts.base import Layout, Shape
 
 
 def _sources(name: str) -> tuple[str, ...]:
-    whole = {
+    names = {
         "patch_embed.proj.weight": "embedding/kernel",
         "patch_embed.proj.bias": "embedding/bias",
         "cls_token": "cls",
@@ -20,8 +20,8 @@ def _sources(name: str) -> tuple[str, ...]:
         "norm.weight": "Transformer/encoder_norm/scale",
         "norm.bias": "Transformer/encoder_norm/bias",
     }
-    if name in whole:
-        return (whole[name],)
+    if name in names:
+        return (names[name],)
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name)
     if not found:
         return (name,)  # JAX files do not have this part

@@ -1,4 +1,4 @@
-"""The function that all policies wrap: it runs a block on tokens."""
+"""RunBlock, the function on a block and its tokens that all policies wrap."""
 
 from collections.abc import Callable
 
