@@ -135,10 +135,12 @@ def test_batch_size_must_divide(batch_size, message):
 
 @pytest.mark.parametrize(("n", "world", "batch_size"), [(53, 1, 16), (53, 4, 4), (8, 4, 2), (3, 4, 2), (53, 3, 100)])
 @pytest.mark.parametrize("cache", ["none", "memory"])
-def test_evaluation_sees_every_example_once(n, world, batch_size, cache):
+@pytest.mark.parametrize("local_world", [None, 1])  # how many of the processes share a machine changes nothing
+def test_evaluation_sees_every_example_once(n, world, batch_size, cache, local_world):
     split, per_rank = make_split(n), []
     for rank in range(world):
-        batches = EvalBatches(split, AUGMENTED, batch_size, rank=rank, world=world, cache=cache)
+        options = {"rank": rank, "world": world, "local_world": local_world, "cache": cache}
+        batches = EvalBatches(split, AUGMENTED, batch_size, **options)
         per_rank.append(list(batches))
         assert len(per_rank[-1]) == len(batches) == -(-n // (world * batch_size))
     assert len({tuple(len(batch["index"]) for batch in batches) for batches in per_rank}) == 1
@@ -278,18 +280,16 @@ class Memory:
 
 @pytest.mark.parametrize(("transform", "pixels"), [(PLAIN, 8 * 8), (AUGMENTED, 18 * 27)])
 def test_cache_that_does_not_fit(monkeypatch, transform, pixels):
-    def first_step():
-        return next(TrainBatches(make_split(), transform, batch_size=2, world=2, cache="memory").epoch(0))
+    def first_step(**more):
+        return next(TrainBatches(make_split(), transform, batch_size=2, world=2, cache="memory", **more).epoch(0))
 
     needed = 2 * N * pixels * 3  # on two processes
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(needed))
     first_step()
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory(needed - 1))
     with pytest.raises(DataError, match=r"memory needs 0\.0 GiB for 53 images of .* px on 2 processes of this mach"):
         first_step()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # the other process is on another machine
-    first_step()
+    first_step(local_world=1)  # the other process is on another machine
 
 
 def test_killed_worker_is_reported(files):
