@@ -66,7 +66,7 @@ class TrainBatches(_Batches):
             )
         self.batch_size = batch_size
         self.steps_per_epoch = -(-len(split) // batch_size)
-        self._n, self._seed = len(split), seed
+        self.images, self._seed = len(split), seed
         self._accumulate, self._rank, self._world = accumulate, rank, world
         reader = ImageReader(split, transform, True, on_decode_error, max_megapixels)
         batches = ImageBatches(reader, seed)
@@ -83,7 +83,7 @@ class TrainBatches(_Batches):
         Starting another epoch ends the one before.
         """
         parts = self._world * self._accumulate
-        order = shuffled(self._n, self._seed, epoch)
+        order = shuffled(self.images, self._seed, epoch)
         requests = []
         for step in range(start_step, self.steps_per_epoch):
             indices = _padded(order[step * self.batch_size : (step + 1) * self.batch_size], parts)

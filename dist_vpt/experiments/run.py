@@ -117,6 +117,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         train=train,
         val=val,
         class_weights=parts.class_weights(accelerator.device),
+        majority=parts.majority(),
         folder=folder,
         states=states,
         monitor=RunLogger(recipe, accelerator, folder),
@@ -194,6 +195,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
         strategy=strategy_name(t.accelerator),
         runtime=t.method.backbone.chosen,
         protocol=parts.protocol(),
+        warnings=t.progress.warnings,
     )
 
     def finish() -> None:

@@ -124,6 +124,9 @@ class Worker:
         skipped, seconds = sorted(group.skipped), group.seconds / len(jobs)
         if skipped:
             self.show(f"{len(skipped)} unreadable images skipped")
+        for job, trial in zip(jobs, group.trials, strict=True):
+            if recipes[0].train.test and trial.progress.warnings:  # of the chosen setting: a grid has bad ones
+                self.show(f"warning: {job.label}: {trial.progress.warnings[0]}")
         for trial, test in zip(scored, tests, strict=True):
             trial.progress.last["test"] = test
             if not math.isfinite(test["loss"]):
@@ -216,6 +219,7 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
         strategy=strategy_name(accelerator),
         runtime=trial.reader.backbone.chosen,
         protocol=parts.protocol(),
+        warnings=trial.progress.warnings,
     )
     write_result(folder, result)
     if parts.splits.held_out:

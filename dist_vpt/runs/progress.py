@@ -25,6 +25,7 @@ class Progress:
     seconds: float = 0.0  # of training so far, over all starts
     images: int = 0  # trained on so far
     ended: bool = False  # early stopping ended it
+    warnings: list[str] = field(default_factory=list)  # that it does not learn
 
     def count(self, loss: float, correct: float, images: float) -> None:
         """Add one step: its mean loss, its correctly classified images and all its images."""

@@ -27,11 +27,13 @@ def run_result(
     strategy: str | None = None,
     runtime: dict[str, str] | None = None,
     protocol: dict[str, Any] | None = None,
+    warnings: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The content of result.json; the peak of memory is this process's until now.
 
     ``last`` and ``best``: epoch and scores by split, after the last epoch and of the best one on val. ``seconds``: of
     training. ``parameters``: trained, total. ``device``: its name. ``runtime``: what its settings came to.
+    ``warnings``: that it does not learn.
     """
     content = {
         "last": last,
@@ -43,6 +45,7 @@ def run_result(
         "frozen_weights_mib": frozen_weights_mib,
         "parameters": parameters,
         "skipped_images": sorted(skipped),
+        "warnings": list(warnings) or None,
         "device": device,
         "processes": processes,
         "strategy": strategy,

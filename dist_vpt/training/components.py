@@ -132,6 +132,11 @@ class Components:
         labels = self.splits[self.recipe.data.train_on].labels
         return class_weights(self.recipe.train.class_weights, labels, len(self.splits.classes)).to(device)
 
+    def majority(self) -> float:
+        """Share of the largest class among the images that are trained on."""
+        labels = self.splits[self.recipe.data.train_on].labels
+        return float(np.bincount(labels).max() / len(labels))
+
     def init_method(self, device: torch.device) -> None:
         """Show a method that is initialized from images the first ones of the split that is trained on.
 

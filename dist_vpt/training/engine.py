@@ -26,6 +26,7 @@ from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress
 from dist_vpt.training.checkpointing import States
+from dist_vpt.training.learning import warning_of
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import set_lr
@@ -54,6 +55,7 @@ class Training(ABC):
     train: TrainBatches
     val: EvalBatches | None
     class_weights: Tensor  # [K]
+    majority: float = 0.0  # share of the largest class among the images that are trained on
     stop: StopSignal
     progress: Progress = field(default_factory=Progress)
     failed_saves: int = 0  # in a row
@@ -112,6 +114,15 @@ class Training(ABC):
         found = self.train.skipped | (self.val.skipped if self.val is not None else set())
         return set(gather_object(sorted(found)))
 
+    def learning_warning(self, recipe: Recipe, progress: Progress, scores: dict[str, float]) -> str:
+        """A warning that the epoch that just ended shows no learning, kept in ``progress``; or ""."""
+        classes, images = len(self.class_weights), self.train.images
+        found = warning_of(recipe.optim, recipe.train, progress.epoch, scores, classes, images, self.majority)
+        if found and not progress.warnings:
+            progress.warnings.append(found)
+            return found
+        return ""
+
     def close(self) -> None:
         """Stop the workers that load images."""
         self.train.close()
@@ -165,7 +176,10 @@ class TrainState(Training):
         is_scored, scores = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
         if self.val is not None and is_scored:
             scores = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop).compute()
-        self.monitor.scores(epoch, self.step, "train", progress.end_epoch())
+        learned = progress.end_epoch()
+        self.monitor.scores(epoch, self.step, "train", learned)
+        if found := self.learning_warning(recipe, progress, learned):
+            self.warn(f"warning: {found}")
         if scores is not None:
             self.monitor.scores(epoch, self.step, "val", scores)
             if progress.scored(scores, recipe.train.early_stop):

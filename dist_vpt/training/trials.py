@@ -106,7 +106,7 @@ class TrialGroup(Training):
             found = _quick_scores(self, ended, self.val)  # before the epoch ends: after a stop it is scored again
         self.progress.epoch, self.progress.step = done, 0
         for trial in ended:
-            trial.progress.end_epoch()
+            self.learning_warning(trial.recipe, trial.progress, trial.progress.end_epoch())
         if not found:
             return
         for trial, scores in zip(ended, found, strict=True):
