@@ -370,7 +370,7 @@ def test_methods_that_need_a_list_of_tokens_are_refused(name: str) -> None:
         ({"shared": True}, "method.shared = True: on Swin the prompts of each stage have another width"),
         (
             {"extra_trainable": ("bias",)},
-            r"method.extra_trainable = \['bias'\]: the method of that name is not for Swin; leave it out",
+            r"method.extra_trainable = \['bias'\]: the method of that name does not support Swin; leave it out",
         ),
         ({"init": "class_token"}, "method.init = class_token: the backbone has none; set method.init=tokens"),
         ({"deep": False, "pooling": "prompt_pool"}, "written before block 0, and patches are merged after it, which"),
