@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,19 @@ def is_locked(file: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON, with null for numbers that are not finite: standard JSON has none of these."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=indent)
 
 
 def read_json(path: Path) -> Any:

@@ -1,11 +1,12 @@
 """Locks: their file names the holder, others leave it alone, and they end with the process that holds them."""
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
-from dist_vpt.files import is_locked, lock_nowait, locked
+from dist_vpt.files import is_locked, lock_nowait, locked, to_json
 
 
 def test_others_leave_the_holder_in_the_file(tmp_path: Path) -> None:
@@ -56,3 +57,8 @@ def test_a_lock_ends_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -
         assert not is_locked(tmp_path / "lock")
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_json_has_null_for_numbers_that_are_not_finite() -> None:
+    content = {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": -float("inf"), "e": None, "f": (1, "x")}}
+    assert json.loads(to_json(content)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": None, "f": [1, "x"]}}

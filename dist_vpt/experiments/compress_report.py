@@ -1,7 +1,6 @@
 """The curve of a compression: accuracy against the share of features kept."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.experiments.compress_fractions import Fraction, FractionOf, changes
-from dist_vpt.files import read_json, write_atomically
+from dist_vpt.files import read_json, to_json, write_atomically
 
 
 def conclude(out: Path, fractions: Sequence[Fraction], fraction_of: FractionOf, console: Console) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def conclude(out: Path, fractions: Sequence[Fraction], fraction_of: FractionOf, 
     picture = io.BytesIO()
     curve_figure(curve).savefig(picture, format="png", dpi=120)
     write_atomically(out / f"{mode}-curve.png", picture.getvalue())
-    write_atomically(out / f"{mode}-curve.json", json.dumps(curve, indent=1) + "\n")
+    write_atomically(out / f"{mode}-curve.json", to_json(curve, indent=1) + "\n")
     _print(curve, console)
     console.print(str(out / f"{mode}-curve.json"), markup=False, soft_wrap=True)
     return curve

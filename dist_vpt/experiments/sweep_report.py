@@ -1,6 +1,5 @@
 """The report of a sweep: sweep.json, the heat map, and the table on the console."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from rich.table import Table
 
 from dist_vpt.errors import RunFailed
 from dist_vpt.experiments.sweep_grid import SweepJob, setting_text
-from dist_vpt.files import write_atomically
+from dist_vpt.files import to_json, write_atomically
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import versions
@@ -39,7 +38,7 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
             for name, score in content["test"].items():
                 writer.add_scalar(f"test/{name}_mean", score["mean"], 0)
                 writer.add_scalar(f"test/{name}_std", score["std"], 0)
-    write_atomically(folder.path / "sweep.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(folder.path / "sweep.json", to_json(content, indent=1) + "\n")
     # Of groups that were divided among another number of processes, and of their writes that were killed.
     for left in (*folder.path.glob(".pass-*.pt"), *folder.path.glob("..pass-*.tmp")):
         left.unlink(missing_ok=True)  # where trials are split, the process with the last outcome removes its own
@@ -66,7 +65,8 @@ def _summary(
             "choose another run.dir (of a suite: another --out), and smaller values of sweep.grid.optim.lr or an "
             "optim.clip_norm"
         )
-    by_score = {name: [score[name] for score in scores] for name in scores[0]}
+    defined = [name for name in scores[0] if all(score[name] is not None for score in scores)]
+    by_score = {name: [score[name] for score in scores] for name in defined}
     trained = sum(o["seconds"] for o in [*outcomes, *results])
     return {
         "chosen": chosen.setting,

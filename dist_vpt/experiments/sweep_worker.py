@@ -18,7 +18,7 @@ from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Diverged, Interrupted, RunFolderError
 from dist_vpt.experiments.run import run
 from dist_vpt.experiments.sweep_grid import SweepJob, group_jobs, read_outcome
-from dist_vpt.files import raising_disk_full, write_atomically
+from dist_vpt.files import raising_disk_full, to_json, write_atomically
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences, identity_keys
 from dist_vpt.recipe.loading import load_recipe_from
@@ -187,7 +187,7 @@ class Worker:
         }
         with raising_disk_full("outcomes", self.folder.path, RESUME_HINT):
             job.outcome.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(job.outcome, json.dumps(outcome, indent=1) + "\n")
+            write_atomically(job.outcome, to_json(outcome, indent=1) + "\n")
 
 
 def write_run(  # noqa: PLR0917 (what a run folder holds)

@@ -17,7 +17,7 @@ from dist_vpt.training.components import build_components
 from dist_vpt.training.engine import evaluate
 
 
-def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it."""
     folder = RunFolder(run)
     folder.refuse_sweep()
@@ -42,7 +42,8 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
         for column in ("score", "now", "reported by the run"):
             table.add_column(column, justify="left" if column == "score" else "right")
         for name, value in scores.items():
-            table.add_row(name, f"{value:.4f}", f"{reported[name]:.4f}" if name in reported else "-")
+            shown = ("-" if each is None else f"{each:.4f}" for each in (value, reported.get(name)))
+            table.add_row(name, *shown)
         Console().print(table)
     accelerator.end_training()
     return scores

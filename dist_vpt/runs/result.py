@@ -1,10 +1,9 @@
 """result.json: the outcome of a run, whether `train`, a sweep or a compression wrote it."""
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
-from dist_vpt.files import write_atomically
+from dist_vpt.files import to_json, write_atomically
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import versions
@@ -60,4 +59,4 @@ def run_result(
 
 def write_result(folder: RunFolder, result: dict[str, Any]) -> None:
     """Write result.json."""
-    write_atomically(folder.result, json.dumps(result, indent=1) + "\n")
+    write_atomically(folder.result, to_json(result, indent=1) + "\n")

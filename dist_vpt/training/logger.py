@@ -22,6 +22,7 @@ from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.rank_status import logger
+from dist_vpt.files import to_json
 from dist_vpt.recipe.differences import flatten
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
@@ -40,6 +41,7 @@ class RunLogger:
     """Writes on the main process, and nothing on the others."""
 
     def __init__(self, recipe: Recipe, accelerator: "RankAccelerator", folder: RunFolder):
+        self.noted: set[str] = set()  # splits with a score that is not defined
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
@@ -123,16 +125,18 @@ class RunLogger:
                 number,
             )
 
-    def scores(self, epoch: int, step: int, split: str, scores: dict[str, float]) -> None:
-        """One line an epoch and split."""
+    def scores(self, epoch: int, step: int, split: str, scores: dict[str, Any]) -> None:
+        """One line an epoch and split; a score that is not defined (None) is a dash."""
         if not self.main:
             return
-        self._append(self.folder.metrics, json.dumps({"epoch": epoch, "step": step, "split": split, **scores}) + "\n")
-        shown = "  ".join(
-            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in scores.items()
-        )
+        self._append(self.folder.metrics, to_json({"epoch": epoch, "step": step, "split": split, **scores}) + "\n")
+        shown = "  ".join(_shown(name, value) for name, value in scores.items())
         self.line(f"epoch {epoch}/{self.recipe.train.epochs}  {split:5}  {shown}")
-        self._track({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
+        undefined = [name for name, value in scores.items() if value is None]
+        if undefined and split not in self.noted:
+            self.noted.add(split)
+            self.line(f"note: {', '.join(undefined)} of {split} is not defined: its images are all of one class")
+        self._track({f"{split}/epoch_{name}": value for name, value in scores.items() if value is not None}, step)
 
     def figures(  # noqa: PLR0917 (what is drawn)
         self,
@@ -229,6 +233,12 @@ class RunLogger:
     def _writer(self) -> Any:
         found = [tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
         return found[0].tracker if found else None
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return f"{name} -"
+    return f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %"
 
 
 def _hparams(recipe: Recipe) -> dict[str, Any]:

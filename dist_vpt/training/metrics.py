@@ -69,15 +69,18 @@ class Scores:
             for i in (predicted != labels_B).nonzero().flatten()[:missing].tolist():
                 self.mistakes.append(Mistake(int(index_B[i]), int(labels_B[i]), int(predicted[i]), float(best[i])))
 
-    def compute(self) -> dict[str, float]:
-        """The scores over all processes; a collective call."""
-        if not self.scores["per_class"].compute().any():
+    def compute(self) -> dict[str, Any]:
+        """The scores over all processes, None for one that is not defined; a collective call."""
+        right_K, _, _, _, images_K = self.scores["per_class"].compute().unbind(1)
+        if not images_K.any():
             raise DataError("there is no readable image in the split; repair its files, or set data.root")
-        values = {k: v for k, v in self.scores.compute().items() if k != "confusion"}
-        right_K, _, _, _, images_K = values["per_class"].unbind(1)
+        undefined = {"auroc"} if (images_K > 0).sum() < 2 else set()  # torchmetrics would warn and give 0
+        names = [str(name) for name in self.scores if name not in {"confusion", "per_class", *undefined}]
+        values = {name: self.scores[name].compute() for name in names}
         # Over the classes that the split has: torchmetrics' macro average counts one that is only predicted as 0.
         values["per_class"] = (right_K / images_K)[images_K > 0].mean()
-        return {"loss": float(self.loss.compute())} | {k: 100 * float(v) for k, v in sorted(values.items())}
+        scores = {k: 100 * float(v) for k, v in values.items()} | dict.fromkeys(undefined & {*self.scores})
+        return {"loss": float(self.loss.compute())} | dict(sorted(scores.items()))
 
     def confusion(self) -> Tensor:
         """Rows are labels, columns predictions, [K, K]; a collective call."""

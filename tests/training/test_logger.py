@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_vpt.data.config import DataConfig
@@ -243,3 +244,20 @@ def test_a_gpu_s_memory_is_given_back_before_a_run_asks_whether_it_fits(
             else:
                 train(tmp_path / "run", "run.trackers=[]")
         assert asked == ["given back", "asked"]
+
+
+def test_a_score_that_is_not_defined_is_a_dash_and_null(tmp_path: Path) -> None:
+    """Two classes, and a test split with images of one of them."""
+    for split, classes in (("train", "ab"), ("val", "ab"), ("test", "a")):
+        for name in classes:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(8):
+                value = 200 * (name == "b") + i
+                Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "data" / split / name / f"{i}.png")
+    own = ("data.task=mine", "data.format=image_folder", f"data.root={tmp_path / 'data'}", "train.batch_size=8")
+    result = train(tmp_path / "run", *own, "train.epochs=1")
+    assert result["last"]["test"]["auroc"] is None
+    assert 0 <= result["last"]["val"]["auroc"] <= 100
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert re.search(r"test .*auroc -", log)
+    assert log.count("note: auroc of test is not defined: its images are all of one class") == 1

@@ -1,5 +1,7 @@
 """Scores against plain counting in NumPy."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +131,13 @@ def test_a_split_without_a_readable_image_is_an_error() -> None:
         scores.update(torch.zeros(2, classes), torch.zeros(2, dtype=torch.long), torch.zeros(2), torch.arange(2))
         with pytest.raises(DataError, match="no readable image"):
             scores.compute()
+
+
+def test_auroc_of_one_class_is_not_defined_and_warns_of_nothing() -> None:
+    logits_NK, labels_N = draw(20, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scored(logits_NK, torch.ones_like(labels_N)).compute()
+    assert found["auroc"] is None
+    assert set(found) == {"loss", "top1", "per_class", "auroc"}
+    assert all(np.isfinite(value) for name, value in found.items() if name != "auroc")
