@@ -1,8 +1,11 @@
 """The backbone section of a recipe."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from dist_vpt.errors import WeightsError
 
 
 class BackboneConfig(BaseModel):
@@ -36,3 +39,16 @@ class BackboneConfig(BaseModel):
         lt=1,
         description="stochastic depth rate of the last block, 0 to 1; above 0 the blocks are in train mode",
     )
+
+    @property
+    def file(self) -> Path | None:
+        """The weights' file, unless they are timm's or random."""
+        return None if self.weights in ("pretrained", "random") else Path(self.weights)
+
+
+def require_file(path: Path) -> None:
+    """Raises WeightsError where there is no such file."""
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: no such weights file; give backbone.weights an existing .safetensors, .pth or .npz"
+        )

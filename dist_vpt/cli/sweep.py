@@ -16,6 +16,9 @@ def sweep(arguments: argparse.Namespace) -> None:
     from dist_vpt.recipe.loading import load_recipe, split_arguments
 
     recipe = load_recipe(*split_arguments(arguments.recipe))
+    from dist_vpt.experiments.early_checks import check_early
+
+    check_early(recipe.changed("run", resume="auto"), "sweep")  # a sweep always resumes
     from dist_vpt.experiments.sweep import sweep
 
     sweep(recipe)

@@ -16,6 +16,9 @@ def train(arguments: argparse.Namespace) -> None:
     from dist_vpt.recipe.loading import load_recipe, split_arguments
 
     recipe = load_recipe(*split_arguments(arguments.recipe))  # before torch is imported: mistakes show at once
+    from dist_vpt.experiments.early_checks import check_early
+
+    check_early(recipe)
     from dist_vpt.experiments.run import run
 
     run(recipe)

@@ -137,16 +137,29 @@ class RunFolder:
         self._holder = f"process {os.getpid()} on {socket.gethostname()} since {timestamp('microseconds')}"
         with locked(lock, "choose another run.dir", timeout=LOOK_SECONDS, holder=self._holder) as acquired:
             if not acquired:
-                raise RunFolderError(
-                    f"{self.path}: another run is at work here ({lock.read_text().strip() or 'unknown process'}); "
-                    "wait for its end or choose another run.dir"
-                )
+                raise self._at_work()
             yield
+
+    def _at_work(self) -> RunFolderError:
+        holder = (self.path / ".lock").read_text().strip() or "unknown process"
+        return RunFolderError(
+            f"{self.path}: another run is at work here ({holder}); wait for its end or choose another run.dir"
+        )
 
     def refuse_sweep(self) -> None:
         """Raises RunFolderError where the folder holds a sweep, and a run is expected."""
         if self.status().get("kind") == "sweep":
             raise RunFolderError(f"{self.path}: is a sweep; name one of its runs, such as {self.path}/seeds/SEED")
+
+    def refuse_other(self, recipe: Recipe, kind: str = "run") -> None:
+        """Raises RunFolderError, as ``acquire`` would, where the folder cannot take this recipe; changes nothing."""
+        if not self._found():
+            return
+        self._refuse_foreign()
+        if is_locked(self.path / ".lock"):
+            raise self._at_work()
+        if not self._failed_empty():
+            self._refuse_run(recipe, kind)
 
     def holds(self, recipe: Recipe, kind: str) -> bool:
         """Whether any process has started this recipe's run or sweep in the folder."""
@@ -170,9 +183,7 @@ class RunFolder:
         if not self._found():
             return
         self._refuse_foreign()
-        status = self.status().get("status")
-        outcomes = (self.path / "trials", self.path / "seeds")  # of a sweep
-        if status == "failed" and not any(p.exists() for p in (self.state, self.adapters, self.best, *outcomes)):
+        if self._failed_empty():
             kept: Sequence[str] = ()
             with suppress(UserError):  # where the recipe cannot be read nothing is kept
                 kept = () if self._changed(recipe) else (*LOGS, "recipe.yaml")  # without it this is no run folder
@@ -181,7 +192,15 @@ class RunFolder:
                 if name not in kept:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
-        found = self.status().get("kind", kind)
+        self._refuse_run(recipe, kind)
+
+    def _failed_empty(self) -> bool:
+        """Whether the run here failed before it saved anything."""
+        saved = (self.state, self.adapters, self.best, self.path / "trials", self.path / "seeds")  # of a sweep, too
+        return self.status().get("status") == "failed" and not any(path.exists() for path in saved)
+
+    def _refuse_run(self, recipe: Recipe, kind: str) -> None:
+        found, status = self.status().get("kind", kind), self.status().get("status")
         if found != kind:
             raise RunFolderError(f"{self.path}: holds a {found}, not a {kind}; choose another run.dir")
         if recipe.run.resume == "never":

@@ -14,6 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from dist_vpt.backbones.config import require_file
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.recognize import ONLY, recognize
@@ -27,10 +28,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises WeightsError for a missing, damaged or foreign file.
     """
-    if not path.is_file():
-        raise WeightsError(
-            f"{path}: no such weights file; give backbone.weights an existing .safetensors, .pth or .npz"
-        )
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

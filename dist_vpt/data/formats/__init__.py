@@ -1,7 +1,9 @@
 """The storage formats, and opening the splits of a recipe's task."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 
@@ -39,15 +41,31 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
             f"{location}: {len(splits.classes)} classes, but task {task.name!r} has "
             f"{task.classes}; complete the dataset, or use another task name"
         )
-    if len(splits.classes) < 2:
-        raise DataError(
-            f"{location}: has one class only, {splits.classes[0]!r}; is data.root a folder too high or too low? "
-            "It must hold the folders of the splits or of the classes, or lists that name several classes"
-        )
+    _check_several(location, splits.classes)
     _check_counts(location, task, splits)
     if not task.allow_missing_classes:
         _check_absent(location, recipe.train_on, splits)
     return splits
+
+
+def check_root(recipe: DataConfig) -> None:
+    """Raises the DataErrors that need no look at the images: those of data.root and its class folders."""
+    task = resolve(recipe)
+    if recipe.root is None or stored_as(recipe, task) == "hf":
+        return
+    root = open_root(recipe)
+    if stored_as(recipe, task) == "image_folder":
+        from dist_vpt.data.formats.image_folder import find_folders
+
+        _check_several(root, find_folders(root)[2])
+
+
+def _check_several(location: str | Path, classes: Sequence[str]) -> None:
+    if len(classes) < 2:
+        raise DataError(
+            f"{location}: has one class only, {classes[0]!r}; is data.root a folder too high or too low? It must hold "
+            "the folders of the splits or of the classes, or lists that name several classes"
+        )
 
 
 def stored_as(recipe: DataConfig, task: Task) -> Format:

@@ -29,10 +29,7 @@ ENDINGS = re.compile(r"(set|data|images|split)$")
 
 def open_splits(recipe: DataConfig, task: Task) -> Splits:
     root = open_root(recipe)
-    folders, missing = _split_folders(root)
-    classes = tuple(_subfolders(folders["train"]))
-    if not classes:
-        raise DataError(f"{folders['train']}: has no class folders; give each class a folder of images")
+    folders, missing, classes = find_folders(root)
     mistakes, others = Mistakes(), Counter[str]()
     source = FileSource(root, (), Decoding.of(task))
     found = {name: _read(name, folder, source, classes, mistakes, others) for name, folder in folders.items()}
@@ -43,6 +40,15 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     if has_folders and (beside := [name for name in _subfolders(root) if split_of(name) is None]):
         lines.append(f"{root}: folders beside the splits are not read: {', '.join(beside)}")
     return replace(splits, remarks=tuple(line for line in lines if line))
+
+
+def find_folders(root: Path) -> tuple[dict[str, Path], dict[str, str], tuple[str, ...]]:
+    """The folder of each split, why there is no test, and the classes. Raises DataError; lists no images."""
+    folders, missing = _split_folders(root)
+    classes = tuple(_subfolders(folders["train"]))
+    if not classes:
+        raise DataError(f"{folders['train']}: has no class folders; give each class a folder of images")
+    return folders, missing, classes
 
 
 def split_of(name: str) -> str | None:

@@ -1,0 +1,20 @@
+"""Mistakes that show in a moment: found before torch, timm and DeepSpeed are imported."""
+
+from dist_vpt.backbones.config import require_file
+from dist_vpt.data.formats import check_root
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RunFolder
+
+
+def check_early(recipe: Recipe, kind: str = "run") -> None:
+    """Raise UserError for a run folder, data folder or weights' file that cannot be used; writes nothing.
+
+    Several processes find the same later, and raise it together.
+    """
+    if LaunchEnv.current().world_size > 1:
+        return
+    RunFolder(str(recipe.run.dir)).refuse_other(recipe, kind)
+    if recipe.backbone.file is not None:
+        require_file(recipe.backbone.file)
+    check_root(recipe.data)
