@@ -131,6 +131,12 @@ def is_locked(file: Path) -> bool:
     return False
 
 
+def printable(name: str | Path) -> str:
+    """A file's name for people: bytes that are not UTF-8 and control characters are escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 def to_json(content: Any, indent: int | None = None) -> str:
     """JSON, with null for numbers that are not finite: standard JSON has none of these."""
 

@@ -1,6 +1,7 @@
 """``dist-vpt``: collects the sub-commands, and turns errors into exit codes. ``--help`` imports no torch."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ COMMANDS = (train, sweep, plan, suite, launch, inference, compress, report, diag
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     parser = build_parser()
     arguments, more = parser.parse_known_args(argv)
     if any(argument.startswith("-") for argument in more) or (more and "rest" not in arguments):

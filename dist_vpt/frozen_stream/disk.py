@@ -42,7 +42,7 @@ def identity(
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     for i in range(len(split)):
-        images.update(f"{split.source.identity(i)} {split.labels[i]}\n".encode())
+        images.update(f"{split.source.identity(i)} {split.labels[i]}\n".encode(errors="surrogateescape"))
     return {
         "format": FORMAT,
         "model": model.hexdigest(),

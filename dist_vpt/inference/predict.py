@@ -15,7 +15,7 @@ import torch
 
 from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
-from dist_vpt.files import write_atomically
+from dist_vpt.files import printable, write_atomically
 from dist_vpt.inference.load import load_run
 
 
@@ -42,7 +42,7 @@ def predict(
             best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
             rows.append(
                 {
-                    "image": str(file),
+                    "image": printable(file),
                     "predictions": [{"class": c, "probability": round(p, 6)} for c, p in best],
                 }
             )

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -151,10 +152,17 @@ class RunLogger:
         writer = self._writer() if self.main else None
         if writer is None:
             return
-        with self._dropping_tensorboard_if_full():
-            writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
-            if mistakes:
-                writer.add_figure("test/mistakes", mistakes_figure(mistakes, split, view, classes), global_step=step)
+        with self._dropping_tensorboard_if_full(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of characters that the font lacks
+            try:
+                writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
+                if mistakes:
+                    figure = mistakes_figure(mistakes, split, view, classes)
+                    writer.add_figure("test/mistakes", figure, global_step=step)
+            except OSError:
+                raise
+            except Exception as error:  # of any library: a figure must not fail a finished run
+                self.line(f"warning: the figures of test could not be drawn ({type(error).__name__}: {error})")
             writer.flush()
 
     def line(self, text: str, *, show: bool = True) -> None:
@@ -191,7 +199,7 @@ class RunLogger:
     def _write(self, path: Path) -> None:
         length = path.stat().st_size if path.exists() else 0
         try:
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(self.unwritten[path])
         except OSError:
             with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """What a run shows, read back from its files."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,10 +20,12 @@ from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.launch_env import ALONE
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.experiments import run as run_module
+from dist_vpt.inference.predict import predict
 from dist_vpt.planning import planner
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runtime.peak_memory import free_and_reset_peak, peak_memory_mib
 from dist_vpt.training import build_trials
+from dist_vpt.training import logger as logger_module
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.figures import confusion_figure, mistakes_figure
 from dist_vpt.training.logger import _hparams
@@ -261,3 +264,29 @@ def test_a_score_that_is_not_defined_is_a_dash_and_null(tmp_path: Path) -> None:
     log = (tmp_path / "run" / "train.log").read_text()
     assert re.search(r"test .*auroc -", log)
     assert log.count("note: auroc of test is not defined: its images are all of one class") == 1
+
+
+def test_class_names_of_any_bytes_and_a_figure_that_fails_cost_a_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate((b"caf\xe9", "日本".encode(), b"$x_1$")):
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/data/" + name))
+        folder.mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (8, 8), (80 * number + i,) * 3).save(folder / f"{i}.png")
+    own = ("data.task=mine", "data.format=image_folder", f"data.root={tmp_path / 'data'}", "train.batch_size=7")
+    own = (*own, "train.epochs=1", "run.trackers=[tensorboard]")
+    train(tmp_path / "run", *own)
+    assert "warning" not in (tmp_path / "run" / "train.log").read_text()
+    assert json.loads((tmp_path / "run" / "splits.json").read_text()).keys() == {"val", "test"}
+    rows = predict(str(tmp_path / "run"), [str(tmp_path / "data")], top=3, out=str(tmp_path / "out.csv"))
+    assert {each["class"] for each in rows[0]["predictions"]} == {"caf\\xe9", "日本", "$x_1$"}
+    assert "caf\\xe9/0.png" in (tmp_path / "out.csv").read_text()
+
+    def broken(*_: Any) -> Any:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(logger_module, "confusion_figure", broken)
+    result = train(tmp_path / "again", *own)
+    assert "test" in result["last"]
+    assert "warning: the figures of test could not be drawn (ValueError: no such font)" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from PIL import Image
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode, image_extensions
 from dist_vpt.errors import DataError
+from dist_vpt.files import printable
 
 MAX_LISTED = 10  # mistakes in a message; the others are counted
 TOOL_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})
@@ -29,7 +30,7 @@ class FileSource:
         return decode(self.root / self.files[i], self.where(i), max_megapixels, self.decoding)
 
     def where(self, i: int) -> str:
-        return str(self.root / self.files[i])
+        return printable(self.root / self.files[i])
 
     def identity(self, i: int) -> str:
         found = (self.root / self.files[i]).stat()

@@ -17,6 +17,7 @@ from dist_vpt.data.images import Decoding
 from dist_vpt.data.splits import Split, Splits, with_missing_splits
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, nearest
+from dist_vpt.files import printable
 
 # Names of split folders, in any case, also with an ending such as _set, -data or 2017.
 SPLIT_NAMES = {
@@ -29,10 +30,11 @@ ENDINGS = re.compile(r"(set|data|images|split)$")
 
 def open_splits(recipe: DataConfig, task: Task) -> Splits:
     root = open_root(recipe)
-    folders, missing, classes = find_folders(root)
+    folders, missing, names = find_folders(root)
+    classes = tuple(map(printable, names))
     mistakes, others = Mistakes(), Counter[str]()
     source = FileSource(root, (), Decoding.of(task))
-    found = {name: _read(name, folder, source, classes, mistakes, others) for name, folder in folders.items()}
+    found = {name: _read(name, folder, source, names, mistakes, others) for name, folder in folders.items()}
     mistakes.check()
     has_folders = folders["train"] != root
     splits = with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
@@ -103,14 +105,14 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
-    name: str, folder: Path, source: FileSource, classes: tuple[str, ...], mistakes: Mistakes, others: Counter[str]
+    name: str, folder: Path, source: FileSource, names: tuple[str, ...], mistakes: Mistakes, others: Counter[str]
 ) -> Split:
-    label_of = {k: label for label, k in enumerate(classes)}
+    label_of = {k: label for label, k in enumerate(names)}
     files: list[str] = []
     labels: list[int] = []
     for class_name in _subfolders(folder):
         if class_name not in label_of:
-            hint = nearest(class_name, classes)
+            hint = nearest(class_name, names)
             mistakes.add(folder / class_name, f"class {class_name!r} has no folder in train; {hint}")
             continue
         images, more = find_images(folder / class_name)

@@ -1,6 +1,8 @@
 """Class folders: both layouts and every mistake that is reported."""
 
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +213,11 @@ def test_images_stand_upright(flat, opened):
     }
     assert sizes[str(path)] == (10, 12)
     assert sizes[str(flat / "cat/2.png")] == (12, 10)
+
+
+def test_names_that_are_not_utf8_are_escaped(flat, opened):
+    (flat / "dog").rename(Path(os.fsdecode(os.fsencode(flat) + b"/caf\xe9\n")))
+    splits = opened("image_folder")
+    assert splits.classes == ("caf\\xe9\\n", "cat")
+    assert {splits["test"].where(i).isascii() for i in range(8)} == {True}
+    assert len({gray(splits["test"], i) for i in range(8)}) == 8
