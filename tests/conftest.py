@@ -1,5 +1,6 @@
-"""What all tests share: no network, one thread, a fresh Accelerate for each test, tiny backbones, one tiny run."""
+"""What all tests share: no network, one thread, a fresh Accelerate for each test, tiny backbones, cheap tiny runs."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 
 torch.set_num_threads(1)
@@ -24,6 +26,27 @@ def fresh_accelerate() -> Iterator[None]:
         state.AcceleratorState._reset_state(True)
         state.GradientState._reset_state()
         state.PartialState._reset_state()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Each run collects garbage: it need not look for some among all that was imported, which takes half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_figures() -> Iterator[None]:
+    """Drawing a test split takes longer than a tiny run: figures are written, but empty.
+
+    A file that looks at them, or at a run as a whole, has a fixture of this name that does nothing.
+    """
+    logger = sys.modules.get("dist_vpt.training.logger")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("confusion_figure", "mistakes_figure"):
+            if logger is not None:
+                patch.setattr(logger, name, lambda *_: Figure(figsize=(0.1, 0.1)))
+        yield
 
 
 @pytest.fixture(scope="module")
