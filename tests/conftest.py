@@ -15,6 +15,16 @@ from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 
 torch.set_num_threads(1)
+LONGEST = ("slurm", "distributed", "slow")  # marks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: what is left at the end is short, so that all processes end together."""
+    places: dict[Path, int] = {}
+    for item in items:
+        marks = [LONGEST.index(mark.name) for mark in item.iter_markers() if mark.name in LONGEST]
+        places[item.path] = min([places.get(item.path, len(LONGEST)), *marks])
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -74,6 +74,8 @@ def flops() -> dict[str, int]:
 import json, runpy, sys
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training.components import resolve_inputs
+
+pytestmark = pytest.mark.slow
 count, found = runpy.run_path(sys.argv[1])["model_flops"], {{}}
 for name, words in json.loads(sys.argv[2]).items():
     recipe = load_recipe([], words)

@@ -22,6 +22,8 @@ CLEARED = (*LEFTOVERS, "CUDA_VISIBLE_DEVICES", "CXX", "GLOO_SOCKET_IFNAME", "NCC
 # Found by Python where it starts: an installed package whose library is missing.
 BROKEN_IMPORT = """
 import sys
+
+pytestmark = pytest.mark.slow
 class Broken:
     def find_spec(self, name, path=None, target=None):
         if name == "{package}":

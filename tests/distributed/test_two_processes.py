@@ -3,6 +3,7 @@
 import json
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +32,14 @@ UNEVEN = (*SPANNING, "train.batch_size=12", "optim.scale_lr=false", "optim.lr=0.
 LONG = (*SPANNING, "train.batch_size=60", "optim.name=adamw", "optim.lr=0.01", "train.epochs=3")
 
 INSIDE = {
-    "partial": ("method.name=partial", "method.blocks=2"),
+    "partial": ("method.name=partial", "method.blocks=1"),
     "bias": ("method.name=bias",),
     "cls": ("method.name=cls",),
     "lora": ("method.name=lora", "method.targets=[q,v,fc1]", "method.rank=2"),
     "houlsby": ("method.name=adapter", "method.style=houlsby", "method.bottleneck=4"),
     "adaptformer": ("method.name=adaptformer", "method.bottleneck=4"),
     "ssf": ("method.name=ssf",),
-    "pad": ("method.name=vpt", "method.location=pad", "method.deep=false", "method.prompts=2"),
+    "pad": ("method.name=vpt", "method.location=pad", "method.deep=false", "method.prompts=8"),
     "below": ("method.name=vpt", "method.location=below", "method.deep=false", "method.prompts=2"),
     "side": ("method.name=side", "method.channels=8"),
     "vpt+": ("method.name=vpt", "method.extra_trainable=[bias,cls]", "method.init=tokens", "method.prompts=2"),
@@ -76,6 +77,15 @@ def test_accelerate_s_files_differ_by_a_name() -> None:
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Overrides: 100 images to train on, 20 of val and 59 of test."""
     return few_digits(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def tiny(data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
+    """Overrides: the data, and a ViT of two blocks, 16 wide."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ZOO, "tiny", FILES["in1k"].row)
+        file = FILES["in1k"].save(tmp_path_factory.mktemp("backbone"))
+        yield (*data, "backbone.name=tiny", f"backbone.weights={file}", "data.image_size=32")
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +186,9 @@ def test_zero3_holds_its_share_of_the_frozen_weights_between_steps(data: tuple[s
 
 
 @pytest.mark.parametrize("method", INSIDE)
-def test_two_processes_equal_one_for_methods_inside(method: str, data: tuple[str, ...], tmp_path: Path) -> None:
+def test_two_processes_equal_one_for_methods_inside(method: str, tiny: tuple[str, ...], tmp_path: Path) -> None:
     """Two steps, computed again in backward; then the adapters of two processes score on one."""
-    assert_equal_on_two(("ddp", "zero3"), tmp_path, *data, *INSIDE[method])
+    assert_equal_on_two(("ddp", "zero3"), tmp_path, *tiny, *INSIDE[method])
 
 
 ELSEWHERE = [("swin", ("ddp", "zero3_all")), ("dinov3", ("zero3_all",))]
@@ -219,16 +229,16 @@ TRAINED = {
     "vpt": ("method.prompts=3", "optim.scale_lr=false", "optim.lr=0.08"),  # frozen blocks
     "full": ("method.name=full", "optim.name=adamw", "optim.scale_lr=false", "optim.lr=8e-4"),
 }
-MIXED = [("zero3", policy, method) for policy in ("mlp", "block") for method in TRAINED]
-MIXED += [("zero3", "every-2", "vpt"), ("ddp", "budget-0.5", "vpt"), ("zero2", "budget-0.5", "full")]
+MIXED = [("zero3_all", policy, method) for policy in ("mlp", "block") for method in TRAINED]
+MIXED += [("zero3_all", "every-2", "vpt"), ("ddp", "budget-0.5", "vpt"), ("zero2", "budget-0.5", "full")]
 
 
 @pytest.fixture(scope="module")
-def unchecked(data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+def unchecked(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The losses of one process without checkpointing, by method."""
     folder, losses = tmp_path_factory.mktemp("unchecked"), {}
     for method, options in TRAINED.items():
-        train(folder / method, *data, *options, "optim.clip_norm=1")
+        train(folder / method, *tiny, *options, "optim.clip_norm=1")
         losses[method] = step_losses(folder / method)
     return losses
 
@@ -238,12 +248,12 @@ def test_checkpointing_on_two_processes(  # noqa: PLR0917 (fixtures)
     strategy: str,
     policy: str,
     method: str,
-    data: tuple[str, ...],
+    tiny: tuple[str, ...],
     unchecked: dict[str, list[float]],
     tmp_path: Path,
 ) -> None:
     """Under ZeRO-3 sharded weights are gathered again in backward, the frozen ones and those that are trained."""
-    options = (*data, *TRAINED[method], "optim.clip_norm=1", f"runtime.activation_checkpointing={policy}")
+    options = (*tiny, *TRAINED[method], "optim.clip_norm=1", f"runtime.activation_checkpointing={policy}")
     forks = forked(strategy, tmp_path / "run", *options)
     assert forks.finish() == [0, 0], forks.output[-3000:]
     assert step_losses(tmp_path / "run") == pytest.approx(unchecked[method], abs=1e-4)

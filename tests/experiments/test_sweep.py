@@ -1,5 +1,7 @@
 """`dist-vpt sweep`: the grid is chosen on val, the seeds are scored on test, and a kill loses nothing."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -45,6 +47,15 @@ def swept(folder: Path, *overrides: str) -> dict[str, Any]:
     return json.loads((folder / "sweep.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """The folder of a reader's sweep, its table and what was shown."""
+    folder, shown = tmp_path_factory.mktemp("reader") / "sweep", io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        content = swept(folder, *READER)
+    return folder, content, shown.getvalue()
+
+
 def without_times(content: dict[str, Any]) -> dict[str, Any]:
     content = json.loads(json.dumps(content))
     content.pop("seconds")
@@ -53,10 +64,8 @@ def without_times(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def test_a_reader_is_swept_in_one_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "sweep"
-    content = swept(folder, *READER)
-    shown = capsys.readouterr().out
+def test_a_reader_is_swept_in_one_pass(reader: tuple[Path, dict[str, Any], str]) -> None:
+    folder, content, shown = reader
     assert "6 trials in one pass" in shown
     assert "2 trials in one pass" in shown
     assert len(content["trials"]) == 6
@@ -73,10 +82,11 @@ def test_a_reader_is_swept_in_one_pass(tmp_path: Path, capsys: pytest.CaptureFix
     assert not list(folder.glob(".pass-*"))
 
 
-def test_a_seed_is_a_run_that_eval_and_predict_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = swept(tmp_path / "sweep", *READER)
-    run = tmp_path / "sweep" / "seeds" / "42"
-    capsys.readouterr()
+def test_a_seed_is_a_run_that_eval_and_predict_know(
+    reader: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, content, _ = reader
+    run = folder / "seeds" / "42"
     assert main(["eval", str(run)]) == 0
     found = next(line for line in capsys.readouterr().out.splitlines() if "top1" in line)
     numbers = [float(word) for word in found.replace("│", " ").split() if word.replace(".", "").isdigit()]
@@ -86,25 +96,27 @@ def test_a_seed_is_a_run_that_eval_and_predict_know(tmp_path: Path, capsys: pyte
     assert recipe.optim.lr == content["chosen"]["optim.lr"]
 
 
-def test_the_same_command_again_shows_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = swept(tmp_path / "sweep", *READER)
-    capsys.readouterr()
-    again = swept(tmp_path / "sweep", *READER)
+def test_the_same_command_again_shows_the_same_table(
+    reader: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, first, _ = reader
+    again = swept(folder, *READER)
     assert again == first
     shown = capsys.readouterr().out
     assert "in one pass" not in shown
     assert "over 2 seeds on trainval" in shown
 
 
-def test_another_grid_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    swept(tmp_path / "sweep", *READER)
-    assert main(command(tmp_path / "sweep", *READER, "optim.clip_norm=1")) == 2
+def test_another_grid_in_the_folder_is_refused(
+    reader: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(reader[0], *READER, "optim.clip_norm=1")) == 2
     assert "holds the run of another recipe" in capsys.readouterr().err
 
 
-def test_a_trial_alone_is_the_trial_of_the_sweep(tmp_path: Path) -> None:
-    content = swept(tmp_path / "sweep", *READER)
-    stored = json.loads((tmp_path / "sweep" / "trials" / "002.json").read_text())
+def test_a_trial_alone_is_the_trial_of_the_sweep(reader: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    folder, content, _ = reader
+    stored = json.loads((folder / "trials" / "002.json").read_text())
     file = tmp_path / "trial.yaml"
     file.write_text(json.dumps(stored["recipe"]))
     assert main(["train", str(file), f"run.dir={tmp_path / 'alone'}"]) == 0
@@ -488,14 +500,15 @@ def test_a_reader_s_sweep_that_cannot_fit_is_refused(
     assert "linear with 10 classes needs more" in capsys.readouterr().err
 
 
-def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    swept(tmp_path / "sweep", *READER)
-    assert main(["train", *words(tmp_path / "sweep", *READER, "run.resume=auto")]) == 2
+def test_a_run_and_a_sweep_do_not_share_a_folder(
+    reader: tuple[Path, dict[str, Any], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = str(reader[0])
+    assert main(["train", *words(reader[0], *READER, "run.resume=auto")]) == 2
     assert "holds a sweep, not a run; choose another run.dir" in capsys.readouterr().err
     assert main(["train", *words(tmp_path / "run", *READER)]) == 0
     assert main(command(tmp_path / "run", *READER)) == 2
     assert "holds a run, not a sweep" in capsys.readouterr().err
-    sweep = str(tmp_path / "sweep")
     for asked in (["compress", sweep, "--keep", "0.5"], ["eval", sweep], ["predict", sweep, "x.png"]):
         assert main(asked) == 2
         assert "is a sweep; name one of its runs" in capsys.readouterr().err

@@ -47,6 +47,8 @@ FORGETS = f"""
 import psutil, torch
 from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.runtime.peak_memory import free_and_reset_peak
+
+pytestmark = pytest.mark.slow
 def held():
     return psutil.Process().memory_info().rss
 assert keep_freed_memory()

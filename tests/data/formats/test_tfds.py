@@ -175,6 +175,8 @@ import sys
 sys.modules['tensorflow_datasets'] = None
 import dist_vpt.cli.main, dist_vpt.recipe.loading, dist_vpt.experiments.sweep, dist_vpt.data.formats.tfds
 from dist_vpt.errors import UserError
+
+pytestmark = pytest.mark.slow
 try:
     dist_vpt.data.formats.tfds.packages()
 except UserError as error:
