@@ -30,7 +30,7 @@ from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training import trials as trials_module
 from tests.forks import ROOT, Forks
 from tests.forks import command as forked
-from tests.running import SMALLEST, few_images, pictures, wait_for, words
+from tests.running import SMALLEST, few_digits, few_images, pictures, wait_for, words
 
 GRID = ["sweep.grid.optim.lr=[0.5, 0.1, 0.02]", "sweep.grid.optim.weight_decay=[0.01, 0.0]", "sweep.seeds=[42, 44]"]
 READER = ["method.name=linear", "train.epochs=2", *GRID]
@@ -45,6 +45,12 @@ def command(folder: Path, *overrides: str) -> list[str]:
 def swept(folder: Path, *overrides: str) -> dict[str, Any]:
     assert main(command(folder, *overrides)) == 0
     return json.loads((folder / "sweep.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides: 100 images to train on, 20 of val and 59 of test."""
+    return few_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +130,9 @@ def test_a_trial_alone_is_the_trial_of_the_sweep(reader: tuple[Path, dict[str, A
     assert alone["last"]["val"]["loss"] == pytest.approx(content["trials"][2]["last"]["val"]["loss"], rel=1e-5)
 
 
-def test_writers_are_swept_one_after_the_other(tmp_path: Path) -> None:
+def test_writers_are_swept_one_after_the_other(data: tuple[str, ...], tmp_path: Path) -> None:
     grid = ["sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42]"]
-    content = swept(tmp_path / "sweep", "train.epochs=1", *grid)
+    content = swept(tmp_path / "sweep", *data, "train.epochs=1", *grid)
     assert len(content["trials"]) == 2
     assert content["test"]["top1"]["std"] == 0
     for run in ("trials/000", "trials/001", "seeds/42"):
@@ -134,9 +140,11 @@ def test_writers_are_swept_one_after_the_other(tmp_path: Path) -> None:
     assert "test" not in json.loads((tmp_path / "sweep" / "trials" / "000" / "result.json").read_text())["last"]
 
 
-def test_grids_over_other_keys_are_passes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grids_over_other_keys_are_passes_of_their_own(
+    data: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid = ["sweep.grid.optim.name=[sgd, adam]", "sweep.grid.method.queries=[1, 2]", "sweep.seeds=[42]"]
-    content = swept(tmp_path / "sweep", "method.name=vqt", *grid)
+    content = swept(tmp_path / "sweep", *data, "method.name=vqt", *grid)
     assert capsys.readouterr().out.count("2 trials in one pass") == 2
     assert {(t["setting"]["optim.name"], t["setting"]["method.queries"]) for t in content["trials"]} == {
         (name, queries) for name in ("sgd", "adam") for queries in (1, 2)
@@ -196,9 +204,10 @@ def start(
     return forked(command(folder, *overrides), Path(f"{folder}.txt"), strategy, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["method.name=vqt", "method.name=vpt"])
-def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path: Path) -> None:
-    grid = ["train.epochs=2", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42, 44]", "run.trackers=[]", method]
+def test_killed_and_started_again_it_gives_the_same_table(method: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "train.epochs=2", "sweep.grid.optim.lr=[5, 1]", "sweep.seeds=[42, 44]", "run.trackers=[]", method]
     whole = swept(tmp_path / "whole", *grid)
     moments = ("trials/000.json",) if method.endswith("vpt") else ("run.json", "seeds/44.json")
     for moment in moments:
@@ -217,9 +226,10 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
     assert killed["seeds"] == whole["seeds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, tmp_path: Path) -> None:
-    grid = ["method.name=vqt", "train.epochs=4", "train.batch_size=100", "run.trackers=[]", *GRID]
+def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "method.name=vqt", "train.epochs=4", "train.batch_size=10", "run.trackers=[]", *GRID]
     whole, folder = swept(tmp_path / "whole", *grid), tmp_path / "ended"
 
     def before(_: int) -> None:
@@ -285,8 +295,8 @@ def test_a_reader_s_sweep_has_nothing_for_deepspeed(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("split", ["trials", "batch"])
-def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
-    grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
+def test_two_processes_give_the_table_of_one(split: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
     one = swept(tmp_path / "one", *grid)
     words = command(tmp_path / "two", *grid, f"sweep.parallelize={split}")
     if split == "trials":  # below a launcher, as the README says
@@ -314,8 +324,8 @@ def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None
 
 
 @pytest.mark.distributed
-def test_writers_that_share_the_batches_are_swept_one_after_the_other(tmp_path: Path) -> None:
-    grid = ["train.batch_size=500", "run.trackers=[]", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42]"]
+def test_writers_that_share_the_batches_are_swept_one_after_the_other(data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "train.batch_size=50", "run.trackers=[]", "sweep.grid.optim.lr=[5, 1]", "sweep.seeds=[42]"]
     one = swept(tmp_path / "one", *grid)
     forks = forked(command(tmp_path / "two", *grid, "sweep.parallelize=batch"), tmp_path / "two.txt", "ddp")
     assert forks.finish() == [0, 0], forks.output
@@ -363,6 +373,7 @@ def test_a_folder_is_seen_to_be_held_where_locks_reach_no_other_machine(
         assert next(beats, None) is None
 
 
+@pytest.mark.slow
 def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
     def before(_: int) -> None:
         write, written = sweep_worker.Worker.write_outcome, []
@@ -394,9 +405,9 @@ def test_every_trial_diverges_within_an_epoch(tmp_path: Path, capsys: pytest.Cap
         assert "every trial of the grid diverged; choose another run.dir" in message
 
 
-def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_no_divergence(data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No outcome is written of a trial whose states could not be saved, and the same command trains it."""
-    options = ["train.batch_size=250", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
+    options = [*data, "train.batch_size=25", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
     recipe = load_recipe([], words(tmp_path, "sweep.seeds=[1]", "optim.name=sgd", *options))
     save = state.save_file
 

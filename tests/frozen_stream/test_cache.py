@@ -250,6 +250,7 @@ def test_a_stream_that_is_read_once_is_not_kept(data: tuple[str, ...], tmp_path:
     assert "live" in once.line
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("reader", "place"), [("linear", "memory"), ("vqt", "memory"), ("vqt", "disk")])
 def test_two_processes_equal_one(data: tuple[str, ...], reader: str, place: str, tmp_path: Path) -> None:
     options = (*data, *FAST, "train.epochs=2", "train.batch_size=12", "optim.lr=0.5", *READERS[reader][:2])
@@ -264,6 +265,7 @@ def test_two_processes_equal_one(data: tuple[str, ...], reader: str, place: str,
         assert all(map(torch.equal, tensors(cache_of(cache, parts_of(*data))), tensors(in_memory(parts_of(*data)))))
 
 
+@pytest.mark.distributed
 def test_two_processes_with_bf16_and_skipped_images(tmp_path: Path) -> None:
     """All that a cache holds goes between processes while it is filled."""
     data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
@@ -276,6 +278,7 @@ def test_two_processes_with_bf16_and_skipped_images(tmp_path: Path) -> None:
     assert result["skipped_images"] == alone.result["skipped_images"]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_an_unreadable_image_on_one_process_ends_both(place: str, tmp_path: Path) -> None:
     data = pictures(tmp_path / "data", broken=lambda i: i == 37)
@@ -285,6 +288,7 @@ def test_an_unreadable_image_on_one_process_ends_both(place: str, tmp_path: Path
     assert not (tmp_path / "cache").exists() or not folders(tmp_path / "cache")
 
 
+@pytest.mark.distributed
 def test_what_goes_wrong_on_one_process_ends_both(data: tuple[str, ...], tmp_path: Path) -> None:
     """A process that is short of memory, and one whose folder cannot be written, while the other one could go on."""
 
@@ -306,6 +310,7 @@ def test_what_goes_wrong_on_one_process_ends_both(data: tuple[str, ...], tmp_pat
     assert "No space left" in json.loads((tmp_path / "full" / "run.json").read_text())["reason"]
 
 
+@pytest.mark.distributed
 def test_several_processes_build_a_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(*FAST)
     gate = FORK.Barrier(3)

@@ -86,6 +86,7 @@ def test_half_is_held_and_nothing_more_is_kept() -> None:
     assert kept[1] <= kept[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
 def test_a_run_on_one_process_and_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(tmp_path / "alone", INT8)

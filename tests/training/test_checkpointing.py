@@ -71,6 +71,7 @@ def stopped(data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["tensors", "json", "rename", "prune"])
 def test_a_kill_during_a_save_loses_at_most_that_save(
     data: tuple[str, ...], point: str, stopped: Path, tmp_path: Path
