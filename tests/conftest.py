@@ -68,6 +68,14 @@ def on_the_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides for a tenth of the digits: 100 images to train on, 20 of val and 59 of test."""
+    from tests.running import few_digits
+
+    return few_digits(tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, str], Path]:
     """Writes a text file below tmp_path."""

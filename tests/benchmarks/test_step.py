@@ -19,6 +19,8 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.components import build_method, resolve_inputs
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 _spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
 assert _spec
@@ -74,8 +76,6 @@ def flops() -> dict[str, int]:
 import json, runpy, sys
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training.components import resolve_inputs
-
-pytestmark = pytest.mark.slow
 count, found = runpy.run_path(sys.argv[1])["model_flops"], {{}}
 for name, words in json.loads(sys.argv[2]).items():
     recipe = load_recipe([], words)

@@ -19,7 +19,7 @@ from dist_vpt.training.accelerator import make_accelerator, prepare
 from dist_vpt.training.components import build_components
 from tests.backbones.published import FILES
 from tests.forks import Forks, command, launched
-from tests.running import ROOT, few_digits, finish, metrics, start, step_losses, train, wait_for, words, workers_of
+from tests.running import ROOT, finish, metrics, start, step_losses, train, wait_for, words, workers_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
 # As the README says; the other files differ by a name alone. For launch/local.sh: the signal below, and test_wheel.py.
@@ -71,12 +71,6 @@ def test_accelerate_s_files_differ_by_a_name() -> None:
         assert config["deepspeed_config"].pop("deepspeed_config_file") == name
         assert (ROOT / name).is_file()
         assert config == launched
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Overrides: 100 images to train on, 20 of val and 59 of test."""
-    return few_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

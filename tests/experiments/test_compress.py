@@ -34,7 +34,7 @@ from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapte
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training.components import Components, build_components
 from tests.methods.conftest import make_backbone
-from tests.running import few_digits, train, words
+from tests.running import train, words
 
 FEATURES = 128 * 3  # the demo backbone's width, of its own features and of two blocks with a query each
 RUN = (
@@ -48,12 +48,6 @@ RUN = (
     "run.trackers=[]",
 )
 TRAINED = {"queries", "head.weight", "head.bias"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Overrides: 100 images to train on, 20 of val and 59 of test."""
-    return few_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

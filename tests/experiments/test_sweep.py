@@ -30,7 +30,7 @@ from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training import trials as trials_module
 from tests.forks import ROOT, Forks
 from tests.forks import command as forked
-from tests.running import SMALLEST, few_digits, few_images, pictures, wait_for, words
+from tests.running import SMALLEST, few_images, pictures, wait_for, words
 
 GRID = ["sweep.grid.optim.lr=[0.5, 0.1, 0.02]", "sweep.grid.optim.weight_decay=[0.01, 0.0]", "sweep.seeds=[42, 44]"]
 READER = ["method.name=linear", "train.epochs=2", *GRID]
@@ -45,12 +45,6 @@ def command(folder: Path, *overrides: str) -> list[str]:
 def swept(folder: Path, *overrides: str) -> dict[str, Any]:
     assert main(command(folder, *overrides)) == 0
     return json.loads((folder / "sweep.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Overrides: 100 images to train on, 20 of val and 59 of test."""
-    return few_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

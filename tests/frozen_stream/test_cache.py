@@ -41,7 +41,7 @@ from dist_vpt.training.accelerator import unsupported_reason
 from dist_vpt.training.components import Components, build_components
 from tests.forks import FORK, Forks, command
 from tests.methods.conftest import make_backbone
-from tests.running import ROOT, few_digits, metrics, pictures, train, words
+from tests.running import ROOT, metrics, pictures, train, words
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 FAST = ("run.trackers=[]", "train.test=false", "train.eval_batch_size=96")
@@ -55,12 +55,6 @@ READERS = {
     "vqt_projected": ("method.name=vqt", "method.queries=2", "method.dropout=0.1", "method.form=projected"),
 }
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Overrides: 100 images to train on, 20 of val and 59 of test."""
-    return few_digits(tmp_path_factory.mktemp("data"))
 
 
 @dataclass

@@ -10,6 +10,8 @@ import pytest
 
 from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory, trim_freed_memory
 
+pytestmark = pytest.mark.slow
+
 BYTES = 64 * 2**20  # more than glibc ever keeps by itself
 
 STEPS = f"""
@@ -47,8 +49,6 @@ FORGETS = f"""
 import psutil, torch
 from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.runtime.peak_memory import free_and_reset_peak
-
-pytestmark = pytest.mark.slow
 def held():
     return psutil.Process().memory_info().rss
 assert keep_freed_memory()

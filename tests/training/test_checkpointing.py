@@ -19,7 +19,7 @@ from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
 from dist_vpt.training import engine
 from tests.forks import command
 from tests.methods.conftest import make_backbone
-from tests.running import few_digits, metrics, train, words
+from tests.running import metrics, train, words
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 OPTIONS = ("train.batch_size=25", "train.epochs=3", "run.save_every=1", "runtime.deterministic=true")
@@ -51,12 +51,6 @@ def kill_at(point: str) -> None:
     state.write_atomically = counted(state.write_atomically, "json")
     os.replace = counted(os.replace, "rename")
     shutil.rmtree = counted(shutil.rmtree, "prune")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """Overrides: 100 images to train on, 20 of val and 59 of test."""
-    return few_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ from dist_vpt.errors import DataError, UserError
 from tests.data.tfds_copies import as_tfrecord, prepare
 from tests.reference import vtab
 
+pytestmark = pytest.mark.slow
+
 VTAB = [name for name, row in TASKS.items() if row.tfds]
 FORMATS = ("array_record", "tfrecord")
 
@@ -175,8 +177,6 @@ import sys
 sys.modules['tensorflow_datasets'] = None
 import dist_vpt.cli.main, dist_vpt.recipe.loading, dist_vpt.experiments.sweep, dist_vpt.data.formats.tfds
 from dist_vpt.errors import UserError
-
-pytestmark = pytest.mark.slow
 try:
     dist_vpt.data.formats.tfds.packages()
 except UserError as error:
