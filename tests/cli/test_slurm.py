@@ -415,6 +415,7 @@ def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
     assert node_exit_code(codes) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL])
 def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Signals, tmp_path: Path) -> None:
     """Slurm sends it to every process of a step; the one that trains saves its state. No worker outlives that one."""

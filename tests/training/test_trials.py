@@ -85,7 +85,7 @@ def losses(folder: Path, split: str) -> list[float]:
 @pytest.mark.parametrize(
     ("method", "optimizer", "trials"),
     [
-        ("vqt", "adam", 20),
+        pytest.param("vqt", "adam", 20, marks=pytest.mark.slow),
         ("vqt", "sgd", 4),
         ("vqt", "adamw", 4),
         ("linear", "sgd", 4),
