@@ -1,5 +1,6 @@
-"""What all tests share: no network, one thread, a fresh Accelerate for each test, tiny backbones, one tiny run."""
+"""What all tests share: no network, one thread, a fresh Accelerate for each test, tiny backbones, cheap tiny runs."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,9 +11,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from timm.models.vision_transformer import VisionTransformer
 
 torch.set_num_threads(1)
+LONGEST = ("slurm", "distributed", "slow")  # marks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: what is left at the end is short, so that all processes end together."""
+    places: dict[Path, int] = {}
+    for item in items:
+        marks = [LONGEST.index(mark.name) for mark in item.iter_markers() if mark.name in LONGEST]
+        places[item.path] = min([places.get(item.path, len(LONGEST)), *marks])
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +38,27 @@ def fresh_accelerate() -> Iterator[None]:
         state.PartialState._reset_state()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_imports() -> None:
+    """Each run collects garbage: it need not look for some among all that was imported, which takes half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_figures() -> Iterator[None]:
+    """Drawing a test split takes longer than a tiny run: figures are written, but empty.
+
+    A file that looks at them, or at a run as a whole, has a fixture of this name that does nothing.
+    """
+    logger = sys.modules.get("dist_vpt.training.logger")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("confusion_figure", "mistakes_figure"):
+            if logger is not None:
+                patch.setattr(logger, name, lambda *_: Figure(figsize=(0.1, 0.1)))
+        yield
+
+
 @pytest.fixture(scope="module")
 def on_the_cpu() -> Iterator[None]:
     """Hides the GPU from this process and those that it forks."""
@@ -33,6 +66,14 @@ def on_the_cpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         yield
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides for a tenth of the digits: 100 images to train on, 20 of val and 59 of test."""
+    from tests.running import few_digits
+
+    return few_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture

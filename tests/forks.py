@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
@@ -32,6 +33,8 @@ class Forks:
             process.start()
 
     def _work(self, work: Callable[[int], Any], rank: int) -> None:
+        sys.settrace(None)  # coverage's, which would be paid for and then lost
+        threading.settrace(None)  # type: ignore[arg-type]
         # Renews torch's pool of threads while there is one thread: autograd's, started together, would race to do it.
         torch.set_num_threads(torch.get_num_threads())
         AcceleratorState._reset_state(True)

@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "policies.py"
 TINY = ["backbone.name=demo", "backbone.weights=random", "train.batch_size=2", "runtime.device=cpu", "--repeats", "2"]
 

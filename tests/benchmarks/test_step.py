@@ -19,6 +19,8 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.components import build_method, resolve_inputs
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 _spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
 assert _spec
@@ -57,19 +59,33 @@ def saved_mib(*overrides: str) -> float:
     return step.saved_for_backward(method, lambda: step.micro_batch_loss(method, recipe, batch)) / 2**20
 
 
-@cache
-def flops(*overrides: str) -> int:
+COUNTED = {
+    "fp32": [*VPT, "runtime.precision=fp32"],
+    "block": [*VPT, "runtime.activation_checkpointing=block"],
+    "projection": [*VPT, "method.projection=8"],
+    "linear": ["method.name=linear"],
+    "full": ["method.name=full", "runtime.precision=bf16"],
+}
+
+
+@pytest.fixture(scope="module")
+def flops() -> dict[str, int]:
     """Counted in a process of its own: a backward pass on the meta device starts threads, after which torch refuses to
     be forked, and other tests fork."""
     code = f"""
-import runpy, sys
+import json, runpy, sys
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training.components import resolve_inputs
-recipe = load_recipe([], sys.argv[2:])
-print(runpy.run_path(sys.argv[1])["model_flops"](recipe, resolve_inputs(recipe.data, recipe.backbone), {K}))
+count, found = runpy.run_path(sys.argv[1])["model_flops"], {{}}
+for name, words in json.loads(sys.argv[2]).items():
+    recipe = load_recipe([], words)
+    found[name] = count(recipe, resolve_inputs(recipe.data, recipe.backbone), {K})
+print(json.dumps(found))
 """
-    words = [sys.executable, "-c", code, str(SCRIPT), *TINY, *overrides]
-    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    recipes = {name: [*TINY, *words] for name, words in COUNTED.items()}
+    words = [sys.executable, "-c", code, str(SCRIPT), json.dumps(recipes)]
+    found: dict[str, int] = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    return found
 
 
 def block_flops(tokens: int) -> tuple[int, int]:
@@ -144,28 +160,28 @@ def test_a_storage_counts_once_and_weights_never() -> None:
     assert step.saved_for_backward(layer, loss) == 2 * given.nbytes
 
 
-@pytest.mark.parametrize("more", [["runtime.precision=fp32"], ["runtime.activation_checkpointing=block"]])
-def test_flops_of_vpt(more: list[str], run: tuple[dict, Path]) -> None:
+@pytest.mark.parametrize("name", ["fp32", "block"])
+def test_flops_of_vpt(name: str, flops: dict[str, int], run: tuple[dict, Path]) -> None:
     weights, attention = block_flops(1 + P + PATCHES)
     patches = 2 * PATCHES * PIXELS * D
     # Frozen: the patches forward alone; products with weights once more (to their inputs); attention's two products
     # have two gradients each; the head has its forward and both gradients.
     by_hand = patches + 2 * weights + 3 * attention + 3 * 2 * D * K
-    assert flops(*VPT, *more) == by_hand == run[0]["model_flops"]
+    assert flops[name] == by_hand == run[0]["model_flops"]
 
 
-def test_flops_of_a_projection_are_shared_by_the_batch(run: tuple[dict, Path]) -> None:
-    extra = flops(*VPT, "method.projection=8") - run[0]["model_flops"]
+def test_flops_of_a_projection_are_shared_by_the_batch(flops: dict[str, int], run: tuple[dict, Path]) -> None:
+    extra = flops["projection"] - run[0]["model_flops"]
     assert extra == L * 3 * 2 * P * 8 * D // 2  # forward and both gradients of L sets, for two images
 
 
-def test_flops_of_linear_and_full() -> None:
+def test_flops_of_linear_and_full(flops: dict[str, int]) -> None:
     weights, attention = block_flops(1 + PATCHES)
     patches = 2 * PATCHES * PIXELS * D
-    assert flops("method.name=linear") == patches + weights + attention + 2 * 2 * D * K
+    assert flops["linear"] == patches + weights + attention + 2 * 2 * D * K
     # Nothing asks for the gradient of the image, so the patches have two products and not three.
     full = 2 * patches + 3 * (weights + attention) + 3 * 2 * D * K
-    assert flops("method.name=full", "runtime.precision=bf16") == full
+    assert flops["full"] == full
 
 
 def test_mistakes_are_the_recipes_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     return json.loads(done.stdout.splitlines()[-1]), here
 
 
+@pytest.mark.slow
 def test_last_line_is_the_whole_result(run: tuple[dict[str, Any], Path]) -> None:
     result, here = run
     assert set(result) == {
@@ -91,6 +92,7 @@ def test_last_line_is_the_whole_result(run: tuple[dict[str, Any], Path]) -> None
     assert json.loads((here / files[0]).read_text()) == result
 
 
+@pytest.mark.slow
 def test_ratios_are_those_of_the_seconds(run: tuple[dict[str, Any], Path]) -> None:
     seconds = run[0]["seconds_per_image_and_trial"]
     assert set(seconds) == {"published", *WAYS}
@@ -102,6 +104,7 @@ def test_ratios_are_those_of_the_seconds(run: tuple[dict[str, Any], Path]) -> No
             assert run[0][f"ratio_{name}_same_precision"][precision] == pytest.approx(same, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_floor_is_what_must_be_read_and_multiplied(run: tuple[dict[str, Any], Path]) -> None:
     floor, seconds = run[0]["floor"], run[0]["seconds_per_image_and_trial"]
     for name in ("cached", "cached_trials"):
@@ -112,6 +115,7 @@ def test_the_floor_is_what_must_be_read_and_multiplied(run: tuple[dict[str, Any]
             )
 
 
+@pytest.mark.slow
 def test_a_frozen_stream_is_not_kept_for_backward(run: tuple[dict[str, Any], Path]) -> None:
     saved = run[0]["saved_for_backward_mib"]
     for precision in ("fp32", "bf16"):

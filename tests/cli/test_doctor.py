@@ -16,6 +16,8 @@ from dist_vpt.cli import doctor
 from dist_vpt.distributed.launch_env import LEFTOVERS
 from tests.running import ROOT
 
+pytestmark = pytest.mark.slow
+
 CHECKS = ["packages", "gpu", "launcher", "collectives", "deepspeed", "run folder", "shared memory", "extras"]
 CLEARED = (*LEFTOVERS, "CUDA_VISIBLE_DEVICES", "CXX", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 

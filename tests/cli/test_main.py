@@ -307,6 +307,7 @@ def test_control_c(capsys: pytest.CaptureFixture[str]) -> None:
         run_with_exit_code(lambda: _raising(KeyboardInterrupt()), debug=True)
 
 
+@pytest.mark.slow
 def test_tracebacks_are_for_debug() -> None:
     quiet = python("-m", "dist_vpt", "recipe", "show", "nix.yaml")
     assert quiet.returncode == 2

@@ -76,6 +76,8 @@ def test_a_job_equals_a_local_run(  # noqa: PLR0917 (fixtures)
     result = json.loads((folder / "result.json").read_text())
     assert (result["strategy"], result["processes"]) == (strategy, processes)
     before = (folder / "result.json").read_bytes()
+    if strategy == "zero2":  # starts as ddp does
+        return
     if processes == 1:
         log = cluster.run(str(LAUNCH / "slurm_interactive.sh"), *CPUS, "--", *argv)
     else:
@@ -156,7 +158,8 @@ def test_a_job_that_is_stopped_started_again_and_killed_equals_a_local_run(
     assert "process 1 was ended by signal 9 (Killed)" in log.read_text()
 
 
-LEFT = (3, 10, 18)
+ELEMENTS = 8
+LEFT = (1, 4, 7)
 
 
 def results(folder: Path) -> dict[str, Result]:
@@ -167,8 +170,8 @@ def results(folder: Path) -> dict[str, Result]:
 
 @pytest.mark.slurm
 def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
-    """Of 19 sweeps 16 are done already: their elements end at once, the others compute. Two at a time."""
-    tasks = [tmp_path / f"task{number:02}.yaml" for number in range(19)]
+    """Of eight sweeps five are done already: their elements end at once, the others compute. Two at a time."""
+    tasks = [tmp_path / f"task{number:02}.yaml" for number in range(ELEMENTS)]
     for number, task in enumerate(tasks):
         task.write_text(f"seed: {number}\ndata: {{format: digits, image_size: 8, workers: 0}}\n")
     common = ["train.epochs=1", "optim.warmup_epochs=0", "train.batch_size=500", "run.trackers=[]"]
@@ -184,22 +187,22 @@ def test_an_array_does_a_suite(cluster: Cluster, tmp_path: Path) -> None:
             done = expected[f"{left[0].stem}/linear"].model_copy(update={"run": pair.key, "folder": pair.name})
             append(tmp_path / "array" / FILE, done)
     argv = [*common, "--tasks", *map(str, tasks), "--method", "linear", "--out", str(tmp_path / "array")]
-    options = ["--array=0-18%2", "--gpus-per-node=0", "--cpus-per-task=1"]
+    options = [f"--array=0-{ELEMENTS - 1}%2", "--gpus-per-node=0", "--cpus-per-task=1"]
     job = cluster.submit(LAUNCH / "slurm_array.sbatch", *argv, options=options)
     cluster.wait(job)
     elements = cluster.job(job)
-    assert sorted(int(element["ArrayTaskId"]) for element in elements) == list(range(19))
+    assert sorted(int(element["ArrayTaskId"]) for element in elements) == list(range(ELEMENTS))
     assert {element["JobState"] for element in elements} == {"COMPLETED"}, cluster.log(f"{job}_3")
     spans = [(element["StartTime"], element["EndTime"]) for element in elements]
     assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) <= 2
     found = results(tmp_path / "array")
-    assert len(found) == 19
+    assert len(found) == ELEMENTS
     for name, result in expected.items():
         assert found[name].run == result.run
         assert found[name].val == pytest.approx(result.val, abs=1e-4)
         for metric, spread in result.test.items():
             assert found[name].test[metric].mean == pytest.approx(spread.mean, abs=1e-4)
-    began = [number for number in range(19) if "linear: trials" in cluster.log(f"{job}_{number}")]
+    began = [number for number in range(ELEMENTS) if "linear: trials" in cluster.log(f"{job}_{number}")]
     assert tuple(began) == LEFT
 
 
@@ -412,6 +415,7 @@ def test_exit_code_of_a_node(codes: dict[int, int], expected: int) -> None:
     assert node_exit_code(codes) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGKILL])
 def test_who_loads_images_outlives_a_signal_to_the_whole_job(number: signal.Signals, tmp_path: Path) -> None:
     """Slurm sends it to every process of a step; the one that trains saves its state. No worker outlives that one."""

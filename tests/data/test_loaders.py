@@ -292,6 +292,7 @@ def test_cache_that_does_not_fit(monkeypatch, transform, pixels):
     first_step(local_world=1)  # the other process is on another machine
 
 
+@pytest.mark.slow
 def test_killed_worker_is_reported(files):
     batches = EvalBatches(files("kill"), PLAIN, 2, workers=1)
     with pytest.raises(DataError, match=r"died while it read .*/3\.jpg \(by SIGKILL\); .* lower data\.workers, or"):
@@ -313,6 +314,7 @@ def test_batches_go_on_after_a_failure(files):
     assert len(list(batches)) == 4
 
 
+@pytest.mark.slow
 def test_closing_does_not_wait_for_the_garbage_collector():
     batches = EvalBatches(make_split(), PLAIN, 4, workers=2)
     batches.cycle = batches  # as an owner that the batches refer to would make it

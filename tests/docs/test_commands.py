@@ -14,6 +14,8 @@ from tests.docs.command_server import write_command
 from tests.docs.pages import NOT_RUN, PAGES, RUN_WITH, Block, blocks
 from tests.running import ROOT
 
+pytestmark = pytest.mark.slow
+
 ALL = [block for page in PAGES for block in blocks(page)]
 RUN = [block for block in ALL if block.is_run]
 LEAST = 18  # blocks that run; a page that hides its commands from this test makes them fewer

@@ -54,6 +54,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page != README)
 
 
+@pytest.mark.slow
 def test_the_reference_is_up_to_date() -> None:
     script = [sys.executable, str(ROOT / "tools" / "make_reference.py"), "--check"]
     this_checkout = {**os.environ, "PYTHONPATH": str(ROOT)}

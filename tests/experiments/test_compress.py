@@ -51,17 +51,17 @@ TRAINED = {"queries", "head.weight", "head.bias"}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A VQT run of two epochs."""
     path = tmp_path_factory.mktemp("runs") / "vqt"
-    train(path, *RUN)
+    train(path, *RUN, *data)
     return path
 
 
 @pytest.fixture(scope="module")
-def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def linear(data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "linear"
-    train(path, "method.name=linear", "run.trackers=[]")
+    train(path, "method.name=linear", "run.trackers=[]", *data)
     return path
 
 
@@ -226,7 +226,7 @@ def test_a_smaller_head_is_the_head_on_the_kept_columns(source: Path, selected: 
         logits_BK = small(batch["images"]).numpy()
     own = {name: tensor.double().numpy() for name, tensor in adapters(selected[0] / "featselect-0.1").items()}
     columns = own["kept"].astype(int)
-    assert features_BF.shape == (128, FEATURES)
+    assert features_BF.shape == (59, FEATURES)
     np.testing.assert_allclose(logits_BK, features_BF[:, columns] @ own["head.weight"].T + own["head.bias"], atol=1e-5)
 
 
@@ -276,7 +276,7 @@ def test_the_backbone_is_asked_once_for_every_image(
     monkeypatch.setattr(Block, "forward", counted)
     monkeypatch.setattr(compress_training, "train_head", train_head)
     again(source, [0.5, 0.2], mode, out=str(tmp_path))
-    assert images == 6 * (1000 + 200 + 597)
+    assert images == 6 * (100 + 20 + 59)
     assert set(when_trained) == {images}
     assert len(when_trained) == (1 if mode == "compress" else 3)
 
@@ -342,10 +342,13 @@ def test_finetune_changes_queries_and_head_and_nothing_else(
     assert not list(tmp_path.glob(".finetune*"))
 
 
-def test_a_head_is_trained_as_the_engine_trains_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_is_trained_as_the_engine_trains_one(
+    data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first features are the backbone's own; a head on these alone is linear probing."""
     words = (
-        *("train.epochs=3", "train.batch_size=130", "train.label_smoothing=0.1", "train.class_weights=inv", "seed=5"),
+        *data,
+        *("train.epochs=3", "train.batch_size=13", "train.label_smoothing=0.1", "train.class_weights=inv", "seed=5"),
         *("optim.lr=2", "optim.weight_decay=0.1", "optim.warmup_epochs=1", "optim.clip_norm=0.5", "run.trackers=[]"),
     )
     train(tmp_path / "linear", "method.name=linear", *words)

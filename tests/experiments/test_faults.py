@@ -189,6 +189,7 @@ def test_the_module_that_accelerate_launches_speaks_alike(run: Path, capsys: pyt
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_as_a_process_of_its_own(run: Path) -> None:
     words = [sys.executable, "-m", "dist_vpt", "train", f"run.dir={run}", "backbone.weights=nix.pth", "data.workers=0"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)

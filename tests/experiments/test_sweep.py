@@ -1,5 +1,7 @@
 """`dist-vpt sweep`: the grid is chosen on val, the seeds are scored on test, and a kill loses nothing."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -45,6 +47,15 @@ def swept(folder: Path, *overrides: str) -> dict[str, Any]:
     return json.loads((folder / "sweep.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """The folder of a reader's sweep, its table and what was shown."""
+    folder, shown = tmp_path_factory.mktemp("reader") / "sweep", io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        content = swept(folder, *READER)
+    return folder, content, shown.getvalue()
+
+
 def without_times(content: dict[str, Any]) -> dict[str, Any]:
     content = json.loads(json.dumps(content))
     content.pop("seconds")
@@ -53,10 +64,8 @@ def without_times(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def test_a_reader_is_swept_in_one_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "sweep"
-    content = swept(folder, *READER)
-    shown = capsys.readouterr().out
+def test_a_reader_is_swept_in_one_pass(reader: tuple[Path, dict[str, Any], str]) -> None:
+    folder, content, shown = reader
     assert "6 trials in one pass" in shown
     assert "2 trials in one pass" in shown
     assert len(content["trials"]) == 6
@@ -73,10 +82,11 @@ def test_a_reader_is_swept_in_one_pass(tmp_path: Path, capsys: pytest.CaptureFix
     assert not list(folder.glob(".pass-*"))
 
 
-def test_a_seed_is_a_run_that_eval_and_predict_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = swept(tmp_path / "sweep", *READER)
-    run = tmp_path / "sweep" / "seeds" / "42"
-    capsys.readouterr()
+def test_a_seed_is_a_run_that_eval_and_predict_know(
+    reader: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, content, _ = reader
+    run = folder / "seeds" / "42"
     assert main(["eval", str(run)]) == 0
     found = next(line for line in capsys.readouterr().out.splitlines() if "top1" in line)
     numbers = [float(word) for word in found.replace("│", " ").split() if word.replace(".", "").isdigit()]
@@ -86,25 +96,27 @@ def test_a_seed_is_a_run_that_eval_and_predict_know(tmp_path: Path, capsys: pyte
     assert recipe.optim.lr == content["chosen"]["optim.lr"]
 
 
-def test_the_same_command_again_shows_the_same_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = swept(tmp_path / "sweep", *READER)
-    capsys.readouterr()
-    again = swept(tmp_path / "sweep", *READER)
+def test_the_same_command_again_shows_the_same_table(
+    reader: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, first, _ = reader
+    again = swept(folder, *READER)
     assert again == first
     shown = capsys.readouterr().out
     assert "in one pass" not in shown
     assert "over 2 seeds on trainval" in shown
 
 
-def test_another_grid_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    swept(tmp_path / "sweep", *READER)
-    assert main(command(tmp_path / "sweep", *READER, "optim.clip_norm=1")) == 2
+def test_another_grid_in_the_folder_is_refused(
+    reader: tuple[Path, dict[str, Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(reader[0], *READER, "optim.clip_norm=1")) == 2
     assert "holds the run of another recipe" in capsys.readouterr().err
 
 
-def test_a_trial_alone_is_the_trial_of_the_sweep(tmp_path: Path) -> None:
-    content = swept(tmp_path / "sweep", *READER)
-    stored = json.loads((tmp_path / "sweep" / "trials" / "002.json").read_text())
+def test_a_trial_alone_is_the_trial_of_the_sweep(reader: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    folder, content, _ = reader
+    stored = json.loads((folder / "trials" / "002.json").read_text())
     file = tmp_path / "trial.yaml"
     file.write_text(json.dumps(stored["recipe"]))
     assert main(["train", str(file), f"run.dir={tmp_path / 'alone'}"]) == 0
@@ -112,9 +124,9 @@ def test_a_trial_alone_is_the_trial_of_the_sweep(tmp_path: Path) -> None:
     assert alone["last"]["val"]["loss"] == pytest.approx(content["trials"][2]["last"]["val"]["loss"], rel=1e-5)
 
 
-def test_writers_are_swept_one_after_the_other(tmp_path: Path) -> None:
+def test_writers_are_swept_one_after_the_other(data: tuple[str, ...], tmp_path: Path) -> None:
     grid = ["sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42]"]
-    content = swept(tmp_path / "sweep", "train.epochs=1", *grid)
+    content = swept(tmp_path / "sweep", *data, "train.epochs=1", *grid)
     assert len(content["trials"]) == 2
     assert content["test"]["top1"]["std"] == 0
     for run in ("trials/000", "trials/001", "seeds/42"):
@@ -122,9 +134,11 @@ def test_writers_are_swept_one_after_the_other(tmp_path: Path) -> None:
     assert "test" not in json.loads((tmp_path / "sweep" / "trials" / "000" / "result.json").read_text())["last"]
 
 
-def test_grids_over_other_keys_are_passes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_grids_over_other_keys_are_passes_of_their_own(
+    data: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid = ["sweep.grid.optim.name=[sgd, adam]", "sweep.grid.method.queries=[1, 2]", "sweep.seeds=[42]"]
-    content = swept(tmp_path / "sweep", "method.name=vqt", *grid)
+    content = swept(tmp_path / "sweep", *data, "method.name=vqt", *grid)
     assert capsys.readouterr().out.count("2 trials in one pass") == 2
     assert {(t["setting"]["optim.name"], t["setting"]["method.queries"]) for t in content["trials"]} == {
         (name, queries) for name in ("sgd", "adam") for queries in (1, 2)
@@ -184,9 +198,10 @@ def start(
     return forked(command(folder, *overrides), Path(f"{folder}.txt"), strategy, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["method.name=vqt", "method.name=vpt"])
-def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path: Path) -> None:
-    grid = ["train.epochs=2", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42, 44]", "run.trackers=[]", method]
+def test_killed_and_started_again_it_gives_the_same_table(method: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "train.epochs=2", "sweep.grid.optim.lr=[5, 1]", "sweep.seeds=[42, 44]", "run.trackers=[]", method]
     whole = swept(tmp_path / "whole", *grid)
     moments = ("trials/000.json",) if method.endswith("vpt") else ("run.json", "seeds/44.json")
     for moment in moments:
@@ -205,9 +220,10 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, tmp_path:
     assert killed["seeds"] == whole["seeds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, tmp_path: Path) -> None:
-    grid = ["method.name=vqt", "train.epochs=4", "train.batch_size=100", "run.trackers=[]", *GRID]
+def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "method.name=vqt", "train.epochs=4", "train.batch_size=10", "run.trackers=[]", *GRID]
     whole, folder = swept(tmp_path / "whole", *grid), tmp_path / "ended"
 
     def before(_: int) -> None:
@@ -271,8 +287,8 @@ def test_a_reader_s_sweep_has_nothing_for_deepspeed(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("split", ["trials", "batch"])
-def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None:
-    grid = ["method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
+def test_two_processes_give_the_table_of_one(split: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "method.name=vqt", "train.epochs=2", "method.dropout=0", "run.trackers=[]", *GRID]
     one = swept(tmp_path / "one", *grid)
     words = command(tmp_path / "two", *grid, f"sweep.parallelize={split}")
     if split == "trials":  # below a launcher, as the README says
@@ -300,8 +316,8 @@ def test_two_processes_give_the_table_of_one(split: str, tmp_path: Path) -> None
 
 
 @pytest.mark.distributed
-def test_writers_that_share_the_batches_are_swept_one_after_the_other(tmp_path: Path) -> None:
-    grid = ["train.batch_size=500", "run.trackers=[]", "sweep.grid.optim.lr=[0.5, 0.1]", "sweep.seeds=[42]"]
+def test_writers_that_share_the_batches_are_swept_one_after_the_other(data: tuple[str, ...], tmp_path: Path) -> None:
+    grid = [*data, "train.batch_size=50", "run.trackers=[]", "sweep.grid.optim.lr=[5, 1]", "sweep.seeds=[42]"]
     one = swept(tmp_path / "one", *grid)
     forks = forked(command(tmp_path / "two", *grid, "sweep.parallelize=batch"), tmp_path / "two.txt", "ddp")
     assert forks.finish() == [0, 0], forks.output
@@ -349,6 +365,7 @@ def test_a_folder_is_seen_to_be_held_where_locks_reach_no_other_machine(
         assert next(beats, None) is None
 
 
+@pytest.mark.slow
 def test_killed_while_outcomes_are_written(tmp_path: Path) -> None:
     def before(_: int) -> None:
         write, written = sweep_worker.Worker.write_outcome, []
@@ -380,9 +397,9 @@ def test_every_trial_diverges_within_an_epoch(tmp_path: Path, capsys: pytest.Cap
         assert "every trial of the grid diverged; choose another run.dir" in message
 
 
-def test_a_full_disk_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_no_divergence(data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No outcome is written of a trial whose states could not be saved, and the same command trains it."""
-    options = ["train.batch_size=250", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
+    options = [*data, "train.batch_size=25", "run.save_every=1", "run.trackers=[]", "sweep.grid.optim.lr=[1e38, 0.1]"]
     recipe = load_recipe([], words(tmp_path, "sweep.seeds=[1]", "optim.name=sgd", *options))
     save = state.save_file
 
@@ -486,14 +503,15 @@ def test_a_reader_s_sweep_that_cannot_fit_is_refused(
     assert "linear with 10 classes needs more" in capsys.readouterr().err
 
 
-def test_a_run_and_a_sweep_do_not_share_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    swept(tmp_path / "sweep", *READER)
-    assert main(["train", *words(tmp_path / "sweep", *READER, "run.resume=auto")]) == 2
+def test_a_run_and_a_sweep_do_not_share_a_folder(
+    reader: tuple[Path, dict[str, Any], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = str(reader[0])
+    assert main(["train", *words(reader[0], *READER, "run.resume=auto")]) == 2
     assert "holds a sweep, not a run; choose another run.dir" in capsys.readouterr().err
     assert main(["train", *words(tmp_path / "run", *READER)]) == 0
     assert main(command(tmp_path / "run", *READER)) == 2
     assert "holds a run, not a sweep" in capsys.readouterr().err
-    sweep = str(tmp_path / "sweep")
     for asked in (["compress", sweep, "--keep", "0.5"], ["eval", sweep], ["predict", sweep, "x.png"]):
         assert main(asked) == 2
         assert "is a sweep; name one of its runs" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_a_copied_recipe_trains_with_the_launch_script(dist_vpt: Run, environmen
     (empty / "elsewhere").mkdir()
     dist_vpt("recipe", "copy", "digits/linear", "elsewhere/mine.yaml")
     (script,) = environment.glob("lib/python*/site-packages/dist_vpt/launch/local.sh")
-    run([script, "ddp", "1", "elsewhere/mine.yaml", *TINY], empty)
+    run([script, "ddp", "2", "elsewhere/mine.yaml", *TINY], empty)
     assert (empty / "runs" / "mine" / "result.json").is_file()
 
 

@@ -102,6 +102,7 @@ def counted() -> dict[str, tuple[MemoryEstimate, int, int]]:
     return {name: (MemoryEstimate(**of), held, waiting) for name, (of, held, waiting) in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_counted_bytes_are_those_that_the_engine_s_step_holds(name: str, counted: Any) -> None:
     """float32: but for what kernels take for themselves, which in bf16 is some."""
@@ -112,6 +113,7 @@ def test_counted_bytes_are_those_that_the_engine_s_step_holds(name: str, counted
     assert (waiting > 0) == (name == "vpt offloaded")
 
 
+@pytest.mark.slow
 def test_what_stays_between_steps_is_known_by_hand(counted: Any) -> None:
     trained = (6 * 20 * 128 + 128 * 10 + 10) * 4  # prompts of six blocks, head
     vpt, adamw = counted["vpt"][0], counted["vpt checkpointed"][0]
@@ -123,6 +125,7 @@ def test_what_stays_between_steps_is_known_by_hand(counted: Any) -> None:
     assert full.frozen == 6 * 4
 
 
+@pytest.mark.slow
 def test_policies_hold_less(counted: Any) -> None:
     assert counted["vpt checkpointed"][0].working < counted["vpt"][0].working / 2
     assert counted["vqt"][0].working < counted["vpt"][0].working / 2
@@ -236,6 +239,7 @@ def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.Mo
         choices(recipe("runtime.activation_checkpointing=every-2"), 10, Machines(memory_for(4)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_largest_batch_by_footprints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the optimizer's copies of the weights are higher than the activations of few images, too."""
@@ -407,6 +411,7 @@ def test_a_batch_that_devices_do_not_divide() -> None:
         micro_batch(recipe().train, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_command(tmp_path: Path) -> None:
     def planned(*more: str) -> Forks:

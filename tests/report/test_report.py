@@ -668,6 +668,7 @@ def test_the_page_shows_numbers_marks_machines_and_settings() -> None:
     assert f'<a href="#t1-{mark[1]}">' in text
 
 
+@pytest.mark.slow
 def test_two_renders_are_byte_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "runs", *(each.result for each in full_results()))
     written = []

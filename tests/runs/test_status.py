@@ -74,6 +74,7 @@ def wait_in_the_second_epoch(rank: int) -> None:
     TrainBatches.epoch = epoch  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "runs" / "one"
     options = words(folder, "train.epochs=4", "train.batch_size=200", "run.trackers=[]", "run.timeout_minutes=0.01")
@@ -135,6 +136,7 @@ def test_a_sweep_by_its_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2/8 trials and seeds" in shown_by(capsys, str(folder))
 
 
+@pytest.mark.slow
 def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory, trim_freed_memory
 
+pytestmark = pytest.mark.slow
+
 BYTES = 64 * 2**20  # more than glibc ever keeps by itself
 
 STEPS = f"""

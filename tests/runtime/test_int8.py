@@ -86,17 +86,21 @@ def test_half_is_held_and_nothing_more_is_kept() -> None:
     assert kept[1] <= kept[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("torchao")
-def test_a_run_on_one_process_and_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = train(tmp_path / "alone", INT8)
+def test_a_run_on_one_process_and_two(
+    data: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (*data, "optim.scale_lr=false", "optim.lr=0.08")
+    result = train(tmp_path / "alone", *options, INT8)
     assert result["runtime"]["frozen weights"] == "int8"
     mib = result["frozen_weights_mib"]
-    whole = train(tmp_path / "whole")
+    whole = train(tmp_path / "whole", *options)
     assert 0.25 * whole["frozen_weights_mib"]["held"] < mib["held"] < 0.3 * whole["frozen_weights_mib"]["held"]
     assert result["parameters"] == whole["parameters"]
     assert result["last"]["test"]["loss"] == pytest.approx(whole["last"]["test"]["loss"], rel=0.02)
     for name, strategy in (("ddp", "ddp"), ("zero3", str(ROOT / "launch" / "accelerate" / "zero3.json"))):
-        forks = command(["train", *words(tmp_path / name, INT8)], tmp_path / f"{name}.txt", strategy)
+        forks = command(["train", *words(tmp_path / name, *options, INT8)], tmp_path / f"{name}.txt", strategy)
         assert forks.finish() == [0, 0], forks.output[-3000:]
         assert step_losses(tmp_path / name) == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4)
     assert main(["eval", str(tmp_path / "alone")]) == 0

@@ -313,6 +313,7 @@ def test_compiled_blocks_give_the_same() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the probe's, and one for all blocks
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_compiler(device: str) -> None:

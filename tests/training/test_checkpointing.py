@@ -22,7 +22,7 @@ from tests.methods.conftest import make_backbone
 from tests.running import metrics, train, words
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
-OPTIONS = ("train.batch_size=250", "train.epochs=3", "run.save_every=1", "runtime.deterministic=true")
+OPTIONS = ("train.batch_size=25", "train.epochs=3", "run.save_every=1", "runtime.deterministic=true")
 OPTIONS += ("train.test=false", "run.trackers=[]")
 
 
@@ -54,26 +54,31 @@ def kill_at(point: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(data: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped at its sixth step of twelve, and (as "whole") one that was not."""
     folder = tmp_path_factory.mktemp("runs")
-    train(folder / "whole", *OPTIONS)
+    train(folder / "whole", *data, *OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
         signal_at(6, patch)
         with pytest.raises(Interrupted, match="stopped at step 6 with its state saved"):
-            train(folder / "run", *OPTIONS)
+            train(folder / "run", *data, *OPTIONS)
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["tensors", "json", "rename", "prune"])
-def test_a_kill_during_a_save_loses_at_most_that_save(point: str, stopped: Path, tmp_path: Path) -> None:
+def test_a_kill_during_a_save_loses_at_most_that_save(
+    data: tuple[str, ...], point: str, stopped: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    killed = command(["train", *words(folder, *OPTIONS)], tmp_path / "output.txt", before=lambda rank: kill_at(point))
+    killed = command(
+        ["train", *words(folder, *data, *OPTIONS)], tmp_path / "output.txt", before=lambda rank: kill_at(point)
+    )
     assert killed.finish() == [-signal.SIGKILL], killed.output
     names = sorted(path.name for path in (folder / "state").glob("step-*"))
     assert names[-1] in ("step-00000003", "step-00000004")
     assert not (folder / "result.json").exists()
-    train(folder, *OPTIONS, "run.resume=auto")
+    train(folder, *data, *OPTIONS, "run.resume=auto")
     assert metrics(folder) == metrics(stopped / "whole")
     left = sorted(path.name for path in (folder / "state").iterdir())
     assert left == ["step-00000011", "step-00000012"], "two states and no leavings"
@@ -136,14 +141,14 @@ def changed(path: Path) -> None:
         ),
     ],
 )
-def test_a_damaged_newest_state_is_set_aside_with_a_warning(
-    file: str, damage: Callable[[Path], Any], reason: str, stopped: Path, tmp_path: Path
+def test_a_damaged_newest_state_is_set_aside_with_a_warning(  # noqa: PLR0917 (fixtures)
+    data: tuple[str, ...], file: str, damage: Callable[[Path], Any], reason: str, stopped: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped / "run", folder)
     damage(folder / "state" / "step-00000006" / file)
     before = files(folder / "state" / "step-00000006")
-    train(folder, *OPTIONS, "run.resume=auto")
+    train(folder, *data, *OPTIONS, "run.resume=auto")
     log = (folder / "train.log").read_text()
     assert re.search(rf"warning: .*step-00000006 is damaged \(.*{reason}", log)
     assert "set aside as damaged-step-00000006; resuming from step-00000005 before it" in log
@@ -151,16 +156,20 @@ def test_a_damaged_newest_state_is_set_aside_with_a_warning(
     assert metrics(folder) == metrics(stopped / "whole")
 
 
-def test_one_more_damaged_state_of_the_same_step_is_kept_too(stopped: Path, tmp_path: Path) -> None:
+def test_one_more_damaged_state_of_the_same_step_is_kept_too(
+    data: tuple[str, ...], stopped: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped / "run", folder)
     shutil.copytree(folder / "state" / "step-00000006", folder / "state" / "damaged-step-00000006")
     cut(folder / "state" / "step-00000006" / "state.json")
-    train(folder, *OPTIONS, "run.resume=auto")
+    train(folder, *data, *OPTIONS, "run.resume=auto")
     assert states(folder)[:2] == ["damaged-step-00000006", "damaged-step-00000006-2"]
 
 
-def test_when_no_state_is_whole_the_run_says_so_and_leaves_them(stopped: Path, tmp_path: Path) -> None:
+def test_when_no_state_is_whole_the_run_says_so_and_leaves_them(
+    data: tuple[str, ...], stopped: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped / "run", folder)
     for number in (5, 6):
@@ -168,14 +177,14 @@ def test_when_no_state_is_whole_the_run_says_so_and_leaves_them(stopped: Path, t
     before = files(folder / "state")
     for _ in range(2):
         with pytest.raises(RunFolderError, match=r"no state in it is whole: step-00000006: .*; step-00000005: .*; re"):
-            train(folder, *OPTIONS, "run.resume=auto")
+            train(folder, *data, *OPTIONS, "run.resume=auto")
         assert files(folder / "state") == before
 
 
-def test_a_full_disk_fails_a_save_and_not_the_run(stopped: Path, tmp_path: Path) -> None:
+def test_a_full_disk_fails_a_save_and_not_the_run(data: tuple[str, ...], stopped: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         no_space(3, 2, patch)
-        train(tmp_path / "run", *OPTIONS)
+        train(tmp_path / "run", *data, *OPTIONS)
     log = (tmp_path / "run" / "train.log").read_text()
     assert "warning: the state of step 4 could not be saved ([Errno 28] No space left on device: " in log
     assert log.count("training continues, and would resume from step 3; free space in ") == 2
@@ -183,46 +192,48 @@ def test_a_full_disk_fails_a_save_and_not_the_run(stopped: Path, tmp_path: Path)
     assert states(tmp_path / "run") == ["step-00000011", "step-00000012"]
 
 
-def test_a_disk_that_stays_full_ends_the_run(stopped: Path, tmp_path: Path) -> None:
+def test_a_disk_that_stays_full_ends_the_run(data: tuple[str, ...], stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         no_space(3, 100, patch)
         with pytest.raises(RunFailed, match=r"3 states in a row .* free space there, then .* resumes from step 3"):
-            train(folder, *OPTIONS)
+            train(folder, *data, *OPTIONS)
     assert states(folder) == ["step-00000002", "step-00000003"]
-    train(folder, *OPTIONS, "run.resume=auto")
+    train(folder, *data, *OPTIONS, "run.resume=auto")
     assert metrics(folder) == metrics(stopped / "whole")
 
 
-def test_a_signal_on_a_full_disk_stops_the_run_and_says_what_is_lost(stopped: Path, tmp_path: Path) -> None:
+def test_a_signal_on_a_full_disk_stops_the_run_and_says_what_is_lost(
+    data: tuple[str, ...], stopped: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         no_space(4, 100, patch)
         signal_at(5, patch)
         with pytest.raises(Interrupted, match=r"stopped at step 5 but its state could not be .* resumes from step 4"):
-            train(folder, *OPTIONS)
+            train(folder, *data, *OPTIONS)
     assert states(folder) == ["step-00000003", "step-00000004"]
-    train(folder, *OPTIONS, "run.resume=auto")
+    train(folder, *data, *OPTIONS, "run.resume=auto")
     assert metrics(folder) == metrics(stopped / "whole")
 
 
-def test_a_full_disk_at_the_end_says_where_the_run_would_go_on(tmp_path: Path) -> None:
+def test_a_full_disk_at_the_end_says_where_the_run_would_go_on(data: tuple[str, ...], tmp_path: Path) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    once = ("train.batch_size=500", "train.epochs=1", "train.test=false", "run.trackers=[]")
+    once = ("train.batch_size=50", "train.epochs=1", "train.test=false", "run.trackers=[]")
     with pytest.MonkeyPatch.context() as patch:
         no_space(0, 100, patch)
         patch.setattr(adapters, "write_atomically", full)
         with pytest.raises(RunFailed, match=r"results cannot be written .* run.resume=auto resumes from the beginning"):
-            train(tmp_path / "run", *once)
-    train(tmp_path / "run", *once, "run.resume=auto")
+            train(tmp_path / "run", *data, *once)
+    train(tmp_path / "run", *data, *once, "run.resume=auto")
 
 
-def test_a_resumed_run_may_pay_time_for_memory(stopped: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_may_pay_time_for_memory(data: tuple[str, ...], stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped / "run", folder)
-    train(folder, *OPTIONS, "run.resume=auto", "runtime.activation_checkpointing=block")
+    train(folder, *data, *OPTIONS, "run.resume=auto", "runtime.activation_checkpointing=block")
     assert [line["loss"] for line in metrics(folder)] == pytest.approx(
         [line["loss"] for line in metrics(stopped / "whole")], abs=1e-5
     )

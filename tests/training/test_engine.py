@@ -18,11 +18,20 @@ from dist_vpt.training import engine
 from dist_vpt.training.components import class_weights
 from tests.running import TINY, metrics, train
 
+ONE_BATCH = ("train.batch_size=60", "train.label_smoothing=0.1", "train.class_weights=inv", "train.epochs=2")
 LEARNS = ("optim.name=adamw", "optim.lr=0.05", "train.batch_size=50")
 
 
 def losses(folder: Path, split: str = "train") -> list[float]:
     return [line["loss"] for line in metrics(folder) if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def undivided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose batches are computed as they come."""
+    folder = tmp_path_factory.mktemp("undivided") / "run"
+    train(folder, *ONE_BATCH)
+    return folder
 
 
 def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
@@ -55,12 +64,10 @@ def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     ],
     ids=lambda change: change[0],
 )
-def test_how_the_batch_is_computed_changes_no_loss(change: tuple[str, ...], tmp_path: Path) -> None:
-    options = ("train.batch_size=60", "train.label_smoothing=0.1", "train.class_weights=inv", "train.epochs=2")
-    train(tmp_path / "a", *options)
-    train(tmp_path / "b", *options, *change)
+def test_how_the_batch_is_computed_changes_no_loss(change: tuple[str, ...], undivided: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", *ONE_BATCH, *change)
     for split in ("train", "val", "test"):
-        assert losses(tmp_path / "a", split) == pytest.approx(losses(tmp_path / "b", split), abs=1e-5)
+        assert losses(undivided, split) == pytest.approx(losses(tmp_path / "run", split), abs=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -47,6 +47,7 @@ def full_between(first: int, last: int, disk: Path, patch: pytest.MonkeyPatch) -
     patch.setattr(engine, "train_step", disturbed)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_and_at_the_end(disk: Path, tmp_path: Path) -> None:
     whole, folder = train(tmp_path / "whole", *OPTIONS), disk / "run"
     with pytest.MonkeyPatch.context() as patch:

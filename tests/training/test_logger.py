@@ -38,6 +38,11 @@ CURVES = ["train/loss", "train/top1", "train/lr", "train/images_per_s", "train/m
 
 
 @pytest.fixture(scope="module")
+def blank_figures() -> None:
+    """Here they are drawn."""
+
+
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "one"
     train(path, f"train.epochs={EPOCHS}", "optim.lr=0.1", "run.log_every=2", f"data.image_size={SIDE}")

@@ -24,6 +24,8 @@ from dist_vpt.errors import DataError, UserError
 from tests.data.tfds_copies import as_tfrecord, prepare
 from tests.reference import vtab
 
+pytestmark = pytest.mark.slow
+
 VTAB = [name for name, row in TASKS.items() if row.tfds]
 FORMATS = ("array_record", "tfrecord")
 
