@@ -34,6 +34,9 @@ class LaunchEnv:
     master_port: str | None = None  # as given: whoever uses it reports a wrong one
     launched: bool = False
     deepspeed: bool = False
+    mixed_precision: str | None = None  # this and the next two: as given to accelerate launch
+    grad_accum_steps: str | None = None
+    gradient_clipping: str | None = None
     slurm: SlurmEnv = field(default_factory=SlurmEnv)
 
     @classmethod
@@ -53,6 +56,9 @@ class LaunchEnv:
             master_port=environ.get("MASTER_PORT"),
             launched=bool(environ.get("RANK")),
             deepspeed=environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+            mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION"),
+            grad_accum_steps=environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+            gradient_clipping=environ.get("ACCELERATE_GRADIENT_CLIPPING"),
             slurm=SlurmEnv(
                 job_id=environ.get("SLURM_JOB_ID"),
                 node_name=environ.get("SLURMD_NODENAME"),

@@ -25,6 +25,7 @@ from dist_vpt.training.accelerator import (
     capture_user_error,
     frozen_bytes,
     init_accelerator,
+    launcher_notes,
     prepare,
     strategy_name,
 )
@@ -157,6 +158,7 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
         f"{recipe.runtime.precision}; run folder {t.path}",
         "; ".join(f"{name} {choice}" for name, choice in parts.method.backbone.chosen.items()),
         *(f"note: {warning}" for warning in recipe.warnings),
+        *launcher_notes(accelerator.launch, recipe),
         *parts.remarks(),
     ]
     if stream:

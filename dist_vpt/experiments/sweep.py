@@ -32,7 +32,7 @@ from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
-from dist_vpt.training.accelerator import capture_user_error, init_accelerator
+from dist_vpt.training.accelerator import capture_user_error, init_accelerator, launcher_notes
 from dist_vpt.training.components import build_components
 
 
@@ -41,6 +41,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     launch = LaunchEnv.current()
     rank, world, status = launch.rank, launch.world_size, RankStatus()
+    notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launch, recipe)
     if recipe.sweep.parallelize == "trials":
         launch = detach_from_launcher(launch)
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
@@ -75,7 +76,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         minutes = recipe.run.timeout_minutes if shared else math.inf
         stack.enter_context(RankWatchdog(folder, rank, world, minutes, status))
         worker = Worker(recipe, folder, rank, world, stop, console, launch, status, accelerator)
-        for line in (*(f"note: {warning}" for warning in recipe.warnings), *(remarks or [])):
+        for line in (*notes, *(remarks or [])):
             worker.show(line)
         started = time.monotonic()
         worker.work(grid)

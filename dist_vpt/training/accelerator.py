@@ -8,7 +8,12 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import distributed, nn
 
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
@@ -44,7 +49,8 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
             cpu=recipe.runtime.device == "cpu",
             # Frozen weights are held in the recipe's precision and need no autocast; fp16 needs its gradient scaler.
             mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
-            gradient_accumulation_steps=recipe.train.grad_accum_steps,
+            # As a plugin: a variable of the launcher overrides the number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.train.grad_accum_steps),
             log_with=list(recipe.run.trackers) or None,
             project_dir=recipe.run.dir,
             kwargs_handlers=[
@@ -73,6 +79,24 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return accelerator
+
+
+def launcher_notes(launch: LaunchEnv, recipe: Recipe) -> list[str]:
+    """A line for each setting of ``accelerate launch`` that differs from the recipe's, which prevails."""
+    settings = {
+        "mixed_precision": (launch.mixed_precision, "runtime.precision", recipe.runtime.precision),
+        "gradient_accumulation_steps": (
+            launch.grad_accum_steps,
+            "train.grad_accum_steps",
+            recipe.train.grad_accum_steps,
+        ),
+        "gradient_clipping": (launch.gradient_clipping, "optim.clip_norm", recipe.optim.clip_norm),
+    }
+    return [
+        f"note: {name} = {given} of accelerate launch is not used: {key} = {own} of the recipe is"
+        for name, (given, key, own) in settings.items()
+        if given not in (None, "no", "none", "auto", "1", str(own))
+    ]
 
 
 def strategy_name(accelerator: RankAccelerator) -> str:

@@ -9,11 +9,15 @@ from dist_vpt.distributed.launch_env import LaunchEnv, SlurmEnv, detach_from_lau
 from dist_vpt.errors import UserError
 from tests.running import ROOT
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "SLURMD_", "ACCELERATE_USE_")
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "SLURMD_", "ACCELERATE_")
 LAUNCHED = {
     "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
-    "MASTER_PORT": "29500", "ACCELERATE_USE_DEEPSPEED": "true",
+    "MASTER_PORT": "29500", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_GRADIENT_CLIPPING": "0.5",
 }  # fmt: skip
+
+
+ACCELERATE = {"mixed_precision": "bf16", "grad_accum_steps": "4", "gradient_clipping": "0.5"}
 
 
 def reads(tree: ast.AST) -> list[int]:
@@ -55,7 +59,7 @@ def test_a_read_is_found(line: str, found: bool) -> None:
 
 def test_variables_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LaunchEnv.parse({}) == LaunchEnv()
-    expected = LaunchEnv(3, 4, 1, 2, "n1", "29500", launched=True, deepspeed=True)
+    expected = LaunchEnv(3, 4, 1, 2, "n1", "29500", launched=True, deepspeed=True, **ACCELERATE)
     assert LaunchEnv.parse(LAUNCHED) == expected
     slurm = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n2", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
     slurm |= {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_ON_NODE": "16"}
@@ -71,9 +75,10 @@ def test_a_detached_process_is_alone_on_its_own_device(
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr(os, "environ", LAUNCHED | given)
     alone = detach_from_launcher(LaunchEnv.current())
-    assert alone == LaunchEnv(local_world_size=2)
+    assert alone == LaunchEnv(local_world_size=2, **ACCELERATE)
     # Processes that train alone still share the memory of their machine.
-    assert os.environ == {"LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": device}
+    kept = ("LOCAL_WORLD_SIZE", *(name for name in LAUNCHED if name.startswith("ACCELERATE_") and "USE" not in name))
+    assert os.environ == {name: LAUNCHED[name] for name in kept} | {"CUDA_VISIBLE_DEVICES": device}
     assert detach_from_launcher(alone) == alone
     assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 

@@ -298,3 +298,23 @@ def test_wandb_gets_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert (options["name"], options["resume"], len(options["id"])) == ("run", "allow", 16)
     assert any("train/loss" in call[1] for call in rest if call[0] == "log")
     assert list((tmp_path / "run" / "tb").glob("events*"))
+
+
+def test_the_recipe_prevails_over_the_launcher_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: tuple[str, ...]
+) -> None:
+    options = (*data, "train.epochs=2", "optim.clip_norm=1", "train.grad_accum_steps=2")
+    train(tmp_path / "plain", *options)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "0.01")
+    train(tmp_path / "launched", *options)
+    assert metrics(tmp_path / "launched") == metrics(tmp_path / "plain")
+    log = (tmp_path / "launched" / "train.log").read_text()
+    for line in (
+        "mixed_precision = bf16 of accelerate launch is not used: runtime.precision = fp32 of the recipe is",
+        "gradient_accumulation_steps = 4 of accelerate launch is not used: train.grad_accum_steps = 2 of the recipe is",
+        "gradient_clipping = 0.01 of accelerate launch is not used: optim.clip_norm = 1.0 of the recipe is",
+    ):
+        assert log.count(f"note: {line}") == 1
+    assert "of accelerate launch" not in (tmp_path / "plain" / "train.log").read_text()
