@@ -173,7 +173,7 @@ def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) ->
     if recipe.weights == "random":
         return LoadReport()
     if recipe.weights != "pretrained":
-        return load_into(model, Path(recipe.weights), lenient=recipe.load == "lenient")
+        return load_into(model, Path(recipe.weights), lenient=recipe.load == "lenient", entry=recipe.entry)
     if recipe.name == "demo":
         return load_into(model, DEMO, lenient=False)
     name = recipe.name

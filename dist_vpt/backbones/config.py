@@ -24,6 +24,11 @@ class BackboneConfig(BaseModel):
         description="'pretrained' (timm's, from the hub; for demo the file in this package), 'random', or a file: "
         ".safetensors, .pth/.pth.tar/.pt/.bin (no pickled code) or .npz (JAX)",
     )
+    entry: str | None = Field(
+        None,
+        description="which model of a weights file that holds several, such as teacher or model_ema; null: state_dict, "
+        "model, teacher, model_ema, ema, student, the first that there is",
+    )
     load: Literal["strict", "lenient"] = Field(
         "strict",
         description="strict: every tensor of the model comes from the file and none is left over; lenient: "

@@ -163,6 +163,7 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
     ]
     if stream:
         lines.append(stream)
+    lines += [f"weights: {note}" for note in parts.load_report.notes]
     if parts.load_report.left_out:
         lines.append(f"left out of the weights' file: {parts.load_report.left_out_summary()}")
     if parts.load_report:

@@ -93,7 +93,9 @@ def test_recipe_list(dist_vpt: Run) -> None:
     lines = dist_vpt("recipe", "list").stdout.splitlines()
     assert lines[0].split() == ["name", "kind", "what"]
     assert len(lines) == 1 + len(list((ROOT / "configs").rglob("*.yaml")))
-    assert {("vpt_deep", "method"), ("dtd", "task"), ("digits/vqt", "whole")} <= {tuple(x.split()[:2]) for x in lines}
+    assert {("vpt_deep", "method"), ("dtd", "task"), ("digits/vqt", "complete")} <= {
+        tuple(x.split()[:2]) for x in lines
+    }
 
 
 def test_train(dist_vpt: Run, empty: Path) -> None:

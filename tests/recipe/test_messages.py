@@ -51,6 +51,7 @@ VALUES = [
     ("data.max_megapixels=-1", "-1", "must be greater than 0; use a value above 0"),
     ("backbone.name=3", "3", TEXT),
     ("backbone.weights=3", "3", TEXT),
+    ("backbone.entry=3", "3", TEXT),
     ("backbone.load=x", "'x'", CHOICE + "lenient, strict"),
     ("backbone.global_pool=x", "'x'", CHOICE + "avg, token"),
     ("backbone.drop_path=x", "'x'", NUMBER),

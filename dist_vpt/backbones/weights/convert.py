@@ -26,6 +26,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()  # in the model, not in the file
     unexpected: tuple[str, ...] = ()  # in the file, not in the model
     mismatched: tuple[str, ...] = ()  # "name: file (shape), model (shape)"
+    notes: tuple[str, ...] = ()  # on which model of the file was read
     left_out: tuple[str, ...] = ()  # on purpose: the file's own classifier, a decoder, a second encoder
 
     def __bool__(self) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.build import create
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.layouts import LAYOUTS
-from dist_vpt.backbones.weights.loading import layout_of, read_tensors, refuse_infinite
+from dist_vpt.backbones.weights.loading import layout_of, read_weights, refuse_infinite
 from dist_vpt.backbones.weights.zoo import ZOO, ZooEntry
 from dist_vpt.errors import WeightsError
 
@@ -21,7 +21,8 @@ from dist_vpt.errors import WeightsError
 def check(file: str) -> None:
     """Print what a weight file is. Raises WeightsError afterwards if no known backbone loads it strictly."""
     path = Path(file)
-    tensors = read_tensors(path)
+    weights = read_weights(path)
+    tensors = weights.tensors
     layout = layout_of(tensors, path)
     compared = {name: _compare(layout, tensors, row) for name, row in _candidates(layout, _patch(layout, tensors))}
     nearest = min(compared, key=lambda name: _count(compared[name]), default=None)
@@ -31,6 +32,7 @@ def check(file: str) -> None:
     fits.sort(key=lambda name: not layout.startswith(ZOO[name].layout))  # rows published in this layout first
 
     lines = [("layout", LAYOUTS[layout].title), ("shapes", ", ".join(_facts(layout, tensors)))]
+    lines += [("read", note) for note in weights.notes]
     if nearest is not None and compared[nearest].left_out:
         lines.append(("left out", compared[nearest].left_out_summary()))
     if fits:

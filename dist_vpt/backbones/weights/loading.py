@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.config import require_file
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
+from dist_vpt.backbones.weights.entries import Weights, choose_entry, without_prefix
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.recognize import ONLY, recognize
 from dist_vpt.errors import WeightsError
@@ -23,11 +25,19 @@ from dist_vpt.errors import WeightsError
 FAMILIES = {"vit": "a vision transformer", "swin": "a Swin Transformer"}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a .safetensors, .npz or torch file of tensors. No pickle is ever executed.
+def read_weights(path: Path, entry: str | None = None) -> Weights:
+    """Read a model from a .safetensors, .npz or torch file of tensors. No pickle is ever executed.
 
-    Raises WeightsError for a missing, damaged or foreign file.
+    ``entry``: which one, where the file holds several. Raises WeightsError for a missing, damaged or foreign file.
     """
+    content = _read(path)
+    try:
+        return without_prefix(choose_entry(content, entry), entry)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> object:
     require_file(path)
     try:
         if path.suffix == ".safetensors":
@@ -36,9 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments: numbers and text
-            return _tensors_of(torch.load(path, map_location="cpu", weights_only=True), path)
-    except WeightsError:
-        raise
+            return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a safetensors file ({error}); download it again") from error
     except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a foreign file
@@ -55,23 +63,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _tensors_of(content: object, path: Path) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"{path}: holds no mapping of names to tensors (at most below 'model' or 'state_dict')")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def load_into(model: nn.Module, path: Path, *, lenient: bool) -> LoadReport:
+def load_into(model: nn.Module, path: Path, *, lenient: bool, entry: str | None = None) -> LoadReport:
     """Load a file into a timm model, resampling its position embedding to the model's grid.
 
     Strict: raises WeightsError unless the two sets of tensors are equal (what else the file's layout holds, such as a
     classifier, is left out). Lenient: returns the differences, after checking that all other tensors are bit-equal to
     the file's.
     """
-    tensors = read_tensors(path)
+    weights = read_weights(path, entry)
+    tensors = weights.tensors
     layout = layout_of(tensors, path)
     family = "swin" if isinstance(model, SwinTransformer) else "vit"
     if LAYOUTS[layout].family != family:
@@ -88,14 +88,14 @@ def load_into(model: nn.Module, path: Path, *, lenient: bool) -> LoadReport:
     offered, load_report = convert(layout, tensors, model)
     if load_report and (not lenient or not offered):
         fix = "name the architecture they are of in backbone.name" + (
-            "" if lenient else ", or use backbone.load=lenient"
+            "" if lenient or not offered else ", or use backbone.load=lenient"
         )
         raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{load_report}")
     refuse_infinite(tensors, load_report, path)
     state = model.state_dict()
     result = model.load_state_dict(offered, strict=False)
     _prove(model, offered, set(result.missing_keys), state.keys() - offered.keys(), path)
-    return load_report
+    return replace(load_report, notes=weights.notes)
 
 
 def refuse_infinite(tensors: dict[str, Tensor], load_report: LoadReport, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from dist_vpt.backbones.build import build, create, preprocessing_of
 from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.backbones.weights.loading import load_into, read_tensors
+from dist_vpt.backbones.weights.loading import load_into, read_weights
 from dist_vpt.backbones.weights.recognize import recognize
 from dist_vpt.backbones.weights.zoo import ZOO, ZooEntry
 from dist_vpt.errors import WeightsError
@@ -52,7 +52,7 @@ def test_what_is_left_out_is_reported(file: File, tmp_path: Path) -> None:
     loaded = {name for name in names if not name.endswith(computed(file))}
     loaded = {name for name in loaded if not name.startswith(file.left_out) or name.startswith("layers.")}
     assert set(difference.left_out) == names - loaded
-    assert recognize(read_tensors(file.save(tmp_path))) == file.layout
+    assert recognize(read_weights(file.save(tmp_path)).tensors) == file.layout
 
 
 def needed(file: File, arrays: Arrays) -> list[str]:
@@ -116,7 +116,7 @@ def test_dinov3_with_swiglu_loads(tmp_path: Path) -> None:
             of_layer = {f"blocks.{i}.mlp.{name}.weight": shape, f"blocks.{i}.mlp.{name}.bias": shape[:1]}
             arrays |= filled(of_layer, seed=int(name[1]))
     path = FILES["dinov3"].save(tmp_path, arrays)
-    assert recognize(read_tensors(path)) == "dinov3_swiglu"
+    assert recognize(read_weights(path).tensors) == "dinov3_swiglu"
     assert not load_into(model, path, lenient=False)
     for ours, theirs in (("fc1_g", "w1"), ("fc1_x", "w2"), ("fc2", "w3")):
         found = getattr(model.blocks[1].mlp, ours).weight
@@ -168,7 +168,7 @@ def test_moco_v3s_small_model_has_twelve_heads(tmp_path: Path) -> None:
     width = 384
     arrays = filled(torch_vit(depth=1, width=width)) | {"pos_embed": fixed_positions(width, 2, rows_first=True)}
     torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "s.pth.tar")
-    assert recognize(read_tensors(tmp_path / "s.pth.tar")) == "mocov3_linear"
+    assert recognize(read_weights(tmp_path / "s.pth.tar").tensors) == "mocov3_linear"
     message = refused(create("vit_small_patch16_224", 32, depth=1), tmp_path / "s.pth.tar")
     assert message.endswith("has 12 attention heads, the model 6; set backbone.name=mocov3_s16")
     assert not load_into(
@@ -248,7 +248,7 @@ def test_training_arguments_beside_the_tensors_are_read_past(tmp_path: Path) -> 
     torch.save(
         {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(lr=1, inner=argparse.Namespace())}, tmp_path / "a"
     )
-    assert torch.equal(read_tensors(tmp_path / "a")["a"], torch.ones(2))
+    assert torch.equal(read_weights(tmp_path / "a").tensors["a"], torch.ones(2))
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
@@ -258,7 +258,7 @@ def test_code_inside_of_training_arguments_is_never_executed(legacy: bool, tmp_p
     content = {"model": {"a": torch.ones(2)}, "args": argparse.Namespace(hook=Payload(target))}
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(WeightsError, match="Pickled objects are never executed"):
-        read_tensors(tmp_path / "a.pth")
+        read_weights(tmp_path / "a.pth")
     assert not target.exists()
     torch.load(tmp_path / "a.pth", weights_only=False)  # the payload is a real one
     assert target.exists()
@@ -268,10 +268,10 @@ def test_code_inside_of_training_arguments_is_never_executed(legacy: bool, tmp_p
 def test_a_torchscript_archive_is_named(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), str(tmp_path / "a.pt"))
     with pytest.raises(WeightsError, match=r"plain tensors \(a TorchScript archive, which is a program\)"):
-        read_tensors(tmp_path / "a.pt")
+        read_weights(tmp_path / "a.pt")
 
 
 def test_another_object_is_named(tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.ones(2)}, "config": Innocent()}, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=r"a pickle of tests\.backbones\.weights\.test_layouts\.Innocent"):
-        read_tensors(tmp_path / "a.pth")
+        read_weights(tmp_path / "a.pth")

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.weights.convert import LoadReport
-from dist_vpt.backbones.weights.loading import load_into, read_tensors
+from dist_vpt.backbones.weights.loading import load_into, read_weights
 from dist_vpt.errors import WeightsError
 
 MakeVit = Callable[..., VisionTransformer]
@@ -327,6 +327,6 @@ def test_missing_files_and_folders(name: str, tiny_vit: MakeVit, tmp_path: Path)
 def test_reading_gives_the_tensors_as_they_are(tiny_vit: MakeVit, tmp_path: Path) -> None:
     state = tiny_vit(seed=1).state_dict()
     for layout in ("safetensors", "plain", "state_dict"):
-        found = read_tensors(save(tiny_vit(seed=1), tmp_path / FILES[layout], layout))
+        found = read_weights(save(tiny_vit(seed=1), tmp_path / FILES[layout], layout)).tensors
         assert found.keys() == state.keys()
         assert all(torch.equal(found[name], state[name]) for name in state)
