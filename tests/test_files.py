@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from dist_vpt.files import is_locked, lock_nowait, locked, to_json
+from dist_vpt.files import is_locked, lock_nowait, locked, printable, to_json
 
 
 def test_others_leave_the_holder_in_the_file(tmp_path: Path) -> None:
@@ -62,3 +62,8 @@ def test_a_lock_ends_with_its_process_even_if_a_child_lives_on(tmp_path: Path) -
 def test_json_has_null_for_numbers_that_are_not_finite() -> None:
     content = {"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": -float("inf"), "e": None, "f": (1, "x")}}
     assert json.loads(to_json(content)) == {"a": None, "b": [None, 1.5], "c": {"d": None, "e": None, "f": [1, "x"]}}
+
+
+def test_names_are_escaped_only_where_they_must_be() -> None:
+    assert printable("Bild 3.45.12\u202fPM \u3000\u200d日本.png") == "Bild 3.45.12\u202fPM \u3000\u200d日本.png"
+    assert printable(os.fsdecode(b"caf\xe9\n\x1b")) == "caf\\xe9\\n\\x1b"

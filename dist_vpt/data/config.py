@@ -145,7 +145,7 @@ class DataConfig(BaseModel):
     )
     background: Color | None = Field(
         default=None,
-        description="color onto which transparent images are composed, as a name or #rrggbb; none: drop the alpha "
+        description="color onto which transparent images are composed, as a name or '#rrggbb'; none: drop the alpha "
         "channel; null: none for tasks with published numbers, white for your own data",
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")

@@ -17,6 +17,8 @@ from dist_vpt.errors import DataError
 # Formats that Pillow knows by name and reads only with a program or a handler of its user's.
 WITHOUT_READER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
+SKIP_HINT = ", or set data.on_decode_error=skip"  # of training alone
+
 _opening = threading.Lock()
 
 
@@ -44,7 +46,8 @@ def image_extensions() -> frozenset[str]:
         import_module("pillow_heif").register_heif_opener()
     Image.init()
     found = Image.registered_extensions().items()
-    return frozenset(name for name, kind in found if kind in Image.OPEN and kind not in WITHOUT_READER)
+    names = {name for name, kind in found if kind in Image.OPEN and kind not in WITHOUT_READER}
+    return frozenset({*names, ".mpo"})  # which Pillow opens as JPEG
 
 
 def decode(
@@ -77,10 +80,7 @@ def refuse_large(width: int, height: int, where: str, max_megapixels: float) -> 
 
 def unreadable(where: str, error: Exception) -> str:
     """The message about an image that cannot be decoded."""
-    return (
-        f"{where}: the image cannot be read ({type(error).__name__}: {error}); "
-        f"replace the file, or set data.on_decode_error=skip"
-    )
+    return f"{where}: the image cannot be read ({type(error).__name__}: {error}); replace the file{SKIP_HINT}"
 
 
 def _open(source: str | Path | bytes) -> Image.Image:

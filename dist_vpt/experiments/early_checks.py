@@ -17,4 +17,4 @@ def check_early(recipe: Recipe, kind: str = "run") -> None:
     RunFolder(str(recipe.run.dir)).refuse_other(recipe, kind)
     if recipe.backbone.file is not None:
         require_file(recipe.backbone.file)
-    check_root(recipe.data)
+    check_root(recipe.data, test=recipe.train.test or kind == "sweep")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vpt.data.images import Decoding, decode
-from dist_vpt.errors import WeightsError
+from dist_vpt.data.images import SKIP_HINT, Decoding, decode
+from dist_vpt.errors import DataError, WeightsError
+from dist_vpt.files import printable
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
@@ -28,7 +29,10 @@ class LoadedRun:
 
     def load_image(self, file: Path) -> Tensor:
         """An image file as the method's input, [3, S, S]."""
-        picture = decode(file, str(file), self.recipe.data.max_megapixels, Decoding.of(self.inputs.task))
+        try:
+            picture = decode(file, printable(file), self.recipe.data.max_megapixels, Decoding.of(self.inputs.task))
+        except DataError as error:
+            raise DataError(str(error).removesuffix(SKIP_HINT)) from error
         return self.inputs.transform.eval(picture)
 
 

@@ -6,6 +6,8 @@ B batch, K classes.
 import csv
 import io
 import json
+import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +31,8 @@ def predict(
         raise UserError(f"--out {out}: must end in .csv or .json")
     if out and not Path(out).parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
+    if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
+        raise UserError(f"--out {out}: cannot be written; name another file")
     loaded, files = load_run(run, adapters), image_files(images)
     classes, size = loaded.classes, loaded.recipe.train.eval_batch_size
     rows = []
@@ -46,7 +50,12 @@ def predict(
                     "predictions": [{"class": c, "probability": round(p, 6)} for c, p in best],
                 }
             )
-    _write(rows, out)
+    try:
+        _write(rows, out)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
     return rows
 
 
@@ -69,7 +78,12 @@ def _write(rows: list[dict[str, Any]], out: str | None) -> None:
 def image_files(images: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for image in map(Path, images):
-        if image.is_dir():
+        try:
+            found = stat.S_IFMT(os.stat(image).st_mode)
+        except OSError as error:
+            reason = "no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
+            raise UserError(f"{printable(image)}: {reason}") from error
+        if found == stat.S_IFDIR:
             inside, others = find_images(image)
             line = passed_over(others, image)
             if not inside:
@@ -77,8 +91,8 @@ def image_files(images: Sequence[str]) -> list[Path]:
             if line:
                 print(f"note: {line}", file=sys.stderr)
             files += inside
-        elif image.is_file():
+        elif found == stat.S_IFREG:
             files.append(image)
         else:
-            raise UserError(f"{image}: no such file or folder")
+            raise UserError(f"{printable(image)}: neither a file nor a folder")
     return files

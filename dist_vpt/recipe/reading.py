@@ -40,7 +40,7 @@ def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, pare
 
 
 def read_override(text: str, draft: Draft) -> None:
-    """Merge ``a.b=c``, c being YAML."""
+    """Merge ``a.b=c``, c being YAML, or text where it begins with ``#``."""
     dotted, _, raw = text.partition("=")
     keys = dotted.split(".")
     if dotted == "base":
@@ -48,7 +48,7 @@ def read_override(text: str, draft: Draft) -> None:
         draft.mistakes.append(f"{COMMAND_LINE}: {text}: {rule}")
         return
     try:
-        value = yaml.load(raw, Loader)
+        value = raw if raw.startswith("#") else yaml.load(raw, Loader)  # a color: YAML would read a comment
     except (yaml.YAMLError, ValueError):
         draft.mistakes.append(f"{COMMAND_LINE}: {text}: the value is not valid YAML; quote it")
         return

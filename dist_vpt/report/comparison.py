@@ -308,6 +308,8 @@ def _expected(task: str) -> dict[str, str | int | None]:
         "fit": row.crop_mode,
         "augment": row.augment,
         "normalize": row.normalize,
+        "exif": row.exif,
+        "background": row.background,
         "fraction": "1.0",
         "carved": "none",
         "image_size": PUBLISHED_SIZE,

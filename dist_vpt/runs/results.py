@@ -41,6 +41,8 @@ class Protocol(_Line):
     normalize: str  # or mean and std, where the recipe gives them
     image_size: int  # pixels
     counts: dict[str, int | None]  # images of train, val, trainval and test
+    exif: str = "ignore"  # orientation
+    background: str = "none"  # under transparent images
     fraction: float = 1.0  # of train that is used
     carved: tuple[str, ...] = ()  # splits that the dataset lacks, taken out of train by a seed
     trials: int  # settings that were chosen among

@@ -95,7 +95,8 @@ def launcher_notes(launch: LaunchEnv, recipe: Recipe) -> list[str]:
     return [
         f"note: {name} = {given} of accelerate launch is not used: {key} = {own} of the recipe is"
         for name, (given, key, own) in settings.items()
-        if given not in (None, "no", "none", "auto", "1", str(own))
+        if given not in (None, "no", "none", "auto", str(own), f"{own:g}" if isinstance(own, float) else "")
+        and not (name == "gradient_accumulation_steps" and given == "1")  # the launcher's default
     ]
 
 

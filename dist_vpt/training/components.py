@@ -73,6 +73,8 @@ class Components:
             "augment": self.transform.augment,
             "normalize": given or task.normalize,
             "image_size": self.transform.image_size,
+            "exif": task.exif,
+            "background": task.background,
             "fraction": data.fraction,
             "carved": list(splits.held_out),
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},

@@ -3,6 +3,7 @@
 B batch, K classes.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,9 @@ class Scores:
 
     def compute(self) -> dict[str, Any]:
         """The scores over all processes, None for one that is not defined; a collective call."""
-        right_K, _, _, _, images_K = self.scores["per_class"].compute().unbind(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # where this process has seen no image
+            right_K, _, _, _, images_K = self.scores["per_class"].compute().unbind(1)
         if not images_K.any():
             raise DataError("there is no readable image in the split; repair its files, or set data.root")
         undefined = {"auroc"} if (images_K > 0).sum() < 2 else set()  # torchmetrics would warn and give 0

@@ -208,7 +208,7 @@ def test_predict_says_which_files_of_a_folder_it_passed_over(
     (tmp_path / "a.json").write_text("{}")
     assert len(predict(str(folder), [str(tmp_path)])) == 1
     assert capsys.readouterr().err == (
-        f"note: {tmp_path}: files that Pillow does not open as images are not read: 1 .json\n"
+        f"note: {tmp_path}: files without the extension of an image are not read: 1 .json\n"
     )
 
 

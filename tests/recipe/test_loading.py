@@ -583,3 +583,8 @@ def test_the_demo_backbone_on_other_images_is_warned_of() -> None:
     assert warning.startswith("the backbone is demo, which was trained on printed letters of 24 px only; for other ")
     assert load_recipe([], ["data.task=dtd", "data.root=somewhere", "backbone.name=sup_b16_in21k"]).warnings == []
     assert load_recipe([]).warnings == []
+
+
+def test_a_color_that_begins_with_a_number_sign_is_text(tmp_path: Path) -> None:
+    own = ["data.task=mine", "data.format=image_folder", f"data.root={tmp_path}"]
+    assert load_recipe([], [*own, "data.background=#0a0B0c"]).data.background == "#0a0B0c"

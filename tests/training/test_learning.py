@@ -19,7 +19,7 @@ OPTIM, TRAIN = OptimConfig(lr=0.5, warmup_epochs=2), TrainConfig(epochs=10)
             3,
             6.91,
             50.0,
-            "the training loss of epoch 3 is 6.91, and that of guessing 2.30: optim.lr = 0.5 does not suit",
+            "the training loss of epoch 3 is 6.91, and that of guessing 2.30: optim.lr = 0.5 may not suit",
         ),
         (3, 6.90, 50.0, ""),  # 3 ln(10) is 6.908
         (2, 99.0, 50.0, ""),  # in warm-up
@@ -32,6 +32,12 @@ OPTIM, TRAIN = OptimConfig(lr=0.5, warmup_epochs=2), TrainConfig(epochs=10)
 def test_warning_of(epoch: int, loss: float, top1: float, found: str) -> None:
     warning = warning_of(OPTIM, TRAIN, epoch, {"loss": loss, "top1": top1}, 10, 1000, 0.1)
     assert warning.startswith(found) if found else warning == ""
+
+
+def test_few_images_and_a_large_class_are_no_reason_to_warn() -> None:
+    for images, majority, top1 in ((73, 0.959, 100.0), (73, 0.959, 97.0), (16, 0.5, 60.0)):
+        assert warning_of(OPTIM, TRAIN, 5, {"loss": 0.1, "top1": top1}, 2, images, majority) == ""
+    assert warning_of(OPTIM, TRAIN, 5, {"loss": 0.1, "top1": 50.0}, 2, 16, 0.5)
 
 
 def warnings_of(folder: Path) -> list[str]:
@@ -52,7 +58,7 @@ def test_a_run_that_diverges_says_so_once(tmp_path: Path) -> None:
 def test_a_rate_that_is_far_too_small_is_named(tmp_path: Path) -> None:
     train(tmp_path / "run", "optim.lr=1e-9", "train.epochs=4", "method.name=linear")
     [warning] = warnings_of(tmp_path / "run")
-    assert "optim.lr = 1e-09 does not suit this backbone" in warning
+    assert "optim.lr = 1e-09 may not suit this backbone" in warning
     assert "where it stays, raise optim.lr" in warning
 
 

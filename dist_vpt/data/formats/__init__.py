@@ -48,8 +48,11 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     return splits
 
 
-def check_root(recipe: DataConfig) -> None:
-    """Raises the DataErrors that need no look at the images: those of data.root and its class folders."""
+def check_root(recipe: DataConfig, *, test: bool) -> None:
+    """Raises the DataErrors that need no look at the images: those of data.root and its class folders.
+
+    ``test``: whether the test split is needed.
+    """
     task = resolve(recipe)
     if recipe.root is None or stored_as(recipe, task) == "hf":
         return
@@ -57,7 +60,10 @@ def check_root(recipe: DataConfig) -> None:
     if stored_as(recipe, task) == "image_folder":
         from dist_vpt.data.formats.image_folder import find_folders
 
-        _check_several(root, find_folders(root)[2])
+        _, missing, classes = find_folders(root)
+        _check_several(root, classes)
+        if test and missing:
+            raise DataError(f"split 'test' is missing: {missing['test']}")
 
 
 def _check_several(location: str | Path, classes: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
@@ -33,7 +33,10 @@ class FileSource:
         return printable(self.root / self.files[i])
 
     def identity(self, i: int) -> str:
-        found = (self.root / self.files[i]).stat()
+        try:
+            found = (self.root / self.files[i]).stat()
+        except OSError:  # reported where the image is read
+            return f"{self.files[i]} missing {self.decoding}"
         return f"{self.files[i]} {found.st_size} {found.st_mtime_ns} {self.decoding}"
 
 
@@ -93,47 +96,86 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in TOOL_FOLDERS
 
 
-def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
+def subfolders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, without hidden ones. Raises DataError where it cannot be read."""
+    return [entry.name for entry in _scan(folder) if _is_dir(entry)]
+
+
+def folder_id(folder: Path) -> tuple[int, int]:
+    """Equal for all paths of a folder."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def find_images(folder: Path, elsewhere: Iterable[tuple[int, int]] = ()) -> tuple[list[Path], Counter[str]]:
     """The images below a folder, sorted, and how many other files there are, by extension.
 
-    Hidden files and folders do not count. A folder that links reach twice is entered once. Raises DataError for a
-    folder that cannot be read.
+    Hidden files and folders, and those of other programs, do not count. A folder that links reach twice is entered
+    once, and one whose id is ``elsewhere`` not at all. Raises DataError for a folder that cannot be read.
     """
     images: list[Path] = []
     others: Counter[str] = Counter()
-    entered: set[tuple[int, int]] = set()
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); fix its permissions or remove it")
-
-    for inner, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        found = os.stat(inner)
-        known = (found.st_dev, found.st_ino) in entered
-        entered.add((found.st_dev, found.st_ino))
-        folders[:] = [] if known else sorted(name for name in folders if not is_hidden(name))
-        for name in () if known else (name for name in names if not is_hidden(name)):
-            extension = os.path.splitext(name)[1].lower()
-            if extension in image_extensions():
-                images.append(Path(inner, name))
-            else:
+    left, entered = [folder], {*elsewhere}
+    while left:
+        inner = left.pop()
+        for entry in _scan(inner):
+            path, extension = inner / entry.name, os.path.splitext(entry.name)[1].lower()
+            if _is_dir(entry):
+                if folder_id(path) not in entered:
+                    entered.add(folder_id(path))
+                    left.append(path)
+            elif extension not in image_extensions():
                 others[extension or "without extension"] += 1
+            elif entry.is_symlink() or entry.is_file():  # a link to nothing is reported where it is read
+                images.append(path)
+            else:
+                others[f"special files {extension}"] += 1
     return sorted(images), others
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(
+            f"{printable(folder)}: cannot be read ({error.strerror}); fix its permissions or remove it"
+        ) from error
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def kinds(others: Counter[str]) -> str:
+    """Files that are no images, counted by extension, and how HEIC could be read."""
+    shown = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
+    heif = {".heic", ".heif"} & set(others)
+    return f"{shown}{', ...' if len(others) > 5 else ''}{'; pip install pillow-heif reads HEIC' if heif else ''}"
 
 
 def passed_over(others: Counter[str], folder: Path) -> str:
     """A line about files that are no images, or ""."""
-    if not others:
-        return ""
-    kinds = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
-    more = ", ..." if len(others) > 5 else ""
-    return f"{folder}: files that Pillow does not open as images are not read: {kinds}{more}"
+    return f"{folder}: files without the extension of an image are not read: {kinds(others)}" if others else ""
 
 
 def open_root(recipe: DataConfig) -> Path:
     """The recipe's root as an absolute path, or a DataError if it is no folder."""
     assert recipe.root is not None  # DataConfig requires it
-    root = Path(recipe.root).expanduser().absolute()
-    if not root.is_dir():
+    try:
+        root = Path(recipe.root).expanduser().absolute()
+        there = root.is_dir()
+        if there:
+            os.scandir(root).close()
+    except (OSError, RuntimeError) as error:  # such as a home that does not exist, or no permission
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(
+            f"data.root {recipe.root!r}: cannot be read ({reason}); correct the path or its permissions"
+        ) from error
+    if not there:
         siblings = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
         near = get_close_matches(root.name, siblings, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "use the folder of the dataset"

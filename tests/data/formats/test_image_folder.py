@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.formats import files, open_splits
 from dist_vpt.errors import DataError
 
 
@@ -158,10 +160,10 @@ def test_files_that_are_no_images_are_counted(flat, opened):
         (flat / "cat" / f"{i}.json").write_text("{}")
     (flat / "dog" / "LICENSE").write_text("x")
     [line] = opened("image_folder").remarks
-    assert line == f"{flat}: files that Pillow does not open as images are not read: 3 .json, 1 without extension"
+    assert line == f"{flat}: files without the extension of an image are not read: 3 .json, 1 without extension"
 
 
-@pytest.mark.parametrize("extension", ["avif", "JFIF", "jp2", "tga", "BMP"])
+@pytest.mark.parametrize("extension", ["avif", "JFIF", "jp2", "tga", "BMP", "mpo"])
 def test_all_formats_that_pillow_reads(flat, opened, extension):
     image = Image.new("RGB", (12, 10), "red")
     kind = {"JFIF": "JPEG", "jp2": "JPEG2000"}.get(extension, extension.upper())
@@ -179,10 +181,86 @@ def test_a_folder_is_entered_once(flat, opened):
     assert sum(len(splits[name]) for name in ("train", "val", "test")) == 40
 
 
+@pytest.mark.parametrize("names", [("seg_train", "seg_test"), ("train_dataset", "test_dataset"), ("x-train", "x-val")])
+def test_names_that_hold_a_split_among_other_words(tmp_path, opened, save_image, names):
+    for name in names:
+        for i, class_name in enumerate(("cat", "dog")):
+            for k in range(20):
+                save_image(tmp_path / name / class_name / f"{k}.png", 100 * i + k)
+    splits = opened("image_folder")
+    assert splits.classes == ("cat", "dog")
+    assert len(splits["test"] if "test" in names[1] else splits["val"]) == 40
+
+
+def test_classes_whose_names_hold_a_split_among_other_words(tmp_path, opened, save_image):
+    for name in ("steam_train", "test_tube"):
+        for i in range(20):
+            save_image(tmp_path / name / f"{i}.png", i)
+    assert opened("image_folder").classes == ("steam_train", "test_tube")
+
+
+def test_a_folder_of_another_class_is_not_read_through_a_link(flat, opened):
+    (flat / "cat" / "up").symlink_to(flat, target_is_directory=True)
+    (flat / "cat" / "more").symlink_to(flat / "dog", target_is_directory=True)
+    splits = opened("image_folder")
+    assert sum(len(splits[name]) for name in ("train", "val", "test")) == 40
+
+
+def test_links_that_lead_nowhere_and_special_files(flat, opened):
+    (flat / "loop").symlink_to(flat / "loop")
+    os.mkfifo(flat / "cat" / "pipe.png")
+    splits = opened("image_folder")
+    assert splits.classes == ("cat", "dog")
+    assert "1 special files .png" in splits.remarks[0]
+    (flat / "cat" / "gone.png").symlink_to(flat / "nix.png")
+    splits = opened("image_folder")
+    [at] = [(n, i) for n in ("trainval", "test") for i in range(len(splits[n])) if "gone" in splits[n].where(i)]
+    assert "missing" in splits[at[0]].source.identity(at[1])
+    with pytest.raises(DataError, match=r"gone.png: there is no such image"):
+        splits[at[0]].read(at[1])
+
+
+@pytest.mark.parametrize("folder", ["", "cat", "cat/deeper"])
+def test_a_folder_that_cannot_be_read(flat, opened, folder, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path) == flat / folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused(opened, r"cannot be read \(Permission denied\)")
+
+
+@pytest.mark.parametrize("root", ["~no-such-user/x", "x" * 300])
+def test_a_root_that_cannot_exist(root):
+    config = DataConfig(task="mine", format="image_folder", root=root)
+    with pytest.raises(DataError, match=r"^data\.root .*: cannot be read \("):
+        open_splits(config, resolve(config))
+
+
+def test_images_beside_the_class_folders_are_counted(split, opened, save_image):
+    save_image(split / "a.png")
+    save_image(split / "train" / "b.PNG")
+    save_image(split / "train" / "c.png")
+    assert opened("image_folder").remarks == (
+        f"{split}: 1 images beside the class folders are not read",
+        f"{split / 'train'}: 2 images beside the class folders are not read",
+    )
+
+
+def test_heic_names_the_plugin(flat, opened, monkeypatch):
+    monkeypatch.setattr(files, "image_extensions", lambda: frozenset({".png"}))
+    (flat / "eel").mkdir()
+    (flat / "eel/a.HEIC").write_bytes(b"x")
+    refused(opened, r"eel: holds no image \(1 .heic; pip install pillow-heif reads HEIC\); add images or remove")
+
+
 def test_empty_class_folder(flat, opened):
     (flat / "eel").mkdir()
     (flat / "eel/notes.txt").write_text("x")
-    refused(opened, "eel: holds no image; add images or remove the folder")
+    refused(opened, r"eel: holds no image \(1 .txt\); add images or remove the folder")
 
 
 def test_no_class_folder(tmp_path, opened):
