@@ -85,6 +85,9 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         finals = seed_jobs(recipe, folder.path, chosen)
         worker.work(finals)
         results = worker.wait_for(finals)
+        for job, outcome in zip(finals, results, strict=True):  # of the chosen setting alone: a grid has bad ones
+            for warning in outcome.get("warnings", ()):
+                worker.show(f"warning: {job.label}: {warning}")
         if rank:
             return {}
         with raising_disk_full("the table", folder.path, RESUME_HINT):

@@ -124,9 +124,6 @@ class Worker:
         skipped, seconds = sorted(group.skipped), group.seconds / len(jobs)
         if skipped:
             self.show(f"{len(skipped)} unreadable images skipped")
-        for job, trial in zip(jobs, group.trials, strict=True):
-            if recipes[0].train.test and trial.progress.warnings:  # of the chosen setting: a grid has bad ones
-                self.show(f"warning: {job.label}: {trial.progress.warnings[0]}")
         for trial, test in zip(scored, tests, strict=True):
             trial.progress.last["test"] = test
             if not math.isfinite(test["loss"]):
@@ -140,7 +137,8 @@ class Worker:
                     assert self.accelerator is not None
                     write_run(job, trial, group.parts, self.accelerator, seconds, skipped)
                 progress = trial.progress
-                self.write_outcome(job, progress.last, progress.best, trial.diverged, seconds, skipped)
+                notes = progress.warnings
+                self.write_outcome(job, progress.last, progress.best, trial.diverged, seconds, skipped, notes)
             state.unlink(missing_ok=True)
 
         on_main_process(self.accelerator, write, "outcomes", self.folder.path, RESUME_HINT)
@@ -158,7 +156,8 @@ class Worker:
 
         def write() -> None:
             last, best, seconds = result["last"], result["best"] or {}, result["seconds"]
-            self.write_outcome(job, last, best, diverged, seconds, result["skipped_images"])
+            notes = result.get("warnings", ())
+            self.write_outcome(job, last, best, diverged, seconds, result["skipped_images"], notes)
 
         if self.shared:
             assert self.accelerator is not None
@@ -174,6 +173,7 @@ class Worker:
         diverged: str,
         seconds: float,
         skipped: Sequence[str],
+        warnings: Sequence[str],
     ) -> None:
         """Write what the grid's choice and the sweep's table need of a trial."""
         outcome = {
@@ -183,6 +183,7 @@ class Worker:
             "diverged": diverged or None,
             "seconds": round(seconds, 3),
             "skipped_images": list(skipped),
+            "warnings": list(warnings),
             "recipe": job.recipe.model_dump(mode="json"),
         }
         with raising_disk_full("outcomes", self.folder.path, RESUME_HINT):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -526,3 +527,15 @@ def test_unknown_keys_of_the_grid_are_reported_once(tmp_path: Path) -> None:
         "sweep.grid.optim.lrr: there is no such key; did you mean 'lr'?"
     ]
     assert "sweep.grid.seeed: there is no such key; did you mean 'seed'?" in lines
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt"])
+def test_a_chosen_setting_that_learns_nothing_is_warned_of(
+    method: str, tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (f"method.name={method}", "sweep.grid.optim.lr=[1e-9]", "sweep.grid.optim.weight_decay=[0.0]")
+    swept(tmp_path / "run", *data, *options, "sweep.seeds=[42]", "train.epochs=3")
+    outcome = json.loads((tmp_path / "run/seeds/42/result.json").read_text())
+    [warning] = outcome["warnings"]
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^warning: .*42.*: " + re.escape(warning), shown, re.MULTILINE)) == 1
