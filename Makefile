@@ -5,8 +5,8 @@
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
-# Processes that run the tests, each with one thread.
-WORKERS ?= 2
+# Processes that run the tests, each with one thread: one more than two cores, since some tests wait for others.
+WORKERS ?= 3
 
 .PHONY: quickstart check test lint docs setup benchmark clean
 

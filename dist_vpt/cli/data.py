@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from dist_vpt.cli.arguments import add_command, add_group
+from dist_vpt.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
@@ -17,10 +18,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--format", choices=("array_record", "tfrecord"), default="array_record", help="of the files (array_record)"
     )
-    help = "compare datasets with the published protocol"
+    help = "compare datasets with the published protocol, or with --storage look for mistakes in your own"
     parser = add_command(group, "check", check, help, rest="tasks", example="dist-vpt data check --root /data")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="default: all that are there")
     parser.add_argument("--root", required=True, metavar="DIR", help="folder of the datasets")
+    parser.add_argument(
+        "--storage", choices=("image_folder", "vtab_folder", "fgvc_json", "hf"), help="how your own dataset is stored"
+    )
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -30,6 +34,15 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
+    if arguments.storage is not None:
+        if arguments.tasks:
+            raise UserError(
+                f"{arguments.tasks[0]}: --storage is for your own data, which is no known task; leave one out"
+            )
+        from dist_vpt.data.check_own import check_own
+
+        check_own(arguments.root, arguments.storage)
+        return
     from dist_vpt.data.check import check
 
     check(arguments.root, arguments.tasks)

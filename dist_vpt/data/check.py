@@ -47,7 +47,10 @@ def check(root: str, tasks: Sequence[str]) -> list[CheckedTask]:
     if bad:
         raise DataError(f"{root}: {len(bad)} of {len(found)} tasks are not as published: {', '.join(bad)}")
     if not any(one.storage for one in found):
-        raise DataError(f"{root}: holds none of the known tasks; use the folder with the datasets")
+        raise DataError(
+            f"{root}: holds none of the known tasks; use the folder with the datasets, or "
+            "for your own data add --storage image_folder"
+        )
     return found
 
 

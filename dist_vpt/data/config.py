@@ -148,6 +148,10 @@ class DataConfig(BaseModel):
         description="color onto which transparent images are composed, as a name or '#rrggbb'; none: drop the alpha "
         "channel; null: none for tasks with published numbers, white for your own data",
     )
+    check_leaks: bool = Field(
+        default=True,
+        description="of your own data: warn of files in test that are in train or val too, byte for byte",
+    )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -126,6 +127,9 @@ class _Subset:
     def identity(self, i: int) -> str:
         return self.source.identity(int(self.rows[i]))
 
+    def path(self, i: int) -> Path | None:
+        return path_of(self.source, int(self.rows[i]))
+
 
 @dataclass(frozen=True, eq=False)
 class _Concatenated:
@@ -146,6 +150,16 @@ class _Concatenated:
     def identity(self, i: int) -> str:
         split, i = self._at(i)
         return split.source.identity(i)
+
+    def path(self, i: int) -> Path | None:
+        split, i = self._at(i)
+        return path_of(split.source, i)
+
+
+def path_of(source: Source, i: int) -> Path | None:
+    """The file of the i-th image; None where a source has no file for each."""
+    find: Callable[[int], Path | None] | None = getattr(source, "path", None)
+    return None if find is None else find(i)
 
 
 def join(name: str, first: Split, second: Split) -> Split:

@@ -16,6 +16,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.backbones.weights.zoo import IMAGENET
 from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.duplicates import leak_warning
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Splits
@@ -87,7 +88,11 @@ class Components:
         lines = (
             [f"split off train by data.split_seed = {self.recipe.data.split_seed}: {', '.join(sizes)}"] if sizes else []
         )
-        return [*lines, *(f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks))]
+        lines += [f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks)]
+        own = self.inputs.task.group is None and self.recipe.data.check_leaks and self.launch.rank == 0
+        if own and self.splits.test is not None and (warning := leak_warning(self.splits.trainval, self.splits.test)):
+            lines.append(f"warning: {warning}")
+        return lines
 
     def held_out(self) -> dict[str, list[str]]:
         """Files of the splits that a seed took out of train, for splits.json."""

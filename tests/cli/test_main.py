@@ -37,7 +37,7 @@ COMMANDS = {
     "dist-vpt status": {"--help", "--debug", "DIR +", "--json", "--watch"},
     "dist-vpt data": {"--help"},
     "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
-    "dist-vpt data check": {"--help", "--debug", "TASK *", "--root"},
+    "dist-vpt data check": {"--help", "--debug", "TASK *", "--root", "--storage"},
     "dist-vpt backbones": {"--help", "--debug"},
     "dist-vpt backbones check": {"--help", "--debug", "FILE"},
     "dist-vpt launch": {"--help"},
@@ -63,6 +63,7 @@ COMMANDS = {
     "dist-vpt recipe schema": {"--help", "--debug"},
 }
 CHOICES = {
+    "--storage": ("image_folder", "vtab_folder", "fgvc_json", "hf"),
     "--split": ("train", "val", "trainval", "test"),
     "--adapters": ("last", "best"),
     "--format": ("array_record", "tfrecord"),

@@ -46,6 +46,7 @@ VALUES = [
     ("data.on_decode_error=x", "'x'", CHOICE + "fail, skip"),
     ("data.absent_classes=x", "'x'", CHOICE + "allow, fail"),
     ("data.check_counts=x", "'x'", BOOLEAN),
+    ("data.check_leaks=x", "'x'", BOOLEAN),
     ("data.exif=x", "'x'", CHOICE + "ignore, transpose"),
     ("data.max_megapixels=x", "'x'", NUMBER),
     ("data.max_megapixels=-1", "-1", "must be greater than 0; use a value above 0"),

@@ -1,6 +1,9 @@
 """Datasets that are a folder of image files: finding them, reading them, and reporting all mistakes."""
 
+import contextlib
 import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,9 @@ class FileSource:
 
     def read(self, i: int, max_megapixels: float) -> Image.Image:
         return decode(self.root / self.files[i], self.where(i), max_megapixels, self.decoding)
+
+    def path(self, i: int) -> Path:
+        return self.root / self.files[i]
 
     def where(self, i: int) -> str:
         return printable(self.root / self.files[i])
@@ -58,6 +64,11 @@ class Mistakes:
             raise DataError("\n".join(self._found[:MAX_LISTED] + rest))
 
 
+def alike_key(name: str) -> str:
+    """Equal for names that some systems take for the same: in any case, accents composed or not."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
 class Folder:
     """The files below a root, each folder listed once: a dataset may have a hundred thousand of them."""
 
@@ -65,11 +76,17 @@ class Folder:
         self.root, self.decoding = root, decoding
         self._below = below  # folders in which a relative path may start, in this order
         self._listings: dict[str, frozenset[str]] = {}
+        self._by_key: dict[str, dict[str, list[str]]] = {}  # of folders in which a path was not found as it is
 
     def find(self, path: str) -> str:
-        """The path relative to the root. Raises ValueError if it does not exist or leaves the root."""
+        """The path relative to the root. Raises ValueError if it does not exist or leaves the root.
+
+        A path that another system wrote (with backslashes, in other case, with composed or decomposed accents) is that
+        of the only file that it can mean.
+        """
         parts = PurePosixPath(path).parts
-        if path.startswith(("/", "\\")) or ".." in parts:
+        foreign = PurePosixPath(path.replace("\\", "/")).parts
+        if path.startswith(("/", "\\")) or ".." in foreign or re.match(r"[A-Za-z]:[\\/]", path):
             raise ValueError(
                 f"path {path!r} leaves the dataset's folder; use a path relative to the folder, without '..'"
             )
@@ -78,8 +95,32 @@ class Folder:
             folder, name = os.path.split(inner)
             if name in self._listing(folder):
                 return inner
+        found = [inner for start in self._below for inner in self._alike(start, foreign)]
+        if len(found) == 1:
+            return found[0]
         folders = " or ".join(str(self.root / start) for start in self._below)
-        raise ValueError(f"there is no file {path!r} in {folders}; restore it or remove its entry")
+        fix = (
+            f"{' and '.join(found)} could both be meant; write one of them"
+            if found
+            else "restore it or remove its entry"
+        )
+        raise ValueError(f"there is no file {path!r} in {folders}; {fix}")
+
+    def _alike(self, folder: str, parts: Sequence[str]) -> list[str]:
+        """Files below a folder whose paths differ from ``parts`` in case or in the composition of accents alone."""
+        if not parts:
+            return [folder] if os.path.basename(folder) in self._listing(os.path.dirname(folder)) else []
+        alike = self._names(folder).get(alike_key(parts[0]), [])
+        return [path for name in alike for path in self._alike(f"{folder}/{name}" if folder else name, parts[1:])]
+
+    def _names(self, folder: str) -> dict[str, list[str]]:
+        """Names of files and folders in a folder, by what they have in common with others."""
+        if folder not in self._by_key:
+            self._by_key[folder] = {}
+            with contextlib.suppress(OSError):
+                for name in sorted(os.listdir(self.root / folder)):
+                    self._by_key[folder].setdefault(alike_key(name), []).append(name)
+        return self._by_key[folder]
 
     def _listing(self, folder: str) -> frozenset[str]:
         if folder not in self._listings:

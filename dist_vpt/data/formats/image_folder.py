@@ -16,6 +16,7 @@ from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import (
     FileSource,
     Mistakes,
+    alike_key,
     find_images,
     folder_id,
     is_hidden,
@@ -102,6 +103,12 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     return folders, {}
 
 
+def _alike(name: str, names: Sequence[str]) -> str:
+    """The only one of ``names`` that differs from a name in case or in the composition of accents alone, or ""."""
+    found = [each for each in names if alike_key(each) == alike_key(name)]
+    return found[0] if len(found) == 1 else ""
+
+
 def _named_loosely(root: Path, top: Sequence[str]) -> dict[str, list[str]]:
     """Folders such as seg_train and seg_test, which hold folders of equal names."""
     found = {name: split for name in top for split in SPLIT_NAMES if split in re.split(r"[^a-z]+", name.lower())}
@@ -134,7 +141,8 @@ def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
     files: list[str] = []
     labels: list[int] = []
     for class_name in subfolders(folder):
-        if class_name not in label_of:
+        meant = label_of.get(class_name, label_of.get(_alike(class_name, names)))
+        if meant is None:
             hint = nearest(class_name, names)
             mistakes.add(folder / class_name, f"class {class_name!r} has no folder in train; {hint}")
             continue
@@ -144,5 +152,5 @@ def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
             held = f" ({kinds(more)})" if more else ""
             mistakes.add(printable(folder / class_name), f"holds no image{held}; add images or remove the folder")
         files += [image.relative_to(source.root).as_posix() for image in images]
-        labels += [label_of[class_name]] * len(images)
+        labels += [meant] * len(images)
     return Split(name, np.array(labels, np.int64), replace(source, files=tuple(files)))

@@ -8,6 +8,8 @@ import pytest
 
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import open_splits
+from dist_vpt.data.formats.files import Folder
+from dist_vpt.data.images import AS_PUBLISHED
 from dist_vpt.errors import DataError
 
 
@@ -143,3 +145,30 @@ def test_a_known_sets_folder_is_found_below_the_root(name, tmp_path, save_image)
     assert splits.test.labels.tolist() == [199]
     with pytest.raises(DataError, match="split 'test' of task 'cub': 1 images, and the published one has 5,794"):
         open_splits(DataConfig(task="cub", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "written", ["cat\\a.png", "cat/A.PNG", "Cat/a.png", ".\\Cat\\A.png", "./cat/a.png", "images\\CAT\\a.png"]
+)
+def test_paths_as_other_systems_write_them(written, tmp_path, save_image):
+    save_image(tmp_path / "images/cat/a.png", 7)
+    folder = Folder(tmp_path, ("", "images"), AS_PUBLISHED)
+    assert folder.find(written) == "images/cat/a.png"
+
+
+def test_accents_composed_or_not(tmp_path, save_image):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    save_image(tmp_path / apart / "a.png", 7)
+    assert Folder(tmp_path, ("",), AS_PUBLISHED).find(f"{composed}/a.png") == f"{apart}/a.png"
+
+
+def test_paths_that_could_mean_several_files_are_refused(tmp_path, save_image):
+    for name in ("cat/a.png", "CAT/a.png"):
+        save_image(tmp_path / name)
+    folder = Folder(tmp_path, ("",), AS_PUBLISHED)
+    assert folder.find("cat/a.png") == "cat/a.png"
+    with pytest.raises(ValueError, match=r"CAT/a.png and cat/a.png could both be meant; write one of them"):
+        folder.find("Cat/a.png")
+    for outside in ("C:\\data\\a.png", "..\\a.png", "\\a.png", "cat\\..\\..\\a.png"):
+        with pytest.raises(ValueError, match="leaves the dataset's folder"):
+            folder.find(outside)

@@ -299,3 +299,12 @@ def test_names_that_are_not_utf8_are_escaped(flat, opened):
     assert splits.classes == ("caf\\xe9\\n", "cat")
     assert {splits["test"].where(i).isascii() for i in range(8)} == {True}
     assert len({gray(splits["test"], i) for i in range(8)}) == 8
+
+
+def test_class_folders_of_a_split_may_differ_in_case_or_in_how_accents_are_stored(split, opened, save_image):
+    (split / "val/dog").rename(split / "val/Dog")
+    for place, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")):
+        save_image(split / place / name / "x.png", 9)
+    splits = opened("image_folder")
+    assert splits.val.labels.tolist() == [splits.classes.index("dog")]
+    assert splits.test.labels.tolist().count(splits.classes.index("caf\u00e9")) == 1

@@ -1,0 +1,74 @@
+"""Files with the same bytes in several splits or classes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_vpt.data import duplicates
+from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.duplicates import equal_files, leak_warning
+from dist_vpt.data.formats import open_splits
+from dist_vpt.data.splits import Splits
+from tests.running import train
+
+
+@pytest.fixture
+def root(tmp_path: Path, save_image: Any) -> Path:
+    for s, split in enumerate(("train", "val", "test")):
+        for k, name in enumerate(("cat", "dog")):
+            for i in range(6):
+                save_image(tmp_path / split / name / f"{i}.png", 60 * s + 20 * k + i)
+    return tmp_path
+
+
+def opened(root: Path) -> Splits:
+    config = DataConfig(task="mine", format="image_folder", root=str(root))
+    return open_splits(config, resolve(config))
+
+
+def test_different_files_are_not_grouped_and_few_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "train/cat/0.png").write_bytes((root / "train/cat/0.png").read_bytes() + b"longer than all others")
+    read = Path.read_bytes
+    paths: list[Path] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda self: paths.append(self) or read(self))  # type: ignore[func-returns-value]
+    splits = opened(root)
+    assert not equal_files((splits.trainval, splits["test"]))
+    assert root / "train/cat/0.png" not in paths
+
+
+def test_files_of_test_that_are_trained_on(root: Path) -> None:
+    shutil.copy(root / "train/cat/3.png", root / "test/cat/copy.png")
+    shutil.copy(root / "val/dog/1.png", root / "test/dog/other.png")
+    splits = opened(root)
+    warning = leak_warning(splits.trainval, splits["test"])
+    assert warning.startswith("2 files of test can be trained on too, byte for byte, such as ")
+    assert f"{root}/test/cat/copy.png = {root}/train/cat/3.png" in warning
+    groups = equal_files([splits.train, splits["test"]])
+    assert [[(place.split, place.label) for place in group] for group in groups] == [[("train", 0), ("test", 0)]]
+
+
+def test_split_off_images_have_their_files_too(tmp_path: Path, save_image: Any) -> None:
+    for name in ("cat", "dog"):
+        for i in range(20):
+            save_image(tmp_path / name / f"{i}.png", 5)  # all alike
+    splits = opened(tmp_path)
+    assert leak_warning(splits.trainval, splits["test"]).startswith("8 files of test")
+
+
+def test_images_that_are_no_files_are_passed_over() -> None:
+    config = DataConfig()
+    splits = open_splits(config, resolve(config))
+    assert not equal_files((splits.train, splits["test"]))
+
+
+def test_a_run_warns_unless_the_key_says_no(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(root / "train/cat/3.png", root / "test/cat/copy.png")
+    own = ("data.task=mine", "data.format=image_folder", f"data.root={root}", "train.batch_size=6", "train.epochs=1")
+    train(tmp_path / "runs/run", *own)
+    log = (tmp_path / "runs/run/train.log").read_text()
+    assert log.count("warning: 1 file of test can be trained on too, byte for byte, such as ") == 1
+    monkeypatch.setattr(duplicates, "equal_files", None)
+    train(tmp_path / "runs/off", *own, "data.check_leaks=false")
+    assert "byte for byte" not in (tmp_path / "runs/off/train.log").read_text()
