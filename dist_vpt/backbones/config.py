@@ -1,9 +1,9 @@
 """The backbone section of a recipe."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.errors import WeightsError
 
@@ -44,6 +44,12 @@ class BackboneConfig(BaseModel):
         lt=1,
         description="stochastic depth rate of the last block, 0 to 1; above 0 the blocks are in train mode",
     )
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        if self.entry is not None and self.file is None:
+            raise ValueError(f"entry {self.entry!r}: weights {self.weights!r} are one model; remove entry")
+        return self
 
     @property
     def file(self) -> Path | None:

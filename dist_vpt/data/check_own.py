@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +14,7 @@ from rich.table import Table
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.duplicates import Place, equal_files
 from dist_vpt.data.formats import open_splits
-from dist_vpt.data.images import AS_PUBLISHED, decode
+from dist_vpt.data.images import decode, open_header
 from dist_vpt.data.splits import Split, Splits, path_of
 from dist_vpt.data.tasks import Format
 from dist_vpt.errors import DataError
@@ -74,8 +73,8 @@ def _image(split: Split, i: int) -> Seen:
         if path is None:
             height, width, _ = np.asarray(split.read(i)).shape
             return Seen(width, height, "RGB")
-        decode(path, split.where(i), decoding=AS_PUBLISHED)
-        with Image.open(path) as image:
+        decode(path, split.where(i))
+        with open_header(path) as image:
             return Seen(*image.size, image.mode)
     except DataError as error:
         return Seen(0, 0, "", str(error))
@@ -86,11 +85,11 @@ def _findings(splits: Splits, parts: Sequence[Split], seen: dict[str, list[Seen]
     unreadable = [image.error for images in seen.values() for image in images if image.error]
     found.wrong += _listed(f"{len(unreadable)} images cannot be read", unreadable)
     groups = equal_files(parts)
-    across = [group for group in groups if len({place.split for place in group}) > 1]
+    across = [group for group in groups if _in_two_splits(group)]
     found.wrong += _listed(f"{len(across)} images are in two splits, byte for byte", map(_places, across))
-    classes = [group for group in groups if len({place.label for place in group}) > 1]
+    classes = [group for group in groups if _in_two_classes(group)]
     found.wrong += _listed(f"{len(classes)} images are in two classes, byte for byte", map(_places, classes))
-    others = [group for group in groups if group not in across and group not in classes]
+    others = [group for group in groups if not _in_two_splits(group) and not _in_two_classes(group)]
     found.notes += _listed(f"{len(others)} images are there more than once", map(_places, others))
     counts_K = np.bincount(splits.train.labels, minlength=len(splits.classes))
     few = [f"{splits.classes[k]} ({counts_K[k]})" for k in np.flatnonzero(counts_K < FEW)]
@@ -100,6 +99,14 @@ def _findings(splits: Splits, parts: Sequence[Split], seen: dict[str, list[Seen]
     found.notes += [*splits.notes, *splits.remarks]
     found.notes += [f"there is no {name}: {reason}" for name, reason in splits.missing.items() if splits.test is None]
     return found
+
+
+def _in_two_splits(group: Sequence[Place]) -> bool:
+    return len({place.split for place in group}) > 1
+
+
+def _in_two_classes(group: Sequence[Place]) -> bool:
+    return len({place.label for place in group}) > 1
 
 
 def _listed(title: str, lines: "Sequence[str] | map[str]") -> list[str]:

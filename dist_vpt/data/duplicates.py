@@ -1,12 +1,16 @@
 """Files that hold the same bytes: images of test that are trained on, or one image under two classes."""
 
+import contextlib
 import hashlib
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from dist_vpt.data.splits import Split, path_of
+
+TAIL_BYTES = 512  # where images of equal size mostly differ
 
 
 class Place(NamedTuple):
@@ -17,27 +21,39 @@ class Place(NamedTuple):
     where: str
 
 
-def equal_files(splits: Iterable[Split]) -> list[list[Place]]:
-    """Groups of files with the same bytes. Only files of equal size are read; images that are no files are passed over.
+File = tuple[Path, Place]
 
-    Files that cannot be read are left to the loader.
+
+def equal_files(splits: Iterable[Split]) -> list[list[Place]]:
+    """Groups of files with the same bytes; images that are no files are passed over.
+
+    Of each file its size and last bytes are compared, and only those that agree in both are read. Files that cannot be
+    read are left to the loader.
     """
-    by_size: dict[int, dict[Path, list[Place]]] = defaultdict(lambda: defaultdict(list))
-    for split, i, path in _files(splits):
-        try:
-            by_size[path.stat().st_size][path].append(Place(split.name, int(split.labels[i]), split.where(i)))
-        except OSError:
-            continue
-    groups: dict[str, list[Place]] = defaultdict(list)
-    for files in by_size.values():
-        if sum(map(len, files.values())) < 2:
-            continue
-        for path, places in files.items():
-            try:
-                groups[hashlib.sha256(path.read_bytes()).hexdigest()] += places
-            except OSError:
-                continue
+    files = [(path, Place(split.name, int(split.labels[i]), split.where(i))) for split, i, path in _files(splits)]
+    alike = _grouped(files, _size_and_tail)
+    return [[place for _, place in group] for some in alike for group in _grouped(some, _digest)]
+
+
+def _grouped(files: Iterable[File], key_of: Callable[[Path], Hashable]) -> list[list[File]]:
+    """Groups of two and more files with equal keys."""
+    groups: dict[Hashable, list[File]] = defaultdict(list)
+    for file in files:
+        with contextlib.suppress(OSError):
+            groups[key_of(file[0])].append(file)
     return [group for group in groups.values() if len(group) > 1]
+
+
+def _size_and_tail(path: Path) -> tuple[int, bytes]:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL_BYTES))
+        return size, file.read()
+
+
+def _digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def leak_warning(trained_on: Split, test: Split) -> str:

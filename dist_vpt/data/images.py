@@ -55,7 +55,7 @@ def decode(
 ) -> Image.Image:
     """The RGB picture in a file or in encoded bytes; ``where`` names it in messages."""
     try:
-        image = _open(source)
+        image = open_header(source)
     except FileNotFoundError:
         raise DataError(f"{where}: there is no such image; restore the file or remove its entry") from None
     except Exception as error:  # decoders raise errors of any kind for damaged files
@@ -83,7 +83,7 @@ def unreadable(where: str, error: Exception) -> str:
     return f"{where}: the image cannot be read ({type(error).__name__}: {error}); replace the file{SKIP_HINT}"
 
 
-def _open(source: str | Path | bytes) -> Image.Image:
+def open_header(source: str | Path | bytes) -> Image.Image:
     """Read only the header, without Pillow's limit on pixels: data.max_megapixels is checked instead."""
     image_extensions()  # registers the plugin
     with _opening:

@@ -38,3 +38,13 @@ def opened(tmp_path: Path) -> Callable[..., Splits]:
         return open_splits(DataConfig(**settings))
 
     return open_as
+
+
+@pytest.fixture
+def folders(tmp_path: Path, save_image: SaveImage) -> Path:
+    """Class folders in train, val and test, with six different images of two classes each."""
+    for s, split in enumerate(("train", "val", "test")):
+        for k, name in enumerate(("cat", "dog")):
+            for i in range(6):
+                save_image(tmp_path / split / name / f"{i}.png", 60 * s + 20 * k + i)
+    return tmp_path

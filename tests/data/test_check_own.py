@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,17 +9,8 @@ from PIL import Image
 from dist_vpt.cli.main import main
 
 
-@pytest.fixture
-def root(tmp_path: Path, save_image: Any) -> Path:
-    for s, split in enumerate(("train", "val", "test")):
-        for k, name in enumerate(("cat", "dog")):
-            for i in range(6):
-                save_image(tmp_path / split / name / f"{i}.png", 60 * s + 20 * k + i)
-    return tmp_path
-
-
-def checked(root: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
-    code = main(["data", "check", "--root", str(root), "--storage", "image_folder", *more])
+def checked(folders: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+    code = main(["data", "check", "--root", str(folders), "--storage", "image_folder", *more])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -30,30 +20,30 @@ def row(out: str, name: str) -> list[str]:
     return line.split()
 
 
-def test_a_sound_dataset(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = checked(root, capsys)
+def test_a_sound_dataset(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = checked(folders, capsys)
     assert (code, err) == (0, "")
     assert row(out, "train") == ["train", "12", "0", "10", "to", "10,", "half", "below", "10", "RGB", "12"]
     assert row(out, "dog") == ["dog", "6", "6", "6"]
 
 
-def test_everything_that_is_wrong_is_listed_with_its_files(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (root / "train/cat/0.png").write_bytes(b"no image")
-    shutil.copy(root / "train/cat/1.png", root / "test/cat/leak.png")
-    shutil.copy(root / "train/cat/2.png", root / "train/dog/other.png")
-    shutil.copy(root / "val/cat/2.png", root / "val/cat/twice.png")
-    Image.new("RGBA", (30, 20)).save(root / "val/dog/clear.png")
+def test_everything_that_is_wrong_is_listed_with_its_files(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folders / "train/cat/0.png").write_bytes(b"no image")
+    shutil.copy(folders / "train/cat/1.png", folders / "test/cat/leak.png")
+    shutil.copy(folders / "train/cat/2.png", folders / "train/dog/other.png")
+    shutil.copy(folders / "val/cat/2.png", folders / "val/cat/twice.png")
+    Image.new("RGBA", (30, 20)).save(folders / "val/dog/clear.png")
     for i in range(3):
-        (root / f"train/dog/{i}.png").unlink()
-    code, out, err = checked(root, capsys)
+        (folders / f"train/dog/{i}.png").unlink()
+    code, out, err = checked(folders, capsys)
     assert code == 2
     assert "3 kinds of mistakes, listed above" in err
     assert "Traceback" not in err
     for title, file in (
         ("1 images cannot be read:", "train/cat/0.png: the image cannot be read"),
-        ("1 images are in two splits, byte for byte:", f"{root}/train/cat/1.png = {root}/test/cat/leak.png"),
-        ("1 images are in two classes, byte for byte:", f"{root}/train/cat/2.png = {root}/train/dog/other.png"),
-        ("1 images are there more than once:", f"{root}/val/cat/2.png = {root}/val/cat/twice.png"),
+        ("1 images are in two splits, byte for byte:", f"{folders}/train/cat/1.png = {folders}/test/cat/leak.png"),
+        ("1 images are in two classes, byte for byte:", f"{folders}/train/cat/2.png = {folders}/train/dog/other.png"),
+        ("1 images are there more than once:", f"{folders}/val/cat/2.png = {folders}/val/cat/twice.png"),
         ("1 classes have fewer than 5 images in train:", "dog (4)"),
     ):
         lines = out.splitlines()
@@ -62,10 +52,10 @@ def test_everything_that_is_wrong_is_listed_with_its_files(root: Path, capsys: p
     assert row(out, "val")[-4:] == ["RGB", "13,", "RGBA", "1"]
 
 
-def test_own_data_without_the_option_and_known_tasks_with_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "check", "--root", str(root)]) == 2
+def test_own_data_without_the_option_and_known_tasks_with_it(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "--root", str(folders)]) == 2
     assert "for your own data add --storage image_folder" in capsys.readouterr().err
-    assert checked(root, capsys, "dtd")[0] == 2
+    assert checked(folders, capsys, "dtd")[0] == 2
 
 
 def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

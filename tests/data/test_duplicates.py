@@ -14,37 +14,38 @@ from dist_vpt.data.splits import Splits
 from tests.running import train
 
 
-@pytest.fixture
-def root(tmp_path: Path, save_image: Any) -> Path:
-    for s, split in enumerate(("train", "val", "test")):
-        for k, name in enumerate(("cat", "dog")):
-            for i in range(6):
-                save_image(tmp_path / split / name / f"{i}.png", 60 * s + 20 * k + i)
-    return tmp_path
-
-
-def opened(root: Path) -> Splits:
-    config = DataConfig(task="mine", format="image_folder", root=str(root))
+def opened(folders: Path) -> Splits:
+    config = DataConfig(task="mine", format="image_folder", root=str(folders))
     return open_splits(config, resolve(config))
 
 
-def test_different_files_are_not_grouped_and_few_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (root / "train/cat/0.png").write_bytes((root / "train/cat/0.png").read_bytes() + b"longer than all others")
-    read = Path.read_bytes
-    paths: list[Path] = []
-    monkeypatch.setattr(Path, "read_bytes", lambda self: paths.append(self) or read(self))  # type: ignore[func-returns-value]
-    splits = opened(root)
+def test_different_files_are_not_grouped_and_few_are_read(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = duplicates._digest
+    read: list[Path] = []
+    monkeypatch.setattr(duplicates, "_digest", lambda path: read.append(path) or whole(path))  # type: ignore[func-returns-value]
+    splits = opened(folders)
     assert not equal_files((splits.trainval, splits["test"]))
-    assert root / "train/cat/0.png" not in paths
+    assert not read
+    shutil.copy(folders / "train/cat/3.png", folders / "test/cat/copy.png")
+    splits = opened(folders)
+    assert len(equal_files((splits.trainval, splits["test"]))) == 1
+    assert sorted(read) == [folders / "test/cat/copy.png", folders / "train/cat/3.png"]
 
 
-def test_files_of_test_that_are_trained_on(root: Path) -> None:
-    shutil.copy(root / "train/cat/3.png", root / "test/cat/copy.png")
-    shutil.copy(root / "val/dog/1.png", root / "test/dog/other.png")
-    splits = opened(root)
+def test_equal_ends_alone_are_no_duplicates(folders: Path) -> None:
+    for split, first in (("train", b"a"), ("test", b"b")):
+        (folders / split / "cat" / "x.png").write_bytes(first + bytes(duplicates.TAIL_BYTES))
+    splits = opened(folders)
+    assert not equal_files((splits.trainval, splits["test"]))
+
+
+def test_files_of_test_that_are_trained_on(folders: Path) -> None:
+    shutil.copy(folders / "train/cat/3.png", folders / "test/cat/copy.png")
+    shutil.copy(folders / "val/dog/1.png", folders / "test/dog/other.png")
+    splits = opened(folders)
     warning = leak_warning(splits.trainval, splits["test"])
     assert warning.startswith("2 files of test can be trained on too, byte for byte, such as ")
-    assert f"{root}/test/cat/copy.png = {root}/train/cat/3.png" in warning
+    assert f"{folders}/test/cat/copy.png = {folders}/train/cat/3.png" in warning
     groups = equal_files([splits.train, splits["test"]])
     assert [[(place.split, place.label) for place in group] for group in groups] == [[("train", 0), ("test", 0)]]
 
@@ -63,9 +64,9 @@ def test_images_that_are_no_files_are_passed_over() -> None:
     assert not equal_files((splits.train, splits["test"]))
 
 
-def test_a_run_warns_unless_the_key_says_no(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(root / "train/cat/3.png", root / "test/cat/copy.png")
-    own = ("data.task=mine", "data.format=image_folder", f"data.root={root}", "train.batch_size=6", "train.epochs=1")
+def test_a_run_warns_unless_the_key_says_no(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(folders / "train/cat/3.png", folders / "test/cat/copy.png")
+    own = ("data.task=mine", "data.format=image_folder", f"data.root={folders}", "train.batch_size=6", "train.epochs=1")
     train(tmp_path / "runs/run", *own)
     log = (tmp_path / "runs/run/train.log").read_text()
     assert log.count("warning: 1 file of test can be trained on too, byte for byte, such as ") == 1

@@ -238,6 +238,11 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     ),
     (
         {},
+        ["backbone.entry=ema"],
+        ["command line: backbone: entry 'ema': weights 'pretrained' are one model; remove entry"],
+    ),
+    (
+        {},
         ["data.background=brwn", "data.format=image_folder", "data.root=x", "data.task=mine"],
         ["command line: data.background: 'brwn': must be none, the name of a color or #rrggbb; use white"],
     ),

@@ -24,8 +24,8 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def choose_entry(content: object, entry: str | None) -> Weights:
-    """The mapping of names to tensors that ``entry`` names, or else the preferred one.
+def choose_model(content: object, entry: str | None) -> Weights:
+    """The model of a file that ``entry`` names, or else the preferred one, without a prefix of all its names.
 
     Raises WeightsError, with what the file holds, where there is none or no way to choose.
     """
@@ -38,21 +38,23 @@ def choose_entry(content: object, entry: str | None) -> Weights:
             f"holds no mapping of names to tensors, but {', '.join(kinds[:8]) or type(content).__name__}"
         )
     if list(found) == [""]:
-        return Weights(found[""])
+        return _without_prefix(Weights(found[""]), entry)
     models = {name: tensors for name, tensors in found.items() if any(map(BLOCK.match, tensors))} or found
     chosen = _chosen([*models], entry)
     others = [name for name in models if name != chosen]
     notes = (f"entry {chosen!r} is loaded; backbone.entry chooses another: {', '.join(others)}",) if others else ()
-    return Weights(models[chosen], notes)
+    return _without_prefix(Weights(models[chosen], notes), None)
 
 
-def without_prefix(weights: Weights, entry: str | None) -> Weights:
+def _without_prefix(weights: Weights, entry: str | None) -> Weights:
     """Take off the prefix that all blocks of a model have, such as ``model.``, ``_orig_mod.`` or ``backbone.``.
 
     Tensors outside of it are left out. Layouts that have prefixes of their own are returned as they are.
     """
     tensors = weights.tensors
     prefixes = list(dict.fromkeys(match[1] or "" for match in map(BLOCK.match, tensors) if match))
+    if entry is not None and len(prefixes) < 2:
+        raise WeightsError(f"has no entry {entry!r}, since it holds one model; remove backbone.entry")
     # The names below "visual." are timm's to convert.
     if not prefixes or "" in prefixes or prefixes[0].startswith("visual.") or _layout(tensors) != "timm":
         return weights

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.config import require_file
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
-from dist_vpt.backbones.weights.entries import Weights, choose_entry, without_prefix
+from dist_vpt.backbones.weights.entries import Weights, choose_model
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.recognize import ONLY, recognize
 from dist_vpt.errors import WeightsError
@@ -32,7 +32,7 @@ def read_weights(path: Path, entry: str | None = None) -> Weights:
     """
     content = _read(path)
     try:
-        return without_prefix(choose_entry(content, entry), entry)
+        return choose_model(content, entry)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
 

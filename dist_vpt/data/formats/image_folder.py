@@ -51,7 +51,8 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     has_folders = folders["train"] != root
     splits = with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
     lines = [passed_over(others, root), *map(_loose_images, dict.fromkeys([root, *folders.values()]))]
-    if has_folders and (beside := [name for name in subfolders(root) if split_of(name) is None]):
+    read = {folder.name for folder in folders.values()}
+    if has_folders and (beside := [name for name in subfolders(root) if name not in read and split_of(name) is None]):
         lines.append(f"{root}: folders beside the splits are not read: {', '.join(beside)}")
     return replace(splits, remarks=tuple(line for line in lines if line))
 

@@ -94,6 +94,12 @@ def test_what_cannot_be_chosen_is_listed(tiny_vit: MakeVit, tmp_path: Path) -> N
         loaded(tmp_path, tiny_vit, {"epoch": 3, "args": {"lr": 1.0}})
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_an_entry_of_a_file_with_one_model_is_refused(prefix: str, tiny_vit: MakeVit, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"has no entry 'ema', since it holds one model; remove backbone.entry"):
+        loaded(tmp_path, tiny_vit, with_prefix(prefix, tiny_vit(seed=1).state_dict()), "ema")
+
+
 def test_lenient_is_advised_only_where_it_would_load_something(tiny_vit: MakeVit, tmp_path: Path) -> None:
     state = tiny_vit(seed=1).state_dict()
     with pytest.raises(WeightsError, match=r"or use backbone.load=lenient"):

@@ -190,6 +190,7 @@ def test_names_that_hold_a_split_among_other_words(tmp_path, opened, save_image,
     splits = opened("image_folder")
     assert splits.classes == ("cat", "dog")
     assert len(splits["test"] if "test" in names[1] else splits["val"]) == 40
+    assert splits.remarks == ()
 
 
 def test_classes_whose_names_hold_a_split_among_other_words(tmp_path, opened, save_image):
