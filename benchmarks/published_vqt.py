@@ -19,7 +19,9 @@ class PublishedVQT(VQT):
         tokens_BND = self.backbone.embed(images_B3SS)
         images, tokens = tokens_BND.shape[:2]
         mask_BLQD = self.mask(images)
-        queries_BLQD = self.queries.expand(images, -1, -1, -1) if mask_BLQD is None else self.queries * mask_BLQD
+        queries_BLQD = (
+            self.scaled_queries.expand(images, -1, -1, -1) if mask_BLQD is None else self.scaled_queries * mask_BLQD
+        )
         queries_BLQD = queries_BLQD.to(tokens_BND.dtype)
         mask_AA = query_mask(tokens, queries_BLQD.shape[2]).to(tokens_BND)
         answers = []

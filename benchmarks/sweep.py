@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def call() -> None:
         files, overrides = split_arguments(arguments.recipe)
-        result = benchmark(load_recipe([DEFAULTS, *files], overrides), arguments)
+        result = benchmark(load_recipe([DEFAULTS, *files], overrides, protocol="published"), arguments)
         conclude(result, Path(arguments.out) / file_name(result))
 
     return run_with_exit_code(call, debug=arguments.debug)

@@ -20,6 +20,9 @@ from dist_vpt.recipe.loading import load_recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = [
+    "protocol=published",
+    "optim.name=sgd",
+    "optim.scale_lr=true",
     "data.workers=0",
     "data.image_size=8",
     "optim.lr=0.1",
@@ -29,6 +32,7 @@ TINY = [
 ]
 
 SMALLEST = [  # on few_images
+    "protocol=published",
     "backbone.name=test_vit",
     "backbone.weights=random",
     "data.task=mine",

@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
 def sweep(arguments: argparse.Namespace) -> None:
     from dist_vpt.recipe.loading import load_recipe, split_arguments
 
-    recipe = load_recipe(*split_arguments(arguments.recipe))
+    recipe = load_recipe(*split_arguments(arguments.recipe), protocol="published")
     from dist_vpt.experiments.early_checks import check_early
 
     check_early(recipe.changed("run", resume="auto"), "sweep")  # a sweep always resumes

@@ -170,6 +170,8 @@ def fresh_head(f: Features, recipe: Recipe, kept: Tensor | None = None) -> VQT:
     head = {name for name, _ in reader.head.named_parameters(prefix="head")}
     queries = {name: tensor for name, tensor in f.source.tensors.items() if name not in head}
     chosen = {} if kept is None else {"kept": kept}
+    if kept is not None:
+        queries |= {name: t[kept] for name, t in queries.items() if name.startswith("feature_norm.")}
     restore(reader, {**collect(reader), **queries, **chosen}, f.source.adapters)
     return reader.to(f.device).eval()
 

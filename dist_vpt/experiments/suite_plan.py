@@ -88,7 +88,8 @@ def plan_experiments(
             given = [f"run.dir={folder}", "run.resume=auto", *([f"data.root={root}"] if root else [])]
             try:
                 # The method last: a recipe file of the user's may inherit another one.
-                recipe = load_recipe([file, *files, _recipe_file("method", method)], [*overrides, *given])
+                names = [file, *files, _recipe_file("method", method)]
+                recipe = load_recipe(names, [*overrides, *given], protocol="published")
             except RecipeError as error:
                 if root is None and "root is missing" in str(error):
                     raise RecipeError("--root DIR is missing: the folder that contains the datasets") from error

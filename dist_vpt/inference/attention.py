@@ -90,7 +90,7 @@ def _queries(method: VQT, images_B3SS: Tensor) -> list[Tensor]:
             found.append(torch.zeros(len(images_B3SS), parts.heads, 0, backbone.tokens, device=images_B3SS.device))
             continue
         i = method.blocks.index(number)
-        z_QD = method.queries[i].to(backbone.dtype)
+        z_QD = method.scaled_queries[i].to(backbone.dtype)
         q_QHE = parts.q_norm(parts.project(0, parts.norm1(z_QD))) * parts.scale
         scores_BHQN = q_QHE.transpose(0, 1) @ stream.keys[i].transpose(2, 3)
         found.append(widened(scores_BHQN).softmax(-1))

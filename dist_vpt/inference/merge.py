@@ -56,5 +56,5 @@ def timm_tensors(method: Method) -> dict[str, Tensor]:
     timm_name = method.backbone.timm_name
     tensors = {timm_name(name): tensor for name, tensor in method.backbone.state_dict().items()}
     tensors |= method.merged()
-    tensors |= {timm_name(f"head.{name}"): tensor for name, tensor in method.head.state_dict().items()}
+    tensors |= {timm_name(f"head.{name}"): tensor for name, tensor in method.plain_head().items()}
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -20,7 +20,7 @@ class Adapter(HookedMethod):
     """``adapters.BLOCK.attn`` (houlsby) and ``adapters.BLOCK.mlp``, each with down and up; initially zero."""
 
     def __init__(self, recipe: AdapterConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
             parts = unpack_block(block, number)

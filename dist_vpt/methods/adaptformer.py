@@ -22,7 +22,7 @@ class AdaptFormer(HookedMethod):
     """``adapters.BLOCK``, each with down and up; their initial output is zero."""
 
     def __init__(self, recipe: AdaptFormerConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
             adapter = _ParallelAdapter(backbone.width, recipe.bottleneck, recipe.scale)

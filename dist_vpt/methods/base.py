@@ -11,7 +11,6 @@ by structure: the backbone's are frozen, the method's are not.
   serves any number of readers at once (``read_many``).
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
@@ -22,6 +21,8 @@ from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
+from dist_vpt.methods.config import HeadKind
+from dist_vpt.methods.head import FeatureNorm, classification_head
 
 
 class Method(nn.Module):
@@ -29,16 +30,20 @@ class Method(nn.Module):
 
     # Whether it supports Swin, where tokens attend within windows and are merged between stages.
     on_swin: ClassVar[bool] = False
+    # Names of buffers that belong to an adapter file: what was measured, and not trained.
+    saved_buffers: ClassVar[tuple[str, ...]] = ("feature_norm.", "token_scale")
 
     def __init__(
         self,
         backbone: Backbone,
         classes: int,
         compute: torch.dtype,
+        *,
+        head: HeadKind,
         features: int | None = None,
         tuned: Iterable[nn.Module] = (),
     ):
-        """``features``: number of features that the head reads, D unless given.
+        """``head``: the recipe's ``method.head``. ``features``: number that the head reads, D unless given.
 
         ``tuned``: modules of the backbone that are trained; they stay float32 and are computed under autocast.
         """
@@ -48,7 +53,8 @@ class Method(nn.Module):
             module.requires_grad_(True)
         backbone.hold_in(compute)
         self.compute = compute
-        self.head: nn.Module = classification_head(features or backbone.width, classes)
+        self.head: nn.Module = classification_head(features or backbone.width, classes, head)
+        self.feature_norm = FeatureNorm(features or backbone.width) if head == "standardized" else None
 
     @classmethod
     def check_backbone(cls, backbone: Backbone) -> None:
@@ -75,16 +81,32 @@ class Method(nn.Module):
 
     @property
     def inits_from_images(self) -> bool:
-        """Whether trained tensors are initialized from training images (``init_from_images``)."""
-        return False
+        """Whether it is initialized from training images (``init_from_images``)."""
+        return self.feature_norm is not None
 
-    def init_from_images(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
-        """Initialize the trained tensors from what the backbone computes for images."""
-        raise NotImplementedError
+    @torch.no_grad()
+    def init_from_images(
+        self, batches: Sequence[Tensor], seed: int, streams: Sequence[StreamOutput] | None = None
+    ) -> None:
+        """Initialize from what the backbone computes for batches of training images [B, 3, S, S]: tokens, then head.
+
+        ``streams``: the frozen streams of the batches, which save a reader their computation. It is left in eval mode.
+        """
+        self.eval()
+        self.init_tokens(batches, seed)
+        if self.feature_norm is not None:
+            self.feature_norm.start()
+            for batch in streams or batches:
+                self(batch)
+            self.feature_norm.finish()
+
+    def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
+        """Initialize trained tokens from batches of training images [B, 3, S, S]; nothing for most methods."""
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors of an adapter file: what is trained, and what was selected with it."""
         yield from self.trainable()
+        yield from ((name, t) for name, t in self.named_buffers() if name.startswith(self.saved_buffers))
 
     def merged(self) -> dict[str, Tensor]:
         """Tensors that replace the backbone's in a plain timm model for equal outputs, under timm's names.
@@ -98,7 +120,19 @@ class Method(nn.Module):
 
     def classify(self, features_BF: Tensor) -> Tensor:
         """The head in float32 whatever the backbone's dtype: it is tiny, and its loss is minimized."""
-        return self.head(features_BF.to(next(self.head.parameters()).dtype))
+        return self.head(self.standardized(features_BF.to(next(self.head.parameters()).dtype)))
+
+    def standardized(self, features_BF: Tensor) -> Tensor:
+        """Features as the head reads them."""
+        return features_BF if self.feature_norm is None else self.feature_norm(features_BF)
+
+    def plain_head(self) -> dict[str, Tensor]:
+        """Tensors of a linear head with equal outputs that reads the features as they are."""
+        tensors = {name: tensor.detach() for name, tensor in self.head.state_dict().items()}
+        if self.feature_norm is not None:
+            weight_KF = tensors["weight"] / self.feature_norm.std
+            tensors |= {"weight": weight_KF, "bias": tensors["bias"] - weight_KF @ self.feature_norm.mean}
+        return tensors
 
 
 class Reader(Method):
@@ -137,11 +171,3 @@ class Reader(Method):
         if not isinstance(images, StreamOutput):
             images = compute_stream(self.backbone, images, self.spec)
         return self.read(images)
-
-
-def classification_head(features: int, classes: int) -> nn.Linear:
-    """The head of the published VPT: kaiming-normal (fan-out) weight; bias -log(99), a prior of 0.01 a class."""
-    head = nn.Linear(features, classes)
-    nn.init.kaiming_normal_(head.weight, mode="fan_out")
-    nn.init.constant_(head.bias, -math.log(99.0))
-    return head

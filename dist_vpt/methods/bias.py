@@ -20,7 +20,7 @@ class Bias(HookedMethod):
 
     def __init__(self, recipe: BiasConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         biases = Biases(backbone)
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         self.biases = biases
 
     def merged(self) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ class Cls(HookedMethod):
 
     def __init__(self, recipe: ClsConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         class_token = ClassToken(backbone, reinit=recipe.reinit)
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         self.class_token = class_token
 
     def merged(self) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+HeadKind = Literal["standardized", "published"]
+
 
 class MethodSettings(BaseModel):
     """Settings of all methods."""
@@ -11,6 +13,12 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     reader: ClassVar[bool] = False  # only reads the frozen stream
     reads_blocks: ClassVar[bool] = False  # and uses the weights inside the blocks for that
+    head: HeadKind = Field(
+        "standardized",
+        description="standardized: the head reads features minus their mean over their standard deviation in training "
+        "images, and starts at 0, so that training does not depend on the features' scale; published: it reads "
+        "features as they are, and starts at random, as in the published code",
+    )
 
     @property
     def frame(self) -> int:
@@ -54,9 +62,11 @@ class VPTConfig(MethodSettings):
         "original",
         description="what the head reads: the backbone's pooling (original), or the mean of patches, prompts or both",
     )
-    init: Literal["random", "class_token", "tokens"] = Field(
-        "random",
-        description="random: uniform, as published; class_token, tokens: plus a normal draw with the mean and standard "
+    init: Literal["scaled", "random", "class_token", "tokens"] = Field(
+        "scaled",
+        description="scaled: normal, and trained as multiples of the root mean square of the tokens of training images "
+        "before the block, so that training does not depend on their scale (prompts that are pixels or projected: as "
+        "random); random: uniform, as published; class_token, tokens: plus a normal draw with the mean and standard "
         "deviation of the class tokens, or of all tokens, of training images before the block",
     )
     extra_trainable: tuple[Literal["bias", "cls"], ...] = Field(
@@ -87,7 +97,7 @@ class VPTConfig(MethodSettings):
                 f"pooling = {self.pooling}: with location = {self.location} and expand = {self.expand} no prompts come "
                 "out of the last block; set pooling=original or img_pool"
             )
-        if self.init != "random" and (self.location != "prepend" or self.projection):
+        if self.init in ("class_token", "tokens") and (self.location != "prepend" or self.projection):
             raise ValueError(
                 f"init = {self.init} with location = {self.location}, projection = {self.projection}: only prompts "
                 "that are tokens can be drawn like tokens; set location=prepend and projection=null"
@@ -99,6 +109,11 @@ class VPTConfig(MethodSettings):
     @property
     def frame(self) -> int:
         return self.prompts if self.location == "pad" else 0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether prompts are multiples of the tokens' scale."""
+        return self.init == "scaled" and self.location in ("prepend", "add", "add-1") and self.projection is None
 
 
 class VQTConfig(MethodSettings):
@@ -116,6 +131,11 @@ class VQTConfig(MethodSettings):
     )
     normalize: bool = Field(True, description="scale features to length 1: each block's, and the backbone's")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the queries, 0 to 1, drawn for each image")
+    init: Literal["scaled", "random"] = Field(
+        "scaled",
+        description="scaled: normal, and trained as multiples of the root mean square of the tokens of training images "
+        "before the block, so that training does not depend on their scale; random: uniform, as published",
+    )
     form: Literal["auto", "absorbed", "projected"] = Field(
         "auto", description="how attention is computed; auto: the one with fewer operations"
     )

@@ -14,7 +14,7 @@ class Full(Method):
     on_swin = True
 
     def __init__(self, recipe: FullConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute, tuned=[backbone])
+        super().__init__(backbone, classes, compute, head=recipe.head, tuned=[backbone])
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         with self.autocast(images_B3SS.device):

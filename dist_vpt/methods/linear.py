@@ -15,7 +15,7 @@ class Linear(Reader):
     on_swin = True
 
     def __init__(self, recipe: LinearConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
 
     def read(self, stream: StreamOutput) -> Tensor:
         return self.classify(stream.pooled)

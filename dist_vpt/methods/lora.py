@@ -20,7 +20,7 @@ class LoRA(HookedMethod):
     """``lora.BLOCK.TARGET.down`` is A, ``up`` is B. B starts at zero, A does not, so that both get gradients."""
 
     def __init__(self, recipe: LoRAConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         self.recipe = recipe
         self.lora = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):

@@ -9,6 +9,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.config import MLPConfig
+from dist_vpt.methods.head import classification_head
 
 
 class MLP(Reader):
@@ -18,7 +19,9 @@ class MLP(Reader):
 
     def __init__(self, recipe: MLPConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         width = recipe.width or backbone.width
-        super().__init__(backbone, classes, compute, features=width if recipe.layers > 1 else None)
+        super().__init__(backbone, classes, compute, head=recipe.head)
+        if recipe.layers > 1:  # the features' norm stays before the first layer
+            self.head = classification_head(width, classes, recipe.head)
         hidden: list[nn.Module] = []
         for before, after in pairwise([backbone.width, *[width] * (recipe.layers - 1)]):
             layer = nn.Linear(before, after)

@@ -28,7 +28,8 @@ class Partial(Method):
         after_blocks = [
             module for module in (backbone.norm, backbone.fc_norm, backbone.attn_pool) if module is not None
         ]
-        super().__init__(backbone, classes, compute, tuned=[*backbone.blocks[self.frozen :], *after_blocks])
+        tuned = [*backbone.blocks[self.frozen :], *after_blocks]
+        super().__init__(backbone, classes, compute, head=recipe.head, tuned=tuned)
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         backbone = self.backbone

@@ -5,6 +5,8 @@ B batch, S image side, D width, C channels of the side network.
 A small network sees the image beside the frozen backbone, and a learned factor blends the two:
 
     features = a * pooled + (1 - a) * side(image)        a = sigmoid(blend)
+
+A standardized head's mean and deviation are those of ``pooled``, before the blend.
 """
 
 from itertools import pairwise
@@ -24,7 +26,7 @@ class Side(Reader):
     on_swin = True
 
     def __init__(self, recipe: SideConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         layers: list[nn.Module] = []
         for before, after in pairwise([3, *[recipe.channels] * recipe.layers]):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
@@ -44,4 +46,5 @@ class Side(Reader):
         (pixels_B3SS,) = stream.pixels
         side_BD = self.side(pixels_B3SS.to(self.blend.dtype))
         a = self.blend.sigmoid()
-        return self.classify(a * stream.pooled.to(side_BD.dtype) + (1 - a) * side_BD)
+        pooled_BD = self.standardized(stream.pooled.to(side_BD.dtype))
+        return self.head(a * pooled_BD + (1 - a) * side_BD)

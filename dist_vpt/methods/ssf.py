@@ -22,7 +22,7 @@ class SSF(HookedMethod):
     """Scales (1 at first) and shifts (0 at first) under the names of timm's modules, below ``ssf``."""
 
     def __init__(self, recipe: SSFConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         self.ssf = nn.Module()
         for name, module in operations(backbone):
             pair = _ScaleShift(len(module.weight), channel_shape(module))  # type: ignore[arg-type]

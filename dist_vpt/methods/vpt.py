@@ -5,7 +5,7 @@ blocks, S image side.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -19,6 +19,7 @@ from dist_vpt.methods.base import Method
 from dist_vpt.methods.bias import Biases
 from dist_vpt.methods.cls import ClassToken
 from dist_vpt.methods.config import VPTConfig
+from dist_vpt.methods.token_scale import RAW_STD, block_inputs, init_scaled, token_scales
 
 
 class VPT(Method):
@@ -30,6 +31,7 @@ class VPT(Method):
 
     on_swin = True
     prompts: nn.Parameter  # if one tensor holds them all
+    token_scale: Tensor | None  # [sets], which multiplies prompts
 
     def __init__(self, recipe: VPTConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         if isinstance(backbone, SwinBackbone):
@@ -39,7 +41,7 @@ class VPT(Method):
             extra["biases"] = Biases(backbone)
         if "cls" in recipe.extra_trainable:
             extra["class_token"] = ClassToken(backbone)
-        super().__init__(backbone, classes, compute)
+        super().__init__(backbone, classes, compute, head=recipe.head)
         for name, module in extra.items():
             self.add_module(name, module)
         self.recipe = recipe
@@ -60,8 +62,13 @@ class VPT(Method):
         stages = stages or [(backbone.width, 1)]
         self.names = ["prompts"] if len(stages) == 1 else [f"prompts_{stage}" for stage in range(len(stages))]
         for name, (width, sets) in zip(self.names, stages, strict=True):
-            prompts = torch.empty(sets, *self._shape(width)).uniform_(*self._init_range(width))
+            prompts = torch.empty(sets, *self._shape(width))
+            if recipe.scaled:  # what is added to tokens starts small beside them
+                init_scaled(prompts, RAW_STD / 10 if recipe.location.startswith("add") else RAW_STD)
+            else:
+                prompts.uniform_(*self._init_range(width))
             self.register_parameter(name, nn.Parameter(prompts))
+        self.register_buffer("token_scale", torch.ones(len(self.first_blocks)) if recipe.scaled else None)
         self.projection = self._projection()
 
     def _schedule(self, blocks: int) -> dict[int, int]:
@@ -98,28 +105,32 @@ class VPT(Method):
     @property
     def sets(self) -> list[Tensor]:
         """The prompts of each set, [P, d]."""
-        return [prompts_PX for name in self.names for prompts_PX in getattr(self, name).unbind()]
+        sets = [prompts_PX for name in self.names for prompts_PX in getattr(self, name).unbind()]
+        return sets if self.token_scale is None else [p * s for p, s in zip(sets, self.token_scale, strict=True)]
 
     @property
     def inits_from_images(self) -> bool:
-        return self.recipe.init != "random"
+        return super().inits_from_images or self.recipe.scaled or self.recipe.init in ("class_token", "tokens")
 
     @torch.no_grad()
-    def init_from_images(self, batches_B3SS: Iterable[Tensor], seed: int) -> None:
-        """Move prompts to the distribution of tokens before the first block of their set, channel by channel.
+    def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
+        """Measure the scale of the tokens before the first block of each set (``scaled``), or move prompts to their
+        distribution, channel by channel (``class_token``, ``tokens``).
 
-        The random initial values stay added: before the first block the class token is equal for all images, and equal
-        prompts would stay equal.
+        Then the random initial values stay added: before the first block the class token is equal for all images, and
+        equal prompts would stay equal.
         """
-        backbone, blocks = self.backbone, self.first_blocks
+        blocks = self.first_blocks
+        if self.token_scale is not None:
+            self.token_scale.copy_(token_scales(self.backbone, batches[0], blocks))
+        if self.recipe.init not in ("class_token", "tokens"):
+            return
         found: list[list[Tensor]] = [[] for _ in blocks]  # tokens of each set's block
-        for images_B3SS in batches_B3SS:
-            tokens_BND = backbone.embed(images_B3SS)
-            for number in range(blocks[-1] + 1):
+        for images_B3SS in batches:
+            for number, tokens_BND in block_inputs(self.backbone, images_B3SS):
                 if number in blocks:
                     read_BND = tokens_BND[:, :1] if self.recipe.init == "class_token" else tokens_BND
                     found[blocks.index(number)].append(_moments(read_BND))
-                tokens_BND = backbone.run_block(backbone.blocks[number], tokens_BND)
         generator = torch.Generator().manual_seed(seed)
         for prompts_PD, moments in zip(self.sets, found, strict=True):
             count, sum_D, squares_D = torch.stack(moments).sum(0).unbind()

@@ -36,6 +36,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.config import VQTConfig
+from dist_vpt.methods.token_scale import init_scaled, token_scales
 
 
 class VQT(Reader):
@@ -45,6 +46,7 @@ class VQT(Reader):
     """
 
     kept: Tensor | None
+    token_scale: Tensor | None  # [L, 1, 1], which multiplies queries
 
     def __init__(self, recipe: VQTConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         depth = len(backbone.blocks)
@@ -55,15 +57,21 @@ class VQT(Reader):
         found = backbone.width * (1 + len(blocks) * groups)
         if recipe.keep is not None and recipe.keep > found:
             raise UserError(f"method.keep = {recipe.keep}: there are {found} features; leave it out")
-        super().__init__(backbone, classes, compute, features=recipe.keep or found)
+        super().__init__(backbone, classes, compute, head=recipe.head, features=recipe.keep or found)
         self.recipe, self.blocks, self.all_features = recipe, blocks, found
         self.register_buffer("kept", None if recipe.keep is None else torch.full((recipe.keep,), -1))
         parts = [unpack_block(backbone.blocks[number], number) for number in blocks]
         self.key_norm = any(has_key_norm(s) for s in parts)
         if self.key_norm and recipe.form == "absorbed":
             subtracts_mean(parts[0].k_norm)  # raises for a norm that cannot be absorbed
-        bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + backbone.width))  # as VPT's prompts
-        self.queries = nn.Parameter(torch.empty(len(blocks), recipe.queries, backbone.width).uniform_(-bound, bound))
+        queries = torch.empty(len(blocks), recipe.queries, backbone.width)
+        if recipe.init == "scaled":
+            init_scaled(queries)
+        else:
+            bound = math.sqrt(6.0 / (3 * math.prod(backbone.patch_size) + backbone.width))  # as VPT's prompts
+            queries.uniform_(-bound, bound)
+        self.queries = nn.Parameter(queries)
+        self.register_buffer("token_scale", torch.ones(len(blocks), 1, 1) if recipe.init == "scaled" else None)
         if recipe.pooling == "weighted":  # starts as the mean
             self.pool_weights = nn.Parameter(torch.full((len(blocks), recipe.queries), 1.0 / recipe.queries))
 
@@ -76,6 +84,20 @@ class VQT(Reader):
     @property
     def shared_spec(self) -> StreamSpec:
         return self.spec if self.recipe.form == "absorbed" else StreamSpec(self.blocks, keys=True)
+
+    @property
+    def scaled_queries(self) -> Tensor:
+        """The query tokens [L, Q, D]."""
+        return self.queries if self.token_scale is None else self.queries * self.token_scale
+
+    @property
+    def inits_from_images(self) -> bool:
+        return super().inits_from_images or self.token_scale is not None
+
+    @torch.no_grad()
+    def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
+        if self.token_scale is not None:
+            self.token_scale.copy_(token_scales(self.backbone, batches[0], self.blocks).view(-1, 1, 1))
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from super().adapter_tensors()
@@ -127,7 +149,7 @@ class VQT(Reader):
                 torch.manual_seed(seed)
             group = [reader for reader, _ in run]
             mask_BLQD = group[0].mask(len(stream.pooled))
-            runs.append((torch.stack([reader.queries for reader in group]), mask_BLQD))
+            runs.append((torch.stack([reader.scaled_queries for reader in group]), mask_BLQD))
         sizes = [reader.recipe.queries for reader in readers]
         outputs = []  # for each block one of each reader, [B, Q_t, D]; one tensor of all would be large
         for i, number in enumerate(first.blocks):

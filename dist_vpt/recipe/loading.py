@@ -14,21 +14,25 @@ from dist_vpt.errors import RecipeError
 from dist_vpt.recipe.merging import Draft
 from dist_vpt.recipe.messages import explain, model_at
 from dist_vpt.recipe.reading import read_file, read_override
-from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.schema import Protocol, Recipe, TrainConfig
 from dist_vpt.recipe.shipped import merge_order
 
 
-def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    files: Sequence[str | Path], overrides: Sequence[str] = (), *, protocol: Protocol = "default"
+) -> Recipe:
     """Merge recipes, by path or name, in order (each on top of its own ``base:`` files), then ``a.b=c`` overrides.
+
+    ``protocol``: that of a recipe which gives none.
 
     Raises RecipeError with all mistakes, each with its file and line, key, value, rule and fix.
     """
-    draft = Draft(data={"method": {"name": "vpt"}})  # a method without a name is the default one
-    for file in files:
-        read_file(str(file), draft)
-    for override in overrides:
-        read_override(override, draft)
-    _take_published_counts(draft.data)
+    draft = _merged(files, overrides, "default")
+    draft.data.setdefault("protocol", protocol)
+    if draft.data["protocol"] == "published":  # known now, whichever file or override gives it
+        draft = _merged(files, overrides, "published")
+        draft.data.setdefault("protocol", protocol)
+    _fill_in(draft.data)
     try:
         recipe = _validated(draft.data)
     except ValidationError as error:
@@ -42,6 +46,15 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         name = "-".join(Path(file).stem for file in files) or "default"
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
     return recipe
+
+
+def _merged(files: Sequence[str | Path], overrides: Sequence[str], protocol: Protocol) -> Draft:
+    draft = Draft(data={"method": {"name": "vpt"}}, protocol=protocol)  # a method without a name is the default one
+    for file in files:
+        read_file(str(file), draft)
+    for override in overrides:
+        read_override(override, draft)
+    return draft
 
 
 def load_recipe_from(data: dict[str, Any]) -> Recipe:
@@ -79,6 +92,20 @@ def sets_method(file: str) -> bool:
     draft = Draft()
     read_file(file, draft)
     return "method" in draft.data
+
+
+def _fill_in(data: dict[str, Any]) -> None:
+    """Set keys that are not given and depend on others: on the protocol, on the number of epochs, on the task."""
+    method, optim, train = (data.get(name) for name in ("method", "optim", "train"))
+    if data["protocol"] == "published" and isinstance(method, dict):
+        method.setdefault("head", "published")
+        if method.get("name") in ("vpt", "vqt"):
+            method.setdefault("init", "random")
+    if isinstance(optim, dict) and optim.get("warmup_epochs", 0) is None:
+        epochs = train.get("epochs") if isinstance(train, dict) else None
+        epochs = TrainConfig().epochs if epochs is None else epochs
+        optim["warmup_epochs"] = epochs / 10 if isinstance(epochs, int) else 0.0  # else it is reported
+    _take_published_counts(data)
 
 
 def _take_published_counts(data: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ class Draft:
     data: dict[str, Any] = field(default_factory=dict)
     locations: dict[KeyPath, str] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
+    protocol: str = "default"  # published: the section of that name of each file is merged on top of the file
 
     def merge(self, values: Mapping[str, Any], locations: Mapping[KeyPath, str], at: KeyPath = ()) -> None:
         """Set keys below ``at``; mappings are merged, all other values replaced."""

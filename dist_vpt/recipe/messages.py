@@ -46,7 +46,7 @@ def explain(error: Any, draft: Draft) -> list[str]:
             return [f"{location}: {key}: {message}" for message in messages]
         return [f"{_locations_of_keys_in(message, draft)}: {message}" for message in messages]
     if kind == "extra_forbidden":
-        names = [*(model.model_fields if model else ()), *(("base",) if model is Recipe else ())]
+        names = [*(model.model_fields if model else ()), *(("base", "published") if model is Recipe else ())]
         rule = f"unknown key; {nearest(str(path[-1]), names)}"
     elif kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))

@@ -36,15 +36,23 @@ def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, pare
         bases = []
     for base in bases:
         read_file(base, draft, requested_by=locations[("base",)], parents=(*parents, file))
+    published = content.pop("published", {})
+    if not isinstance(published, dict):
+        rule = "must be a mapping of keys to values, merged with protocol: published; write published: {KEY: VALUE}"
+        draft.mistakes.append(f"{locations[('published',)]}: published = {published!r}: {rule}")
+        published = {}
     draft.merge(content, locations)
+    if draft.protocol == "published":
+        draft.merge(published, {path[1:]: place for path, place in locations.items() if path[0] == "published"})
 
 
 def read_override(text: str, draft: Draft) -> None:
     """Merge ``a.b=c``, c being YAML, or text where it begins with ``#``."""
     dotted, _, raw = text.partition("=")
     keys = dotted.split(".")
-    if dotted == "base":
-        rule = f"base is a key of recipe files only; give {raw} as an argument of its own"
+    if keys[0] in ("base", "published"):
+        fix = f"give {raw} as an argument of its own" if dotted == "base" else "leave published out, and set the key"
+        rule = f"{keys[0]} is a key of recipe files only; {fix}"
         draft.mistakes.append(f"{COMMAND_LINE}: {text}: {rule}")
         return
     try:

@@ -13,7 +13,14 @@ from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
 from dist_vpt.recipe.yaml import Dumper
 
+Protocol = Literal["default", "published"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _or_null(schema: dict[str, Any]) -> None:
+    """Recipe files may have null here; it is filled in before the recipe is checked."""
+    number = {key: schema.pop(key) for key in ("type", "minimum") if key in schema}
+    schema["anyOf"] = [number, {"type": "null"}]
 
 
 class Section(BaseModel):
@@ -26,10 +33,12 @@ class OptimConfig(Section):
     """Optimizer, learning rate and its schedule."""
 
     name: Literal["sgd", "adam", "adamw"] = Field(
-        "sgd", description="sgd and adam add weight decay to the gradient (L2), adamw decouples it"
+        "adamw", description="sgd and adam add weight decay to the gradient (L2), adamw decouples it"
     )
-    lr: float = Field(1.0, gt=0, description="peak learning rate, for a global batch of 256 images")
-    scale_lr: bool = Field(True, description="multiply lr by train.batch_size / 256; false: use lr itself")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    scale_lr: bool = Field(
+        False, description="true: lr is for a global batch of 256 images, and multiplied by train.batch_size / 256"
+    )
     weight_decay: float = Field(
         1e-4, ge=0, description="weight decay of matrices and prompts; biases and norms have none"
     )
@@ -43,7 +52,12 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="learning rate after warm-up: cosine decay to 0, or constant"
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="linear warm-up from 0, in epochs")
+    warmup_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="linear warm-up from 0, in epochs; null: a tenth of train.epochs",
+        json_schema_extra=_or_null,
+    )
     schedule_by: Literal["step", "epoch"] = Field(
         "step",
         description="how often the learning rate changes; epoch (the published code): a warm-up's first epoch has 0",
@@ -216,6 +230,12 @@ def grid_axes(grid: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, list
 class Recipe(Section):
     """A whole run."""
 
+    protocol: Protocol = Field(
+        "default",
+        description="whose settings a method's recipe sets: default: this package's, which train on any backbone; "
+        "published: those of the method's paper, from the section `published` of the recipe. `dist-vpt sweep` and "
+        "`dist-vpt suite` take published unless it is given",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialization, data order, augmentation and dropout")
     data: DataConfig = Field(default_factory=DataConfig, description="task, storage format, preprocessing")
     backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="the frozen transformer")
@@ -300,6 +320,13 @@ def json_schema() -> dict[str, Any]:
         "description": "recipes to inherit from: names, or files relative to this one; later ones win, this file last",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
-    schema["properties"] = {"base": base, **schema["properties"]}
+    published = {
+        "title": "Published",
+        "additionalProperties": False,
+        "description": "what is merged on top of this file with protocol: published",
+        "type": "object",
+        "properties": {name: part for name, part in schema["properties"].items() if name != "protocol"},
+    }
+    schema["properties"] = {"base": base, "published": published, **schema["properties"]}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema

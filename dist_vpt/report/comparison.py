@@ -303,6 +303,7 @@ def _expected(task: str) -> dict[str, str | int | None]:
     if row is None or row.group is None:
         return {}
     return {
+        "settings": "published",
         "storage": row.format,
         "resize": row.interpolation,
         "fit": row.crop_mode,

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.files import LOOK_SECONDS, is_locked, locked, read_json, write_atomically
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences
@@ -56,7 +58,18 @@ class RunFolder:
         """The recipe that the run was started with, with overrides on top."""
         if not self.recipe.is_file():
             raise RunFolderError(f"{self.path}: not a run folder (no recipe.yaml); name a folder that `train` wrote")
-        return load_recipe([self.recipe], overrides)
+        return load_recipe([self.recipe], [*self._keys_of_older_versions(), *overrides])
+
+    def _keys_of_older_versions(self) -> list[str]:
+        """What a run of a version without these keys did: it had the published settings alone."""
+        try:
+            written = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):  # loading it reports what is wrong
+            return []
+        if not isinstance(written, dict) or "protocol" in written or not isinstance(written.get("method"), dict):
+            return []
+        keys = ["protocol=published", "method.head=published"]
+        return [*keys, "method.init=random"] if written["method"].get("name") == "vqt" else keys
 
     def status(self) -> dict[str, Any]:
         """run.json, or nothing before the run began."""

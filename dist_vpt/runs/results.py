@@ -34,6 +34,7 @@ class Protocol(_Line):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    settings: str = "published"  # whose method settings: published, or this package's (default)
     storage: str  # format and version of what was read
     resize: str
     fit: str

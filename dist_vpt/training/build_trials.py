@@ -59,6 +59,8 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
         )
         for each, reader in zip(recipes, readers, strict=True)
     ]
+    if starts is None:
+        parts.init_method(accelerator.device, readers[1:])
     for trial, tensors in zip(trials, starts or [], strict=starts is not None):
         restore(trial.reader, tensors, state)
     group = TrialGroup(

@@ -1,9 +1,8 @@
 """From a recipe to the components of a run: inputs, splits, and the backbone with its method."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -25,14 +24,15 @@ from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.errors import UserError
+from dist_vpt.errors import DataError, UserError
+from dist_vpt.frozen_stream.observe import compute_stream
 from dist_vpt.frozen_stream.placement import open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.apply import apply_runtime
 
-INIT_IMAGES = 1000  # training images, at most about so many, from which a method is initialized
+INIT_IMAGES = 256  # training images, at most so many, from which a method is initialized
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -68,6 +68,7 @@ class Components:
         given = None if data.mean is None else f"mean {list(data.mean)}, std {list(data.std or ())}"
         names = ("train", "val", "trainval", "test")
         return {
+            "settings": self.recipe.protocol,
             "storage": splits.storage,
             "resize": self.transform.interpolation,
             "fit": self.transform.crop_mode,
@@ -144,19 +145,29 @@ class Components:
         labels = self.splits[self.recipe.data.train_on].labels
         return float(np.bincount(labels).max() / len(labels))
 
-    def init_method(self, device: torch.device) -> None:
-        """Show a method that is initialized from images the first ones of the split that is trained on.
+    def init_method(self, device: torch.device, readers: Sequence[Reader] = ()) -> None:
+        """Show a method that is initialized from images some of the split that is trained on, evenly spread over it.
 
-        Every process shows it the same ones, so that all start alike.
+        Every process shows it the same ones, so that all start alike. ``readers``: others on the same backbone, which
+        share the frozen stream with it. Raises DataError where no image can be read.
         """
-        if not self.method.inits_from_images:
+        methods = [method.to(device) for method in (self.method, *readers) if method.inits_from_images]
+        if not methods:
             return
-        recipe, method = self.recipe, self.method.to(device)
-        size, options = recipe.train.eval_batch_size, self.loader_options(rank=0, world=1) | {"cache": "none"}
-        batches = EvalBatches(self.splits[recipe.data.train_on], self.transform, size, **options)
-        few = islice(batches, math.ceil(INIT_IMAGES / size))
-        method.init_from_images((batch["images"][batch["weight"] > 0].to(device) for batch in few), recipe.seed)
-        batches.close()
+        split, size = self.splits[self.recipe.data.train_on], self.recipe.train.eval_batch_size
+        rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), INIT_IMAGES)).astype(np.int64))
+        options = self.loader_options(rank=0, world=1) | {"cache": "none"}
+        loader = EvalBatches(split.subset(split.name, rows), self.transform, size, **options)
+        read = (batch["images"][batch["weight"] > 0].to(device) for batch in loader)
+        batches = [images_B3SS for images_B3SS in read if len(images_B3SS)]
+        loader.close()
+        if not batches:
+            raise DataError(f"there is no readable image in the {split.name} split; repair its files, or set data.root")
+        streams = None
+        if isinstance(self.method, Reader) and readers:
+            streams = [compute_stream(self.method.backbone, images, self.method.spec) for images in batches]
+        for method in methods:
+            method.init_from_images(batches, self.recipe.seed, streams)
 
     def use_cached_stream(
         self,

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from dist_vpt.backbones.build import build
@@ -17,11 +16,10 @@ from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.errors import UserError
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.config import MethodConfig
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.attention import apply_attention
 from tests.backbones.published import FILES, Arrays
-from tests.methods.conftest import assert_equal_steps
+from tests.methods.conftest import assert_equal_steps, config_of
 from tests.reference import rotary as reference
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
@@ -50,7 +48,7 @@ def make(arrays: Arrays, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         backbone, _ = build(BackboneConfig(name="tiny", weights=path), image_size=32, mean=MEAN, std=STD)
         assert isinstance(backbone, RotaryBackbone)
         torch.manual_seed(3)
-        method = attach(TypeAdapter(MethodConfig).validate_python(settings), backbone, 4, dtype)
+        method = attach(config_of(settings), backbone, 4, dtype)
         for name, parameter in method.named_parameters():
             if name == "prompts":
                 torch.nn.init.normal_(parameter)
@@ -148,7 +146,7 @@ def test_all_that_is_trained_gets_a_gradient_or_is_refused(
     tiny = {"depth": 2, "embed_dim": 16, "num_heads": 2}
     monkeypatch.setitem(ZOO, "tiny", replace(FILES["dinov3"].row, architecture=architecture, options=tiny))
     backbone, _ = build(BackboneConfig(name="tiny", weights="random"), image_size=32, mean=MEAN, std=STD)
-    recipe = TypeAdapter(MethodConfig).validate_python(settings)
+    recipe = config_of(settings)
     inside = settings["name"] in ("bias", "ssf") or "extra_trainable" in settings
     if inside and architecture.endswith("qkvb"):
         with pytest.raises(UserError, match=r"blocks.0.attn of the backbone, a EvaAttention, holds q_bias and v_bias"):

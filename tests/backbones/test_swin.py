@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
@@ -22,13 +21,12 @@ from dist_vpt.inference.evaluate import evaluate_run
 from dist_vpt.inference.merge import timm_tensors
 from dist_vpt.methods import METHODS, attach
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.schema import OptimConfig
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.attention import apply_attention
 from dist_vpt.training.optim import build_optimizer, set_lr
 from tests.backbones.published import FILES
-from tests.methods.conftest import assert_equal_steps
+from tests.methods.conftest import assert_equal_steps, config_of
 from tests.reference import swin as reference
 from tests.running import train
 
@@ -82,7 +80,7 @@ def make_backbone(dtype: torch.dtype = torch.float32, *, stochastic: bool = Fals
 
 
 def make(settings: dict[str, Any], dtype: torch.dtype = torch.float32, **backbone: Any) -> Method:
-    recipe = TypeAdapter(MethodConfig).validate_python(settings)
+    recipe = config_of(settings)
     torch.manual_seed(3)
     return attach(recipe, make_backbone(dtype, **backbone), 4, dtype)
 
@@ -262,7 +260,7 @@ def test_two_steps_change_what_is_trained_and_nothing_else(name: str, images: Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 def test_full_under_autocast(kernel: str, dtype: torch.dtype, images: Tensor) -> None:
-    recipe = TypeAdapter(MethodConfig).validate_python(SETTINGS["full"])
+    recipe = config_of(SETTINGS["full"])
     methods = []
     for compute in (torch.float32, dtype):
         torch.manual_seed(3)
@@ -282,7 +280,7 @@ def test_checkpointing_changes_nothing(name: str, policy: str, images: Tensor) -
 
 
 def test_prompts_in_bf16_are_near(images: Tensor) -> None:
-    recipe = TypeAdapter(MethodConfig).validate_python(SETTINGS["vpt deep"])
+    recipe = config_of(SETTINGS["vpt deep"])
     found = []
     for compute in (torch.float32, torch.bfloat16):
         torch.manual_seed(3)

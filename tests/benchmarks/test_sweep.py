@@ -145,7 +145,9 @@ def test_the_published_way_leaves_blocks_out(benchmarks: tuple[ModuleType, Modul
 def make_both(which: str, published_vqt: ModuleType, **settings: Any) -> tuple[VQT, VQT]:
     split = make(torch.float64, which, **settings)
     backbone = make_backbone(torch.float64, **BACKBONES[which])
-    published = published_vqt.PublishedVQT(VQTConfig(**settings), backbone, 4, torch.float64).double()
+    published = published_vqt.PublishedVQT(
+        VQTConfig(head="published", init="random", **settings), backbone, 4, torch.float64
+    ).double()
     published.load_state_dict(split.state_dict())
     return split.train(), published.train()
 

@@ -48,6 +48,7 @@ RUN = (
     "run.trackers=[]",
 )
 TRAINED = {"queries", "head.weight", "head.bias"}
+MEASURED = {"token_scale", "feature_norm.mean", "feature_norm.std"}
 
 
 @pytest.fixture(scope="module")
@@ -617,8 +618,8 @@ def test_adapters_hold_the_index(tmp_path: Path) -> None:
     method.kept.copy_(torch.tensor([1, 20, 63]))
     tensors = collect(method)
     assert tensors["kept"].dtype == torch.int64
-    assert tensors.keys() == TRAINED | {"kept"}
-    assert collect(make_vqt()).keys() == TRAINED
+    assert tensors.keys() == TRAINED | MEASURED | {"kept"}
+    assert collect(make_vqt()).keys() == TRAINED | MEASURED
     assert {name for name, _ in method.trainable()} == TRAINED
     write_adapters(tmp_path / "a.safetensors", tensors, {})
     other = make_vqt(keep=3)

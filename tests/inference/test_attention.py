@@ -11,16 +11,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import TypeAdapter
 
 from dist_vpt.errors import UserError
 from dist_vpt.inference.attention import attend, show
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.config import MethodConfig
 from dist_vpt.runtime.attention import apply_attention
 from tests.backbones.test_swin import make_backbone as make_swin_backbone
-from tests.methods.conftest import make_backbone
+from tests.methods.conftest import config_of, make_backbone
 from tests.running import train
 
 Array = NDArray[np.float64]
@@ -34,7 +32,7 @@ def images() -> torch.Tensor:
 
 def make(settings: dict[str, Any], kind: str) -> Method:
     torch.manual_seed(0)
-    method = attach(TypeAdapter(MethodConfig).validate_python(settings), make_backbone(kind), classes=5).eval()
+    method = attach(config_of(settings), make_backbone(kind), classes=5).eval()
     apply_attention(method.backbone, "eager", torch.float32, writes=True, cpu=True)
     return method
 
@@ -184,7 +182,7 @@ def test_two_images_of_one_name_are_refused(vpt_run: Path, photo: Path, tmp_path
 
 def test_a_backbone_whose_blocks_cannot_be_unpacked_is_reported(images: torch.Tensor) -> None:
     """And not that another method would do."""
-    method = attach(TypeAdapter(MethodConfig).validate_python({"name": "linear"}), make_swin_backbone(), classes=5)
+    method = attach(config_of({"name": "linear"}), make_swin_backbone(), classes=5)
     with pytest.raises(UserError, match=r"a SwinTransformerBlock with .* Block; attention can be drawn of runs"):
         attend(method, images)
 

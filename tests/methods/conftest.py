@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.config import MethodConfig
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
 SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
@@ -33,6 +35,12 @@ def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer:
 
 def make_backbone(kind: str = "class_token", *, stochastic: bool = False, **changes: Any) -> Backbone:
     return Backbone(make_vit(kind, **changes), mean=MEAN, std=STD, stochastic=stochastic).requires_grad_(False)
+
+
+def config_of(settings: dict[str, Any]) -> MethodConfig:
+    """A method's settings, with the published head and initial tokens unless given: those of a default start at 0."""
+    published = {"head": "published"} | ({"init": "random"} if settings["name"] in ("vpt", "vqt") else {})
+    return TypeAdapter(MethodConfig).validate_python(published | settings)
 
 
 def assert_equal_steps(one: Method, other: Method, loss_of: Callable[[Method], torch.Tensor]) -> None:

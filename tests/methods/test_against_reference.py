@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config import MethodConfig
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
-from tests.methods.conftest import KINDS, MEAN, STD, make_backbone, make_vit
+from tests.methods.conftest import KINDS, MEAN, STD, config_of, make_backbone, make_vit
 from tests.reference import inside, side
 from tests.reference import vit as reference
 from tests.reference.rounding import in_bfloat16
@@ -269,7 +268,7 @@ def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, np.ndarray], 
 
 
 def recipe_of(settings: dict[str, Any]) -> MethodConfig:
-    return TypeAdapter(MethodConfig).validate_python(settings)
+    return config_of(settings)
 
 
 def make(settings: dict[str, Any], kind: str, dtype: torch.dtype = torch.float32, seed: int = 3) -> Method:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from pydantic import TypeAdapter
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.build import DEMO
@@ -18,14 +17,13 @@ from dist_vpt.inference.load import load_run
 from dist_vpt.inference.merge import timm_tensors
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.training.components import build_method, resolve_inputs
 from tests.backbones.published import FILES
 from tests.backbones.test_swin import make as make_on_swin
 from tests.backbones.test_swin import make_swin
-from tests.methods.conftest import KINDS, MEAN, STD, make_backbone, make_vit
+from tests.methods.conftest import KINDS, MEAN, STD, config_of, make_backbone, make_vit
 from tests.running import train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -41,7 +39,7 @@ MERGED: dict[str, dict[str, Any]] = {
 
 
 def make(settings: dict[str, Any], kind: str = "class_token", **changes: Any) -> Method:
-    method = attach(TypeAdapter(MethodConfig).validate_python(settings), make_backbone(kind, **changes), classes=4)
+    method = attach(config_of(settings), make_backbone(kind, **changes), classes=4)
     torch.manual_seed(3)
     with torch.no_grad():
         for _, parameter in method.trainable():

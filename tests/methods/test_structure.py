@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock
 
 from dist_vpt.errors import UserError
 from dist_vpt.methods import METHODS, attach
 from dist_vpt.methods.base import Method, Reader
-from dist_vpt.methods.config import MethodConfig
 from dist_vpt.methods.vpt import VPT
 from dist_vpt.recipe.schema import OptimConfig
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.training.optim import build_optimizer, set_lr
-from tests.methods.conftest import KINDS, assert_equal_steps, make_backbone
+from tests.methods.conftest import KINDS, assert_equal_steps, config_of, make_backbone
 
 HEAD = {"head.weight", "head.bias"}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -100,7 +99,7 @@ TRAINED = {
 
 def make(settings: dict[str, Any], compute: torch.dtype = torch.float32, **backbone: Any) -> Method:
     torch.manual_seed(0)
-    return attach(TypeAdapter(MethodConfig).validate_python(settings), make_backbone(**backbone), 5, compute)
+    return attach(config_of(settings), make_backbone(**backbone), 5, compute)
 
 
 def loss_of(method: Method, images: torch.Tensor) -> torch.Tensor:
@@ -121,7 +120,7 @@ def test_trained_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_recipe_states_what_its_method_reads(name: str) -> None:
-    method, recipe = make(SETTINGS[name]), TypeAdapter(MethodConfig).validate_python(SETTINGS[name])
+    method, recipe = make(SETTINGS[name]), config_of(SETTINGS[name])
     assert recipe.reader == isinstance(method, Reader)
     assert recipe.reads_blocks == (isinstance(method, Reader) and bool(method.spec.blocks))
 
@@ -164,9 +163,7 @@ def test_a_head_keeps_nothing_of_the_backbone(name: str, images: torch.Tensor) -
     assert all(shape in {(3, 16), (5, 16), (16, 5), (3, 5), (3,), ()} for shape in saved), saved
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, s in SETTINGS.items() if TypeAdapter(MethodConfig).validate_python(s).reader]
-)
+@pytest.mark.parametrize("name", [n for n, s in SETTINGS.items() if config_of(s).reader])
 def test_a_reader_sees_the_stream_without_autograd(name: str, images: torch.Tensor) -> None:
     method = make(SETTINGS[name])
     asked: list[bool] = []
@@ -195,7 +192,7 @@ def test_a_method_inside_starts_as_the_frozen_backbone(name: str, kind: str, ima
 def test_a_method_inside_widens_no_tokens(name: str, images: torch.Tensor) -> None:
     """Under bf16, backward keeps no float32 numbers of tokens but a few a token (a norm's mean, attention's sums)."""
     torch.manual_seed(0)
-    recipe = TypeAdapter(MethodConfig).validate_python(SETTINGS[name])
+    recipe = config_of(SETTINGS[name])
     method = attach(recipe, make_backbone(), 5, torch.bfloat16)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -271,7 +268,7 @@ def test_prompt_dropout_is_drawn_per_image_and_off_in_eval(images: torch.Tensor)
 
 def test_prompts_start_as_published() -> None:
     backbone = make_backbone(embed_dim=64, num_heads=2)
-    method = attach(TypeAdapter(MethodConfig).validate_python({"name": "vpt", "prompts": 50}), backbone, 5)
+    method = attach(config_of({"name": "vpt", "prompts": 50}), backbone, 5)
     bound = math.sqrt(6 / (3 * 8 * 8 + 64))
     assert method.prompts.shape == (3, 50, 64)
     assert bound * 0.99 < method.prompts.abs().max() <= bound
@@ -310,7 +307,7 @@ def test_a_class_token_to_start_from_is_needed() -> None:
 def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor) -> None:
     torch.manual_seed(0)
     backbone = make_backbone()
-    method = attach(TypeAdapter(MethodConfig).validate_python({"name": "vpt"}), backbone, 5, torch.bfloat16)
+    method = attach(config_of({"name": "vpt"}), backbone, 5, torch.bfloat16)
     assert {p.dtype for _, p in method.trainable()} == {torch.float32}
     assert {p.dtype for p in method.backbone.parameters()} == {torch.bfloat16}
     assert backbone.mean.dtype == torch.float32

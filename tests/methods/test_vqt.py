@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.methods import attach
-from dist_vpt.methods.config import MethodConfig
 from dist_vpt.methods.vqt import VQT, cheaper_form
-from tests.methods.conftest import MEAN, STD, make_vit
+from tests.methods.conftest import MEAN, STD, config_of, make_vit
 from tests.reference import vit, vqt
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # relative to the largest number of the tensor
@@ -39,7 +38,7 @@ def make_backbone(dtype: torch.dtype, kind: str, **changes: Any) -> Backbone:
 
 
 def make(dtype: torch.dtype, which: str, **settings: Any) -> VQT:
-    recipe = TypeAdapter(MethodConfig).validate_python({"name": "vqt", **settings})
+    recipe = config_of({"name": "vqt", **settings})
     torch.manual_seed(3)
     method = attach(recipe, make_backbone(dtype, **BACKBONES[which]), 4, dtype).to(dtype)
     assert isinstance(method, VQT)
@@ -268,6 +267,6 @@ def test_another_kind_of_block_is_refused() -> None:
 
     vit = make_vit("class_token", block_fn=ResPostBlock, init_values=0.1)
     backbone = Backbone(vit, mean=MEAN, std=STD, stochastic=False)
-    recipe = TypeAdapter(MethodConfig).validate_python({"name": "vqt"})
+    recipe = config_of({"name": "vqt"})
     with pytest.raises(UserError, match="block 0 of the backbone is a ResPostBlock"):
         attach(recipe, backbone, 4)

@@ -197,7 +197,7 @@ def test_the_order_of_overrides_of_a_method_does_not_matter(write: Write) -> Non
     for overrides in (["method.name=vpt", "method.prompts=3"], ["method.prompts=3", "method.name=vpt"]):
         assert load_recipe([file], overrides).method == VPTConfig(prompts=3)
     assert refused("method.prompts=3", "method.name=linear") == [
-        "command line: method.prompts = 3: unknown key; valid: name"
+        "command line: method.prompts = 3: unknown key; valid: head, name"
     ]
 
 
@@ -230,7 +230,7 @@ def test_files_and_overrides_are_distinguished(argv: list[str], files: list[str]
             "3: train.early_stop.patient = 3: unknown key; did you mean 'patience'?",
         ),
         ("method:\n  name: vpt\n  promts: 5", "3: method.promts = 5: unknown key; did you mean 'prompts'?"),
-        ("method:\n  name: linear\n  prompts: 5", "3: method.prompts = 5: unknown key; valid: name"),
+        ("method:\n  name: linear\n  prompts: 5", "3: method.prompts = 5: unknown key; valid: head, name"),
         ("data: {hf: {imag: x}}", "1: data.hf.imag = 'x': unknown key; did you mean 'image'?"),
         ("backbone: {nam: x}", "1: backbone.nam = 'x': unknown key; did you mean 'name'?"),
         ("runtime: {precison: x}", "1: runtime.precison = 'x': unknown key; did you mean 'precision'?"),
@@ -239,7 +239,8 @@ def test_files_and_overrides_are_distinguished(argv: list[str], files: list[str]
         (
             "on: 3",
             "1: on = 3: unknown key; "
-            "valid: backbone, base, data, method, optim, run, runtime, seed, stream, sweep, train",
+            "valid: backbone, base, data, method, optim, protocol, published, run, runtime, seed, stream, "
+            "sweep, train",
         ),
     ],
 )
@@ -352,7 +353,7 @@ def test_each_beta_has_its_bound() -> None:
             "optim: nesterov = true: needs name = sgd and momentum above 0, not name = adam",
         ),
         (
-            ["optim.nesterov=true", "optim.momentum=0"],
+            ["optim.nesterov=true", "optim.name=sgd", "optim.momentum=0"],
             "optim: nesterov = true: needs name = sgd and momentum above 0, not name = sgd and momentum = 0.0",
         ),
         (["method.deep=false", "method.layers=2"], "these need deep prompts"),
@@ -376,7 +377,7 @@ def test_rules_over_several_keys(overrides: list[str], rule: str) -> None:
         ["train.batch_size=9", "train.grad_accum_steps=3"],
         ["train.early_stop={}"],
         ["backbone.drop_path=0.1"],
-        ["optim.nesterov=true"],
+        ["optim.name=sgd", "optim.nesterov=true"],
         ["method.layers=2", "method.prompted_blocks=last", "method.shared=true"],
         ["data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"],
     ],
@@ -527,7 +528,7 @@ def _objects(node: Any) -> Iterator[dict[str, Any]]:
 
 def test_the_schema_names_every_key() -> None:
     schema = json_schema()
-    assert set(schema["properties"]) == {"base", *Recipe.model_fields}
+    assert set(schema["properties"]) == {"base", "published", *Recipe.model_fields}
     named = {model["title"]: set(model["properties"]) for model in _objects(schema)}
     resolved = load_recipe([], ["train.early_stop={}"])
     sections = [s for _, s in resolved if hasattr(s, "model_fields")]

@@ -20,6 +20,7 @@ TEXT = "must be a valid string; use text, in quotes if it looks like a number"
 
 # Each key with a value of a wrong type, a wrong choice or out of bounds: overrides, the value as shown, rule and fix.
 VALUES = [
+    ("protocol=x", "'x'", CHOICE + "default, published"),
     ("seed=x", "'x'", INTEGER),
     ("seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("data.format=x", "'x'", CHOICE + "digits, fgvc_json, hf, image_folder, tfds, vtab_folder"),
@@ -71,7 +72,8 @@ VALUES = [
     ("method.projection=x", "'x'", INTEGER),
     ("method.projection=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
     ("method.pooling=x", "'x'", CHOICE + "img_pool, imgprompt_pool, original, prompt_pool"),
-    ("method.init=x", "'x'", CHOICE + "class_token, random, tokens"),
+    ("method.head=x", "'x'", CHOICE + "published, standardized"),
+    ("method.init=x", "'x'", CHOICE + "class_token, random, scaled, tokens"),
     ("method.extra_trainable=x", "'x'", LIST),
     ("stream.cache=x", "'x'", CHOICE + "auto, device, disk, memory, none"),
     ("optim.name=x", "'x'", CHOICE + "adam, adamw, sgd"),
@@ -166,7 +168,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     (
         {"a.yaml": "method: {name: linear, prompts: 5}"},
         ["a.yaml"],
-        ["a.yaml:1: method.prompts = 5: unknown key; valid: name"],
+        ["a.yaml:1: method.prompts = 5: unknown key; valid: head, name"],
     ),
     ({"a.yaml": "optim.lr: 3"}, ["a.yaml"], ["a.yaml:1: optim.lr = 3: unknown key; did you mean 'optim'?"]),
     (
@@ -174,8 +176,8 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["a.yaml"],
         [
             (
-                "a.yaml:1: on = 3: unknown key; valid: backbone, base, data, method, optim, run, runtime, seed, "
-                "stream, sweep, train"
+                "a.yaml:1: on = 3: unknown key; valid: backbone, base, data, method, optim, protocol, published, run, "
+                "runtime, seed, stream, sweep, train"
             )
         ],
     ),

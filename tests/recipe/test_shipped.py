@@ -51,7 +51,9 @@ def test_the_order_of_names_does_not_matter(names: tuple[str, ...]) -> None:
     recipe = load(*names, "data.root=x")
     assert recipe.run.dir == "runs/quickstart-sup_b16_in21k-image_folder-vqt"
     assert (recipe.method.name, recipe.backbone.name, recipe.data.task) == ("vqt", "sup_b16_in21k", "image_folder")
+    assert (recipe.train.batch_size, recipe.train.epochs, recipe.optim.lr) == (64, 50, 1e-3)
     # VQT's published batch size and epochs win over those of the data, and its rate over the quick start's.
+    recipe = load(*names, "data.root=x", "protocol=published")
     assert (recipe.train.batch_size, recipe.train.epochs, recipe.optim.lr) == (128, 100, 0.25)
     assert recipe.runtime.precision == "bf16"
 
@@ -76,7 +78,7 @@ def test_files_of_the_user_come_last_in_the_order_given() -> None:
     Path("b.yaml").write_text("train: {epochs: 18}\nseed: 3")
     recipe = load("a.yaml", "vqt", "b.yaml", "base", "seed=4")
     assert (recipe.train.epochs, recipe.optim.lr, recipe.seed) == (18, 0.5, 4)
-    assert recipe.train.batch_size == 128
+    assert load("a.yaml", "vqt", "b.yaml", "protocol=published").train.batch_size == 128
     assert recipe.run.dir == "runs/base-vqt-a-b"
     assert load("b.yaml", "a.yaml", "vqt", "train.test=false").train.epochs == 17
 

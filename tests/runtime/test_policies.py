@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_vpt.errors import RecipeError, UserError
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.attention import apply_attention
 from dist_vpt.runtime.compile import apply_compile
 from dist_vpt.runtime.offload import apply_offload
-from tests.methods.conftest import make_backbone
+from tests.methods.conftest import config_of, make_backbone
 from tests.methods.test_structure import loss_of
 from tests.running import train
 
@@ -38,7 +36,7 @@ VPT: dict[str, Any] = {"name": "vpt"}
 def make(policy: str = "none", kernel: str = "sdpa", settings: dict[str, Any] = VPT, **backbone: Any) -> Method:
     torch.manual_seed(0)
     made = make_backbone(**({"depth": L} | backbone))
-    method = attach(TypeAdapter(MethodConfig).validate_python(settings), made, classes=5).train()
+    method = attach(config_of(settings), made, classes=5).train()
     apply_attention(method.backbone, kernel, torch.float32, writes=True, cpu=True)
     apply_checkpointing(method.backbone, policy)
     return method

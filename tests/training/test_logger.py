@@ -204,7 +204,7 @@ def test_mistakes_figure(count: int, panels: int) -> None:
 
 def test_hparams_are_flat_and_plain() -> None:
     flat = _hparams(load_recipe([], ["train.early_stop={}"]))
-    assert flat["optim.lr"] == 1.0
+    assert flat["optim.lr"] == 0.001
     assert flat["train.early_stop.patience"] == 10
     assert flat["optim.betas"] == "[0.9, 0.999]"
     assert flat["optim.clip_norm"] == "null"

@@ -64,9 +64,9 @@ def test_constant_stays_after_its_warmup() -> None:
 
 
 def test_the_peak_is_for_a_batch_of_256() -> None:
-    assert OptimConfig(lr=0.5).peak_lr(256) == 0.5
-    assert OptimConfig(lr=0.5).peak_lr(64) == 0.125
-    assert OptimConfig(lr=0.5, scale_lr=False).peak_lr(64) == 0.5
+    assert OptimConfig(lr=0.5, scale_lr=True).peak_lr(256) == 0.5
+    assert OptimConfig(lr=0.5, scale_lr=True).peak_lr(64) == 0.125
+    assert OptimConfig(lr=0.5).peak_lr(64) == 0.5
 
 
 Settings = dict[str, object]
