@@ -131,9 +131,9 @@ def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> 
     low, high = image.get_clim()
     for r, row in enumerate(shown):
         for c, value in enumerate(row):
-            dark = value is not None and value < (low + high) / 2
             text = instead.get((r, c), "diverged") if value is None else f"{value:.1f}"
-            axes.text(c, r, text, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+            color = "gray" if value is None else "white" if value < (low + high) / 2 else "black"
+            axes.text(c, r, text, ha="center", va="center", color=color, fontsize=9)
     axes.add_patch(Rectangle((marked[1] - 0.5, marked[0] - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
     return figure
 
@@ -143,14 +143,10 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
     table = Table(title=f"{folder}: trials, trained on train and scored on val (top-1, %)")
     keys = list(content["chosen"])
     short = content.get("rungs", [])[:-1]  # epochs of the rungs before the last
-    for column in (
-        *keys,
-        *(count(epochs, "epoch") for epochs in short),
-        "last epoch",
-        "best epoch",
-        "at epoch",
-        "chosen",
-    ):
+    for key in keys:
+        table.add_column(key.removeprefix("optim."), justify="right", no_wrap=True)
+    rungs = [count(epochs, "epoch") for epochs in short]
+    for column in (*rungs, "last epoch", "best epoch", "at epoch", "chosen"):
         table.add_column(column, justify="right")
     for trial in content["trials"]:
         cells = [_short(trial["setting"][key]) for key in keys]

@@ -1,5 +1,6 @@
 """Successive halving: who is promoted, that the last rung is the grid's, what it costs, that a kill loses nothing."""
 
+import io
 import json
 import math
 import signal
@@ -7,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors.torch import load_file
 
 from dist_vpt.cli.main import main
 from dist_vpt.errors import RecipeError, RunFailed
 from dist_vpt.experiments.rungs import Rungs
 from dist_vpt.experiments.suite_plan import plan_experiments
+from dist_vpt.experiments.sweep_report import heatmap_figure, print_sweep
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import SweepConfig
@@ -152,9 +155,20 @@ def test_the_table_is_blank_where_a_trial_was_not_trained_to_the_end(
     assert (folder / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_heat_map_says_how_long_a_trial_was_trained(both: tuple[str, Path, Path, dict[str, float]]) -> None:
-    from dist_vpt.experiments.sweep_report import heatmap_figure
+def test_the_table_of_a_published_grid_fits_a_terminal(
+    both: tuple[str, Path, Path, dict[str, float]], tmp_path: Path
+) -> None:
+    content, shown = read_json(both[2] / "sweep.json"), io.StringIO()
+    for trial in content["trials"]:
+        trial["setting"]["optim.weight_decay"] = 0.0001
+    content["chosen"]["optim.weight_decay"] = 0.0001
+    print_sweep(content, tmp_path, Console(file=shown, width=80))
+    heads, _, _ = shown.getvalue().partition("┡")
+    assert {"lr", "weight_decay", "epochs", "last", "chosen"} <= set(heads.split())
+    assert "…" not in heads
 
+
+def test_the_heat_map_says_how_long_a_trial_was_trained(both: tuple[str, Path, Path, dict[str, float]]) -> None:
     content = read_json(both[2] / "sweep.json")
     axes = heatmap_figure(content["trials"], content["chosen"]).axes[0]
     shown = sorted(text.get_text() for text in axes.texts)
