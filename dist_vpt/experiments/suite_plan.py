@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from dist_vpt.errors import RecipeError, RunFolderError, UserError, nearest
 from dist_vpt.files import locked, raising_disk_full, read_json, write_atomically
 from dist_vpt.recipe.differences import identity_keys
 from dist_vpt.recipe.loading import load_recipe
-from dist_vpt.recipe.schema import Recipe, grid_axes
+from dist_vpt.recipe.schema import Recipe, RungSize
 from dist_vpt.recipe.shipped import shipped_recipes
 from dist_vpt.runs.folder import RESUME_HINT
 
@@ -50,7 +49,17 @@ class Experiment:
     @property
     def trials(self) -> int:
         """Settings of the grid."""
-        return math.prod(len(values) for _, values in grid_axes(self.recipe.sweep.grid))
+        return self.recipe.sweep.trials
+
+    @property
+    def rungs(self) -> list[RungSize]:
+        """One for a grid."""
+        return self.recipe.sweep.rungs(self.recipe.train.epochs)
+
+    @property
+    def search(self) -> str:
+        """How the setting is found; halving that has but one rung is a grid."""
+        return "halving" if len(self.rungs) > 1 else "grid"
 
     def images(self) -> int | None:
         """Images that go through the backbone, at most if trials stop early; None for a task without known counts."""
@@ -58,14 +67,14 @@ class Experiment:
         counts = dict(TASKS[task].expected_counts) if task in TASKS else {}
         if not {"train", "val", "trainval", "test"} <= counts.keys():
             return None
-        train, seeds = self.recipe.train, len(self.recipe.sweep.seeds)
-        if self.recipe.method.reader and self.recipe.stream.cache != "none":
-            return counts["train"] + counts["val"] + counts["trainval"] + counts["test"]
-        trials = 1 if self.recipe.method.reader else self.trials
-        runs = 1 if self.recipe.method.reader else seeds
-        scored = -(-train.epochs // train.eval_every)
-        of_trial = train.epochs * counts["train"] + scored * counts["val"]
-        return trials * of_trial + runs * train.epochs * counts["trainval"] + runs * counts["test"]
+        train, seeds, reader = self.recipe.train, len(self.recipe.sweep.seeds), self.recipe.method.reader
+        if reader and self.recipe.stream.cache != "none":  # filled for each rung
+            return len(self.rungs) * (counts["train"] + counts["val"]) + counts["trainval"] + counts["test"]
+        images = (1 if reader else seeds) * (train.epochs * counts["trainval"] + counts["test"])
+        for number, (trials, epochs) in enumerate(self.rungs, start=1):
+            scored = -(-epochs // train.eval_every) if number == len(self.rungs) else 1
+            images += (1 if reader else trials) * (epochs * counts["train"] + scored * counts["val"])
+        return images
 
 
 def plan_experiments(
@@ -134,17 +143,18 @@ def show_plan(experiments: Sequence[Experiment]) -> None:
         table.add_column(column, justify="left" if column in ("task", "method") else "right", no_wrap=True)
     for number, one in enumerate(experiments):
         images = one.images()
-        seeds, epochs, shown = len(one.recipe.sweep.seeds), one.recipe.train.epochs, f"{images:,}" if images else "?"
-        table.add_row(str(number), one.task, one.method, str(one.trials), str(seeds), str(epochs), shown)
+        seeds, shown = len(one.recipe.sweep.seeds), f"{images:,}" if images else "?"
+        trials, epochs = (", ".join(map(str, each)) for each in zip(*one.rungs, strict=True))  # of the rungs
+        table.add_row(str(number), one.task, one.method, trials, str(seeds), epochs, shown)
     console = Console(highlight=False)
     console.print(table)
-    trials = sum(one.trials for one in experiments)
+    total = sum(rung.trials for one in experiments for rung in one.rungs)
     images = sum(one.images() or 0 for one in experiments)
     seeds = sum(len(one.recipe.sweep.seeds) for one in experiments)
     for warning in {warning: 1 for one in experiments for warning in one.recipe.warnings}:
         console.print(f"note: {warning}", markup=False)
     unknown = "; ? where the counts are not known before" if any(one.images() is None for one in experiments) else ""
-    console.print(f"in all {trials:,} trials and {seeds:,} seeds, {images:,} images through the backbone{unknown}")
+    console.print(f"in all {total:,} trials and {seeds:,} seeds, {images:,} images through the backbone{unknown}")
 
 
 def slurm_array(experiments: Sequence[Experiment], arguments: Sequence[str], file: Path) -> None:
@@ -217,7 +227,11 @@ def record_plan(folder: Path, experiments: Sequence[Experiment]) -> None:
                 f"{file}: {changed[0]}{more} was begun with another recipe; choose another --out, or undo the change"
             )
         planned = {
-            one.name: {"recipe": one.key, "trials": one.trials, "seeds": list(one.recipe.sweep.seeds)}
+            one.name: {
+                "recipe": one.key,
+                "trials": sum(rung.trials for rung in one.rungs),
+                "seeds": list(one.recipe.sweep.seeds),
+            }
             for one in experiments
         }
         if known | planned != known:

@@ -7,7 +7,7 @@ worker's process ends, however it ends, shows that a worker is at it.
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +22,10 @@ from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, UserError
+from dist_vpt.experiments.rungs import Rungs
 from dist_vpt.experiments.suite_plan import LOCK_FIX, Experiment
 from dist_vpt.experiments.sweep import check_splits
-from dist_vpt.experiments.sweep_grid import SweepJob, choose, grid_jobs, read_outcome, seed_jobs
+from dist_vpt.experiments.sweep_grid import SweepJob, read_outcome, seed_jobs
 from dist_vpt.experiments.sweep_report import conclude
 from dist_vpt.experiments.sweep_worker import Worker
 from dist_vpt.files import locked, read_json
@@ -122,13 +123,14 @@ class SuiteWorker:
         return folder
 
     def _end(self, experiment: Experiment, folder: RunFolder) -> None:
-        grid = grid_jobs(experiment.recipe, experiment.folder)
-        outcomes = [read_outcome(job) for job in grid]
-        chosen = choose(grid, outcomes)
+        rungs = Rungs(experiment.recipe, experiment.folder)
+        left = rungs.read()
+        assert not left, "work_items gives the end last"
+        chosen = rungs.chosen()
         seeds = seed_jobs(experiment.recipe, experiment.folder, chosen)
         finals = [read_outcome(job) for job in seeds]
-        content = conclude(folder, experiment.recipe, grid, outcomes, chosen, finals, 0.0, None)
-        append(self.folder / FILE, _result(experiment, content, outcomes[chosen.number], seeds))
+        content = conclude(folder, experiment.recipe, rungs, finals, 0.0, None)
+        append(self.folder / FILE, _result(experiment, content, read_outcome(chosen), seeds))
         top1 = content["test"]["top1"]
         self._show(f"{experiment.name}: test top1 {top1['mean']:.2f} ± {top1['std']:.2f} %")
 
@@ -154,23 +156,18 @@ class SuiteWorker:
 
 def work_items(experiment: Experiment) -> Iterator[WorkItem]:
     """Items that can be done now and have left no outcome yet."""
-    grid = grid_jobs(experiment.recipe, experiment.folder)
-
-    def seeds() -> list[SweepJob]:
-        chosen = choose(grid, [read_outcome(job) for job in grid])
-        return seed_jobs(experiment.recipe, experiment.folder, chosen)
-
-    stages: list[tuple[str, Callable[[], list[SweepJob]]]] = [("trial", lambda: grid), ("seed", seeds)]
-    for name, jobs_of in stages:
-        jobs = jobs_of()
-        left = [job for job in jobs if not job.outcome.is_file()]
-        if left and experiment.recipe.method.reader:
-            yield WorkItem(f"{name}s", jobs)
-        elif left:
-            yield from (WorkItem(f"{name} {job.number}", [job]) for job in left)
-        if left:
-            return
-    yield WorkItem("end", [])
+    rungs = Rungs(experiment.recipe, experiment.folder)
+    kind, jobs = "trial", rungs.read()
+    of_rung = f" of {rungs.name}" if rungs.halving and jobs else ""
+    if not jobs:
+        kind, jobs = "seed", seed_jobs(experiment.recipe, experiment.folder, rungs.chosen())
+    left = [job for job in jobs if not job.outcome.is_file()]
+    if left and experiment.recipe.method.reader:
+        yield WorkItem(f"{kind}s{of_rung}", jobs)
+    elif left:
+        yield from (WorkItem(f"{kind} {job.number}{of_rung}", [job]) for job in left)
+    if not left:
+        yield WorkItem("end", [])
 
 
 def lock_file(folder: Path, experiment: Experiment, name: str) -> Path:
@@ -198,7 +195,8 @@ def _result(
 ) -> Result:
     """The line of results.jsonl of a sweep: its sweep.json, the chosen trial's outcome, and the seeds' runs."""
     runs = [read_json(file) for job in seeds if (file := RunFolder(str(job.recipe.run.dir)).result).is_file()]
-    protocol = runs[0]["protocol"] | {"trials": experiment.trials, "epochs": experiment.recipe.train.epochs}
+    settings = {"trials": experiment.trials, "epochs": experiment.recipe.train.epochs, "search": experiment.search}
+    protocol = runs[0]["protocol"] | settings
     return Result(
         **_common(experiment),
         protocol=Protocol.model_validate(protocol),

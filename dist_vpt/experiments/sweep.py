@@ -1,11 +1,13 @@
 """``dist-vpt sweep``: a grid trained on train and chosen on val, then some seeds of the chosen setting on trainval.
 
+With ``sweep.search=halving`` the grid is trained in rungs (``rungs.py``), and chosen among the trials of the last one.
 A reader's trials are trained together, in one pass over the frozen stream; a writer's one after the other, each as a
 run of its own. Several processes share the trials (``sweep.parallelize=trials``: each works alone and writes its
 results into the sweep's folder) or the batches (``sweep.parallelize=batch``).
 
     RUN/recipe.yaml, run.json     the sweep's recipe and status
     RUN/trials/NNN.json           one trial of the grid: its setting, its recipe, last and best epoch on val
+    RUN/trials/NNN-rung-K.json    the same of a rung before the last
     RUN/seeds/SEED/               one run on trainval: adapters and result.json, for eval, predict and compress
     RUN/sweep.json, heatmap.png   the table, the choice, mean and standard deviation on test
 """
@@ -25,7 +27,8 @@ from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import Interrupted, RunFolderError, UserError
 from dist_vpt.experiments.run import acquire
-from dist_vpt.experiments.sweep_grid import choose, grid_jobs, seed_jobs
+from dist_vpt.experiments.rungs import Rungs, plan_text, size_text
+from dist_vpt.experiments.sweep_grid import seed_jobs
 from dist_vpt.experiments.sweep_report import conclude, print_sweep
 from dist_vpt.experiments.sweep_worker import POLL_SECONDS, Worker
 from dist_vpt.files import raising_disk_full, read_json
@@ -45,13 +48,14 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     if recipe.sweep.parallelize == "trials":
         launch = detach_from_launcher(launch)
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
-    grid = grid_jobs(recipe, folder.path)
+    rungs = Rungs(recipe, folder.path)
+    first = rungs.grid[0].recipe
     shared = recipe.sweep.parallelize == "batch"  # or each process works alone
     remarks, refused = None, None
     if rank == 0 or shared:  # mistakes in data and weights show before anything is written or waited for
 
         def check() -> list[str]:
-            parts = build_components(grid[0].recipe, launch)
+            parts = build_components(first, launch)
             check_splits(parts.splits)
             parts.method.train()
             return parts.remarks()
@@ -60,7 +64,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     with StopSignal() as stop, ExitStack() as stack:
         accelerator, done = None, False
         if shared:
-            accelerator = init_accelerator(grid[0].recipe, launch, status, refused, stack)
+            accelerator = init_accelerator(first, launch, status, refused, stack)
             _refuse_deepspeed(recipe.method, accelerator)
             done = acquire(folder, recipe, accelerator, stack, "sweep")
         elif rank == 0:
@@ -79,10 +83,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         for line in (*notes, *(remarks or [])):
             worker.show(line)
         started = time.monotonic()
-        worker.work(grid)
-        outcomes = worker.wait_for(grid)
-        chosen = choose(grid, outcomes)
-        finals = seed_jobs(recipe, folder.path, chosen)
+        _train_rungs(rungs, worker)
+        finals = seed_jobs(recipe, folder.path, rungs.chosen())
         worker.work(finals)
         results = worker.wait_for(finals)
         for job, outcome in zip(finals, results, strict=True):  # of the chosen setting alone: a grid has bad ones
@@ -91,7 +93,24 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         if rank:
             return {}
         with raising_disk_full("the table", folder.path, RESUME_HINT):
-            return conclude(folder, recipe, grid, outcomes, chosen, results, time.monotonic() - started, console)
+            return conclude(folder, recipe, rungs, results, time.monotonic() - started, console)
+
+
+def _train_rungs(rungs: Rungs, worker: Worker) -> None:
+    """Train the trials; in a grid, which is one rung, all of them to the end."""
+    sweep = worker.recipe.sweep
+    if rungs.halving:
+        worker.show(plan_text(rungs.sizes))
+    elif sweep.search == "halving":
+        worker.show(
+            f"note: {size_text(*rungs.sizes[0])} are too few to halve by {sweep.reduction_factor}: all are trained to "
+            "the end"
+        )
+    while jobs := rungs.next():
+        if rungs.halving:
+            worker.show(f"{rungs.name}: {size_text(len(jobs), jobs[0].recipe.train.epochs)}")
+        worker.work(jobs)
+        rungs.add(jobs, worker.wait_for(jobs))
 
 
 def check_splits(splits: Splits) -> None:

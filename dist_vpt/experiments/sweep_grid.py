@@ -42,7 +42,7 @@ def grid_jobs(recipe: Recipe, folder: Path) -> list[SweepJob]:
         setting = {key: value for (key, _), value in zip(axes, values, strict=True)}
         fixed = {"data.train_on": "train", "train.test": False, "run.dir": str(folder / "trials" / f"{number:03d}")}
         try:
-            trial = _with(recipe, {**setting, **fixed})
+            trial = with_values(recipe, {**setting, **fixed})
         except RecipeError as error:
             mistakes.append(f"{setting_text(setting)}: {error}")
             continue
@@ -64,17 +64,20 @@ def seed_jobs(recipe: Recipe, folder: Path, chosen: SweepJob) -> list[SweepJob]:
     for number, seed in enumerate(recipe.sweep.seeds):
         run_dir = folder / "seeds" / str(seed)
         fixed = {"seed": seed, "data.train_on": "trainval", "train.early_stop": None, "run.dir": str(run_dir)}
-        trial = _with(recipe, {**chosen.setting, **fixed, "train.test": True})
+        trial = with_values(recipe, {**chosen.setting, **fixed, "train.test": True})
         jobs.append(SweepJob(number, {"seed": seed}, trial, folder / "seeds" / f"{seed}.json"))
     return jobs
 
 
-def choose(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]]) -> SweepJob:
-    """The trial with the best accuracy on val after its last epoch; ties go to the smaller learning rate."""
+def rank(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]], which: str = "of the grid") -> list[SweepJob]:
+    """The trials by their accuracy on val after their last epoch, the best first; diverged ones are left out.
+
+    Ties go to the smaller learning rate. Raises RunFailed where every trial diverged.
+    """
     finite = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if not outcome["diverged"]]
     if not finite:
         raise RunFailed(
-            "every trial of the grid diverged; choose another run.dir (of a suite: another --out), and smaller values "
+            f"every trial {which} diverged; choose another run.dir (of a suite: another --out), and smaller values "
             "of sweep.grid.optim.lr or an optim.clip_norm"
         )
 
@@ -82,7 +85,7 @@ def choose(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]]) -> Swee
         job, outcome = found
         return -outcome["last"]["val"]["top1"], job.recipe.optim.lr, job.number
 
-    return min(finite, key=order)[0]
+    return [job for job, _ in sorted(finite, key=order)]
 
 
 def read_outcome(job: SweepJob) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def group_jobs(jobs: Sequence[SweepJob], may_differ: Sequence[str]) -> list[list
     return groups
 
 
-def _with(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """The recipe with keys set and without its sweep; the order of the data is fixed to what all trials share."""
     data = recipe.model_dump(mode="json")
     data["sweep"] = SweepConfig().model_dump(mode="json")

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.errors import RunFailed
-from dist_vpt.experiments.sweep_grid import SweepJob, setting_text
+from dist_vpt.experiments.rungs import Rungs, count
+from dist_vpt.experiments.sweep_grid import setting_text
 from dist_vpt.files import to_json, write_atomically
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
@@ -19,9 +20,7 @@ from dist_vpt.runs.results import mean_and_std
 def conclude(  # noqa: PLR0917 (all that a sweep found)
     folder: RunFolder,
     recipe: Recipe,
-    grid: Sequence[SweepJob],
-    outcomes: Sequence[dict[str, Any]],
-    chosen: SweepJob,
+    rungs: Rungs,
     results: Sequence[dict[str, Any]],
     seconds: float,
     console: Console | None,
@@ -29,8 +28,8 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     """Write sweep.json, the heat map and the curves from all outcomes, and print the table. Can be repeated."""
     from torch.utils.tensorboard import SummaryWriter
 
-    content = _summary(grid, outcomes, chosen, results, seconds)
-    figure = heatmap_figure(grid, outcomes, chosen)
+    content = _summary(rungs, results, seconds)
+    figure = heatmap_figure(content["trials"], content["chosen"])
     figure.savefig(folder.path / "heatmap.png", dpi=120)
     if "tensorboard" in recipe.run.trackers:
         with SummaryWriter(str(folder.path / "tb")) as writer:
@@ -48,17 +47,11 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     return content
 
 
-def _summary(
-    grid: Sequence[SweepJob],
-    outcomes: Sequence[dict[str, Any]],
-    chosen: SweepJob,
-    results: Sequence[dict[str, Any]],
-    seconds: float,
-) -> dict[str, Any]:
+def _summary(rungs: Rungs, results: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The content of sweep.json. Raises RunFailed where every seed diverged."""
     diverged = {str(r["setting"]["seed"]): r["diverged"] for r in results if r["diverged"]}
     tests = {str(r["setting"]["seed"]): None if r["diverged"] else r["last"]["test"] for r in results}
-    scores = [test for test in tests.values() if test]
+    scores, chosen = [test for test in tests.values() if test], rungs.chosen()
     if not scores:
         raise RunFailed(
             f"all seeds of the chosen setting diverged ({chosen.label}: {next(iter(diverged.values()))}); "
@@ -67,40 +60,65 @@ def _summary(
         )
     defined = [name for name in scores[0] if all(score[name] is not None for score in scores)]
     by_score = {name: [score[name] for score in scores] for name in defined}
-    trained = sum(o["seconds"] for o in [*outcomes, *results])
+    outcomes = [*(outcome for rung in rungs.done for outcome in rung.outcomes), *results]
+    trained = sum(outcome["seconds"] for outcome in outcomes)
     return {
         "chosen": chosen.setting,
         "test": {name: {**mean_and_std(values), "values": values} for name, values in by_score.items()},
         "seeds": tests,
         "diverged_seeds": diverged,
-        "trials": [
-            {"number": job.number, **{key: outcome[key] for key in ("setting", "last", "best", "diverged", "seconds")}}
-            for job, outcome in zip(grid, outcomes, strict=True)
-        ],
-        "skipped_images": sorted({file for o in [*outcomes, *results] for file in o.get("skipped_images", ())}),
+        "rungs": [rung.epochs for rung in rungs.done],
+        "trials": _trials(rungs),
+        "skipped_images": sorted({file for outcome in outcomes for file in outcome.get("skipped_images", ())}),
         "seconds": {"of this session": round(seconds, 1), "training": round(trained, 1)},
         "versions": versions(),
     }
 
 
-def heatmap_figure(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]], chosen: SweepJob) -> Any:
-    """Accuracy on val over the grid's first two keys that vary; over further keys, the best of each cell."""
+def _trials(rungs: Rungs) -> list[dict[str, Any]]:
+    """A row for each trial of the grid: last and best epoch are of a whole training alone, and empty without one."""
+    rows = {
+        job.number: {"number": job.number, "setting": job.setting, "last": {}, "best": None, "diverged": None}
+        | {"seconds": 0.0, "rungs": []}
+        for job in rungs.grid
+    }
+    for rung in rungs.done:
+        for job, outcome in zip(rung.jobs, rung.outcomes, strict=True):
+            row: dict[str, Any] = rows[job.number]
+            top1 = None if outcome["diverged"] else outcome["last"]["val"]["top1"]
+            row["rungs"].append({"epochs": job.recipe.train.epochs, "top1": top1})
+            row |= {"diverged": outcome["diverged"], "seconds": round(row["seconds"] + outcome["seconds"], 3)}
+            if rung is rungs.done[-1]:
+                row |= {"last": outcome["last"], "best": outcome["best"]}
+    return list(rows.values())
+
+
+def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> Any:
+    """Accuracy on val over the grid's first two keys that vary; over further keys, the best of each cell.
+
+    ``trials``: those of sweep.json; ``chosen``: its setting. A cell without a whole training says how long one was.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    keys = [key for key in jobs[0].setting if len({repr(job.setting[key]) for job in jobs}) > 1]
-    keys = (keys + [key for key in jobs[0].setting if key not in keys])[:2]
-    values = [list(dict.fromkeys(job.setting[key] for job in jobs)) for key in keys]
+    settings = [trial["setting"] for trial in trials]
+    keys = [key for key in chosen if len({repr(setting[key]) for setting in settings}) > 1]
+    keys = (keys + [key for key in chosen if key not in keys])[:2]
+    values = [list(dict.fromkeys(setting[key] for setting in settings)) for key in keys]
     values += [[None]] * (2 - len(keys))
     rows, columns = values
     best: dict[tuple[int, int], float | None] = {}
-    for job, outcome in zip(jobs, outcomes, strict=True):
-        cell = [axis.index(job.setting[key]) for key, axis in zip(keys, values, strict=False)] + [0, 0]
-        top1 = None if outcome["diverged"] else outcome["last"]["val"]["top1"]
-        before = best.get((cell[0], cell[1]))
-        best[cell[0], cell[1]] = max((v for v in (before, top1) if v is not None), default=None)
-        if job is chosen:
-            marked = (cell[0], cell[1])
+    instead: dict[tuple[int, int], str] = {}
+    for trial in trials:
+        cell = [axis.index(trial["setting"][key]) for key, axis in zip(keys, values, strict=False)] + [0, 0]
+        at = cell[0], cell[1]
+        whole = trial["last"] and not trial["diverged"]
+        top1 = trial["last"]["val"]["top1"] if whole else None
+        best[at] = max((v for v in (best.get(at), top1) if v is not None), default=None)
+        if not trial["diverged"]:
+            instead[at] = count(trial["rungs"][-1]["epochs"], "epoch")
+        if trial["setting"] == chosen:
+            marked = at
     figure = Figure(figsize=(2.2 + 1.1 * len(columns), 1.8 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     shown = [[best.get((r, c)) for c in range(len(columns))] for r in range(len(rows))]
@@ -113,9 +131,9 @@ def heatmap_figure(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]],
     low, high = image.get_clim()
     for r, row in enumerate(shown):
         for c, value in enumerate(row):
-            dark = value is not None and value < (low + high) / 2
-            text = "diverged" if value is None else f"{value:.1f}"
-            axes.text(c, r, text, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+            text = instead.get((r, c), "diverged") if value is None else f"{value:.1f}"
+            color = "gray" if value is None else "white" if value < (low + high) / 2 else "black"
+            axes.text(c, r, text, ha="center", va="center", color=color, fontsize=9)
     axes.add_patch(Rectangle((marked[1] - 0.5, marked[0] - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5))
     return figure
 
@@ -124,16 +142,24 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
     """Print the table of a sweep, from its sweep.json."""
     table = Table(title=f"{folder}: trials, trained on train and scored on val (top-1, %)")
     keys = list(content["chosen"])
-    for column in (*keys, "last epoch", "best epoch", "at epoch", "chosen"):
+    short = content.get("rungs", [])[:-1]  # epochs of the rungs before the last
+    for key in keys:
+        table.add_column(key.removeprefix("optim."), justify="right", no_wrap=True)
+    rungs = [count(epochs, "epoch") for epochs in short]
+    for column in (*rungs, "last epoch", "best epoch", "at epoch", "chosen"):
         table.add_column(column, justify="right")
     for trial in content["trials"]:
-        setting = [_short(trial["setting"][key]) for key in keys]
-        if trial["diverged"]:
-            table.add_row(*setting, "diverged", "", "", "")
-            continue
-        last, best = trial["last"]["val"]["top1"], trial["best"]
-        mark = "*" if trial["setting"] == content["chosen"] else ""
-        table.add_row(*setting, f"{last:.2f}", f"{best['val']['top1']:.2f}", str(best["epoch"]), mark)
+        cells = [_short(trial["setting"][key]) for key in keys]
+        cells += ["diverged" if rung["top1"] is None else f"{rung['top1']:.2f}" for rung in trial.get("rungs", [])]
+        cells = cells[: len(keys) + len(short)]
+        whole = len(trial.get("rungs", [])) > len(short) or not short
+        if whole and trial["diverged"]:
+            cells.append("diverged")
+        elif whole:
+            last, best = trial["last"]["val"]["top1"], trial["best"]
+            mark = "*" if trial["setting"] == content["chosen"] else ""
+            cells += [f"{last:.2f}", f"{best['val']['top1']:.2f}", str(best["epoch"]), mark]
+        table.add_row(*cells)
     console.print(table)
     top1 = content["test"].get("top1")
     if top1:

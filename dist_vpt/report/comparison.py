@@ -315,6 +315,7 @@ def _expected(task: str) -> dict[str, str | int | None]:
         "carved": "none",
         "image_size": PUBLISHED_SIZE,
         "epochs": PUBLISHED_EPOCHS,
+        "search": "grid",
     }
 
 

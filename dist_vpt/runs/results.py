@@ -48,6 +48,7 @@ class Protocol(_Line):
     carved: tuple[str, ...] = ()  # splits that the dataset lacks, taken out of train by a seed
     trials: int  # settings that were chosen among
     epochs: int
+    search: str = "grid"  # halving: of all the settings only some were trained for so many epochs
     notes: tuple[str, ...] = ()  # what differs from the published protocol
 
     def differs(self, other: "Protocol") -> list[str]:

@@ -3,10 +3,9 @@
 A run whose files say that it is running is dead where no process holds its lock any more.
 """
 
-import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from dist_vpt.distributed.rank_status import SILENT_SECONDS, read_rank_status
 from dist_vpt.errors import RunFolderError
 from dist_vpt.files import is_locked, read_json
-from dist_vpt.recipe.schema import grid_axes
+from dist_vpt.recipe.schema import RungSize, SweepConfig
 
 STATES = ("running", "waiting", "done", "failed", "interrupted", "dead", "damaged")
 DAMAGED = (RunFolderError, OSError, AttributeError, KeyError, TypeError)  # raised for a file that is not as written
@@ -120,23 +119,19 @@ def _updated(folder: Path, info: dict[str, Any]) -> str | None:
 
 
 def _sweep(folder: Path, info: dict[str, Any]) -> RunStatus:
-    import yaml
-
     state, reason = _state(folder, info)
-    try:
-        sweep = yaml.safe_load((folder / "recipe.yaml").read_text())["sweep"]
-    except (OSError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{folder / 'recipe.yaml'}: cannot be read ({error})") from error
-    trials = math.prod(len(values) for _, values in grid_axes(sweep["grid"]))
-    total = trials + len(sweep["seeds"])
-    workers = read_rank_status(folder, 0).get("world", 1) if sweep["parallelize"] == "trials" else 1
-    found = _count_outcomes(folder, state, reason, total, _updated(folder, info), workers)
+    sweep, rungs = _plan(folder)
+    workers = read_rank_status(folder, 0).get("world", 1) if sweep.parallelize == "trials" else 1
+    total = sum(rung.trials for rung in rungs) + len(sweep.seeds)
+    found = _count_outcomes(folder, state, reason, rungs, total, _updated(folder, info), workers)
     reported = [read_rank_status(folder, rank).get("progress", {}) for rank in range(workers)]
     groups = [progress for progress in reported if "trials" in progress]  # of trials that train together
     if state != "running" or not groups:
         return found
-    later = max(0, total - (found.done or 0) - sum(group["trials"] for group in groups))  # each as long as those of now
-    each = sum((group["seconds"] + group["seconds_left"]) / group["trials"] for group in groups) / len(groups)
+    lengths = {rung.epochs for rung in rungs}
+    now = [g["trials"] * (g["epochs"] if g["epochs"] in lengths else rungs[-1].epochs) for g in groups]
+    later = max(0, _epochs_left(folder, rungs, total) - sum(now))  # each as long as those of now
+    each = sum((group["seconds"] + group["seconds_left"]) / n for group, n in zip(groups, now, strict=True)) / len(now)
     return replace(
         found,
         epoch=groups[0]["epoch"],
@@ -146,15 +141,54 @@ def _sweep(folder: Path, info: dict[str, Any]) -> RunStatus:
     )
 
 
+def _plan(folder: Path) -> tuple[SweepConfig, list[RungSize]]:
+    """What a sweep's recipe says of it, and its rungs."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        known = {key: value for key, value in recipe["sweep"].items() if key in SweepConfig.model_fields}
+        sweep = SweepConfig.model_validate(known)
+        return sweep, sweep.rungs(recipe["train"]["epochs"])
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise RunFolderError(f"{folder / 'recipe.yaml'}: cannot be read ({error})") from error
+
+
+def _outcomes(folder: Path) -> list[Path]:
+    """The files of trials and seeds that are trained."""
+    return [*folder.glob("trials/*.json"), *folder.glob("seeds/*.json")]
+
+
+def _epochs_of(outcome: Path, rungs: Sequence[RungSize]) -> int:
+    number = outcome.stem.partition("-rung-")[2]
+    return rungs[min(int(number), len(rungs)) - 1 if number else -1].epochs
+
+
+def _epochs_left(folder: Path, rungs: Sequence[RungSize], total: int) -> int:
+    """Epochs of all trials and seeds that are still to be trained, of ``total`` in all."""
+    seeds = total - sum(rung.trials for rung in rungs)
+    planned = sum(rung.trials * rung.epochs for rung in rungs) + seeds * rungs[-1].epochs
+    return planned - sum(_epochs_of(outcome, rungs) for outcome in _outcomes(folder))
+
+
 def _count_outcomes(  # noqa: PLR0917 (the status of a sweep, and what to count)
-    folder: Path, state: str, reason: str | None, total: int, updated: str | None, workers: int
+    folder: Path,
+    state: str,
+    reason: str | None,
+    rungs: Sequence[RungSize],
+    total: int,
+    updated: str | None,
+    workers: int,
 ) -> RunStatus:
     """A sweep by the outcomes of its trials and seeds."""
-    outcomes = [*folder.glob("trials/*.json"), *folder.glob("seeds/*.json")]
+    outcomes = _outcomes(folder)
     runs = [path.parent.parent for path in folder.glob("*/*/ranks/rank-0.json") if is_locked(path)]
     speeds = [read_rank_status(run, 0).get("progress", {}).get("images_per_s") for run in runs]
-    left = total - len(outcomes)
-    seconds = [float(read_json(outcome)["seconds"]) for outcome in outcomes] if state == "running" and left else []
+    left = total > len(outcomes) and state == "running"
+    seconds = sum(float(read_json(outcome)["seconds"]) for outcome in outcomes) if left else 0.0
+    epochs = sum(_epochs_of(outcome, rungs) for outcome in outcomes)
+    if state == "done" and len(rungs) > 1:
+        total = len(outcomes)  # fewer than planned where most of a rung's trials diverged
     return RunStatus(
         str(folder),
         "sweep",
@@ -164,7 +198,9 @@ def _count_outcomes(  # noqa: PLR0917 (the status of a sweep, and what to count)
         total,
         "trials and seeds",
         images_per_s=sum(speed for speed in speeds if speed) or None if state == "running" else None,
-        seconds_left=round(sum(seconds) / len(seconds) * left / workers, 1) if seconds else None,
+        seconds_left=round(seconds / epochs * _epochs_left(folder, rungs, total) / workers, 1)
+        if left and outcomes
+        else None,
         updated=updated,
     )
 
@@ -185,7 +221,9 @@ def _suite(folder: Path) -> list[RunStatus]:
         state, reason = _sweep_state(result, workers=workers, busy=bool(locked), begun=begun)
         total, updated = sweep["trials"] + len(sweep["seeds"]), result.finished if result is not None else None
         try:
-            sweeps.append(_count_outcomes(folder / name, state, reason, total, updated, max(1, workers)))
+            planned_here = (folder / name / "recipe.yaml").is_file()
+            rungs = _plan(folder / name)[1] if planned_here else [RungSize(sweep["trials"], 1)]
+            sweeps.append(_count_outcomes(folder / name, state, reason, rungs, total, updated, max(1, workers)))
         except DAMAGED as error:  # of one sweep, which must not hide the others
             sweeps.append(_damaged(folder / name, "sweep", error))
     states = [sweep.status for sweep in sweeps]

@@ -22,7 +22,7 @@ from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.experiments import sweep as sweep_module
 from dist_vpt.experiments import sweep_worker
-from dist_vpt.experiments.sweep_grid import SweepJob, choose, grid_jobs
+from dist_vpt.experiments.sweep_grid import SweepJob, grid_jobs, rank
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
@@ -182,9 +182,9 @@ def outcomes(top1: Sequence[float | None]) -> list[dict[str, Any]]:
 def test_ties_go_to_the_smaller_learning_rate(tmp_path: Path) -> None:
     _, six = jobs(tmp_path)
     assert [job.setting["optim.lr"] for job in six] == [0.5, 0.5, 0.1, 0.1, 0.02, 0.02]
-    assert choose(six, outcomes([80, 70, 80, 80, 79, None])) is six[2]
+    assert rank(six, outcomes([80, 70, 80, 80, 79, None])) == [six[n] for n in (2, 3, 0, 4, 1)]
     with pytest.raises(RunFailed, match="every trial of the grid diverged"):
-        choose(six, outcomes([None] * 6))
+        rank(six, outcomes([None] * 6))
 
 
 def test_a_grid_that_breaks_a_rule_names_the_trial(tmp_path: Path) -> None:

@@ -226,6 +226,7 @@ def test_a_cell_under_another_protocol_is_marked_and_so_are_its_means() -> None:
         ({"fit": "crop"}, "not as published: fit crop, not squash"),
         ({"normalize": "weights"}, "not as published: normalize weights, not vpt"),
         ({"epochs": 30}, "not as published: epochs 30, not 100"),
+        ({"search": "halving"}, "not as published: search halving, not grid"),
         ({"image_size": 98}, "not as published: image size 98, not 224"),
         ({"storage": "vtab_folder"}, "not as published: images from vtab_folder, not tfds"),
         ({"notes": ("the dataset has another version",)}, "the dataset has another version"),

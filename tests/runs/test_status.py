@@ -136,6 +136,29 @@ def test_a_sweep_by_its_outcomes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "2/8 trials and seeds" in shown_by(capsys, str(folder))
 
 
+def test_a_sweep_by_halving_counts_the_epochs_of_its_rungs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight trials for 5 epochs, two for 20, and two seeds for 20; a second an epoch."""
+    folder = tmp_path / "sweep"
+    options = ["sweep.grid={optim: {lr: [1, 2, 3, 4, 5, 6, 7, 8]}}", "sweep.seeds=[1, 2]", "train.epochs=20"]
+    options += ["sweep.search=halving", "optim.warmup_epochs=0", f"run.dir={folder}"]
+    with RunFolder(folder).acquire(load_recipe([], options), kind="sweep"):
+        (folder / "trials").mkdir()
+        for number in range(8):
+            (folder / "trials" / f"{number:03d}-rung-1.json").write_text('{"seconds": 5.0}')
+        sweep = standings(capsys, folder)["sweep"]
+        assert (sweep["done"], sweep["total"], sweep["seconds_left"]) == (8, 8 + 2 + 2, (2 + 2) * 20)
+        (folder / "trials" / "003.json").write_text('{"seconds": 20.0}')
+        sweep = standings(capsys, folder)["sweep"]
+        assert (sweep["done"], sweep["total"], sweep["seconds_left"]) == (9, 12, 3 * 20)
+        (folder / "ranks").mkdir()
+        progress = {"trials": 1, "epoch": 4, "epochs": 20, "seconds": 10.0, "seconds_left": 30.0, "images_per_s": 7.5}
+        (folder / "ranks" / "rank-0.json").write_text(json.dumps({"time": time.time(), "progress": progress}))
+        assert standings(capsys, folder)["sweep"]["seconds_left"] == 30 + 2 * 40  # this trial, then the seeds
+    RunFolder(folder).mark("done")
+    sweep = standings(capsys, folder)["sweep"]
+    assert (sweep["status"], sweep["done"], sweep["total"]) == ("done", 9, 9)  # the other of that rung diverged
+
+
 @pytest.mark.slow
 def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
