@@ -5,7 +5,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dist_vpt.backbones.weights.zoo import has_learned_positions
 from dist_vpt.errors import WeightsError
+
+PositionResize = Literal["timm", "vpt"]
 
 
 class BackboneConfig(BaseModel):
@@ -38,6 +41,12 @@ class BackboneConfig(BaseModel):
         None,
         description="what method.pooling = original means: class token or mean of the patches; null: as in pretraining",
     )
+    position_resize: PositionResize | None = Field(
+        None,
+        description="how a ViT's learned positions are resampled to another image size than the weights': timm: "
+        "bicubic with antialiasing (of .npz: bilinear); vpt: bilinear with aligned corners, as in the published code "
+        "of VPT and VQT; null: timm",
+    )
     drop_path: float = Field(
         0.0,
         ge=0,
@@ -49,7 +58,17 @@ class BackboneConfig(BaseModel):
     def _rules(self) -> Self:
         if self.entry is not None and self.file is None:
             raise ValueError(f"entry {self.entry!r}: weights {self.weights!r} are one model; remove entry")
+        if self.position_resize is not None and not has_learned_positions(self.name):
+            raise ValueError(
+                f"position_resize = {self.position_resize}: name = {self.name} has no learned positions, so none are "
+                "resampled; leave it out"
+            )
         return self
+
+    @property
+    def positions(self) -> PositionResize:
+        """How positions are resampled: what ``position_resize`` comes to. The only place that knows the default."""
+        return self.position_resize or "timm"
 
     @property
     def file(self) -> Path | None:

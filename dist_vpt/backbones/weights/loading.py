@@ -15,7 +15,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dist_vpt.backbones.config import require_file
+from dist_vpt.backbones.config import PositionResize, require_file
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.entries import Weights, choose_model
 from dist_vpt.backbones.weights.layouts import LAYOUTS
@@ -63,8 +63,15 @@ def _read(path: Path) -> object:
         ) from error
 
 
-def load_into(model: nn.Module, path: Path, *, lenient: bool, entry: str | None = None) -> LoadReport:
-    """Load a file into a timm model, resampling its position embedding to the model's grid.
+def load_into(
+    model: nn.Module,
+    path: Path,
+    *,
+    lenient: bool,
+    entry: str | None = None,
+    position_resize: PositionResize = "timm",
+) -> LoadReport:
+    """Load a file into a timm model, resampling its position embedding to the model's grid as ``position_resize`` says.
 
     Strict: raises WeightsError unless the two sets of tensors are equal (what else the file's layout holds, such as a
     classifier, is left out). Lenient: returns the differences, after checking that all other tensors are bit-equal to
@@ -84,8 +91,8 @@ def load_into(model: nn.Module, path: Path, *, lenient: bool, entry: str | None 
             f"{path}: MoCo v3's ViT-S has 12 attention heads, the model {heads_of(model)}; set backbone.name=mocov3_s16"
         )
     if layout == "timm" and not any(name.startswith(("patch_embed.", "blocks.", "norm.")) for name in tensors):
-        tensors = _converted_by_timm(tensors, model, path)
-    offered, load_report = convert(layout, tensors, model)
+        tensors = _converted_by_timm(tensors, model, path, position_resize)
+    offered, load_report = convert(layout, tensors, model, position_resize)
     if load_report and (not lenient or not offered):
         fix = "name the architecture they are of in backbone.name" + (
             "" if lenient or not offered else ", or use backbone.load=lenient"
@@ -121,14 +128,20 @@ def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
     return layout
 
 
-def _converted_by_timm(tensors: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
+def _converted_by_timm(
+    tensors: dict[str, Tensor], model: Any, path: Path, position_resize: PositionResize
+) -> dict[str, Tensor]:
     """Layouts that only timm knows: a vision tower inside of another model."""
     if not isinstance(model, VisionTransformer):
         return tensors
     try:
-        return checkpoint_filter_fn(tensors, model)
+        converted = checkpoint_filter_fn(dict(tensors), model)
     except Exception as error:  # timm assumes layouts that it knows; any error means a foreign one
         raise WeightsError(f"{path}: not weights of this architecture (timm cannot convert them: {error})") from error
+    positions = [tensor for name, tensor in tensors.items() if name.endswith(".pos_embed")]
+    if position_resize != "timm" and len(positions) == 1:
+        converted["pos_embed"] = positions[0]  # as the file has them: timm has resampled them in its own way
+    return converted
 
 
 def _prove(model: nn.Module, loaded: dict[str, Tensor], missing: set[str], expected: set[str], path: Path) -> None:
