@@ -30,7 +30,7 @@ class BackboneConfig(BaseModel):
     entry: str | None = Field(
         None,
         description="which model of a weights file that holds several, such as teacher or model_ema; null: state_dict, "
-        "model, teacher, model_ema, ema, student, the first that there is",
+        "model, teacher, model_ema, ema, student, visual, the first that there is",
     )
     load: Literal["strict", "lenient"] = Field(
         "strict",

@@ -5,14 +5,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from dist_vpt.backbones.config import PositionResize, require_file
@@ -90,8 +88,6 @@ def load_into(
         raise WeightsError(
             f"{path}: MoCo v3's ViT-S has 12 attention heads, the model {heads_of(model)}; set backbone.name=mocov3_s16"
         )
-    if layout == "timm" and not any(name.startswith(("patch_embed.", "blocks.", "norm.")) for name in tensors):
-        tensors = _converted_by_timm(tensors, model, path, position_resize)
     offered, load_report = convert(layout, tensors, model, position_resize)
     if load_report and (not lenient or not offered):
         fix = "name the architecture they are of in backbone.name" + (
@@ -123,25 +119,9 @@ def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
         raise WeightsError(
             f"{path}: not a JAX vision transformer (no 'embedding/kernel' among its {len(tensors)} arrays)"
         )
-    if layout == "timm" and not any(re.match(r"(.*\.)?(blocks|layers)\.\d+\.|visual\.", name) for name in tensors):
+    if layout == "timm" and not any(re.match(r"(.*\.)?(blocks|layers)\.\d+\.", name) for name in tensors):
         raise WeightsError(f"{path}: holds no blocks of a transformer: {ONLY}")
     return layout
-
-
-def _converted_by_timm(
-    tensors: dict[str, Tensor], model: Any, path: Path, position_resize: PositionResize
-) -> dict[str, Tensor]:
-    """Layouts that only timm knows: a vision tower inside of another model."""
-    if not isinstance(model, VisionTransformer):
-        return tensors
-    try:
-        converted = checkpoint_filter_fn(dict(tensors), model)
-    except Exception as error:  # timm assumes layouts that it knows; any error means a foreign one
-        raise WeightsError(f"{path}: not weights of this architecture (timm cannot convert them: {error})") from error
-    positions = [tensor for name, tensor in tensors.items() if name.endswith(".pos_embed")]
-    if position_resize != "timm" and len(positions) == 1:
-        converted["pos_embed"] = positions[0]  # as the file has them: timm has resampled them in its own way
-    return converted
 
 
 def _prove(model: nn.Module, loaded: dict[str, Tensor], missing: set[str], expected: set[str], path: Path) -> None:
