@@ -172,10 +172,11 @@ def _create(recipe: BackboneConfig, image_size: int, frame: int = 0) -> VisionTr
 def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) -> LoadReport:
     if recipe.weights == "random":
         return LoadReport()
+    options: dict[str, Any] = {"lenient": recipe.load == "lenient", "position_resize": recipe.positions}
     if recipe.weights != "pretrained":
-        return load_into(model, Path(recipe.weights), lenient=recipe.load == "lenient", entry=recipe.entry)
+        return load_into(model, Path(recipe.weights), entry=recipe.entry, **options)
     if recipe.name == "demo":
-        return load_into(model, DEMO, lenient=False)
+        return load_into(model, DEMO, **options | {"lenient": False})
     name = recipe.name
     if name in ZOO:
         row = ZOO[name]
@@ -185,7 +186,7 @@ def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) ->
                 "and set backbone.weights=FILE"
             )
         name = row.pretrained
-    return load_into(model, _from_hub(name), lenient=recipe.load == "lenient")
+    return load_into(model, _from_hub(name), **options)
 
 
 def _from_hub(name: str) -> Path:

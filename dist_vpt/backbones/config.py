@@ -5,7 +5,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dist_vpt.backbones.weights.zoo import has_learned_positions
 from dist_vpt.errors import WeightsError
+
+PositionResize = Literal["timm", "vpt"]
 
 
 class BackboneConfig(BaseModel):
@@ -27,7 +30,7 @@ class BackboneConfig(BaseModel):
     entry: str | None = Field(
         None,
         description="which model of a weights file that holds several, such as teacher or model_ema; null: state_dict, "
-        "model, teacher, model_ema, ema, student, the first that there is",
+        "model, teacher, model_ema, ema, student, visual, the first that there is",
     )
     load: Literal["strict", "lenient"] = Field(
         "strict",
@@ -37,6 +40,12 @@ class BackboneConfig(BaseModel):
     global_pool: Literal["token", "avg"] | None = Field(
         None,
         description="what method.pooling = original means: class token or mean of the patches; null: as in pretraining",
+    )
+    position_resize: PositionResize | None = Field(
+        None,
+        description="how a ViT's learned positions are resampled to another image size than the weights': timm: "
+        "bicubic with antialiasing (of .npz: bilinear); vpt: bilinear with aligned corners, as in the published code "
+        "of VPT and VQT; null: timm",
     )
     drop_path: float = Field(
         0.0,
@@ -49,7 +58,17 @@ class BackboneConfig(BaseModel):
     def _rules(self) -> Self:
         if self.entry is not None and self.file is None:
             raise ValueError(f"entry {self.entry!r}: weights {self.weights!r} are one model; remove entry")
+        if self.position_resize is not None and not has_learned_positions(self.name):
+            raise ValueError(
+                f"position_resize = {self.position_resize}: name = {self.name} has no learned positions, so none are "
+                "resampled; leave it out"
+            )
         return self
+
+    @property
+    def positions(self) -> PositionResize:
+        """How positions are resampled: what ``position_resize`` comes to. The only place that knows the default."""
+        return self.position_resize or "timm"
 
     @property
     def file(self) -> Path | None:

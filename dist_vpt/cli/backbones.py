@@ -13,6 +13,7 @@ def add_parser(commands: Any) -> None:
     example = "dist-vpt backbones check ViT-B_16.npz"
     check_parser = add_command(checks, "check", check, help, example=example)
     check_parser.add_argument("file", metavar="FILE", help="a .safetensors, .pth, .pth.tar or .npz file")
+    check_parser.add_argument("--entry", metavar="NAME", help="which model of a file that holds several")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -24,4 +25,4 @@ def show(arguments: argparse.Namespace) -> None:
 def check(arguments: argparse.Namespace) -> None:
     from dist_vpt.backbones.weights.inspect import check
 
-    check(arguments.file)
+    check(arguments.file, arguments.entry)

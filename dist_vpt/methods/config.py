@@ -45,7 +45,9 @@ class VPTConfig(MethodSettings):
     deep: bool = Field(True, description="true: new prompts before every prompted block; false: only before the first")
     layers: int | None = Field(None, ge=1, description="deep: number of blocks that are prompted; null: all")
     prompted_blocks: Literal["first", "last"] = Field(
-        "first", description="deep: whether `layers` counts from the first or the last block"
+        "first",
+        description="deep: whether `layers` counts from the first or the last block; last: there are no prompt tokens "
+        "before the first prompted block",
     )
     expand: bool = Field(
         True,

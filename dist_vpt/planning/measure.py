@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from dist_vpt.backbones.weights.zoo import ZOO
+from dist_vpt.backbones.weights.zoo import architecture
 from dist_vpt.data.workers import PIXELS, Batch
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
@@ -44,11 +44,6 @@ def known_speeds(recipe: Recipe, device_type: str) -> Iterator[str]:
                 f"measured: {result['images_per_s']:.3g} images/s with checkpointing {result['checkpointing']}, batch "
                 f"{result['batch']} at {result['image_size']} px on {result['device']} ({file.name})"
             )
-
-
-def architecture(name: str) -> str:
-    """timm's name of a backbone's model, without that of its weights."""
-    return ZOO[name].architecture if name in ZOO else name.partition(".")[0]
 
 
 def measure(recipe: Recipe, classes: int) -> str:

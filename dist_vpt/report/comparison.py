@@ -19,7 +19,7 @@ OTHER = "Other tasks"
 SECTIONS = {"VTAB-1k": ("natural", "specialized", "structured"), "FGVC": ("fgvc",)}
 # Protocol of all published numbers shown, besides the settings in data/tasks.py.
 PUBLISHED_EPOCHS, PUBLISHED_SIZE = 100, 224
-NAMES = {"image_size": "image size", "storage": "images from"}
+NAMES = {"image_size": "image size", "position_resize": "positions resampled as", "storage": "images from"}
 
 
 class LocalResult(NamedTuple):

@@ -46,6 +46,7 @@ class Protocol(_Line):
     background: str = "none"  # under transparent images
     fraction: float = 1.0  # of train that is used
     carved: tuple[str, ...] = ()  # splits that the dataset lacks, taken out of train by a seed
+    position_resize: str = "timm"  # how learned positions are resampled to another image size than the weights'
     trials: int  # settings that were chosen among
     epochs: int
     search: str = "grid"  # halving: of all the settings only some were trained for so many epochs

@@ -13,7 +13,7 @@ from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
 from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
-from dist_vpt.backbones.weights.zoo import IMAGENET
+from dist_vpt.backbones.weights.zoo import IMAGENET, has_learned_positions
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.duplicates import leak_warning
 from dist_vpt.data.formats import open_splits
@@ -64,7 +64,7 @@ class Components:
 
     def protocol(self) -> dict[str, Any]:
         """The evaluation protocol for result.json: the splits that were read and how images were transformed."""
-        data, task, splits = self.recipe.data, self.inputs.task, self.splits
+        data, backbone, task, splits = self.recipe.data, self.recipe.backbone, self.inputs.task, self.splits
         given = None if data.mean is None else f"mean {list(data.mean)}, std {list(data.std or ())}"
         names = ("train", "val", "trainval", "test")
         return {
@@ -81,6 +81,7 @@ class Components:
             "carved": list(splits.held_out),
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
             "notes": list(splits.notes),
+            **({"position_resize": backbone.positions} if has_learned_positions(backbone.name) else {}),
         }
 
     def remarks(self) -> list[str]:

@@ -39,7 +39,7 @@ COMMANDS = {
     "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
     "dist-vpt data check": {"--help", "--debug", "TASK *", "--root", "--storage"},
     "dist-vpt backbones": {"--help", "--debug"},
-    "dist-vpt backbones check": {"--help", "--debug", "FILE"},
+    "dist-vpt backbones check": {"--help", "--debug", "FILE", "--entry"},
     "dist-vpt launch": {"--help"},
     "dist-vpt launch slurm": {
         *(

@@ -6,12 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from dist_vpt.backbones.build import Preprocessing
+from dist_vpt.backbones.build import DEMO, Preprocessing
 from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.errors import RunFolderError
 from dist_vpt.experiments.sweep import sweep
+from dist_vpt.inference.evaluate import evaluate_run
+from dist_vpt.inference.load import load_run
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training.components import build_components, channels
+from tests.reference.positions import aligned
 from tests.running import train, words
 
 WANTS = Preprocessing(24, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bicubic")
@@ -64,13 +69,33 @@ def test_a_run_writes_its_protocol_and_carved_splits(pictures: Path, tmp_path: P
     assert result["protocol"] == {
         "settings": "published", "storage": "image_folder", "resize": "vpt", "fit": "squash", "augment": "none", "normalize": "weights",
         "fraction": 1.0, "carved": ["test", "val"], "image_size": 8, "notes": [], "exif": "transpose",
-        "background": "white",
+        "background": "white", "position_resize": "timm",
         "counts": {"train": 42, "val": 6, "trainval": 48, "test": 12},
     }  # fmt: skip
     carved = json.loads((tmp_path / "run" / "splits.json").read_text())
     assert {name: len(files) for name, files in carved.items()} == {"val": 6, "test": 12}
     assert not set(carved["val"]) & set(carved["test"])
     assert all(Path(file).is_file() for files in carved.values() for file in files)
+
+
+def test_how_positions_are_resampled_is_recorded_and_used_again(pictures: Path, tmp_path: Path) -> None:
+    run, steps = tmp_path / "run", [*options(pictures), "train.epochs=2", "optim.warmup_epochs=0"]
+    as_vpt = train(run, *steps, "backbone.position_resize=vpt")
+    assert as_vpt["protocol"]["position_resize"] == "vpt"
+    loaded, built = (
+        each.method.backbone.stem.pos_embed
+        for each in (
+            load_run(str(run), "last"),
+            build_components(load_recipe([], words(tmp_path / "other", *steps))),  # as timm does
+        )
+    )
+    demo_1ND = load_file(DEMO)["pos_embed"].float().numpy()
+    side = round(built[0, 1:].shape[0] ** 0.5)
+    assert abs(loaded.numpy() - aligned(demo_1ND, 1, side, side)).max() < 1e-6
+    assert not torch.allclose(loaded, built, atol=1e-3)
+    with pytest.raises(RunFolderError, match=r"backbone.position_resize: vpt -> None"):
+        train(run, *steps, "run.resume=auto", "train.epochs=3")
+    assert evaluate_run(str(run), "test", "last") == as_vpt["last"]["test"]
 
 
 def test_a_sweeps_runs_do_too(pictures: Path, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vpt, first two": VPT | {"layers": 2},
     "vpt, last two": VPT | {"layers": 2, "prompted_blocks": "last"},
     "vpt, last one": VPT | {"layers": 1, "prompted_blocks": "last"},
+    "vpt, last two shared": VPT | {"layers": 2, "prompted_blocks": "last", "shared": True},
+    "vpt, last two projected": VPT | {"layers": 2, "prompted_blocks": "last", "projection": 5},
     "vpt shared": VPT | {"shared": True},
     "vpt projected": VPT | {"projection": 5},
     "vpt, img_pool": VPT | {"pooling": "img_pool"},
@@ -103,10 +105,10 @@ def reference_prompts(settings: dict[str, Any], values_nPd: np.ndarray) -> refer
 def placed(settings: dict[str, Any], values: list[np.ndarray]) -> reference.Prompts:
     if not settings.get("deep", True):
         return reference.shallow(values[0])
+    if settings.get("prompted_blocks") == "last":  # shared: of two sets each has one block
+        return reference.deep_last(values, DEPTH)
     if settings.get("shared"):
         return reference.deep_shared(values[0], values[1], DEPTH)
-    if settings.get("prompted_blocks") == "last":
-        return reference.deep_last(values, DEPTH)
     return reference.deep_first(values, drop_after_last=not settings.get("expand", True))
 
 

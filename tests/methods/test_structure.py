@@ -314,6 +314,24 @@ def test_what_is_trained_is_float32_beside_a_bf16_backbone(images: torch.Tensor)
     assert method(images).dtype == torch.float32
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_before_the_last_blocks_there_are_no_prompt_tokens(layers: int, images: torch.Tensor) -> None:
+    method = make({"name": "vpt", "prompts": 3, "layers": layers, "prompted_blocks": "last"})
+    backbone, seen = method.backbone, []
+    frozen_BND = backbone.embed(images)
+    for block in backbone.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    method(images)
+    entered, seen[:] = list(seen), []
+    backbone(images)
+    first = len(backbone.blocks) - layers
+    assert torch.equal(entered[0], frozen_BND)
+    assert all(torch.equal(one, other) for one, other in zip(entered[:first], seen[:first], strict=True))
+    assert [tokens_BND.shape[1] for tokens_BND in entered] == [5] * first + [8] * layers
+    assert torch.equal(entered[first][:, 1:4], method.prompts[0].expand(3, -1, -1))
+    assert torch.equal(entered[first][:, 4:], seen[first][:, 1:])  # the patches, all of them
+
+
 def test_more_layers_than_blocks_are_refused() -> None:
     with pytest.raises(UserError, match=r"method.layers = 4: the backbone has 3 blocks"):
         make({"name": "vpt", "layers": 4})

@@ -56,6 +56,7 @@ VALUES = [
     ("backbone.entry=3", "3", TEXT),
     ("backbone.load=x", "'x'", CHOICE + "lenient, strict"),
     ("backbone.global_pool=x", "'x'", CHOICE + "avg, token"),
+    ("backbone.position_resize=x", "'x'", CHOICE + "timm, vpt"),
     ("backbone.drop_path=x", "'x'", NUMBER),
     ("backbone.drop_path=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("method.prompts=x", "'x'", INTEGER),
@@ -252,6 +253,26 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["backbone.entry=ema"],
         ["command line: backbone: entry 'ema': weights 'pretrained' are one model; remove entry"],
+    ),
+    (
+        {},
+        ["backbone.name=swin_b_in22k", "backbone.position_resize=vpt"],
+        [
+            (
+                "command line: backbone: position_resize = vpt: name = swin_b_in22k has no learned positions, so none "
+                "are resampled; leave it out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["backbone.name=vit_small_patch16_dinov3.lvd1689m", "backbone.position_resize=timm"],
+        [
+            (
+                "command line: backbone: position_resize = timm: name = vit_small_patch16_dinov3.lvd1689m has no "
+                "learned positions, so none are resampled; leave it out"
+            )
+        ],
     ),
     (
         {},

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from dist_vpt.backbones.config import PositionResize
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.layouts.base import Layout, Shape, Tensors
 from dist_vpt.backbones.weights.layouts.swin import BUFFERS
@@ -59,10 +61,13 @@ def _more(count: int) -> str:
     return f" and {count - MAX_LISTED} more" if count > MAX_LISTED else ""
 
 
-def convert(name: str, tensors: Tensors, model: Any) -> tuple[dict[str, Tensor], LoadReport]:
+def convert(
+    name: str, tensors: Tensors, model: Any, position_resize: PositionResize = "timm"
+) -> tuple[dict[str, Tensor], LoadReport]:
     """The tensors that a file of a layout gives a timm model, under the model's names, and how the two differ.
 
-    Position embeddings are resampled to the model's grid. The model may be on the meta device.
+    Position embeddings are resampled to the model's grid as ``position_resize`` says. The model may be on the meta
+    device.
     """
     layout = LAYOUTS[name]
     wanted = model.state_dict()
@@ -81,7 +86,7 @@ def convert(name: str, tensors: Tensors, model: Any) -> tuple[dict[str, Tensor],
         found = [tensors[source] for source in sources]
         shapes = layout.shapes(name_in_model, tuple(tensor.shape), heads)
         if name_in_model == "pos_embed":
-            value = _positions(layout, found, tensor, model)
+            value = _positions(layout, found, tensor, model, position_resize)
             if value is None:
                 mismatched.append(_mismatch(sources[0], found[0], shapes[0]))
             else:
@@ -126,7 +131,9 @@ def _mismatch(source: str, found: Tensor, shape: Shape) -> str:
     return f"{source}: file {tuple(found.shape)}, model {shape}"
 
 
-def _positions(layout: Layout, found: list[Tensor], wanted_1ND: Tensor, model: Any) -> Tensor | None:
+def _positions(
+    layout: Layout, found: list[Tensor], wanted_1ND: Tensor, model: Any, resize: PositionResize
+) -> Tensor | None:
     """Positions on the model's grid; None where the file's are of another width or on no square grid."""
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     try:
@@ -142,7 +149,16 @@ def _positions(layout: Layout, found: list[Tensor], wanted_1ND: Tensor, model: A
     grid = list(model.patch_embed.grid_size)
     if [side, side] == grid:
         return there_1ND
+    if resize == "vpt":
+        return _resampled_as_vpt(there_1ND.float(), prefix, side, grid)
     return resample_abs_pos_embed(there_1ND, grid, num_prefix_tokens=prefix, **kernel)
+
+
+def _resampled_as_vpt(there_1ND: Tensor, prefix: int, side: int, grid: list[int]) -> Tensor:
+    """Bilinear with aligned corners: the grid's corners keep their values. Prefix tokens are left as they are."""
+    square_1DSS = there_1ND[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    resized_1DN = F.interpolate(square_1DSS, size=grid, mode="bilinear", align_corners=True).flatten(2)
+    return torch.cat([there_1ND[:, :prefix], resized_1DN.transpose(1, 2)], dim=1)
 
 
 def _agrees(found_tensor: Tensor, model: nn.Module, name: str) -> bool:

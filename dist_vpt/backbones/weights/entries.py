@@ -11,7 +11,8 @@ from dist_vpt.backbones.weights.recognize import recognize
 from dist_vpt.errors import WeightsError
 
 # Of several models in a file, the first of these is loaded: what the project itself evaluates.
-PREFERRED = ("state_dict", "model", "teacher", "model_ema", "ema", "student")
+# Beside an image model, a model of images and text has a text model.
+PREFERRED = ("state_dict", "model", "teacher", "model_ema", "ema", "student", "visual")
 MAX_DEPTH = 3  # of mappings in mappings
 BLOCK = re.compile(r"(.*?\.)?(?:blocks|layers)\.\d+\.")
 
@@ -55,8 +56,7 @@ def _without_prefix(weights: Weights, entry: str | None) -> Weights:
     prefixes = list(dict.fromkeys(match[1] or "" for match in map(BLOCK.match, tensors) if match))
     if entry is not None and len(prefixes) < 2:
         raise WeightsError(f"has no entry {entry!r}, since it holds one model; remove backbone.entry")
-    # The names below "visual." are timm's to convert.
-    if not prefixes or "" in prefixes or prefixes[0].startswith("visual.") or _layout(tensors) != "timm":
+    if not prefixes or "" in prefixes or _layout(tensors) != "timm":
         return weights
     names = [prefix.rstrip(".") for prefix in prefixes]
     prefix = f"{_chosen(names, entry) if len(names) > 1 else names[0]}."

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from dist_vpt.backbones.build import create
@@ -18,10 +19,13 @@ from dist_vpt.backbones.weights.zoo import ZOO, ZooEntry
 from dist_vpt.errors import WeightsError
 
 
-def check(file: str) -> None:
-    """Print what a weight file is. Raises WeightsError afterwards if no known backbone loads it strictly."""
+def check(file: str, entry: str | None = None) -> None:
+    """Print what a weight file is. Raises WeightsError afterwards if no known backbone loads it strictly.
+
+    ``entry``: which one, where the file holds several.
+    """
     path = Path(file)
-    weights = read_weights(path)
+    weights = read_weights(path, entry)
     tensors = weights.tensors
     layout = layout_of(tensors, path)
     compared = {name: _compare(layout, tensors, row) for name, row in _candidates(layout, _patch(layout, tensors))}
@@ -41,8 +45,9 @@ def check(file: str) -> None:
         )
         unsure = " (shapes alone cannot tell: it depends on where the file comes from)" if len(fits) > 1 else ""
         lines.append(("fits", ", ".join(fits) + unsure))
+        chosen = "" if entry is None else f" backbone.entry={entry}"
         refuse_infinite(tensors, compared[fits[0]], path)
-        lines.append(("loads strictly", f"yes: backbone.name={fits[0]} backbone.weights={path}"))
+        lines.append(("loads strictly", f"yes: backbone.name={fits[0]} backbone.weights={path}{chosen}"))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(str(path))
     for label, text in lines:
@@ -138,6 +143,15 @@ def _model(row: ZooEntry) -> nn.Module:
 
 @cache
 def _on_meta_device(architecture: str, size: int, options: tuple[tuple[str, object], ...]) -> nn.Module:
-    """Names and shapes only: a huge model is compared as quickly as a small one."""
+    """Names and shapes only: a huge model is compared as quickly as a small one.
+
+    The buffers of a Swin are computed, since a file's are compared with them; they do not depend on the width.
+    """
     with torch.device("meta"):
-        return create(architecture, size, **dict(options))
+        model = create(architecture, size, **dict(options))
+    if isinstance(model, SwinTransformer):
+        narrow = create(architecture, size, **dict(options) | {"embed_dim": heads_of(model)})
+        for name, buffer in narrow.named_buffers():
+            owner, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(owner), own_name, buffer)
+    return model

@@ -5,17 +5,15 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from dist_vpt.backbones.config import require_file
+from dist_vpt.backbones.config import PositionResize, require_file
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.entries import Weights, choose_model
 from dist_vpt.backbones.weights.layouts import LAYOUTS
@@ -63,8 +61,15 @@ def _read(path: Path) -> object:
         ) from error
 
 
-def load_into(model: nn.Module, path: Path, *, lenient: bool, entry: str | None = None) -> LoadReport:
-    """Load a file into a timm model, resampling its position embedding to the model's grid.
+def load_into(
+    model: nn.Module,
+    path: Path,
+    *,
+    lenient: bool,
+    entry: str | None = None,
+    position_resize: PositionResize = "timm",
+) -> LoadReport:
+    """Load a file into a timm model, resampling its position embedding to the model's grid as ``position_resize`` says.
 
     Strict: raises WeightsError unless the two sets of tensors are equal (what else the file's layout holds, such as a
     classifier, is left out). Lenient: returns the differences, after checking that all other tensors are bit-equal to
@@ -83,9 +88,7 @@ def load_into(model: nn.Module, path: Path, *, lenient: bool, entry: str | None 
         raise WeightsError(
             f"{path}: MoCo v3's ViT-S has 12 attention heads, the model {heads_of(model)}; set backbone.name=mocov3_s16"
         )
-    if layout == "timm" and not any(name.startswith(("patch_embed.", "blocks.", "norm.")) for name in tensors):
-        tensors = _converted_by_timm(tensors, model, path)
-    offered, load_report = convert(layout, tensors, model)
+    offered, load_report = convert(layout, tensors, model, position_resize)
     if load_report and (not lenient or not offered):
         fix = "name the architecture they are of in backbone.name" + (
             "" if lenient or not offered else ", or use backbone.load=lenient"
@@ -116,19 +119,9 @@ def layout_of(tensors: dict[str, Tensor], path: Path) -> str:
         raise WeightsError(
             f"{path}: not a JAX vision transformer (no 'embedding/kernel' among its {len(tensors)} arrays)"
         )
-    if layout == "timm" and not any(re.match(r"(.*\.)?(blocks|layers)\.\d+\.|visual\.", name) for name in tensors):
+    if layout == "timm" and not any(re.match(r"(.*\.)?(blocks|layers)\.\d+\.", name) for name in tensors):
         raise WeightsError(f"{path}: holds no blocks of a transformer: {ONLY}")
     return layout
-
-
-def _converted_by_timm(tensors: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
-    """Layouts that only timm knows: a vision tower inside of another model."""
-    if not isinstance(model, VisionTransformer):
-        return tensors
-    try:
-        return checkpoint_filter_fn(tensors, model)
-    except Exception as error:  # timm assumes layouts that it knows; any error means a foreign one
-        raise WeightsError(f"{path}: not weights of this architecture (timm cannot convert them: {error})") from error
 
 
 def _prove(model: nn.Module, loaded: dict[str, Tensor], missing: set[str], expected: set[str], path: Path) -> None:

@@ -160,6 +160,17 @@ ZOO: dict[str, ZooEntry] = {
 # fmt: on
 
 
+def architecture(name: str) -> str:
+    """timm's name of a backbone's model, without that of its weights."""
+    return ZOO[name].architecture if name in ZOO else name.partition(".")[0]
+
+
+def has_learned_positions(name: str) -> bool:
+    """Whether a backbone adds a learned position embedding to its patches: a ViT does, Swin and DINOv3 do not."""
+    model = architecture(name)
+    return not model.startswith("swin_") and "dinov3" not in model
+
+
 def show() -> None:
     """Print the table: a section for each project and preprocessing, 100 characters wide."""
     from itertools import groupby

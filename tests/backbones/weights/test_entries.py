@@ -117,3 +117,20 @@ def test_the_check_command_says_the_same(tmp_path: Path, capsys: pytest.CaptureF
     save_file(with_prefix("model.", load_file(demo)), tmp_path / "a.safetensors")
     main(["backbones", "check", str(tmp_path / "a.safetensors")])
     assert "'model.' is taken off all names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["text.transformer.resblocks.0.", "text.transformer.layers.0."])
+def test_of_an_image_and_text_model_the_image_model_is_loaded(text: str, tiny_vit: MakeVit, tmp_path: Path) -> None:
+    state = tiny_vit(seed=1).state_dict()
+    content = with_prefix("visual.trunk.", state) | {f"{text}ln_1.weight": torch.ones(2), "logit_scale": torch.ones(())}
+    vit, notes = loaded(tmp_path, tiny_vit, content)
+    assert equal(vit, state)
+    assert notes.startswith("'visual.trunk.' is taken off all names")
+    assert "logit_scale" in notes
+    assert "text" in notes
+
+
+def test_an_image_model_with_other_patches_is_refused(tiny_vit: MakeVit, tmp_path: Path) -> None:
+    state = tiny_vit(seed=1, patch_size=8).state_dict()
+    with pytest.raises(WeightsError, match=r"1 of another shape: patch_embed.proj.weight: file \(8, 3, 8, 8\), model"):
+        loaded(tmp_path, tiny_vit, with_prefix("visual.trunk.", state))
