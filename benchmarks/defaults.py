@@ -6,8 +6,8 @@
 
 Every run is a folder below OUT; a second call with the same OUT trains only what is missing. --rates are taken instead
 of the whole published grid where time is short, always with weight decay 1e-4. --scale trains on a copy of the backbone
-whose tokens and features are larger by this factor, and which computes the same otherwise. --counting is a task: count 1 to 6
-discs.
+whose tokens and features are larger by this factor, and which computes the same otherwise. --counting is a task:
+count 1 to 6 discs.
 """
 
 import argparse

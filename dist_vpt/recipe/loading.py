@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.weights.zoo import has_learned_positions
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import RecipeError
 from dist_vpt.recipe.merging import Draft
@@ -96,16 +98,27 @@ def sets_method(file: str) -> bool:
 
 def _fill_in(data: dict[str, Any]) -> None:
     """Set keys that are not given and depend on others: on the protocol, on the number of epochs, on the task."""
-    method, optim, train = (data.get(name) for name in ("method", "optim", "train"))
-    if data["protocol"] == "published" and isinstance(method, dict):
-        method.setdefault("head", "published")
-        if method.get("name") in ("vpt", "vqt"):
-            method.setdefault("init", "random")
+    optim, train = data.get("optim"), data.get("train")
+    if data["protocol"] == "published":
+        _take_published_settings(data)
     if isinstance(optim, dict) and optim.get("warmup_epochs", 0) is None:
         epochs = train.get("epochs") if isinstance(train, dict) else None
         epochs = TrainConfig().epochs if epochs is None else epochs
         optim["warmup_epochs"] = epochs / 10 if isinstance(epochs, int) else 0.0  # else it is reported
     _take_published_counts(data)
+
+
+def _take_published_settings(data: dict[str, Any]) -> None:
+    """Keys that are the same in the published code of all methods, where they are not given."""
+    method, backbone = data.get("method"), data.setdefault("backbone", {})
+    if isinstance(method, dict):
+        method.setdefault("head", "published")
+        if method.get("name") in ("vpt", "vqt"):
+            method.setdefault("init", "random")
+    if isinstance(backbone, dict):
+        name = backbone.get("name", BackboneConfig().name)
+        if backbone.get("position_resize") is None and isinstance(name, str) and has_learned_positions(name):
+            backbone["position_resize"] = "vpt"
 
 
 def _take_published_counts(data: dict[str, Any]) -> None:

@@ -67,7 +67,8 @@ def options(root: Path) -> list[str]:
 def test_a_run_writes_its_protocol_and_carved_splits(pictures: Path, tmp_path: Path) -> None:
     result = train(tmp_path / "run", *options(pictures), "data.interpolation=vpt", "data.crop_mode=squash")
     assert result["protocol"] == {
-        "settings": "published", "storage": "image_folder", "resize": "vpt", "fit": "squash", "augment": "none", "normalize": "weights",
+        "settings": "published",
+        "storage": "image_folder", "resize": "vpt", "fit": "squash", "augment": "none", "normalize": "weights",
         "fraction": 1.0, "carved": ["test", "val"], "image_size": 8, "notes": [], "exif": "transpose",
         "background": "white", "position_resize": "timm",
         "counts": {"train": 42, "val": 6, "trainval": 48, "test": 12},

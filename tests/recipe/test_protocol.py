@@ -34,6 +34,8 @@ def test_published_settings_are_one_word_away() -> None:
     assert (published.method.head, published.method.init) == ("published", "random")  # type: ignore[union-attr]
     assert published.sweep.grid["optim"]["lr"][0] == 50
     assert published.protocol == "published"
+    assert (default.backbone.position_resize, published.backbone.position_resize) == (None, "vpt")
+    assert load("linear", "swin_b_in22k", "protocol=published").backbone.position_resize is None
 
 
 @pytest.mark.parametrize("method", METHODS)
