@@ -172,8 +172,8 @@ def _create(recipe: BackboneConfig, image_size: int, frame: int = 0) -> VisionTr
 def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) -> LoadReport:
     if recipe.weights == "random":
         return LoadReport()
-    if recipe.weights != "pretrained":
-        return load_into(model, Path(recipe.weights), lenient=recipe.load == "lenient", entry=recipe.entry)
+    if recipe.file is not None:
+        return load_into(model, recipe.file, lenient=recipe.load == "lenient", entry=recipe.entry)
     if recipe.name == "demo":
         return load_into(model, DEMO, lenient=False)
     name = recipe.name
