@@ -138,6 +138,26 @@ def printable(name: str | Path) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def looks_like(head: bytes) -> str:
+    """What a file's first bytes say it is in place of what was asked for, with the fix; "" for any other content."""
+    if not head:
+        return "the file is empty; download or copy it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in place of the file; run git lfs pull"
+    if re.match(rb"\s*<(!doctype html|html)", head, re.IGNORECASE):
+        return "a web page in place of the file; download the file itself"
+    return ""
+
+
+def first_bytes(path: str | Path) -> bytes:
+    """The beginning of a file; a byte of no meaning where it cannot be read."""
+    try:
+        with open(path, "rb") as opened:
+            return opened.read(256)
+    except OSError:
+        return b"?"
+
+
 def to_json(content: Any, indent: int | None = None) -> str:
     """JSON, with null for numbers that are not finite: standard JSON has none of these."""
 

@@ -173,8 +173,8 @@ def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) ->
     if recipe.weights == "random":
         return LoadReport()
     options: dict[str, Any] = {"lenient": recipe.load == "lenient", "position_resize": recipe.positions}
-    if recipe.weights != "pretrained":
-        return load_into(model, Path(recipe.weights), entry=recipe.entry, **options)
+    if recipe.file is not None:
+        return load_into(model, recipe.file, entry=recipe.entry, **options)
     if recipe.name == "demo":
         return load_into(model, DEMO, **options | {"lenient": False})
     name = recipe.name

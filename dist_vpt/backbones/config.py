@@ -1,5 +1,6 @@
 """The backbone section of a recipe."""
 
+import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -73,7 +74,7 @@ class BackboneConfig(BaseModel):
     @property
     def file(self) -> Path | None:
         """The weights' file, unless they are timm's or random."""
-        return None if self.weights in ("pretrained", "random") else Path(self.weights)
+        return None if self.weights in ("pretrained", "random") else Path(os.path.expanduser(self.weights))
 
 
 def require_file(path: Path) -> None:

@@ -1,6 +1,7 @@
 """``dist-vpt``: collects the sub-commands, and turns errors into exit codes. ``--help`` imports no torch."""
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -24,7 +25,10 @@ from dist_vpt.cli import (
 )
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
+from dist_vpt.files import printable
 
+# Of paths that a command names and the system refuses, wherever that is noticed.
+WRONG_NAMES = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 COMMANDS = (train, sweep, plan, suite, launch, inference, compress, report, diagnosis, data, backbones, recipe)
 
 
@@ -64,6 +68,11 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 141
+    except OSError as error:
+        if debug or error.filename is None or error.errno not in WRONG_NAMES:
+            raise
+        print(f"error: {printable(str(error.filename))}: {error.strerror}; name another path", file=sys.stderr)
+        return UserError.exit_code
     return 0
 
 

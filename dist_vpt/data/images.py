@@ -9,10 +9,11 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError
+from dist_vpt.files import first_bytes, looks_like
 
 # Formats that Pillow knows by name and reads only with a program or a handler of its user's.
 WITHOUT_READER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -59,14 +60,14 @@ def decode(
     except FileNotFoundError:
         raise DataError(f"{where}: there is no such image; restore the file or remove its entry") from None
     except Exception as error:  # decoders raise errors of any kind for damaged files
-        raise DataError(unreadable(where, error)) from error
+        raise DataError(unreadable(where, error, source)) from error
     with image:
         refuse_large(*image.size, where, max_megapixels)
         try:
             image.load()
             return _rgb(ImageOps.exif_transpose(image) if decoding.exif else image, decoding.background)
         except Exception as error:
-            raise DataError(unreadable(where, error)) from error
+            raise DataError(unreadable(where, error, source)) from error
 
 
 def refuse_large(width: int, height: int, where: str, max_megapixels: float) -> None:
@@ -78,9 +79,17 @@ def refuse_large(width: int, height: int, where: str, max_megapixels: float) -> 
         )
 
 
-def unreadable(where: str, error: Exception) -> str:
-    """The message about an image that cannot be decoded."""
-    return f"{where}: the image cannot be read ({type(error).__name__}: {error}); replace the file{SKIP_HINT}"
+def unreadable(where: str, error: Exception, source: str | Path | bytes | None = None) -> str:
+    """The message about an image that cannot be decoded; ``source``: its file or its encoded bytes."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{where}: the image cannot be read ({error.strerror}); fix the file or its permissions{SKIP_HINT}"
+    found = b"?" if source is None else source[:256] if isinstance(source, bytes) else first_bytes(source)
+    if kind := looks_like(found):
+        return f"{where}: the image cannot be read: {kind}{SKIP_HINT}"
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnidentifiedImageError):  # which names the file a second time, or an address in memory
+        reason = "its content is no image that Pillow knows"
+    return f"{where}: the image cannot be read ({reason}); replace the file{SKIP_HINT}"
 
 
 def open_header(source: str | Path | bytes) -> Image.Image:
@@ -97,6 +106,8 @@ def open_header(source: str | Path | bytes) -> Image.Image:
 def _rgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Image:
     if image.mode.startswith("I;16"):  # 16-bit gray: Pillow would clip it at 255, so keep the high byte
         pixels_HW, transparent = np.asarray(image), image.info.get("transparency")
+        if 0 < pixels_HW.max() < 256:
+            raise ValueError("16-bit pixels of at most 255 would all be black, save the image with 8 bits")
         image = Image.fromarray((pixels_HW >> 8).astype(np.uint8))
         if transparent is not None:
             image.putalpha(Image.fromarray(np.where(pixels_HW == transparent, 0, 255).astype(np.uint8)))

@@ -13,8 +13,10 @@ from PIL import Image
 
 from dist_vpt.data.splits import Picture
 from dist_vpt.data.tasks import Augment, CropMode, Interpolation
+from dist_vpt.errors import DataError
 
 KERNELS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+MAX_RESIZED_MEGAPIXELS = 178  # as many as are decoded by default
 # Side of the crop -> length to which the shorter side is brought before it.
 SHORTER_SIDES = {448: 512, 384: 438, 336: 384, 224: 256, 112: 128}
 
@@ -39,11 +41,16 @@ class ImageTransform:
         return np.float32 if self.interpolation == "vpt" else np.uint8
 
     def fixed(self, picture: Picture, train: bool) -> np.ndarray:
-        """The part that never changes, uint8: [S, S, 3], or [H, W, 3] where a vpt resize or random crop follows."""
+        """The part that never changes, uint8: [S, S, 3], or [H, W, 3] where a vpt resize or random crop follows.
+
+        Raises DataError for a strip that would need too much memory.
+        """
+        rows, columns = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+        height, width = self._before_cut(rows, columns, train)
+        _refuse_strip(rows, columns, height, width)
         if self.interpolation == "vpt":
             return np.asarray(picture)
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-        height, width = self._before_cut(image.height, image.width, train)
         pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.interpolation]))
         return pixels_HW3 if self._random(train) else _center_crop(pixels_HW3, self.image_size)
 
@@ -79,6 +86,15 @@ class ImageTransform:
             return side, side
         shorter = min(height, width)
         return self.shorter_side * height // shorter, self.shorter_side * width // shorter
+
+
+def _refuse_strip(height: int, width: int, resized_height: int, resized_width: int) -> None:
+    """Raises DataError for a strip whose longer side outgrows the memory where its shorter one is brought to size."""
+    if resized_height * resized_width > MAX_RESIZED_MEGAPIXELS * 1e6:
+        raise DataError(
+            f"{width} x {height} pixels would be resized to {resized_width} x {resized_height} before the crop; cut "
+            "the image, or set data.crop_mode=squash"
+        )
 
 
 def vpt_resize(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:

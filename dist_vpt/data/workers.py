@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from dist_vpt.data.splits import Split
+from dist_vpt.data.splits import Picture, Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.signals import block_stop_signals
@@ -75,13 +75,20 @@ class ImageReader:
             if worker is not None and self.reading is not None:
                 self.reading[worker.id] = int(i)
             try:
-                pixels.append(self.transform.fixed(self.split.read(int(i), self.max_megapixels), self.train))
+                picture = self.split.read(int(i), self.max_megapixels)
+                pixels.append(self._fixed(picture, int(i)))
             except DataError as error:
                 if self.on_decode_error == "fail":
                     return error
                 unreadable.append(self.split.where(int(i)))
                 pixels.append(None)
         return pixels, unreadable
+
+    def _fixed(self, picture: Picture, i: int) -> np.ndarray:
+        try:
+            return self.transform.fixed(picture, self.train)
+        except DataError as error:
+            raise DataError(f"{self.split.where(i)}: {error}") from error
 
 
 @dataclass

@@ -33,7 +33,10 @@ class LoadedRun:
             picture = decode(file, printable(file), self.recipe.data.max_megapixels, Decoding.of(self.inputs.task))
         except DataError as error:
             raise DataError(str(error).removesuffix(SKIP_HINT)) from error
-        return self.inputs.transform.eval(picture)
+        try:
+            return self.inputs.transform.eval(picture)
+        except DataError as error:
+            raise DataError(f"{printable(file)}: {error}") from error
 
 
 def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,10 +45,9 @@ def load_recipe(
         unique = list(dict.fromkeys(draft.mistakes))
         count = "1 mistake" if len(unique) == 1 else f"{len(unique)} mistakes"
         raise RecipeError("\n".join([f"{count} in the recipe:", *(f"  {m}" for m in unique)]))
-    if recipe.run.dir is None:
-        name = "-".join(Path(file).stem for file in files) or "default"
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": f"runs/{name}"})})
-    return recipe
+    name = "-".join(Path(file).stem for file in files) or "default"
+    folder = os.path.expanduser(recipe.run.dir or f"runs/{name}")  # shells leave the ~ of run.dir=~/runs as it is
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
 
 
 def _merged(files: Sequence[str | Path], overrides: Sequence[str], protocol: Protocol) -> Draft:
@@ -85,6 +85,11 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         key, value = (" ".join(arguments[part]) for part in (slice(max(at - 1, 0), at), slice(at + 1, at + 2)))
         rule = f"an override has no spaces around =; write {key or 'KEY'}={value or 'VALUE'}"
         raise RecipeError(f"command line: {key} = {value}: {rule}")
+    for argument in arguments:
+        if spaced := re.match(r"\s*([A-Za-z_][\w.]*)\s*=\s*", argument):
+            key, value = spaced[1], argument[spaced.end() :]
+            if not argument.startswith(f"{key}="):
+                raise RecipeError(f"command line: {argument}: an override has no spaces around =; write {key}={value}")
     overrides = [argument for argument in arguments if re.match(r"[A-Za-z_][\w.]*=", argument)]
     return [argument for argument in arguments if argument not in overrides], overrides
 

@@ -8,8 +8,20 @@ import yaml
 
 from dist_vpt.errors import RecipeError, nearest
 from dist_vpt.recipe.merging import COMMAND_LINE, Draft, KeyPath
+from dist_vpt.recipe.messages import model_at
 from dist_vpt.recipe.shipped import find_recipe, nearest_names, shipped_recipes
 from dist_vpt.recipe.yaml import Loader
+
+NOT_YAML = (
+    yaml.YAMLError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AttributeError,
+)  # a tag that its value contradicts: !!int x
+NULLS = ("", "~", "null", "Null", "NULL")
+MAX_BYTES = 1_000_000  # of a recipe file
+MAX_VALUES = 100_000  # of a recipe file with its aliases written out
 
 
 def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, parents: tuple[Path, ...] = ()) -> None:
@@ -47,7 +59,7 @@ def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, pare
 
 
 def read_override(text: str, draft: Draft) -> None:
-    """Merge ``a.b=c``, c being YAML, or text where it begins with ``#``."""
+    """Merge ``a.b=c``, c being YAML, or text where it begins with ``#`` or the key takes nothing but text."""
     dotted, _, raw = text.partition("=")
     keys = dotted.split(".")
     if keys[0] in ("base", "published"):
@@ -55,9 +67,13 @@ def read_override(text: str, draft: Draft) -> None:
         rule = f"{keys[0]} is a key of recipe files only; {fix}"
         draft.mistakes.append(f"{COMMAND_LINE}: {text}: {rule}")
         return
+    plain = raw.strip()
+    as_typed = raw.startswith("#")  # a color: YAML would read a comment
+    # YAML would make a number of the folder 2024, and cut "set #2".
+    as_typed = as_typed or (_takes_text(keys) and plain not in NULLS and plain[:1] not in ("'", '"'))
     try:
-        value = raw if raw.startswith("#") else yaml.load(raw, Loader)  # a color: YAML would read a comment
-    except (yaml.YAMLError, ValueError):
+        value = plain if as_typed else yaml.load(raw, Loader)
+    except NOT_YAML:
         draft.mistakes.append(f"{COMMAND_LINE}: {text}: the value is not valid YAML; quote it")
         return
     nested: Any = value
@@ -66,16 +82,29 @@ def read_override(text: str, draft: Draft) -> None:
     draft.merge(nested, {tuple(keys[: i + 1]): COMMAND_LINE for i in range(len(keys))})
 
 
+def _takes_text(keys: list[str]) -> bool:
+    """Whether a key of the recipe takes text, such as a path, and nothing else but null."""
+    model, path = model_at(tuple(keys))
+    field = model.model_fields.get(keys[-1]) if model is not None and len(path) == len(keys) else None
+    return field is not None and field.annotation in (str, str | None)
+
+
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with open(file, "rb") as opened:
+            content = opened.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"{file}: is no recipe: it has more than {MAX_BYTES:,} bytes")
+        return content.decode("utf-8")
     except FileNotFoundError:
         siblings = [str(path) for path in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
         hint = nearest(str(file), siblings) if siblings else "correct the path"
         if file.stem in {recipe.name for recipe in shipped_recipes()}:
             hint = nearest_names(file.stem)
         raise RecipeError(f"{file}: no such recipe file; {hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: cannot be read: byte {error.start} is not UTF-8; save it as UTF-8 text") from error
+    except OSError as error:
         raise RecipeError(f"{file}: cannot be read: {error}") from error
 
 
@@ -83,6 +112,7 @@ def _parse(text: str, file: Path) -> tuple[dict[str, Any], yaml.Node | None]:
     """The content of a file, and its YAML nodes, which know their lines."""
     try:
         node = yaml.compose(text, Loader)
+        _refuse_expansion(node, file)
         content = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -90,7 +120,9 @@ def _parse(text: str, file: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         problem = str(getattr(error, "problem", None) or error)
         fix = "" if ";" in problem else "; correct the syntax"
         raise RecipeError(f"{file}{line}: not valid YAML: {problem}{fix}") from error
-    except ValueError as error:  # a tag that its value contradicts: !!int x
+    except RecursionError as error:
+        raise RecipeError(f"{file}: not valid YAML: nested too deeply; correct the syntax") from error
+    except NOT_YAML as error:
         raise RecipeError(f"{file}: not valid YAML: {error}; correct the syntax") from error
     if content is None:
         return {}, node
@@ -98,6 +130,22 @@ def _parse(text: str, file: Path) -> tuple[dict[str, Any], yaml.Node | None]:
         kind = type(content).__name__
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values, not a {kind}; write key: value")
     return content, node
+
+
+def _refuse_expansion(node: yaml.Node | None, file: Path) -> None:
+    """Raises RecipeError for aliases that contain themselves, or that stand for too many values."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_VALUES  # until it is known: a node that is reached again contains itself
+            children = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if node is not None and size(node) > MAX_VALUES:
+        raise RecipeError(f"{file}: its aliases stand for more than {MAX_VALUES:,} values; write out what is meant")
 
 
 def _locations(node: yaml.Node | None, file: Path, at: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:

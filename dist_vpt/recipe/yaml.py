@@ -7,7 +7,10 @@ import yaml
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML without duplicate keys: keys and dates are strings; 1e-3 is a number (YAML 1.1 wants 1.0e-3)."""
+    """Safe YAML without duplicate keys: keys and dates are strings; 1e-3 is a number (YAML 1.1 wants 1.0e-3).
+
+    010 and 1:30 are text, which no number accepts: YAML 1.1 reads them as 8 and 90.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys: set[str] = set()
@@ -26,10 +29,15 @@ class Dumper(yaml.SafeDumper):
 
 
 YAML_TAG = "tag:yaml.org,2002:"
+REPLACED = ("timestamp", "int", "float")
+INT = re.compile(r"^[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$")
+FLOAT = re.compile(r"^([-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
 SHORT_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != YAML_TAG + "timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(YAML_TAG) not in REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+Loader.add_implicit_resolver(YAML_TAG + "int", INT, list("-+0123456789"))
+Loader.add_implicit_resolver(YAML_TAG + "float", FLOAT, list("-+0123456789."))
 Loader.add_implicit_resolver(YAML_TAG + "float", SHORT_FLOAT, list("-+0123456789."))
 Dumper.add_implicit_resolver(YAML_TAG + "float", SHORT_FLOAT, list("-+0123456789."))

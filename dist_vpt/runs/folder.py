@@ -230,8 +230,11 @@ class RunFolder:
 
     def _found(self) -> list[str]:
         """Names of the files here, except the lock and temporary ones of killed processes."""
-        if not self.path.is_dir():
-            return []
+        try:
+            if not self.path.is_dir():
+                return []
+        except OSError as error:  # too long a name, or a folder above that cannot be entered
+            raise RunFolderError(f"{self.path}: cannot be a run folder ({error.strerror}); choose another") from error
         return sorted(p.name for p in self.path.iterdir() if p.name != ".lock" and p.suffix != ".tmp")
 
     def _refuse_foreign(self) -> None:

@@ -19,7 +19,9 @@ from dist_vpt.backbones.weights.entries import Weights, choose_model
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.recognize import ONLY, recognize
 from dist_vpt.errors import WeightsError
+from dist_vpt.files import first_bytes, looks_like
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FAMILIES = {"vit": "a vision transformer", "swin": "a Swin Transformer"}
 
 
@@ -37,6 +39,8 @@ def read_weights(path: Path, entry: str | None = None) -> Weights:
 
 def _read(path: Path) -> object:
     require_file(path)
+    if kind := looks_like(first_bytes(path)):
+        raise WeightsError(f"{path}: no weights: {kind}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -102,10 +106,18 @@ def load_into(
 
 
 def refuse_infinite(tensors: dict[str, Tensor], load_report: LoadReport, path: Path) -> None:
-    """Raises WeightsError where a tensor that the model uses holds NaN or an infinity."""
+    """Raises WeightsError where a tensor that the model uses holds NaN or an infinity, or no floating point numbers."""
     for name, tensor in tensors.items():
+        if name in load_report.left_out:
+            continue
+        if tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsError(
+                f"{path}: {name} holds {kind} numbers, and weights are float32, float16, bfloat16 or float64; use the "
+                "file that was not quantized"
+            )
         bad = tensor.numel() - int(tensor.isfinite().sum())
-        if bad and name not in load_report.left_out:
+        if bad:
             raise WeightsError(f"{path}: {name} holds {bad} values that are not finite; download the file again")
 
 

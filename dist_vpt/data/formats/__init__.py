@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_vpt.data.config import DataConfig, resolve
-from dist_vpt.data.formats.files import Mistakes, open_home, open_root
+from dist_vpt.data.formats.files import Mistakes, alike_key, open_home, open_root
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import Format, Task
 from dist_vpt.errors import DataError
@@ -34,7 +34,8 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     module, function = FORMATS[storage].split(":")
     splits: Splits = getattr(import_module(module), function)(recipe, task)
     notes = (*splits.notes, *_beside(recipe, task, storage))
-    splits = replace(splits, storage=splits.storage or storage, notes=notes)
+    remarks = (*splits.remarks, *_twins(splits.classes))
+    splits = replace(splits, storage=splits.storage or storage, notes=notes, remarks=remarks)
     location = recipe.root or task.name
     if task.classes is not None and len(splits.classes) != task.classes:
         raise DataError(
@@ -64,6 +65,15 @@ def check_root(recipe: DataConfig, *, test: bool) -> None:
         _check_several(root, classes)
         if test and missing:
             raise DataError(f"split 'test' is missing: {missing['test']}")
+
+
+def _twins(classes: Sequence[str]) -> list[str]:
+    """A line about classes that are probably one."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(alike_key(" ".join(name.split())), []).append(name)
+    twins = [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]
+    return [f"classes whose names differ in case, accents or spaces alone: {'; '.join(twins)}"] if twins else []
 
 
 def _check_several(location: str | Path, classes: Sequence[str]) -> None:

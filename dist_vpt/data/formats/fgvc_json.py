@@ -49,6 +49,8 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
         parsed = json.loads(read_text(file), object_pairs_hook=tuple)
     except json.JSONDecodeError as error:
         raise DataError(f"{file}:{error.lineno}: is not JSON ({error.msg}); fix the syntax") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"{file}: is not JSON that can be read ({error}); fix the syntax") from None
     if not isinstance(parsed, tuple):
         raise DataError(f"{file}: holds a {type(parsed).__name__}; use an object of 'relative/path': class id")
     return list(parsed)
@@ -61,10 +63,15 @@ def _check(file: Path, pairs: list[tuple[str, Any]], mistakes: Mistakes) -> None
     for path, value in pairs:
         location = f"{file}: {path!r}"
         if isinstance(value, bool) or not isinstance(value, int | str):
-            mistakes.add(location, f"class id {value!r} is neither a whole number nor text; use one of these")
+            mistakes.add(location, f"class id {_brief(value)} is neither a whole number nor text; use one of these")
         if path in seen:
             mistakes.add(location, "occurs twice; remove one")
         seen.add(path)
+
+
+def _brief(value: Any) -> str:
+    text = "an object" if isinstance(value, tuple) else repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _split(

@@ -1,6 +1,7 @@
 """Datasets that are a folder of image files: finding them, reading them, and reporting all mistakes."""
 
 import contextlib
+import errno
 import os
 import re
 import unicodedata
@@ -126,8 +127,12 @@ class Folder:
         if folder not in self._listings:
             try:
                 with os.scandir(self.root / folder) as entries:
-                    self._listings[folder] = frozenset(e.name for e in entries if e.is_file())
-            except (FileNotFoundError, NotADirectoryError):
+                    self._listings[folder] = frozenset(entry.name for entry in entries if _is_file(entry))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                    raise ValueError(
+                        f"folder {printable(self.root / folder)} cannot be read ({error.strerror}); fix its permissions"
+                    ) from error
                 self._listings[folder] = frozenset()
         return self._listings[folder]
 
@@ -182,6 +187,13 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         raise DataError(
             f"{printable(folder)}: cannot be read ({error.strerror}); fix its permissions or remove it"
         ) from error
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:

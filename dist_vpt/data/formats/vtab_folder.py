@@ -57,7 +57,8 @@ def _class_names(file: Path, task: Task) -> tuple[str, ...] | None:
 
 def _read_list(name: str, file: Path, folder: Folder, names: tuple[str, ...] | None, mistakes: Mistakes) -> Split:
     files, labels = [], []
-    lines = read_text(file).splitlines()
+    lines = read_text(file).split("\n")  # names may hold what splitlines() takes for an end, too
+    seen: dict[str, int] = {}
     if not any(line.strip() for line in lines):
         mistakes.add(file, "is empty; add a 'relative/path label' line for each image")
     for number, line in enumerate(lines, start=1):
@@ -65,6 +66,8 @@ def _read_list(name: str, file: Path, folder: Folder, names: tuple[str, ...] | N
             continue
         try:
             path, label = _path_and_label(line, names)
+            if seen.setdefault(path, label) != label:
+                raise ValueError(f"{path!r} has the label {seen[path]} on a line above, and {label} here; remove one")
             files.append(folder.find(path))
             labels.append(label)
         except ValueError as error:
