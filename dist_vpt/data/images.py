@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -21,6 +22,9 @@ WITHOUT_READER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 SKIP_HINT = ", or set data.on_decode_error=skip"  # of training alone
 
 _opening = threading.Lock()
+
+# Pillow's warning about damaged tags, which do not hinder decoding; it names no file. Set once: decoding has threads.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 @dataclass(frozen=True)

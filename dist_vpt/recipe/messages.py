@@ -88,8 +88,9 @@ def _unknown_method(path: KeyPath, value: Any, context: dict[str, Any], draft: D
 
 
 def _locations_of_keys_in(message: str, draft: Draft) -> str:
-    """Where the keys that a message mentions were set."""
+    """Where the keys that a message mentions were set, in its order: the key at fault is its first."""
     mentioned = [path for path in draft.locations if len(path) > 1 and ".".join(map(str, path)) in message]
+    mentioned.sort(key=lambda path: message.index(".".join(map(str, path))))
     return ", ".join(dict.fromkeys(draft.locations[path] for path in mentioned)) or "recipe"
 
 

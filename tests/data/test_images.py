@@ -1,9 +1,12 @@
 """Decoding: what comes out, and what is reported of a file that cannot be decoded."""
 
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,3 +165,16 @@ def test_limit_counts_pixels():
     assert decode(encoded(RGB, "PNG"), "a", max_megapixels=0.0012).size == (30, 40)
     with pytest.raises(DataError, match=r"at most 0\.0011 are decoded; shrink the image or raise data\.max_mega"):
         decode(encoded(RGB, "PNG"), "a", max_megapixels=0.0011)
+
+
+def test_damaged_exif_tags_warn_of_nothing(tmp_path: Path) -> None:
+    tags = b"Exif\0\0II*\0\x08\0\0\0\x20\0\x12\x01"  # claims 32 entries and ends within the first
+    image = tmp_path / "a.jpg"
+    image.write_bytes(encoded(Image.new("RGB", (8, 8)), "JPEG", exif=tags))
+    code = "import sys; from dist_vpt.data.images import Decoding, decode; decode(sys.argv[1], '', 9, Decoding(True))"
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        with pytest.warns(UserWarning, match="Corrupt EXIF data"):
+            Image.open(image).getexif()
+    done = subprocess.run([sys.executable, "-c", code, image], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

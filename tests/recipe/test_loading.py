@@ -389,7 +389,7 @@ def test_what_the_rules_allow(overrides: list[str]) -> None:
 def test_a_rule_over_several_keys_names_all_places(write: Write) -> None:
     file = write("a.yaml", "seed: 1\ntrain:\n  epochs: 3\noptim:\n  warmup_epochs: 4")
     assert refused(files=(file,)) == [
-        f"{file}:3, {file}:5: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise train.epochs"
+        f"{file}:5, {file}:3: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise train.epochs"
     ]
     (mistake,) = refused("train.epochs=2", files=(file,))
     assert mistake.startswith(f"command line, {file}:5: ")

@@ -382,7 +382,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["a.yaml"],
         [
             (
-                "a.yaml:3, a.yaml:5: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise "
+                "a.yaml:5, a.yaml:3: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise "
                 "train.epochs"
             )
         ],
@@ -392,7 +392,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["a.yaml", "train.epochs=2"],
         [
             (
-                "command line, a.yaml:5: optim.warmup_epochs = 4.0: must be below train.epochs = 2; lower it or raise"
+                "a.yaml:5, command line: optim.warmup_epochs = 4.0: must be below train.epochs = 2; lower it or raise"
                 " train.epochs"
             )
         ],
