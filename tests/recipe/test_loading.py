@@ -392,7 +392,7 @@ def test_a_rule_over_several_keys_names_all_places(write: Write) -> None:
         f"{file}:5, {file}:3: optim.warmup_epochs = 4.0: must be below train.epochs = 3; lower it or raise train.epochs"
     ]
     (mistake,) = refused("train.epochs=2", files=(file,))
-    assert mistake.startswith(f"command line, {file}:5: ")
+    assert mistake.startswith(f"{file}:5, command line: ")
 
 
 def test_all_mistakes_at_once_each_with_its_place(write: Write) -> None:

@@ -28,7 +28,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     for name, list_name in LISTS.items():
         file = root / list_name
         if file.exists():
-            found[name] = _read_list(name, file, folder, names, mistakes)
+            found[name] = _read_list(name, file, folder, names, mistakes, own=task.group is None)
         else:
             missing[name] = f"there is no {file}; add the list, a 'relative/path label' line for each image"
     mistakes.check()
@@ -55,7 +55,10 @@ def _class_names(file: Path, task: Task) -> tuple[str, ...] | None:
     return names
 
 
-def _read_list(name: str, file: Path, folder: Folder, names: tuple[str, ...] | None, mistakes: Mistakes) -> Split:
+def _read_list(  # noqa: PLR0917 (a list, and how it is read)
+    name: str, file: Path, folder: Folder, names: tuple[str, ...] | None, mistakes: Mistakes, *, own: bool
+) -> Split:
+    """``own``: a list of the user's, in which an image with two labels is a mistake; published lists are taken as is."""
     files, labels = [], []
     lines = read_text(file).split("\n")  # names may hold what splitlines() takes for an end, too
     seen: dict[str, int] = {}
@@ -66,7 +69,7 @@ def _read_list(name: str, file: Path, folder: Folder, names: tuple[str, ...] | N
             continue
         try:
             path, label = _path_and_label(line, names)
-            if seen.setdefault(path, label) != label:
+            if own and seen.setdefault(path, label) != label:
                 raise ValueError(f"{path!r} has the label {seen[path]} on a line above, and {label} here; remove one")
             files.append(folder.find(path))
             labels.append(label)
