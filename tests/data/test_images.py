@@ -175,8 +175,7 @@ def test_damaged_exif_tags_warn_of_nothing(tmp_path: Path) -> None:
     code = "import sys; from dist_vpt.data.images import Decoding, decode; decode(sys.argv[1], '', 9, Decoding(True))"
     with warnings.catch_warnings():
         warnings.resetwarnings()
-        with pytest.warns(UserWarning, match="Corrupt EXIF data"):
-            with Image.open(image) as opened:
-                opened.getexif()
+        with pytest.warns(UserWarning, match="Corrupt EXIF data"), Image.open(image) as opened:
+            opened.getexif()
     done = subprocess.run([sys.executable, "-c", code, image], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -55,7 +55,7 @@ def _class_names(file: Path, task: Task) -> tuple[str, ...] | None:
     return names
 
 
-def _read_list(  # noqa: PLR0917 (a list, and how it is read)
+def _read_list(
     name: str, file: Path, folder: Folder, names: tuple[str, ...] | None, mistakes: Mistakes, *, own: bool
 ) -> Split:
     """``own``: a list of the user's, in which an image with two labels is a mistake; published lists are taken as is."""
