@@ -27,6 +27,7 @@ if [ "$gpus" -gt 0 ] && [ "$processes" -gt "$gpus" ]; then
 fi
 # DeepSpeed would be switched off by --cpu; Accelerate's DDP needs a setting where there is no GPU.
 if [ "$gpus" -eq 0 ] && [ "$strategy" = ddp ]; then export ACCELERATE_USE_CPU=true; fi
+if [ "$gpus" -eq 0 ] && [ "$strategy" != ddp ]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(( $(nproc) / processes > 0 ? $(nproc) / processes : 1 ))}
 sharding=()
 if [ "$strategy" != ddp ]; then sharding=(--deepspeed_config_file "$root/launch/accelerate/$strategy.json"); fi

@@ -23,7 +23,9 @@ from dist_vpt.cli import (
     sweep,
     train,
 )
+from dist_vpt.distributed.caches import move_unwritable_caches
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.rank_log import quiet_libraries
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable
 
@@ -44,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}{hint}")
     if more:  # argparse does not continue a list of arguments after an option
         getattr(arguments, arguments.rest).extend(more)
+    note = move_unwritable_caches()  # before a library reads its variable
+    if note and not _rank():
+        print(note, file=sys.stderr, flush=True)
+    quiet_libraries()
     return run_with_exit_code(lambda: arguments.call(arguments), debug=arguments.debug)
 
 

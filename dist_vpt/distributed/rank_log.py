@@ -2,9 +2,50 @@
 
 import contextlib
 import logging
+import warnings
 from pathlib import Path
 
 from dist_vpt.distributed.rank_status import logger
+
+# Loggers whose messages say nothing that a user of this package could act on, but for their errors.
+CHATTER = ("DeepSpeed", "torch.utils.cpp_extension")
+
+
+class _HeldMessages(logging.Filter):
+    """Keeps messages below errors from the terminal: for the log of the process, once that is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self.target: logging.Handler | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            return True
+        if self.target is not None:
+            self.target.handle(record)
+        else:
+            self.records.append(record)
+        return False
+
+    def send_to(self, target: logging.Handler | None) -> None:
+        """Send what is held and what comes to a handler; None: hold it."""
+        self.target = target
+        if target is not None:
+            for record in self.records:
+                target.handle(record)
+            self.records.clear()
+
+
+held_messages = _HeldMessages()
+
+
+def quiet_libraries() -> None:
+    """From now on messages of DeepSpeed and torch's builder go to the log of this process, not to the terminal."""
+    for name in CHATTER:
+        logging.getLogger(name).addFilter(held_messages)
+    # DeepSpeed calls functions that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 class RankLog:
@@ -25,6 +66,7 @@ class RankLog:
             self._handler.addFilter(_EachWarningOnce())
             self._handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
             logger.addHandler(self._handler)
+            held_messages.send_to(self._handler)
             logger.setLevel(logging.INFO)
             logger.propagate = False  # or it would be on the terminal too
             if self.captures_all:
@@ -36,6 +78,7 @@ class RankLog:
         """Does nothing where it is closed."""
         if self._handler is None:
             return
+        held_messages.send_to(None)
         if self.captures_all:
             logging.captureWarnings(False)
         for target in (logging.getLogger(), logger):

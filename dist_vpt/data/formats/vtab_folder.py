@@ -58,7 +58,7 @@ def _class_names(file: Path, task: Task) -> tuple[str, ...] | None:
 def _read_list(
     name: str, file: Path, folder: Folder, names: tuple[str, ...] | None, mistakes: Mistakes, *, own: bool
 ) -> Split:
-    """``own``: a list of the user's, in which an image with two labels is a mistake; published lists are taken as is."""
+    """``own``: a list of the user's, where an image with two labels is a mistake; published lists are taken as is."""
     files, labels = [], []
     lines = read_text(file).split("\n")  # names may hold what splitlines() takes for an end, too
     seen: dict[str, int] = {}
