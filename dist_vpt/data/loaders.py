@@ -115,6 +115,7 @@ class EvalBatches(_Batches):
         """``batch_size`` images per batch and process; all processes yield equally many and equally large."""
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
+        self.split = split.name
         self._indices = _padded(np.arange(len(split)), world)[rank::world]
         self._starts = range(0, len(self._indices), batch_size)
         self._batch_size = batch_size

@@ -214,7 +214,7 @@ def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
 @torch.no_grad()
 def score(f: Features, reader: VQT, batches: EvalBatches) -> dict[str, float]:
     """Scores of a reader's head on the features of a split."""
-    scores = Scores(len(f.source.classes), f.device)
+    scores = Scores(len(f.source.classes), f.device, batches.split)
     for fetched in batches:
         batch = send_to_device(fetched, f.device)
         logits_BK = reader.classify(batch["images"].pooled)

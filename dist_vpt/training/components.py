@@ -18,19 +18,21 @@ from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.duplicates import leak_warning
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
+from dist_vpt.data.orientation import orientation_note
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.errors import DataError, UserError
+from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import compute_stream
 from dist_vpt.frozen_stream.placement import open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.apply import apply_runtime
+from dist_vpt.training.metrics import no_readable_image
 
 INIT_IMAGES = 256  # training images, at most so many, from which a method is initialized
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,9 +93,14 @@ class Components:
             [f"split off train by data.split_seed = {self.recipe.data.split_seed}: {', '.join(sizes)}"] if sizes else []
         )
         lines += [f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks)]
-        own = self.inputs.task.group is None and self.recipe.data.check_leaks and self.launch.rank == 0
-        if own and self.splits.test is not None and (warning := leak_warning(self.splits.trainval, self.splits.test)):
+        if self.launch.rank:
+            return lines
+        splits, task = self.splits, self.inputs.task
+        own = task.group is None and self.recipe.data.check_leaks
+        if own and splits.test is not None and (warning := leak_warning(splits.trainval, splits.test)):
             lines.append(f"warning: {warning}")
+        if task.group is not None and task.exif == "ignore" and (note := orientation_note(splits.trainval)):
+            lines.append(f"note: {note}")
         return lines
 
     def held_out(self) -> dict[str, list[str]]:
@@ -163,7 +170,7 @@ class Components:
         batches = [images_B3SS for images_B3SS in read if len(images_B3SS)]
         loader.close()
         if not batches:
-            raise DataError(f"there is no readable image in the {split.name} split; repair its files, or set data.root")
+            raise no_readable_image(split.name)
         streams = None
         if isinstance(self.method, Reader) and readers:
             streams = [compute_stream(self.method.backbone, images, self.method.spec) for images in batches]

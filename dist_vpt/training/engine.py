@@ -300,7 +300,7 @@ def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
     Raises a process's DataError on all of them, and Interrupted after a stop request to ``stop``.
     """
     model.eval()
-    scores = Scores(classes, accelerator.device, confusion=confusion)
+    scores = Scores(classes, accelerator.device, batches.split, confusion=confusion)
     unread = iter(batches)
     for number in range(len(batches)):
         accelerator.status.set(f"batch {number} of a split to score", "reading images")

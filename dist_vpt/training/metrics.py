@@ -34,10 +34,16 @@ class Mistake:
     probability: float  # of the predicted class
 
 
+def no_readable_image(split: str) -> DataError:
+    """The error of a split of which nothing can be read."""
+    return DataError(f"there is no readable image in the {split} split; repair its files, or set data.root")
+
+
 class Scores:
     """Loss, top-1, top-5, per-class mean accuracy and (two classes) ROC-AUC, in percent but for the loss."""
 
-    def __init__(self, classes: int, device: torch.device, *, confusion: bool = False):
+    def __init__(self, classes: int, device: torch.device, split: str, *, confusion: bool = False):
+        """``split``: its name, for messages."""
         metrics: dict[str, Any] = {
             "top1": MulticlassAccuracy(classes, average="micro"),
             "per_class": MulticlassStatScores(classes, average="none"),
@@ -48,6 +54,7 @@ class Scores:
             metrics["auroc"] = MulticlassAUROC(classes, average="macro", thresholds=None)
         if confusion:
             metrics["confusion"] = MulticlassConfusionMatrix(classes)
+        self.split = split
         self.scores = MetricCollection(metrics, compute_groups=False).to(device)
         if classes == 2:  # torchmetrics cannot gather from a process without examples
             self.scores["auroc"].preds.append(torch.empty(0, 2, device=device))
@@ -76,7 +83,7 @@ class Scores:
             warnings.simplefilter("ignore", UserWarning)  # where this process has seen no image
             right_K, _, _, _, images_K = self.scores["per_class"].compute().unbind(1)
         if not images_K.any():
-            raise DataError("there is no readable image in the split; repair its files, or set data.root")
+            raise no_readable_image(self.split)
         undefined = {"auroc"} if (images_K > 0).sum() < 2 else set()  # torchmetrics would warn and give 0
         names = [str(name) for name in self.scores if name not in {"confusion", "per_class", *undefined}]
         values = {name: self.scores[name].compute() for name in names}

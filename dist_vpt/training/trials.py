@@ -23,7 +23,7 @@ from dist_vpt.frozen_stream.observe import StreamOutput, compute_stream
 from dist_vpt.runs.adapters import collect
 from dist_vpt.training.components import Components
 from dist_vpt.training.engine import Training, fit, next_or_error
-from dist_vpt.training.metrics import Scores
+from dist_vpt.training.metrics import Scores, no_readable_image
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
     clip_gradients,
@@ -188,7 +188,7 @@ def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list
     """Stream a split once through the backbone and score it with all trials. A collective call."""
     group.accelerator.status.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)
-    scores = [Scores(len(group.parts.splits.classes), group.accelerator.device) for _ in trials]
+    scores = [Scores(len(group.parts.splits.classes), group.accelerator.device, split) for _ in trials]
     try:
         for batch, logits in _read_split(group, trials, batches):
             for score, logits_BK in zip(scores, logits, strict=True):
@@ -270,7 +270,7 @@ def _quick_scores(group: TrialGroup, trials: Sequence[Trial], batches: EvalBatch
         sums_3T[2] += counts_B.sum()
     loss_T, correct_T, images_T = group.accelerator.reduce(sums_3T, "sum").tolist()
     if not images_T[0]:
-        raise DataError("there is no readable image in the val split; repair its files, or set data.root")
+        raise no_readable_image(batches.split)
     return [
         {"loss": loss / images, "top1": 100 * correct / images}
         for loss, correct, images in zip(loss_T, correct_T, images_T, strict=True)

@@ -24,7 +24,7 @@ def draw(examples: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def scored(logits_NK: Tensor, labels_N: Tensor, batch: int = 7, **options: bool) -> Scores:
     """Scores over batches of uneven length."""
-    scores = Scores(logits_NK.shape[1], CPU, **options)
+    scores = Scores(logits_NK.shape[1], CPU, "val", **options)
     index_N = torch.arange(len(labels_N))
     for some in index_N.split(batch):
         scores.update(logits_NK[some], labels_N[some], torch.ones(len(some)), some)
@@ -83,7 +83,7 @@ def test_padding_and_skipped_images_count_nothing() -> None:
     padded_N = torch.cat([labels_N, torch.zeros(5, dtype=torch.int64), torch.arange(8)])
     counts_N = torch.cat([torch.ones(20), torch.zeros(13)])
     order = torch.randperm(33, generator=torch.Generator().manual_seed(1))
-    scores = Scores(8, CPU, confusion=True)
+    scores = Scores(8, CPU, "val", confusion=True)
     index_N = torch.cat([torch.arange(20), torch.full((13,), -1)])
     for some in order.split(6):
         scores.update(padded_NK[some], padded_N[some], counts_N[some], index_N[some])
@@ -127,9 +127,9 @@ def test_low_precision_logits_are_scored_in_float32() -> None:
 
 def test_a_split_without_a_readable_image_is_an_error() -> None:
     for classes in (2, 3):
-        scores = Scores(classes, torch.device("cpu"))
+        scores = Scores(classes, torch.device("cpu"), "test")
         scores.update(torch.zeros(2, classes), torch.zeros(2, dtype=torch.long), torch.zeros(2), torch.arange(2))
-        with pytest.raises(DataError, match="no readable image"):
+        with pytest.raises(DataError, match="no readable image in the test split"):
             scores.compute()
 
 
