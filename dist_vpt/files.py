@@ -171,10 +171,13 @@ def to_json(content: Any, indent: int | None = None) -> str:
     return json.dumps(finite(content), indent=indent)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a run folder's file. Raises RunFolderError where it is damaged or cannot be read."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The content, an object, of a run folder's file. Raises RunFolderError where it is damaged or cannot be read."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+        return content
     except OSError as error:
         raise RunFolderError(
             f"{path}: cannot be read ({error.strerror}); restore the file or start the run again"

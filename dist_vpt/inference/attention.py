@@ -127,7 +127,10 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
         for name, figure in _figures(found, image_SS3, block, head):
             path = folder / f"{stem}-{name}{which}.png"
             pictures[f"attention/{stem}/{name}{which}"] = drawn = _drawn(figure)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise UserError(f"--out {folder}: is a file; name a folder for the pictures") from error
             write_atomically(path, _png(drawn))
             print(path)
             written.append(path)

@@ -52,4 +52,4 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
 def _reported(folder: RunFolder, adapters: str) -> dict[str, Any]:
     if not folder.result.is_file():
         return {}
-    return read_json(folder.result)[adapters] or {}
+    return read_json(folder.result).get(adapters) or {}
