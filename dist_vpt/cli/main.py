@@ -77,7 +77,8 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
     except OSError as error:
         if debug or error.filename is None or error.errno not in WRONG_NAMES:
             raise
-        print(f"error: {printable(str(error.filename))}: {error.strerror}; name another path", file=sys.stderr)
+        where = printable(str(error.filename))
+        print(f"error: {where}: {error.strerror}; name another path (--debug shows the traceback)", file=sys.stderr)
         return UserError.exit_code
     return 0
 

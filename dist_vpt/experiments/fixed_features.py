@@ -170,8 +170,10 @@ def fresh_head(f: Features, recipe: Recipe, kept: Tensor | None = None) -> VQT:
     head = {name for name, _ in reader.head.named_parameters(prefix="head")}
     queries = {name: tensor for name, tensor in f.source.tensors.items() if name not in head}
     chosen = {} if kept is None else {"kept": kept}
-    if kept is not None:
-        queries |= {name: t[kept] for name, t in queries.items() if name.startswith("feature_norm.")}
+    if kept is not None and "feature_norm.std" in queries:
+        mean_F, std_F = queries["feature_norm.mean"], queries["feature_norm.std"]
+        shorter = (len(kept) / len(std_F)) ** 0.5  # standardized features have one length, however many they are
+        queries |= {"feature_norm.mean": mean_F[kept], "feature_norm.std": std_F[kept] * shorter}
     restore(reader, {**collect(reader), **queries, **chosen}, f.source.adapters)
     return reader.to(f.device).eval()
 

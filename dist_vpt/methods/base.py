@@ -84,21 +84,31 @@ class Method(nn.Module):
         """Whether it is initialized from training images (``init_from_images``)."""
         return self.feature_norm is not None
 
-    @torch.no_grad()
-    def init_from_images(
-        self, batches: Sequence[Tensor], seed: int, streams: Sequence[StreamOutput] | None = None
-    ) -> None:
+    def init_from_images(self, batches: Sequence[Tensor], seed: int) -> None:
         """Initialize from what the backbone computes for batches of training images [B, 3, S, S]: tokens, then head.
 
-        ``streams``: the frozen streams of the batches, which save a reader their computation. It is left in eval mode.
+        It is left in eval mode.
         """
-        self.eval()
-        self.init_tokens(batches, seed)
-        if self.feature_norm is not None:
-            self.feature_norm.start()
-            for batch in streams or batches:
-                self(batch)
-            self.feature_norm.finish()
+        self.init_together([self], batches, seed)
+
+    @staticmethod
+    @torch.no_grad()
+    def init_together(methods: Sequence["Method"], batches: Sequence[Tensor], seed: int) -> None:
+        """Initialize a method, or readers on one backbone, for which each batch's frozen stream is computed once."""
+        norms = [method.feature_norm for method in methods if method.feature_norm is not None]
+        for method in methods:
+            method.eval()
+            method.init_tokens(batches, seed)
+        for norm in norms:
+            norm.start()
+        for batch in batches if norms else ():
+            first = methods[0]
+            shared = isinstance(first, Reader)
+            seen = compute_stream(first.backbone, batch, first.spec) if shared else batch  # type: ignore[attr-defined]
+            for method in methods:
+                method(seen)
+        for norm in norms:
+            norm.finish()
 
     def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
         """Initialize trained tokens from batches of training images [B, 3, S, S]; nothing for most methods."""

@@ -41,13 +41,16 @@ class FeatureNorm(nn.Module):
     def finish(self) -> None:
         """Take mean and standard deviation of what was seen since ``start``.
 
-        A feature that hardly varies is not blown up: its deviation counts as a hundredth of all features' at least.
+        A feature that hardly varies is not blown up: its deviation counts as a hundredth of all features' at least, and
+        where none varies as the features' root mean square.
         """
         assert self._seen
         seen_XF = torch.cat(self._seen).double()
         self._seen = None
         variance_F = seen_XF.var(0, correction=0)
-        least = (1e-4 * variance_F.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        size, varies = seen_XF.square().mean(), variance_F.mean()
+        # One image, or copies of one, say nothing of deviations.
+        least = 1e-4 * varies if varies > 1e-6 * size else size.where(size > 0, 1.0)
         self.mean.copy_(seen_XF.mean(0))
         self.std.copy_((variance_F.maximum(least) * seen_XF.shape[1]).sqrt() / LENGTH)
 

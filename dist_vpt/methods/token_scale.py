@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.vit import Backbone
 
+IMAGES = 32  # of which tokens are measured
 RAW_STD = 0.1  # with it, a step of 1e-3 is a hundredth of a token
 
 
@@ -24,8 +25,13 @@ def init_scaled(raw: Tensor, std: float = RAW_STD) -> Tensor:
 
 
 @torch.no_grad()
-def token_scales(backbone: Backbone, images_B3SS: Tensor, blocks: Sequence[int]) -> Tensor:
-    """The ``token_scale`` before each of some blocks [L], float32: the root mean square of its tokens, over RAW_STD."""
+def token_scales(backbone: Backbone, batches: Sequence[Tensor], blocks: Sequence[int]) -> Tensor:
+    """The ``token_scale`` before each of some blocks [L], float32: the root mean square of its tokens, over RAW_STD.
+
+    That of a few images, evenly spread over the batches [B, 3, S, S]: tokens of other images are as large.
+    """
+    images = torch.cat(list(batches))
+    images_B3SS = images[torch.linspace(0, len(images) - 1, min(len(images), IMAGES)).long()]
     found = {n: tokens_BND.float().square().mean().sqrt() for n, tokens_BND in block_inputs(backbone, images_B3SS)}
     return torch.stack([found[number] for number in blocks]) / RAW_STD
 

@@ -122,7 +122,7 @@ class VPT(Method):
         """
         blocks = self.first_blocks
         if self.token_scale is not None:
-            self.token_scale.copy_(token_scales(self.backbone, batches[0], blocks))
+            self.token_scale.copy_(token_scales(self.backbone, batches, blocks))
         if self.recipe.init not in ("class_token", "tokens"):
             return
         found: list[list[Tensor]] = [[] for _ in blocks]  # tokens of each set's block

@@ -97,7 +97,7 @@ class VQT(Reader):
     @torch.no_grad()
     def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
         if self.token_scale is not None:
-            self.token_scale.copy_(token_scales(self.backbone, batches[0], self.blocks).view(-1, 1, 1))
+            self.token_scale.copy_(token_scales(self.backbone, batches, self.blocks).view(-1, 1, 1))
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from super().adapter_tensors()

@@ -122,8 +122,8 @@ def _take_published_settings(data: dict[str, Any]) -> None:
             method.setdefault("init", "random")
     if isinstance(backbone, dict):
         name = backbone.get("name", BackboneConfig().name)
-        if backbone.get("position_resize") is None and isinstance(name, str) and has_learned_positions(name):
-            backbone["position_resize"] = "vpt"
+        if isinstance(name, str) and has_learned_positions(name):
+            backbone.setdefault("position_resize", "vpt")
 
 
 def _take_published_counts(data: dict[str, Any]) -> None:

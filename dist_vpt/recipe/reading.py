@@ -53,6 +53,10 @@ def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, pare
         rule = "must be a mapping of keys to values, merged with protocol: published; write published: {KEY: VALUE}"
         draft.mistakes.append(f"{locations[('published',)]}: published = {published!r}: {rule}")
         published = {}
+    for key in ("base", "published", "protocol"):
+        if key in published:
+            rule = "is a key of the file itself, not of its section published; leave it out"
+            draft.mistakes.append(f"{locations[('published', key)]}: published.{key} = {published.pop(key)!r}: {rule}")
     draft.merge(content, locations)
     if draft.protocol == "published":
         draft.merge(published, {path[1:]: place for path, place in locations.items() if path[0] == "published"})

@@ -14,6 +14,7 @@ from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
 from dist_vpt.recipe.yaml import Dumper
 
+LARGE_ADAMW_LR = 0.1  # at which every number moves by a typical token in a step
 Protocol = Literal["default", "published"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 MIN_RUNG_EPOCHS = 5  # of a sweep by halving, unless sweep.min_epochs says otherwise: fewer show little of a setting
@@ -283,9 +284,9 @@ class Recipe(Section):
 
     protocol: Protocol = Field(
         "default",
-        description="whose settings a method's recipe sets: default: this package's, which train on any backbone; "
-        "published: those of the method's paper, from the section `published` of the recipe. `dist-vpt sweep` and "
-        "`dist-vpt suite` take published unless it is given",
+        description="whose settings a method's recipe sets: default: this package's, which do not depend on a "
+        "backbone's scale; published: those of the method's paper, from the section `published` of the recipe. "
+        "`dist-vpt sweep` and `dist-vpt suite` take published unless it is given",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialization, data order, augmentation and dropout")
     data: DataConfig = Field(default_factory=DataConfig, description="task, storage format, preprocessing")
@@ -301,12 +302,18 @@ class Recipe(Section):
     @property
     def warnings(self) -> list[str]:
         """Messages about settings that are allowed but probably not intended."""
+        found = []
         if self.backbone.name == "demo" and self.data.task != "digits":
-            return [
+            found.append(
                 "the backbone is demo, which was trained on printed letters of 24 px only; for other images name a "
                 "backbone's recipe (`dist-vpt recipe list`)"
-            ]
-        return []
+            )
+        if self.optim.name == "adamw" and self.optim.peak_lr(self.train.batch_size) > LARGE_ADAMW_LR:
+            found.append(
+                f"optim.lr = {self.optim.lr:g} is large for optim.name = adamw, the default; rates of published code "
+                "go with its settings (protocol=published), or with optim.name=sgd optim.scale_lr=true"
+            )
+        return found
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

@@ -69,7 +69,12 @@ class RunFolder:
         if not isinstance(written, dict) or "protocol" in written or not isinstance(written.get("method"), dict):
             return []
         keys = ["protocol=published", "method.head=published"]
-        return [*keys, "method.init=random"] if written["method"].get("name") == "vqt" else keys
+        if written["method"].get("name") == "vqt":
+            keys.append("method.init=random")
+        backbone = written.get("backbone")
+        if not isinstance(backbone, dict) or not backbone.get("position_resize"):
+            keys.append("backbone.position_resize=null")
+        return keys
 
     def status(self) -> dict[str, Any]:
         """run.json, or nothing before the run began."""

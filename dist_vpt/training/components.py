@@ -26,7 +26,6 @@ from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream.observe import compute_stream
 from dist_vpt.frozen_stream.placement import open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
@@ -171,11 +170,7 @@ class Components:
         loader.close()
         if not batches:
             raise no_readable_image(split.name)
-        streams = None
-        if isinstance(self.method, Reader) and readers:
-            streams = [compute_stream(self.method.backbone, images, self.method.spec) for images in batches]
-        for method in methods:
-            method.init_from_images(batches, self.recipe.seed, streams)
+        Method.init_together(methods, batches, self.recipe.seed)
 
     def use_cached_stream(
         self,

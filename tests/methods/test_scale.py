@@ -116,12 +116,40 @@ def test_features_are_standardized() -> None:
     assert np.sqrt((found[:, [0, 2]] ** 2).mean(0)) == pytest.approx(20 / math.sqrt(5), rel=1e-4)
 
 
-def test_features_that_never_vary_are_finite() -> None:
-    norm = FeatureNorm(2)
+@pytest.mark.parametrize("size", [0.0, 3.0])
+@pytest.mark.parametrize("images", [1, 4])
+def test_one_image_says_nothing_of_deviations(images: int, size: float) -> None:
+    """And other images are then no larger than their features, over the root mean square of the first ones."""
+    norm, seen = FeatureNorm(2), torch.tensor([size, -size])
     norm.start()
-    norm(torch.ones(4, 2))
+    norm(seen.expand(images, -1))
     norm.finish()
-    assert torch.equal(norm(torch.ones(3, 2)), torch.zeros(3, 2))
+    assert torch.equal(norm(seen), torch.zeros(2))
+    other = torch.tensor([2.0, 5.0])
+    assert torch.allclose(norm(other), (other - seen) / (size or 1.0) * 20 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("name", ["vpt deep", "vqt"])
+def test_the_size_of_batches_changes_nothing(name: str) -> None:
+    images, found = images_of(1, 40), []
+    for size in (1, 7, 40):
+        method = default(SETTINGS[name], make_backbone())
+        method.init_from_images(images.split(size), seed=0)
+        found.append({key: t for key, t in method.adapter_tensors() if key.startswith(("feature_norm", "token_scale"))})
+    for other in found[1:]:
+        for key, tensor in other.items():
+            assert torch.allclose(tensor, found[0][key], rtol=1e-4, atol=1e-6), key
+
+
+def test_readers_are_initialized_together_as_alone() -> None:
+    backbone, batches = make_backbone(), images_of(1).split(10)
+    together = [default({"name": "vqt", "queries": queries}, backbone) for queries in (1, 2)]
+    Method.init_together(together, batches, seed=0)
+    for queries, method in enumerate(together, start=1):
+        alone = default({"name": "vqt", "queries": queries}, make_backbone())
+        alone.init_from_images(batches, seed=0)
+        for (key, found), (_, wanted) in zip(method.adapter_tensors(), alone.adapter_tensors(), strict=True):
+            assert torch.allclose(found, wanted, atol=1e-5), key
 
 
 @pytest.mark.parametrize("name", ["vpt deep", "vpt shared", "vpt, add", "vqt"])

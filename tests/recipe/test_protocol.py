@@ -75,6 +75,27 @@ def test_a_file_of_the_user_may_have_published_settings() -> None:
         load("published.seed=3")
 
 
+@pytest.mark.parametrize("key", ["base", "published", "protocol"])
+def test_what_a_section_published_cannot_hold(key: str) -> None:
+    Path("mine.yaml").write_text(f"seed: 1\npublished:\n  {key}: vqt")
+    with pytest.raises(RecipeError, match=rf"mine.yaml:3: published.{key} = 'vqt': is a key of the file itself"):
+        load("mine.yaml")
+
+
+def test_timms_positions_stay_where_they_are_given() -> None:
+    for value in ("timm", "null"):
+        recipe = load("linear", "protocol=published", f"backbone.position_resize={value}")
+        assert recipe.backbone.positions == "timm"
+
+
+def test_a_rate_of_sgd_under_adamw_is_noted() -> None:
+    Path("mine.yaml").write_text("base: [linear]\noptim: {lr: 1.0}")
+    [note] = [line for line in load("mine.yaml", "data.task=digits").warnings if "optim.lr" in line]
+    assert note.startswith("optim.lr = 1 is large for optim.name = adamw, the default; rates of published code go with")
+    assert load("linear", "data.task=digits").warnings == []
+    assert load("mine.yaml", "data.task=digits", "protocol=published", "optim.name=sgd").warnings == []
+
+
 def test_another_method_keeps_the_protocol() -> None:
     recipe = load("vpt_deep", "protocol=published", "method.name=vqt")
     assert (recipe.method.head, recipe.method.init) == ("published", "random")  # type: ignore[union-attr]
@@ -119,10 +140,11 @@ def test_a_resolved_recipe_is_equal_when_it_is_loaded() -> None:
 def test_run_folders_of_older_versions_keep_their_head(tmp_path: Path) -> None:
     for method in ("linear", "vqt", "vpt_deep"):
         recipe = yaml.safe_load(load(method, "protocol=published").to_yaml())
-        del recipe["protocol"], recipe["method"]["head"]
+        del recipe["protocol"], recipe["method"]["head"], recipe["backbone"]["position_resize"]
         if method == "vqt":
             del recipe["method"]["init"]
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         loaded = RunFolder(tmp_path).load(["seed=7"])
         assert (loaded.protocol, loaded.method.head, loaded.seed) == ("published", "published", 7)
         assert getattr(loaded.method, "init", "random") == "random"
+        assert loaded.backbone.positions == "timm"

@@ -60,7 +60,8 @@ def test_another_strategy_and_number_of_processes(optimizer: str, tmp_path: Path
     journey = JOURNEYS[optimizer]
     (tmp_path / "data").mkdir()
     options = [
-        *SMALLEST, optimizer, "optim.lr=0.01", f"data.root={few_images(tmp_path / 'data')}", "run.resume=auto",
+        *SMALLEST, optimizer, "optim.lr=0.01", f"protocol={'default' if 'adamw' in optimizer else 'published'}",
+        f"data.root={few_images(tmp_path / 'data')}", "run.resume=auto",
         f"train.epochs={LEG * len(journey) // 6}", "run.save_every=1000",
     ]  # fmt: skip
     alone = command(["train", *options, f"run.dir={tmp_path / 'alone'}"], tmp_path / "alone.txt")
