@@ -101,10 +101,11 @@ class Method(nn.Module):
             method.init_tokens(batches, seed)
         for norm in norms:
             norm.start()
+        first = methods[0]
         for batch in batches if norms else ():
-            first = methods[0]
-            shared = isinstance(first, Reader)
-            seen = compute_stream(first.backbone, batch, first.spec) if shared else batch  # type: ignore[attr-defined]
+            seen: Tensor | StreamOutput = batch
+            if isinstance(first, Reader):
+                seen = compute_stream(first.backbone, batch, first.spec)
             for method in methods:
                 method(seen)
         for norm in norms:
