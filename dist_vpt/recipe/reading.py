@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from dist_vpt.errors import RecipeError, nearest
+from dist_vpt.files import printable
 from dist_vpt.recipe.merging import COMMAND_LINE, Draft, KeyPath
 from dist_vpt.recipe.messages import model_at
 from dist_vpt.recipe.shipped import find_recipe, nearest_names, shipped_recipes
@@ -66,6 +67,10 @@ def read_override(text: str, draft: Draft) -> None:
     """Merge ``a.b=c``, c being YAML, or text where it begins with ``#`` or the key takes nothing but text."""
     dotted, _, raw = text.partition("=")
     keys = dotted.split(".")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes that this process could not decode
+        rule = "not text in UTF-8; rename the file, or set LC_ALL=C.UTF-8"
+        draft.mistakes.append(f"{COMMAND_LINE}: {printable(text)}: {rule}")
+        return
     if keys[0] in ("base", "published"):
         fix = f"give {raw} as an argument of its own" if dotted == "base" else "leave published out, and set the key"
         rule = f"{keys[0]} is a key of recipe files only; {fix}"

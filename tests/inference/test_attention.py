@@ -180,6 +180,13 @@ def test_two_images_of_one_name_are_refused(vpt_run: Path, photo: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_is_no_folder_for_pictures(vpt_run: Path, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match=r"--out .*out: is a file; name a folder for the pictures"):
+        show(str(vpt_run), [str(photo)], out=str(tmp_path / "out"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_backbone_whose_blocks_cannot_be_unpacked_is_reported(images: torch.Tensor) -> None:
     """And not that another method would do."""
     method = attach(config_of({"name": "linear"}), make_swin_backbone(), classes=5)

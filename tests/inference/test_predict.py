@@ -265,3 +265,28 @@ def test_a_damaged_result(folder: Path, tmp_path: Path) -> None:
     (copy / "result.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"result\.json: damaged"):
         evaluate_run(str(copy), "val", "last")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', "null"])
+@pytest.mark.parametrize("name", ["result.json", "run.json"])
+def test_files_of_a_run_that_hold_something_else(content: str, name: str, folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "run"))
+    (copied / name).write_text(content)
+    with pytest.raises(RunFolderError, match=rf"{name}: damaged \(it holds a \w+, not an object\); restore the file"):
+        evaluate_run(str(copied), "test", "last")
+
+
+def test_a_result_without_scores_is_read_as_none(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "run"))
+    (copied / "result.json").write_text("{}")
+    assert evaluate_run(str(copied), "test", "last")["top1"] == pytest.approx(result(folder)["last"]["test"]["top1"])
+
+
+def test_adapters_that_are_not_finite(folder: Path, tmp_path: Path) -> None:
+    """They would be scored as some class or other."""
+    copied = Path(shutil.copytree(folder, tmp_path / "run"))
+    tensors, facts = read_adapters(copied / "adapters.safetensors")
+    tensors["head.bias"][0] = float("nan")
+    write_adapters(copied / "adapters.safetensors", tensors, facts)
+    with pytest.raises(WeightsError, match=r"adapters.safetensors: head.bias holds numbers that are not finite; train"):
+        evaluate_run(str(copied), "test", "last")

@@ -192,6 +192,13 @@ def test_a_method_without_a_name_is_the_default_one(write: Write) -> None:
     assert load_recipe([write("a.yaml", "method: {prompts: 3}")]).method == VPTConfig(prompts=3)
 
 
+def test_bytes_that_are_no_text() -> None:
+    """As in a terminal with another encoding."""
+    assert refused("run.dir=caf\udce9") == [
+        r"command line: run.dir=caf\xe9: not text in UTF-8; rename the file, or set LC_ALL=C.UTF-8"
+    ]
+
+
 def test_the_order_of_overrides_of_a_method_does_not_matter(write: Write) -> None:
     file = write("a.yaml", "method: {name: linear}")
     for overrides in (["method.name=vpt", "method.prompts=3"], ["method.prompts=3", "method.name=vpt"]):
