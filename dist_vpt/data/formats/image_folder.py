@@ -91,6 +91,12 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     if "train" not in folders:
         there = ", ".join(map(str, folders.values()))
         raise DataError(f"{root}: has {there} but no folder {root / 'train'} of class folders; add it")
+    others = [name for name in top if name not in names["train"] and _holds_images(root / name)]
+    if len(folders) == 1 and others:  # a split, or a class whose images lie a folder deeper
+        raise DataError(
+            f"{folders['train']}: is named like a split, and {root / others[0]} beside it holds images; move the class "
+            "folders into it, or rename the class, or move away what is no class"
+        )
     for split in ("train", "val"):
         if split in folders and not subfolders(folders[split]):
             raise DataError(_without_classes(folders[split]))
@@ -124,6 +130,11 @@ def _loose_images(folder: Path) -> str:
     names = {name for name in os.listdir(folder) if not is_hidden(name)} - {*subfolders(folder)}
     count = sum(os.path.splitext(name)[1].lower() in image_extensions() for name in names)
     return f"{folder}: {count} images beside the class folders are not read" if count else ""
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether images lie in a folder itself."""
+    return any(os.path.splitext(name)[1].lower() in image_extensions() for name in os.listdir(folder))
 
 
 def _without_classes(folder: Path) -> str:

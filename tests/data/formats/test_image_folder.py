@@ -116,6 +116,16 @@ def test_folders_beside_the_splits_are_named(split, opened, save_image):
     assert opened("image_folder").remarks == (f"{split}: folders beside the splits are not read: extra",)
 
 
+def test_a_class_named_like_a_split_whose_images_lie_deeper(tmp_path, opened, save_image):
+    """Or a split beside images of no class: both are possible, and neither is taken for the other."""
+    for i in range(20):
+        save_image(tmp_path / "car" / f"{i}.png", i)
+        save_image(tmp_path / "train" / ("steam", "diesel")[i % 2] / f"{i}.png", i)
+    refused(
+        opened, "train: is named like a split, and .*car beside it holds images; move the class folders into it, or"
+    )
+
+
 @pytest.mark.parametrize("layout", ["", "train"])
 def test_one_class(tmp_path, opened, save_image, layout):
     for i in range(20):
