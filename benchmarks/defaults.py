@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--rates", nargs="+", type=float, help="learning rates of the published grid to try; default: all"
     )
-    parser.add_argument("--skip-default", action="store_true", help="train the published grid alone")
+    parser.add_argument("--defaults-only", action="store_true", help="train no published setting")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the backbone's tokens and features")
     parser.add_argument("--counting", action="store_true", help="the task made by formula, written to OUT/counting")
     parser.add_argument("recipe", nargs="+", help="recipes and overrides of all runs")
@@ -54,13 +54,15 @@ def main() -> None:
         shared.append(f"backbone.weights={write_scaled(arguments.out, shared, arguments.scale)}")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for method in arguments.methods:
-        print(line_of(arguments.out, method, shared, arguments.rates, skip=arguments.skip_default), flush=True)
+        print(line_of(arguments.out, method, shared, arguments.rates, only=arguments.defaults_only), flush=True)
 
 
-def line_of(out: Path, method: str, shared: Sequence[str], rates: Sequence[float] | None, *, skip: bool) -> str:
-    """The scores of one method: its default, and the best of its published learning rates."""
-    name = f"{method:12}"
-    default = None if skip else score(out / method / "default", [*shared, method])
+def line_of(out: Path, method: str, shared: Sequence[str], rates: Sequence[float] | None, *, only: bool) -> str:
+    """The scores of one method: its default, and (unless ``only``) the best of its published learning rates."""
+    default = score(out / method / "default", [*shared, method])
+    line = f"{method:12} default {default['top1']:.1f} (loss {default['loss']:.2f})"
+    if only:
+        return line
     published = load_recipe(*split_arguments([*shared, method, "protocol=published"]))
     scores = {
         lr: score(out / method / f"published-{lr:g}", [*shared, method, "protocol=published", f"optim.lr={lr}"])
@@ -68,9 +70,8 @@ def line_of(out: Path, method: str, shared: Sequence[str], rates: Sequence[float
     }
     best = max(scores, key=lambda lr: scores[lr]["top1"])
     found = ", ".join(f"{lr:g}: {each['top1']:.1f}" for lr, each in scores.items())
-    of_default = f"default {default['top1']:.1f} (loss {default['loss']:.2f}), " if default else ""
-    difference = f", difference {default['top1'] - scores[best]['top1']:+.1f}" if default else ""
-    return f"{name} {of_default}published best {scores[best]['top1']:.1f} at lr {best:g}{difference}  [{found}]"
+    difference = default["top1"] - scores[best]["top1"]
+    return f"{line}, published best {scores[best]['top1']:.1f} at lr {best:g}, difference {difference:+.1f}  [{found}]"
 
 
 def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:

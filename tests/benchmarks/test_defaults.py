@@ -1,0 +1,58 @@
+"""benchmarks/defaults.py: the larger copy of a backbone, the task made by formula, and a line of the table."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dist_vpt.backbones.build import build
+from dist_vpt.backbones.config import BackboneConfig
+from tests.running import ROOT, TINY, few_digits
+
+LOOK: dict[str, Any] = {"image_size": 24, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+@pytest.fixture
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_defaults", ROOT / "benchmarks" / "defaults.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_larger_backbone_computes_the_same(benchmark: ModuleType, tmp_path: Path) -> None:
+    path = benchmark.write_scaled(tmp_path, ["base", "data.task=digits"], 10.0)
+    images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    plain, _ = build(BackboneConfig(name="demo"), **LOOK)
+    larger, _ = build(BackboneConfig(name="demo", weights=str(path)), **LOOK)
+    with torch.no_grad():
+        assert torch.allclose(larger.embed(images), 10 * plain.embed(images), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(larger.pool(larger(images)), 10 * plain.pool(plain(images)), rtol=1e-2, atol=1e-2)
+
+
+def test_discs_are_counted(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "TRAIN", 8)
+    monkeypatch.setattr(benchmark, "VAL", 4)
+    root = benchmark.write_counting(tmp_path)
+    lines = (root / "train800val200.txt").read_text().splitlines()
+    assert len(lines) == 12
+    assert {int(line.split()[1]) for line in lines} <= set(range(6))
+    assert Image.open(root / "images/0.png").size == (benchmark.SIDE, benchmark.SIDE)
+
+
+@pytest.mark.slow
+def test_a_line_compares_and_trains_nothing_twice(benchmark: ModuleType, tmp_path: Path) -> None:
+    small = [word for word in TINY if not word.startswith(("protocol", "optim"))]
+    shared = ["base", *few_digits(tmp_path / "data"), *small]
+    line = benchmark.line_of(tmp_path, "linear", shared, [0.5], only=False)
+    assert line.startswith("linear       default ")
+    assert "published best" in line
+    written = (tmp_path / "linear/default/result.json").stat().st_mtime_ns
+    assert benchmark.line_of(tmp_path, "linear", shared, [0.5], only=True) == line.partition(", published")[0]
+    assert (tmp_path / "linear/default/result.json").stat().st_mtime_ns == written
