@@ -70,7 +70,7 @@ def test_a_run_writes_its_protocol_and_carved_splits(pictures: Path, tmp_path: P
         "settings": "published",
         "storage": "image_folder", "resize": "vpt", "fit": "squash", "augment": "none", "normalize": "weights",
         "fraction": 1.0, "carved": ["test", "val"], "image_size": 8, "notes": [], "exif": "transpose",
-        "background": "white", "position_resize": "timm",
+        "background": "white", "position_resize": "vpt",
         "counts": {"train": 42, "val": 6, "trainval": 48, "test": 12},
     }  # fmt: skip
     carved = json.loads((tmp_path / "run" / "splits.json").read_text())
@@ -87,15 +87,15 @@ def test_how_positions_are_resampled_is_recorded_and_used_again(pictures: Path, 
         each.method.backbone.stem.pos_embed
         for each in (
             load_run(str(run), "last"),
-            build_components(load_recipe([], words(tmp_path / "other", *steps))),  # as timm does
+            build_components(load_recipe([], words(tmp_path / "other", *steps, "backbone.position_resize=timm"))),
         )
     )
     demo_1ND = load_file(DEMO)["pos_embed"].float().numpy()
     side = round(built[0, 1:].shape[0] ** 0.5)
     assert abs(loaded.numpy() - aligned(demo_1ND, 1, side, side)).max() < 1e-6
     assert not torch.allclose(loaded, built, atol=1e-3)
-    with pytest.raises(RunFolderError, match=r"backbone.position_resize: vpt -> None"):
-        train(run, *steps, "run.resume=auto", "train.epochs=3")
+    with pytest.raises(RunFolderError, match=r"backbone.position_resize: vpt -> timm"):
+        train(run, *steps, "run.resume=auto", "backbone.position_resize=timm")
     assert evaluate_run(str(run), "test", "last") == as_vpt["last"]["test"]
 
 

@@ -264,7 +264,7 @@ def test_two_processes_with_bf16_and_skipped_images(tmp_path: Path) -> None:
     """All that a cache holds goes between processes while it is filled."""
     data = pictures(tmp_path / "data", broken=lambda i: i % 7 == 3)
     options = (*data, *READERS["vqt"][:2], "data.on_decode_error=skip", "train.epochs=2", "run.trackers=[]")
-    options = (*options, "runtime.precision=bf16", "optim.lr=0.05", "train.eval_batch_size=4")
+    options = (*options, "runtime.precision=bf16", "optim.lr=0.002", "train.eval_batch_size=4")
     alone = run(tmp_path / "alone", *options, "stream.cache=memory")
     assert two_processes(tmp_path / "two", *options, "stream.cache=memory") == [0, 0]
     assert scores(metrics(tmp_path / "two")) == pytest.approx(scores(alone.metrics), rel=1e-2)
