@@ -44,6 +44,8 @@ def quiet_libraries() -> None:
     """From now on messages of DeepSpeed and torch's builder go to the log of this process, not to the terminal."""
     for name in CHATTER:
         logging.getLogger(name).addFilter(held_messages)
+    # The recipe gives the number of workers; on few cores more of them than cores are slower, and no fault.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
