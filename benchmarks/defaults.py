@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from dist_vpt.backbones.build import build
+from dist_vpt.errors import Diverged
 from dist_vpt.experiments.run import run
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.training.components import resolve_inputs
@@ -75,7 +76,7 @@ def line_of(out: Path, method: str, shared: Sequence[str], rates: Sequence[float
 
 
 def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:
-    """Val's scores after the last epoch of one run; chance and no loss where it diverged."""
+    """Val's scores after the last epoch of one run; 0 % and no loss where it diverged. Other errors are raised."""
     kept = folder / "scores.json"
     if kept.is_file():
         return json.loads(kept.read_text())
@@ -83,11 +84,10 @@ def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:
     try:
         with redirect_stdout(io.StringIO()):  # its log is in its folder
             result: dict[str, Any] = run(load_recipe(names, overrides))
-        scores = {key: result["last"]["val"][key] for key in ("top1", "loss")}
-    except Exception as error:  # a diverged run is a row of the table
+    except Diverged as error:
         print(f"{folder}: {error}")
-        scores = {"top1": 0.0, "loss": float("nan")}
-    kept.parent.mkdir(parents=True, exist_ok=True)
+        return {"top1": 0.0, "loss": float("nan")}
+    scores = {key: result["last"]["val"][key] for key in ("top1", "loss")}
     kept.write_text(json.dumps(scores))
     return scores
 

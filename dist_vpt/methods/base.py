@@ -115,7 +115,7 @@ class Method(nn.Module):
         """Initialize trained tokens from batches of training images [B, 3, S, S]; nothing for most methods."""
 
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of an adapter file: what is trained, and what was selected with it."""
+        """Names and tensors of an adapter file: what is trained, and what was measured or selected for it."""
         yield from self.trainable()
         yield from ((name, t) for name, t in self.named_buffers() if name.startswith(self.saved_buffers))
 
