@@ -1,6 +1,7 @@
 """The backbone section of a recipe."""
 
 import os
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -79,6 +80,8 @@ class BackboneConfig(BaseModel):
 
 def require_file(path: Path) -> None:
     """Raises WeightsError where there is no such file."""
+    if re.match(r"\w{2,}:/", str(path)):
+        raise WeightsError(f"backbone.weights {str(path)!r}: an address; download the file and name it")
     if not path.is_file():
         raise WeightsError(
             f"{path}: no such weights file; give backbone.weights an existing .safetensors, .pth or .npz"

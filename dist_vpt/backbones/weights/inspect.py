@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.build import create
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.layouts import LAYOUTS
-from dist_vpt.backbones.weights.loading import layout_of, read_weights, refuse_infinite
+from dist_vpt.backbones.weights.loading import check_values, layout_of, read_weights
 from dist_vpt.backbones.weights.zoo import ZOO, ZooEntry
 from dist_vpt.errors import WeightsError
 
@@ -46,7 +46,7 @@ def check(file: str, entry: str | None = None) -> None:
         unsure = " (shapes alone cannot tell: it depends on where the file comes from)" if len(fits) > 1 else ""
         lines.append(("fits", ", ".join(fits) + unsure))
         chosen = "" if entry is None else f" backbone.entry={entry}"
-        refuse_infinite(tensors, compared[fits[0]], path)
+        check_values(tensors, compared[fits[0]], path)
         lines.append(("loads strictly", f"yes: backbone.name={fits[0]} backbone.weights={path}{chosen}"))
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(str(path))

@@ -1,68 +1,40 @@
-"""Weight files: read without executing code, and loaded with a check of every tensor."""
+"""Weights loaded into a model with a check of every tensor."""
 
-import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
-from pickle import UnpicklingError
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from dist_vpt.backbones.config import PositionResize, require_file
+from dist_vpt.backbones.config import PositionResize
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
 from dist_vpt.backbones.weights.entries import Weights, choose_model
 from dist_vpt.backbones.weights.layouts import LAYOUTS
+from dist_vpt.backbones.weights.reading import read_tensors
 from dist_vpt.backbones.weights.recognize import ONLY, recognize
 from dist_vpt.errors import WeightsError
-from dist_vpt.files import first_bytes, looks_like
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FAMILIES = {"vit": "a vision transformer", "swin": "a Swin Transformer"}
 
 
 def read_weights(path: Path, entry: str | None = None) -> Weights:
-    """Read a model from a .safetensors, .npz or torch file of tensors. No pickle is ever executed.
+    """Read a model from a file of tensors: safetensors, NumPy's or torch's.
 
     ``entry``: which one, where the file holds several. Raises WeightsError for a missing, damaged or foreign file.
     """
-    content = _read(path)
+    content = read_tensors(path)
     try:
-        return choose_model(content, entry)
+        weights = choose_model(content, entry)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from None
-
-
-def _read(path: Path) -> object:
-    require_file(path)
-    if kind := looks_like(first_bytes(path)):
-        raise WeightsError(f"{path}: no weights: {kind}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training arguments: numbers and text
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise WeightsError(f"{path}: not a safetensors file ({error}); download it again") from error
-    except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a foreign file
-        # Torch's message on a pickle advises to load it nevertheless: only the object's name is kept of it.
-        reason = str(error).split("\n")[0] or type(error).__name__
-        if "TorchScript" in reason:
-            reason = "a TorchScript archive, which is a program"
-        elif isinstance(error, UnpicklingError):
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"a pickle of {found[1]}" if found else "neither tensors nor text"
-        raise WeightsError(
-            f"{path}: not a file of plain tensors ({reason}). "
-            "Pickled objects are never executed: convert the weights to .safetensors on a machine where you trust them"
-        ) from error
+    for name, tensor in weights.tensors.items():
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            kind = "has no values" if tensor.is_meta else f"is stored as {str(tensor.layout).removeprefix('torch.')}"
+            raise WeightsError(f"{path}: {name} {kind}; save it as a dense tensor with its values")
+    return weights
 
 
 def load_into(
@@ -98,15 +70,15 @@ def load_into(
             "" if lenient or not offered else ", or use backbone.load=lenient"
         )
         raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{load_report}")
-    refuse_infinite(tensors, load_report, path)
+    check_values(tensors, load_report, path)
     state = model.state_dict()
     result = model.load_state_dict(offered, strict=False)
     _prove(model, offered, set(result.missing_keys), state.keys() - offered.keys(), path)
     return replace(load_report, notes=weights.notes)
 
 
-def refuse_infinite(tensors: dict[str, Tensor], load_report: LoadReport, path: Path) -> None:
-    """Raises WeightsError where a tensor that the model uses holds NaN or an infinity, or no floating point numbers."""
+def check_values(tensors: dict[str, Tensor], load_report: LoadReport, path: Path) -> None:
+    """Raises WeightsError where what the model uses is not finite, no floating point numbers, or nothing but 0."""
     for name, tensor in tensors.items():
         if name in load_report.left_out:
             continue
@@ -119,6 +91,9 @@ def refuse_infinite(tensors: dict[str, Tensor], load_report: LoadReport, path: P
         bad = tensor.numel() - int(tensor.isfinite().sum())
         if bad:
             raise WeightsError(f"{path}: {name} holds {bad} values that are not finite; download the file again")
+    matrices = [tensor for name, tensor in tensors.items() if tensor.ndim > 1 and name not in load_report.left_out]
+    if not any(tensor.any() for tensor in matrices):
+        raise WeightsError(f"{path}: all weights are 0; download the file again")
 
 
 def layout_of(tensors: dict[str, Tensor], path: Path) -> str:

@@ -82,7 +82,7 @@ def whole(architecture: str, **options: Any) -> dict[str, torch.Tensor]:
     """All tensors of a model in full size and without memory: one number each, which the file holds once."""
     with torch.device("meta"):
         state = create(architecture, 224, **options).state_dict()
-    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}
+    return {name: torch.ones(1).expand(tensor.shape) for name, tensor in state.items()}
 
 
 def test_a_file_in_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
