@@ -36,6 +36,10 @@ COMMANDS = (train, sweep, plan, suite, launch, inference, compress, report, diag
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit code."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started this process
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; the backend of a notebook may not be installed here
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     parser = build_parser()

@@ -51,7 +51,9 @@ class HfConfig(BaseModel):
 
     config: str | None = Field(default=None, description="configuration (subset) of a hub dataset; null: its default")
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset; null: its newest")
-    image: str | None = Field(default=None, description="column of the images; null: the only Image column")
+    image: str | None = Field(
+        default=None, description="column of the images; null: the only Image column, or the only one of encoded images"
+    )
     label: str | None = Field(default=None, description="column of the labels; null: the only ClassLabel column")
     splits: dict[Literal["train", "val", "test"], str] = Field(
         default_factory=dict,

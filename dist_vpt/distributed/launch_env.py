@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from dist_vpt.errors import UserError
 
 REMOVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by detach_from_launcher
+SWITCHES = ("1", "y", "yes", "t", "true", "on", "0", "n", "no", "f", "false", "off")  # what Accelerate reads
 LEFTOVERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -46,7 +47,18 @@ class LaunchEnv:
 
     @classmethod
     def parse(cls, environ: Mapping[str, str]) -> "LaunchEnv":
-        """From the variables of an environment. Raises UserError for one that is no whole number."""
+        """From the variables of an environment. Raises UserError for one that no launcher writes."""
+        for name in (name for name in environ if name.startswith("ACCELERATE_USE_")):
+            if environ[name].lower() not in SWITCHES:
+                raise UserError(
+                    f"{name} = {environ[name]!r}: this variable of the environment, which a launcher sets, must be "
+                    "true or false; unset it"
+                )
+        if environ.get("LOCAL_RANK") and not environ.get("RANK"):
+            raise UserError(
+                f"LOCAL_RANK = {environ['LOCAL_RANK']!r} is set in the environment, and RANK is not: a process of "
+                "several has both; unset it"
+            )
         return cls(
             rank=_number(environ, "RANK") or 0,
             world_size=_number(environ, "WORLD_SIZE") or 1,

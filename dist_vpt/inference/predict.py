@@ -55,7 +55,9 @@ def predict(
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name another file") from error
+        raise UserError(
+            f"{f'--out {out}' if out else 'the output'}: cannot be written ({error.strerror}); name another file"
+        ) from error
     return rows
 
 

@@ -23,6 +23,7 @@ from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.rank_status import logger
+from dist_vpt.errors import UserError
 from dist_vpt.files import to_json
 from dist_vpt.recipe.differences import flatten
 from dist_vpt.recipe.schema import Recipe
@@ -82,11 +83,18 @@ class RunLogger:
 
     def _start_trackers(self, options: dict[str, dict[str, Any]]) -> None:
         """One by one: what Accelerate takes as one name is TensorBoard's folder and W&B's project."""
-        trackers = []
+        trackers: list[Any] = []
         for name, project in (("tensorboard", "tb"), ("wandb", "dist_vpt")):
             if name in self.recipe.run.trackers:
                 self.accelerator.log_with = [LoggerType(name)]
-                self.accelerator.init_trackers(project, config=_hparams(self.recipe), init_kwargs=options)
+                try:
+                    self.accelerator.init_trackers(project, config=_hparams(self.recipe), init_kwargs=options)
+                except Exception as error:  # trackers raise what they like
+                    self.accelerator.trackers = trackers
+                    reason = str(error).partition("\n")[0] or type(error).__name__
+                    raise UserError(
+                        f"run.trackers: {name} cannot start ({reason}); mend it, or leave it out of run.trackers"
+                    ) from error
                 trackers += self.accelerator.trackers
         self.accelerator.trackers = trackers
 

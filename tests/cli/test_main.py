@@ -321,6 +321,19 @@ def test_tracebacks_are_for_debug() -> None:
     assert "command line: nix.yaml: no such recipe file" in loud.stderr
 
 
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_a_closed_stream_is_no_mistake(closed: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m dist_vpt recipe schema {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_figures_need_no_backend_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    assert main(["recipe", "schema"]) == 0
+    assert os.environ["MPLBACKEND"] == "agg"
+
+
 def test_a_reader_that_has_gone_is_no_mistake() -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -87,4 +87,16 @@ def test_a_detached_process_is_alone_on_its_own_device(
 def test_a_broken_variable_is_named_and_an_empty_one_is_none(name: str) -> None:
     assert LaunchEnv.parse({name: ""}) == LaunchEnv()
     with pytest.raises(UserError, match=rf"^{name} = 'many': .* must be a whole number; unset it$"):
-        LaunchEnv.parse({name: "many"})
+        LaunchEnv.parse({"RANK": "0", name: "many"})
+
+
+def test_a_local_rank_without_a_rank_is_a_leftover() -> None:
+    with pytest.raises(UserError, match=r"^LOCAL_RANK = '0' is set in the environment, and RANK is not: .*; unset it$"):
+        LaunchEnv.parse({"LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP"])
+def test_a_switch_of_accelerate_that_is_none(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^{name} = 'maybe': .* must be true or false; unset it$"):
+        LaunchEnv.parse({name: "maybe"})
+    assert LaunchEnv.parse({name: "True"}) == LaunchEnv.parse({name: "0"}) == LaunchEnv()

@@ -19,6 +19,7 @@ from dist_vpt.data.formats import open_splits
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.launch_env import ALONE
 from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.errors import UserError
 from dist_vpt.experiments import run as run_module
 from dist_vpt.inference.predict import predict
 from dist_vpt.planning import planner
@@ -295,3 +296,12 @@ def test_class_names_of_any_bytes_and_a_figure_that_fails_cost_a_run_nothing(
     result = train(tmp_path / "again", *own)
     assert "test" in result["last"]
     assert "warning: the figures of test could not be drawn (ValueError: no such font)" in capsys.readouterr().out
+
+
+def test_a_tracker_that_cannot_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no folder for events\nand more")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", broken)
+    with pytest.raises(UserError, match=r"^run\.trackers: tensorboard cannot start \(no folder for events\); mend it"):
+        train(tmp_path / "r", "train.epochs=1")

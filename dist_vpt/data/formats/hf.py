@@ -8,12 +8,13 @@ import numpy as np
 from PIL import Image
 
 from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats.image_folder import SPLIT_NAMES, split_of
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
 from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, UserError, nearest
 
-SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+ENCODED = ("binary", "bytes and path")  # columns of encoded images that nobody has declared to be images
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder written by save_to_disk
 
 
@@ -49,8 +50,8 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
         raise UserError("format 'hf' needs the package datasets; pip install 'dist-vpt[hf]'") from None
     parts = _parts(recipe, datasets)
     features = parts["train"].features
-    image = _column(recipe, "image", recipe.hf.image, datasets.Image, features)
-    label = _column(recipe, "label", recipe.hf.label, datasets.ClassLabel, features)
+    image = _column(recipe, "image", recipe.hf.image, features)
+    label = _column(recipe, "label", recipe.hf.label, features)
     labels, classes = _labels(recipe, parts, label)
     found, missing = {}, {}
     for name, part in parts.items():
@@ -59,7 +60,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
         if len(hidden):
             missing[name] = f"{location} record {hidden[0]} has label -1, so its labels are hidden"
             continue
-        if not isinstance(part.features.get(image), datasets.Image):
+        if not _holds_images(part.features.get(image)):
             raise DataError(f"{location}: column {image!r} is not an Image column; fix the dataset")
         column = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         found[name] = Split(name, labels[name], HfSource(column, image, location, Decoding.of(task)))
@@ -75,8 +76,11 @@ def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
     available = _open(recipe, datasets)
     chosen = {str(split): name for split, name in recipe.hf.splits.items()}
     if not chosen:
-        by_name = {split: [name for name in names if name in available] for split, names in SPLIT_NAMES.items()}
-        chosen = {split: names[0] for split, names in by_name.items() if names}
+        for split, names in SPLIT_NAMES.items():
+            exact = [name for name in names if name in available]
+            alike = [name for name in available if split_of(name) == split]  # Train, TRAIN_SET, Testing, ...
+            if exact or len(alike) == 1:
+                chosen[split] = (exact or alike)[0]
     for split, name in chosen.items():
         if name not in available:
             raise DataError(f"data.hf.splits.{split} {name!r}: no such saved split; {nearest(name, available)}")
@@ -101,6 +105,10 @@ def _open(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
         if recipe.hf.splits:
             return {name: datasets.load_dataset(**where, split=name) for name in recipe.hf.splits.values()}
         return datasets.load_dataset(**where)
+    except IndexError as error:  # of a split that was saved without a file
+        raise DataError(
+            f"data.root {recipe.root!r}: one of its splits has no record; save the dataset without this split"
+        ) from error
     except Exception as error:  # the library and its network clients raise errors of many families
         kind = "" if folder.is_dir() else "is not a folder, and as a dataset of the hub it "
         raise DataError(
@@ -109,22 +117,40 @@ def _open(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
         ) from error
 
 
-def _column(recipe: DataConfig, role: str, asked: str | None, kind: type, features: Any) -> str:
+def _column(recipe: DataConfig, role: str, asked: str | None, features: Any) -> str:
+    """The column of images or labels: the one that the recipe names, or the only one of its kind."""
     if asked is not None:
         if asked not in features:
             raise DataError(f"data.hf.{role} {asked!r}: no such column; {nearest(asked, features)}")
-        if role == "image" and not isinstance(features[asked], kind):
+        if role == "image" and not _holds_images(features[asked]):
             raise DataError(
-                f"data.hf.image {asked!r}: is a {type(features[asked]).__name__} column; choose an Image one"
+                f"data.hf.image {asked!r}: is a column of {_kind(features[asked])}; choose one of images, of their "
+                "bytes, or of their paths"
             )
         return asked
-    columns = [name for name, feature in features.items() if isinstance(feature, kind)]
+    kind = "Image" if role == "image" else "ClassLabel"
+    columns = [name for name, feature in features.items() if _kind(feature) == kind]
+    if role == "image" and not columns:
+        columns = [name for name, feature in features.items() if _kind(feature) in ENCODED]
     if len(columns) != 1:
+        listed = ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
         raise DataError(
-            f"{recipe.root}: has {len(columns)} {kind.__name__} columns among {', '.join(features)}; one "
-            f"is needed; choose it with data.hf.{role}"
+            f"{recipe.root}: has {len(columns)} columns of type {kind} among {listed}; one is needed; choose it with "
+            f"data.hf.{role}"
         )
     return columns[0]
+
+
+def _kind(feature: Any) -> str:
+    """A column's type as the library's own messages write it: Image, ClassLabel, binary, string, int64, ..."""
+    if isinstance(feature, dict):
+        return "bytes and path" if feature.keys() == {"bytes", "path"} else "a structure"
+    name = type(feature).__name__
+    return str(feature.dtype) if name == "Value" else name
+
+
+def _holds_images(feature: Any) -> bool:
+    return _kind(feature) in ("Image", "string", *ENCODED)
 
 
 def _labels(recipe: DataConfig, parts: dict[str, Any], column: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:

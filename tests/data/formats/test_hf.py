@@ -1,5 +1,6 @@
 """HuggingFace datasets without a network: saved ones, folders, columns and splits."""
 
+import io
 import pickle
 import re
 import sys
@@ -121,9 +122,47 @@ def test_labels_may_be_numbers_or_text(tmp_path, opened, kind, labels, classes):
 def test_columns_must_be_chosen_where_they_are_not_plain(tmp_path, opened):
     label = datasets.Value("int64")
     save(tmp_path, train=part([1, 2], [0, 1], label, other=[0, 1]))
-    refused(opened, "has 0 ClassLabel columns among picture, kind, other; .* choose it with data.hf.label")
+    found = r"has 0 columns of type ClassLabel among picture \(Image\), kind \(int64\), other \(int64\)"
+    refused(opened, f"{found}; one is needed; choose it with data.hf.label")
     refused(opened, r"data.hf.label 'knid': no such column; did you mean 'kind'\?", hf={"label": "knid"})
-    refused(opened, "data.hf.image 'other': is a Value column; choose an Image one", hf={"image": "other"})
+    refused(opened, "data.hf.image 'other': is a column of int64; choose one of images, of", hf={"image": "other"})
+
+
+def encoded(i):
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 6, 3), i, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("stored", ["binary", "bytes and path", "string"])
+def test_images_that_nobody_has_declared(stored, tmp_path, opened):
+    text, kept = datasets.Value("string"), datasets.Value("binary")
+    values, kind = [encoded(1), encoded(2)], kept
+    if stored == "bytes and path":
+        values, kind = [{"bytes": each, "path": "a.png"} for each in values], {"bytes": kept, "path": text}
+    elif stored == "string":
+        for i, each in enumerate(values):
+            (tmp_path / f"{i}.png").write_bytes(each)
+        values, kind = [str(tmp_path / f"{i}.png") for i in range(2)], text
+    features = datasets.Features({"picture": kind, "kind": datasets.ClassLabel(names=CLASSES)})
+    split = datasets.Dataset.from_dict({"picture": values, "kind": [0, 1]}, features=features)
+    save(tmp_path / "data", train=split, val=split, test=split)
+    root = str(tmp_path / "data")
+    if stored == "string":  # could be anything
+        refused(opened, r"has 0 columns of type Image among picture \(string\)", root=root)
+    splits = opened("hf", root=root, hf={"image": "picture"} if stored == "string" else {})
+    assert grays(splits["test"]) == [1, 2]
+
+
+def test_a_split_without_records(tmp_path, opened):
+    save(tmp_path, train=part([1, 2], [0, 1]), validation=part([], []), test=part([3], [0]))
+    refused(opened, "one of its splits has no record; save the dataset without this split")
+
+
+def test_splits_called_otherwise(tmp_path, opened):
+    save(tmp_path, Train=part([1, 2], [0, 1]), dev_set=part([3], [1]), TESTING=part([4], [0]), extra=part([5], [0]))
+    splits = opened("hf")
+    assert [grays(splits[name]) for name in ("train", "val", "test")] == [[1, 2], [3], [4]]
 
 
 def test_record_without_a_class(tmp_path, opened):
