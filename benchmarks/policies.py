@@ -43,6 +43,7 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.peak_memory import MIB
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import build_method, resolve_inputs
 
@@ -54,7 +55,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(words)
 
     def call() -> None:
-        recipe = load_recipe(*split_arguments(arguments.recipe))
+        recipe, _ = resolve_precision(load_recipe(*split_arguments(arguments.recipe)))
         result = benchmark(recipe, arguments.policies, repeats=arguments.repeats, classes=arguments.classes)
         conclude(result, Path(arguments.out) / file_name(result))
 

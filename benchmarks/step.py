@@ -53,6 +53,7 @@ from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB, peak_memory_mib
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.components import DTYPES, Inputs, build_method, resolve_inputs
 from dist_vpt.training.engine import TrainState, train_step
 
@@ -66,7 +67,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(words)
 
     def call() -> None:
-        recipe = load_recipe(*split_arguments(arguments.recipe))
+        recipe, _ = resolve_precision(load_recipe(*split_arguments(arguments.recipe)))
         result = benchmark(recipe, repeats=arguments.repeats, classes=arguments.classes)
         conclude(result, Path(arguments.out) / file_name(result))
 

@@ -70,6 +70,7 @@ from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.build_trials import gradient_scaler
 from dist_vpt.training.components import DTYPES, build_method, build_reader, resolve_inputs
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def call() -> None:
         files, overrides = split_arguments(arguments.recipe)
-        result = benchmark(load_recipe([DEFAULTS, *files], overrides, protocol="published"), arguments)
+        recipe, _ = resolve_precision(load_recipe([DEFAULTS, *files], overrides, protocol="published"))
+        result = benchmark(recipe, arguments)
         conclude(result, Path(arguments.out) / file_name(result))
 
     return run_with_exit_code(call, debug=arguments.debug)

@@ -45,6 +45,7 @@ from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.planning.measure import make_training, synthetic_batches
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import strategy_name
 from dist_vpt.training.components import resolve_inputs
 from dist_vpt.training.engine import train_step
@@ -208,7 +209,7 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(words)
 
     def call() -> None:
-        recipe = load_recipe(*split_arguments(arguments.recipe))
+        recipe, _ = resolve_precision(load_recipe(*split_arguments(arguments.recipe)))
         print(json.dumps(measure(recipe, classes=arguments.classes, repeats=arguments.repeats)), flush=True)
 
     return run_with_exit_code(call, debug=arguments.debug)

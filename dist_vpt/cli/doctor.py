@@ -60,6 +60,7 @@ def checks(run_dir: Path) -> dict[str, Callable[[], CheckResult]]:
     return {
         "packages": check_packages,
         "gpu": check_gpu,
+        "precision": check_precision,
         "launcher": check_launcher,
         "collectives": check_collectives,
         "deepspeed": check_deepspeed,
@@ -126,6 +127,14 @@ def check_gpu() -> CheckResult:
             return CheckResult("error", f"{built}: GPU {index} ({name}): {str(error).splitlines()[0]}", fix)
         names.append(f"{name} ({free / GIB:.0f} of {total / GIB:.0f} GiB free)")
     return CheckResult("ok", f"{built}: {', '.join(names)}")
+
+
+def check_precision() -> CheckResult:
+    """What runtime.precision=auto comes to here."""
+    from dist_vpt.runtime.precision import choose_precision
+
+    name, reason = choose_precision(cpu=False)
+    return CheckResult("ok", f"auto is {name}, {reason}")
 
 
 def check_launcher() -> CheckResult:

@@ -41,6 +41,11 @@ def move_unwritable_caches(environ: MutableMapping[str, str] = os.environ) -> st
     )
 
 
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder for what this package itself keeps between runs; None for a user without a home."""
+    return _default("dist_vpt", environ)
+
+
 def _default(folder: str, environ: Mapping[str, str]) -> Path | None:
     home = _home(environ)
     if folder.startswith("~"):

@@ -35,6 +35,7 @@ from dist_vpt.methods.config import VQTConfig
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import Components, build_components
 
@@ -103,7 +104,7 @@ def open_source(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Sour
     """A VQT run with its adapters loaded. Raises UserError where it is none, or is not of this data."""
     folder = RunFolder(run)
     folder.refuse_sweep()
-    recipe = folder.load(overrides)
+    recipe, _ = resolve_precision(folder.load(overrides))
     if folder.load().method.name != "vqt" or not isinstance(recipe.method, VQTConfig):
         name = folder.load().method.name
         raise UserError(

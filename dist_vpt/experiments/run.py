@@ -21,6 +21,7 @@ from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
 from dist_vpt.runtime.peak_memory import MIB, free_and_reset_peak
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import (
     capture_user_error,
     frozen_bytes,
@@ -39,15 +40,18 @@ from dist_vpt.training.metrics import Scores
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
     launch, status = LaunchEnv.current(), status or RankStatus()
+    folder = RunFolder(str(recipe.run.dir))
+    recipe, why = resolve_precision(recipe, folder)
 
     def make() -> tuple[Components, TrainBatches]:
         parts = build_components(recipe, launch)
         train = parts.training(launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written
+        if why:
+            parts.method.backbone.chosen["precision"] = why
         return parts, train
 
     free_and_reset_peak()
-    folder = RunFolder(str(recipe.run.dir))
     made, refused = capture_user_error(launch, make)  # before any process waits for another
     with StopSignal() as stop, ExitStack() as leaving:
         accelerator = init_accelerator(recipe, launch, status, refused, leaving)

@@ -8,7 +8,7 @@ worker's process ends, however it ends, shows that a worker is at it.
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from dist_vpt.experiments.sweep_grid import SweepJob, read_outcome, seed_jobs
 from dist_vpt.experiments.sweep_report import conclude
 from dist_vpt.experiments.sweep_worker import Worker
 from dist_vpt.files import locked, read_json
+from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runs.results import FILE, Parameters, Protocol, Result, Spread, append, finished_runs
+from dist_vpt.runtime.precision import resolve_precision
 
 POLL_SECONDS = 0.5
 
@@ -47,7 +49,8 @@ class SuiteWorker:
     """One process that does work items until none is left."""
 
     def __init__(self, folder: Path, experiments: Sequence[Experiment]):
-        self.folder, self.experiments = folder, experiments
+        self.folder = folder
+        self.experiments = [replace(each, recipe=_for_this_machine(each)) for each in experiments]
         self.failed: dict[str, str] = {}  # reasons by the experiments' keys, in case the disk is too full for them
         clock = folder / "claims" / "clock"
         with locked(clock, LOCK_FIX, timeout=-1):  # the file server's time, with which failures are compared
@@ -152,6 +155,12 @@ class SuiteWorker:
 
     def _show(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+def _for_this_machine(experiment: Experiment) -> Recipe:
+    """The recipe in the precision that the suite's first worker has chosen, or else in this machine's."""
+    recipe, _ = resolve_precision(experiment.recipe, RunFolder(experiment.folder))
+    return recipe
 
 
 def work_items(experiment: Experiment) -> Iterator[WorkItem]:

@@ -35,6 +35,7 @@ from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import capture_user_error, init_accelerator, launcher_notes
 from dist_vpt.training.components import build_components
 
@@ -44,10 +45,12 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     launch = LaunchEnv.current()
     rank, world, status = launch.rank, launch.world_size, RankStatus()
+    folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
+    recipe, why = resolve_precision(recipe, folder)
     notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launch, recipe)
+    notes += [f"precision {why}"] if why else []
     if recipe.sweep.parallelize == "trials":
         launch = detach_from_launcher(launch)
-    folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
     rungs = Rungs(recipe, folder.path)
     first = rungs.grid[0].recipe
     shared = recipe.sweep.parallelize == "batch"  # or each process works alone

@@ -12,6 +12,7 @@ from dist_vpt.files import read_json
 from dist_vpt.inference.load import classes_of
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import build_components
 from dist_vpt.training.engine import evaluate
@@ -21,7 +22,7 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
     """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it."""
     folder = RunFolder(run)
     folder.refuse_sweep()
-    recipe = folder.load(overrides)
+    recipe, _ = resolve_precision(folder.load(overrides))
     launch = LaunchEnv.current()
     components = build_components(recipe, launch)
     path = folder.best if adapters == "best" else folder.adapters

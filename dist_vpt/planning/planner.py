@@ -20,6 +20,7 @@ from dist_vpt.planning.footprint import footprint, weightless
 from dist_vpt.planning.machines import CONTEXT, GIB, Machines, device_memory, machines_of, size
 from dist_vpt.planning.measure import known_speeds, measure
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import strategy_name
 from dist_vpt.training.components import resolve_inputs
 
@@ -39,6 +40,9 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)
     gpus = recipe.runtime.device != "cpu" and (memory is not None or torch.cuda.is_available())
+    if gpus and not torch.cuda.is_available() and recipe.runtime.precision == "auto":  # GPUs of elsewhere
+        recipe = recipe.changed("runtime", precision="bf16")
+    recipe, _ = resolve_precision(recipe)
     machines = Machines(device_memory(gpus) if memory is None else memory, devices, nodes, gpus)
     classes = count_classes(recipe.data)
     method = weightless(as_counted(recipe, gpus=gpus), resolve_inputs(recipe.data, recipe.backbone), classes)

@@ -127,8 +127,10 @@ class RuntimeConfig(Section):
     """Device, precision, memory and kernels."""
 
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator if there is one, else the CPU")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of activations and frozen weights; trained tensors are always float32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="of activations and frozen weights; trained tensors are always float32. auto: bf16 on GPUs that "
+        "have units for it and on CPUs that multiply faster in it, else fp32",
     )
     quantize: Literal["none", "int8"] = Field(
         "none",

@@ -13,6 +13,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    gather_object,
 )
 from torch import distributed, nn
 
@@ -79,6 +80,19 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return accelerator
+
+
+def _refuse_two_precisions(accelerator: RankAccelerator, recipe: Recipe) -> None:
+    """Raise a UserError on all processes where runtime.precision=auto came to another one on another machine."""
+    found: list[str] = gather_object([recipe.runtime.precision])
+    if len(set(found)) > 1:
+        other = next(rank for rank, precision in enumerate(found) if precision != found[0])
+        refused = UserError(
+            f"runtime.precision = auto: is {found[0]} for process 0 and {found[other]} for process {other}, whose "
+            "machine is another; set runtime.precision"
+        )
+        refused.shared = True
+        raise refused
 
 
 def launcher_notes(launch: LaunchEnv, recipe: Recipe) -> list[str]:
@@ -206,6 +220,7 @@ def init_accelerator(
         if not within:
             leaving.callback(accelerator.end_training)
         raise_on_any_rank(accelerator, error)
+        _refuse_two_precisions(accelerator, recipe)
     except (UserError, RuntimeError) as failure:  # such as a collective call that another process never joins
         if error is None or (isinstance(failure, UserError) and failure.shared):
             raise

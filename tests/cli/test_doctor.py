@@ -18,7 +18,17 @@ from tests.running import ROOT
 
 pytestmark = pytest.mark.slow
 
-CHECKS = ["packages", "gpu", "launcher", "collectives", "deepspeed", "run folder", "shared memory", "extras"]
+CHECKS = [
+    "packages",
+    "gpu",
+    "precision",
+    "launcher",
+    "collectives",
+    "deepspeed",
+    "run folder",
+    "shared memory",
+    "extras",
+]
 CLEARED = (*LEFTOVERS, "CUDA_VISIBLE_DEVICES", "CXX", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 # Found by Python where it starts: an installed package whose library is missing.

@@ -55,7 +55,7 @@ def test_the_order_of_names_does_not_matter(names: tuple[str, ...]) -> None:
     # VQT's published batch size and epochs win over those of the data, and its rate over the quick start's.
     recipe = load(*names, "data.root=x", "protocol=published")
     assert (recipe.train.batch_size, recipe.train.epochs, recipe.optim.lr) == (128, 100, 0.25)
-    assert recipe.runtime.precision == "bf16"
+    assert recipe.runtime.precision == "auto"
 
 
 def test_published_counts_are_taken_with_names() -> None:

@@ -1,0 +1,147 @@
+"""runtime.precision=auto: what it comes to on a machine, that it stays so for a run, and that it is told."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.experiments.sweep import sweep
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runtime import precision
+from dist_vpt.runtime.precision import resolve_precision, speed_up
+from dist_vpt.training import accelerator as accelerator_module
+from tests.running import TINY, train
+
+AUTO = load_recipe([], ["runtime.precision=auto", "runtime.device=cpu"])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/dist_vpt/precision.json"
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
+    """A CPU that multiplies so many times as fast in bf16."""
+    monkeypatch.setattr(precision, "_seconds", lambda a, b: times if a.dtype == torch.float32 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen"), [(0.3, "fp32"), (1.0, "fp32"), (1.19, "fp32"), (1.2, "bf16"), (6, "bf16")]
+)
+def test_a_cpu_s_precision_is_the_one_it_multiplies_faster_in(
+    times: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(monkeypatch, times)
+    recipe, why = resolve_precision(AUTO)
+    assert recipe == AUTO.changed("runtime", precision=chosen)
+    assert why == f"{chosen}, since this CPU multiplies {times:.1f} times as fast in bf16 as in fp32"
+
+
+def test_a_precision_that_was_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 6)
+    for given in ("fp32", "bf16", "fp16"):
+        recipe = load_recipe([], [f"runtime.precision={given}"])
+        assert resolve_precision(recipe) == (recipe, "")
+
+
+def test_the_products_are_timed_in_both_types() -> None:
+    a, b = torch.ones(8, 8), torch.ones(8, 8)
+    assert 0 < precision._seconds(a, b) < 1
+    assert 0 < precision._seconds(a.bfloat16(), b.bfloat16()) < 1
+    assert precision._measure() > 0
+
+
+def test_a_machine_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 6)
+    assert speed_up() == 6
+    machine(monkeypatch, 0.3)
+    assert speed_up() == 6
+    monkeypatch.setattr(precision, "_machine", lambda: "another")
+    assert speed_up() == 0.3
+    assert sorted(json.loads(cache.read_text()).values()) == [0.3, 6]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": null}', '"a"'])
+def test_a_damaged_file_is_measured_anew(content: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content.replace("x", precision._machine()))
+    machine(monkeypatch, 6)
+    assert speed_up() == 6
+    assert json.loads(cache.read_text())[precision._machine()] == 6
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    machine(monkeypatch, 6)
+    assert speed_up() == 6
+
+
+@pytest.mark.parametrize(
+    ("supported", "why"),
+    [(True, "bf16, in which a card computes"), (False, "fp32, since a card has no units for bf16")],
+)
+def test_a_gpu_s_precision_is_that_of_the_process_s_own_device(
+    supported: bool, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    fake = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        set_device=asked.append,
+        get_device_name=lambda: "a card",
+        is_bf16_supported=lambda including_emulation: asked.append(including_emulation) or supported,
+    )
+    monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    recipe, told = resolve_precision(AUTO.changed("runtime", device="auto"))
+    assert (recipe.runtime.precision, told) == (why[:4], why)
+    assert asked == [1, False]  # its device before anything asks CUDA; and no emulation
+    assert resolve_precision(AUTO)[1].endswith("as in fp32")  # runtime.device=cpu asks no GPU
+    assert asked == [1, False]
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 6)
+    result = train(tmp_path / "r", "runtime.precision=auto")
+    assert result["precision"] == "bf16"
+    assert result["runtime"]["precision"] == "bf16, since this CPU multiplies 6.0 times as fast in bf16 as in fp32"
+    assert "precision bf16, since this CPU multiplies" in (tmp_path / "r/train.log").read_text()
+    assert RunFolder(tmp_path / "r").load().runtime.precision == "bf16"
+    machine(monkeypatch, 0.3)
+    monkeypatch.setattr(precision, "_machine", lambda: "another")
+    recipe, why = resolve_precision(AUTO, RunFolder(tmp_path / "r"))
+    assert (recipe.runtime.precision, why) == ("bf16", "bf16, as the run began")
+    assert train(tmp_path / "r", "runtime.precision=auto", "run.resume=auto") == result
+    with pytest.raises(RunFolderError, match=r"runtime\.precision"):
+        train(tmp_path / "r", "runtime.precision=fp32", "run.resume=auto")
+
+
+@pytest.mark.slow
+def test_a_sweep_and_its_runs_have_one_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch, 6)
+    grid = ["sweep.grid={optim: {lr: [0.1, 0.2]}}", "sweep.seeds=[0]", "method.name=linear"]
+    sweep(load_recipe([], [*TINY, *grid, "runtime.precision=auto", f"run.dir={tmp_path}/s"]))
+    assert "precision bf16, since this CPU multiplies 6.0 times" in capsys.readouterr().out
+    folders = [tmp_path / "s", tmp_path / "s/seeds/0"]
+    assert [RunFolder(folder).load().runtime.precision for folder in folders] == ["bf16", "bf16"]
+    trial = json.loads((tmp_path / "s/trials/000.json").read_text())
+    assert trial["recipe"]["runtime"]["precision"] == "bf16"
+
+
+def test_processes_of_unlike_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator_module, "gather_object", lambda own: [*own, "fp32"])
+    recipe: Recipe = AUTO.changed("runtime", precision="bf16")
+    with pytest.raises(UserError, match=r"auto: is bf16 for process 0 and fp32 for process 1, .*; set runtime\.precis"):
+        accelerator_module._refuse_two_precisions(SimpleNamespace(), recipe)  # type: ignore[arg-type]
