@@ -125,7 +125,8 @@ class DataConfig(BaseModel):
     )
     cache: Cache | None = Field(
         default=None,
-        description="memory: decode and resize each image once per process; null: the task's",
+        description="memory: decode and resize each image once per process, and augment it in each epoch; null: the "
+        "task's",
     )
     workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     on_decode_error: Literal["fail", "skip"] = Field(

@@ -2,7 +2,7 @@
 
 H, W height and width of what is cut from; S side of the result. The backbone normalizes.
 
-The ``vpt`` resize is float32 and is computed for every batch: caches always hold uint8.
+The ``vpt`` resize is float32. Where nothing is drawn, it never changes either, but its result is four times as large.
 """
 
 from dataclasses import dataclass
@@ -52,14 +52,14 @@ class ImageTransform:
             return np.asarray(picture)
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
         pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.interpolation]))
-        return pixels_HW3 if self._random(train) else _center_crop(pixels_HW3, self.image_size)
+        return pixels_HW3 if self.draws(train) else _center_crop(pixels_HW3, self.image_size)
 
     def varied(self, pixels_HW3: np.ndarray, train: bool, seed: int, epoch: int, index: int) -> np.ndarray:
         """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``."""
         if self.interpolation == "vpt":
             height, width, _ = pixels_HW3.shape
             pixels_HW3 = vpt_resize(pixels_HW3, *self._before_cut(height, width, train))
-        if not self._random(train):
+        if not self.draws(train):
             return _center_crop(pixels_HW3, self.image_size)
         height, width, _ = pixels_HW3.shape
         draws = np.random.PCG64(np.random.SeedSequence((seed, epoch, index))).random_raw(3)
@@ -76,13 +76,14 @@ class ImageTransform:
         """The picture transformed for evaluation: [3, S, S] of ``dtype``."""
         return _tensor(self.varied(self.fixed(picture, False), False, 0, 0, 0))
 
-    def _random(self, train: bool) -> bool:
+    def draws(self, train: bool) -> bool:
+        """Whether a part is drawn anew in each epoch."""
         return train and self.augment == "fgvc"
 
     def _before_cut(self, height: int, width: int, train: bool) -> tuple[int, int]:
         """Height and width to which a picture of this size is brought."""
         if self.crop_mode == "squash":
-            side = self.shorter_side if self._random(train) else self.image_size
+            side = self.shorter_side if self.draws(train) else self.image_size
             return side, side
         shorter = min(height, width)
         return self.shorter_side * height // shorter, self.shorter_side * width // shorter

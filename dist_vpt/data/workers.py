@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
@@ -57,13 +57,17 @@ class BatchSource(Protocol):
 
 @dataclass
 class ImageReader:
-    """Reads images: the part of their pixels that never changes, and which files could not be read."""
+    """Reads images: the part of their pixels that never changes, and which files could not be read.
+
+    ``final``: reads what a batch holds of an image instead, [3, S, S], where nothing is drawn.
+    """
 
     split: Split
     transform: ImageTransform
     train: bool
     on_decode_error: BadImages
     max_megapixels: float
+    final: bool = False
     reading: torch.Tensor | None = None  # int64 [W], shared with the workers: the image that each one reads
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found | DataError:
@@ -86,16 +90,21 @@ class ImageReader:
 
     def _fixed(self, picture: Picture, i: int) -> np.ndarray:
         try:
-            return self.transform.fixed(picture, self.train)
+            fixed = self.transform.fixed(picture, self.train)
+            if not self.final:
+                return fixed
+            pixels_SS3 = self.transform.varied(fixed, self.train, 0, 0, i)
+            return np.ascontiguousarray(pixels_SS3.transpose(2, 0, 1))
         except DataError as error:
             raise DataError(f"{self.split.where(i)}: {error}") from error
 
 
 @dataclass
 class CachedImages:
-    """The answers of an ImageReader for every image that this process needs."""
+    """The answers of an ImageReader for every image that this process needs; ``final`` as there."""
 
     pixels: dict[int, np.ndarray | None]
+    final: bool
 
     def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found:
         return [self.pixels[int(i)] for i in indices], []
@@ -117,7 +126,7 @@ class ImageBatches:
 
     def __getitem__(self, request: tuple[int, np.ndarray, int | None]) -> tuple[Batch, list[str]] | DataError:
         epoch, index_b, slot = request
-        split, transform, train = self.reader.split, self.reader.transform, self.reader.train
+        split = self.reader.split
         images = self.empty(len(index_b)) if slot is None else self._in_slot(slot, len(index_b))
         images_b3SS = images.numpy()
         labels_b = np.zeros(len(index_b), np.int64)
@@ -127,12 +136,12 @@ class ImageBatches:
         if isinstance(found, DataError):
             return found
         pixels, unreadable = found
-        for position, pixels_HW3 in zip(positions, pixels, strict=True):
+        final = self.cached is not None and self.cached.final
+        for position, stored in zip(positions, pixels, strict=True):
             i = int(index_b[position])
             labels_b[position] = split.labels[i]
-            if pixels_HW3 is not None:
-                pixels_SS3 = transform.varied(pixels_HW3, train, self.seed, epoch, i)
-                images_b3SS[position] = pixels_SS3.transpose(2, 0, 1)
+            if stored is not None:
+                images_b3SS[position] = stored if final else self._varied(stored, epoch, i)
                 weight_b[position] = 1
         images_b3SS[weight_b == 0] = 0
         batch = Batch(
@@ -142,6 +151,10 @@ class ImageBatches:
             index=torch.from_numpy(index_b.astype(np.int64)),
         )
         return batch, unreadable
+
+    def _varied(self, pixels_HW3: np.ndarray, epoch: int, i: int) -> np.ndarray:
+        reader = self.reader
+        return reader.transform.varied(pixels_HW3, reader.train, self.seed, epoch, i).transpose(2, 0, 1)
 
     def taken(self, slot: int, images: int) -> torch.Tensor:
         """A copy of a slot's images, in pinned memory where there is a GPU."""
@@ -191,7 +204,8 @@ class WorkerSource:
         self._batches.slots = None
 
     def _filled(self) -> CachedImages:
-        reader = self._batches.reader
+        given = self._batches.reader
+        reader = replace(given, final=not given.transform.draws(given.train))
         _check_memory(reader, len(self._needed), self._local_world)
         chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
         pixels: dict[int, np.ndarray | None] = {}
@@ -200,7 +214,7 @@ class WorkerSource:
             pixels.update(zip(chunk, found, strict=True))
             self.skipped.update(unreadable)
         pool.close()
-        return CachedImages(pixels)
+        return CachedImages(pixels, reader.final)
 
 
 class WorkerPool:
@@ -293,11 +307,11 @@ def _forkserver() -> Any:
 
 def _check_memory(reader: ImageReader, images: int, processes: int) -> None:
     transform = reader.transform
-    cropped_later = reader.train and transform.augment == "fgvc"
-    # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a vpt resize
-    # no side is known: assume the square's.
-    pixels = transform.shorter_side**2 * 1.5 if cropped_later else transform.image_size**2
-    needed, available = images * pixels * 3 * processes, psutil.virtual_memory().available
+    # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a random crop
+    # and a vpt resize no side is known: assume the same.
+    pixels = transform.image_size**2 if reader.final else transform.shorter_side**2 * 1.5
+    per_pixel = 3 * np.dtype(transform.dtype if reader.final else np.uint8).itemsize
+    needed, available = images * pixels * per_pixel * processes, psutil.virtual_memory().available
     if needed > available:
         raise DataError(
             f"data.cache: memory needs {needed / 2**30:.1f} GiB for {images} images of {transform.image_size} px "

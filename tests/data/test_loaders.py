@@ -3,13 +3,14 @@
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dist_vpt.data import transforms
 from dist_vpt.data.images import decode
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import ArraySource, Split, shuffled
@@ -19,6 +20,7 @@ from dist_vpt.errors import DataError, UserError
 N, SEED, EPOCH = 53, 7, 3
 PLAIN = ImageTransform(8, "bilinear", "squash")
 AUGMENTED = ImageTransform(16, "bilinear", "crop", "fgvc")
+PUBLISHED = ImageTransform(8, "vpt", "squash")
 
 
 def make_split(n: int = N) -> Split:
@@ -273,12 +275,40 @@ def test_cached_images_are_read_once(files, tmp_path):
     assert [path.read_text() for path in tmp_path.glob("*.reads")] == ["x"] * 8
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("transform", [PLAIN, AUGMENTED, PUBLISHED, replace(PUBLISHED, augment="fgvc")])
+def test_cached_images_are_those_that_are_read_anew(transform, workers, files):
+    split = files()
+    each = [TrainBatches(split, transform, batch_size=4, cache=cache, workers=workers) for cache in ("none", "memory")]
+    for epoch in range(2):
+        for (anew,), (cached,) in zip(*(batches.epoch(epoch) for batches in each), strict=True):
+            assert torch.equal(anew["images"], cached["images"])
+            assert anew["images"].dtype == cached["images"].dtype
+            assert torch.equal(anew["index"], cached["index"])
+    for batches in each:
+        batches.close()
+
+
+def test_cached_images_are_resized_once_where_nothing_is_drawn(files, monkeypatch):
+    calls = []
+    resize = transforms.vpt_resize
+    monkeypatch.setattr(transforms, "vpt_resize", lambda *given: calls.append(given) or resize(*given))
+    for transform, passes in ((PUBLISHED, 1), (replace(PUBLISHED, augment="fgvc"), 3)):
+        calls.clear()
+        train = TrainBatches(files(), transform, batch_size=4, cache="memory")
+        for epoch in range(3):
+            list(train.epoch(epoch))
+        assert len(calls) == 8 * passes
+    list(EvalBatches(files(), replace(PUBLISHED, augment="fgvc"), 4, cache="memory"))
+    assert len(calls) == 8 * 4
+
+
 @dataclass
 class Memory:
     available: int  # bytes
 
 
-@pytest.mark.parametrize(("transform", "pixels"), [(PLAIN, 8 * 8), (AUGMENTED, 18 * 27)])
+@pytest.mark.parametrize(("transform", "pixels"), [(PLAIN, 8 * 8), (AUGMENTED, 18 * 27), (PUBLISHED, 8 * 8 * 4)])
 def test_cache_that_does_not_fit(monkeypatch, transform, pixels):
     def first_step(**more):
         return next(TrainBatches(make_split(), transform, batch_size=2, world=2, cache="memory", **more).epoch(0))
