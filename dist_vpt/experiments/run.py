@@ -41,7 +41,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
     launch, status = LaunchEnv.current(), status or RankStatus()
     folder = RunFolder(str(recipe.run.dir))
-    recipe, why = resolve_precision(recipe, folder)
+    recipe, why = resolve_precision(recipe, folder.precision)
 
     def make() -> tuple[Components, TrainBatches]:
         parts = build_components(recipe, launch)

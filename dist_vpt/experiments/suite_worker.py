@@ -159,7 +159,7 @@ class SuiteWorker:
 
 def _for_this_machine(experiment: Experiment) -> Recipe:
     """The recipe in the precision that the suite's first worker has chosen, or else in this machine's."""
-    recipe, _ = resolve_precision(experiment.recipe, RunFolder(experiment.folder))
+    recipe, _ = resolve_precision(experiment.recipe, RunFolder(experiment.folder).precision)
     return recipe
 
 

@@ -46,7 +46,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     launch = LaunchEnv.current()
     rank, world, status = launch.rank, launch.world_size, RankStatus()
     folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
-    recipe, why = resolve_precision(recipe, folder)
+    recipe, why = resolve_precision(recipe, folder.precision)
     notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launch, recipe)
     notes += [f"precision {why}"] if why else []
     if recipe.sweep.parallelize == "trials":

@@ -60,6 +60,10 @@ class RunFolder:
             raise RunFolderError(f"{self.path}: not a run folder (no recipe.yaml); name a folder that `train` wrote")
         return load_recipe([self.recipe], [*self._keys_of_older_versions(), *overrides])
 
+    def precision(self) -> str | None:
+        """That of the run or sweep that has begun here; None before."""
+        return self.load().runtime.precision if self.recipe.is_file() else None
+
     def _keys_of_older_versions(self) -> list[str]:
         """What a run of a version without these keys did: it had the published settings alone."""
         try:

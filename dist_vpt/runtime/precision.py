@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,21 +17,20 @@ from dist_vpt.files import write_atomically
 
 if TYPE_CHECKING:
     from dist_vpt.recipe.schema import Recipe
-    from dist_vpt.runs.folder import RunFolder
 
 SPEED_UP = 1.2  # of a matrix product, below which bf16 is not worth its rounding
 ROWS, WIDTH, REPEATS = 256, 768, 5  # of the product that is timed: a ViT-B's tokens times a square weight
 
 
-def resolve_precision(recipe: "Recipe", folder: "RunFolder | None" = None) -> tuple["Recipe", str]:
+def resolve_precision(recipe: "Recipe", begun_with: Callable[[], str | None] = lambda: None) -> tuple["Recipe", str]:
     """The recipe with the precision that ``auto`` comes to here, and a line with the reason; "" where it was given.
 
-    ``folder``: of the run or sweep. What has begun there, perhaps on another machine, keeps its precision.
+    ``begun_with``: gives that of the same run or sweep, which may have begun on another machine, or None.
     """
     if recipe.runtime.precision != "auto":
         return recipe, ""
-    if folder is not None and folder.recipe.is_file():
-        name, reason = str(folder.load().runtime.precision), "as the run began"
+    if (earlier := begun_with()) is not None:
+        name, reason = earlier, "as the run began"
     else:
         name, reason = choose_precision(cpu=recipe.runtime.device == "cpu")
     return recipe.changed("runtime", precision=name), f"{name}, {reason}"

@@ -119,7 +119,7 @@ def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatc
     assert RunFolder(tmp_path / "r").load().runtime.precision == "bf16"
     machine(monkeypatch, 0.3)
     monkeypatch.setattr(precision, "_machine", lambda: "another")
-    recipe, why = resolve_precision(AUTO, RunFolder(tmp_path / "r"))
+    recipe, why = resolve_precision(AUTO, RunFolder(tmp_path / "r").precision)
     assert (recipe.runtime.precision, why) == ("bf16", "bf16, as the run began")
     assert train(tmp_path / "r", "runtime.precision=auto", "run.resume=auto") == result
     with pytest.raises(RunFolderError, match=r"runtime\.precision"):
