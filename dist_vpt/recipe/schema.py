@@ -155,6 +155,11 @@ class RuntimeConfig(Section):
         False,
         description="compile each block (torch.compile); without a C compiler it is logged and skipped",
     )
+    tf32: bool | None = Field(
+        None,
+        description="compute products of float32 numbers in TF32 on a GPU: faster, with 10 of 23 bits; null: yes, "
+        "unless deterministic",
+    )
     memory_check: Literal["refuse", "warn", "ignore"] = Field(
         "refuse", description="what to do on a GPU when the estimate of `dist-vpt plan` exceeds its memory"
     )

@@ -15,6 +15,7 @@ from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.attention import apply_attention
 from dist_vpt.runtime.compile import apply_compile
 from dist_vpt.runtime.offload import apply_offload
+from dist_vpt.runtime.tf32 import apply_tf32
 
 if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch.dtype, *, writes: bool) -> None:
     """Apply the runtime settings, after the method is attached. ``writes``: gradients flow through the blocks."""
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
+    if not cpu:
+        apply_tf32(backbone, runtime)
     if runtime.quantize == "int8":
         from dist_vpt.runtime.int8 import apply_int8
 

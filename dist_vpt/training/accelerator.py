@@ -214,6 +214,8 @@ def init_accelerator(
     recipe: Recipe, launch: LaunchEnv, status: RankStatus, error: UserError | None, leaving: ExitStack
 ) -> RankAccelerator:
     """The Accelerator of all processes. Raises, on all of them, the first ``error`` that one has captured before."""
+    # For the next run of this process, such as a suite's.
+    leaving.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
     within = distributed.is_initialized()  # a sweep keeps its process group for its next run
     try:
         accelerator = make_accelerator(recipe, launch, status)

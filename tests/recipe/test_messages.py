@@ -120,6 +120,7 @@ VALUES = [
     ("runtime.offload=x", "'x'", BOOLEAN),
     ("runtime.attention=x", "'x'", CHOICE + "auto, eager, flash, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash"),
     ("runtime.compile=x", "'x'", BOOLEAN),
+    ("runtime.tf32=x", "'x'", BOOLEAN),
     ("runtime.memory_check=x", "'x'", CHOICE + "ignore, refuse, warn"),
     ("runtime.deterministic=x", "'x'", BOOLEAN),
     ("run.resume=x", "'x'", CHOICE + "auto, never"),
