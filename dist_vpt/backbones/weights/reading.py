@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> object:
     try:
         if head.lstrip().startswith(b"{"):
             return _read_index(path)
-        if not head.startswith(TORCH) and (head[8:9] == b"{" or path.suffix == ".safetensors"):
+        if _is_safetensors(head, path):
             return load_file(path)
         if _is_npz(path):
             with np.load(path, allow_pickle=False) as arrays:
@@ -55,6 +55,13 @@ def read_tensors(path: Path) -> object:
         raise WeightsError(f"{path}: not a safetensors file ({error}); download it again") from error
     except Exception as error:  # torch, pickle, zip and NumPy raise a dozen types for a foreign file
         raise WeightsError(f"{path}: {_reason(error, head)}") from error
+
+
+def _is_safetensors(head: bytes, path: Path) -> bool:
+    """Whether a file starts with the length of a header, and the header; it may be cut off where its name is right."""
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return True  # asked first: a length of 128 + 256 n starts with the byte that a pickle does
+    return not head.startswith(TORCH) and (head[8:9] == b"{" or path.suffix == ".safetensors")
 
 
 def _read_torch(path: Path) -> object:

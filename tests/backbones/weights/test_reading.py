@@ -43,6 +43,20 @@ def test_the_name_of_a_file_does_not_matter(stored: str, name: str, tmp_path: Pa
     assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mark", [b"\x80", b"PK"])
+def test_a_header_whose_length_looks_like_another_format(mark: bytes, name: str, tmp_path: Path) -> None:
+    """The file starts with the length as a number, in which any two bytes may come first."""
+    save_file(TENSORS, tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    length = next(n for n in range(end, 2**16) if n.to_bytes(8, "little").startswith(mark))
+    header = content[8:end].ljust(length)  # the format allows spaces at its end
+    (tmp_path / name).write_bytes(length.to_bytes(8, "little") + header + content[end:])
+    found = read_weights(tmp_path / name).tensors
+    assert {key: found[key].tolist() for key in found} == {key: tensor.tolist() for key, tensor in TENSORS.items()}
+
+
 def test_an_index_of_several_files(tmp_path: Path) -> None:
     names = {"blocks.0.a": "model-00001-of-00002.safetensors", "blocks.1.a": "model-00002-of-00002.safetensors"}
     for key, name in names.items():
