@@ -58,6 +58,7 @@ from dist_vpt.files import write_atomically
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
+from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.components import resolve_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "cpu"
     )
     recipes = {
-        name: load_recipe([], ["backbone.weights=random", *METHODS[name], *arguments.overrides])
+        name: resolve_precision(load_recipe([], ["backbone.weights=random", *METHODS[name], *arguments.overrides]))[0]
         for name in arguments.methods
     }
     first = next(iter(recipes.values()))

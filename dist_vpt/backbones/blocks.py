@@ -52,7 +52,8 @@ def unpack_block(
 ) -> BlockParts:
     """The parts of a block. Raises UserError unless it is a plain pre-norm block."""
     block: Any = module
-    if type(block) is not Block or type(block.attn) is not Attention or block.attn.gate is not None:
+    plain = type(block) is Block and type(block.attn) is Attention
+    if not plain or getattr(block.attn, "gate", None) is not None:  # timm before 1.0.28 has no gates
         attention = type(getattr(block, "attn", block)).__name__
         raise UserError(
             f"block {number} of the backbone is a {type(block).__name__} with {attention}: its parts are accessible "

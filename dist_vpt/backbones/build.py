@@ -76,6 +76,8 @@ def build(
             raise UserError(
                 f"backbone.global_pool = {pool}: Swin has the mean of its patches, and no class token; leave it out"
             )
+        if pool == "token" and model.cls_token is None:  # timm before 1.0.28 accepts it, and pools the first patch
+            raise UserError("backbone.global_pool = token: the backbone has no class token. Choose another pool")
         try:
             model.reset_classifier(0, pool)
         except AssertionError as error:
@@ -131,7 +133,7 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
     options = {"num_classes": 0, "img_size": image_size} | options
     try:
         model = timm.create_model(architecture, pretrained=False, **options)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, RuntimeError) as error:  # Runtime: Swin V2 of timm before 1.0.28, by its windows
         raise UserError(
             f"backbone.name = {architecture}, image size {image_size}: timm rejects it: {error}; {SUPPORTED}"
         ) from error

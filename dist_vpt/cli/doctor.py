@@ -133,7 +133,10 @@ def check_precision() -> CheckResult:
     """What runtime.precision=auto comes to here."""
     from dist_vpt.runtime.precision import choose_precision
 
-    name, reason = choose_precision(cpu=False)
+    try:
+        name, reason = choose_precision(cpu=False)
+    except UserError as error:  # a launcher's variables, which the next check names
+        return CheckResult("warning", str(error), "fix the launcher's variables")
     return CheckResult("ok", f"auto is {name}, {reason}")
 
 

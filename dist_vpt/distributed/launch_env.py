@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dist_vpt.errors import UserError
 
 REMOVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by detach_from_launcher
-SWITCHES = ("1", "y", "yes", "t", "true", "on", "0", "n", "no", "f", "false", "off")  # what Accelerate reads
+ON, OFF = ("1", "y", "yes", "t", "true", "on"), ("0", "n", "no", "f", "false", "off")  # as Accelerate reads switches
 LEFTOVERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -49,7 +49,7 @@ class LaunchEnv:
     def parse(cls, environ: Mapping[str, str]) -> "LaunchEnv":
         """From the variables of an environment. Raises UserError for one that no launcher writes."""
         for name in (name for name in environ if name.startswith("ACCELERATE_USE_")):
-            if environ[name].lower() not in SWITCHES:
+            if environ[name].lower() not in ON + OFF:
                 raise UserError(
                     f"{name} = {environ[name]!r}: this variable of the environment, which a launcher sets, must be "
                     "true or false; unset it"
@@ -67,7 +67,7 @@ class LaunchEnv:
             master_addr=environ.get("MASTER_ADDR"),
             master_port=environ.get("MASTER_PORT"),
             launched=bool(environ.get("RANK")),
-            deepspeed=environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+            deepspeed=environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ON,
             mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION"),
             grad_accum_steps=environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
             gradient_clipping=environ.get("ACCELERATE_GRADIENT_CLIPPING"),

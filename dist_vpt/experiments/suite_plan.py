@@ -32,6 +32,7 @@ class Experiment:
     task: str
     method: str
     recipe: Recipe
+    planned: Recipe | None = None  # where a worker has resolved the recipe for its machine: that of the suite
 
     @property
     def name(self) -> str:
@@ -43,8 +44,10 @@ class Experiment:
 
     @property
     def key(self) -> str:
-        """Hash of the resolved recipe, without its run folder and the keys that change no number."""
-        return hashlib.sha256(json.dumps(identity_keys(self.recipe), sort_keys=True).encode()).hexdigest()[:12]
+        """Hash of the suite's recipe, without its run folder and the keys that change no number."""
+        return hashlib.sha256(
+            json.dumps(identity_keys(self.planned or self.recipe), sort_keys=True).encode()
+        ).hexdigest()[:12]
 
     @property
     def trials(self) -> int:

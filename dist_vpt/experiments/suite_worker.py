@@ -29,7 +29,6 @@ from dist_vpt.experiments.sweep_grid import SweepJob, read_outcome, seed_jobs
 from dist_vpt.experiments.sweep_report import conclude
 from dist_vpt.experiments.sweep_worker import Worker
 from dist_vpt.files import locked, read_json
-from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runs.results import FILE, Parameters, Protocol, Result, Spread, append, finished_runs
 from dist_vpt.runtime.precision import resolve_precision
@@ -50,7 +49,7 @@ class SuiteWorker:
 
     def __init__(self, folder: Path, experiments: Sequence[Experiment]):
         self.folder = folder
-        self.experiments = [replace(each, recipe=_for_this_machine(each)) for each in experiments]
+        self.experiments = experiments
         self.failed: dict[str, str] = {}  # reasons by the experiments' keys, in case the disk is too full for them
         clock = folder / "claims" / "clock"
         with locked(clock, LOCK_FIX, timeout=-1):  # the file server's time, with which failures are compared
@@ -76,6 +75,7 @@ class SuiteWorker:
     def _do_one_item(self, experiment: Experiment, stop: StopSignal) -> bool:
         """Do an item of the experiment, if there is one that no worker holds; whether there was."""
         try:
+            experiment = _for_this_machine(experiment)
             for item in work_items(experiment):
                 with locked(lock_file(self.folder, experiment, item.name), LOCK_FIX) as acquired:
                     if acquired and not self._is_over(experiment) and self._do(experiment, item, stop):
@@ -157,10 +157,10 @@ class SuiteWorker:
         self.console.print(text, markup=False, soft_wrap=True)
 
 
-def _for_this_machine(experiment: Experiment) -> Recipe:
-    """The recipe in the precision that the suite's first worker has chosen, or else in this machine's."""
+def _for_this_machine(experiment: Experiment) -> Experiment:
+    """With the precision that the experiment's first worker has chosen, or else this machine's."""
     recipe, _ = resolve_precision(experiment.recipe, RunFolder(experiment.folder).precision)
-    return recipe
+    return replace(experiment, recipe=recipe, planned=experiment.recipe)
 
 
 def work_items(experiment: Experiment) -> Iterator[WorkItem]:

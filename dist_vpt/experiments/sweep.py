@@ -45,12 +45,12 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     launch = LaunchEnv.current()
     rank, world, status = launch.rank, launch.world_size, RankStatus()
-    folder, console = RunFolder(str(recipe.run.dir)), Console(highlight=False)
-    recipe, why = resolve_precision(recipe, folder.precision)
-    notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launch, recipe)
-    notes += [f"precision {why}"] if why else []
+    folder, console, launched = RunFolder(str(recipe.run.dir)), Console(highlight=False), launch
     if recipe.sweep.parallelize == "trials":
         launch = detach_from_launcher(launch)
+    recipe, why = resolve_precision(recipe, folder.precision)
+    notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launched, recipe)
+    notes += [f"precision {why}"] if why else []
     rungs = Rungs(recipe, folder.path)
     first = rungs.grid[0].recipe
     shared = recipe.sweep.parallelize == "batch"  # or each process works alone

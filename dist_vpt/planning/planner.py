@@ -42,6 +42,7 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     gpus = recipe.runtime.device != "cpu" and (memory is not None or torch.cuda.is_available())
     if gpus and not torch.cuda.is_available() and recipe.runtime.precision == "auto":  # GPUs of elsewhere
         recipe = recipe.changed("runtime", precision="bf16")
+        console.print("runtime.precision = auto: counted as bf16; GPUs without units for it (V100, T4) take fp32")
     recipe, _ = resolve_precision(recipe)
     machines = Machines(device_memory(gpus) if memory is None else memory, devices, nodes, gpus)
     classes = count_classes(recipe.data)

@@ -61,8 +61,9 @@ class RunFolder:
         return load_recipe([self.recipe], [*self._keys_of_older_versions(), *overrides])
 
     def precision(self) -> str | None:
-        """That of the run or sweep that has begun here; None before."""
-        return self.load().runtime.precision if self.recipe.is_file() else None
+        """That of the run or sweep that has begun here; None before, and where it failed with nothing saved."""
+        begun = self.recipe.is_file() and not self._failed_empty()
+        return self.load().runtime.precision if begun else None
 
     def _keys_of_older_versions(self) -> list[str]:
         """What a run of a version without these keys did: it had the published settings alone."""
@@ -199,7 +200,10 @@ class RunFolder:
         return True
 
     def _changed(self, recipe: Recipe) -> list[str]:
-        return [d for d in differences(self.load(), recipe) if not d.startswith(RESUMABLE_KEYS)]
+        stored = self.load()
+        if recipe.runtime.precision == "auto":  # what has begun keeps what it came to
+            recipe = recipe.changed("runtime", precision=stored.runtime.precision)
+        return [d for d in differences(stored, recipe) if not d.startswith(RESUMABLE_KEYS)]
 
     def _admit(self, recipe: Recipe, kind: str) -> None:
         if not self._found():

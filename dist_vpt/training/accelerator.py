@@ -41,6 +41,8 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
     cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
     if recipe.runtime.precision == "fp16" and cpu:
         raise UserError("runtime.precision = fp16: needs a GPU (gradients are scaled there); use bf16 or fp32 on a CPU")
+    if launch.world_size > 1 and not launch.launched:  # here Accelerate 1.12 raises a ValueError
+        raise _unseen(launch, 1)
     # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
     backend = "gloo" if cpu and launch.launched else None
     with rendezvous(launch, recipe.run.timeout_minutes):
@@ -65,10 +67,7 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
     if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
         raise UserError("run.trackers: wandb is not installed; pip install 'dist-vpt[wandb]', or leave it out")
     if accelerator.num_processes != launch.world_size:
-        raise UserError(
-            f"{launch.world_size} processes were started, but Accelerate sees {accelerator.num_processes}; "
-            f"start them with `accelerate launch --config_file` and a file of {shipped_folder('launch')}/accelerate"
-        )
+        raise _unseen(launch, accelerator.num_processes)
     if accelerator.state.deepspeed_plugin is not None:
         _fill_deepspeed(accelerator, recipe)
     elif launch.deepspeed:
@@ -93,6 +92,13 @@ def _refuse_two_precisions(accelerator: RankAccelerator, recipe: Recipe) -> None
         )
         refused.shared = True
         raise refused
+
+
+def _unseen(launch: LaunchEnv, seen: int) -> UserError:
+    return UserError(
+        f"{launch.world_size} processes were started, but Accelerate sees {seen}; "
+        f"start them with `accelerate launch --config_file` and a file of {shipped_folder('launch')}/accelerate"
+    )
 
 
 def launcher_notes(launch: LaunchEnv, recipe: Recipe) -> list[str]:

@@ -93,7 +93,7 @@ class RunLogger:
                     self.accelerator.trackers = trackers
                     reason = str(error).partition("\n")[0] or type(error).__name__
                     raise UserError(
-                        f"run.trackers: {name} cannot start ({reason}); mend it, or leave it out of run.trackers"
+                        f"run.trackers: {name} cannot start ({reason}); fix that, or leave it out of run.trackers"
                     ) from error
                 trackers += self.accelerator.trackers
         self.accelerator.trackers = trackers

@@ -121,7 +121,7 @@ def test_bf16_is_near(name: str, make: Any, images: Tensor) -> None:
 
 
 def test_biases_of_keys_are_held_like_the_weights() -> None:
-    recipe = BackboneConfig(name="vit_tiny_patch16_dinov3_qkvb", weights="random")
+    recipe = BackboneConfig(name="vit_small_patch16_dinov3_qkvb", weights="random")
     backbone, _ = build(recipe, image_size=32, mean=MEAN, std=STD)
     backbone.hold_in(torch.bfloat16)
     assert backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""runtime.precision=auto: what it comes to on a machine, that it stays so for a run, and that it is told."""
+"""runtime.precision=auto: what it comes to on a machine, that it stays so for a run, and that the log says it."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dist_vpt.cli.main import main
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.experiments.sweep import sweep
 from dist_vpt.recipe.loading import load_recipe
@@ -103,8 +104,8 @@ def test_a_gpu_s_precision_is_that_of_the_process_s_own_device(
     monkeypatch.setattr(torch, "cuda", fake)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    recipe, told = resolve_precision(AUTO.changed("runtime", device="auto"))
-    assert (recipe.runtime.precision, told) == (why[:4], why)
+    recipe, line = resolve_precision(AUTO.changed("runtime", device="auto"))
+    assert (recipe.runtime.precision, line) == (why[:4], why)
     assert asked == [1, False]  # its device before anything asks CUDA; and no emulation
     assert resolve_precision(AUTO)[1].endswith("as in fp32")  # runtime.device=cpu asks no GPU
     assert asked == [1, False]
@@ -122,8 +123,41 @@ def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatc
     recipe, why = resolve_precision(AUTO, RunFolder(tmp_path / "r").precision)
     assert (recipe.runtime.precision, why) == ("bf16", "bf16, as the run began")
     assert train(tmp_path / "r", "runtime.precision=auto", "run.resume=auto") == result
+    assert (
+        main(["train", *TINY, "method.prompts=2", "runtime.precision=auto", f"run.dir={tmp_path}/r", "run.resume=auto"])
+        == 0
+    )
     with pytest.raises(RunFolderError, match=r"runtime\.precision"):
         train(tmp_path / "r", "runtime.precision=fp32", "run.resume=auto")
+
+
+def test_a_start_that_failed_with_nothing_saved_binds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> None:
+        raise UserError("no")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dist_vpt.experiments.run.fit", broken)
+        with pytest.raises(UserError, match="no"):
+            train(tmp_path / "r", "runtime.precision=fp32")
+    machine(monkeypatch, 6)
+    assert train(tmp_path / "r", "runtime.precision=auto")["precision"] == "bf16"
+
+
+@pytest.mark.slow
+def test_a_suite_ends_with_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 6)
+    (tmp_path / "dig.yaml").write_text("data: {task: digits, workers: 0, image_size: 8}\n")
+    (tmp_path / "lin.yaml").write_text(
+        "method: {name: linear}\nsweep: {grid: {optim: {lr: [0.01, 0.02]}}, seeds: [0]}\n"
+    )
+    suite = ["suite", "train.epochs=1", "optim.warmup_epochs=0", "train.batch_size=200", "runtime.precision=auto"]
+    suite += ["--tasks", f"{tmp_path}/dig.yaml", "--method", f"{tmp_path}/lin.yaml", "--workers", "1"]
+    assert main([*suite, "--out", f"{tmp_path}/out"]) == 0
+    (line,) = (tmp_path / "out/results.jsonl").read_text().splitlines()
+    assert json.loads(line)["precision"] == "bf16"
+    machine(monkeypatch, 0.3)
+    assert main([*suite, "--out", f"{tmp_path}/out"]) == 0
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -138,6 +172,10 @@ def test_a_sweep_and_its_runs_have_one_precision(
     assert [RunFolder(folder).load().runtime.precision for folder in folders] == ["bf16", "bf16"]
     trial = json.loads((tmp_path / "s/trials/000.json").read_text())
     assert trial["recipe"]["runtime"]["precision"] == "bf16"
+    machine(monkeypatch, 0.3)
+    monkeypatch.setattr(precision, "_machine", lambda: "another")
+    options = [*TINY, *grid, "runtime.precision=auto", f"run.dir={tmp_path}/s"]
+    assert main(["sweep", *options]) == 0
 
 
 def test_processes_of_unlike_machines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,5 +303,5 @@ def test_a_tracker_that_cannot_start_is_named(tmp_path: Path, monkeypatch: pytes
         raise RuntimeError("no folder for events\nand more")
 
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", broken)
-    with pytest.raises(UserError, match=r"^run\.trackers: tensorboard cannot start \(no folder for events\); mend it"):
+    with pytest.raises(UserError, match=r"^run\.trackers: tensorboard cannot start \(no folder for events\); fix that"):
         train(tmp_path / "r", "train.epochs=1")

@@ -20,11 +20,20 @@ from dist_vpt.errors import WeightsError
 from dist_vpt.files import looks_like
 
 TORCH = (b"PK", b"\x80")  # a zip archive, and the pickle of older versions
-# What training scripts keep beside tensors: arguments and scores, which are numbers and text.
-HARMLESS = [argparse.Namespace, np.dtype, type(np.dtype("float64")), type(np.dtype("float32")), type(np.dtype("int64"))]
-HARMLESS_BY_NAME: list[Any] = [  # under each name that NumPy 1 and 2 give it
-    (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
-]
+
+
+class _Ignored:
+    """In place of numbers of NumPy, which training scripts keep beside tensors: made of a pickle, their types are not
+    safe.
+    """
+
+    def __init__(self, *_: object): ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+HARMLESS: list[Any] = [argparse.Namespace]  # training arguments: numbers and text
+HARMLESS += [(_Ignored, f"numpy.{name}") for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")]
 
 
 def read_tensors(path: Path) -> object:
@@ -41,10 +50,10 @@ def read_tensors(path: Path) -> object:
     if kind := looks_like(head):
         raise WeightsError(f"{path}: no weights: {kind}")
     try:
+        if _is_safetensors(head, path):
+            return load_file(path)
         if head.lstrip().startswith(b"{"):
             return _read_index(path)
-        if not head.startswith(TORCH) and (head[8:9] == b"{" or path.suffix == ".safetensors"):
-            return load_file(path)
         if _is_npz(path):
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -57,9 +66,17 @@ def read_tensors(path: Path) -> object:
         raise WeightsError(f"{path}: {_reason(error, head)}") from error
 
 
+def _is_safetensors(head: bytes, path: Path) -> bool:
+    """Whether a file starts with the length of a header, and the header; it may be cut off where its name is right."""
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return True  # asked first: a length of 128 + 256 n starts with the byte that a pickle does
+    named = path.suffix == ".safetensors" and not head.lstrip().startswith(b"{")
+    return not head.startswith(TORCH) and (head[8:9] == b"{" or named)
+
+
 def _read_torch(path: Path) -> object:
     with (
-        torch.serialization.safe_globals([*HARMLESS, *HARMLESS_BY_NAME]),
+        torch.serialization.safe_globals(HARMLESS),
         warnings.catch_warnings(action="ignore"),  # on TorchScript archives, which are refused right after
         open(path, "rb") as opened,  # given a name, torch goes by its ending
     ):

@@ -79,7 +79,12 @@ def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
         for split, names in SPLIT_NAMES.items():
             exact = [name for name in names if name in available]
             alike = [name for name in available if split_of(name) == split]  # Train, TRAIN_SET, Testing, ...
-            if exact or len(alike) == 1:
+            if len(alike) > 1 and not exact:
+                raise DataError(
+                    f"data.root {recipe.root!r}: {' and '.join(alike)} could both be the split {split!r}; choose one: "
+                    f"'data.hf.splits={{{split}: ...}}'"
+                )
+            if exact or alike:
                 chosen[split] = (exact or alike)[0]
     for split, name in chosen.items():
         if name not in available:

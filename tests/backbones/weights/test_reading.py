@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +45,20 @@ def test_the_name_of_a_file_does_not_matter(stored: str, name: str, tmp_path: Pa
     assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mark", [b"\x80", b"PK"])
+def test_a_header_whose_length_looks_like_another_format(mark: bytes, name: str, tmp_path: Path) -> None:
+    """The file starts with the length as a number, in which any two bytes may come first."""
+    save_file(TENSORS, tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    length = next(n for n in range(end, 2**16) if n.to_bytes(8, "little").startswith(mark))
+    header = content[8:end].ljust(length)  # the format allows spaces at its end
+    (tmp_path / name).write_bytes(length.to_bytes(8, "little") + header + content[end:])
+    found = read_weights(tmp_path / name).tensors
+    assert {key: found[key].tolist() for key in found} == {key: tensor.tolist() for key, tensor in TENSORS.items()}
+
+
 def test_an_index_of_several_files(tmp_path: Path) -> None:
     names = {"blocks.0.a": "model-00001-of-00002.safetensors", "blocks.1.a": "model-00002-of-00002.safetensors"}
     for key, name in names.items():
@@ -75,6 +91,39 @@ def test_numbers_of_numpy_beside_the_tensors_are_read_past(tmp_path: Path) -> No
     scores = {"top1": np.float64(3.5), "epoch": np.int64(4), "loss": np.float32(1), "args": argparse.Namespace(lr=1)}
     torch.save({"model": TENSORS, **scores}, tmp_path / "w.pth")
     assert read_weights(tmp_path / "w.pth").tensors.keys() == TENSORS.keys()
+
+
+class _Made:
+    """Pickled as a call, and a state."""
+
+    def __init__(self, *call: Any):
+        self.call = call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def test_no_type_of_numpy_is_made_of_a_pickle(tmp_path: Path) -> None:
+    """A forged type takes bytes of the file for objects: making it would crash this process."""
+    state = (3, "<", (_Made(np.dtype, ("O",)), (2,)), None, None, -1, -1, 0)
+    forged = _Made(np.dtype, ("f8", False, True), state)
+    scalar: Any = np.float64(0).__reduce__()[0]
+    number = _Made(scalar, (_Made(np.dtype, ([("a", forged), ("b", "f8")],)), b"A" * 64))
+    torch.save({**TENSORS, "x": _Made(OrderedDict, (number,))}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="Pickled objects are never executed"):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("length", [384, 640, 31520])
+def test_a_header_s_length_that_looks_like_something_else(length: int, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "w", {"a": ""})
+    bare = int.from_bytes((tmp_path / "w").read_bytes()[:8], "little")
+    for filling in range(length):
+        save_file(TENSORS, tmp_path / "w", {"a": "x" * max(0, length - bare - 8 + filling)})
+        if int.from_bytes((tmp_path / "w").read_bytes()[:8], "little") >= length:
+            break
+    assert int.from_bytes((tmp_path / "w").read_bytes()[:8], "little") == length
+    assert read_weights(tmp_path / "w").tensors.keys() == TENSORS.keys()
 
 
 def test_a_file_that_was_cut_off(tmp_path: Path) -> None:

@@ -159,6 +159,11 @@ def test_a_split_without_records(tmp_path, opened):
     refused(opened, "one of its splits has no record; save the dataset without this split")
 
 
+def test_two_splits_that_could_be_one(tmp_path, opened):
+    save(tmp_path, train=part([1, 2], [0, 1]), dev_set=part([3], [1]), Validation=part([4], [0]))
+    refused(opened, "dev_set and Validation could both be the split 'val'; choose one: 'data.hf.splits={val: ...}'")
+
+
 def test_splits_called_otherwise(tmp_path, opened):
     save(tmp_path, Train=part([1, 2], [0, 1]), dev_set=part([3], [1]), TESTING=part([4], [0]), extra=part([5], [0]))
     splits = opened("hf")
