@@ -1,8 +1,10 @@
 """RUN/logs/rank-N.log: warnings and errors of process N, and where it was at them; the first process has train.log."""
 
 import contextlib
+import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from dist_vpt.distributed.rank_status import logger
@@ -48,6 +50,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+@contextlib.contextmanager
+def prints_as_messages(name: str) -> Iterator[None]:
+    """Make what a library prints messages of its logger, which ``quiet_libraries`` sends to the log."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        yield
+    for line in printed.getvalue().splitlines():
+        if line.strip():
+            logging.getLogger(name).info(line)
 
 
 class RankLog:

@@ -19,6 +19,7 @@ from torch import distributed, nn
 
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.rank_log import prints_as_messages
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
 from dist_vpt.errors import UserError
@@ -45,7 +46,7 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
         raise _unseen(launch, 1)
     # Named explicitly on CPU: without it Accelerate sees one process where DeepSpeed sees all of them.
     backend = "gloo" if cpu and launch.launched else None
-    with rendezvous(launch, recipe.run.timeout_minutes):
+    with rendezvous(launch, recipe.run.timeout_minutes), prints_as_messages("DeepSpeed"):
         accelerator = RankAccelerator(
             launch,
             status,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_vpt.distributed.caches import CACHES, move_unwritable_caches
-from dist_vpt.distributed.rank_log import RankLog, held_messages, quiet_libraries
+from dist_vpt.distributed.rank_log import RankLog, held_messages, prints_as_messages, quiet_libraries
 from tests.running import TINY
 
 NOBODY = 54321  # a number without a name
@@ -85,17 +85,24 @@ def test_commands_of_a_user_without_a_home(user: str, tmp_path: Path) -> None:
         assert [line for line in done.stderr.splitlines() if not line.startswith("note: ")] == []
 
 
-def test_messages_of_libraries_go_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_messages_of_libraries_go_to_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     quiet_libraries()
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     noisy, log = logging.getLogger("DeepSpeed"), RankLog(tmp_path / "logs" / "rank-1.log", captures_all=False)
     try:
         noisy.warning("before the folder")
         log.open("")
         noisy.warning("with the folder")
+        with prints_as_messages("DeepSpeed"):
+            print("an op was built\n")
+        print("not a library's")
         noisy.error("an error")
     finally:
         log.close()
         noisy.removeFilter(held_messages)
     text = (tmp_path / "logs" / "rank-1.log").read_text()
-    assert text.index("before the folder") < text.index("with the folder")
+    assert text.index("before the folder") < text.index("with the folder") < text.index("an op was built")
+    assert capsys.readouterr().out == "not a library's\n"
     assert [record.message for record in caplog.records] == ["an error"]  # what reaches other handlers: the terminal's
