@@ -55,11 +55,14 @@ def quiet_libraries() -> None:
 @contextlib.contextmanager
 def prints_as_messages(name: str) -> Iterator[None]:
     """Make what a library prints messages of its logger, which ``quiet_libraries`` sends to the log."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        yield
-    for line in printed.getvalue().splitlines():
-        if line.strip():
-            logging.getLogger(name).info(line)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:  # also what it said before it failed
+        for line in printed.getvalue().splitlines():
+            if line.strip():
+                logging.getLogger(name).warning(line)  # DeepSpeed's logger drops what is less
 
 
 class RankLog:

@@ -48,8 +48,7 @@ class SuiteWorker:
     """One process that does work items until none is left."""
 
     def __init__(self, folder: Path, experiments: Sequence[Experiment]):
-        self.folder = folder
-        self.experiments = experiments
+        self.folder, self.experiments = folder, experiments
         self.failed: dict[str, str] = {}  # reasons by the experiments' keys, in case the disk is too full for them
         clock = folder / "claims" / "clock"
         with locked(clock, LOCK_FIX, timeout=-1):  # the file server's time, with which failures are compared

@@ -85,11 +85,16 @@ def test_commands_of_a_user_without_a_home(user: str, tmp_path: Path) -> None:
         assert [line for line in done.stderr.splitlines() if not line.startswith("note: ")] == []
 
 
+def _fail_after_a_print() -> None:
+    with prints_as_messages("DeepSpeed"):
+        print("no compiler")
+        raise ZeroDivisionError
+
+
 def test_messages_of_libraries_go_to_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quiet_libraries()
-    logging.getLogger("DeepSpeed").setLevel(logging.INFO)
     noisy, log = logging.getLogger("DeepSpeed"), RankLog(tmp_path / "logs" / "rank-1.log", captures_all=False)
     try:
         noisy.warning("before the folder")
@@ -97,12 +102,15 @@ def test_messages_of_libraries_go_to_the_log(
         noisy.warning("with the folder")
         with prints_as_messages("DeepSpeed"):
             print("an op was built\n")
+        with pytest.raises(ZeroDivisionError):
+            _fail_after_a_print()
         print("not a library's")
         noisy.error("an error")
     finally:
         log.close()
         noisy.removeFilter(held_messages)
     text = (tmp_path / "logs" / "rank-1.log").read_text()
-    assert text.index("before the folder") < text.index("with the folder") < text.index("an op was built")
+    places = [text.index(each) for each in ("before the folder", "with the folder", "an op was built", "no compiler")]
+    assert places == sorted(places)
     assert capsys.readouterr().out == "not a library's\n"
     assert [record.message for record in caplog.records] == ["an error"]  # what reaches other handlers: the terminal's
