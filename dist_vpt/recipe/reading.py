@@ -107,7 +107,9 @@ def _read_text(file: Path) -> str:
         return content.decode("utf-8")
     except FileNotFoundError:
         siblings = [str(path) for path in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-        hint = nearest(str(file), siblings) if siblings else "correct the path"
+        hint = nearest(str(file), siblings)
+        if not hint.startswith("did you mean"):  # YAML files that need not be recipes
+            hint = "correct the path"
         if file.stem in {recipe.name for recipe in shipped_recipes()}:
             hint = nearest_names(file.stem)
         raise RecipeError(f"{file}: no such recipe file; {hint}") from None

@@ -445,6 +445,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     ),
     ({"b.yaml": "seed: 1"}, ["a.yaml"], ["command line: a.yaml: no such recipe file; did you mean 'b.yaml'?"]),
     ({}, ["a.yaml"], ["command line: a.yaml: no such recipe file; correct the path"]),
+    ({"accelerate_config.yaml": ""}, ["mine.yaml"], ["command line: mine.yaml: no such recipe file; correct the path"]),
     (
         {},
         ["configs/method/vqt.yaml"],
