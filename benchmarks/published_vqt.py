@@ -6,6 +6,7 @@ B images, S image side, N tokens, Q queries of a block, A = N + Q, D width, L bl
 import torch
 from torch import Tensor
 
+from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.vqt import VQT
 
 
@@ -32,7 +33,8 @@ class PublishedVQT(VQT):
             joined_BAD = torch.cat([tokens_BND, queries_BLQD[:, self.blocks.index(number)]], dim=1)
             tokens_BND, answer_BQD = block(joined_BAD, attn_mask=mask_AA).tensor_split([tokens], dim=1)
             answers.append(answer_BQD)
-        return self.classify(self._features(self.backbone.pool(self.backbone.norm(tokens_BND)), answers))
+        pooled_BD = self.backbone.pool(self.backbone.norm(tokens_BND))
+        return self.classify(self._features(ReaderStack.of([self]), pooled_BD, answers).squeeze(1))
 
 
 def query_mask(tokens: int, queries: int) -> Tensor:

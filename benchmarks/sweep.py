@@ -72,7 +72,6 @@ from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
-from dist_vpt.training.build_trials import gradient_scaler
 from dist_vpt.training.components import DTYPES, build_method, build_reader, resolve_inputs
 from dist_vpt.training.optim import build_optimizer, set_lr
 from dist_vpt.training.trial_state import Trial
@@ -219,15 +218,7 @@ class Bench:
         return Way(step, batch, saved / MIB / micro)
 
     def _trials(self, readers: list[VQT], kept: Batch, batch: int, read_bytes: int) -> Way:
-        trials = [
-            Trial(
-                _with_seed(self.recipe, t),
-                reader,
-                build_optimizer(self.recipe.optim, reader),
-                gradient_scaler(self.recipe.runtime.precision, self.accelerator),
-            )
-            for t, reader in enumerate(readers)
-        ]
+        trials = [Trial(_with_seed(self.recipe, t), reader) for t, reader in enumerate(readers)]
         nowhere = cast(Any, None)
         p = TrialGroup(
             recipe=trials[0].recipe,

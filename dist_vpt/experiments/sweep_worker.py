@@ -211,7 +211,7 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
         seconds=seconds,
         images_per_s=trial.progress.images / seconds if seconds else 0.0,
         parameters={
-            "trained": sum(p.numel() for p in trial.trained),
+            "trained": sum(p.numel() for _, p in trial.reader.trainable()),
             "total": sum(p.numel() for p in trial.reader.parameters()),
         },
         skipped=skipped,

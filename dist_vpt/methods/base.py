@@ -8,7 +8,7 @@ by structure: the backbone's are frozen, the method's are not.
 - A **writer** changes what the blocks compute, so gradients flow through them: it overrides ``forward``.
 - A **reader** only reads what the frozen backbone computes anyway: it declares what it reads of the frozen stream
   (``spec``) and computes logits from that (``read``). The stream runs without autograd, may come from a cache, and
-  serves any number of readers at once (``read_many``).
+  serves any number of readers at once (``read_stacks``).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
@@ -23,6 +24,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.methods.config import HeadKind
 from dist_vpt.methods.head import FeatureNorm, classification_head
+from dist_vpt.methods.stack import ReaderStack, by_shape
 
 
 class Method(nn.Module):
@@ -167,18 +169,46 @@ class Reader(Method):
     def read_many(
         cls, readers: Sequence["Reader"], stream: StreamOutput, seeds: Sequence[int] | None = None
     ) -> list[Tensor]:
-        """Logits [B, K] of T readers from one pass over the stream, each as if computed alone.
+        """Logits [B, K] of each reader from one pass over the stream, each as if computed alone.
 
         ``seeds``: of the readers' random draws (dropout).
         """
-        logits = []
-        for t, reader in enumerate(readers):
-            if seeds is not None:
-                torch.manual_seed(seeds[t])
-            logits.append(reader.read(stream))
-        return logits
+        groups = by_shape(readers)
+        stacks = [ReaderStack.of([readers[n] for n in group]) for group in groups]
+        logits = dict[int, Tensor]()
+        of_stacks = [None if seeds is None else [seeds[n] for n in group] for group in groups]
+        for group, logits_TBK in zip(groups, cls.read_stacks(stacks, stream, of_stacks), strict=True):
+            logits |= dict(zip(group, logits_TBK.unbind(), strict=True))
+        return [logits[n] for n in range(len(readers))]
+
+    @classmethod
+    def read_stacks(
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+    ) -> list[Tensor]:
+        """Logits [T, B, K] of each stack's readers from one pass over the stream, each as if computed alone.
+
+        ``seeds``: of the random draws (dropout) of each reader of each stack, or None for a stack.
+        """
+        return [torch.stack(list(_one_by_one(stack, stream, own))) for stack, own in zip(stacks, seeds, strict=True)]
 
     def forward(self, images: Tensor | StreamOutput) -> Tensor:
         if not isinstance(images, StreamOutput):
             images = compute_stream(self.backbone, images, self.spec)
         return self.read(images)
+
+
+def classify_stack(stack: ReaderStack, features_TBF: Tensor) -> Tensor:
+    """The linear heads of all readers of a stack, as ``Method.classify``, in one product: logits [T, B, K]."""
+    weight_TKF, bias_TK = stack.trained["head.weight"], stack.trained["head.bias"]
+    features_TBF = features_TBF.to(weight_TKF.dtype)
+    if "feature_norm.mean" in stack.fixed:
+        mean_TF, std_TF = stack.fixed["feature_norm.mean"], stack.fixed["feature_norm.std"]
+        features_TBF = (features_TBF - mean_TF.unsqueeze(1)) / std_TF.unsqueeze(1)
+    return torch.baddbmm(bias_TK.unsqueeze(1), features_TBF, weight_TKF.transpose(1, 2))
+
+
+def _one_by_one(stack: ReaderStack, stream: StreamOutput, seeds: Sequence[int] | None) -> Iterator[Tensor]:
+    for t, (reader, tensors) in enumerate(zip(stack.readers, stack.of_each(), strict=True)):
+        if seeds is not None:
+            torch.manual_seed(seeds[t])
+        yield functional_call(reader, tensors, (stream,))

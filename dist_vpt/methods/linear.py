@@ -1,12 +1,15 @@
 """Linear probing: a linear head on the frozen backbone's features. A reader."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput
-from dist_vpt.methods.base import Reader
+from dist_vpt.methods.base import Reader, classify_stack
 from dist_vpt.methods.config import LinearConfig
+from dist_vpt.methods.stack import ReaderStack
 
 
 class Linear(Reader):
@@ -19,6 +22,12 @@ class Linear(Reader):
 
     def read(self, stream: StreamOutput) -> Tensor:
         return self.classify(stream.pooled)
+
+    @classmethod
+    def read_stacks(
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+    ) -> list[Tensor]:
+        return [classify_stack(stack, stream.pooled.expand(len(stack.readers), -1, -1)) for stack in stacks]
 
     def merged(self) -> dict[str, Tensor]:
         return {}

@@ -1,7 +1,7 @@
 """Visual Query Tuning (Tu et al., CVPR 2023, arXiv 2212.03220). A reader.
 
-B batch, N tokens, Q queries of a block (of all trials together where several are read at once), D width, H heads,
-E = D / H, L blocks that are read, T trials, F features.
+B batch, N tokens, Q queries of a block (of all readers together where several are read at once), D width, H heads,
+E = D / H, L blocks that are read, T readers of a stack, F features.
 
 Per block, query tokens z attend to the image's tokens, not to each other, and the image's tokens do not see them:
 
@@ -23,8 +23,8 @@ The head may read a subset of the features (``keep``): an index beside the train
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
-from typing import Any, Self
+from itertools import accumulate, groupby
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,9 @@ from dist_vpt.backbones.blocks import BlockParts, has_key_norm, keys_and_values,
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
-from dist_vpt.methods.base import Reader
+from dist_vpt.methods.base import Reader, classify_stack
 from dist_vpt.methods.config import VQTConfig
+from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.token_scale import init_scaled, token_scales
 
 
@@ -121,45 +122,39 @@ class VQT(Reader):
 
     def features(self, stream: StreamOutput) -> Tensor:
         """All features [B, F] of the images, of which the head may read a subset."""
-        return self.features_of_many([self], stream)[0]
+        return self.features_of_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(1)
 
     def read(self, stream: StreamOutput) -> Tensor:
-        return self.read_many([self], stream)[0]
+        return self.classify(self.features(stream))
 
     @classmethod
-    def read_many(  # type: ignore[override]
-        cls, readers: Sequence["VQT"], stream: StreamOutput, seeds: Sequence[int] | None = None
+    def read_stacks(
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
-        found = cls.features_of_many(readers, stream, seeds)
-        return [reader.classify(features_BF) for reader, features_BF in zip(readers, found, strict=True)]
+        logits = []
+        for stack, features_BTF in zip(stacks, cls.features_of_stacks(stacks, stream, seeds), strict=True):
+            if "kept" in stack.fixed:
+                features_BTF = torch.take_along_dim(features_BTF, stack.fixed["kept"].unsqueeze(0), 2)  # noqa: PLW2901
+            logits.append(classify_stack(stack, features_BTF.transpose(0, 1)))
+        return logits
 
     @classmethod
-    def features_of_many(
-        cls, readers: Sequence["VQT"], stream: StreamOutput, seeds: Sequence[int] | None = None
+    def features_of_stacks(
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
-        """The features [B, F] of each reader, from one pass over the stream.
-
-        Adjacent readers that are equal in seed, dropout and queries share a mask, also without ``seeds``.
-        """
-        first = readers[0]
-        runs = []  # of adjacent readers that share a mask: queries [T, L, Q, D], mask [B, L, Q, D] or None
-        seeded = zip(readers, seeds if seeds is not None else [None] * len(readers), strict=True)
-        for (seed, *_), run in groupby(seeded, key=_mask_key):
-            if seed is not None:
-                torch.manual_seed(seed)
-            group = [reader for reader, _ in run]
-            mask_BLQD = group[0].mask(len(stream.pooled))
-            runs.append((torch.stack([reader.scaled_queries for reader in group]), mask_BLQD))
-        sizes = [reader.recipe.queries for reader in readers]
-        outputs = []  # for each block one of each reader, [B, Q_t, D]; one tensor of all would be large
+        """The features [B, T, F] of each stack's readers, from one pass over the stream."""
+        first = cast(VQT, stacks[0].readers[0])
+        runs = [run for stack, own in zip(stacks, seeds, strict=True) for run in _runs(stack, len(stream.pooled), own)]
+        sizes = [math.prod(stack.trained["queries"].shape[::2]) for stack in stacks]  # T * Q
+        outputs = []  # for each block one of each stack, [B, T * Q, D]; one tensor of all blocks would be large
         for i, number in enumerate(first.blocks):
             z_QD = _queries_of(runs, i)
             parts = unpack_block(first.backbone.blocks[number], number)
             attention = first._attention(parts, stream, i, sum(sizes))
             outputs.append(query_outputs(parts, z_QD.to(stream.pooled.dtype), attention).split(sizes, dim=1))
         return [
-            reader._features(stream.pooled, of_reader)
-            for reader, of_reader in zip(readers, zip(*outputs, strict=True), strict=True)
+            first._features(stack, stream.pooled, of_stack)
+            for stack, of_stack in zip(stacks, zip(*outputs, strict=True), strict=True)
         ]
 
     @property
@@ -183,25 +178,27 @@ class VQT(Reader):
                 return partial(_attend_projected, *keys_and_values(parts, normed_BND))
         return partial(_attend_absorbed, parts, normed_BND, stream.key_scales[i] if stream.key_scales else None)
 
-    def _features(self, pooled_BD: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-        """The backbone's features and the queries' outputs of each block [B, Q, D], each scaled to length 1: [B, F].
+    def _features(self, stack: ReaderStack, pooled_BD: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """The backbone's features and the queries' outputs of each block [B, T * Q, D], each scaled to length 1.
 
-        In as few passes over memory as possible: with many trials they take a large part of a step.
+        [B, T, F], in as few passes over memory as possible: with many readers they take a large part of a step.
         """
-        groups = [pooled_BD.to(self.queries.dtype)]
-        groups += [self._pool(i, z_BQD).flatten(1) for i, z_BQD in enumerate(outputs)]
-        features_BF = torch.cat(groups, dim=1)  # also widens outputs in half precision
+        readers, width = len(stack.readers), pooled_BD.shape[1]
+        groups = [pooled_BD.to(self.queries.dtype).unsqueeze(1).expand(-1, readers, -1)]
+        groups += [self._pool(stack, i, z_BXD.unflatten(1, (readers, -1))) for i, z_BXD in enumerate(outputs)]
+        features_BTF = torch.cat(groups, dim=2)  # also widens outputs in half precision
         if not self.recipe.normalize:
-            return features_BF
-        pieces_BCD = features_BF.unflatten(1, (-1, pooled_BD.shape[1]))  # one, then equally many of each block
-        return _UnitLength.apply(pieces_BCD, len(outputs)).flatten(1)
+            return features_BTF
+        pieces_YCD = features_BTF.flatten(0, 1).unflatten(1, (-1, width))  # one, then equally many of each block
+        return _UnitLength.apply(pieces_YCD, len(outputs)).view_as(features_BTF)
 
-    def _pool(self, i: int, z_BQD: Tensor) -> Tensor:
+    def _pool(self, stack: ReaderStack, i: int, z_BTQD: Tensor) -> Tensor:
+        """Features of the i-th block that is read, [B, T, F']."""
         if self.recipe.pooling == "mean":
-            return z_BQD.mean(1, keepdim=True, dtype=self.queries.dtype)
+            return z_BTQD.mean(2, dtype=self.queries.dtype)
         if self.recipe.pooling == "weighted":
-            return (z_BQD * self.pool_weights[i].unsqueeze(1)).sum(1, keepdim=True)
-        return z_BQD
+            return (z_BTQD * stack.trained["pool_weights"][:, i].unsqueeze(2)).sum(2)
+        return z_BTQD.flatten(2)
 
 
 Attention = Callable[[Tensor], Tensor]  # q [B, Q, H, E] or [Q, H, E], scaled -> heads' outputs [B, Q, H, E]
@@ -245,10 +242,21 @@ def _group_sums(x_BC: Tensor, groups: int) -> Tensor:
     return torch.cat([x_BC[:, :1], sums_BLP.flatten(1)], dim=1)
 
 
-def _mask_key(seeded: tuple[VQT, int | None]) -> tuple[int | None, float, int]:
-    """Equal for readers that share a mask."""
-    reader, seed = seeded
-    return seed if reader._dropout else None, reader._dropout, reader.recipe.queries
+def _runs(stack: ReaderStack, images: int, seeds: Sequence[int] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Queries [T', L, Q, D] and mask [B, L, Q, D], or None, of adjacent readers that share a mask.
+
+    They are equal in seed and dropout, also without ``seeds``.
+    """
+    queries_TLQD = stack.trained["queries"]
+    if "token_scale" in stack.fixed:
+        queries_TLQD = queries_TLQD * stack.fixed["token_scale"]
+    readers = cast(Sequence[VQT], stack.readers)
+    keys = [(seeds[t] if seeds and reader._dropout else None, reader._dropout) for t, reader in enumerate(readers)]
+    lengths = [len(list(run)) for _, run in groupby(keys)]
+    for run_TLQD, last in zip(queries_TLQD.split(lengths), accumulate(lengths), strict=True):
+        if keys[last - 1][0] is not None:
+            torch.manual_seed(keys[last - 1][0])
+        yield run_TLQD, readers[last - 1].mask(images)
 
 
 def _queries_of(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:

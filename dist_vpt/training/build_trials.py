@@ -5,7 +5,6 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.amp import GradScaler
 
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
@@ -16,7 +15,6 @@ from dist_vpt.runs.adapters import restore
 from dist_vpt.runs.progress import Progress
 from dist_vpt.runtime.peak_memory import free_and_reset_peak
 from dist_vpt.training.components import build_components, build_reader
-from dist_vpt.training.optim import build_optimizer
 from dist_vpt.training.trial_state import Trial, read_trials
 from dist_vpt.training.trials import TrialGroup
 
@@ -50,15 +48,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     first = parts.method.to(accelerator.device)
     assert isinstance(first, Reader)
     readers = [first, *(build_reader(each, first.backbone, classes) for each in recipes[1:])]
-    trials = [
-        Trial(
-            each,
-            reader.to(accelerator.device),
-            build_optimizer(each.optim, reader),
-            gradient_scaler(recipe.runtime.precision, accelerator),
-        )
-        for each, reader in zip(recipes, readers, strict=True)
-    ]
+    trials = [Trial(each, reader.to(accelerator.device)) for each, reader in zip(recipes, readers, strict=True)]
     if starts is None:
         parts.init_method(accelerator.device, readers[1:])
     for trial, tensors in zip(trials, starts or [], strict=starts is not None):
@@ -82,11 +72,6 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end
         show(parts.use_cached_stream(accelerator, train, val, stop, shared=len(recipes) > 1))
     return group
-
-
-def gradient_scaler(precision: str, accelerator: RankAccelerator) -> GradScaler:
-    """A trial's own: as Accelerate's in a single run; trials overflow at different steps."""
-    return GradScaler(accelerator.device.type, enabled=precision == "fp16")
 
 
 def _resume(group: TrialGroup) -> None:

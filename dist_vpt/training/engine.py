@@ -209,7 +209,8 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     accelerator, train = t.accelerator, t.recipe.train
     lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
     set_lr(t.optimizer, lr)
-    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
+    micro_batches, global_weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
+    weight = float(global_weight)
     accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None

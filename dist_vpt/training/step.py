@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dist_vpt.data.loaders import Batch
-from dist_vpt.distributed.collectives import RankAccelerator, all_reduce_sum, raise_on_all_ranks
+from dist_vpt.distributed.collectives import RankAccelerator, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError
 from dist_vpt.recipe.schema import OptimConfig, TrainConfig
@@ -46,21 +46,28 @@ def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:
 
 def weigh_global_batch(
     accelerator: RankAccelerator, fetched: list[Batch] | DataError, class_weights_K: Tensor, stop: StopSignal
-) -> tuple[list[tuple[Batch, Tensor]], float]:
-    """This process's micro-batches on its device with the weight of each image, and the weight of the global batch.
+) -> tuple[list[tuple[Batch, Tensor]], Tensor]:
+    """This process's micro-batches on its device with the weight of each image, and the weight of the global batch, [].
 
     A collective call, in which all processes also learn of a DataError, which is raised on all, and of a stop request.
+    A single process reads nothing from its device here.
     """
-    batches = [] if isinstance(fetched, DataError) else fetched
+    failed, batches = isinstance(fetched, DataError), [] if isinstance(fetched, DataError) else fetched
     on_device = [send_to_device(batch, accelerator.device, non_blocking=True) for batch in batches]
     weights = [weigh(batch, class_weights_K) for batch in on_device]
-    local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else 0.0
-    weight, failed, stopped = all_reduce_sum(accelerator, local, isinstance(fetched, DataError), stop.requested)
-    if failed:
+    local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else class_weights_K.new_zeros(())
+    any_failed, stopped = float(failed), float(stop.requested)
+    if accelerator.num_processes > 1:
+        flags = torch.tensor([any_failed, stopped], device=local.device)
+        with accelerator.status.in_collective():
+            summed = accelerator.reduce(torch.cat([local[None], flags]), "sum")
+            any_failed, stopped = summed[1:].tolist()
+        local = summed[0]
+    if any_failed:
         raise_on_all_ranks(accelerator, fetched if isinstance(fetched, DataError) else None)
     stop.agreed = stopped > 0
     # A batch that holds only unreadable images has no weight, and its loss is 0.
-    return list(zip(on_device, weights, strict=True)), max(weight, 1e-12)
+    return list(zip(on_device, weights, strict=True)), local.clamp_min(1e-12)
 
 
 def fold_in(*numbers: int) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp import GradScaler
 
 from dist_vpt.errors import RunFolderError
 from dist_vpt.files import write_atomically
@@ -21,6 +20,8 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, restore
 from dist_vpt.runs.progress import Progress
 
+INIT_SCALE = 65536.0  # of gradients in fp16, as torch.amp.GradScaler's
+
 
 @dataclass
 class Trial:
@@ -28,8 +29,7 @@ class Trial:
 
     recipe: Recipe
     reader: Reader
-    optimizer: torch.optim.Optimizer
-    scaler: GradScaler  # does nothing unless the stream is of fp16
+    state: dict[str, Tensor] = field(default_factory=dict)  # of its optimizer and gradient scale; empty: to be started
     progress: Progress = field(default_factory=Progress)
     diverged: str = ""  # why it was ended
     best: dict[str, Tensor] = field(default_factory=dict)  # trained tensors of the best epoch on val, where kept
@@ -38,9 +38,28 @@ class Trial:
     def running(self) -> bool:
         return not self.diverged and not self.progress.ended
 
-    @property
-    def trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for _, parameter in self.reader.trainable()]
+    def __post_init__(self) -> None:
+        self.state = self.state or _started(self.recipe, self.reader)
+
+    def detach(self) -> None:
+        """Give it tensors of its own, in place of rows of a stack's."""
+        self.state = {key: tensor.clone() for key, tensor in self.state.items()}
+        for _, parameter in self.reader.trainable():
+            parameter.data = parameter.detach().clone()
+
+
+def _started(recipe: Recipe, reader: Reader) -> dict[str, Tensor]:
+    """What an optimizer and a gradient scale remember before the first step."""
+    moments = {"sgd": ("momentum_buffer",) if recipe.optim.momentum else ()}.get(
+        recipe.optim.name, ("exp_avg", "exp_avg_sq")
+    )
+    named = dict(reader.trainable())
+    state = {f"{moment}.{name}": torch.zeros_like(p.detach()) for moment in moments for name, p in named.items()}
+    device = next(iter(named.values())).device
+    numbers = {"steps": 0.0}
+    if recipe.runtime.precision == "fp16":
+        numbers |= {"scale": INIT_SCALE, "clean_steps": 0.0}
+    return state | {key: torch.tensor(number, dtype=torch.float64, device=device) for key, number in numbers.items()}
 
 
 def write_trials(file: Path, trials: Sequence[Trial], shared: dict[str, Any]) -> None:
@@ -51,8 +70,7 @@ def write_trials(file: Path, trials: Sequence[Trial], shared: dict[str, Any]) ->
         "trials": [
             {
                 "trained": collect(trial.reader),
-                "optimizer": trial.optimizer.state_dict(),
-                "scaler": trial.scaler.state_dict(),
+                "state": {key: tensor.cpu().clone() for key, tensor in trial.state.items()},
                 "progress": asdict(trial.progress),
                 "diverged": trial.diverged,
                 "best": trial.best,
@@ -76,8 +94,10 @@ def read_trials(file: Path, trials: Sequence[Trial]) -> dict[str, Any]:
             raise ValueError("it is of other trials")
         for trial, saved in zip(trials, content["trials"], strict=True):
             restore(trial.reader, saved["trained"], file)
-            trial.optimizer.load_state_dict(saved["optimizer"])
-            trial.scaler.load_state_dict(saved["scaler"])
+            if saved.get("state", {}).keys() != trial.state.keys():
+                raise ValueError("it is of another optimizer, or of an earlier version")
+            for key, tensor in saved["state"].items():
+                trial.state[key].copy_(tensor)
             trial.progress, trial.diverged, trial.best = Progress(**saved["progress"]), saved["diverged"], saved["best"]
         return {key: content[key] for key in ("epoch", "step", "seconds", "skipped")}
     except FileNotFoundError as error:

@@ -2,9 +2,9 @@
 
 B images of a micro-batch, K classes, T trials.
 
-A trial has a recipe, an initialization, an optimizer, clipping, in fp16 a gradient scale, and an end to itself; the
-data order, the stream and the loop are shared. The loss is the sum of the trials' losses, so that each one's gradient
-is exactly its own.
+A trial has a recipe, an initialization, a learning rate and decay, clipping, in fp16 a gradient scale, and an end to
+itself; the data order, the stream and the loop are shared. The loss is the sum of the trials' losses, so that each
+one's gradient is exactly its own. Trials of equal shapes are computed and updated as one model (trial_stack.py).
 """
 
 import time
@@ -20,19 +20,13 @@ from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
 from dist_vpt.errors import DataError
 from dist_vpt.frozen_stream.observe import StreamOutput, compute_stream
+from dist_vpt.methods.stack import ReaderStack, by_shape
 from dist_vpt.runs.adapters import collect
 from dist_vpt.training.components import Components
 from dist_vpt.training.engine import Training, fit, next_or_error
 from dist_vpt.training.metrics import Scores, no_readable_image
-from dist_vpt.training.optim import set_lr
-from dist_vpt.training.step import (
-    clip_gradients,
-    fold_in,
-    image_losses,
-    learning_rate,
-    not_finite,
-    weigh_global_batch,
-)
+from dist_vpt.training.step import fold_in, image_losses, not_finite, weigh_global_batch
+from dist_vpt.training.trial_stack import TrialStack, stack_running
 from dist_vpt.training.trial_state import Trial, write_trials
 
 SAVE_SECONDS = 30.0  # at least so long between states saved at the ends of epochs
@@ -50,6 +44,7 @@ class TrialGroup(Training):
     state: Path  # file of the group's state until it has ended
     show: Callable[[str], None]
     keeps_best: bool = False
+    stacks: list[TrialStack] = field(default_factory=list)  # of the running trials, made by the first step
     skipped: set[str] = field(default_factory=set)  # files that no process could read
     saved_at: float = field(default_factory=time.monotonic)
     resume_with = "the same command"
@@ -61,6 +56,12 @@ class TrialGroup(Training):
     @property
     def ended(self) -> bool:
         return not self.running
+
+    def restack(self) -> list[TrialStack]:
+        """The stacks of the running trials, made anew where one of them has ended."""
+        if not self.stacks or not all(trial.running for stack in self.stacks for trial in stack.trials):
+            self.stacks = stack_running(self.trials)
+        return self.stacks
 
     @property
     def path(self) -> Path:
@@ -149,38 +150,36 @@ def fit_trials(group: TrialGroup) -> None:
 
 
 def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
-    """One optimizer step of every running trial on one global batch. A collective call."""
-    accelerator, running = group.accelerator, group.running
-    for trial in running:
-        set_lr(
-            trial.optimizer,
-            learning_rate(trial.recipe.optim, trial.recipe.train, group.step, group.train.steps_per_epoch),
-        )
+    """One optimizer step of every running trial on one global batch, and one read of its numbers. A collective call."""
+    accelerator, stacks = group.accelerator, group.restack()
+    running = [trial for stack in stacks for trial in stack.trials]
     micro_batches, weight = weigh_global_batch(accelerator, fetched, group.class_weights, group.stop)
     accelerator.status.set(f"step {group.step}", "training", limited=True)
-    sums, images = torch.zeros(len(running), 2), 0.0  # loss and correct answers of each trial
+    sums = torch.zeros(2 * len(running) + 1, device=accelerator.device)  # loss, correct answers; images
     for micro, (batch, weights_B) in enumerate(micro_batches):
-        seeds = [fold_in(trial.recipe.seed, group.step, accelerator.process_index, micro) for trial in running]
-        logits_TBK = torch.stack(read(running, _observed(group, batch), seeds))
+        seeds = [[_seed(group, trial, micro) for trial in stack.trials] for stack in stacks]
+        readers = [stack.readers for stack in stacks]
+        logits_TBK = torch.cat(type(running[0].reader).read_stacks(readers, _observed(group, batch), seeds))
         losses_TB = image_losses(logits_TBK, batch["labels"], group.recipe.train.label_smoothing)
         losses_T = (losses_TB * weights_B).sum(1)
         correct_T = ((logits_TBK.argmax(2) == batch["labels"]) * batch["weight"]).sum(1)
-        local = torch.cat([losses_T.detach(), correct_T, batch["weight"].sum()[None]])
-        summed = accelerator.reduce(local, "sum").cpu()
-        sums += summed[:-1].view(2, -1).T
-        images += float(summed[-1])
-        for trial, loss in zip(running, summed.tolist(), strict=False):
-            _check_finite(trial, "loss", loss, group.step)
-        # What is not finite stays in its own trial, whose gradient is not computed.
-        alive = [trial.scaler.scale(loss) for trial, loss in zip(running, losses_T, strict=True) if trial.running]
-        if alive:
-            (torch.stack(alive).sum() / weight).backward()
-    _sum_gradients(group, running)
-    _update(group)
+        sums += torch.cat([losses_T.detach(), correct_T, batch["weight"].sum()[None]])
+        if stacks[0].scale_T is not None:
+            losses_T = losses_T * torch.cat([stack.scale_T for stack in stacks])  # type: ignore[misc]
+        # One that is not finite stays in its own trial, whose gradient is not used.
+        (losses_T.sum() / weight).backward()
+    sums = _sum_over_processes(group, sums)
+    finite = sums[: len(running)].isfinite().split([len(stack.trials) for stack in stacks])
+    steps_per_epoch = group.train.steps_per_epoch
+    norms = [stack.update(group.step, steps_per_epoch, own) for stack, own in zip(stacks, finite, strict=True)]
+    *found, images, weight_read = torch.cat([*norms, sums, weight[None]]).tolist()
     for t, trial in enumerate(running):
-        trial.optimizer.zero_grad()
+        norm, loss, correct = found[t :: len(running)]
+        _check_finite(trial, "loss", loss, group.step)
+        if stacks[0].scale_T is None:  # a gradient scale answers an overflow by a skipped step and a smaller scale
+            _check_finite(trial, "gradient norm", norm, group.step)
         if trial.running:
-            trial.progress.count(float(sums[t, 0]) / weight, float(sums[t, 1]), images)
+            trial.progress.count(loss / weight_read, correct, images)
 
 
 @torch.no_grad()
@@ -199,10 +198,19 @@ def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list
     return scores
 
 
-def read(trials: Sequence[Trial], observed: StreamOutput, seeds: Sequence[int] | None = None) -> list[Tensor]:
-    """Logits [B, K] of each trial."""
-    readers = [trial.reader for trial in trials]
-    return type(readers[0]).read_many(readers, observed, seeds)
+def read(stacks: Sequence[ReaderStack], observed: StreamOutput) -> list[Tensor]:
+    """Logits [B, K] of each reader, stack by stack."""
+    logits = type(stacks[0].readers[0]).read_stacks(stacks, observed, [None] * len(stacks))
+    return [logits_BK for logits_TBK in logits for logits_BK in logits_TBK]
+
+
+def _stacked_readers(group: TrialGroup, trials: Sequence[Trial]) -> tuple[list[ReaderStack], list[int]]:
+    """Stacks with the readers of these trials, those of the training if possible; for each trial its place in them."""
+    readers, stacks = [trial.reader for trial in trials], [stack.readers for stack in group.stacks]
+    if {id(reader) for stack in stacks for reader in stack.readers} != {id(reader) for reader in readers}:
+        stacks = [ReaderStack.of([readers[n] for n in numbers]) for numbers in by_shape(readers)]
+    places = {id(reader): n for n, reader in enumerate(reader for stack in stacks for reader in stack.readers)}
+    return stacks, [places[id(reader)] for reader in readers]
 
 
 def _observed(group: TrialGroup, batch: Batch) -> StreamOutput:
@@ -216,6 +224,7 @@ def _read_split(
     """Each batch of a split with the logits of every trial. Raises Interrupted after a stop request."""
     for trial in trials:
         trial.reader.eval()
+    stacks, places = _stacked_readers(group, trials)
     unread = iter(batches)
     for _ in range(len(batches)):
         fetched = next_or_error(unread)
@@ -223,39 +232,28 @@ def _read_split(
         if group.stop.agreed:
             stop_all_ranks(group.accelerator, f"{group.path}: stopped while scoring a split; the same command resumes")
         batch = send_to_device(fetched, group.accelerator.device, non_blocking=True)
-        yield batch, read(trials, _observed(group, batch))
+        logits = read(stacks, _observed(group, batch))
+        yield batch, [logits[place] for place in places]
 
 
 def _check_finite(trial: Trial, name: str, value: float, step: int) -> None:
     trial.diverged = trial.diverged or not_finite(name, value, step)
 
 
-def _sum_gradients(group: TrialGroup, running: Sequence[Trial]) -> None:
-    """Sum the gradients over all processes, in one message."""
+def _seed(group: TrialGroup, trial: Trial, micro: int) -> int:
+    """Of a trial's random draws for one micro-batch."""
+    return fold_in(trial.recipe.seed, group.step, group.accelerator.process_index, micro)
+
+
+def _sum_over_processes(group: TrialGroup, sums: Tensor) -> Tensor:
+    """Sum ``sums`` and the gradients over all processes, in one message; returns the sums."""
     if group.accelerator.num_processes == 1:
-        return
-    gradients = [p.grad for trial in running if trial.running for p in trial.trained if p.grad is not None]
-    if not gradients:
-        return
-    flat = group.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "sum")
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
-
-
-def _update(group: TrialGroup) -> None:
-    """Clip and step each trial as it would be alone."""
-    trials = group.running
-    if not trials:
-        return
-    for trial in trials:
-        trial.scaler.unscale_(trial.optimizer)
-    norms = clip_gradients([trial.trained for trial in trials], group.recipe.optim.clip_norm)
-    for trial, norm in zip(trials, norms.tolist(), strict=True):
-        if not trial.scaler.is_enabled():  # a scaler answers an overflow by a skipped step and a smaller scale
-            _check_finite(trial, "gradient norm", norm, group.step)
-        if trial.running:
-            trial.scaler.step(trial.optimizer)
-            trial.scaler.update()
+        return sums
+    tensors = [sums, *(gradient for stack in group.stacks for gradient in stack.gradients)]
+    flat = group.accelerator.reduce(torch.cat([tensor.flatten() for tensor in tensors]), "sum")
+    for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(summed.view_as(tensor))
+    return sums
 
 
 @torch.no_grad()

@@ -445,9 +445,9 @@ def test_a_full_disk_ends_a_sweep_in_words(
 def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = trials_module.read
 
-    def spoiled(trials: Sequence[Any], *args: Any) -> list[torch.Tensor]:
-        logits = read(trials, *args)
-        return logits if torch.is_grad_enabled() else [logits[0] * float("nan"), *logits[1:]]
+    def spoiled(*args: Any) -> list[torch.Tensor]:
+        logits = read(*args)
+        return [logits[0] * float("nan"), *logits[1:]]
 
     monkeypatch.setattr(trials_module, "read", spoiled)
     monkeypatch.setattr(sweep_worker.Worker, "wait_for", lambda self, jobs: [read_json(job.outcome) for job in jobs])

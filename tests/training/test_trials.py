@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.amp import GradScaler
 
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
@@ -413,7 +412,7 @@ def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
 
     wanted, found = made("fp32", "fp32"), made("fp16", "fp16")
     overflowing = made("overflow", "fp16")
-    overflowing.trials[1].scaler = GradScaler("cpu", init_scale=2.0**127)
+    overflowing.trials[1].state["scale"].fill_(2.0**127)
     for one in (wanted, found, overflowing):
         fit_trials(one)
         one.close()
@@ -423,11 +422,11 @@ def test_trials_in_fp16_have_a_gradient_scale_each(tmp_path: Path) -> None:
         assert a.progress.last["train"]["loss"] == pytest.approx(b.progress.last["train"]["loss"], rel=0.01)
     for t, (a, b) in enumerate(zip(overflowing.trials, found.trials, strict=True)):
         assert not a.diverged
-        assert a.scaler.get_scale() < 2.0**100
+        assert float(a.state["scale"]) < 2.0**100
         same = all(torch.equal(x, collect(b.reader)[name]) for name, x in collect(a.reader).items())
         assert same == (t != 1)  # its first steps were skipped
     again = made_again(overflowing, tmp_path / "overflow" / "pass.pt")
-    assert [t.scaler.get_scale() for t in again.trials] == [t.scaler.get_scale() for t in overflowing.trials]
+    assert [float(t.state["scale"]) for t in again.trials] == [float(t.state["scale"]) for t in overflowing.trials]
 
 
 def made_again(p: TrialGroup, state: Path) -> TrialGroup:

@@ -1,0 +1,54 @@
+"""Readers whose trained tensors have equal shapes, each tensor of all of them held as one.
+
+T readers. One product, one reduction and one update then serve all of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dist_vpt.methods.base import Reader
+
+
+@dataclass(frozen=True)
+class ReaderStack:
+    """``trained`` tensors, and ``fixed`` ones, which were measured or selected: both have a leading dimension of T."""
+
+    readers: Sequence["Reader"]
+    trained: Mapping[str, Tensor]
+    fixed: Mapping[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.readers[0].adapter_tensors() if name not in self.trained]
+        each = [dict(reader.adapter_tensors()) for reader in self.readers]
+        object.__setattr__(self, "fixed", {name: stacked([own[name] for own in each]) for name in names})
+
+    @classmethod
+    def of(cls, readers: Sequence["Reader"]) -> "ReaderStack":
+        """A copy of their tensors, through which gradients reach the readers' own."""
+        each = [dict(reader.trainable()) for reader in readers]
+        return cls(readers, {name: stacked([own[name] for own in each]) for name in each[0]})
+
+    def of_each(self) -> Iterator[dict[str, Tensor]]:
+        """The trained tensors of one reader after the other."""
+        columns = [tensor.unbind() for tensor in self.trained.values()]  # whose backward is one pass, not T
+        for row in zip(*columns, strict=True):
+            yield dict(zip(self.trained, row, strict=True))
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """[T, ...]; of a single one not even a copy."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def by_shape(readers: Sequence["Reader"]) -> list[list[int]]:
+    """Numbers of the readers that fit into one stack, in the order of the first of each."""
+    groups: dict[object, list[int]] = {}
+    for number, reader in enumerate(readers):
+        shapes = tuple((name, parameter.shape) for name, parameter in reader.trainable())
+        groups.setdefault(shapes, []).append(number)
+    return list(groups.values())

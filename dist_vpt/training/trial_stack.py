@@ -1,0 +1,132 @@
+"""Trials whose trained tensors have equal shapes, trained as one model: one update for all of them.
+
+T trials. Each trained tensor of all trials is one tensor [T, ...], and so is what the optimizer and, in fp16, the
+gradient scale remember of it. A trial's reader and its ``state`` hold rows of these. Rates and decays are tensors [T],
+and a trial that is not to be updated has a rate of 0: nothing is read from the device, and no trial touches another.
+
+The updates are those of torch.optim.SGD, Adam (Kingma and Ba, ICLR 2015, arXiv 1412.6980, algorithm 1) and AdamW
+(Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101, algorithm 2), and the gradient scale that of torch.amp.GradScaler.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dist_vpt.methods.stack import ReaderStack, by_shape
+from dist_vpt.recipe.schema import OptimConfig
+from dist_vpt.training.optim import multiplier
+from dist_vpt.training.trial_state import Trial
+
+# Of the gradient scale in fp16, as torch.amp.GradScaler's.
+GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
+
+
+class TrialStack:
+    """The running trials of one group of shapes. Its trials' tensors become rows of the stack's."""
+
+    def __init__(self, trials: Sequence[Trial]):
+        self.trials = list(trials)
+        self.optim: OptimConfig = trials[0].recipe.optim
+        self.scales = trials[0].recipe.runtime.precision == "fp16"
+        each = [dict(trial.reader.trainable()) for trial in trials]
+        with torch.no_grad():
+            self.trained = {name: torch.stack([own[name] for own in each]).requires_grad_() for name in each[0]}
+        self.state = {key: torch.stack([trial.state[key] for trial in trials]) for key in trials[0].state}
+        for t, (trial, own) in enumerate(zip(trials, each, strict=True)):
+            for name, parameter in own.items():
+                parameter.data = self.trained[name].detach()[t]
+            trial.state = {key: tensor[t] for key, tensor in self.state.items()}
+        self.readers = ReaderStack([trial.reader for trial in trials], self.trained)
+        recipes = [trial.recipe for trial in trials]
+        self.peak_lr_T = self._numbers([each.optim.peak_lr(each.train.batch_size) for each in recipes])
+        self.decay_T = self._numbers([each.optim.weight_decay for each in recipes])
+        self.decays = any(each.optim.weight_decay for each in recipes)
+
+    def _numbers(self, numbers: Sequence[float]) -> Tensor:
+        """[T] float64, as torch's optimizers compute with numbers: only results are rounded."""
+        return torch.tensor(numbers, dtype=torch.float64, device=self.state["steps"].device)
+
+    @property
+    def scale_T(self) -> Tensor | None:
+        """What losses are multiplied by before backward, in fp16 alone."""
+        return self.state["scale"].float() if self.scales else None
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [tensor.grad for tensor in self.trained.values() if tensor.grad is not None]
+
+    @torch.no_grad()
+    def update(self, step: int, steps_per_epoch: int, finite_T: Tensor) -> Tensor:
+        """Clip and step every trial as it would be alone, and forget the gradients; returns the norms [T] before that.
+
+        ``finite_T`` [T] (bool): trials with a finite loss. The others are left as they are, and so are those whose norm
+        is not finite; in fp16 their gradient scale is lowered.
+        """
+        gradients = {name: tensor.grad for name, tensor in self.trained.items() if tensor.grad is not None}
+        norm_T = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]).norm(dim=0)
+        factor_T = torch.ones_like(norm_T)
+        if self.scales:
+            factor_T = factor_T / self.state["scale"].float()
+            norm_T = norm_T * factor_T
+        alive_T = finite_T & norm_T.isfinite()
+        if self.scales:
+            self._rescale(norm_T)
+        if self.optim.clip_norm is not None:
+            factor_T = factor_T * (self.optim.clip_norm / (norm_T + 1e-6)).clamp_max(1.0)
+        recipe = self.trials[0].recipe
+        lr_T = self.peak_lr_T * multiplier(self.optim, step, steps_per_epoch, recipe.train.epochs) * alive_T
+        self.state["steps"] += alive_T
+        # 0 times a number that is not finite is none either. On a CPU the mask is known, and a pass is saved.
+        masks = alive_T.is_cuda or not bool(alive_T.all())
+        for name, gradient in gradients.items():
+            rows = (-1, *[1] * (gradient.ndim - 1))
+            if self.scales or self.optim.clip_norm is not None:
+                gradient.mul_(factor_T.view(rows))
+            if masks:
+                gradient.copy_(torch.where(alive_T.view(rows), gradient, 0.0))
+            self._step(name, gradient, lr_T.view(rows), alive_T.view(rows))
+            self.trained[name].grad = None
+        return norm_T
+
+    def _step(self, name: str, gradient: Tensor, lr: Tensor, alive: Tensor) -> None:
+        """Update one kind of tensors, in place; all have the dimensions of ``gradient`` [T, ...]."""
+        optim, trained = self.optim, self.trained[name]
+        # As build_optimizer: biases and norm scales are not decayed. A trial that is not alive has no gradient.
+        if self.decays and gradient.ndim > 2:
+            decay = self.decay_T.view_as(lr)
+            if optim.name == "adamw":
+                trained.mul_((1 - lr * decay).float())
+            else:
+                gradient.addcmul_(trained, (decay * alive).float())
+        if optim.name == "sgd":
+            if optim.momentum:
+                momentum = self.state[f"momentum_buffer.{name}"]
+                momentum.mul_(torch.where(alive, optim.momentum, 1.0)).add_(gradient)
+                gradient = gradient.add_(momentum, alpha=optim.momentum) if optim.nesterov else momentum
+            trained.addcmul_(gradient, (-lr).float())
+            return
+        first, second = optim.betas
+        mean, square = self.state[f"exp_avg.{name}"], self.state[f"exp_avg_sq.{name}"]
+        mean.lerp_(gradient, (1 - first) * alive)
+        square.mul_(torch.where(alive, second, 1.0)).addcmul_(gradient, gradient, value=1 - second)
+        steps = self.state["steps"].clamp_min(1).view_as(lr)
+        root = square.sqrt().div_((1 - second**steps).sqrt().float()).add_(optim.eps)
+        trained.addcdiv_(mean * (-lr / (1 - first**steps)).float(), root)
+
+    def _rescale(self, norm_T: Tensor) -> None:
+        scale, clean = self.state["scale"], self.state["clean_steps"]
+        fine = norm_T.isfinite()
+        grown = fine & (clean + 1 == GROWTH_INTERVAL)
+        scale.mul_(torch.where(fine, torch.where(grown, GROWTH, 1.0), BACKOFF))
+        clean.copy_(torch.where(fine & ~grown, clean + 1, 0.0))
+
+
+def stack_running(trials: Sequence[Trial]) -> list[TrialStack]:
+    """The running trials in stacks. The tensors of the others become their own."""
+    for trial in trials:
+        if not trial.running:
+            trial.detach()
+    running = [trial for trial in trials if trial.running]
+    groups = by_shape([trial.reader for trial in running])
+    return [TrialStack([running[n] for n in group]) for group in groups]
