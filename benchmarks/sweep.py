@@ -238,6 +238,7 @@ class Bench:
             step_trials(p, [draw()])
             p.progress.step += 1
 
+        step()  # puts the trials' tensors into stacks
         saved = saved_for_backward(nn.ModuleList(readers), step)
         return Way(step, batch * len(trials), saved / MIB / batch / len(trials), read_bytes)
 

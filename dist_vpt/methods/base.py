@@ -204,7 +204,8 @@ def classify_stack(stack: ReaderStack, features_TBF: Tensor) -> Tensor:
     if "feature_norm.mean" in stack.fixed:
         mean_TF, std_TF = stack.fixed["feature_norm.mean"], stack.fixed["feature_norm.std"]
         features_TBF = (features_TBF - mean_TF.unsqueeze(1)) / std_TF.unsqueeze(1)
-    return torch.baddbmm(bias_TK.unsqueeze(1), features_TBF, weight_TKF.transpose(1, 2))
+    # The weights come first so that their gradient has their layout, and need not be copied.
+    return torch.baddbmm(bias_TK.unsqueeze(2), weight_TKF, features_TBF.transpose(1, 2)).transpose(1, 2)
 
 
 def _one_by_one(stack: ReaderStack, stream: StreamOutput, seeds: Sequence[int] | None) -> Iterator[Tensor]:

@@ -77,42 +77,43 @@ class TrialStack:
         recipe = self.trials[0].recipe
         lr_T = self.peak_lr_T * multiplier(self.optim, step, steps_per_epoch, recipe.train.epochs) * alive_T
         self.state["steps"] += alive_T
-        # 0 times a number that is not finite is none either. On a CPU the mask is known, and a pass is saved.
-        masks = alive_T.is_cuda or not bool(alive_T.all())
         for name, gradient in gradients.items():
-            rows = (-1, *[1] * (gradient.ndim - 1))
-            if self.scales or self.optim.clip_norm is not None:
-                gradient.mul_(factor_T.view(rows))
-            if masks:
-                gradient.copy_(torch.where(alive_T.view(rows), gradient, 0.0))
-            self._step(name, gradient, lr_T.view(rows), alive_T.view(rows))
+            for row in _rows(gradient):
+                ones = (-1, *[1] * (gradient.ndim - 1))
+                own, alive = gradient[row], alive_T[row].view(ones)
+                if self.scales or self.optim.clip_norm is not None:
+                    own.mul_(factor_T[row].view(ones))
+                own.masked_fill_(~alive, 0.0)  # 0 times a number that is not finite is none either
+                self._step(name, row, own, lr_T[row].view(ones), alive)
             self.trained[name].grad = None
         return norm_T
 
-    def _step(self, name: str, gradient: Tensor, lr: Tensor, alive: Tensor) -> None:
-        """Update one kind of tensors, in place; all have the dimensions of ``gradient`` [T, ...]."""
-        optim, trained = self.optim, self.trained[name]
+    def _step(self, name: str, row: slice, gradient: Tensor, lr: Tensor, alive: Tensor) -> None:
+        """Update rows of one kind of tensors, in place; all have the dimensions of ``gradient`` [T, ...]."""
+        optim, trained = self.optim, self.trained[name][row]
         # As build_optimizer: biases and norm scales are not decayed. A trial that is not alive has no gradient.
         if self.decays and gradient.ndim > 2:
-            decay = self.decay_T.view_as(lr)
+            decay = self.decay_T[row].view_as(lr)
             if optim.name == "adamw":
                 trained.mul_((1 - lr * decay).float())
             else:
                 gradient.addcmul_(trained, (decay * alive).float())
         if optim.name == "sgd":
             if optim.momentum:
-                momentum = self.state[f"momentum_buffer.{name}"]
+                momentum = self.state[f"momentum_buffer.{name}"][row]
                 momentum.mul_(torch.where(alive, optim.momentum, 1.0)).add_(gradient)
                 gradient = gradient.add_(momentum, alpha=optim.momentum) if optim.nesterov else momentum
             trained.addcmul_(gradient, (-lr).float())
             return
         first, second = optim.betas
-        mean, square = self.state[f"exp_avg.{name}"], self.state[f"exp_avg_sq.{name}"]
+        mean, square = self.state[f"exp_avg.{name}"][row], self.state[f"exp_avg_sq.{name}"][row]
         mean.lerp_(gradient, (1 - first) * alive)
         square.mul_(torch.where(alive, second, 1.0)).addcmul_(gradient, gradient, value=1 - second)
-        steps = self.state["steps"].clamp_min(1).view_as(lr)
+        steps = self.state["steps"][row].clamp_min(1).view_as(lr)
         root = square.sqrt().div_((1 - second**steps).sqrt().float()).add_(optim.eps)
-        trained.addcdiv_(mean * (-lr / (1 - first**steps)).float(), root)
+        # The gradient is of no more use, and its memory holds the update.
+        update = torch.mul(mean, (-lr / (1 - first**steps)).float(), out=gradient)
+        trained.addcdiv_(update, root)
 
     def _rescale(self, norm_T: Tensor) -> None:
         scale, clean = self.state["scale"], self.state["clean_steps"]
@@ -120,6 +121,13 @@ class TrialStack:
         grown = fine & (clean + 1 == GROWTH_INTERVAL)
         scale.mul_(torch.where(fine, torch.where(grown, GROWTH, 1.0), BACKOFF))
         clean.copy_(torch.where(fine & ~grown, clean + 1, 0.0))
+
+
+def _rows(tensor_T: Tensor) -> list[slice]:
+    """What is updated at once: on a CPU one trial, whose tensors its caches may hold, else all, in one launch."""
+    if tensor_T.device.type != "cpu":
+        return [slice(None)]
+    return [slice(t, t + 1) for t in range(len(tensor_T))]
 
 
 def stack_running(trials: Sequence[Trial]) -> list[TrialStack]:

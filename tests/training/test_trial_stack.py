@@ -1,0 +1,230 @@
+"""Trials in stacks are updated as torch's optimizers and its gradient scale would update each alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+
+from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.frozen_stream.observe import StreamOutput
+from dist_vpt.methods.linear import Linear
+from dist_vpt.recipe.loading import load_recipe
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.training.optim import build_optimizer, set_lr
+from dist_vpt.training.step import clip_gradients, learning_rate
+from dist_vpt.training.trial_stack import BACKOFF, GROWTH, GROWTH_INTERVAL, TrialStack, stack_running
+from dist_vpt.training.trial_state import INIT_SCALE, Trial
+from dist_vpt.training.trials import TrialGroup, step_trials
+from tests.methods.conftest import make_backbone
+
+STEPS, EPOCH = 12, 4
+SIZES = [(7, 5), (7, 5), (7, 5), (3, 5)]  # features and classes of each trial: the last fits into no stack of others
+OPTIMIZERS = {
+    "sgd": ["optim.name=sgd", "optim.momentum=0.9"],
+    "sgd-plain": ["optim.name=sgd", "optim.momentum=0"],
+    "sgd-nesterov": ["optim.name=sgd", "optim.momentum=0.9", "optim.nesterov=true"],
+    "adam": ["optim.name=adam"],
+    "adamw": ["optim.name=adamw"],
+}
+
+
+class Toy(nn.Module):
+    """What of a reader an optimizer and a stack see."""
+
+    def __init__(self, features: int, classes: int):
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(2, 3, features))
+        self.head = nn.Linear(features, classes)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.named_parameters()
+
+    adapter_tensors = trainable
+
+
+def recipe(t: int, *words: str) -> Recipe:
+    own = [f"optim.lr={(0.1, 0.01, 0.3, 0.05)[t]}", f"optim.weight_decay={(0.0, 0.01, 0.1, 0.02)[t]}"]
+    common = [
+        "optim.warmup_epochs=1",
+        "train.epochs=3",
+        "optim.scale_lr=false",
+        "data.format=digits",
+        "runtime.precision=fp32",
+    ]
+    return load_recipe([], ["method.name=linear", *common, *own, *words])
+
+
+def trials(*words: str) -> list[Trial]:
+    made = []
+    for t, sizes in enumerate(SIZES):
+        torch.manual_seed(t)
+        made.append(Trial(recipe(t, *words), cast(Any, Toy(*sizes))))
+    return made
+
+
+def random_gradients(stacks: list[TrialStack], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for stack in stacks:
+        for tensor in stack.trained.values():
+            tensor.grad = torch.randn(tensor.shape, generator=generator)
+
+
+def gradients_of(stacks: list[TrialStack], trial: Trial) -> dict[str, Tensor]:
+    stack = next(stack for stack in stacks if trial in stack.trials)
+    t = stack.trials.index(trial)
+    return {name: tensor.grad[t].clone() for name, tensor in stack.trained.items() if tensor.grad is not None}
+
+
+@pytest.mark.parametrize("clip", ["null", "0.5"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_are_torch_s(name: str, clip: str) -> None:
+    words = [*OPTIMIZERS[name], f"optim.clip_norm={clip}"]
+    together, alone = trials(*words), trials(*words)
+    optimizers = [build_optimizer(trial.recipe.optim, trial.reader) for trial in alone]
+    stacks = stack_running(together)
+    assert [len(stack.trials) for stack in stacks] == [3, 1]
+    for step in range(STEPS):
+        random_gradients(stacks, step)
+        wanted = []
+        for trial, own, optimizer in zip(together, alone, optimizers, strict=True):
+            set_lr(optimizer, learning_rate(own.recipe.optim, own.recipe.train, step, EPOCH))
+            for parameter_name, gradient in gradients_of(stacks, trial).items():
+                own.reader.get_parameter(parameter_name).grad = gradient
+            wanted.append(float(clip_gradients([list(own.reader.parameters())], own.recipe.optim.clip_norm)[0]))
+            optimizer.step()
+        norms = [stack.update(step, EPOCH, torch.ones(len(stack.trials), dtype=torch.bool)) for stack in stacks]
+        assert torch.cat(norms).tolist() == pytest.approx(wanted, rel=1e-5)
+    for trial, own in zip(together, alone, strict=True):
+        for (_, found), (_, right) in zip(trial.reader.trainable(), own.reader.trainable(), strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
+        assert float(trial.state["steps"]) == STEPS
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("spoiled", ["loss", "gradient"])
+def test_what_is_not_finite_touches_nothing(name: str, spoiled: str) -> None:
+    """Neither its own tensors nor those of other trials."""
+    mixed, calm = stack_running(trials(*OPTIMIZERS[name])[:3]), stack_running(trials(*OPTIMIZERS[name])[:3])
+    for step in range(STEPS):
+        random_gradients(mixed, step)
+        random_gradients(calm, step)
+        finite_T = torch.ones(3, dtype=torch.bool)
+        if step == 5:
+            before = {key: t[1].clone() for key, t in (mixed[0].trained | mixed[0].state).items()}
+            for tensor in mixed[0].trained.values():
+                assert tensor.grad is not None
+                tensor.grad[1] = float("nan") if spoiled == "loss" else float("inf")
+            finite_T[1] = spoiled != "loss"
+        norm_T = mixed[0].update(step, EPOCH, finite_T)
+        calm[0].update(step, EPOCH, torch.ones(3, dtype=torch.bool))
+        if step == 5:
+            assert not norm_T[1].isfinite()
+            after = {key: t[1] for key, t in (mixed[0].trained | mixed[0].state).items()}
+            assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    for key, tensor in mixed[0].trained.items():
+        assert torch.equal(tensor[::2], calm[0].trained[key][::2])
+
+
+def test_the_gradient_scale_is_torch_s() -> None:
+    """Of each trial its own: halved where a gradient overflows, doubled after many steps in which none did."""
+    some = trials("runtime.precision=fp16", "optim.name=adam")[:2]
+    [stack] = stack_running(some)
+    scalers = [GradScaler("cpu") for _ in some]
+    optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0) for _ in some]
+    assert scalers[0].get_scale() == INIT_SCALE
+    assert scalers[0].get_growth_factor() == GROWTH
+    assert scalers[0].get_backoff_factor() == BACKOFF
+    assert scalers[0].get_growth_interval() == GROWTH_INTERVAL
+    for step in range(GROWTH_INTERVAL + 5):
+        overflows = [step == 3, step == 4]
+        for tensor in stack.trained.values():
+            tensor.grad = torch.zeros_like(tensor)
+            tensor.grad[torch.tensor(overflows)] = float("inf")
+        for scaler, optimizer, overflow in zip(scalers, optimizers, overflows, strict=True):
+            scaler.scale(torch.zeros(()))
+            optimizer.param_groups[0]["params"][0].grad = torch.tensor([float("inf") if overflow else 0.0])
+            scaler.step(optimizer)
+            scaler.update()
+        stack.update(step % EPOCH, EPOCH, torch.ones(2, dtype=torch.bool))
+        assert stack.state["scale"].tolist() == [scaler.get_scale() for scaler in scalers]
+    assert stack.state["scale"].tolist() == [INIT_SCALE, INIT_SCALE]  # halved once, then doubled once
+    assert stack.state["steps"].tolist() == [GROWTH_INTERVAL + 4] * 2
+
+
+def test_a_trial_that_has_ended_keeps_its_tensors() -> None:
+    some = trials("optim.name=adam")[:3]
+    [stack] = stack_running(some)
+    some[1].diverged = "the loss is nan at step 3"
+    [smaller] = stack_running(some)
+    assert smaller.trials == [some[0], some[2]]
+    kept = [tensor.clone() for _, tensor in some[1].reader.trainable()]
+    random_gradients([smaller], 0)
+    smaller.update(EPOCH, EPOCH, torch.ones(2, dtype=torch.bool))
+    random_gradients([stack], 0)
+    stack.update(EPOCH, EPOCH, torch.ones(3, dtype=torch.bool))
+    assert all(torch.equal(a, b) for a, (_, b) in zip(kept, some[1].reader.trainable(), strict=True))
+    for trial, t in ((some[0], 0), (some[2], 1)):  # what its reader holds is what is trained
+        for name, tensor in trial.reader.trainable():
+            assert torch.equal(tensor, smaller.trained[name][t])
+            assert not torch.equal(tensor, stack.trained[name][2 * t])
+
+
+READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
+
+
+@contextmanager
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Everything that would wait for a device."""
+    seen: list[str] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        real = getattr(Tensor, name)
+
+        def read(self: Tensor, *args: Any, **named: Any) -> Any:
+            seen.append(name)
+            return real(self, *args, **named)
+
+        return read
+
+    with monkeypatch.context() as patch:
+        for name in READS:
+            patch.setattr(Tensor, name, counting(name))
+        yield seen
+
+
+def test_a_step_of_all_trials_reads_once_from_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone = make_backbone()
+    each = [recipe(t, *OPTIMIZERS["adam"]) for t in range(3)]
+    readers = [Linear(cast(Any, one.method), backbone, 4, torch.float32).train() for one in each]
+    group = TrialGroup(
+        recipe=each[0],
+        trials=[Trial(one, reader) for one, reader in zip(each, readers, strict=True)],
+        parts=cast(Any, None),
+        accelerator=RankAccelerator(cpu=True),
+        train=cast(Any, SimpleNamespace(steps_per_epoch=EPOCH)),
+        val=None,
+        class_weights=torch.ones(4),
+        stop=StopSignal(),
+        state=cast(Any, None),
+        show=print,
+    )
+    batch = {
+        "images": StreamOutput(torch.randn(6, backbone.width)),
+        "labels": torch.arange(6) % 4,
+        "weight": torch.ones(6),
+        "index": torch.arange(6),
+    }
+    for _ in range(2):
+        with counted_reads(monkeypatch) as seen:
+            step_trials(group, [cast(Any, batch), cast(Any, batch)])
+        assert seen == ["tolist"]
+        group.progress.step += 1
+    assert [trial.progress.images for trial in group.trials] == [24.0] * 3
