@@ -12,7 +12,7 @@ by structure: the backbone's are frozen, the method's are not.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -212,4 +212,4 @@ def _one_by_one(stack: ReaderStack, stream: StreamOutput, seeds: Sequence[int] |
     for t, (reader, tensors) in enumerate(zip(stack.readers, stack.of_each(), strict=True)):
         if seeds is not None:
             torch.manual_seed(seeds[t])
-        yield functional_call(reader, tensors, (stream,))
+        yield functional_call(cast(Reader, reader), tensors, (stream,))

@@ -5,20 +5,24 @@ T readers. One product, one reduction and one update then serve all of them.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from dist_vpt.methods.base import Reader
+
+class Stackable(Protocol):
+    """What of a reader a stack sees."""
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 @dataclass(frozen=True)
 class ReaderStack:
     """``trained`` tensors, and ``fixed`` ones, which were measured or selected: both have a leading dimension of T."""
 
-    readers: Sequence["Reader"]
+    readers: Sequence[Stackable]
     trained: Mapping[str, Tensor]
     fixed: Mapping[str, Tensor] = field(init=False)
 
@@ -28,7 +32,7 @@ class ReaderStack:
         object.__setattr__(self, "fixed", {name: stacked([own[name] for own in each]) for name in names})
 
     @classmethod
-    def of(cls, readers: Sequence["Reader"]) -> "ReaderStack":
+    def of(cls, readers: Sequence[Stackable]) -> "ReaderStack":
         """A copy of their tensors, through which gradients reach the readers' own."""
         each = [dict(reader.trainable()) for reader in readers]
         return cls(readers, {name: stacked([own[name] for own in each]) for name in each[0]})
@@ -45,7 +49,7 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
-def by_shape(readers: Sequence["Reader"]) -> list[list[int]]:
+def by_shape(readers: Sequence[Stackable]) -> list[list[int]]:
     """Numbers of the readers that fit into one stack, in the order of the first of each."""
     groups: dict[object, list[int]] = {}
     for number, reader in enumerate(readers):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
@@ -20,6 +21,7 @@ from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
 from dist_vpt.errors import DataError
 from dist_vpt.frozen_stream.observe import StreamOutput, compute_stream
+from dist_vpt.methods.base import Reader
 from dist_vpt.methods.stack import ReaderStack, by_shape
 from dist_vpt.runs.adapters import collect
 from dist_vpt.training.components import Components
@@ -200,7 +202,7 @@ def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list
 
 def read(stacks: Sequence[ReaderStack], observed: StreamOutput) -> list[Tensor]:
     """Logits [B, K] of each reader, stack by stack."""
-    logits = type(stacks[0].readers[0]).read_stacks(stacks, observed, [None] * len(stacks))
+    logits = type(cast(Reader, stacks[0].readers[0])).read_stacks(stacks, observed, [None] * len(stacks))
     return [logits_BK for logits_TBK in logits for logits_BK in logits_TBK]
 
 

@@ -166,7 +166,7 @@ def test_a_trial_that_has_ended_keeps_its_tensors() -> None:
     kept = [tensor.clone() for _, tensor in some[1].reader.trainable()]
     random_gradients([smaller], 0)
     smaller.update(EPOCH, EPOCH, torch.ones(2, dtype=torch.bool))
-    random_gradients([stack], 0)
+    random_gradients([stack], 1)
     stack.update(EPOCH, EPOCH, torch.ones(3, dtype=torch.bool))
     assert all(torch.equal(a, b) for a, (_, b) in zip(kept, some[1].reader.trainable(), strict=True))
     for trial, t in ((some[0], 0), (some[2], 1)):  # what its reader holds is what is trained
