@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import Tensor, nn
 
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
-from dist_vpt.distributed.collectives import RankAccelerator, all_reduce_sum, raise_on_any_rank, stop_all_ranks
+from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Diverged, Interrupted, RunFailed
 from dist_vpt.methods.base import Method
@@ -209,29 +209,34 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     accelerator, train = t.accelerator, t.recipe.train
     lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
     set_lr(t.optimizer, lr)
-    micro_batches, global_weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
-    weight = float(global_weight)
+    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
     accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
-    sums, gradient_norm, before = [0.0, 0.0, 0.0], None, None
+    sums = torch.zeros(3, device=accelerator.device)  # of the micro-batches: loss, correct answers, images
+    gradient_norm, before = None, None
     for micro, (batch, weights_B) in enumerate(micro_batches):
         torch.manual_seed(fold_in(t.recipe.seed, t.step, accelerator.process_index, micro))  # of dropout
         with accelerator.accumulate(t.model):
             logits_BK, labels_B = t.model(batch["images"]), batch["labels"]
             loss = (image_losses(logits_BK, labels_B, train.label_smoothing) * weights_B).sum()
             correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
-            summed = all_reduce_sum(accelerator, loss.detach(), correct, batch["weight"].sum())
-            _check_finite("loss", summed[0], t)  # before backward: DeepSpeed's backward also steps
-            sums = [a + b for a, b in zip(sums, summed, strict=True)]
+            sums += torch.stack([loss.detach(), correct, batch["weight"].sum()])
             if norms and accelerator.sync_gradients:
                 before = snapshot(_trained(t))
+            if accelerator.sync_gradients and _is_deepspeed(t):  # its backward also steps
+                numbers = _read(t, sums, weight)
             accelerator.backward(loss * scale)
-            if accelerator.sync_gradients:
-                gradient_norm = _clip(t)
+            if accelerator.sync_gradients and _is_deepspeed(t):
+                gradient_norm = _deepspeed_norm(t)
+            elif accelerator.sync_gradients:
+                accelerator.unscale_gradients()
+                numbers = _read(t, sums, weight, clip_gradients([_trained(t)], t.recipe.optim.clip_norm))
+                gradient_norm = numbers[-1]
             t.optimizer.step()
             t.optimizer.zero_grad()
     parameter_norm, update_norm = _norms(t, before) if before is not None else (None, None)
-    return Step(sums[0] / weight, sums[1], sums[2], lr, gradient_norm, parameter_norm, update_norm)
+    loss_sum, correct_sum, images, weight_read = numbers[:4]
+    return Step(loss_sum / weight_read, correct_sum, images, lr, gradient_norm, parameter_norm, update_norm)
 
 
 def fit(t: Training) -> None:
@@ -337,17 +342,31 @@ def _check_finite(name: str, value: float, t: TrainState) -> None:
         raise error
 
 
-def _clip(t: TrainState) -> float | None:
-    """Clip and return the gradient norm; DeepSpeed has clipped by its own configuration."""
-    accelerator, clip_norm = t.accelerator, t.recipe.optim.clip_norm
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        norm = accelerator.clip_grad_norm_(_trained(t), clip_norm)
-        if norm is None:
-            return None
-    else:
-        accelerator.unscale_gradients()
-        [norm] = clip_gradients([_trained(t)], clip_norm)
-    if accelerator.scaler is None:  # a scaler answers an overflow by a skipped step and a smaller scale
+def _read(t: TrainState, sums: Tensor, weight: Tensor, *norm: Tensor) -> list[float]:
+    """The step's numbers, read from the device at once before the optimizer steps: sums over all processes (loss,
+    correct answers, images), weight, and gradient norm where it is given. A collective call.
+
+    Raises Diverged where one is not finite.
+    """
+    with t.accelerator.status.in_collective():
+        sums = t.accelerator.reduce(sums, "sum")
+    numbers = torch.cat([sums, weight[None], *norm]).tolist()
+    _check_finite("loss", numbers[0], t)
+    if norm and t.accelerator.scaler is None:  # a scaler answers an overflow by a skipped step and a smaller scale
+        _check_finite("gradient norm", numbers[-1], t)
+    return numbers
+
+
+def _is_deepspeed(t: TrainState) -> bool:
+    return t.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def _deepspeed_norm(t: TrainState) -> float | None:
+    """The gradient norm, which DeepSpeed has clipped by its own configuration; None where it does not report it."""
+    norm = t.accelerator.clip_grad_norm_(_trained(t), t.recipe.optim.clip_norm)
+    if norm is None:
+        return None
+    if t.accelerator.scaler is None:
         _check_finite("gradient norm", float(norm), t)
     return float(norm)
 

@@ -22,6 +22,7 @@ from dist_vpt.errors import DataError
 
 TOP5_FROM = 6  # classes: with fewer, top-5 is always right
 MISTAKES_KEPT = 16  # for the panel of wrongly classified images
+WAITING_NUMBERS = 2**24  # of logits that wait to be scored: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,29 @@ class Scores:
             self.scores["auroc"].preds.append(torch.empty(0, 2, device=device))
             self.scores["auroc"].target.append(torch.empty(0, dtype=torch.long, device=device))
         self.loss = MeanMetric().to(device)
-        self.mistakes: list[Mistake] = []
+        self._mistakes: list[Mistake] = []
+        self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def update(self, logits_BK: Tensor, labels_B: Tensor, counts_B: Tensor, index_B: Tensor) -> None:
-        """Add a batch; examples with count 0 (padding, skipped images) are left out."""
+        """Add a batch; examples with count 0 (padding, skipped images) are left out.
+
+        Batches wait on the device until they are many: scoring each would wait for the device over and over.
+        """
+        self._waiting.append((logits_BK, labels_B, counts_B, index_B))
+        if sum(logits_BK.numel() for logits_BK, *_ in self._waiting) > WAITING_NUMBERS:
+            self._score_waiting()
+
+    @property
+    def mistakes(self) -> list[Mistake]:
+        """The first images that were classified wrongly."""
+        self._score_waiting()
+        return self._mistakes
+
+    def _score_waiting(self) -> None:
+        if not self._waiting:
+            return
+        logits_BK, labels_B, counts_B, index_B = (torch.cat(column) for column in zip(*self._waiting, strict=True))
+        self._waiting.clear()
         real = counts_B > 0
         logits_BK, labels_B, index_B = logits_BK[real], labels_B[real], index_B[real]
         if not len(labels_B):
@@ -71,14 +91,15 @@ class Scores:
         probabilities_BK = logits_BK.float().softmax(1)
         self.scores.update(probabilities_BK, labels_B)
         self.loss.update(F.cross_entropy(logits_BK.float(), labels_B, reduction="none"))
-        missing = MISTAKES_KEPT - len(self.mistakes)
+        missing = MISTAKES_KEPT - len(self._mistakes)
         if missing:
             best, predicted = probabilities_BK.max(1)
             for i in (predicted != labels_B).nonzero().flatten()[:missing].tolist():
-                self.mistakes.append(Mistake(int(index_B[i]), int(labels_B[i]), int(predicted[i]), float(best[i])))
+                self._mistakes.append(Mistake(int(index_B[i]), int(labels_B[i]), int(predicted[i]), float(best[i])))
 
     def compute(self) -> dict[str, Any]:
         """The scores over all processes, None for one that is not defined; a collective call."""
+        self._score_waiting()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # where this process has seen no image
             right_K, _, _, _, images_K = self.scores["per_class"].compute().unbind(1)
@@ -94,4 +115,5 @@ class Scores:
 
     def confusion(self) -> Tensor:
         """Rows are labels, columns predictions, [K, K]; a collective call."""
+        self._score_waiting()
         return self.scores["confusion"].compute()
