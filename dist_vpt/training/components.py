@@ -15,6 +15,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.backbones.weights.zoo import IMAGENET, has_learned_positions
 from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import leak_warning
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
@@ -95,6 +96,8 @@ class Components:
         if self.launch.rank:
             return lines
         splits, task = self.splits, self.inputs.task
+        if task.group is None and (warning := depth_warning(splits.train)):
+            lines.append(f"warning: {warning}")
         own = task.group is None and self.recipe.data.check_leaks
         if own and splits.test is not None and (warning := leak_warning(splits.trainval, splits.test)):
             lines.append(f"warning: {warning}")

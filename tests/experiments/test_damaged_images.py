@@ -56,7 +56,7 @@ def test_in_a_sweeps_test_its_trials_are_kept(
     tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut(tmp_path, TEST)
-    words = ["sweep", *TINY, *data, "method.name=linear", "sweep.lr=[0.1]", "sweep.wd=[0]", "sweep.seeds=[1,2]"]
+    words = ["sweep", *TINY, *data, "method.name=linear", "sweep.grid={optim.lr: [0.1]}", "sweep.seeds=[1,2]"]
     words.append(f"run.dir={tmp_path / 'sweep'}")
     assert main(words) == 2
     assert "these trials are trained and kept: the same command scores test alone" in capsys.readouterr().err
