@@ -1,4 +1,4 @@
-"""16-bit gray images that hold fewer bits, such as those of 12-bit cameras: decoded by their high byte they are dark."""
+"""16-bit gray images that hold fewer bits, such as those of 12-bit cameras: read by the high byte they are dark."""
 
 import numpy as np
 
