@@ -25,6 +25,7 @@ from dist_vpt.cli import (
 )
 from dist_vpt.distributed.caches import move_unwritable_caches
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.limits import file_size_advice
 from dist_vpt.distributed.rank_log import quiet_libraries
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable
@@ -78,8 +79,11 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 141
-    except OSError as error:
-        if debug or error.filename is None or error.errno not in WRONG_NAMES:
+    except (OSError, RuntimeError) as error:
+        if not debug and (advice := file_size_advice(error)):
+            print(f"error: {error}: {advice}", file=sys.stderr)
+            return UserError.exit_code
+        if debug or not isinstance(error, OSError) or error.filename is None or error.errno not in WRONG_NAMES:
             raise
         where = printable(str(error.filename))
         print(f"error: {where}: {error.strerror}; name another path (--debug shows the traceback)", file=sys.stderr)
