@@ -86,7 +86,7 @@ def repeats(train: Split, val: Split | None, test: Split | None) -> list[str]:
         counts = Counter(path for _, _, path in entries)
         twice = [path for path, count in counts.items() if count > 1]
         if twice:
-            found.append(f"{_some(twice)} more than once in {name}, which counts each time; remove the other entries")
+            found.append(f"{_some(twice)} in {name} more than once, and each entry counts; remove the others")
     trained = {path for _, _, path in files[train.name]}
     both = list(dict.fromkeys(path for _, _, path in files.get("val", []) if path in trained))
     if both:

@@ -21,8 +21,8 @@ def check_open_files(workers: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         return
     raise UserError(
-        f"the system allows this process {hard} open files, and data.workers = {workers} needs up to {needed}; raise the "
-        "limit before the command (ulimit -n 4096), or set data.workers=0"
+        f"the system allows this process {hard} open files, and data.workers = {workers} needs up to {needed}; raise "
+        "the limit before the command (ulimit -n 4096), or set data.workers=0"
     )
 
 

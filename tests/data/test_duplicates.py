@@ -89,9 +89,9 @@ def test_lists_that_name_a_file_twice(tmp_path: Path, save_image: Any) -> None:
     splits = open_splits(config, resolve(config))
     images = f"{tmp_path}/images"
     assert repeats(splits.train, splits.val, splits.test) == [
-        f"1 file ({images}/a.png) is more than once in train, which counts each time; remove the other entries",
-        f"4 files ({images}/d.png, {images}/e.png, {images}/f.png, ...) are more than once in test, which counts each time; "
-        "remove the other entries",
+        f"1 file ({images}/a.png) is in train more than once, and each entry counts; remove the others",
+        f"4 files ({images}/d.png, {images}/e.png, {images}/f.png, ...) are in test more than once, and each entry "
+        "counts; remove the others",
         f"1 file ({images}/b.png) is in train and in val, so val scores are too high while train alone is trained on; "
         "remove them from one of the splits",
     ]
