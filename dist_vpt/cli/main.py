@@ -80,13 +80,13 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 141
     except (OSError, RuntimeError) as error:
-        if not debug and (advice := file_size_advice(error)):
-            print(f"error: {error}: {advice}", file=sys.stderr)
-            return UserError.exit_code
-        if debug or not isinstance(error, OSError) or error.filename is None or error.errno not in WRONG_NAMES:
+        message = file_size_advice(error) and f"{error}: {file_size_advice(error)}"
+        if isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_NAMES:
+            where = printable(str(error.filename))
+            message = f"{where}: {error.strerror}; name another path (--debug shows the traceback)"
+        if debug or not message:
             raise
-        where = printable(str(error.filename))
-        print(f"error: {where}: {error.strerror}; name another path (--debug shows the traceback)", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return UserError.exit_code
     return 0
 
