@@ -1,7 +1,8 @@
 """Errors that the user can fix. Everything else is a bug and keeps its traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -64,3 +65,13 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     valid = sorted(str(v) for v in valid)
     close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+
+
+@contextmanager
+def adding_to_data_errors(hint: str) -> Iterator[None]:
+    """End the message of a DataError raised within by ``hint``: what has been kept."""
+    try:
+        yield
+    except DataError as error:
+        error.args = (f"{error}; {hint}",)
+        raise

@@ -25,6 +25,7 @@ from dist_vpt.cli import (
 )
 from dist_vpt.distributed.caches import move_unwritable_caches
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.limits import file_size_advice
 from dist_vpt.distributed.rank_log import quiet_libraries
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable
@@ -78,11 +79,14 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 141
-    except OSError as error:
-        if debug or error.filename is None or error.errno not in WRONG_NAMES:
+    except (OSError, RuntimeError) as error:
+        message = file_size_advice(error) and f"{error}: {file_size_advice(error)}"
+        if isinstance(error, OSError) and error.filename is not None and error.errno in WRONG_NAMES:
+            where = printable(str(error.filename))
+            message = f"{where}: {error.strerror}; name another path (--debug shows the traceback)"
+        if debug or not message:
             raise
-        where = printable(str(error.filename))
-        print(f"error: {where}: {error.strerror}; name another path (--debug shows the traceback)", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return UserError.exit_code
     return 0
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import Place, equal_files
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.images import decode, open_header
@@ -96,7 +97,7 @@ def _findings(splits: Splits, parts: Sequence[Split], seen: dict[str, list[Seen]
     found.notes += _listed(f"{len(few)} classes have fewer than {FEW} images in train", few)
     if splits.held_out:
         found.notes.append(f"split off train by a seed: {', '.join(splits.held_out)}")
-    found.notes += [*splits.notes, *splits.remarks]
+    found.notes += [*splits.notes, *splits.remarks, *filter(None, map(depth_warning, parts))]
     found.notes += [f"there is no {name}: {reason}" for name, reason in splits.missing.items() if splits.test is None]
     return found
 

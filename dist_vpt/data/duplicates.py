@@ -3,13 +3,15 @@
 import contextlib
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from dist_vpt.data.splits import Split, path_of
+from dist_vpt.files import printable
 
+NAMED = 3  # files in a warning
 TAIL_BYTES = 512  # where images of equal size mostly differ
 
 
@@ -71,6 +73,33 @@ def leak_warning(trained_on: Split, test: Split) -> str:
         f"{count} of test can be trained on too, byte for byte, such as {first.where} = {other.where}, so test "
         "scores are too high; remove them from one of the splits (data.check_leaks=false skips this comparison)"
     )
+
+
+def repeats(train: Split, val: Split | None, test: Split | None) -> list[str]:
+    """Warnings about files that a split names twice, and about files of train that val names, too.
+
+    Only paths are compared; ``leak_warning`` compares the bytes of test with those of train.
+    """
+    files = {split.name: list(_files([split])) for split in (train, val, test) if split is not None}
+    found = []
+    for name, entries in files.items():
+        counts = Counter(path for _, _, path in entries)
+        twice = [path for path, count in counts.items() if count > 1]
+        if twice:
+            found.append(f"{_some(twice)} in {name} more than once, and each entry counts; remove the others")
+    trained = {path for _, _, path in files[train.name]}
+    both = list(dict.fromkeys(path for _, _, path in files.get("val", []) if path in trained))
+    if both:
+        found.append(
+            f"{_some(both)} in train and in val, so val scores are too high while train alone is trained on; remove "
+            "them from one of the splits"
+        )
+    return found
+
+
+def _some(paths: list[Path]) -> str:
+    names = ", ".join(printable(path) for path in paths[:NAMED]) + (", ..." if len(paths) > NAMED else "")
+    return f"1 file ({names}) is" if len(paths) == 1 else f"{len(paths):,} files ({names}) are"
 
 
 def _files(splits: Iterable[Split]) -> Iterator[tuple[Split, int, Path]]:

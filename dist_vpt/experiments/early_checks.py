@@ -3,6 +3,7 @@
 from dist_vpt.backbones.config import require_file
 from dist_vpt.data.formats import check_root
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 
@@ -17,4 +18,5 @@ def check_early(recipe: Recipe, kind: str = "run") -> None:
     RunFolder(str(recipe.run.dir)).refuse_other(recipe, kind)
     if recipe.backbone.file is not None:
         require_file(recipe.backbone.file)
+    check_open_files(recipe.data.workers)
     check_root(recipe.data, test=recipe.train.test or kind == "sweep")

@@ -12,7 +12,7 @@ from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
-from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.errors import RunFolderError, UserError, adding_to_data_errors
 from dist_vpt.files import raising_disk_full, read_json, write_atomically
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
@@ -187,7 +187,8 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
         write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": t.progress.last["epoch"]})
 
     on_main_process(t.accelerator, write_tensors, "the results", t.path, _then(t))
-    last, best, scores = _score_test(t, parts, skipped)
+    with adding_to_data_errors(f"the training is done and kept in {t.path}: {t.resume_with} scores test alone"):
+        last, best, scores = _score_test(t, parts, skipped)
     result = run_result(
         t.recipe,
         last=last,

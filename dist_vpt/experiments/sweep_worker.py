@@ -15,7 +15,7 @@ from dist_vpt.distributed.collectives import RankAccelerator, on_main_process
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.errors import Diverged, Interrupted, RunFolderError
+from dist_vpt.errors import Diverged, Interrupted, RunFolderError, adding_to_data_errors
 from dist_vpt.experiments.run import run
 from dist_vpt.experiments.sweep_grid import SweepJob, group_jobs, read_outcome
 from dist_vpt.files import raising_disk_full, to_json, write_atomically
@@ -118,7 +118,8 @@ class Worker:
             try:
                 fit_trials(group)
                 scored = [t for t in group.trials if not t.diverged] if recipes[0].train.test else []
-                tests = [scores.compute() for scores in (score_trials(group, scored, "test") if scored else [])]
+                with adding_to_data_errors("these trials are trained and kept: the same command scores test alone"):
+                    tests = [scores.compute() for scores in (score_trials(group, scored, "test") if scored else [])]
             finally:
                 group.close()
         skipped, seconds = sorted(group.skipped), group.seconds / len(jobs)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
+from dist_vpt.distributed.limits import file_size_advice
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.runs.adapters import collect, restore, write_adapters
@@ -65,7 +66,7 @@ class States:
                 self.write_best()
                 write_state(self.folder.state, step, tensors, self.folder.best, facts | asdict(progress))
             except (OSError, SafetensorError) as error:
-                failed = str(error)
+                failed = "; ".join(filter(None, (str(error), file_size_advice(error))))
         failed = broadcast_object_list([failed])[0]
         self.last = self.last if failed else step
         return failed

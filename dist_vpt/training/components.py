@@ -15,7 +15,8 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
 from dist_vpt.backbones.weights.zoo import IMAGENET, has_learned_positions
 from dist_vpt.data.config import DataConfig, resolve
-from dist_vpt.data.duplicates import leak_warning
+from dist_vpt.data.depth import depth_warning
+from dist_vpt.data.duplicates import leak_warning, repeats
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.orientation import orientation_note
@@ -24,6 +25,7 @@ from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
+from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.placement import open_streams
@@ -95,7 +97,11 @@ class Components:
         if self.launch.rank:
             return lines
         splits, task = self.splits, self.inputs.task
+        if task.group is None and (warning := depth_warning(splits.train)):
+            lines.append(f"warning: {warning}")
         own = task.group is None and self.recipe.data.check_leaks
+        if own:
+            lines += [f"warning: {found}" for found in repeats(splits.train, splits.val, splits.test)]
         if own and splits.test is not None and (warning := leak_warning(splits.trainval, splits.test)):
             lines.append(f"warning: {warning}")
         if task.group is not None and task.exif == "ignore" and (note := orientation_note(splits.trainval)):
@@ -215,6 +221,7 @@ class Components:
 
 def build_components(recipe: Recipe, launch: LaunchEnv = ALONE) -> Components:
     """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
+    check_open_files(recipe.data.workers)
     inputs = resolve_inputs(recipe.data, recipe.backbone)
     splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:

@@ -260,9 +260,13 @@ def fit(t: Training) -> None:
                 save(t)
         try:
             t.end_epoch()
-        except Interrupted:  # saved as of the epoch's last step: a resumed run scores val
+        except (DataError, Interrupted) as error:  # saved as of the epoch's last step: a resumed run scores val
             t.progress.seconds = time.monotonic() - started
-            stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step}, while val was scored, {save(t)}")
+            ended = f"stopped at step {t.step}, while val was scored, {save(t)}"
+            if isinstance(error, DataError):  # of any process, raised on all
+                error.args = (f"{error}\n{t.path}: {ended}",)
+                raise
+            stop_all_ranks(t.accelerator, f"{t.path}: {ended}")
         t.progress.seconds = time.monotonic() - started
         if _finished(t) or t.save_is_due():
             save(t)

@@ -8,7 +8,7 @@ import pytest
 
 from dist_vpt.data import duplicates
 from dist_vpt.data.config import DataConfig, resolve
-from dist_vpt.data.duplicates import equal_files, leak_warning
+from dist_vpt.data.duplicates import equal_files, leak_warning, repeats
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.splits import Splits
 from tests.running import train
@@ -73,3 +73,30 @@ def test_a_run_warns_unless_the_key_says_no(folders: Path, tmp_path: Path, monke
     monkeypatch.setattr(duplicates, "equal_files", None)
     train(tmp_path / "runs/off", *own, "data.check_leaks=false")
     assert "byte for byte" not in (tmp_path / "runs/off/train.log").read_text()
+
+
+def test_lists_that_name_a_file_twice(tmp_path: Path, save_image: Any) -> None:
+    for name in "abcdefg":
+        save_image(tmp_path / f"images/{name}.png", ord(name))
+    lists = {
+        "train800": "a.png 0\nimages/a.png 0\nb.png 1\n",  # one file by two names
+        "val200": "b.png 1\nc.png 0\n",
+        "test": "d.png 0\nd.png 0\ne.png 1\ne.png 1\nf.png 1\nf.png 1\ng.png 0\ng.png 0\n",
+    }
+    for name, text in lists.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    config = DataConfig(task="mine", format="vtab_folder", root=str(tmp_path))
+    splits = open_splits(config, resolve(config))
+    images = f"{tmp_path}/images"
+    assert repeats(splits.train, splits.val, splits.test) == [
+        f"1 file ({images}/a.png) is in train more than once, and each entry counts; remove the others",
+        f"4 files ({images}/d.png, {images}/e.png, {images}/f.png, ...) are in test more than once, and each entry "
+        "counts; remove the others",
+        f"1 file ({images}/b.png) is in train and in val, so val scores are too high while train alone is trained on; "
+        "remove them from one of the splits",
+    ]
+
+
+def test_nothing_is_said_of_files_named_once(folders: Path) -> None:
+    splits = opened(folders)
+    assert repeats(splits.train, splits.val, splits.test) == []
