@@ -1,8 +1,6 @@
 """Trials in stacks are updated as torch's optimizers and its gradient scale would update each alone."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -10,18 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from dist_vpt.distributed.collectives import RankAccelerator
-from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.frozen_stream.observe import StreamOutput
-from dist_vpt.methods.linear import Linear
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.optim import build_optimizer, set_lr
 from dist_vpt.training.step import clip_gradients, learning_rate
 from dist_vpt.training.trial_stack import BACKOFF, GROWTH, GROWTH_INTERVAL, TrialStack, stack_running
 from dist_vpt.training.trial_state import INIT_SCALE, Trial
-from dist_vpt.training.trials import TrialGroup, step_trials
-from tests.methods.conftest import make_backbone
 
 STEPS, EPOCH = 12, 4
 SIZES = [(7, 5), (7, 5), (7, 5), (3, 5)]  # features and classes of each trial: the last fits into no stack of others
@@ -173,58 +165,3 @@ def test_a_trial_that_has_ended_keeps_its_tensors() -> None:
         for name, tensor in trial.reader.trainable():
             assert torch.equal(tensor, smaller.trained[name][t])
             assert not torch.equal(tensor, stack.trained[name][2 * t])
-
-
-READS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__")
-
-
-@contextmanager
-def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Everything that would wait for a device."""
-    seen: list[str] = []
-
-    def counting(name: str) -> Callable[..., Any]:
-        real = getattr(Tensor, name)
-
-        def read(self: Tensor, *args: Any, **named: Any) -> Any:
-            seen.append(name)
-            return real(self, *args, **named)
-
-        return read
-
-    with monkeypatch.context() as patch:
-        for name in READS:
-            patch.setattr(Tensor, name, counting(name))
-        yield seen
-
-
-def test_a_step_of_all_trials_reads_once_from_the_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    backbone = make_backbone()
-    each = [recipe(t, *OPTIMIZERS["adam"]) for t in range(3)]
-    readers = [Linear(cast(Any, one.method), backbone, 4, torch.float32).train() for one in each]
-    group = TrialGroup(
-        recipe=each[0],
-        trials=[Trial(one, reader) for one, reader in zip(each, readers, strict=True)],
-        parts=cast(Any, None),
-        accelerator=RankAccelerator(cpu=True),
-        train=cast(Any, SimpleNamespace(steps_per_epoch=EPOCH)),
-        val=None,
-        class_weights=torch.ones(4),
-        stop=StopSignal(),
-        state=cast(Any, None),
-        show=print,
-    )
-    batch = {
-        "images": StreamOutput(torch.randn(6, backbone.width)),
-        "labels": torch.arange(6) % 4,
-        "weight": torch.ones(6),
-        "index": torch.arange(6),
-    }
-    for _ in range(2):
-        with counted_reads(monkeypatch) as seen:
-            step_trials(group, [cast(Any, batch), cast(Any, batch)])
-        assert seen == ["tolist"]
-        group.progress.step += 1
-    assert [trial.progress.images for trial in group.trials] == [24.0] * 3
