@@ -30,12 +30,12 @@ class Way:
 
 
 def time_in_turns(ways: dict[str, dict[str, Way]], device: torch.device, repeats: int) -> Numbers:
-    """Median seconds per image and trial of each way, after a first step that is not counted.
+    """Median seconds per image and trial of each way, which must have taken a first step.
 
     Each repeat takes one step of every way, so that what else the machine does meets all of them.
     """
     taken: dict[str, dict[str, list[float]]] = {name: {p: [] for p in by} for name, by in ways.items()}
-    for _ in range(1 + repeats):
+    for _ in range(repeats):
         for name, by_precision in ways.items():
             for precision, way in by_precision.items():
                 synchronize(device)
@@ -43,7 +43,7 @@ def time_in_turns(ways: dict[str, dict[str, Way]], device: torch.device, repeats
                 way.step()
                 synchronize(device)
                 taken[name][precision].append((time.perf_counter() - began) / way.divisor)
-    return {name: {p: statistics.median(times[1:]) for p, times in by.items()} for name, by in taken.items()}
+    return {name: {p: statistics.median(times) for p, times in by.items()} for name, by in taken.items()}
 
 
 def ratios(seconds: Numbers) -> Numbers:
@@ -61,7 +61,7 @@ def ratios(seconds: Numbers) -> Numbers:
 def floor(ways: dict[str, dict[str, Way]], seconds: Numbers, device: torch.device) -> dict[str, Any]:
     """What the cached ways cannot be faster than on this device, and how far they are from it."""
     bandwidth = memory_rate(device)
-    rates = {precision: matmul_rate(device, DTYPES[precision]) for precision in TOLERANCE}
+    rates = {precision: matmul_rate(device, DTYPES[precision]) for precision in ways["cached"]}
     floors: Numbers = {}
     for name in ("cached", "cached_trials"):
         floors[name] = {}

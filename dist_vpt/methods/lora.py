@@ -1,19 +1,23 @@
 """Low-rank adaptation (Hu et al., ICLR 2022, arXiv 2106.09685). A writer.
 
-N tokens, D inputs and O outputs of a linear layer, r rank.
+N tokens, D inputs and O outputs of a linear layer, r rank, R ranks of all targets of a layer together.
 
 A targeted linear layer gives W x + (alpha / r) B A x, with A [r, D] and B [O, r] trained. Queries, keys and values are
 rows of one layer in timm, and each has its own A and B.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_vpt.backbones.blocks import linear_of
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.config import LoRAConfig
-from dist_vpt.methods.hooks import HookedMethod, Projection, replace_output
+from dist_vpt.methods.hooks import HookedMethod, replace_output
 
 
 class LoRA(HookedMethod):
@@ -25,11 +29,14 @@ class LoRA(HookedMethod):
         self.lora = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
             updates = nn.ModuleDict()
+            of_layers: dict[nn.Linear, list[_LowRank]] = {}
             for target in recipe.targets:
                 _, linear, rows = linear_of(block, number, target)
                 update = _LowRank(recipe, linear.in_features, len(range(linear.out_features)[rows]), rows)
-                replace_output(linear, update.added_to)
+                of_layers.setdefault(linear, []).append(update)
                 updates[target] = update
+            for linear, of_layer in of_layers.items():
+                replace_output(linear, _Updates(of_layer))
             self.lora.append(updates)
 
     def merged(self) -> dict[str, Tensor]:
@@ -42,18 +49,71 @@ class LoRA(HookedMethod):
         return tensors
 
 
+class _Factor(nn.Linear):
+    """One of the two matrices. Called, it gives a copy in a dtype, which stays when ZeRO-3 frees the parameter."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        return self.weight.to(dtype, copy=True)
+
+
 class _LowRank(nn.Module):
+    """The two matrices of a target; ``rows`` are its rows of the layer's weight."""
+
     def __init__(self, recipe: LoRAConfig, inputs: int, outputs: int, rows: slice):
         super().__init__()
         self.scale, self.dropout, self.rows = recipe.alpha / recipe.rank, recipe.dropout, rows
-        self.down, self.up = Projection(inputs, recipe.rank, bias=False), Projection(recipe.rank, outputs, bias=False)
+        self.down, self.up = _Factor(inputs, recipe.rank), _Factor(recipe.rank, outputs)
         nn.init.kaiming_normal_(self.down.weight, nonlinearity="linear")
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.up(self.down(F.dropout(x_BND, self.dropout, self.training)) * self.scale)
 
-    def added_to(self, x_BND: Tensor, output_BNO: Tensor) -> Tensor:
-        # Not in place: a checkpointing policy may keep the layer's output.
-        after_rows = output_BNO.shape[-1] - self.rows.stop if self.rows.stop is not None else 0
-        return output_BNO + F.pad(self(x_BND), (self.rows.start or 0, after_rows))
+class _Updates:
+    """Adds the updates of all targets of a linear layer to its output."""
+
+    def __init__(self, updates: Sequence[_LowRank]):
+        self.updates = updates
+
+    def __call__(self, x_BND: Tensor, output_BNO: Tensor) -> Tensor:
+        updates, first = self.updates, self.updates[0]
+        downs = [update.down(x_BND.dtype) for update in updates]
+        if first.dropout and first.training:  # each target drops others of the inputs
+            inner = [F.linear(F.dropout(x_BND, first.dropout), down_rD) for down_rD in downs]
+        else:
+            inner = [F.linear(x_BND, downs[0] if len(downs) == 1 else torch.cat(downs))]
+        inner_BNR = inner[0] if len(inner) == 1 else torch.cat(inner, dim=-1)
+        ups = [update.up(output_BNO.dtype) for update in updates]
+        rows = [update.rows for update in updates]
+        return _AddProducts.apply(output_BNO, inner_BNR.to(output_BNO.dtype), first.scale, rows, *ups)
+
+
+class _AddProducts(torch.autograd.Function):
+    """y [..., O] + scale * h_t B_t^T in the rows of each target t, with h [..., R] and B_t [O_t, r].
+
+    The products go to their rows of one copy: as operations of autograd each would be a tensor of y's size, and be
+    padded and added. The copy remains because a checkpointing policy may keep the layer's output.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, scale: float, rows: list[slice], *ups: Tensor) -> Tensor:
+        ctx.scale, ctx.rows = scale, rows
+        ctx.save_for_backward(h, *ups)
+        out = y.clone(memory_format=torch.contiguous_format)
+        out_XO = out.flatten(0, -2)
+        for h_Xr, up_Or, of_target in zip(h.flatten(0, -2).chunk(len(ups), dim=1), ups, rows, strict=True):
+            out_XO[:, of_target].addmm_(h_Xr, up_Or.T, alpha=scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        h, *ups = ctx.saved_tensors
+        dy_XO, dh = gradients[0].flatten(0, -2), torch.empty_like(h)
+        found = []
+        pieces = (t.flatten(0, -2).chunk(len(ups), dim=1) for t in (h, dh))
+        for h_Xr, dh_Xr, up_Or, of_target in zip(*pieces, ups, ctx.rows, strict=True):
+            torch.mm(dy_XO[:, of_target], up_Or, out=dh_Xr)
+            found.append((dy_XO[:, of_target].T @ h_Xr).mul_(ctx.scale))
+        return gradients[0], dh.mul_(ctx.scale), None, None, *found

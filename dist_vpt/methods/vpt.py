@@ -7,10 +7,12 @@ blocks, S image side.
 import math
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
@@ -176,10 +178,30 @@ class VPT(Method):
         prompts_BPD = self._per_image(prompts_PD, len(tokens_BND))
         if self.recipe.location.startswith("add"):
             return tokens_BND + prompts_BPD.to(tokens_BND.dtype)
-        return torch.cat(
-            [tokens_BND[:, :prefix], prompts_BPD.to(tokens_BND.dtype), tokens_BND[:, prefix + present :]],
-            dim=1,
-        )
+        return _Replace.apply(tokens_BND, prompts_BPD.to(tokens_BND.dtype), prefix, present)
+
+
+class _Replace(torch.autograd.Function):
+    """Tokens [B, N, D] with the P prompts in place of the ``present`` tokens after the first ``prefix``.
+
+    One copy each way: autograd's two slices would each pad their gradient to all tokens, and add. Forward does not
+    write into the block's output, which belongs to whoever computed it (compiled blocks may keep it for backward); that
+    copy is the smaller part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens_BND: Tensor, prompts_BPD: Tensor, prefix: int, present: int) -> Tensor:
+        ctx.prefix, ctx.present, ctx.prompts = prefix, present, prompts_BPD.shape[1]
+        return torch.cat([tokens_BND[:, :prefix], prompts_BPD, tokens_BND[:, prefix + present :]], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        before, of_prompts, after = gradients[0].tensor_split([ctx.prefix, ctx.prefix + ctx.prompts], dim=1)
+        if not ctx.needs_input_grad[0]:
+            return None, of_prompts, None, None
+        replaced = before.new_zeros(len(before), ctx.present, before.shape[2])
+        return torch.cat([before, replaced, after], dim=1), of_prompts, None, None
 
 
 def _moments(tokens_BND: Tensor) -> Tensor:

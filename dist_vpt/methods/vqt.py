@@ -336,5 +336,29 @@ def _per_head(x: Tensor, weight_HIO: Tensor) -> Tensor:
 
 
 def _attend_projected(k_BHNE: Tensor, v_BHNE: Tensor, q_QHE: Tensor) -> Tensor:
-    scores_BHQN = q_QHE.transpose(-3, -2) @ k_BHNE.transpose(2, 3)
-    return (scores_BHQN.softmax(dim=-1) @ v_BHNE).transpose(1, 2)
+    """Fused, as in the backbone: in half precision the scores stay float32."""
+    q_BHQE = q_QHE.transpose(-3, -2).expand(len(k_BHNE), -1, -1, -1)
+    if q_BHQE.device.type != "cpu":
+        return nn.functional.scaled_dot_product_attention(q_BHQE, k_BHNE, v_BHNE, scale=1.0).transpose(1, 2)
+    return _AttendOnCPU.apply(q_BHQE, k_BHNE, v_BHNE).transpose(1, 2)
+
+
+class _AttendOnCPU(torch.autograd.Function):
+    """softmax(q k^T) v, of which only q has a gradient.
+
+    There the fused backward would compute those of k and v as well, in several times the time. This one computes the
+    probabilities again, from scores in the dtype of q, and forward keeps nothing else than its arguments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor) -> Tensor:
+        ctx.save_for_backward(q_BHQE, k_BHNE, v_BHNE)
+        return nn.functional.scaled_dot_product_attention(q_BHQE, k_BHNE, v_BHNE, scale=1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        q_BHQE, k_BHNE, v_BHNE = ctx.saved_tensors
+        p_BHQN = (q_BHQE @ k_BHNE.transpose(2, 3)).softmax(dim=-1)
+        dp_BHQN = gradients[0] @ v_BHNE.transpose(2, 3)
+        return torch._softmax_backward_data(dp_BHQN, p_BHQN, -1, p_BHQN.dtype) @ k_BHNE, None, None

@@ -12,7 +12,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.methods import attach
-from dist_vpt.methods.vqt import VQT, cheaper_form
+from dist_vpt.methods.vqt import VQT, _attend_projected, cheaper_form
 from tests.methods.conftest import MEAN, STD, config_of, make_vit
 from tests.reference import vit, vqt
 
@@ -270,3 +270,33 @@ def test_another_kind_of_block_is_refused() -> None:
     recipe = config_of({"name": "vqt"})
     with pytest.raises(UserError, match="block 0 of the backbone is a ResPostBlock"):
         attach(recipe, backbone, 4)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_projected_scores_are_not_rounded(per_image: bool) -> None:
+    """In bf16 the outputs are off by little more than their own rounding: rounded scores would be 4 times as far off.
+
+    For backward nothing is kept besides queries, keys and values.
+    """
+    noise = torch.Generator().manual_seed(3)
+    q_QHE = torch.randn(*([8] if per_image else []), 5, 4, 32, generator=noise, dtype=torch.float64) * 0.4
+    k_BHNE, v_BHNE = torch.randn(2, 8, 4, 60, 32, generator=noise, dtype=torch.float64).bfloat16()
+    q_QHE = q_QHE.bfloat16().requires_grad_()
+    kept: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        found_BQHE = _attend_projected(k_BHNE, v_BHNE, q_QHE)
+    assert kept == {t.untyped_storage().data_ptr() for t in (q_QHE, k_BHNE, v_BHNE)}
+    exact = q_QHE.detach().double().requires_grad_()
+    scores_BHQN = exact.transpose(-3, -2) @ k_BHNE.double().transpose(2, 3)
+    wanted_BQHE = (scores_BHQN.softmax(-1) @ v_BHNE.double()).transpose(1, 2)
+    rounding = (wanted_BQHE.bfloat16() - wanted_BQHE).norm()
+    assert (found_BQHE - wanted_BQHE).norm() < 1.5 * rounding
+    gradient_BQHE = torch.randn(found_BQHE.shape, generator=noise)
+    (found,) = torch.autograd.grad(found_BQHE, q_QHE, gradient_BQHE.bfloat16())
+    (wanted,) = torch.autograd.grad(wanted_BQHE, exact, gradient_BQHE.bfloat16().double())
+    assert (found - wanted).norm() < 0.015 * wanted.norm()
