@@ -249,6 +249,51 @@ def test_flash_without_a_package_and_with_one(monkeypatch: pytest.MonkeyPatch) -
     assert activated == ["FA8"]
 
 
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_a_package_that_cannot_compute_here_is_restored(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FlashAttention-4 on a GPU of another kind: it can be activated, and raises where it is called."""
+    active: list[str] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: torch.Tensor) -> torch.Tensor:
+            if fails == "forward":
+                raise RuntimeError("FA9 SDPA forward unsupported: FA9 requires compute capability 10.0")
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("FA9 SDPA backward unsupported: FA9 requires compute capability 10.0")
+
+    def dispatched(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return Kernel.apply(q) if active == ["FA9"] else attend(q, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", dispatched)
+    monkeypatch.setattr(
+        torch.nn.attention,
+        "activate_flash_attention_impl",
+        lambda name: active.__setitem__(slice(None), [name]),
+        raising=False,
+    )
+    monkeypatch.setattr(
+        torch.nn.attention, "current_flash_attention_impl", lambda: next(iter(active), None), raising=False
+    )
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA9"], raising=False)
+    with pytest.raises(
+        UserError,
+        match=rf"for cpu \(FA9: FA9 SDPA {fails} unsupported: FA9 requires compute capability 10.0\); pip install",
+    ):
+        make(kernel="flash")
+    assert not active
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA8", "FA9"], raising=False)
+    assert make(kernel="flash").backbone.chosen == {"attention": "flash (FA8)"}
+    assert active == ["FA8"]
+    make(kernel="sdpa")
+    assert not active  # a later run of the process has torch's own kernels
+
+
 @pytest.mark.parametrize("policy", ["none", "mlp", "block", "every-2", "budget-0.5"])
 def test_offload_copies_what_is_kept_but_no_weights(policy: str, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
     method, copied, kept = make(policy), [], saved(make(policy))
