@@ -157,9 +157,9 @@ class ImageBatches:
         return reader.transform.varied(pixels_HW3, reader.train, self.seed, epoch, i).transpose(2, 0, 1)
 
     def taken(self, slot: int, images: int) -> torch.Tensor:
-        """A copy of a slot's images, in pinned memory where there is a GPU."""
+        """A copy of a slot's images, in pinned memory where this process computes on a GPU."""
         written = self._in_slot(slot, images)
-        return torch.empty_like(written, pin_memory=torch.cuda.is_available()).copy_(written)
+        return torch.empty_like(written, pin_memory=torch.cuda.is_initialized()).copy_(written)
 
     def _in_slot(self, slot: int, images: int) -> torch.Tensor:
         assert self.slots is not None
@@ -231,7 +231,7 @@ class WorkerPool:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_initialized(),
             multiprocessing_context=_forkserver() if workers else None,
             worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # its own, or each pass would draw from the global one

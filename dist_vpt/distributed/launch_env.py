@@ -103,11 +103,16 @@ def leftover_variables() -> dict[str, str]:
 
 
 def detach_from_launcher(launch: LaunchEnv) -> LaunchEnv:
-    """Make this process train alone, on the device that its launcher assigned to it; returns how it is launched now."""
+    """Make this process train alone, on the device that its launcher assigned to it; returns how it is launched now.
+
+    Processes beyond the number of devices share them in turn. To be called before anything touches a device: CUDA
+    reads which ones are visible once.
+    """
     if (local_rank := launch.local_rank) is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = [] if visible is None else visible.split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank % len(devices)] if devices else str(local_rank)
+        from dist_vpt.distributed.devices import visible_devices
+
+        if devices := visible_devices():
+            os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank % len(devices)]
     for name in [*REMOVED, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
         os.environ.pop(name, None)
     return LaunchEnv.current()

@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed.collectives import RankAccelerator, on_main_process, raise_on_any_rank
+from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
@@ -41,6 +42,7 @@ from dist_vpt.training.metrics import Scores
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
     launch, status = LaunchEnv.current(), status or RankStatus()
+    select_device(recipe.runtime.device, launch)
     folder = RunFolder(str(recipe.run.dir))
     recipe, why = resolve_precision(recipe, folder.precision)
 

@@ -31,6 +31,7 @@ from dist_vpt.frozen_stream.placement import open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runtime.allocator import give_back_freed_memory
 from dist_vpt.runtime.apply import apply_runtime
 from dist_vpt.training.metrics import no_readable_image
 
@@ -257,6 +258,9 @@ def build_method(recipe: Recipe, inputs: Inputs, classes: int, *, defer: bool = 
 
     ``defer``: leave matrices of the backbone in their file, unless they are quantized.
     """
+    defer = defer and recipe.runtime.quantize == "none"
+    if defer:
+        give_back_freed_memory()  # each matrix is in memory for a moment, and no longer
     torch.manual_seed(recipe.seed)
     backbone, load_report = build(
         recipe.backbone,
@@ -264,7 +268,7 @@ def build_method(recipe: Recipe, inputs: Inputs, classes: int, *, defer: bool = 
         mean=inputs.mean,
         std=inputs.std,
         frame=recipe.method.frame,
-        defer=defer and recipe.runtime.quantize == "none",
+        defer=defer,
     )
     torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])

@@ -1,4 +1,4 @@
-"""runtime.attention on a GPU: a package's kernels are used where they run on it, and refused with its name elsewhere."""
+"""runtime.attention on a GPU: kernels of a package are used where they run, and refused with its name elsewhere."""
 
 import pytest
 import torch
