@@ -5,6 +5,7 @@ B images, N tokens, D width, H heads, L blocks, P prompts.
 
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -371,3 +372,44 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatc
     assert json.loads((tmp_path / "run" / "result.json").read_text())["runtime"] == result["runtime"]
     assert f"attention sdpa; compile {warning}; checkpointing block" in (tmp_path / "run" / "train.log").read_text()
     assert plain["runtime"] == {"attention": "sdpa"}
+
+
+def test_what_is_offloaded_comes_back_a_block_early_and_is_dropped_with_its_graph() -> None:
+    """Order alone: the copies of a device are in tests/gpu."""
+    events: list[tuple[str, int]] = []
+    alive: list[Any] = []
+
+    class Copy:
+        def __init__(self, tensor: torch.Tensor):
+            self.tensor, self.block = tensor.clone(), running[-1]
+            alive.append(weakref.ref(self))
+
+        def prefetch(self) -> None:
+            events.append(("prefetched", self.block))
+
+        def __call__(self) -> torch.Tensor:
+            events.append(("used", self.block))
+            return self.tensor
+
+    method, running = make(), [0]
+    run = method.backbone.run_block
+
+    def counting(block: torch.nn.Module, tokens_BND: torch.Tensor) -> torch.Tensor:
+        running.append(list(method.backbone.blocks).index(block))  # type: ignore[call-overload]
+        return run(block, tokens_BND)
+
+    method.backbone.run_block = counting
+    wanted = numbers(make())
+    apply_offload(method.backbone, Copy)
+    for a, b in zip(numbers(method), wanted, strict=True):
+        assert torch.equal(a, b)
+    first_used = {block: events.index(("used", block)) for block in range(L)}
+    for block in range(L):
+        fetched = [number for number, event in enumerate(events) if event == ("prefetched", block)]
+        assert len(fetched) == sum(event == ("used", block) for event in events)  # each once
+        assert max(fetched) < first_used[block]
+        if block < L - 1:
+            assert max(fetched) < first_used[block + 1]  # backward has not used the later block yet
+    assert not [copy for copy in alive if copy() is not None]
+    loss_of(method, IMAGES)  # a graph without a backward
+    assert not [copy for copy in alive if copy() is not None]
