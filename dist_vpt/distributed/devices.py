@@ -2,8 +2,6 @@
 
 import os
 
-import torch
-
 from dist_vpt.distributed.launch_env import LaunchEnv
 
 # With it torch asks the driver's management library (NVML) whether there is a GPU, which leaves no trace on one.
@@ -16,6 +14,8 @@ def select_device(kind: str, launch: LaunchEnv) -> None:
     To be called before any probe of a kernel, a compiler or a precision: each opens a context on the current device,
     which is GPU 0 for all processes of a machine until then.
     """
+    import torch
+
     if kind == "cpu":
         os.environ.setdefault(ASK_NVML, "1")
     elif torch.cuda.is_available():
@@ -27,4 +27,6 @@ def visible_devices() -> list[str]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         return [device.strip() for device in listed.split(",") if device.strip()]
+    import torch
+
     return [str(number) for number in range(torch.cuda.device_count())]
