@@ -20,13 +20,3 @@ def select_device(kind: str, launch: LaunchEnv) -> None:
         os.environ.setdefault(ASK_NVML, "1")
     elif torch.cuda.is_available():
         torch.cuda.set_device((launch.local_rank or 0) % torch.cuda.device_count())
-
-
-def visible_devices() -> list[str]:
-    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it; opens no context."""
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [device.strip() for device in listed.split(",") if device.strip()]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]

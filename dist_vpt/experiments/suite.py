@@ -20,8 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.distributed.devices import visible_devices
-from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
+from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher, visible_devices
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.experiments.suite_plan import Experiment, check_roots, record_plan, with_storage
 from dist_vpt.runs.folder import RESUME_HINT
