@@ -16,6 +16,7 @@ from dist_vpt.backbones.dinov3 import RotaryBackbone, is_dinov3
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
+from dist_vpt.backbones.weights.deferred import without_matrices
 from dist_vpt.backbones.weights.loading import load_into
 from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.errors import UserError, WeightsError, nearest
@@ -59,17 +60,26 @@ def build(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     frame: int = 0,
+    defer: bool = False,
 ) -> tuple[Backbone, LoadReport]:
     """Build the backbone, load its weights; frozen, in float32 and in eval mode.
 
-    ``frame``: pixels that will be put on each side of an image.
+    ``frame``: pixels that will be put on each side of an image. ``defer``: leave the blocks' matrices in a file that
+    has them all, for ``weights.deferred.read_deferred``.
 
     Returns the backbone and how its tensors differ from the file's. Raises WeightsError if they differ and
     ``recipe.load`` is strict, UserError for a model that is neither a ViT nor a Swin, or an image size that its
     patches or windows do not divide.
     """
-    model = _create(recipe, image_size, frame)
-    load_report = _load(model, recipe)
+    load_report = None
+    if defer and recipe.weights != "random":
+        with without_matrices():
+            model = _create(recipe, image_size, frame)
+        load_report = _load(model, recipe, defer=True)
+    if load_report is None:
+        model = _create(recipe, image_size, frame)
+        load_report = _load(model, recipe)
+        assert load_report is not None
     pool = _pool(recipe)
     if pool not in (None, model.global_pool):  # after loading: a timm model built for another pooling has other norms
         if isinstance(model, SwinTransformer):
@@ -171,10 +181,10 @@ def _create(recipe: BackboneConfig, image_size: int, frame: int = 0) -> VisionTr
     return model
 
 
-def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig) -> LoadReport:
+def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig, defer: bool = False) -> LoadReport | None:
     if recipe.weights == "random":
         return LoadReport()
-    options: dict[str, Any] = {"lenient": recipe.load == "lenient", "position_resize": recipe.positions}
+    options: dict[str, Any] = {"lenient": recipe.load == "lenient", "position_resize": recipe.positions, "defer": defer}
     if recipe.file is not None:
         return load_into(model, recipe.file, entry=recipe.entry, **options)
     if recipe.name == "demo":

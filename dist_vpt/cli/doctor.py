@@ -25,9 +25,10 @@ EXTRAS = {
     "tfds": ("tensorflow_datasets", "array_record", "simplejpeg", "crc32c"),
     "prepare": ("tensorflow",),
     "wandb": ("wandb",),
-    "flash": ("flash_attn",),
+    "flash": ("flash_attn.cute",),  # flash-attn 2 alone has flash_attn too, and torch cannot use it
     "int8": ("torchao",),
 }
+FLASH_PACKAGES = ("flash_attn.cute", "flash_attn_interface")  # FlashAttention-4 and 3
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def checks(run_dir: Path) -> dict[str, Callable[[], CheckResult]]:
         "deepspeed": check_deepspeed,
         "run folder": lambda: check_run_folder(run_dir),
         "shared memory": check_shared_memory,
+        "flash attention": check_flash,
         "extras": check_extras,
     }
 
@@ -234,10 +236,36 @@ def check_shared_memory() -> CheckResult:
     return CheckResult("ok", message)
 
 
+def check_flash() -> CheckResult:
+    """Whether runtime.attention=flash works here: a package that torch can use, and a GPU that it supports."""
+    import torch
+
+    from dist_vpt.runtime.attention import AttentionScores, activate_flash, restore_flash
+
+    if not torch.cuda.is_available():
+        return CheckResult("ok", "not on CPUs: runtime.attention=flash needs a GPU, and no recipe requires it")
+    try:
+        name = activate_flash(torch.bfloat16, {AttentionScores(64)}, cpu=False)
+    except UserError as error:
+        reason = str(error).removeprefix("runtime.attention = flash: ").partition("; pip install")[0]
+        if any(map(_is_installed, FLASH_PACKAGES)):
+            return CheckResult("warning", reason, "use runtime.attention=auto here, which needs no package")
+        return CheckResult("ok", f"{reason}; runtime.attention=auto needs none")
+    restore_flash()
+    return CheckResult("ok", f"runtime.attention=flash is {name}, forward and backward")
+
+
 def check_extras() -> CheckResult:
     """Optional packages, none of which is required: a command that needs one reports it."""
-    there = {extra: all(find_spec(name) for name in names) for extra, names in EXTRAS.items()}
+    there = {extra: all(map(_is_installed, names)) for extra, names in EXTRAS.items()}
     installed = ", ".join(extra for extra, found in there.items() if found) or "none"
     missing = ",".join(extra for extra, found in there.items() if not found)
     others = f"; others: pip install 'dist-vpt[{missing}]'" if missing else ""
     return CheckResult("ok", f"installed: {installed}{others}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # the package that it would be in is not there
+        return False

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
@@ -34,6 +35,8 @@ PIXELS: dict[Any, torch.dtype] = {np.uint8: torch.uint8, np.float32: torch.float
 PADDING = -1  # the index of a position in a batch that holds no example
 FILL_CHUNK = 32  # images per request while a cache is filled
 PREFETCH = 2  # requests that a worker has at a time
+SHARED_MEMORY = Path("/dev/shm")
+MIB = 2**20
 
 
 class Batch(TypedDict):
@@ -157,9 +160,9 @@ class ImageBatches:
         return reader.transform.varied(pixels_HW3, reader.train, self.seed, epoch, i).transpose(2, 0, 1)
 
     def taken(self, slot: int, images: int) -> torch.Tensor:
-        """A copy of a slot's images, in pinned memory where there is a GPU."""
+        """A copy of a slot's images, in pinned memory where this process computes on a GPU."""
         written = self._in_slot(slot, images)
-        return torch.empty_like(written, pin_memory=torch.cuda.is_available()).copy_(written)
+        return torch.empty_like(written, pin_memory=torch.cuda.is_initialized()).copy_(written)
 
     def _in_slot(self, slot: int, images: int) -> torch.Tensor:
         assert self.slots is not None
@@ -188,7 +191,9 @@ class WorkerSource:
         # only when its batch has been copied.
         count = PREFETCH * self._pool.workers + 1
         if self._pool.workers and self._batches.slots is None:
-            self._batches.slots = self._batches.empty(count, self._largest).share_memory_()
+            slots_Rb3SS = self._batches.empty(count, self._largest)
+            _check_shared_memory(slots_Rb3SS.nbytes // count, self._pool.workers, self._local_world)
+            self._batches.slots = slots_Rb3SS.share_memory_()
         slots = [number % count if self._pool.workers else None for number in range(len(requests))]
         answers = self._pool([(*request, slot) for request, slot in zip(requests, slots, strict=True)])
         for slot, (batch, unreadable) in zip(slots, answers, strict=False):
@@ -231,7 +236,7 @@ class WorkerPool:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_initialized(),
             multiprocessing_context=_forkserver() if workers else None,
             worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # its own, or each pass would draw from the global one
@@ -303,6 +308,26 @@ def _forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _check_shared_memory(slot: int, workers: int, processes: int) -> None:
+    """Raises DataError where the slots of all processes of this machine do not fit into shared memory.
+
+    ``slot``: bytes of one. The system gives memory that is not there, and ends a process with a bus error when it
+    writes into it.
+    """
+    if not SHARED_MEMORY.is_dir():  # not Linux: torch shares memory in another way
+        return
+    of = os.statvfs(SHARED_MEMORY)
+    free, needed = of.f_bavail * of.f_frsize, (PREFETCH * workers + 1) * slot * processes
+    if needed <= free:
+        return
+    fewer = max(0, (free // processes // max(1, slot) - 1) // PREFETCH)
+    raise DataError(
+        f"data.workers = {workers}: the batches of {processes} process{'es' if processes > 1 else ''} need "
+        f"{needed / MIB:,.0f} MiB of shared memory, and {SHARED_MEMORY} has {free / MIB:,.0f} MiB free; set "
+        f"data.workers={fewer}, or give the container more (docker run --shm-size=8g, or --ipc=host)"
+    )
 
 
 def _check_memory(reader: ImageReader, images: int, processes: int) -> None:

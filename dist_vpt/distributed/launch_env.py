@@ -102,12 +102,24 @@ def leftover_variables() -> dict[str, str]:
     return {name: os.environ[name] for name in LEFTOVERS if name in os.environ}
 
 
+def visible_devices() -> list[str]:
+    """The GPUs that this process may use, each as CUDA_VISIBLE_DEVICES names it; opens no context."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [device.strip() for device in listed.split(",") if device.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def detach_from_launcher(launch: LaunchEnv) -> LaunchEnv:
-    """Make this process train alone, on the device that its launcher assigned to it; returns how it is launched now."""
-    if (local_rank := launch.local_rank) is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = [] if visible is None else visible.split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank % len(devices)] if devices else str(local_rank)
+    """Make this process train alone, on the device that its launcher assigned to it; returns how it is launched now.
+
+    Processes beyond the number of devices share them in turn. To be called before anything touches a device: CUDA
+    reads which ones are visible once.
+    """
+    if launch.local_rank is not None and (devices := visible_devices()):
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[launch.local_rank % len(devices)]
     for name in [*REMOVED, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
         os.environ.pop(name, None)
     return LaunchEnv.current()

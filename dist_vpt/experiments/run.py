@@ -8,6 +8,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.distributed.collectives import RankAccelerator, on_main_process, raise_on_any_rank
+from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
@@ -33,6 +34,7 @@ from dist_vpt.training.accelerator import (
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import TrainState, evaluate, fit
+from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
 
@@ -40,11 +42,12 @@ from dist_vpt.training.metrics import Scores
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
     launch, status = LaunchEnv.current(), status or RankStatus()
+    select_device(recipe.runtime.device, launch)
     folder = RunFolder(str(recipe.run.dir))
     recipe, why = resolve_precision(recipe, folder.precision)
 
     def make() -> tuple[Components, TrainBatches]:
-        parts = build_components(recipe, launch)
+        parts = build_components(recipe, launch, defer=launch.deepspeed)
         train = parts.training(launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written
         if why:
@@ -107,6 +110,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     accelerator.status.set("the start", "setting up")
     total = sum(p.numel() for p in parts.method.parameters())  # counted here: ZeRO-3 shards them below
     trained = sum(p.numel() for _, p in parts.method.trainable())
+    load_backbone(accelerator, parts.method)
     parts.init_method(accelerator.device)
     model, optimizer = prepare(recipe.optim, accelerator, parts.method)
     states = States(folder, accelerator)

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
+from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher, visible_devices
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.experiments.suite_plan import Experiment, check_roots, record_plan, with_storage
 from dist_vpt.runs.folder import RESUME_HINT
@@ -59,7 +59,7 @@ def suite(
     if {experiment.key for experiment in mine} <= finished_runs(folder / FILE):
         count = 0  # torch is not even loaded
     else:
-        count = 1 if launched or WORKER_VARIABLE in os.environ else workers or len(_visible_devices()) or 1
+        count = 1 if launched or WORKER_VARIABLE in os.environ else workers or len(visible_devices()) or 1
     if launched:  # each process of a launch is a worker
         detach_from_launcher(launch)
     if count > 1:
@@ -79,7 +79,7 @@ def suite(
 
 def _start_workers(count: int, arguments: Sequence[str]) -> None:
     """Run so many processes of this machine as workers, each on a device of its own, and wait for them."""
-    devices, cores = _visible_devices(), os.cpu_count() or 1
+    devices, cores = visible_devices(), os.cpu_count() or 1
     children = []
     for number in range(count):
         environment = {
@@ -111,15 +111,6 @@ def _start_workers(count: int, arguments: Sequence[str]) -> None:
     for number, code in enumerate(codes):
         if code:
             print(f"worker {number} ended with exit code {code}; {RESUME_HINT}", file=sys.stderr)
-
-
-def _visible_devices() -> list[str]:
-    """Accelerators that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def _print_results(folder: Path, experiments: Sequence[Experiment], reasons: Mapping[str, str]) -> list[str]:

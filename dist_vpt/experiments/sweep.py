@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dist_vpt.data.splits import Splits
 from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher
 from dist_vpt.distributed.rank_status import RankStatus, read_rank_status
 from dist_vpt.distributed.signals import StopSignal
@@ -48,6 +49,7 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
     folder, console, launched = RunFolder(str(recipe.run.dir)), Console(highlight=False), launch
     if recipe.sweep.parallelize == "trials":
         launch = detach_from_launcher(launch)
+    select_device(recipe.runtime.device, launch)
     recipe, why = resolve_precision(recipe, folder.precision)
     notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launched, recipe)
     notes += [f"precision {why}"] if why else []

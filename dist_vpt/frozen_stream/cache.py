@@ -32,7 +32,7 @@ class StreamCache:
 
         def rows(kept: Tensor) -> Tensor:
             found = kept.index_select(0, index_B)
-            return found.pin_memory() if found.device.type == "cpu" and torch.cuda.is_available() else found
+            return found.pin_memory() if found.device.type == "cpu" and torch.cuda.is_initialized() else found
 
         pooled_nD, *blocks = self.kept
         return StreamOutput(rows(pooled_nD), *(tuple(map(rows, each)) for each in blocks))

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 from dist_vpt.files import read_json
@@ -22,8 +23,9 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
     """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it."""
     folder = RunFolder(run)
     folder.refuse_sweep()
-    recipe, _ = resolve_precision(folder.load(overrides))
-    launch = LaunchEnv.current()
+    recipe, launch = folder.load(overrides), LaunchEnv.current()
+    select_device(recipe.runtime.device, launch)
+    recipe, _ = resolve_precision(recipe)
     components = build_components(recipe, launch)
     path = folder.best if adapters == "best" else folder.adapters
     tensors, facts = read_adapters(path)

@@ -46,9 +46,9 @@ def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
     micro, found = micro_batch(recipe.train, processes), []
     for policy, overrides, with_policy in policies(recipe, gpus=machines.gpus):
         counted = as_counted(with_policy, gpus=machines.gpus)
-        count = cache(partial(_of_images, counted, classes))
+        count = cache(partial(_of_images, counted, classes, machines.gpus))
         try:
-            estimate = footprint(counted, classes, micro)
+            estimate = footprint(counted, classes, micro, gpus=machines.gpus)
         except UserError:  # a policy that this backbone does not support
             if not overrides:
                 raise
@@ -65,9 +65,9 @@ def choices(recipe: Recipe, classes: int, machines: Machines) -> list[Choice]:
     return sorted(found, key=lambda choice: STRATEGIES.index(choice.strategy))
 
 
-def _of_images(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
+def _of_images(recipe: Recipe, classes: int, gpus: bool, images: int) -> MemoryEstimate:
     """With micro-batches of ``images`` images, as many of which are evaluated at once."""
-    return footprint(recipe.changed("train", eval_batch_size=images), classes, images)
+    return footprint(recipe.changed("train", eval_batch_size=images), classes, images, gpus=gpus)
 
 
 def _per_device(count: Callable[[int], MemoryEstimate], name: str, processes: int, images: int) -> PerDeviceMemory:
@@ -161,7 +161,8 @@ def fits(recipe: Recipe, classes: int, strategy: str, machines: Machines) -> boo
     """Whether the recipe as it is fits, by its own footprint."""
     counted = as_counted(recipe, gpus=machines.gpus)
     images = micro_batch(recipe.train, machines.processes)
-    return footprint(counted, classes, images).on(strategy, machines.processes).peak <= machines.budget
+    estimate = footprint(counted, classes, images, gpus=machines.gpus)
+    return estimate.on(strategy, machines.processes).peak <= machines.budget
 
 
 def launch_hint(strategy: str, machines: Machines) -> str:

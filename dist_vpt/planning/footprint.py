@@ -98,25 +98,30 @@ class PerDeviceMemory:
         return self.held + max(self.working, self.scoring)
 
 
-def footprint(recipe: Recipe, classes: int, images: int | None = None) -> MemoryEstimate:
+def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: bool = False) -> MemoryEstimate:
     """Count a recipe's bytes with ``images`` of a micro-batch, as the recipe has them unless given.
+
+    ``gpus``: as on a GPU, where torch's optimizers step on all tensors at once, with temporaries as large as they are,
+    what is offloaded comes back a block early, and pinned host memory comes in powers of two.
 
     Takes a second or so, and no memory of the device.
     """
     inputs = resolve_inputs(recipe.data, recipe.backbone)
     method = weightless(recipe, inputs, classes)
     if recipe.runtime.offload:
-        apply_offload(method.backbone, _to_host)
+        apply_offload(method.backbone, _PinnedCopy if gpus else _to_host)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
         optimizer = build_optimizer(recipe.optim, method)
+        for group in optimizer.param_groups:
+            group["foreach"] = gpus  # torch's default
         batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
         step = _Step(recipe, inputs, method, optimizer, batch, classes)
         step.train()  # the first one makes the optimizer's state
         state = sum(_nbytes(t) for t in tree_leaves([dict(s) for s in optimizer.state.values()]))
-        with _Alive(step.known()) as alive:
+        with _Alive(step.known(), pinned=gpus) as alive:
             step.train(alive)
-        with _Alive(step.known()) as scoring:
+        with _Alive(step.known(), pinned=gpus) as scoring:
             step.score()
         trained = [p for _, p in method.trainable()]
         numbers = sum(p.numel() for p in method.parameters())
@@ -153,6 +158,21 @@ def weightless(recipe: Recipe, inputs: Inputs, classes: int) -> Method:
 def _to_host(tensor: Tensor) -> Callable[[], Tensor]:
     """Simulate ``runtime.offload`` for a tensor; the meta device represents host memory."""
     return partial(torch.empty_like, torch.empty_like(tensor, device="meta"), device=tensor.device)
+
+
+class _PinnedCopy:
+    """Simulates a copy in pinned memory, which is fetched before it is used."""
+
+    def __init__(self, tensor: Tensor):
+        self.bring_back = _to_host(tensor)
+        self.back: Tensor | None = None
+
+    def prefetch(self) -> None:
+        self.back = self.bring_back()
+
+    def __call__(self) -> Tensor:
+        back, self.back = self.back, None
+        return self.bring_back() if back is None else back
 
 
 class _Step:
@@ -204,8 +224,9 @@ class _Step:
 class _Alive(TorchDispatchMode):
     """Counts the bytes of all storages made inside it, while they live, and remembers the most."""
 
-    def __init__(self, known: list[Tensor]):
+    def __init__(self, known: list[Tensor], *, pinned: bool):
         super().__init__()
+        self.pinned = pinned
         self.now = self.height = self.gradients = self.height_without_gradients = 0
         self.host = self.host_height = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
@@ -232,6 +253,8 @@ class _Alive(TorchDispatchMode):
             return
         self.sizes[key] = storage.nbytes()
         if host:
+            if self.pinned:
+                self.sizes[key] = pinned_bytes(self.sizes[key])
             self.host += self.sizes[key]
             self.host_height = max(self.host_height, self.host)
             weakref.finalize(storage, self._gone_from_host, key)
@@ -250,6 +273,11 @@ class _Alive(TorchDispatchMode):
         if key in self.of_gradients:
             self.of_gradients.remove(key)
             self.gradients -= size
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch's allocator of pinned host memory takes for ``size`` bytes: the next power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def _nbytes(value: Any) -> int:

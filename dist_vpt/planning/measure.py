@@ -49,7 +49,7 @@ def known_speeds(recipe: Recipe, device_type: str) -> Iterator[str]:
 def measure(recipe: Recipe, classes: int) -> str:
     """The peak of a training step on this machine, in one process, and the estimate beside it."""
     gpus = recipe.runtime.device != "cpu" and torch.cuda.is_available()
-    per_device = footprint(as_counted(recipe, gpus=gpus), classes).on("ddp", 1)
+    per_device = footprint(as_counted(recipe, gpus=gpus), classes, gpus=gpus).on("ddp", 1)
     estimate, found = per_device.held + per_device.working, measured_bytes(recipe, classes)  # nothing is evaluated here
     return (
         f"measured: {size(found)} at the peak of a training step on this machine, estimated {size(estimate)} "

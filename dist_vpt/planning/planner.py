@@ -96,7 +96,7 @@ def check_memory(recipe: Recipe, accelerator: RankAccelerator, classes: int) -> 
     free, _ = torch.cuda.mem_get_info(accelerator.device)
     machines = machines_of(accelerator, free + CONTEXT)  # the context is allocated already
     images = micro_batch(recipe.train, machines.processes)
-    counted = footprint(as_counted(recipe, gpus=True), classes, images)
+    counted = footprint(as_counted(recipe, gpus=True), classes, images, gpus=True)
     per_device = counted.on(strategy_file(accelerator), machines.processes)
     if per_device.peak <= machines.budget:
         return ""

@@ -16,7 +16,7 @@ PROC_STATUS = Path("/proc/self/status")
 
 def peak_memory_mib() -> float:
     """The most memory this process has held, in MiB: the GPU's allocations, or the resident set on a CPU."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / MIB
     if PROC_STATUS.is_file():
         line = next((each for each in PROC_STATUS.read_text().splitlines() if each.startswith("VmHWM")), None)
@@ -33,7 +33,7 @@ def free_and_reset_peak() -> None:
     """
     gc.collect()
     trim_freed_memory()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_vpt.distributed.caches import cache_folder
+from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.files import write_atomically
 
@@ -47,7 +48,7 @@ def _of_accelerator(launch: LaunchEnv) -> tuple[str, str]:
     if not torch.cuda.is_available():
         return "fp32", "bf16 being chosen on CUDA and CPUs alone"
     # Each process asks its own device, and asking creates a context on the current one.
-    torch.cuda.set_device((launch.local_rank or 0) % torch.cuda.device_count())
+    select_device("auto", launch)
     name = torch.cuda.get_device_name()
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", f"in which {name} computes"

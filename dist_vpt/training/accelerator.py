@@ -26,7 +26,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import OptimConfig, Recipe
-from dist_vpt.runtime.allocator import give_back_freed_memory, keep_freed_memory
+from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
 
 # Set by the recipe, so a DeepSpeed configuration must not have them.
@@ -142,8 +142,6 @@ def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) ->
     model, optimizer = accelerator.prepare(method, build_optimizer(optim, method))
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
-    if strategy_name(accelerator) == "zero3" and accelerator.device.type == "cpu":
-        give_back_freed_memory()  # from here on a process holds its shard of the weights
     return model, optimizer
 
 

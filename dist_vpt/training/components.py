@@ -27,11 +27,13 @@ from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
 from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.distributed.zero import gathered_when_called
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.placement import open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runtime.allocator import give_back_freed_memory
 from dist_vpt.runtime.apply import apply_runtime
 from dist_vpt.training.metrics import no_readable_image
 
@@ -176,7 +178,8 @@ class Components:
         loader.close()
         if not batches:
             raise no_readable_image(split.name)
-        Method.init_together(methods, batches, self.recipe.seed)
+        with gathered_when_called(self.method.backbone.blocks):
+            Method.init_together(methods, batches, self.recipe.seed)
 
     def use_cached_stream(
         self,
@@ -219,14 +222,17 @@ class Components:
         return line
 
 
-def build_components(recipe: Recipe, launch: LaunchEnv = ALONE) -> Components:
-    """Open the data, build and load the backbone, attach the method, seeded by the recipe."""
+def build_components(recipe: Recipe, launch: LaunchEnv = ALONE, *, defer: bool = False) -> Components:
+    """Open the data, build and load the backbone, attach the method, seeded by the recipe.
+
+    ``defer``: leave matrices of the backbone in their file, for ``load_backbone``.
+    """
     check_open_files(recipe.data.workers)
     inputs = resolve_inputs(recipe.data, recipe.backbone)
     splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training
-    method, load_report = build_method(recipe, inputs, len(splits.classes))
+    method, load_report = build_method(recipe, inputs, len(splits.classes), defer=defer)
     return Components(inputs, splits, method, load_report, recipe, launch)
 
 
@@ -254,8 +260,14 @@ def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tupl
     return kinds[task.normalize]
 
 
-def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, LoadReport]:
-    """The frozen backbone with the method attached, and the difference from its weight file."""
+def build_method(recipe: Recipe, inputs: Inputs, classes: int, *, defer: bool = False) -> tuple[Method, LoadReport]:
+    """The frozen backbone with the method attached, and the difference from its weight file.
+
+    ``defer``: leave matrices of the backbone in their file, unless they are quantized.
+    """
+    defer = defer and recipe.runtime.quantize == "none"
+    if defer:
+        give_back_freed_memory()  # each matrix is in memory for a moment, and no longer
     torch.manual_seed(recipe.seed)
     backbone, load_report = build(
         recipe.backbone,
@@ -263,6 +275,7 @@ def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, 
         mean=inputs.mean,
         std=inputs.std,
         frame=recipe.method.frame,
+        defer=defer,
     )
     torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])

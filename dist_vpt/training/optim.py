@@ -29,7 +29,8 @@ def build_optimizer(recipe: OptimConfig, method: "Method") -> "Optimizer":
     decayed: list[torch.nn.Parameter] = []
     exempt: list[torch.nn.Parameter] = []
     for _, parameter in method.trainable():
-        (decayed if parameter.ndim > 1 else exempt).append(parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # of a parameter that ZeRO-3 has sharded
+        (decayed if len(shape) > 1 else exempt).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": recipe.weight_decay},
         {"params": exempt, "weight_decay": 0.0},

@@ -27,6 +27,7 @@ CHECKS = [
     "deepspeed",
     "run folder",
     "shared memory",
+    "flash attention",
     "extras",
 ]
 CLEARED = (*LEFTOVERS, "CUDA_VISIBLE_DEVICES", "CXX", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")

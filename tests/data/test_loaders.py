@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dist_vpt.data import transforms
+from dist_vpt.data import workers as workers_module
 from dist_vpt.data.images import decode
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import ArraySource, Split, shuffled
@@ -323,6 +324,30 @@ def test_cache_that_does_not_fit(monkeypatch, transform, pixels):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("slots", "fewer"), [(4.5, 1), (2.5, 0)])
+def test_shared_memory_that_does_not_hold_the_batches(monkeypatch, slots, fewer):
+    """Two processes on a machine, with two workers: five slots each. Reported before a worker dies of a bus error."""
+    slot = 2 * 3 * PUBLISHED.image_size**2 * np.dtype(PUBLISHED.dtype).itemsize
+
+    @dataclass
+    class Small:
+        f_bavail: int
+        f_frsize: int = 1
+
+    def first():
+        train = TrainBatches(make_split(), PUBLISHED, batch_size=4, world=2, workers=2, local_world=2)
+        try:
+            return next(train.epoch(0))
+        finally:
+            train.close()
+
+    monkeypatch.setattr(workers_module.os, "statvfs", lambda path: Small(int(2 * slots * slot)))
+    with pytest.raises(DataError, match=rf"^data.workers = 2: .* 2 processes need .* set data.workers={fewer}, "):
+        first()
+    monkeypatch.setattr(workers_module.os, "statvfs", lambda path: Small(2 * 5 * slot))
+    first()
+
+
 def test_killed_worker_is_reported(files):
     batches = EvalBatches(files("kill"), PLAIN, 2, workers=1)
     with pytest.raises(DataError, match=r"died while it read .*/3\.jpg \(by SIGKILL\); .* lower data\.workers, or"):

@@ -4,6 +4,7 @@ import ast
 import os
 
 import pytest
+import torch
 
 from dist_vpt.distributed.launch_env import LaunchEnv, SlurmEnv, detach_from_launcher
 from dist_vpt.errors import UserError
@@ -68,10 +69,22 @@ def test_variables_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LaunchEnv.current() == expected
 
 
-@pytest.mark.parametrize(("visible", "device"), [(None, "1"), ("5", "5"), ("4,6", "6"), ("4,5,6", "5")])
+@pytest.mark.parametrize(
+    ("visible", "gpus", "device"),
+    [
+        (None, 4, "1"),
+        (None, 1, "0"),  # two processes share it
+        ("5", 1, "5"),
+        ("4,6", 2, "6"),
+        ("4,5,6", 3, "5"),
+        ("GPU-7f, GPU-a2", 2, "GPU-a2"),
+        ("", 0, ""),
+    ],
+)
 def test_a_detached_process_is_alone_on_its_own_device(
-    visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, gpus: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr(os, "environ", LAUNCHED | given)
     alone = detach_from_launcher(LaunchEnv.current())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,19 @@ def test_the_plan_is_shown_and_nothing_done(tmp_path: Path, capsys: pytest.Captu
     assert "19 sweeps, with backbone demo" in output
     assert "760 trials and 95 seeds, 87,439,520 images" in " ".join(output.split())
     assert not out.exists()
+
+
+@pytest.mark.parametrize("root", [(), ("--root", "x")])
+def test_a_task_without_a_folder_is_planned(
+    root: tuple[str, ...], tmp_path: Path, write: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside one that has one; the folder is that of the others."""
+    file = write("mine.yaml", "data:\n  task: digits\n")
+    tasks = ["--tasks", "dtd", str(file), "--method", "linear"]
+    assert main(["suite", *tasks, *root, "--out", str(tmp_path / "suite"), "--dry-run"]) == 0
+    assert "2 sweeps, with backbone demo" in capsys.readouterr().out
+    roots = [one.recipe.data.root for one in plan_experiments(tasks[1:3], ["linear"], [], "x", "out")]
+    assert roots == ["x", None]
 
 
 def test_a_dry_run_needs_no_torch() -> None:

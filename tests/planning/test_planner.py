@@ -19,7 +19,7 @@ from dist_vpt.files import shipped_folder
 from dist_vpt.planning import choices as choices_module
 from dist_vpt.planning import planner as plan_module
 from dist_vpt.planning.choices import POLICIES, as_counted, choices, fits, micro_batch, policies, recommendation
-from dist_vpt.planning.footprint import LIVE_WEIGHTS, REDUCE_BUCKET, MemoryEstimate, footprint
+from dist_vpt.planning.footprint import LIVE_WEIGHTS, REDUCE_BUCKET, MemoryEstimate, footprint, pinned_bytes
 from dist_vpt.planning.machines import CONTEXT, FRAGMENTATION, GIB, MIB, Machines, parse_memory
 from dist_vpt.planning.measure import RESULTS, known_speeds
 from dist_vpt.planning.planner import check_memory
@@ -57,7 +57,7 @@ COUNT = """
 import json, sys
 from dataclasses import asdict
 from dist_vpt.planning import measure
-from dist_vpt.planning.footprint import footprint
+from dist_vpt.planning.footprint import footprint, pinned_bytes
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.recipe.loading import load_recipe
 import torch
@@ -458,3 +458,22 @@ def test_a_plan_needs_no_data_of_a_known_task(
     assert main(["plan", "data.task=dtd", "optim.lrr=1"]) == 2
     assert "2 mistakes" in capsys.readouterr().err
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_a_gpu_s_optimizer_steps_on_all_tensors_at_once(optimizer: str) -> None:
+    """All gradients and weights before the step, and beside them roots of all second moments or decayed gradients."""
+    options = ("method.name=full", f"optim.name={optimizer}", "optim.weight_decay=0.1", "train.eval_batch_size=1")
+    of = recipe(*options, "train.batch_size=1")
+    on_cpu, on_gpu = footprint(of, 10), footprint(of, 10, gpus=True)
+    assert on_gpu.trained == on_cpu.trained
+    assert on_gpu.optimizer == on_cpu.optimizer
+    assert on_cpu.height < 2.5 * on_cpu.trained
+    assert on_gpu.height == pytest.approx(3 * on_cpu.trained, rel=0.01)  # but for biases, a group of their own
+
+
+def test_pinned_memory_comes_in_powers_of_two() -> None:
+    assert [pinned_bytes(size) for size in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
+    of = recipe("method.prompts=20", "runtime.offload=true")
+    exact, pinned = footprint(of, 10).host, footprint(of, 10, gpus=True).host
+    assert exact < pinned < 2 * exact

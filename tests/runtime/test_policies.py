@@ -5,6 +5,7 @@ B images, N tokens, D width, H heads, L blocks, P prompts.
 
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,51 @@ def test_flash_without_a_package_and_with_one(monkeypatch: pytest.MonkeyPatch) -
     assert activated == ["FA8"]
 
 
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_a_package_that_cannot_compute_here_is_restored(fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FlashAttention-4 on a GPU of another kind: it can be activated, and raises where it is called."""
+    active: list[str] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: torch.Tensor) -> torch.Tensor:
+            if fails == "forward":
+                raise RuntimeError("FA9 SDPA forward unsupported: FA9 requires compute capability 10.0")
+            return q.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("FA9 SDPA backward unsupported: FA9 requires compute capability 10.0")
+
+    def dispatched(q: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return Kernel.apply(q) if active == ["FA9"] else attend(q, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", dispatched)
+    monkeypatch.setattr(
+        torch.nn.attention,
+        "activate_flash_attention_impl",
+        lambda name: active.__setitem__(slice(None), [name]),
+        raising=False,
+    )
+    monkeypatch.setattr(
+        torch.nn.attention, "current_flash_attention_impl", lambda: next(iter(active), None), raising=False
+    )
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear, raising=False)
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA9"], raising=False)
+    with pytest.raises(
+        UserError,
+        match=rf"for cpu \(FA9: FA9 SDPA {fails} unsupported: FA9 requires compute capability 10.0\); pip install",
+    ):
+        make(kernel="flash")
+    assert not active
+    monkeypatch.setattr(torch.nn.attention, "list_flash_attention_impls", lambda: ["FA8", "FA9"], raising=False)
+    assert make(kernel="flash").backbone.chosen == {"attention": "flash (FA8)"}
+    assert active == ["FA8"]
+    make(kernel="sdpa")
+    assert not active  # a later run of the process has torch's own kernels
+
+
 @pytest.mark.parametrize("policy", ["none", "mlp", "block", "every-2", "budget-0.5"])
 def test_offload_copies_what_is_kept_but_no_weights(policy: str, monkeypatch: pytest.MonkeyPatch, whole: int) -> None:
     method, copied, kept = make(policy), [], saved(make(policy))
@@ -326,3 +372,44 @@ def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatc
     assert json.loads((tmp_path / "run" / "result.json").read_text())["runtime"] == result["runtime"]
     assert f"attention sdpa; compile {warning}; checkpointing block" in (tmp_path / "run" / "train.log").read_text()
     assert plain["runtime"] == {"attention": "sdpa"}
+
+
+def test_what_is_offloaded_comes_back_a_block_early_and_is_dropped_with_its_graph() -> None:
+    """Order alone: the copies of a device are in tests/gpu."""
+    events: list[tuple[str, int]] = []
+    alive: list[Any] = []
+
+    class Copy:
+        def __init__(self, tensor: torch.Tensor):
+            self.tensor, self.block = tensor.clone(), running[-1]
+            alive.append(weakref.ref(self))
+
+        def prefetch(self) -> None:
+            events.append(("prefetched", self.block))
+
+        def __call__(self) -> torch.Tensor:
+            events.append(("used", self.block))
+            return self.tensor
+
+    method, running = make(), [0]
+    run = method.backbone.run_block
+
+    def counting(block: torch.nn.Module, tokens_BND: torch.Tensor) -> torch.Tensor:
+        running.append(list(method.backbone.blocks).index(block))  # type: ignore[call-overload]
+        return run(block, tokens_BND)
+
+    method.backbone.run_block = counting
+    wanted = numbers(make())
+    apply_offload(method.backbone, Copy)
+    for a, b in zip(numbers(method), wanted, strict=True):
+        assert torch.equal(a, b)
+    first_used = {block: events.index(("used", block)) for block in range(L)}
+    for block in range(L):
+        fetched = [number for number, event in enumerate(events) if event == ("prefetched", block)]
+        assert len(fetched) == sum(event == ("used", block) for event in events)  # each once
+        assert max(fetched) < first_used[block]
+        if block < L - 1:
+            assert max(fetched) < first_used[block + 1]  # backward has not used the later block yet
+    assert not [copy for copy in alive if copy() is not None]
+    loss_of(method, IMAGES)  # a graph without a backward
+    assert not [copy for copy in alive if copy() is not None]

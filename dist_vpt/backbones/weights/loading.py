@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.config import PositionResize
 from dist_vpt.backbones.weights.convert import LoadReport, convert, heads_of
+from dist_vpt.backbones.weights.deferred import is_complete, refer_to
 from dist_vpt.backbones.weights.entries import Weights, choose_model
 from dist_vpt.backbones.weights.layouts import LAYOUTS
 from dist_vpt.backbones.weights.reading import read_tensors
@@ -44,12 +45,16 @@ def load_into(
     lenient: bool,
     entry: str | None = None,
     position_resize: PositionResize = "timm",
-) -> LoadReport:
+    defer: bool = False,
+) -> LoadReport | None:
     """Load a file into a timm model, resampling its position embedding to the model's grid as ``position_resize`` says.
 
     Strict: raises WeightsError unless the two sets of tensors are equal (what else the file's layout holds, such as a
     classifier, is left out). Lenient: returns the differences, after checking that all other tensors are bit-equal to
     the file's.
+
+    ``defer``: the model was made ``without_matrices``, and those of its blocks stay in the file. Returns None where
+    the file lacks some of them, which only a whole model has initial values for.
     """
     weights = read_weights(path, entry)
     tensors = weights.tensors
@@ -71,6 +76,12 @@ def load_into(
         )
         raise WeightsError(f"{path}: not weights of this architecture ({fix}):\n{load_report}")
     check_values(tensors, load_report, path)
+    if defer:
+        if not is_complete(model, offered):
+            return None
+        refer_to(model, offered)
+        held = model.state_dict()
+        offered = {name: tensor for name, tensor in offered.items() if not held[name].is_meta}
     state = model.state_dict()
     result = model.load_state_dict(offered, strict=False)
     _prove(model, offered, set(result.missing_keys), state.keys() - offered.keys(), path)
