@@ -14,7 +14,6 @@ bfloat16:
 - ``cached_trials``: T trials of their own initialization and optimizer in one pass over such a batch.
 
 A step is forward, loss, backward and update of a batch; all but the published way are the step of ``dist-vpt sweep``.
-With the defaults all takes about two minutes on two CPU cores.
 Before anything is timed all ways must give the same logits. The last line of the output is one JSON object, which
 also goes to a file in ``--out``; numbers are by way and precision:
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from dist_vpt.backbones.blocks import linear_of
 from dist_vpt.backbones.vit import Backbone
@@ -92,15 +93,17 @@ class _Updates:
 class _AddProducts(torch.autograd.Function):
     """y [..., O] + scale * h_t B_t^T in the rows of each target t, with h [..., R] and B_t [O_t, r].
 
-    The products go to their rows of one copy: as operations of autograd each would be a tensor of y's size, and be
-    padded and added. The copy remains because a checkpointing policy may keep the layer's output.
+    The products are added in their rows: as operations of autograd each would be padded to a tensor of y's size.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, scale: float, rows: list[slice], *ups: Tensor) -> Tensor:
         ctx.scale, ctx.rows = scale, rows
         ctx.save_for_backward(h, *ups)
-        out = y.clone(memory_format=torch.contiguous_format)
+        # In place where nobody else has the output: a layer does not keep it for backward, but a checkpointing policy
+        # may, which is a dispatch mode, and a compiler plans with it.
+        shared = torch.compiler.is_compiling() or _len_torch_dispatch_stack() or not y.is_contiguous()
+        out = y.clone(memory_format=torch.contiguous_format) if shared else y.data
         out_XO = out.flatten(0, -2)
         for h_Xr, up_Or, of_target in zip(h.flatten(0, -2).chunk(len(ups), dim=1), ups, rows, strict=True):
             out_XO[:, of_target].addmm_(h_Xr, up_Or.T, alpha=scale)

@@ -413,3 +413,21 @@ def test_what_is_offloaded_comes_back_a_block_early_and_is_dropped_with_its_grap
     assert not [copy for copy in alive if copy() is not None]
     loss_of(method, IMAGES)  # a graph without a backward
     assert not [copy for copy in alive if copy() is not None]
+
+
+@pytest.mark.parametrize("policy", ["mlp", "block", "every-2", "budget-0.9", "budget-0.5"])
+def test_updates_written_to_a_layer_s_output_do_not_reach_what_a_policy_keeps(policy: str) -> None:
+    """LoRA writes in place only where nobody else has the output."""
+    settings = {"name": "lora", "targets": ("q", "v", "proj", "fc1", "fc2")}
+    found = []
+    for method in (make("none", settings=settings), make(policy, settings=settings)):
+        with torch.no_grad():
+            for name, parameter in method.trainable():
+                if ".up." in name:  # zero at first: nothing would be written
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        for _ in range(2):  # a budget is planned in the first one
+            method.zero_grad()
+            loss_of(method, IMAGES).backward()
+        found.append({name: p.grad for name, p in method.trainable()})
+    for name, wanted in found[0].items():
+        assert torch.equal(found[1][name], wanted), name
