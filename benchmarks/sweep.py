@@ -179,7 +179,7 @@ class Bench:
         if wrong:
             raise RunFailed(
                 f"logits in {precision} differ from the published way's by {', '.join(wrong)} of the largest, and "
-                f"{TOLERANCE[precision]:.0e} is allowed: nothing was timed; mend what differs first"
+                f"{TOLERANCE[precision]:.0e} is allowed: nothing was timed; correct what differs first"
             )
         return differences
 
