@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dist_vpt.errors import UserError
 
+PROCESSES_PER_GPU = "DIST_VPT_PROCESSES_PER_GPU"  # set where each process sees one GPU only
 REMOVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by detach_from_launcher
 ON, OFF = ("1", "y", "yes", "t", "true", "on"), ("0", "n", "no", "f", "false", "off")  # as Accelerate reads switches
 LEFTOVERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED")
@@ -31,6 +32,7 @@ class LaunchEnv:
     world_size: int = 1
     local_rank: int | None = None
     local_world_size: int | None = None  # processes on this machine, if the launcher sets it
+    processes_per_gpu: int | None = None  # that share this process's GPU, where other variables hide it
     master_addr: str | None = None
     master_port: str | None = None  # as given: whoever uses it reports a wrong one
     launched: bool = False
@@ -64,6 +66,7 @@ class LaunchEnv:
             world_size=_number(environ, "WORLD_SIZE") or 1,
             local_rank=_number(environ, "LOCAL_RANK"),
             local_world_size=_number(environ, "LOCAL_WORLD_SIZE"),
+            processes_per_gpu=_number(environ, PROCESSES_PER_GPU),
             master_addr=environ.get("MASTER_ADDR"),
             master_port=environ.get("MASTER_PORT"),
             launched=bool(environ.get("RANK")),
@@ -108,6 +111,7 @@ def detach_from_launcher(launch: LaunchEnv) -> LaunchEnv:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = [] if visible is None else visible.split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank % len(devices)] if devices else str(local_rank)
+        os.environ[PROCESSES_PER_GPU] = str(-(-(launch.local_world_size or 1) // len(devices)) if devices else 1)
     for name in [*REMOVED, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
         os.environ.pop(name, None)
     return LaunchEnv.current()

@@ -65,6 +65,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
             warning = check_memory(recipe, accelerator, len(parts.splits.classes))
             training = _set_up(recipe, parts, train, accelerator, folder, stop)
             leaving.callback(training.close)
+            parts.method.backbone.reporters.append(training.warn)
             if warning:
                 training.monitor.line(warning)
             fit(training)

@@ -129,13 +129,15 @@ class Components:
             batch_size=recipe.train.batch_size,
             accumulate=recipe.train.grad_accum_steps,
             seed=recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
+            same_size=self.method.backbone.compiled,
             **self.loader_options(rank, world),
         )
 
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
         """Batches with every image of a split once, over all processes; test, which is read once, is never cached."""
         loader_options = self.loader_options(rank, world) | ({"cache": "none"} if split == "test" else {})
-        return EvalBatches(self.splits[split], self.transform, self.recipe.train.eval_batch_size, **loader_options)
+        size, same = self.recipe.train.eval_batch_size, self.method.backbone.compiled
+        return EvalBatches(self.splits[split], self.transform, size, same_size=same, **loader_options)
 
     def validation(self, rank: int, world: int) -> EvalBatches | None:
         """Batches of val, unless there is none or it is trained on."""
@@ -207,6 +209,7 @@ class Components:
             accelerator,
             stop,
             passes=recipe.train.epochs,
+            batch=max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size),
         )
         for name, cache in caches.items():
             wanted[name].use(cache)
@@ -219,7 +222,9 @@ def build_components(recipe: Recipe, launch: LaunchEnv = ALONE) -> Components:
     splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training
-    method, load_report = build_method(recipe, inputs, len(splits.classes))
+    # Of a process. ZeRO gathers weights from hooks, which a compiler cannot follow: there it must be asked for.
+    images = 0 if launch.deepspeed else len(splits[recipe.data.train_on]) * recipe.train.epochs // launch.world_size
+    method, load_report = build_method(recipe, inputs, len(splits.classes), images)
     return Components(inputs, splits, method, load_report, recipe, launch)
 
 
@@ -247,8 +252,11 @@ def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tupl
     return kinds[task.normalize]
 
 
-def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, LoadReport]:
-    """The frozen backbone with the method attached, and the difference from its weight file."""
+def build_method(recipe: Recipe, inputs: Inputs, classes: int, images: int = 0) -> tuple[Method, LoadReport]:
+    """The frozen backbone with the method attached, and the difference from its weight file.
+
+    ``images``: how many this process will train on, over all epochs.
+    """
     torch.manual_seed(recipe.seed)
     backbone, load_report = build(
         recipe.backbone,
@@ -259,7 +267,8 @@ def build_method(recipe: Recipe, inputs: Inputs, classes: int) -> tuple[Method, 
     )
     torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
-    apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))
+    dtype, writes = DTYPES[recipe.runtime.precision], not isinstance(method, Reader)
+    apply_runtime(backbone, recipe.runtime, dtype, writes=writes, images=images)
     return method, load_report
 
 
