@@ -58,8 +58,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     ``specs``: what is kept in memory or on the accelerator if it fits, and what is kept otherwise. ``sources``: name ->
     split, and what makes process (rank, world)'s share of its batches. ``passes``: how often they are read; a stream
     that is read once is not kept. ``batch``: how many images a process has on its device at a time. A collective call.
-    Raises UserError on all processes where the recipe asks for a cache that is impossible, and Interrupted after a
-    stop signal.
+    Raises UserError on all processes where the recipe asks for an impossible cache, Interrupted after a stop signal.
     """
     images = sum(len(split) for split, _ in sources.values())
     config = StreamConfig(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
@@ -82,32 +81,54 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
                 kept, skipped = on_disk(folder, facts(name), backbone, spec, make_batches, device, stop, **checks)
             return CachedBatches(kept, split.labels, skipped, device)
         device = accelerator.device if location == "device" else torch.device("cpu")
-        with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
-            kept = fill(backbone, spec, batches, split, accelerator, device, stop)
-        return CachedBatches(kept, split.labels, batches.skipped, accelerator.device)
+        return _in_memory(backbone, spec, split, make_batches, accelerator, device, stop)
 
     def choose_here() -> Placement:
-        needed = (nbytes(backbone, specs[0], images), nbytes(backbone, specs[1], images))
-        sharded = any(hasattr(parameter, "ds_id") for parameter in backbone.parameters())  # by ZeRO-3
+        needed = nbytes(backbone, specs[0], images), nbytes(backbone, specs[1], images)
+        sharded = any(hasattr(tensor, "ds_id") for tensor in backbone.parameters())  # by ZeRO-3
         with _naming_stream_dir():
-            sharing = Sharing.of(accelerator.launch, step_bytes(backbone, specs[0], batch))
-            found = choose(config, needed, accelerator.device, missing_bytes, sharing, sharded=sharded)
-        if config.cache != "auto" or found.location != "memory" or accelerator.device.type == "cpu" or sharded:
+            shared = Sharing.of(accelerator.launch, step_bytes(backbone, specs[0], batch))
+            found = choose(config, needed, accelerator.device, missing_bytes, shared, sharded=sharded)
+        if sharded or accelerator.device.type == "cpu" or (config.cache, found.location) != ("auto", "memory"):
             return found
-        _, make_batches = next(iter(sources.values()))
-        with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
-            speeds = measure(backbone, specs[0 if found.first else 1], iter(batches), accelerator.device)
-        if speeds.live_is_faster:
-            return Placement("none", False, f"frozen stream: live, which is faster than host memory ({speeds})")
-        return found._replace(line=f"{found.line} ({speeds})")
+        first = next(make_batches for _, make_batches in sources.values())
+        return _unless_live_is_faster(found, backbone, specs[0 if found.first else 1], first, accelerator)
 
     placement = _on_all_ranks(accelerator, choose_here)
     # The main process's choice: free memory changes while the processes look at it.
     location, first = broadcast_object_list([placement.location, placement.first])
-    spec = specs[0] if first else specs[1]
-    names = sources if location != "none" else ()
+    spec, names = specs[0 if first else 1], sources if location != "none" else ()
     opened = {name: _on_all_ranks(accelerator, partial(open_cached, name, spec)) for name in names}
     return opened, placement.line + (f" ({', '.join(opened)})" if opened else "")
+
+
+def _in_memory(  # noqa: PLR0917 (as cache.fill)
+    backbone: Backbone,
+    spec: StreamSpec,
+    split: Split,
+    make_batches: Callable[[int, int], EvalBatches],
+    accelerator: RankAccelerator,
+    device: torch.device,
+    stop: StopSignal,
+) -> CachedBatches:
+    with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
+        kept = fill(backbone, spec, batches, split, accelerator, device, stop)
+    return CachedBatches(kept, split.labels, batches.skipped, accelerator.device)
+
+
+def _unless_live_is_faster(
+    found: Placement,
+    backbone: Backbone,
+    spec: StreamSpec,
+    make_batches: Callable[[int, int], EvalBatches],
+    accelerator: RankAccelerator,
+) -> Placement:
+    """Host memory, or the live stream where it takes less time; the line gets the measured times."""
+    with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
+        speeds = measure(backbone, spec, iter(batches), accelerator.device)
+    if speeds.live_is_faster:
+        return Placement("none", False, f"frozen stream: live, which is faster than host memory ({speeds})")
+    return found._replace(line=f"{found.line} ({speeds})")
 
 
 def _on_all_ranks(accelerator: RankAccelerator, make: Callable[[], T]) -> T:
