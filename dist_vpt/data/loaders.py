@@ -8,6 +8,7 @@ step and continue elsewhere.
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
@@ -30,6 +31,14 @@ class _Batches:
         """Take the same batches from another source from now on."""
         self._source.close()
         self._source = source
+
+    def keep_on(self, device: torch.device, budget: float) -> None:
+        """Keep the images of ``data.cache: memory`` on a device, if they take at most ``budget`` bytes there.
+
+        Called before the first pass. Batches of a replaced source, and those without a cache, stay as they are.
+        """
+        if isinstance(self._source, WorkerSource):
+            self._source.keep_on(device, budget)
 
     def close(self) -> None:
         """End the worker processes at once; a later pass starts new ones."""

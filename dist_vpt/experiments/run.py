@@ -113,6 +113,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     states = States(folder, accelerator)
     progress, resumed = states.resume(parts.method, optimizer)
     val = parts.validation(accelerator.process_index, accelerator.num_processes)
+    parts.keep_images_on_device(accelerator, train, val)
     stream = parts.use_cached_stream(accelerator, train, val, stop)
     training = TrainState(
         recipe=recipe,
