@@ -73,13 +73,13 @@ class DeviceImages:
         ys, xs = [], []  # by image: source positions of the square's rows and columns; for vpt two, and a weight
         for i, row in zip(images, rows, strict=True):
             height, width = self._size_n[row]
-            resized = transform.size_before_cut(height, width, train=True) if vpt else (height, width)
-            top, left, flip = transform.drawn(*resized, self._seed, epoch, i)
+            rows_H, columns_W = transform.size_before_cut(height, width, train=True) if vpt else (height, width)
+            top, left, flip = transform.drawn(rows_H, columns_W, self._seed, epoch, i)
             y, x = np.arange(top, top + size), np.arange(left, left + size)
             x = x[::-1] if flip else x
             if vpt:
-                ys.append([each[y] for each in nearest_two(height, resized[0])])
-                xs.append([each[x] for each in nearest_two(width, resized[1])])
+                ys.append([each[y] for each in nearest_two(height, rows_H)])
+                xs.append([each[x] for each in nearest_two(width, columns_W)])
             else:
                 ys.append([y])
                 xs.append([x])

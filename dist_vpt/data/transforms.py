@@ -61,7 +61,8 @@ class ImageTransform:
             pixels_HW3 = vpt_resize(pixels_HW3, *self.size_before_cut(height, width, train))
         if not self.draws(train):
             return _center_crop(pixels_HW3, self.image_size)
-        top, left, flip = self.drawn(*pixels_HW3.shape[:2], seed, epoch, index)
+        height, width, _ = pixels_HW3.shape
+        top, left, flip = self.drawn(height, width, seed, epoch, index)
         pixels_SS3 = _cut(pixels_HW3, top, left, self.image_size)
         return pixels_SS3[:, ::-1] if flip else pixels_SS3
 

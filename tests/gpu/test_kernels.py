@@ -105,11 +105,12 @@ def test_eight_bits() -> None:
     ids=["vpt", "block", "full", "linear"],
 )
 def test_the_plan_is_near_the_measured_peak(overrides: tuple[str, ...]) -> None:
-    """Within a tenth on a GPU, whose estimate may not be low by more than 5 %."""
-    recipe = recipe_of(*overrides)
+    """Within a tenth, and low by no more than 5 %; the CPU's kernels take memory for themselves in bf16."""
+    dry = ("train.batch_size=256", "runtime.precision=fp32")  # activations outweigh what norms copy
+    recipe = recipe_of(*(dry if DRY else ()), *overrides)
     counted = footprint(as_counted(recipe, gpus=not DRY), CLASSES).on("ddp", 1)
     estimate, found = counted.held + counted.working, measured_bytes(recipe, CLASSES)
-    assert 0.95 * found <= estimate <= 1.1 * found + (2**20 if DRY else 0)
+    assert 0.95 * found <= estimate <= 1.1 * found
 
 
 def test_memory_goes_back_after_a_run(tmp_path: Path) -> None:
