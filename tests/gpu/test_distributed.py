@@ -17,18 +17,18 @@ VPT = ("method.name=vpt", "method.prompts=4", "train.epochs=2")
 FULL = ("method.name=full", "optim.lr=1e-4", "runtime.precision=bf16", "runtime.activation_checkpointing=block")
 
 
-def launched(strategy: str, folder: Path, *overrides: str, code: int = 0) -> str:
-    """A run that accelerate starts as one process; what it printed."""
+def launched(strategy: str, folder: Path, *overrides: str) -> None:
+    """A run that accelerate starts as one process."""
     files = ["--config_file", f"launch/accelerate/{strategy}.yaml"]
     if strategy.startswith("zero"):
         files += ["--deepspeed_config_file", f"launch/accelerate/{strategy}.json"]
     options = ["--num_processes", "1", "--main_process_port", "0"]
     if DRY and strategy == "ddp":
         options.append("--cpu")
-    rest = words(folder, KEY, *overrides)
+    key = "runtime.device=auto" if strategy != "ddp" else KEY  # DeepSpeed takes the CPU where there is no GPU
+    rest = words(folder, key, *overrides)
     done = command("-m", "accelerate.commands.launch", *options, *files, "-m", "dist_vpt.train", *rest)
-    assert done.returncode == code, done.stdout[-3000:]
-    return done.stdout
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,6 @@ def test_ddp_gives_what_one_process_gives(keys: tuple[str, ...], tmp_path: Path)
 @pytest.mark.parametrize("keys", [VPT, FULL], ids=["vpt", "full"])
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "zero3_offload"])
 def test_zero_gives_what_one_process_gives(strategy: str, keys: tuple[str, ...], tmp_path: Path) -> None:
-    if DRY:  # as far as it goes
-        assert "DeepSpeed" in launched(strategy, tmp_path / "zero", *keys, code=2)
-        return
     launched(strategy, tmp_path / "zero", *keys)
     train(tmp_path / "alone", *keys)
     found, wanted = step_losses(tmp_path / "zero"), step_losses(tmp_path / "alone")
@@ -62,7 +59,6 @@ def test_zero_gives_what_one_process_gives(strategy: str, keys: tuple[str, ...],
     assert result["strategy"].lower().replace("-", "").startswith(strategy[:5])
 
 
-@cuda_only
 def test_a_state_of_ddp_goes_on_under_zero3(tmp_path: Path) -> None:
     """The newest state is left out, so that the run has an epoch to go."""
     keys = (*VPT, "train.epochs=3", "run.save_every=5")
