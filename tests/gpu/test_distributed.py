@@ -56,7 +56,7 @@ def test_zero_gives_what_one_process_gives(strategy: str, keys: tuple[str, ...],
     assert found[0] == pytest.approx(wanted[0], rel=1e-3)
     assert found == pytest.approx(wanted, rel=2e-2)  # DeepSpeed's own optimizer arithmetic
     result = json.loads((tmp_path / "zero" / "result.json").read_text())
-    assert result["strategy"].lower().replace("-", "").startswith(strategy[:5])
+    assert result["strategy"] == strategy[:5]
 
 
 def test_a_state_of_ddp_goes_on_under_zero3(tmp_path: Path) -> None:
