@@ -32,7 +32,6 @@ class LaunchEnv:
     world_size: int = 1
     local_rank: int | None = None
     local_world_size: int | None = None  # processes on this machine, if the launcher sets it
-    processes_per_gpu: int | None = None  # that share this process's GPU, where other variables hide it
     master_addr: str | None = None
     master_port: str | None = None  # as given: whoever uses it reports a wrong one
     launched: bool = False
@@ -41,6 +40,7 @@ class LaunchEnv:
     grad_accum_steps: str | None = None
     gradient_clipping: str | None = None
     slurm: SlurmEnv = field(default_factory=SlurmEnv)
+    processes_per_gpu: int | None = None  # that share this process's GPU, where other variables hide it
 
     @classmethod
     def current(cls) -> "LaunchEnv":

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dist_vpt.distributed.launch_env import LaunchEnv, SlurmEnv, detach_from_launcher
+from dist_vpt.distributed.launch_env import PROCESSES_PER_GPU, LaunchEnv, SlurmEnv, detach_from_launcher
 from dist_vpt.errors import UserError
 from tests.running import ROOT
 
@@ -68,17 +68,20 @@ def test_variables_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert LaunchEnv.current() == expected
 
 
-@pytest.mark.parametrize(("visible", "device"), [(None, "1"), ("5", "5"), ("4,6", "6"), ("4,5,6", "5")])
+@pytest.mark.parametrize(
+    ("visible", "device", "share"), [(None, "1", 1), ("5", "5", 2), ("4,6", "6", 1), ("4,5,6", "5", 1)]
+)
 def test_a_detached_process_is_alone_on_its_own_device(
-    visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, device: str, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr(os, "environ", LAUNCHED | given)
     alone = detach_from_launcher(LaunchEnv.current())
-    assert alone == LaunchEnv(local_world_size=2, **ACCELERATE)
-    # Processes that train alone still share the memory of their machine.
+    assert alone == LaunchEnv(local_world_size=2, processes_per_gpu=share, **ACCELERATE)
+    # Processes that train alone still share the memory of their machine, and a GPU where there are fewer of them.
     kept = ("LOCAL_WORLD_SIZE", *(name for name in LAUNCHED if name.startswith("ACCELERATE_") and "USE" not in name))
-    assert os.environ == {name: LAUNCHED[name] for name in kept} | {"CUDA_VISIBLE_DEVICES": device}
+    changed = {"CUDA_VISIBLE_DEVICES": device, PROCESSES_PER_GPU: str(share)}
+    assert os.environ == {name: LAUNCHED[name] for name in kept} | changed
     assert detach_from_launcher(alone) == alone
     assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 

@@ -61,7 +61,7 @@ def test_zero_gives_what_one_process_gives(strategy: str, keys: tuple[str, ...],
 
 def test_a_state_of_ddp_goes_on_under_zero3(tmp_path: Path) -> None:
     """The newest state is left out, so that the run has an epoch to go."""
-    keys = (*VPT, "train.epochs=3", "run.save_every=5")
+    keys = (*VPT, "train.epochs=3", "run.save_every=5", "runtime.device=auto")
     launched("ddp", tmp_path / "ddp", *keys)
     shutil.copytree(tmp_path / "ddp", tmp_path / "taken")
     (tmp_path / "taken" / "result.json").unlink()
