@@ -1,6 +1,8 @@
 # make quickstart: set up .venv and watch VPT tune a small pretrained ViT to handwritten digits.
 # make check:      set up .venv, check style and types, run the tests that start no other processes: minutes.
 # make test:       the same with all tests, and their coverage; what continuous integration runs.
+# make gpu:        the acceptance on one GPU: tests/gpu, and figures of its speed in benchmarks/results. PART=methods
+#                  (or distributed, kernels, speed) does one part, minutes; DRY=1 tries the tests themselves on a CPU.
 # The first of these that runs and is new enough (a name may be a version manager's empty shim).
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -8,7 +10,7 @@ BIN := .venv/bin
 # Processes that run the tests, each with one thread: one more than two cores, since some tests wait for others.
 WORKERS ?= 3
 
-.PHONY: quickstart check test lint docs setup benchmark clean
+.PHONY: quickstart check test gpu lint docs setup benchmark clean
 
 quickstart: .venv/.installed
 	$(BIN)/dist-vpt train quickstart run.dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -18,8 +20,13 @@ check: .venv/.installed-dev lint
 
 test: .venv/.installed-dev lint docs
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report= $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report= -m "not gpu" $(TESTS)
 	@$(BIN)/coverage report --fail-under=$(if $(TESTS),0,90) --skip-covered
+
+# One process: tests share the GPU with nothing, which what is measured needs.
+gpu: .venv/.installed-dev
+	@$(if $(DRY),,$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no CUDA device here; see nvidia-smi and dist-vpt doctor, or try the tests on the CPU with DRY=1")')
+	$(if $(DRY),DIST_VPT_DRY_GPU_TESTS=1) $(BIN)/python -m pytest -m gpu $(if $(PART),tests/gpu/test_$(PART).py,tests/gpu)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -39,6 +39,8 @@ class Backbone(nn.Module):
         # Kernels and memory policies (runtime/) wrap this call from outside; blocks are never run in another way.
         self.run_block: Callable[[nn.Module, Tensor], Tensor] = _call
         self.chosen: dict[str, str] = {}  # what they chose, for the log and the result
+        self.compiled = False  # by runtime/compile.py, for static shapes: batches of one size save graphs
+        self.reporters: list[Callable[[str], None]] = []  # of warnings that come up while blocks run
         self.train(False)
 
     def _take_apart(self, vit: VisionTransformer) -> None:

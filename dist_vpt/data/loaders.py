@@ -8,6 +8,7 @@ step and continue elsewhere.
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
@@ -30,6 +31,14 @@ class _Batches:
         """Take the same batches from another source from now on."""
         self._source.close()
         self._source = source
+
+    def keep_on(self, device: torch.device, budget: float) -> None:
+        """Keep the images of ``data.cache: memory`` on a device, if they take at most ``budget`` bytes there.
+
+        Called before the first pass. Batches of a replaced source, and those without a cache, stay as they are.
+        """
+        if isinstance(self._source, WorkerSource):
+            self._source.keep_on(device, budget)
 
     def close(self) -> None:
         """End the worker processes at once; a later pass starts new ones."""
@@ -54,8 +63,12 @@ class TrainBatches(_Batches):
         on_decode_error: BadImages = "fail",
         max_megapixels: float = 178.0,
         cache: Cache = "none",
+        same_size: bool = False,
     ):
-        """``batch_size`` images per optimizer step: ``world`` processes of ``accumulate`` micro-batches."""
+        """``batch_size`` images per optimizer step: ``world`` processes of ``accumulate`` micro-batches.
+
+        ``same_size``: padding makes the last batch as large as the others, as compiled blocks want it.
+        """
         parts = world * accumulate
         if batch_size < 1 or batch_size % parts:
             lower = batch_size // parts * parts
@@ -68,6 +81,7 @@ class TrainBatches(_Batches):
         self.steps_per_epoch = -(-len(split) // batch_size)
         self.images, self._seed = len(split), seed
         self._accumulate, self._rank, self._world = accumulate, rank, world
+        self._multiple = batch_size if same_size else parts
         reader = ImageReader(split, transform, True, on_decode_error, max_megapixels)
         batches = ImageBatches(reader, seed)
         self._source = WorkerSource(
@@ -86,7 +100,7 @@ class TrainBatches(_Batches):
         order = shuffled(self.images, self._seed, epoch)
         requests = []
         for step in range(start_step, self.steps_per_epoch):
-            indices = _padded(order[step * self.batch_size : (step + 1) * self.batch_size], parts)
+            indices = _padded(order[step * self.batch_size : (step + 1) * self.batch_size], self._multiple)
             # Dealt round-robin, so that padding is spread over processes and micro-batches.
             for micro in range(self._accumulate):
                 requests.append((epoch, indices[micro * self._world + self._rank :: parts]))
@@ -111,12 +125,17 @@ class EvalBatches(_Batches):
         on_decode_error: BadImages = "fail",
         max_megapixels: float = 178.0,
         cache: Cache = "none",
+        same_size: bool = False,
     ):
-        """``batch_size`` images per batch and process; all processes yield equally many and equally large."""
+        """``batch_size`` images per batch and process; all processes yield equally many and equally large.
+
+        ``same_size``: padding makes the last of several batches as large as the others.
+        """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
         self.split = split.name
-        self._indices = _padded(np.arange(len(split)), world)[rank::world]
+        several = same_size and len(split) > world * batch_size
+        self._indices = _padded(np.arange(len(split)), world * batch_size if several else world)[rank::world]
         self._starts = range(0, len(self._indices), batch_size)
         self._batch_size = batch_size
         reader = ImageReader(split, transform, False, on_decode_error, max_megapixels)

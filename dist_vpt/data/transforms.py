@@ -46,7 +46,7 @@ class ImageTransform:
         Raises DataError for a strip that would need too much memory.
         """
         rows, columns = picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
-        height, width = self._before_cut(rows, columns, train)
+        height, width = self.size_before_cut(rows, columns, train)
         _refuse_strip(rows, columns, height, width)
         if self.interpolation == "vpt":
             return np.asarray(picture)
@@ -58,15 +58,20 @@ class ImageTransform:
         """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``."""
         if self.interpolation == "vpt":
             height, width, _ = pixels_HW3.shape
-            pixels_HW3 = vpt_resize(pixels_HW3, *self._before_cut(height, width, train))
+            pixels_HW3 = vpt_resize(pixels_HW3, *self.size_before_cut(height, width, train))
         if not self.draws(train):
             return _center_crop(pixels_HW3, self.image_size)
         height, width, _ = pixels_HW3.shape
+        top, left, flip = self.drawn(height, width, seed, epoch, index)
+        pixels_SS3 = _cut(pixels_HW3, top, left, self.image_size)
+        return pixels_SS3[:, ::-1] if flip else pixels_SS3
+
+    def drawn(self, height: int, width: int, seed: int, epoch: int, index: int) -> tuple[int, int, bool]:
+        """Top and left of the square that is cut from [height, width], and whether it is flipped."""
         draws = np.random.PCG64(np.random.SeedSequence((seed, epoch, index))).random_raw(3)
         top = int(draws[0] % (height - self.image_size + 1))
         left = int(draws[1] % (width - self.image_size + 1))
-        pixels_SS3 = _cut(pixels_HW3, top, left, self.image_size)
-        return pixels_SS3[:, ::-1] if draws[2] >> 63 else pixels_SS3
+        return top, left, bool(draws[2] >> 63)
 
     def train(self, picture: Picture, seed: int, epoch: int, index: int) -> torch.Tensor:
         """The picture transformed for training: [3, S, S] of ``dtype``."""
@@ -80,7 +85,7 @@ class ImageTransform:
         """Whether a part is drawn anew in each epoch."""
         return train and self.augment == "fgvc"
 
-    def _before_cut(self, height: int, width: int, train: bool) -> tuple[int, int]:
+    def size_before_cut(self, height: int, width: int, train: bool) -> tuple[int, int]:
         """Height and width to which a picture of this size is brought."""
         if self.crop_mode == "squash":
             side = self.shorter_side if self.draws(train) else self.image_size
@@ -103,8 +108,8 @@ def vpt_resize(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Source position = target position * in / out: no half-pixel centers, no antialiasing. First along x, then along y.
     """
-    low_y, high_y, weight_y = _neighbors(pixels_HW3.shape[0], height)
-    low_x, high_x, weight_x = _neighbors(pixels_HW3.shape[1], width)
+    low_y, high_y, weight_y = nearest_two(pixels_HW3.shape[0], height)
+    low_x, high_x, weight_x = nearest_two(pixels_HW3.shape[1], width)
     read, inverse = np.unique(np.concatenate([low_y, high_y]), return_inverse=True)
     rows_HW3 = pixels_HW3[read].astype(np.float32)
     left_HW3 = rows_HW3.take(low_x, axis=1)
@@ -113,7 +118,7 @@ def vpt_resize(pixels_HW3: np.ndarray, height: int, width: int) -> np.ndarray:
     return top_HW3 + (along_x_HW3[inverse[height:]] - top_HW3) * weight_y[:, None, None]
 
 
-def _neighbors(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nearest_two(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each target position the two source positions and the weight of the second, in float32 as in TensorFlow."""
     position = np.arange(out, dtype=np.float32) * np.float32(size / out)
     low = np.floor(position).astype(np.int64)

@@ -20,6 +20,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from dist_vpt.data.device_images import DeviceImages
 from dist_vpt.data.splits import Picture, Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
@@ -181,12 +182,17 @@ class WorkerSource:
         self._needed, self._local_world = needed, local_world
         self._pool = WorkerPool(batches, batches.reader, 0 if cache == "memory" else workers)
         self._pass = 0
+        self._device, self._budget = torch.device("cpu"), 0.0
+        self._on_device: DeviceImages | None = None
 
     def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         self._pass += 1
         this_pass = self._pass
-        if self._cache == "memory" and self._batches.cached is None:
-            self._batches.cached = self._filled()
+        if self._cache == "memory" and self._batches.cached is None and self._on_device is None:
+            self._keep(self._filled())
+        if self._on_device is not None:
+            yield from self._from_device(self._on_device, requests)
+            return
         # One batch is being copied out while each worker has its requests. Slots are used in turn: one is used again
         # only when its batch has been copied.
         count = PREFETCH * self._pool.workers + 1
@@ -207,6 +213,28 @@ class WorkerSource:
     def close(self) -> None:
         self._pool.close()
         self._batches.slots = None
+
+    def keep_on(self, device: torch.device, budget: float) -> None:
+        """Keep what ``data.cache: memory`` keeps on a device instead, if it takes at most ``budget`` bytes there."""
+        self._device, self._budget = device, budget
+
+    def _keep(self, filled: CachedImages) -> None:
+        if not 0 < DeviceImages.nbytes(filled.pixels) <= self._budget:
+            self._batches.cached = filled
+            return
+        transform, seed = self._batches.reader.transform, self._batches.seed
+        self._on_device = DeviceImages(filled.pixels, transform, self._device, seed=seed, final=filled.final)
+
+    def _from_device(self, images: DeviceImages, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+        labels_n = self._batches.reader.split.labels
+        for epoch, index_b in requests:
+            weight_b = np.array([images.is_readable(int(i)) for i in index_b], np.float32)
+            yield Batch(
+                images=images(epoch, index_b),
+                labels=torch.from_numpy(np.where(index_b != PADDING, labels_n[np.maximum(index_b, 0)], 0)),
+                weight=torch.from_numpy(weight_b),
+                index=torch.from_numpy(index_b.astype(np.int64)),
+            )
 
     def _filled(self) -> CachedImages:
         given = self._batches.reader

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dist_vpt.errors import UserError
 
+PROCESSES_PER_GPU = "DIST_VPT_PROCESSES_PER_GPU"  # set where each process sees one GPU only
 REMOVED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by detach_from_launcher
 ON, OFF = ("1", "y", "yes", "t", "true", "on"), ("0", "n", "no", "f", "false", "off")  # as Accelerate reads switches
 LEFTOVERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED")
@@ -39,6 +40,7 @@ class LaunchEnv:
     grad_accum_steps: str | None = None
     gradient_clipping: str | None = None
     slurm: SlurmEnv = field(default_factory=SlurmEnv)
+    processes_per_gpu: int | None = None  # that share this process's GPU, where other variables hide it
 
     @classmethod
     def current(cls) -> "LaunchEnv":
@@ -64,6 +66,7 @@ class LaunchEnv:
             world_size=_number(environ, "WORLD_SIZE") or 1,
             local_rank=_number(environ, "LOCAL_RANK"),
             local_world_size=_number(environ, "LOCAL_WORLD_SIZE"),
+            processes_per_gpu=_number(environ, PROCESSES_PER_GPU),
             master_addr=environ.get("MASTER_ADDR"),
             master_port=environ.get("MASTER_PORT"),
             launched=bool(environ.get("RANK")),
@@ -120,6 +123,7 @@ def detach_from_launcher(launch: LaunchEnv) -> LaunchEnv:
     """
     if launch.local_rank is not None and (devices := visible_devices()):
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[launch.local_rank % len(devices)]
+        os.environ[PROCESSES_PER_GPU] = str(-(-(launch.local_world_size or 1) // len(devices)))
     for name in [*REMOVED, *(name for name in os.environ if name.startswith("ACCELERATE_USE_"))]:
         os.environ.pop(name, None)
     return LaunchEnv.current()

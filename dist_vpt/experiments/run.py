@@ -68,6 +68,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
             warning = check_memory(recipe, accelerator, len(parts.splits.classes))
             training = _set_up(recipe, parts, train, accelerator, folder, stop)
             leaving.callback(training.close)
+            parts.method.backbone.reporters.append(training.warn)
             if warning:
                 training.monitor.line(warning)
             fit(training)
@@ -116,6 +117,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     states = States(folder, accelerator)
     progress, resumed = states.resume(parts.method, optimizer)
     val = parts.validation(accelerator.process_index, accelerator.num_processes)
+    parts.keep_images_on_device(accelerator, train, val)
     stream = parts.use_cached_stream(accelerator, train, val, stop)
     training = TrainState(
         recipe=recipe,

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.distributed.launch_env import LaunchEnv, detach_from_launcher, visible_devices
+from dist_vpt.distributed.launch_env import PROCESSES_PER_GPU, LaunchEnv, detach_from_launcher, visible_devices
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.experiments.suite_plan import Experiment, check_roots, record_plan, with_storage
 from dist_vpt.runs.folder import RESUME_HINT
@@ -90,6 +90,7 @@ def _start_workers(count: int, arguments: Sequence[str]) -> None:
         }
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
+            environment[PROCESSES_PER_GPU] = str(-(-count // len(devices)))
         command = [sys.executable, "-m", "dist_vpt", "suite", *arguments, "--workers", "1"]
         children.append(subprocess.Popen(command, env=environment))
 

@@ -3,8 +3,10 @@
 n images of the split, B of a batch, S image side, N tokens, D width, H heads, E = D / H, L blocks that are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Interrupted
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
+from dist_vpt.frozen_stream.prefetch import prefetched
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,31 @@ class StreamCache:
 
 
 class CachedBatches:
-    """Makes batches from a cache, where a loader would decode images."""
+    """Makes batches from a cache, where a loader would decode images.
 
-    def __init__(self, cache: StreamCache, labels_n: np.ndarray, skipped: set[str]):
+    ``device``: on which rows from host memory are wanted; other than the CPU, they are copied there one batch ahead.
+    """
+
+    def __init__(self, cache: StreamCache, labels_n: np.ndarray, skipped: set[str], device: torch.device | None = None):
         self.cache, self.labels_n, self.skipped = cache, labels_n, skipped
+        self._ahead = device if _crosses(cache, device) else None
 
     def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        for _, index_b in requests:
-            real_b = index_b != PADDING
-            rows_b = np.where(real_b, index_b, 0).astype(np.int64)
-            yield Batch(
-                images=self.cache[torch.from_numpy(rows_b)],
-                labels=torch.from_numpy(np.where(real_b, self.labels_n[rows_b], 0)),
-                weight=torch.from_numpy((real_b & self.cache.readable_n[rows_b]).astype(np.float32)),
-                index=torch.from_numpy(index_b.astype(np.int64)),
-            )
+        indices = [index_b for _, index_b in requests]
+        rows = map(self._rows, indices) if self._ahead is None else prefetched(self._rows, indices, self._ahead)
+        with closing(rows) if isinstance(rows, Generator) else nullcontext():
+            for index_b, images in zip(indices, rows, strict=True):
+                real_b = index_b != PADDING
+                rows_b = np.where(real_b, index_b, 0)
+                yield Batch(
+                    images=images,
+                    labels=torch.from_numpy(np.where(real_b, self.labels_n[rows_b], 0)),
+                    weight=torch.from_numpy((real_b & self.cache.readable_n[rows_b]).astype(np.float32)),
+                    index=torch.from_numpy(index_b.astype(np.int64)),
+                )
+
+    def _rows(self, index_b: np.ndarray) -> StreamOutput:
+        return self.cache[torch.from_numpy(np.where(index_b != PADDING, index_b, 0).astype(np.int64))]
 
     def close(self) -> None:
         """A cache has no workers to stop."""
@@ -106,22 +119,32 @@ def fill(  # noqa: PLR0917 (what is computed, from what, where it is kept)
         batch = _next_or_error(unread, accelerator, stop)
         output = compute_stream(backbone, batch["images"].to(accelerator.device), spec)
         index_B, weight_B = batch["index"], batch["weight"]
+        gather: Callable[[Any], Any] = accelerator.gather if accelerator.num_processes > 1 else lambda rows: rows
         if accelerator.num_processes > 1:
-            output, index_B, weight_B = accelerator.gather(
-                (output, index_B.to(accelerator.device), weight_B.to(accelerator.device))
-            )
-        write_rows(arrays, spec, output, index_B)
+            index_B, weight_B = gather((index_B.to(accelerator.device), weight_B.to(accelerator.device)))
+        write_rows(arrays, spec, output, index_B, gather)
+        del output
         real_B = (index_B != PADDING).cpu()
         readable_n[index_B.cpu()[real_B].numpy()] = weight_B.cpu()[real_B].numpy() > 0
     return assemble(arrays, readable_n, spec)
 
 
-def write_rows(arrays: dict[str, Tensor], spec: StreamSpec, output: StreamOutput, index_B: Tensor) -> None:
-    """Copy the stream of a batch into the rows of its images."""
+def write_rows(
+    arrays: dict[str, Tensor],
+    spec: StreamSpec,
+    output: StreamOutput,
+    index_B: Tensor,
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows,
+) -> None:
+    """Copy the stream of a batch into the rows of its images.
+
+    ``gather``: makes the rows of all images of ``index_B`` from those that this process holds, called for one array
+    after the other, so that no more than one block of the other processes' images is held at a time.
+    """
     real_B = index_B != PADDING
 
     def put(name: str, rows: Tensor) -> None:
-        kept = arrays[name]
+        kept, rows = arrays[name], gather(rows)
         kept[index_B[real_B].to(kept.device)] = rows[real_B.to(rows.device)].to(kept.device)
 
     put("pooled", output.pooled)
@@ -144,6 +167,11 @@ def stopped() -> Interrupted:
     return Interrupted(
         "stopped while the frozen stream was computed; started again (run.resume=auto), the run computes it anew"
     )
+
+
+def _crosses(cache: StreamCache, device: torch.device | None) -> bool:
+    """Whether rows of the cache go from host memory to another device."""
+    return device is not None and device.type != "cpu" and cache.kept.pooled.device.type == "cpu"
 
 
 def _array_name(field: str, block: int) -> str:

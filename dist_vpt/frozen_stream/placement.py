@@ -17,12 +17,14 @@ from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, UserError
 from dist_vpt.frozen_stream.cache import CachedBatches, fill, nbytes
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.frozen_stream.disk import cache_folder, identity, is_begun, on_disk
 from dist_vpt.frozen_stream.observe import StreamSpec
+from dist_vpt.frozen_stream.timing import measure
 
 T = TypeVar("T")
 Location = Literal["none", "device", "memory", "disk"]
@@ -49,13 +51,14 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     stop: StopSignal,
     *,
     passes: int,
+    batch: int,
 ) -> tuple[dict[str, CachedBatches], str]:
     """Batches by name for the splits whose stream is kept, and a line that reports where, or why not.
 
     ``specs``: what is kept in memory or on the accelerator if it fits, and what is kept otherwise. ``sources``: name ->
     split, and what makes process (rank, world)'s share of its batches. ``passes``: how often they are read; a stream
-    that is read once is not kept. A collective call. Raises UserError on all processes where the recipe asks for a
-    cache that is impossible, and Interrupted after a stop signal.
+    that is read once is not kept. ``batch``: how many images a process has on its device at a time. A collective call.
+    Raises UserError on all processes where the recipe asks for an impossible cache, Interrupted after a stop signal.
     """
     images = sum(len(split) for split, _ in sources.values())
     config = StreamConfig(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
@@ -76,26 +79,56 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
             with _naming_stream_dir():
                 folder, device = cache_folder(str(recipe.dir), facts(name)), accelerator.device
                 kept, skipped = on_disk(folder, facts(name), backbone, spec, make_batches, device, stop, **checks)
-            return CachedBatches(kept, split.labels, skipped)
+            return CachedBatches(kept, split.labels, skipped, device)
         device = accelerator.device if location == "device" else torch.device("cpu")
-        with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
-            kept = fill(backbone, spec, batches, split, accelerator, device, stop)
-        return CachedBatches(kept, split.labels, batches.skipped)
+        return _in_memory(backbone, spec, split, make_batches, accelerator, device, stop)
 
     def choose_here() -> Placement:
-        needed = (nbytes(backbone, specs[0], images), nbytes(backbone, specs[1], images))
-        sharded = any(hasattr(parameter, "ds_id") for parameter in backbone.parameters())  # by ZeRO-3
+        needed = nbytes(backbone, specs[0], images), nbytes(backbone, specs[1], images)
+        sharded = any(hasattr(tensor, "ds_id") for tensor in backbone.parameters())  # by ZeRO-3
         with _naming_stream_dir():
-            processes = accelerator.launch.local_world_size or 1
-            return choose(config, needed, accelerator.device, missing_bytes, processes, sharded=sharded)
+            shared = Sharing.of(accelerator.launch, step_bytes(backbone, specs[0], batch))
+            found = choose(config, needed, accelerator.device, missing_bytes, shared, sharded=sharded)
+        if sharded or accelerator.device.type == "cpu" or (config.cache, found.location) != ("auto", "memory"):
+            return found
+        first = next(make_batches for _, make_batches in sources.values())
+        return _unless_live_is_faster(found, backbone, specs[0 if found.first else 1], first, accelerator)
 
     placement = _on_all_ranks(accelerator, choose_here)
     # The main process's choice: free memory changes while the processes look at it.
     location, first = broadcast_object_list([placement.location, placement.first])
-    spec = specs[0] if first else specs[1]
-    names = sources if location != "none" else ()
+    spec, names = specs[0 if first else 1], sources if location != "none" else ()
     opened = {name: _on_all_ranks(accelerator, partial(open_cached, name, spec)) for name in names}
     return opened, placement.line + (f" ({', '.join(opened)})" if opened else "")
+
+
+def _in_memory(  # noqa: PLR0917 (as cache.fill)
+    backbone: Backbone,
+    spec: StreamSpec,
+    split: Split,
+    make_batches: Callable[[int, int], EvalBatches],
+    accelerator: RankAccelerator,
+    device: torch.device,
+    stop: StopSignal,
+) -> CachedBatches:
+    with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
+        kept = fill(backbone, spec, batches, split, accelerator, device, stop)
+    return CachedBatches(kept, split.labels, batches.skipped, accelerator.device)
+
+
+def _unless_live_is_faster(
+    found: Placement,
+    backbone: Backbone,
+    spec: StreamSpec,
+    make_batches: Callable[[int, int], EvalBatches],
+    accelerator: RankAccelerator,
+) -> Placement:
+    """Host memory, or the live stream where it takes less time; the line gets the measured times."""
+    with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
+        speeds = measure(backbone, spec, iter(batches), accelerator.device)
+    if speeds.live_is_faster:
+        return Placement("none", False, f"frozen stream: live, which is faster than host memory ({speeds})")
+    return found._replace(line=f"{found.line} ({speeds})")
 
 
 def _on_all_ranks(accelerator: RankAccelerator, make: Callable[[], T]) -> T:
@@ -110,20 +143,44 @@ def _on_all_ranks(accelerator: RankAccelerator, make: Callable[[], T]) -> T:
     return made
 
 
+class Sharing(NamedTuple):
+    """Who else uses the memory of this machine and of this process's GPU."""
+
+    processes: int = 1  # of this machine
+    on_gpu: int = 1  # of the GPU
+    step: int = 0  # bytes that a process's steps need on the GPU beside the cache
+
+    @classmethod
+    def of(cls, launch: LaunchEnv, step: int) -> "Sharing":
+        """As this process was launched: GPUs are dealt to the processes of a machine in turn."""
+        processes = launch.local_world_size or 1
+        on_gpu = launch.processes_per_gpu or -(-processes // max(1, torch.cuda.device_count()))
+        return cls(processes, on_gpu, step)
+
+
+def step_bytes(backbone: Backbone, spec: StreamSpec, batch: int) -> int:
+    """What a step needs on its device beside a cache, bytes; an upper bound.
+
+    The rows of two batches (one of them copied ahead) and as much again for their gradients, and inside the largest
+    block of a live pass the activations of a fused attention and an MLP: 16 widths a token.
+    """
+    live = batch * backbone.tokens * max(backbone.widths) * 16 * backbone.dtype.itemsize
+    return 4 * nbytes(backbone, spec, batch) + live
+
+
 def choose(
     recipe: StreamConfig,
     needed: tuple[int, int],
     device: torch.device,
     missing_bytes: Callable[[], int],
-    processes: int = 1,
+    sharing: "Sharing | None" = None,
     *,
     sharded: bool = False,
 ) -> Placement:
     """Where a stream of these two sizes in bytes is kept; files hold the second.
 
-    ``missing_bytes``: how much of the second size stream.dir does not hold yet. ``processes``: of this machine.
-    ``sharded``: no process can run the backbone by itself. Raises UserError where the recipe names a location in which
-    the stream does not fit.
+    ``missing_bytes``: how much of the second size stream.dir does not hold yet. ``sharded``: no process can run the
+    backbone by itself. Raises UserError where the recipe names a location in which the stream does not fit.
     """
     if recipe.cache == "none":
         return Placement("none", False, "frozen stream: live, computed for each batch")
@@ -132,7 +189,7 @@ def choose(
             "stream.cache = disk: one process writes the files, and under ZeRO-3 none can run the backbone by itself; "
             "set stream.cache=memory, or start with the ddp strategy"
         )
-    free = _budgets(recipe, device, processes, sharded=sharded)
+    free = _budgets(recipe, device, sharing or Sharing(), sharded=sharded)
     need = f"the frozen stream takes {needed[1] / 2**30:.2f} GiB"
 
     def fits(location: Location) -> bool:
@@ -158,19 +215,24 @@ def choose(
 
 
 def _budgets(
-    recipe: StreamConfig, device: torch.device, processes: int, *, sharded: bool
+    recipe: StreamConfig, device: torch.device, sharing: Sharing, *, sharded: bool
 ) -> dict[Location, tuple[float, str]]:
     """Location -> bytes that may be used there, and its name in messages; the fastest first."""
     free: dict[Location, tuple[float, str]] = {}
     if device.type == "cuda":
-        free["device"] = (torch.cuda.mem_get_info(device)[0] * BUDGET, "on the accelerator")
-    shared = f" for each of {processes} processes" if processes > 1 else ""
-    free["memory"] = (psutil.virtual_memory().available * BUDGET / processes, f"in memory{shared}")
+        budget = torch.cuda.mem_get_info(device)[0] * BUDGET / sharing.on_gpu - sharing.step
+        free["device"] = (max(0.0, budget), f"on the accelerator{_each_of(sharing.on_gpu)}")
+    budget = psutil.virtual_memory().available * BUDGET / sharing.processes
+    free["memory"] = (budget, f"in memory{_each_of(sharing.processes)}")
     if recipe.dir is not None and not sharded:
         path = Path(recipe.dir).expanduser().absolute()
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
         free["disk"] = (shutil.disk_usage(existing).free * BUDGET, f"in {recipe.dir}")
     return free
+
+
+def _each_of(processes: int) -> str:
+    return f" for each of {processes} processes" if processes > 1 else ""
 
 
 @contextmanager

@@ -151,9 +151,10 @@ class RuntimeConfig(Section):
         "products; auto: sdpa, or eager where it is faster (training through the blocks on a CPU in bf16 with at most "
         "256 tokens)",
     )
-    compile: bool = Field(
-        False,
-        description="compile each block (torch.compile); without a C compiler it is logged and skipped",
+    compile: bool | None = Field(
+        None,
+        description="compile each block (torch.compile); without a C compiler it is logged and skipped; null: on CUDA, "
+        "where a method trains through the blocks for long enough (an estimate of ten minutes uncompiled)",
     )
     tf32: bool | None = Field(
         None,

@@ -13,7 +13,7 @@ import torch
 from dist_vpt.errors import UserError
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.attention import apply_attention
-from dist_vpt.runtime.compile import apply_compile
+from dist_vpt.runtime.compile import apply_compile, is_worth_compiling
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.runtime.tf32 import apply_tf32
 
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from dist_vpt.recipe.schema import RuntimeConfig
 
 
-def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch.dtype, *, writes: bool) -> None:
-    """Apply the runtime settings, after the method is attached. ``writes``: gradients flow through the blocks."""
+def apply_runtime(
+    backbone: "Backbone", runtime: "RuntimeConfig", compute: torch.dtype, *, writes: bool, images: int = 0
+) -> None:
+    """Apply the runtime settings, after the method is attached.
+
+    ``writes``: gradients flow through the blocks. ``images``: how many this process will train on, over all epochs.
+    """
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
     if not cpu:
         apply_tf32(backbone, runtime)
@@ -32,7 +37,11 @@ def apply_runtime(backbone: "Backbone", runtime: "RuntimeConfig", compute: torch
 
         apply_int8(backbone)
     apply_attention(backbone, runtime.attention, compute, writes=writes, cpu=cpu)
-    if runtime.compile:
+    compiles = runtime.compile
+    if compiles is None:  # a budget chooses among operations, which a compiled block has none of
+        simple = writes and torch.cuda.is_available() and not runtime.activation_checkpointing.startswith("budget")
+        compiles = not cpu and simple and is_worth_compiling(backbone, images)
+    if compiles:
         apply_compile(backbone, cpu=cpu)
     apply_checkpointing(backbone, runtime.activation_checkpointing)
     if runtime.activation_checkpointing != "none":

@@ -29,7 +29,7 @@ from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.zero import gathered_when_called
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream.placement import open_streams
+from dist_vpt.frozen_stream.placement import Sharing, open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
@@ -37,6 +37,7 @@ from dist_vpt.runtime.allocator import give_back_freed_memory
 from dist_vpt.runtime.apply import apply_runtime
 from dist_vpt.training.metrics import no_readable_image
 
+IMAGES_SHARE = 0.05  # of a GPU's free memory, for images; `plan` leaves 6 % of a device unused
 INIT_IMAGES = 256  # training images, at most so many, from which a method is initialized
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -137,13 +138,15 @@ class Components:
             batch_size=recipe.train.batch_size,
             accumulate=recipe.train.grad_accum_steps,
             seed=recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
+            same_size=self.method.backbone.compiled,
             **self.loader_options(rank, world),
         )
 
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
         """Batches with every image of a split once, over all processes; test, which is read once, is never cached."""
         loader_options = self.loader_options(rank, world) | ({"cache": "none"} if split == "test" else {})
-        return EvalBatches(self.splits[split], self.transform, self.recipe.train.eval_batch_size, **loader_options)
+        size, same = self.recipe.train.eval_batch_size, self.method.backbone.compiled
+        return EvalBatches(self.splits[split], self.transform, size, same_size=same, **loader_options)
 
     def validation(self, rank: int, world: int) -> EvalBatches | None:
         """Batches of val, unless there is none or it is trained on."""
@@ -181,6 +184,16 @@ class Components:
         with gathered_when_called(self.method.backbone.blocks):
             Method.init_together(methods, batches, self.recipe.seed)
 
+    def keep_images_on_device(self, accelerator: RankAccelerator, *loaders: TrainBatches | EvalBatches | None) -> None:
+        """Let ``data.cache: memory`` keep images on a GPU, where they take a small part of what is free there."""
+        if accelerator.device.type != "cuda":
+            return
+        free, _ = torch.cuda.mem_get_info(accelerator.device)
+        sharing = Sharing.of(accelerator.launch, 0)
+        found = [loader for loader in loaders if loader is not None]
+        for loader in found:
+            loader.keep_on(accelerator.device, IMAGES_SHARE * free / sharing.on_gpu / len(found))
+
     def use_cached_stream(
         self,
         accelerator: RankAccelerator,
@@ -216,6 +229,7 @@ class Components:
             accelerator,
             stop,
             passes=recipe.train.epochs,
+            batch=max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size),
         )
         for name, cache in caches.items():
             wanted[name].use(cache)
@@ -232,7 +246,9 @@ def build_components(recipe: Recipe, launch: LaunchEnv = ALONE, *, defer: bool =
     splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training
-    method, load_report = build_method(recipe, inputs, len(splits.classes), defer=defer)
+    # Of a process. ZeRO gathers weights from hooks, which a compiler cannot follow: there it must be asked for.
+    images = 0 if launch.deepspeed else len(splits[recipe.data.train_on]) * recipe.train.epochs // launch.world_size
+    method, load_report = build_method(recipe, inputs, len(splits.classes), images, defer=defer)
     return Components(inputs, splits, method, load_report, recipe, launch)
 
 
@@ -260,10 +276,13 @@ def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tupl
     return kinds[task.normalize]
 
 
-def build_method(recipe: Recipe, inputs: Inputs, classes: int, *, defer: bool = False) -> tuple[Method, LoadReport]:
+def build_method(
+    recipe: Recipe, inputs: Inputs, classes: int, images: int = 0, *, defer: bool = False
+) -> tuple[Method, LoadReport]:
     """The frozen backbone with the method attached, and the difference from its weight file.
 
-    ``defer``: leave matrices of the backbone in their file, unless they are quantized.
+    ``images``: how many this process will train on, over all epochs. ``defer``: leave matrices of the backbone in their
+    file, unless they are quantized.
     """
     defer = defer and recipe.runtime.quantize == "none"
     if defer:
@@ -279,7 +298,8 @@ def build_method(recipe: Recipe, inputs: Inputs, classes: int, *, defer: bool = 
     )
     torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
-    apply_runtime(backbone, recipe.runtime, DTYPES[recipe.runtime.precision], writes=not isinstance(method, Reader))
+    dtype, writes = DTYPES[recipe.runtime.precision], not isinstance(method, Reader)
+    apply_runtime(backbone, recipe.runtime, dtype, writes=writes, images=images)
     return method, load_report
 
 

@@ -120,6 +120,27 @@ def test_padding_is_spread():
     assert sorted(map(sum, weights)) == [1, 1, 1, 2]
 
 
+def test_batches_of_one_size():
+    """Padding fills the last one, and the images and their order stay those of smaller last batches."""
+    for parts in ({}, {"world": 2, "accumulate": 3}):
+        made = []
+        for same_size in (False, True):
+            ranks = []
+            for rank in range(parts.get("world", 1)):
+                batches = TrainBatches(make_split(), PLAIN, batch_size=12, rank=rank, same_size=same_size, **parts)
+                ranks.append(list(batches.epoch(EPOCH)))
+            made.append([[batch for step in steps for batch in step] for steps in zip(*ranks, strict=True)])
+        assert len({len(batch["index"]) for step in made[1] for batch in step}) == 1
+        for plain, padded in zip(*made, strict=True):
+            wanted, found = content(plain), content(padded)
+            assert wanted.keys() == found.keys()
+            assert all(np.array_equal(wanted[i][1], found[i][1]) for i in wanted)
+    sizes = [len(b["index"]) for b in EvalBatches(make_split(), PLAIN, 10, rank=1, world=2, same_size=True)]
+    assert sizes == [10, 10, 10]
+    (small,) = EvalBatches(make_split(5), PLAIN, 10, same_size=True)  # no other batch to be like
+    assert len(small["index"]) == 5
+
+
 def test_batch_larger_than_the_split():
     (step,) = TrainBatches(make_split(5), PLAIN, batch_size=64, accumulate=2).epoch(0)
     assert [len(batch["index"]) for batch in step] == [3, 3]

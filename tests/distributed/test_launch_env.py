@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from dist_vpt.distributed.launch_env import LaunchEnv, SlurmEnv, detach_from_launcher
+from dist_vpt.distributed.launch_env import PROCESSES_PER_GPU, LaunchEnv, SlurmEnv, detach_from_launcher
 from dist_vpt.errors import UserError
 from tests.running import ROOT
 
@@ -70,28 +70,29 @@ def test_variables_of_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "gpus", "device"),
+    ("visible", "gpus", "device", "share"),
     [
-        (None, 4, "1"),
-        (None, 1, "0"),  # two processes share it
-        ("5", 1, "5"),
-        ("4,6", 2, "6"),
-        ("4,5,6", 3, "5"),
-        ("GPU-7f, GPU-a2", 2, "GPU-a2"),
-        ("", 0, ""),
+        (None, 4, "1", 1),
+        (None, 1, "0", 2),  # two processes share it
+        ("5", 1, "5", 2),
+        ("4,6", 2, "6", 1),
+        ("4,5,6", 3, "5", 1),
+        ("GPU-7f, GPU-a2", 2, "GPU-a2", 1),
+        ("", 0, "", None),
     ],
 )
 def test_a_detached_process_is_alone_on_its_own_device(
-    visible: str | None, gpus: int, device: str, monkeypatch: pytest.MonkeyPatch
+    visible: str | None, gpus: int, device: str, share: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     monkeypatch.setattr(os, "environ", LAUNCHED | given)
     alone = detach_from_launcher(LaunchEnv.current())
-    assert alone == LaunchEnv(local_world_size=2, **ACCELERATE)
-    # Processes that train alone still share the memory of their machine.
+    assert alone == LaunchEnv(local_world_size=2, processes_per_gpu=share, **ACCELERATE)
+    # Processes that train alone still share the memory of their machine, and a GPU where there are fewer of them.
     kept = ("LOCAL_WORLD_SIZE", *(name for name in LAUNCHED if name.startswith("ACCELERATE_") and "USE" not in name))
-    assert os.environ == {name: LAUNCHED[name] for name in kept} | {"CUDA_VISIBLE_DEVICES": device}
+    changed = {"CUDA_VISIBLE_DEVICES": device} | ({PROCESSES_PER_GPU: str(share)} if share else {})
+    assert os.environ == {name: LAUNCHED[name] for name in kept} | changed
     assert detach_from_launcher(alone) == alone
     assert os.environ["CUDA_VISIBLE_DEVICES"] == device
 

@@ -32,7 +32,7 @@ from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, fill, nbyte
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.frozen_stream.disk import cache_folder, identity, on_disk
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
-from dist_vpt.frozen_stream.placement import choose
+from dist_vpt.frozen_stream.placement import Sharing, choose
 from dist_vpt.methods import base
 from dist_vpt.methods.base import Reader
 from dist_vpt.recipe.loading import load_recipe
@@ -591,7 +591,7 @@ def test_where_a_stream_goes(  # noqa: PLR0917 (what is free where)
 
 def test_memory_is_shared_by_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     _free(monkeypatch, 4.0, 0)
-    place, _, line = choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB, 4)
+    place, _, line = choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB, Sharing(4))
     assert place == "none"
     assert "0.80 GiB may be used in memory for each of 4 processes" in line
 
@@ -604,7 +604,9 @@ def test_processes_that_train_alone_share_the_memory_all_the_same(monkeypatch: p
     processes = detach_from_launcher(LaunchEnv.current()).local_world_size
     assert "WORLD_SIZE" not in os.environ
     _free(monkeypatch, 4.0, 0)
-    assert choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB, processes)[0] == "none"
+    assert (
+        choose(StreamConfig(), (2 * GIB, GIB), torch.device("cpu"), lambda: GIB, Sharing(processes or 1))[0] == "none"
+    )
 
 
 def test_a_cache_of_another_node_that_is_seen_late_is_taken(
