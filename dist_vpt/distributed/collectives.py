@@ -33,7 +33,9 @@ def all_reduce_sum(accelerator: RankAccelerator, *numbers: float | torch.Tensor)
 
 def raise_on_any_rank(accelerator: RankAccelerator, error: UserError | None, stop: StopSignal | None = None) -> None:
     """Raise the first process's error on all processes, if any has one; agree on a stop. A collective call."""
-    failed, stopped = all_reduce_sum(accelerator, error is not None, stop is not None and stop.requested)
+    failed, stopped = float(error is not None), float(stop is not None and stop.requested)
+    if accelerator.num_processes > 1:  # else nothing is to be read from a device
+        failed, stopped = all_reduce_sum(accelerator, failed, stopped)
     if failed:
         raise_on_all_ranks(accelerator, error)
     if stop is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.splits import Split
+from dist_vpt.data.workers import PADDING
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, UserError
@@ -131,8 +132,10 @@ def _cache_features(
         for batch in batches:
             _raise_on_stop(stop)
             observed = compute_stream(method.backbone, batch["images"].to(device), method.spec)
-            features_nF[batch["index"]] = method.features(observed).cpu()
-            readable_n[batch["index"].numpy()] = batch["weight"].numpy() > 0
+            real = batch["index"] != PADDING  # batches may be filled up to one size
+            index = batch["index"][real]
+            features_nF[index] = method.features(observed).cpu()[real]
+            readable_n[index.numpy()] = batch["weight"][real].numpy() > 0
     finally:
         batches.close()
     return CachedBatches(StreamCache(StreamOutput(features_nF), readable_n), split.labels, batches.skipped)

@@ -26,7 +26,7 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
     recipe, launch = folder.load(overrides), LaunchEnv.current()
     select_device(recipe.runtime.device, launch)
     recipe, _ = resolve_precision(recipe)
-    components = build_components(recipe, launch)
+    components = build_components(recipe, launch, trains=False)
     path = folder.best if adapters == "best" else folder.adapters
     tensors, facts = read_adapters(path)
     restore(components.method, tensors, path)

@@ -53,6 +53,6 @@ def by_shape(readers: Sequence[Stackable]) -> list[list[int]]:
     """Numbers of the readers that fit into one stack, in the order of the first of each."""
     groups: dict[object, list[int]] = {}
     for number, reader in enumerate(readers):
-        shapes = tuple((name, parameter.shape) for name, parameter in reader.trainable())
+        shapes = tuple((name, tensor.shape) for name, tensor in reader.adapter_tensors())
         groups.setdefault(shapes, []).append(number)
     return list(groups.values())

@@ -336,7 +336,7 @@ def _per_head(x: Tensor, weight_HIO: Tensor) -> Tensor:
 
 
 def _attend_projected(k_BHNE: Tensor, v_BHNE: Tensor, q_QHE: Tensor) -> Tensor:
-    """Fused, as in the backbone: in half precision the scores stay float32."""
+    """Fused, as in the backbone: in half precision the scores of forward stay float32, and on a GPU all."""
     q_BHQE = q_QHE.transpose(-3, -2).expand(len(k_BHNE), -1, -1, -1)
     if q_BHQE.device.type != "cpu":
         return nn.functional.scaled_dot_product_attention(q_BHQE, k_BHNE, v_BHNE, scale=1.0).transpose(1, 2)

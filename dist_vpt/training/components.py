@@ -236,10 +236,13 @@ class Components:
         return line
 
 
-def build_components(recipe: Recipe, launch: LaunchEnv = ALONE, *, defer: bool = False) -> Components:
+def build_components(
+    recipe: Recipe, launch: LaunchEnv = ALONE, *, defer: bool = False, trains: bool = True
+) -> Components:
     """Open the data, build and load the backbone, attach the method, seeded by the recipe.
 
-    ``defer``: leave matrices of the backbone in their file, for ``load_backbone``.
+    ``defer``: leave matrices of the backbone in their file, for ``load_backbone``. ``trains``: whether it is trained;
+    by default blocks are compiled for a long training alone.
     """
     check_open_files(recipe.data.workers)
     inputs = resolve_inputs(recipe.data, recipe.backbone)
@@ -247,7 +250,11 @@ def build_components(recipe: Recipe, launch: LaunchEnv = ALONE, *, defer: bool =
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training
     # Of a process. ZeRO gathers weights from hooks, which a compiler cannot follow: there it must be asked for.
-    images = 0 if launch.deepspeed else len(splits[recipe.data.train_on]) * recipe.train.epochs // launch.world_size
+    images = (
+        0
+        if launch.deepspeed or not trains
+        else len(splits[recipe.data.train_on]) * recipe.train.epochs // launch.world_size
+    )
     method, load_report = build_method(recipe, inputs, len(splits.classes), images, defer=defer)
     return Components(inputs, splits, method, load_report, recipe, launch)
 

@@ -17,8 +17,8 @@ def load_backbone(accelerator: RankAccelerator, method: Method) -> None:
     """Read what the backbone has left in its file. A collective call under ZeRO-3.
 
     There each tensor of the blocks is sharded as soon as it is read, so that neither the host nor a GPU holds more
-    than a process's shards and one tensor. What is already in memory (random weights, quantized ones, files that lack
-    some) is sharded one by one too, and a GPU never holds it whole.
+    than a process's shards and one tensor of a safetensors file. What is already in memory (random weights, quantized
+    ones, files that lack some, pickles) is sharded one by one too, and a GPU never holds it whole.
     """
     if strategy_name(accelerator) != "zero3":
         for _ in read_deferred(method):

@@ -22,7 +22,8 @@ from dist_vpt.errors import DataError
 
 TOP5_FROM = 6  # classes: with fewer, top-5 is always right
 MISTAKES_KEPT = 16  # for the panel of wrongly classified images
-WAITING_NUMBERS = 2**24  # of logits that wait to be scored: 64 MiB in float32
+# What waits to be scored: numbers of logits (4 MiB in float32), and batches, each of which may hold files of a worker.
+WAITING_NUMBERS, WAITING_BATCHES = 2**20, 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Scores:
         Batches wait on the device until they are many: scoring each would wait for the device over and over.
         """
         self._waiting.append((logits_BK, labels_B, counts_B, index_B))
-        if sum(logits_BK.numel() for logits_BK, *_ in self._waiting) > WAITING_NUMBERS:
+        numbers = sum(logits_BK.numel() for logits_BK, *_ in self._waiting)
+        if numbers > WAITING_NUMBERS or len(self._waiting) == WAITING_BATCHES:
             self._score_waiting()
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_vpt.methods.stack import ReaderStack, by_shape
 from dist_vpt.recipe.schema import OptimConfig
 from dist_vpt.training.optim import multiplier
-from dist_vpt.training.trial_state import Trial
+from dist_vpt.training.trial_state import Trial, exact_numbers
 
 # Of the gradient scale in fp16, as torch.amp.GradScaler's.
 GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
@@ -39,13 +39,10 @@ class TrialStack:
             trial.state = {key: tensor[t] for key, tensor in self.state.items()}
         self.readers = ReaderStack([trial.reader for trial in trials], self.trained)
         recipes = [trial.recipe for trial in trials]
-        self.peak_lr_T = self._numbers([each.optim.peak_lr(each.train.batch_size) for each in recipes])
-        self.decay_T = self._numbers([each.optim.weight_decay for each in recipes])
+        device = self.state["steps"].device
+        self.peak_lr_T = exact_numbers([each.optim.peak_lr(each.train.batch_size) for each in recipes], device)
+        self.decay_T = exact_numbers([each.optim.weight_decay for each in recipes], device)
         self.decays = any(each.optim.weight_decay for each in recipes)
-
-    def _numbers(self, numbers: Sequence[float]) -> Tensor:
-        """[T] float64, as torch's optimizers compute with numbers: only results are rounded."""
-        return torch.tensor(numbers, dtype=torch.float64, device=self.state["steps"].device)
 
     @property
     def scale_T(self) -> Tensor | None:

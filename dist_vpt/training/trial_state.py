@@ -59,7 +59,12 @@ def _started(recipe: Recipe, reader: Reader) -> dict[str, Tensor]:
     numbers = {"steps": 0.0}
     if recipe.runtime.precision == "fp16":
         numbers |= {"scale": INIT_SCALE, "clean_steps": 0.0}
-    return state | {key: torch.tensor(number, dtype=torch.float64, device=device) for key, number in numbers.items()}
+    return state | {key: exact_numbers(number, device) for key, number in numbers.items()}
+
+
+def exact_numbers(numbers: float | Sequence[float], device: torch.device) -> Tensor:
+    """float64, as torch's optimizers compute with numbers: only results are rounded. MPS has float32 alone."""
+    return torch.tensor(numbers, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 def write_trials(file: Path, trials: Sequence[Trial], shared: dict[str, Any]) -> None:

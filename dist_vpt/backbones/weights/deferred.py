@@ -1,7 +1,8 @@
 """Matrices of a model that stay in their file until each is needed.
 
 A model that is sharded need never exist whole: it is built with its matrices on torch's meta device, and those of its
-blocks refer to tensors of the file. Files are mapped into memory, where what nobody has read takes none of it.
+blocks refer to tensors of the file. A safetensors file is mapped into memory, where what nobody has read takes none of
+it; files of pickles and .npz files are read whole, and stay in host memory until the last matrix has been read.
 """
 
 from collections.abc import Iterator, Mapping
