@@ -79,6 +79,7 @@ def test_a_process_that_trains_alone_still_knows_its_neighbors(
     visible: str | None, on_gpu: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # asked where nothing is listed
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert detach_from_launcher(LaunchEnv.current()).processes_per_gpu == on_gpu

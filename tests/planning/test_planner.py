@@ -173,7 +173,7 @@ def test_the_sizes_are_those_of_the_files() -> None:
 def by_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 1 GiB and 0.1 GiB an image, 0.02 where blocks are checkpointed; scoring takes 0.01 GiB an image."""
 
-    def footprint(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
+    def footprint(recipe: Recipe, classes: int, images: int, *, gpus: bool) -> MemoryEstimate:
         each = {"none": 0.1, "block": 0.02}.get(recipe.runtime.activation_checkpointing, 0.1)
         step, scoring = int((1 + each * images) * GIB), int(0.01 * recipe.train.eval_batch_size * GIB)
         return MemoryEstimate(GIB, 0, 0, 0, step, step, scoring, parameters=1, trained_parameters=0)
@@ -226,7 +226,7 @@ def test_scoring_that_does_not_fit_is_made_smaller() -> None:
 def test_a_policy_that_is_not_for_the_backbone_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """As every-2 for a single block; the recipe's own is refused with the reason."""
 
-    def footprint(recipe: Recipe, classes: int, images: int) -> MemoryEstimate:
+    def footprint(recipe: Recipe, classes: int, images: int, *, gpus: bool) -> MemoryEstimate:
         if recipe.runtime.activation_checkpointing == "every-2":
             raise UserError("a single block")
         return MemoryEstimate(GIB, 0, 0, 0, images * MIB, images * MIB, recipe.train.eval_batch_size, 1, 0)
