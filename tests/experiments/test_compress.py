@@ -671,3 +671,32 @@ def test_more_features_than_there_are() -> None:
     with pytest.raises(UserError, match=r"method.keep = 65: there are 64 features"):
         make_vqt(keep=65)
     assert load_recipe([], ["method.name=vqt"]).method.keep is None  # type: ignore[union-attr]
+
+
+def test_padding_of_a_batch_is_no_image_of_the_cache() -> None:
+    """Compiled blocks get batches of one size; the padding has index -1, which would be the last image."""
+    method = attach(VQTConfig(), make_backbone(), 4, torch.float32)
+    assert isinstance(method, VQT)
+    images = torch.randint(0, 255, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    class Batches(list[dict[str, torch.Tensor]]):
+        skipped = frozenset[str]()
+
+        def close(self) -> None: ...
+
+    def batches(*rows: list[int]) -> Any:
+        return Batches(
+            {
+                "images": torch.stack([images[n] if n >= 0 else torch.zeros_like(images[0]) for n in row]),
+                "index": torch.tensor(row),
+                "weight": (torch.tensor(row) >= 0).float(),
+            }
+            for row in rows
+        )
+
+    split: Any = type("Three", (), {"__len__": lambda self: 3, "labels": np.arange(3)})()
+    device = torch.device("cpu")
+    whole = fixed_features._cache_features(method, batches([0, 1, 2]), split, device, StopSignal()).cache
+    padded = fixed_features._cache_features(method, batches([0, 1], [2, -1]), split, device, StopSignal()).cache
+    assert padded.readable_n.tolist() == [True] * 3
+    torch.testing.assert_close(padded[torch.arange(3)].pooled, whole[torch.arange(3)].pooled)
