@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dist_vpt.recipe.schema import Recipe
 
 SPEED_UP = 1.2  # of a matrix product, below which bf16 is not worth its rounding
-ROWS, WIDTH, REPEATS = 256, 768, 5  # of the product that is timed: a ViT-B's tokens times a square weight
+ROWS, WIDTH, REPEATS = 256, 768, 10  # of the product that is timed: a ViT-B's tokens times a square weight
 
 
 def resolve_precision(recipe: "Recipe", begun_with: Callable[[], str | None] = lambda: None) -> tuple["Recipe", str]:
@@ -91,10 +91,18 @@ def _machine() -> str:
 
 
 def _measure() -> float:
-    """The quotient of the shortest times of a product: others who compute on the machine only lengthen times."""
+    """The quotient of the shortest times of a product: others who compute on the machine only lengthen times.
+
+    On one thread: where others have a core, threads wait for each other far longer than they compute.
+    """
     noise = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, WIDTH, generator=noise) for rows in (ROWS, WIDTH))
-    return _seconds(a, b) / _seconds(a.bfloat16(), b.bfloat16())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _seconds(a, b) / _seconds(a.bfloat16(), b.bfloat16())
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _seconds(a: Tensor, b: Tensor) -> float:

@@ -56,7 +56,9 @@ def test_the_products_are_timed_in_both_types() -> None:
     a, b = torch.ones(8, 8), torch.ones(8, 8)
     assert 0 < precision._seconds(a, b) < 1
     assert 0 < precision._seconds(a.bfloat16(), b.bfloat16()) < 1
+    threads = torch.get_num_threads()
     assert precision._measure() > 0
+    assert torch.get_num_threads() == threads
 
 
 def test_a_machine_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
