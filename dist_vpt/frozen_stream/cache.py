@@ -75,16 +75,21 @@ class CachedBatches:
 def shapes(backbone: Backbone, spec: StreamSpec, images: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each array of a cache."""
     found: dict[str, tuple[int, ...]] = {"pooled": (images, backbone.width)}
-    for number in spec.blocks:
-        heads = backbone.blocks[number].attn.num_heads
-        of_heads = (images, heads, backbone.tokens, backbone.width // heads)
-        shape: dict[str, tuple[int, ...]] = {
-            "normed": (images, backbone.tokens, backbone.width),
-            "key_scales": (images, backbone.tokens, heads),
-            "keys": of_heads,
-            "values": of_heads,
-        }
-        found |= {_array_name(field, number): shape[field] for field in spec.fields}
+    tokens = backbone.tokens - (backbone.prefix if spec.patches_only else 0)
+    for field, numbers in spec.kept.items():
+        for number in numbers:
+            if field == "states":
+                shape: tuple[int, ...] = (images, tokens, backbone.width)
+            else:
+                heads = backbone.blocks[number].attn.num_heads
+                of_heads = (images, heads, backbone.tokens, backbone.width // heads)
+                shape = {
+                    "normed": (images, backbone.tokens, backbone.width),
+                    "key_scales": (images, backbone.tokens, heads),
+                    "keys": of_heads,
+                    "values": of_heads,
+                }[field]
+            found[_array_name(field, number)] = shape
     if spec.pixels:
         found["pixels"] = (images, 3, backbone.image_size, backbone.image_size)
     return found
@@ -150,14 +155,14 @@ def write_rows(
     put("pooled", output.pooled)
     for pixels_B3SS in output.pixels:
         put("pixels", pixels_B3SS)
-    for field in spec.fields:
-        for number, rows in zip(spec.blocks, getattr(output, field), strict=True):
+    for field, numbers in spec.kept.items():
+        for number, rows in zip(numbers, getattr(output, field), strict=True):
             put(_array_name(field, number), rows)
 
 
 def assemble(arrays: dict[str, Tensor], readable_n: np.ndarray, spec: StreamSpec) -> StreamCache:
     """A cache of arrays that are filled."""
-    blocks = {field: tuple(arrays[_array_name(field, number)] for number in spec.blocks) for field in spec.fields}
+    blocks = {field: tuple(arrays[_array_name(field, n)] for n in numbers) for field, numbers in spec.kept.items()}
     pixels = (arrays["pixels"],) if spec.pixels else ()
     return StreamCache(StreamOutput(arrays["pooled"], **blocks, pixels=pixels), readable_n)
 
@@ -174,8 +179,8 @@ def _crosses(cache: StreamCache, device: torch.device | None) -> bool:
     return device is not None and device.type != "cpu" and cache.kept.pooled.device.type == "cpu"
 
 
-def _array_name(field: str, block: int) -> str:
-    return f"{field.replace('_', '-')}-{block:02d}"
+def _array_name(field: str, number: int) -> str:
+    return f"{field.replace('_', '-')}-{number:02d}"
 
 
 def _next_or_error(batches: Iterator[Batch], accelerator: RankAccelerator, stop: StopSignal) -> Batch:

@@ -54,7 +54,8 @@ def identity(
         "images": images.hexdigest(),
         "dtype": str(backbone.dtype),
         "blocks": list(spec.blocks),
-        "fields": [*spec.fields, *(["pixels"] if spec.pixels else [])],
+        "fields": [*(field for field in spec.kept if field != "states"), *(["pixels"] if spec.pixels else [])],
+        **({"states": list(spec.states), "patches_only": spec.patches_only} if spec.states else {}),
     }
 
 

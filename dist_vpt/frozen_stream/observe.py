@@ -21,13 +21,15 @@ class StreamSpec:
     key_scales: bool = False  # and the scale that qk-norm gives to each of their keys
     keys: bool = False  # keys and values in place of the two: twice the bytes, and nothing left to project
     pixels: bool = False  # and the image itself
+    states: tuple[int, ...] = ()  # tokens between the blocks: 0 are those that enter block 0, n leave block n - 1
+    patches_only: bool = False  # of the states no class token and no registers
 
     @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of StreamOutput that hold something for each block."""
-        if self.keys:
-            return ("keys", "values")
-        return ("normed", "key_scales") if self.key_scales else ("normed",)
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """The fields of StreamOutput that hold a tensor for each of some blocks or states, and their numbers."""
+        fields = ("keys", "values") if self.keys else ("normed", "key_scales") if self.key_scales else ("normed",)
+        found = dict.fromkeys(fields, self.blocks) if self.blocks else {}
+        return found | ({"states": self.states} if self.states else {})
 
 
 class StreamOutput(NamedTuple):
@@ -39,13 +41,17 @@ class StreamOutput(NamedTuple):
     keys: tuple[Tensor, ...] = ()  # [B, H, N, E], and of values, in place of the two above where asked for
     values: tuple[Tensor, ...] = ()
     pixels: tuple[Tensor, ...] = ()  # [B, 3, S, S], normalized, alone; empty unless asked for
+    states: tuple[Tensor, ...] = ()  # [B, N, D], or of patches alone [B, N - prefix tokens, D], for each that is read
 
 
 @torch.no_grad()
 def compute_stream(backbone: Backbone, images_B3SS: Tensor, spec: StreamSpec) -> StreamOutput:
     """Run the frozen backbone on images (uint8 [B, 3, S, S]) and keep what the spec asks for."""
     tokens_BND = backbone.embed(images_B3SS)
-    normed, scales, keys, values = [], [], [], []
+    normed, scales, keys, values, states = [], [], [], [], []
+    skipped = backbone.prefix if spec.patches_only else 0
+    if 0 in spec.states:
+        states.append(tokens_BND[:, skipped:])
     for number, block in enumerate(backbone.blocks):
         if number in spec.blocks:
             parts = unpack_block(block, number)
@@ -59,6 +65,8 @@ def compute_stream(backbone: Backbone, images_B3SS: Tensor, spec: StreamSpec) ->
                 if spec.key_scales:
                     scales.append(key_scale(parts, normed_BND))
         tokens_BND = backbone.run_block(block, tokens_BND)
+        if number + 1 in spec.states:
+            states.append(tokens_BND[:, skipped:])
     pooled_BD = backbone.pool(backbone.norm(tokens_BND))
     pixels = (backbone.normalized(images_B3SS),) if spec.pixels else ()
-    return StreamOutput(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values), pixels)
+    return StreamOutput(pooled_BD, tuple(normed), tuple(scales), tuple(keys), tuple(values), pixels, tuple(states))

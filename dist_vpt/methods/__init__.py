@@ -18,6 +18,8 @@ METHODS = {
     "linear": "dist_vpt.methods.linear:Linear",
     "mlp": "dist_vpt.methods.mlp:MLP",
     "side": "dist_vpt.methods.side:Side",
+    "combo": "dist_vpt.methods.combo:Combo",
+    "ladder": "dist_vpt.methods.ladder:Ladder",
     "full": "dist_vpt.methods.full:Full",
     "partial": "dist_vpt.methods.partial:Partial",
     "bias": "dist_vpt.methods.bias:Bias",

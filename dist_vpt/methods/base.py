@@ -33,7 +33,7 @@ class Method(nn.Module):
     # Whether it supports Swin, where tokens attend within windows and are merged between stages.
     on_swin: ClassVar[bool] = False
     # Names of buffers that belong to an adapter file: what was measured, and not trained.
-    saved_buffers: ClassVar[tuple[str, ...]] = ("feature_norm.", "token_scale")
+    saved_buffers: ClassVar[tuple[str, ...]] = ("feature_norm.", "stream_norms.", "token_scale")
 
     def __init__(
         self,
@@ -84,7 +84,12 @@ class Method(nn.Module):
     @property
     def inits_from_images(self) -> bool:
         """Whether it is initialized from training images (``init_from_images``)."""
-        return self.feature_norm is not None
+        return bool(self.norms)
+
+    @property
+    def norms(self) -> list[FeatureNorm]:
+        """What measures the features, or tokens, of training images."""
+        return [module for module in self.modules() if isinstance(module, FeatureNorm)]
 
     def init_from_images(self, batches: Sequence[Tensor], seed: int) -> None:
         """Initialize from what the backbone computes for batches of training images [B, 3, S, S]: tokens, then head.
@@ -97,7 +102,7 @@ class Method(nn.Module):
     @torch.no_grad()
     def init_together(methods: Sequence["Method"], batches: Sequence[Tensor], seed: int) -> None:
         """Initialize a method, or readers on one backbone, for which each batch's frozen stream is computed once."""
-        norms = [method.feature_norm for method in methods if method.feature_norm is not None]
+        norms = [norm for method in methods for norm in method.norms]
         for method in methods:
             method.eval()
             method.init_tokens(batches, seed)
@@ -109,9 +114,13 @@ class Method(nn.Module):
             if isinstance(first, Reader):
                 seen = compute_stream(first.backbone, batch, first.spec)
             for method in methods:
-                method(seen)
+                method.measure(seen)
         for norm in norms:
             norm.finish()
+
+    def measure(self, images: Tensor | StreamOutput) -> None:
+        """Show ``norms`` a batch of training images [B, 3, S, S], or of a reader their stream."""
+        self(images)
 
     def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
         """Initialize trained tokens from batches of training images [B, 3, S, S]; nothing for most methods."""
@@ -197,13 +206,31 @@ class Reader(Method):
         return self.read(images)
 
 
+def chosen_blocks(blocks: tuple[int, ...] | None, backbone: Backbone) -> tuple[int, ...]:
+    """Numbers of the blocks that are read; None: all. Raises UserError for one that the backbone does not have."""
+    depth = len(backbone.blocks)
+    if blocks is not None and blocks[-1] >= depth:
+        raise UserError(f"method.blocks: {blocks[-1]}: the backbone's blocks are 0 to {depth - 1}; leave it out")
+    return tuple(range(depth)) if blocks is None else blocks
+
+
 def classify_stack(stack: ReaderStack, features_TBF: Tensor) -> Tensor:
     """The linear heads of all readers of a stack, as ``Method.classify``, in one product: logits [T, B, K]."""
-    weight_TKF, bias_TK = stack.trained["head.weight"], stack.trained["head.bias"]
-    features_TBF = features_TBF.to(weight_TKF.dtype)
+    return stack_heads(stack, standardize_stack(stack, features_TBF))
+
+
+def standardize_stack(stack: ReaderStack, features_TBF: Tensor) -> Tensor:
+    """Features as the heads read them, each reader's as ``Method.standardized``, in the heads' dtype."""
+    features_TBF = features_TBF.to(stack.trained["head.weight"].dtype)
     if "feature_norm.mean" in stack.fixed:
         mean_TF, std_TF = stack.fixed["feature_norm.mean"], stack.fixed["feature_norm.std"]
         features_TBF = (features_TBF - mean_TF.unsqueeze(1)) / std_TF.unsqueeze(1)
+    return features_TBF
+
+
+def stack_heads(stack: ReaderStack, features_TBF: Tensor) -> Tensor:
+    """The linear heads on features as they read them: logits [T, B, K]."""
+    weight_TKF, bias_TK = stack.trained["head.weight"], stack.trained["head.bias"]
     # The weights come first so that their gradient has their layout, and need not be copied.
     return torch.baddbmm(bias_TK.unsqueeze(2), weight_TKF, features_TBF.transpose(1, 2)).transpose(1, 2)
 

@@ -150,8 +150,7 @@ class VQTConfig(MethodSettings):
 
     @model_validator(mode="after")
     def _blocks_rise(self) -> Self:
-        if self.blocks is not None and (list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0):
-            raise ValueError(f"blocks = {list(self.blocks)}: must be increasing block numbers from 0; sort them")
+        check_blocks_rise(self.blocks)
         return self
 
 
@@ -179,6 +178,76 @@ class SideConfig(MethodSettings):
     name: Literal["side"] = Field("side", description="side-tuning")
     layers: int = Field(3, ge=1, description="number of convolutions, each of which halves the image")
     channels: int = Field(64, ge=1, description="C: channels of each convolution")
+
+
+class ComboConfig(MethodSettings):
+    """A small transformer on the tokens that come out of the frozen blocks, and a linear head on its class token."""
+
+    reader: ClassVar[bool] = True
+    name: Literal["combo"] = Field("combo", description="a transformer on the patches of all blocks")
+    blocks: tuple[int, ...] | None = Field(
+        None, min_length=1, description="numbers of the blocks whose outputs are read, from 0; null: all"
+    )
+    width: int = Field(128, ge=1, description="W: width of the transformer's tokens")
+    depth: int = Field(6, ge=1, description="number of the transformer's layers")
+    heads: int = Field(2, ge=1, description="attention heads of each layer; they divide the width")
+    mlp_ratio: int = Field(1, ge=1, description="width of each layer's MLP, in widths of its tokens")
+    grid: int | None = Field(
+        None,
+        ge=1,
+        description="patches on a side, to which the blocks' outputs are resampled (bilinear); null: as they are",
+    )
+    tokens: Literal["patches", "all"] = Field(
+        "patches", description="which tokens are read: patches, or the class token and registers (all) too"
+    )
+    standardize: Literal["channel", "token"] = Field(
+        "channel",
+        description="zero mean and unit deviation of each channel over training images, or of each token",
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="dropout rate of the tokens and of the layers' branches, 0 to 1"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        check_blocks_rise(self.blocks)
+        check_heads_divide(self.width, self.heads, "width")
+        return self
+
+
+class LadderConfig(MethodSettings):
+    """A narrow network beside the frozen blocks that reads the output of each, and a linear head."""
+
+    reader: ClassVar[bool] = True
+    name: Literal["ladder"] = Field("ladder", description="ladder side tuning")
+    kind: Literal["lst", "last"] = Field(
+        "lst",
+        description="lst: narrow transformer layers on a gated sum of each block's output and the layer before; last: "
+        "attention of a low rank at the backbone's width, without MLPs",
+    )
+    reduction: int = Field(8, ge=1, description="lst: the backbone's width over the side network's")
+    mlp_ratio: int = Field(4, ge=1, description="lst: width of each layer's MLP, in widths of its tokens")
+    rank: int = Field(16, ge=1, description="last: rank of queries, keys and values; the heads divide it")
+    heads: int = Field(4, ge=1, description="attention heads of each layer")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the layers' branches, 0 to 1")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "last":
+            check_heads_divide(self.rank, self.heads, "rank")
+        return self
+
+
+def check_blocks_rise(blocks: tuple[int, ...] | None) -> None:
+    """Raises ValueError unless these are increasing block numbers."""
+    if blocks is not None and (list(blocks) != sorted(set(blocks)) or blocks[0] < 0):
+        raise ValueError(f"blocks = {list(blocks)}: must be increasing block numbers from 0; sort them")
+
+
+def check_heads_divide(width: int, heads: int, key: str) -> None:
+    """Raises ValueError unless each head has the same part of the width."""
+    if width % heads:
+        raise ValueError(f"heads = {heads}, {key} = {width}: heads must divide the {key}; choose another number")
 
 
 class FullConfig(MethodSettings):
@@ -257,6 +326,8 @@ MethodConfig = Annotated[
     | LinearConfig
     | MLPConfig
     | SideConfig
+    | ComboConfig
+    | LadderConfig
     | FullConfig
     | PartialConfig
     | BiasConfig

@@ -34,7 +34,7 @@ from dist_vpt.backbones.blocks import BlockParts, has_key_norm, keys_and_values,
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
-from dist_vpt.methods.base import Reader, classify_stack
+from dist_vpt.methods.base import Reader, chosen_blocks, classify_stack
 from dist_vpt.methods.config import VQTConfig
 from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.token_scale import init_scaled, token_scales
@@ -50,10 +50,7 @@ class VQT(Reader):
     token_scale: Tensor | None  # [L, 1, 1], which multiplies queries
 
     def __init__(self, recipe: VQTConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        depth = len(backbone.blocks)
-        blocks = tuple(range(depth)) if recipe.blocks is None else recipe.blocks
-        if blocks[-1] >= depth:
-            raise UserError(f"method.blocks: {blocks[-1]}: the backbone's blocks are 0 to {depth - 1}; leave it out")
+        blocks = chosen_blocks(recipe.blocks, backbone)
         groups = recipe.queries if recipe.pooling == "none" else 1
         found = backbone.width * (1 + len(blocks) * groups)
         if recipe.keep is not None and recipe.keep > found:

@@ -1,0 +1,113 @@
+"""A small transformer on the patches of all blocks (after ComBo, NeurIPS 2025, arXiv 2512.01405). A reader.
+
+B batch, N tokens, M patches of a map, D width of the backbone, L blocks that are read, F = L D, W width, T readers.
+
+At each position of the image the outputs of all blocks are standardized and concatenated, and one affine layer, the
+same for all positions, maps them to a narrow token:
+
+    t_m = P [s_1,m; ...; s_L,m] + p + e_m        y = transformer([c, t_1, ..., t_M])        logits = head(norm(y_0))
+
+The frozen stream needs no gradient, so that P costs one product forward and one backward, for any number of readers.
+The paper's text leaves open over what the outputs are standardized, whether tokens have a position code and how wide
+the MLPs are: here it is each channel over training images (``standardize: channel``; or each token), a learned code e
+that starts at 0, and the transformer's own width (``mlp_ratio: 1``, with which ViT-B/16 has the paper's 1.8 M numbers).
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
+from dist_vpt.methods.base import Reader, chosen_blocks, classify_stack
+from dist_vpt.methods.config import ComboConfig
+from dist_vpt.methods.head import FeatureNorm, classification_head
+from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stacked_layers import Dropout, Layer, layer_norm, shared_linear, transformer_layer
+
+
+class Combo(Reader):
+    """Projection [W, F], class token, position codes [1 + M', W], ``depth`` transformer layers, norm and head.
+
+    M' = M, or with ``tokens: all`` the prefix tokens too.
+    """
+
+    def __init__(self, recipe: ComboConfig, backbone: Backbone, classes: int, compute: torch.dtype):
+        self.blocks = chosen_blocks(recipe.blocks, backbone)
+        super().__init__(backbone, classes, compute, head=recipe.head)
+        self.recipe = recipe
+        # Its features are trained ones: nothing is to be measured of them before the first step.
+        self.feature_norm = None
+        self.head = classification_head(recipe.width, classes, recipe.head)
+        self.side = backbone.image_size // backbone.patch_size[0]
+        self.prefix = backbone.prefix if recipe.tokens == "all" else 0
+        inputs = len(self.blocks) * backbone.width
+        tokens = self.prefix + (recipe.grid or self.side) ** 2
+        if recipe.standardize == "channel":
+            self.stream_norms = nn.ModuleList(FeatureNorm(backbone.width, length=None) for _ in self.blocks)
+        self.projection = nn.Linear(inputs, recipe.width)
+        nn.init.trunc_normal_(self.projection.weight, std=inputs**-0.5)
+        nn.init.zeros_(self.projection.bias)
+        self.class_token = nn.Parameter(torch.randn(1, recipe.width))
+        self.positions = nn.Parameter(torch.zeros(1 + tokens, recipe.width))
+        self.layers = nn.ModuleList(Layer(recipe.width, recipe.mlp_ratio * recipe.width) for _ in range(recipe.depth))
+        self.norm = nn.LayerNorm(recipe.width)
+
+    @property
+    def spec(self) -> StreamSpec:
+        return StreamSpec(states=tuple(n + 1 for n in self.blocks), patches_only=not self.prefix)
+
+    def measure(self, images: Tensor | StreamOutput) -> None:
+        assert isinstance(images, StreamOutput)
+        self.inputs(images)
+
+    @torch.no_grad()
+    def inputs(self, stream: StreamOutput) -> Tensor:
+        """What is projected, [B, M', F]: every block's tokens on the grid, standardized."""
+        columns = []
+        for i, state_BND in enumerate(stream.states):
+            tokens_BND = self._on_grid(state_BND.float() if state_BND.dtype != torch.float64 else state_BND)
+            if self.recipe.standardize == "channel":
+                tokens_BND = self.stream_norms[i](tokens_BND)
+            else:
+                tokens_BND = F.layer_norm(tokens_BND, tokens_BND.shape[-1:])
+            columns.append(tokens_BND.to(state_BND.dtype))
+        return torch.cat(columns, dim=2)
+
+    def _on_grid(self, tokens_BND: Tensor) -> Tensor:
+        if self.recipe.grid in (None, self.side):
+            return tokens_BND
+        prefix_BRD, patches_BMD = tokens_BND.split([self.prefix, tokens_BND.shape[1] - self.prefix], dim=1)
+        map_BDSS = patches_BMD.transpose(1, 2).unflatten(2, (self.side, self.side))
+        size = (self.recipe.grid, self.recipe.grid)
+        map_BDGG = F.interpolate(map_BDSS, size=size, mode="bilinear", align_corners=False)
+        return torch.cat([prefix_BRD, map_BDGG.flatten(2).transpose(1, 2)], dim=1)
+
+    def read(self, stream: StreamOutput) -> Tensor:
+        return self.read_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(0)
+
+    @classmethod
+    def read_stacks(
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+    ) -> list[Tensor]:
+        first = cast(Combo, stacks[0].readers[0])
+        x_BMF = first.inputs(stream)  # measured from the same training images for all readers
+        return [cls._read_stack(stack, x_BMF, own) for stack, own in zip(stacks, seeds, strict=True)]
+
+    @staticmethod
+    def _read_stack(stack: ReaderStack, x_BMF: Tensor, seeds: Sequence[int] | None) -> Tensor:
+        """Logits [T, B, K]."""
+        first, weights, T = cast(Combo, stack.readers[0]), stack.trained, len(stack.readers)
+        dropout = Dropout.of(stack, seeds, x_BMF.device)
+        with first.autocast(x_BMF.device):
+            tokens_TBMW = shared_linear(x_BMF, weights, "projection")
+            class_T1W = weights["class_token"].view(T, 1, 1, -1).expand(-1, len(x_BMF), -1, -1)
+            x_TBNW = torch.cat([class_T1W, tokens_TBMW.to(class_T1W.dtype)], dim=2)
+            x_TBNW = dropout(x_TBNW + weights["positions"].unsqueeze(1))
+            for n in range(first.recipe.depth):
+                x_TBNW = transformer_layer(x_TBNW, weights, f"layers.{n}", first.recipe.heads, dropout)
+            features_TBW = layer_norm(x_TBNW[:, :, 0], weights, "norm")
+        return classify_stack(stack, features_TBW)
