@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
-from dist_vpt.methods.base import Reader, chosen_blocks, classify_stack
+from dist_vpt.methods.base import Reader, chosen_blocks, stack_heads, standardize_stack
 from dist_vpt.methods.config import ComboConfig
 from dist_vpt.methods.head import FeatureNorm, classification_head
 from dist_vpt.methods.stack import ReaderStack
@@ -38,10 +38,11 @@ class Combo(Reader):
     def __init__(self, recipe: ComboConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         self.blocks = chosen_blocks(recipe.blocks, backbone)
         super().__init__(backbone, classes, compute, head=recipe.head)
-        self.recipe = recipe
-        # Its features are trained ones: nothing is to be measured of them before the first step.
-        self.feature_norm = None
-        self.head = classification_head(recipe.width, classes, recipe.head)
+        self.recipe, self.has_class_token = recipe, has_class_token(backbone)
+        direct = self._direct_features()
+        # The transformer's are trained: nothing of them is to be measured before the first step.
+        self.feature_norm = FeatureNorm(direct) if direct and recipe.head == "standardized" else None
+        self.head = classification_head(recipe.width + direct, classes, recipe.head)
         self.side = backbone.image_size // backbone.patch_size[0]
         self.prefix = backbone.prefix if recipe.tokens == "all" else 0
         inputs = len(self.blocks) * backbone.width
@@ -58,18 +59,37 @@ class Combo(Reader):
 
     @property
     def spec(self) -> StreamSpec:
-        return StreamSpec(states=tuple(n + 1 for n in self.blocks), patches_only=not self.prefix)
+        only = not self.prefix and self.recipe.head_reads != "blocks"
+        return StreamSpec(states=tuple(n + 1 for n in self.blocks), patches_only=only)
 
     def measure(self, images: Tensor | StreamOutput) -> None:
         assert isinstance(images, StreamOutput)
         self.inputs(images)
+        if self.feature_norm is not None:
+            self.feature_norm(self.direct(images))
+
+    def _direct_features(self) -> int:
+        of_blocks = len(self.blocks) * (1 + self.has_class_token) if self.recipe.head_reads == "blocks" else 0
+        return self.backbone.width * (0 if self.recipe.head_reads == "token" else 1 + of_blocks)
+
+    @torch.no_grad()
+    def direct(self, stream: StreamOutput) -> Tensor:
+        """What the head reads besides the transformer's class token, float32 [B, F]."""
+        groups = [] if self.recipe.head_reads == "token" else [stream.pooled.to(self.positions.dtype)]
+        for state_BND in stream.states if self.recipe.head_reads == "blocks" else ():
+            tokens_BND = F.layer_norm(state_BND.to(self.positions.dtype), state_BND.shape[-1:])
+            groups.append(tokens_BND[:, self.backbone.prefix :].mean(1))
+            if self.has_class_token:
+                groups.append(tokens_BND[:, 0])
+        return torch.cat(groups, dim=1)
 
     @torch.no_grad()
     def inputs(self, stream: StreamOutput) -> Tensor:
         """What is projected, [B, M', F]: every block's tokens on the grid, standardized."""
         columns = []
+        skipped = self.backbone.prefix if not (self.prefix or self.spec.patches_only) else 0
         for i, state_BND in enumerate(stream.states):
-            tokens_BND = self._on_grid(state_BND.float() if state_BND.dtype != torch.float64 else state_BND)
+            tokens_BND = self._on_grid(state_BND[:, skipped:].to(self.positions.dtype))
             if self.recipe.standardize == "channel":
                 tokens_BND = self.stream_norms[i](tokens_BND)
             else:
@@ -94,12 +114,21 @@ class Combo(Reader):
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
         first = cast(Combo, stacks[0].readers[0])
-        x_BMF = first.inputs(stream)  # measured from the same training images for all readers
-        return [cls._read_stack(stack, x_BMF, own) for stack, own in zip(stacks, seeds, strict=True)]
+        # Measured from the same training images for all readers.
+        x_BMF = first.inputs(stream)
+        direct_BF = None if first.recipe.head_reads == "token" else first.direct(stream)
+        logits = []
+        for stack, own in zip(stacks, seeds, strict=True):
+            features_TBX = cls._transformed(stack, x_BMF, own)
+            if direct_BF is not None:
+                direct_TBF = standardize_stack(stack, direct_BF.expand(len(stack.readers), -1, -1))
+                features_TBX = torch.cat([features_TBX, direct_TBF], dim=2)
+            logits.append(stack_heads(stack, features_TBX))
+        return logits
 
     @staticmethod
-    def _read_stack(stack: ReaderStack, x_BMF: Tensor, seeds: Sequence[int] | None) -> Tensor:
-        """Logits [T, B, K]."""
+    def _transformed(stack: ReaderStack, x_BMF: Tensor, seeds: Sequence[int] | None) -> Tensor:
+        """The transformers' class tokens [T, B, W]."""
         first, weights, T = cast(Combo, stack.readers[0]), stack.trained, len(stack.readers)
         dropout = Dropout.of(stack, seeds, x_BMF.device)
         with first.autocast(x_BMF.device):
@@ -109,5 +138,9 @@ class Combo(Reader):
             x_TBNW = dropout(x_TBNW + weights["positions"].unsqueeze(1))
             for n in range(first.recipe.depth):
                 x_TBNW = transformer_layer(x_TBNW, weights, f"layers.{n}", first.recipe.heads, dropout)
-            features_TBW = layer_norm(x_TBNW[:, :, 0], weights, "norm")
-        return classify_stack(stack, features_TBW)
+            return layer_norm(x_TBNW[:, :, 0], weights, "norm")
+
+
+def has_class_token(backbone: Backbone) -> bool:
+    """Whether the first of the prefix tokens is a class token."""
+    return getattr(backbone.stem, "cls_token", None) is not None

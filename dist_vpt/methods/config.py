@@ -200,6 +200,11 @@ class ComboConfig(MethodSettings):
     tokens: Literal["patches", "all"] = Field(
         "patches", description="which tokens are read: patches, or the class token and registers (all) too"
     )
+    head_reads: Literal["token", "pooled", "blocks"] = Field(
+        "blocks",
+        description="the transformer's class token, as published (token); and the backbone's pooled features (pooled); "
+        "and the class token and mean patch of each block that is read (blocks)",
+    )
     standardize: Literal["channel", "token"] = Field(
         "channel",
         description="zero mean and unit deviation of each channel over training images, or of each token",

@@ -7,6 +7,7 @@ of them. A reader alone is a stack of one, so that both compute the same.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_vpt.backbones.blocks import widened
 from dist_vpt.methods.stack import ReaderStack
 
 Weights = Mapping[str, Tensor]
@@ -102,8 +104,12 @@ def layer_norm(x_TXW: Tensor, weights: Weights, name: str) -> Tensor:
 
 def attention(qkv_TBNX: Tensor, heads: int) -> Tensor:
     """Heads' outputs, concatenated, [T, B, N, W], for queries, keys and values, concatenated, X = 3 W."""
-    q, k, v = qkv_TBNX.flatten(0, 1).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).unflatten(0, qkv_TBNX.shape[:2])
+    slow = qkv_TBNX.device.type == "cpu"  # in half precision: four times slower backward than in float32
+    with torch.autocast(qkv_TBNX.device.type, enabled=False) if slow else nullcontext():
+        qkv = widened(qkv_TBNX) if slow else qkv_TBNX
+        q, k, v = qkv.flatten(0, 1).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        heads_YHNE = F.scaled_dot_product_attention(q, k, v)
+    return heads_YHNE.transpose(1, 2).flatten(2).unflatten(0, qkv_TBNX.shape[:2])
 
 
 def transformer_layer(x_TBNW: Tensor, weights: Weights, name: str, heads: int, dropout: Dropout) -> Tensor:

@@ -43,6 +43,8 @@ INSIDE = {
     "pad": ("method.name=vpt", "method.location=pad", "method.deep=false", "method.prompts=8"),
     "below": ("method.name=vpt", "method.location=below", "method.deep=false", "method.prompts=2"),
     "side": ("method.name=side", "method.channels=8"),
+    "combo": ("method.name=combo", "method.width=16", "method.depth=1"),
+    "ladder": ("method.name=ladder",),
     "vpt+": ("method.name=vpt", "method.extra_trainable=[bias,cls]", "method.init=tokens", "method.prompts=2"),
 }
 
@@ -209,7 +211,8 @@ def assert_equal_on_two(strategies: tuple[str, ...], tmp_path: Path, *settings: 
     theirs, _ = read_adapters(tmp_path / "alone" / "adapters.safetensors")
     for strategy in strategies:
         folder = tmp_path / strategy
-        more = () if "method.name=side" in settings else ("runtime.activation_checkpointing=block",)  # readers: none
+        reader = any(f"method.name={name}" in settings for name in ("side", "combo", "ladder"))
+        more = () if reader else ("runtime.activation_checkpointing=block",)  # readers: none
         forks = forked(strategy, folder, *options, *more)
         assert forks.finish() == [0, 0], forks.output[-3000:]
         assert step_losses(folder) == pytest.approx(step_losses(tmp_path / "alone"), abs=1e-4), strategy

@@ -22,6 +22,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"name": "linear"},
     "mlp": {"name": "mlp", "layers": 2},
     "side": {"name": "side", "layers": 1, "channels": 2},
+    "combo": {"name": "combo", "width": 8, "depth": 1},
+    "ladder": {"name": "ladder", "reduction": 2, "heads": 2},
+    "ladder last": {"name": "ladder", "kind": "last", "rank": 4},
     "vqt": {"name": "vqt", "queries": 2},
     "vqt, not normalized": {"name": "vqt", "normalize": False},
     "vpt deep": {"name": "vpt", "prompts": 3},
@@ -200,8 +203,10 @@ def test_pixels_have_no_scale(location: str) -> None:
 def test_what_was_measured_belongs_to_the_adapters(name: str) -> None:
     method = default(SETTINGS[name], make_backbone())
     names = {key for key, _ in method.adapter_tensors()}
-    measured = {"feature_norm.mean", "feature_norm.std"}
+    of_stream = {f"stream_norms.{block}.{kind}" for block in range(3) for kind in ("mean", "std")}
+    always = of_stream if name == "combo" else set()
+    measured = {"feature_norm.mean", "feature_norm.std"} | always
     measured |= {"token_scale"} if name.startswith(("vpt", "vqt")) else set()
     assert names == {key for key, _ in method.trainable()} | measured
     published = attach(config_of(SETTINGS[name]), make_backbone(), CLASSES)
-    assert {key for key, _ in published.adapter_tensors()} == {key for key, _ in published.trainable()}
+    assert {key for key, _ in published.adapter_tensors()} == {key for key, _ in published.trainable()} | always

@@ -40,6 +40,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mlp": {"name": "mlp", "layers": 3, "width": 8},
     "mlp of one layer": {"name": "mlp", "layers": 1},
     "side": {"name": "side", "layers": 2, "channels": 4},
+    "combo": {"name": "combo", "width": 8, "depth": 1},
+    "ladder": {"name": "ladder", "reduction": 2, "heads": 2},
+    "ladder last": {"name": "ladder", "kind": "last", "rank": 4},
     "partial": {"name": "partial", "blocks": 2},
     "bias": {"name": "bias"},
     "cls": {"name": "cls"},
@@ -57,6 +60,7 @@ OPERATIONS = ["patch_embed.proj", "norm"] + [
     for block in range(3)
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 ]
+LAYER = {f"{layer}.{kind}" for layer in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2") for kind in ("weight", "bias")}
 BOTTLENECK = ("down.weight", "down.bias", "up.weight", "up.bias")
 TRAINED = {
     "linear": HEAD,
@@ -77,6 +81,19 @@ TRAINED = {
     "mlp": {f"head.{layer}.{kind}" for layer in (0, 3, 6) for kind in ("weight", "bias")},
     "mlp of one layer": {"head.0.weight", "head.0.bias"},
     "side": HEAD | {"blend"} | {f"side.{layer}.{kind}" for layer in (0, 2, 6) for kind in ("weight", "bias")},
+    "combo": HEAD
+    | {"projection.weight", "projection.bias", "class_token", "positions", "norm.weight", "norm.bias"}
+    | {f"layers.0.{name}" for name in LAYER},
+    "ladder": HEAD
+    | {"gates", "norm.weight", "norm.bias", "up.weight", "up.bias"}
+    | {f"layers.{block}.{name}" for block in range(3) for name in LAYER}
+    | {f"down.{block}.{kind}" for block in range(3) for kind in ("weight", "bias")},
+    "ladder last": HEAD
+    | {
+        f"layers.{block}.{name}"
+        for block in range(3)
+        for name in ("norm.weight", "norm.bias", "qkv.weight", "up.weight")
+    },
     "partial": HEAD
     | {
         f"backbone.{layer}.{kind}"

@@ -49,6 +49,10 @@ def settings(method: str, optimizer: str, trials: int) -> list[list[str]]:
         ]
         if method == "vqt":
             some += ["method.blocks=[1, 4]", f"method.queries={1 + t % 3}", f"method.dropout={(0.0, 0.2)[t % 5 == 1]}"]
+        if method in ("combo", "ladder"):
+            some += [f"method.dropout={(0.0, 0.2)[t % 2]}", f"optim.lr={(0.003, 0.001, 0.0003)[t % 3]}"]
+        if method == "combo":
+            some += ["method.width=16", "method.depth=2"]
         each.append([*COMMON, *some])
     return each
 
@@ -91,6 +95,8 @@ def losses(folder: Path, split: str) -> list[float]:
         ("linear", "sgd", 4),
         ("mlp", "adam", 3),
         ("side", "adam", 2),
+        ("combo", "adamw", 3),
+        ("ladder", "adamw", 3),
     ],
 )
 def test_trials_together_are_what_they_are_alone(
