@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     help = "compare datasets with the published protocol, or with --storage look for mistakes in your own"
     parser = add_command(group, "check", check, help, rest="tasks", example="dist-vpt data check --root /data")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help="default: all that are there")
-    parser.add_argument("--root", required=True, metavar="DIR", help="folder of the datasets")
+    parser.add_argument("--root", metavar="DIR", help="folder of the datasets; not for digits and shapes")
     parser.add_argument(
         "--storage", choices=("image_folder", "vtab_folder", "fgvc_json", "hf"), help="how your own dataset is stored"
     )
@@ -39,6 +39,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise UserError(
                 f"{arguments.tasks[0]}: --storage is for your own data, which is no known task; leave one out"
             )
+        if arguments.root is None:
+            raise UserError("--root DIR is missing: the folder of your dataset")
         from dist_vpt.data.check_own import check_own
 
         check_own(arguments.root, arguments.storage)

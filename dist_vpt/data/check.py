@@ -13,8 +13,8 @@ from rich.table import Table
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.splits import Split
-from dist_vpt.data.tasks import TASKS, Task, published_task
-from dist_vpt.errors import DataError
+from dist_vpt.data.tasks import EMBEDDED, TASKS, Task, published_task
+from dist_vpt.errors import DataError, UserError
 
 SPLITS = ("train", "val", "trainval", "test")
 BARS = " ▁▂▃▄▅▆▇█"
@@ -34,14 +34,17 @@ class CheckedTask:
     notes: list[str] = field(default_factory=list)  # differences from the protocol that are not damage
 
 
-def check(root: str, tasks: Sequence[str]) -> list[CheckedTask]:
+def check(root: str | None, tasks: Sequence[str]) -> list[CheckedTask]:
     """Open each task (none named: all), read all labels and a picture of each split; print a table.
 
-    Raises DataError, after the table, where something is damaged or differs, where a named task does not exist,
-    and where there is none at all.
+    ``root`` may be None where all of them come with the package. Raises DataError, after the table, where something is
+    damaged or differs, where a named task does not exist, and where there is none at all.
     """
-    wanted = [published_task(name) for name in tasks] or [task for task in TASKS.values() if task.group]
-    found = [_checked(root, task) for task in wanted]
+    wanted = [published_task(name, embedded=True) for name in tasks] or [task for task in TASKS.values() if task.group]
+    if root is None and any(task.format not in EMBEDDED for task in wanted):
+        raise UserError("--root DIR is missing: the folder that contains the datasets")
+    found = [_checked(None if task.format in EMBEDDED else root, task) for task in wanted]
+    root = root or "in the package"
     show(root, found)
     bad = [one.task for one in found if one.wrong or (tasks and not one.storage)]
     if bad:
@@ -88,12 +91,12 @@ def histogram(counts_K: np.ndarray) -> str:
     return "".join(BARS[-(-int(each) * (len(BARS) - 1) // int(most))] for each in buckets) if most else ""
 
 
-def _checked(root: str, task: Task) -> CheckedTask:
+def _checked(root: str | None, task: Task) -> CheckedTask:
     one = CheckedTask(task.name)
     try:
         splits = open_splits(DataConfig(task=task.name, root=root, check_counts=False, absent_classes="allow"))
     except DataError as error:
-        if not _is_absent(root, task):
+        if root is None or not _is_absent(root, task):
             one.storage = one.storage or "?"
             one.wrong += str(error).splitlines()
         return one

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.data.tasks import (
+    EMBEDDED,
     FORMAT_TASKS,
     TASKS,
     Augment,
@@ -165,23 +166,22 @@ class DataConfig(BaseModel):
             raise ValueError("; ".join(mistakes))
         return self
 
+    @property
+    def stored(self) -> Format | None:
+        """The storage format, or None if there is none for the task. Files of VTAB-1k may be found in another one."""
+        return self.format or (TASKS[self.task].format if self.task in TASKS else None)
+
     def _mistakes(self) -> Iterator[str]:
-        storage = self.format or (TASKS[self.task].format if self.task in TASKS else None)
+        storage = self.stored
         if storage is None:
             yield (
                 f"task {self.task!r} is not a known task ({nearest(self.task, TASKS)}); "
                 f"for your own dataset, set format and root as well"
             )
             return
-        if storage == "digits" and self.root is not None:
-            yield f"root {self.root!r}: digits come with scikit-learn; remove root or set format"
-        if storage != "digits" and not self.root:
-            yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
+        yield from self._mistakes_of_storage(storage)
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
-        for name in ("exif", "background") if storage in ("digits", "tfds") else ():
-            if getattr(self, name) is not None:
-                yield f"{name} {getattr(self, name)!r}: format {storage!r} has its images as published; remove {name}"
         if self.mean is not None and self.normalize is not None:
             yield f"normalize {self.normalize!r}: mean and std replace it; set either"
         fields = type(self).model_fields
@@ -198,9 +198,21 @@ class DataConfig(BaseModel):
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
                 f"their sum must be below 1 to leave images for train; lower one"
             )
+
+    def _mistakes_of_storage(self, storage: Format) -> Iterator[str]:
+        if storage in EMBEDDED and self.root is not None:
+            yield f"root {self.root!r}: {EMBEDDED[storage]}; remove root or set format"
+        if storage not in EMBEDDED and not self.root:
+            yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
+        for name in ("exif", "background") if storage in (*EMBEDDED, "tfds") else ():
+            if getattr(self, name) is not None:
+                yield f"{name} {getattr(self, name)!r}: format {storage!r} has its images as published; remove {name}"
         if storage == "tfds" and (self.task not in TASKS or TASKS[self.task].tfds is None):
             known = [name for name, row in TASKS.items() if row.tfds]
             yield f"format 'tfds': task {self.task!r} is not in TensorFlow Datasets; {nearest(self.task, known)}"
+        if storage == "shapes" and (self.task not in TASKS or TASKS[self.task].format != "shapes"):
+            known = [name for name, row in TASKS.items() if row.format == "shapes"]
+            yield f"format 'shapes': task {self.task!r} is none of {' and '.join(known)}; use one of them"
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
 

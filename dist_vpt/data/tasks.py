@@ -5,13 +5,17 @@ from typing import Literal, NamedTuple
 
 from dist_vpt.errors import UserError, nearest
 
-Format = Literal["digits", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf"]
+Format = Literal["digits", "shapes", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf"]
 Interpolation = Literal["vpt", "bilinear", "bicubic"]
 CropMode = Literal["squash", "crop"]
 Normalize = Literal["vpt", "weights", "none"]
 Augment = Literal["none", "fgvc"]
 Cache = Literal["none", "memory"]
 Exif = Literal["transpose", "ignore"]
+EMBEDDED: dict[Format, str] = {  # formats that need no folder, and why
+    "digits": "digits come with scikit-learn",
+    "shapes": "shapes are drawn by the package",
+}
 
 
 class Part(NamedTuple):
@@ -112,9 +116,23 @@ def _fgvc(name: str, classes: int, test: int, *folders: str, prompts: int) -> Ta
     )
 
 
-# VTAB-1k (Zhai et al., arXiv 1910.04867) in the order of VPT's tables, then the five FGVC sets of VPT.
+def _shapes(name: str) -> Task:
+    return Task(
+        name=name,
+        format="shapes",
+        classes=16,
+        crop_mode="squash",
+        cache="memory",
+        expected_counts=(("train", 800), ("val", 200), ("trainval", 1000), ("test", 1000)),
+    )
+
+
+# Tasks of the package itself, VTAB-1k (Zhai et al., arXiv 1910.04867) in the order of VPT's tables, then the five FGVC
+# sets of VPT.
 _TASKS = (
     Task(name="digits", format="digits", classes=10, crop_mode="squash", cache="memory"),
+    _shapes("shapes_ori"),
+    _shapes("shapes_loc"),
     _vtab(
         "cifar100", "natural", 100, 10000, folder="cifar", prompts=10,
         tfds=_tfds("cifar100", "3.*.*", Part("train", 0, 90), Part("train", 90), TEST),
@@ -192,9 +210,9 @@ FORMAT_TASKS: dict[Format, Task] = {
 }
 
 
-def published_task(name: str) -> Task:
-    """A task of VTAB-1k or FGVC by name. Raises UserError."""
-    known = {task.name: task for task in TASKS.values() if task.group}
+def published_task(name: str, *, embedded: bool = False) -> Task:
+    """A task of VTAB-1k or FGVC, or with ``embedded`` one of the package, by name. Raises UserError."""
+    known = {task.name: task for task in TASKS.values() if task.group or (embedded and task.format in EMBEDDED)}
     if name not in known:
         raise UserError(f"{name}: no such task; {nearest(name, known)}")
     return known[name]

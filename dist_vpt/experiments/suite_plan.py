@@ -22,6 +22,7 @@ GROUPS = {
     "structured": ("structured",),
     "fgvc": ("fgvc",),
 }
+EMBEDDED = {"digits": "digits/common", "shapes_ori": "shapes/ori", "shapes_loc": "shapes/loc"}  # task -> its recipe
 LOCK_FIX = "choose another --out"  # for files of a suite that cannot be locked
 
 
@@ -118,19 +119,19 @@ def plan_experiments(
 
 
 def _load(files: Sequence[str], overrides: Sequence[str], root: str | None) -> Recipe:
-    """One recipe of a suite, with the folder of its datasets; the digits, which have none, do without."""
+    """One recipe of a suite, with the folder of its datasets; tasks that the package has do without."""
     try:
         given = [f"data.root={root}"] if root else []
         return load_recipe(files, [*overrides, *given], protocol="published")
     except RecipeError as error:
-        if root is None or "digits come with scikit-learn" not in str(error):
+        if root is None or "remove root or set format" not in str(error):
             raise
     return load_recipe(files, overrides, protocol="published")
 
 
 def task_recipes(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """Tasks and their recipes: known ones by their names or their groups', in the tables' order, then recipe files."""
-    known = [name for name, row in TASKS.items() if row.group]
+    known = [name for name, row in TASKS.items() if row.group or name in EMBEDDED]
     wanted, files = set(), []
     for name in (part for argument in arguments for part in argument.split(",") if part):
         rows = [task for task in known if name == task or TASKS[task].group in GROUPS.get(name, ())]
@@ -140,10 +141,11 @@ def task_recipes(arguments: Sequence[str]) -> list[tuple[str, str]]:
             )
         wanted |= set(rows)
         files += [] if rows else [(Path(name).stem, name)]
-    folders = {name: "fgvc" if TASKS[name].group == "fgvc" else "vtab" for name in known}
+    paths = {name: f"{'fgvc' if TASKS[name].group == 'fgvc' else 'vtab'}/{name}" for name in known} | EMBEDDED
     if not wanted and not files:
         raise UserError(f"--tasks {' '.join(arguments)}: names no task; {nearest('', GROUPS)}")
-    return [*((name, _recipe_file(folders[name], name)) for name in known if name in wanted), *files]
+    found = {recipe.path: str(recipe.file) for recipe in shipped_recipes()}
+    return [*((name, found[paths[name]]) for name in known if name in wanted), *files]
 
 
 def show_plan(experiments: Sequence[Experiment]) -> None:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.data.config import DataConfig
+from dist_vpt.data.tasks import EMBEDDED
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
 from dist_vpt.recipe.yaml import Dumper
@@ -311,7 +312,7 @@ class Recipe(Section):
     def warnings(self) -> list[str]:
         """Messages about settings that are allowed but probably not intended."""
         found = []
-        if self.backbone.name == "demo" and self.data.task != "digits":
+        if self.backbone.name == "demo" and self.data.stored not in EMBEDDED:
             found.append(
                 "the backbone is demo, which was trained on printed letters of 24 px only; for other images name a "
                 "backbone's recipe (`dist-vpt recipe list`)"

@@ -19,7 +19,10 @@ KIND_OF_FOLDER = {"backbone": "backbone", "data": "data", "vtab": "task", "fgvc"
 
 @dataclass(frozen=True)
 class ShippedRecipe:
-    """A file of configs/. Complete recipes in a folder are named with it (digits/vqt), all others by their stem."""
+    """A file of configs/. Complete recipes in a folder are named with it (digits/vqt), as is what they share.
+
+    All others are named by their stem.
+    """
 
     path: str  # in configs/, without .yaml
     kind: str
@@ -27,7 +30,8 @@ class ShippedRecipe:
 
     @property
     def name(self) -> str:
-        return self.path if self.kind == "complete" or self.path.startswith("digits/") else Path(self.path).name
+        stem = Path(self.path).name
+        return self.path if self.kind == "complete" or stem == "common" else stem
 
     @property
     def summary(self) -> str:

@@ -95,6 +95,15 @@ def test_a_task_that_was_named_must_be_there(tmp_path: Path) -> None:
         check(str(tmp_path), ["kiti"])
 
 
+def test_tasks_of_the_package_need_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", "shapes_ori", "digits"]) == 0
+    table = capsys.readouterr().out
+    assert ("800/200/1000" in table, "1000/200/597" in table, "not found" in table) == (True, True, False)
+    for words in (["shapes_ori", "dtd"], [], ["--storage", "image_folder"]):
+        assert main(["data", "check", *words]) == 2
+        assert "error: --root DIR is missing: the folder" in capsys.readouterr().err
+
+
 def test_nothing_is_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds none of the known tasks; use the folder with the datasets"):
         check(str(tmp_path), [])

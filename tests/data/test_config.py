@@ -21,6 +21,13 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"task": "digit"}, "task 'digit' is not a known task \\(did you mean 'digits'\\?\\).*set format and root"),
         ({"task": "mine", "format": "hf"}, "root is missing: format 'hf' needs the folder of the dataset; set root"),
         ({"root": "x"}, "root 'x': digits come with scikit-learn; remove root or set format"),
+        ({"task": "shapes_ori", "root": "x"}, "root 'x': shapes are drawn by the package; remove root or set format"),
+        ({"task": "shapes_loc", "exif": "ignore"}, "exif 'ignore': format 'shapes' has its images as published"),
+        (
+            {"task": "mine", "format": "shapes"},
+            "format 'shapes': task 'mine' is none of shapes_ori and shapes_loc; use",
+        ),
+        ({"format": "shapes"}, "format 'shapes': task 'digits' is none of shapes_ori and shapes_loc; use one of them"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean and std go together"),
         (
             {"mean": (0.5, 0.5, 0.5), "std": (1, 1, 1), "normalize": "vpt"},
@@ -98,7 +105,7 @@ def test_format_gives_it_for_a_free_name():
 
 
 def test_every_format_can_be_opened_and_has_defaults():
-    assert FORMATS.keys() == {*FORMAT_TASKS, "tfds"}  # which only known tasks are read from
+    assert FORMATS.keys() == {*FORMAT_TASKS, "tfds", "shapes"}  # the last two have known tasks only
 
 
 def test_number_of_classes_must_be_the_tasks(monkeypatch):

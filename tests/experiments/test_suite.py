@@ -245,6 +245,8 @@ def test_tasks_by_name_group_and_file(tmp_path: Path) -> None:
     assert len(task_recipes(["vtab"])) == 19
     assert [name for name, _ in task_recipes(["kitti,dtd"])] == ["dtd", "kitti"]
     assert len(task_recipes(["natural", "cifar100", "fgvc"])) == 12
+    assert [name for name, _ in task_recipes(["shapes_loc", "structured", "digits"])][:2] == ["digits", "shapes_loc"]
+    assert len(task_recipes(["shapes_loc", "structured", "digits"])) == 2 + 8
     own = tmp_path / "mine.yaml"
     own.write_text("data: {task: digits}\n")
     assert task_recipes([str(own), "dtd"])[1] == ("mine", str(own))
@@ -286,6 +288,7 @@ def test_what_a_plan_costs() -> None:
     assert images("vqt") == 800 + 200 + 1000 + 1880
     assert images("vqt", "dtd", "stream.cache=none") == 100 * (800 + 200) + 100 * 1000 + 1880
     assert images("vpt_deep", "cub") is None
+    assert images("vqt", "shapes_ori") == 800 + 200 + 1000 + 1000
 
 
 def test_the_plan_is_shown_and_nothing_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,6 +312,8 @@ def test_a_task_without_a_folder_is_planned(
     assert "2 sweeps, with backbone demo" in capsys.readouterr().out
     roots = [one.recipe.data.root for one in plan_experiments(tasks[1:3], ["linear"], [], "x", "out")]
     assert roots == ["x", None]
+    roots = [one.recipe.data.root for one in plan_experiments(["dtd", "shapes_ori"], ["linear"], [], "x", "out")]
+    assert roots == [None, "x"]  # shapes come first
 
 
 def test_a_dry_run_needs_no_torch() -> None:

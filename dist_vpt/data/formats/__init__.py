@@ -16,6 +16,7 @@ from dist_vpt.errors import DataError
 # Storage format -> module:function that opens it, imported lazily.
 FORMATS: dict[Format, str] = {
     "digits": "dist_vpt.data.formats.digits:open_splits",
+    "shapes": "dist_vpt.data.formats.shapes:open_splits",
     "tfds": "dist_vpt.data.formats.tfds:open_splits",
     "vtab_folder": "dist_vpt.data.formats.vtab_folder:open_splits",
     "fgvc_json": "dist_vpt.data.formats.fgvc_json:open_splits",
