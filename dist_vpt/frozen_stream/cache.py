@@ -6,7 +6,7 @@ n images of the split, B of a batch, S image side, N tokens, D width, H heads, E
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dist_vpt.data.splits import Split
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Interrupted
+from dist_vpt.frozen_stream.compact import KEPT_AS, Packed, pack
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.frozen_stream.prefetch import prefetched
 
@@ -26,15 +27,15 @@ from dist_vpt.frozen_stream.prefetch import prefetched
 class StreamCache:
     """The frozen stream of all images of a split."""
 
-    kept: StreamOutput  # of n images
+    kept: StreamOutput  # of n images; in 8 bits each tensor of a block is a Packed
     readable_n: np.ndarray  # false for images that were skipped
 
     def __getitem__(self, index_B: Tensor) -> StreamOutput:
         """The rows of some images, in the order of the indices."""
         index_B = index_B.to(self.kept.pooled.device)
 
-        def rows(kept: Tensor) -> Tensor:
-            found = kept.index_select(0, index_B)
+        def rows(kept: Tensor | Packed) -> Tensor:
+            found = kept.rows(index_B) if isinstance(kept, Packed) else kept.index_select(0, index_B)
             return found.pin_memory() if found.device.type == "cpu" and torch.cuda.is_initialized() else found
 
         pooled_nD, *blocks = self.kept
@@ -72,33 +73,46 @@ class CachedBatches:
         """A cache has no workers to stop."""
 
 
-def shapes(backbone: Backbone, spec: StreamSpec, images: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each array of a cache."""
-    found: dict[str, tuple[int, ...]] = {"pooled": (images, backbone.width)}
-    tokens = backbone.tokens - (backbone.prefix if spec.patches_only else 0)
+class Array(NamedTuple):
+    """One array of a cache."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+def layout(backbone: Backbone, spec: StreamSpec, images: int) -> dict[str, Array]:
+    """The arrays of a cache by name."""
+    found = {"pooled": Array((images, backbone.width), backbone.dtype)}
     for field, numbers in spec.kept.items():
         for number in numbers:
-            if field == "states":
-                shape: tuple[int, ...] = (images, tokens, backbone.width)
+            name, shape = _array_name(field, number), (images, *_shape_of(backbone, spec, field, number))
+            if _is_packed(spec, field):
+                found[name] = Array(shape, KEPT_AS[spec.dtype])
+                found[_scale_name(name)] = Array((*shape[:-1], 1), torch.float32)
             else:
-                heads = backbone.blocks[number].attn.num_heads
-                of_heads = (images, heads, backbone.tokens, backbone.width // heads)
-                shape = {
-                    "normed": (images, backbone.tokens, backbone.width),
-                    "key_scales": (images, backbone.tokens, heads),
-                    "keys": of_heads,
-                    "values": of_heads,
-                }[field]
-            found[_array_name(field, number)] = shape
+                found[name] = Array(shape, backbone.dtype)
     if spec.pixels:
-        found["pixels"] = (images, 3, backbone.image_size, backbone.image_size)
+        found["pixels"] = Array((images, 3, backbone.image_size, backbone.image_size), backbone.dtype)
     return found
+
+
+def _shape_of(backbone: Backbone, spec: StreamSpec, field: str, number: int) -> tuple[int, ...]:
+    """Of what is kept of an image for one block or state."""
+    if field == "states":
+        return (backbone.tokens - (backbone.prefix if spec.patches_only else 0), backbone.width)
+    heads = backbone.blocks[number].attn.num_heads
+    of_heads = (heads, backbone.tokens, backbone.width // heads)
+    of_tokens = {"normed": (backbone.tokens, backbone.width), "key_scales": (backbone.tokens, heads)}
+    return of_tokens.get(field, of_heads)
 
 
 def nbytes(backbone: Backbone, spec: StreamSpec, images: int) -> int:
     """Size of the frozen stream of some images, bytes."""
-    numbers = sum(int(np.prod(shape)) for shape in shapes(backbone, spec, images).values())
-    return numbers * backbone.dtype.itemsize
+    return sum(array.nbytes for array in layout(backbone, spec, images).values())
 
 
 def fill(  # noqa: PLR0917 (what is computed, from what, where it is kept)
@@ -115,8 +129,8 @@ def fill(  # noqa: PLR0917 (what is computed, from what, where it is kept)
     Raises a process's DataError on all of them, and Interrupted after a stop signal.
     """
     arrays = {
-        name: torch.empty(shape, dtype=backbone.dtype, device=device)
-        for name, shape in shapes(backbone, spec, len(split)).items()
+        name: torch.empty(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in layout(backbone, spec, len(split)).items()
     }
     readable_n = np.zeros(len(split), bool)
     unread = iter(batches)
@@ -131,7 +145,7 @@ def fill(  # noqa: PLR0917 (what is computed, from what, where it is kept)
         del output
         real_B = (index_B != PADDING).cpu()
         readable_n[index_B.cpu()[real_B].numpy()] = weight_B.cpu()[real_B].numpy() > 0
-    return assemble(arrays, readable_n, spec)
+    return assemble(arrays, readable_n, spec, backbone.dtype)
 
 
 def write_rows(
@@ -148,8 +162,15 @@ def write_rows(
     """
     real_B = index_B != PADDING
 
-    def put(name: str, rows: Tensor) -> None:
-        kept, rows = arrays[name], gather(rows)
+    def put(name: str, rows: Tensor, *, packed: bool = False) -> None:
+        rows = gather(rows)
+        if packed:
+            rows, scale = pack(rows, spec.dtype)
+            keep(_scale_name(name), scale)
+        keep(name, rows)
+
+    def keep(name: str, rows: Tensor) -> None:
+        kept = arrays[name]
         kept[index_B[real_B].to(kept.device)] = rows[real_B.to(rows.device)].to(kept.device)
 
     put("pooled", output.pooled)
@@ -157,12 +178,19 @@ def write_rows(
         put("pixels", pixels_B3SS)
     for field, numbers in spec.kept.items():
         for number, rows in zip(numbers, getattr(output, field), strict=True):
-            put(_array_name(field, number), rows)
+            put(_array_name(field, number), rows, packed=_is_packed(spec, field))
 
 
-def assemble(arrays: dict[str, Tensor], readable_n: np.ndarray, spec: StreamSpec) -> StreamCache:
-    """A cache of arrays that are filled."""
-    blocks = {field: tuple(arrays[_array_name(field, n)] for n in numbers) for field, numbers in spec.kept.items()}
+def assemble(arrays: dict[str, Tensor], readable_n: np.ndarray, spec: StreamSpec, dtype: torch.dtype) -> StreamCache:
+    """A cache of arrays that are filled, whose rows come in ``dtype``."""
+
+    def kept(field: str, number: int) -> Any:
+        name = _array_name(field, number)
+        if _is_packed(spec, field):
+            return Packed(arrays[name], arrays[_scale_name(name)], dtype)
+        return arrays[name]
+
+    blocks = {field: tuple(kept(field, number) for number in numbers) for field, numbers in spec.kept.items()}
     pixels = (arrays["pixels"],) if spec.pixels else ()
     return StreamCache(StreamOutput(arrays["pooled"], **blocks, pixels=pixels), readable_n)
 
@@ -181,6 +209,15 @@ def _crosses(cache: StreamCache, device: torch.device | None) -> bool:
 
 def _array_name(field: str, number: int) -> str:
     return f"{field.replace('_', '-')}-{number:02d}"
+
+
+def _is_packed(spec: StreamSpec, field: str) -> bool:
+    """Whether tensors of this field are kept in 8 bits: those with numbers of tokens."""
+    return spec.dtype != "precision" and field != "key_scales"
+
+
+def _scale_name(name: str) -> str:
+    return f"{name}-scale"
 
 
 def _next_or_error(batches: Iterator[Batch], accelerator: RankAccelerator, stop: StopSignal) -> Batch:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_vpt.backbones.blocks import key_scale, keys_and_values, unpack_block
 from dist_vpt.backbones.vit import Backbone
+from dist_vpt.frozen_stream.config import StreamDtype
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StreamSpec:
     pixels: bool = False  # and the image itself
     states: tuple[int, ...] = ()  # tokens between the blocks: 0 are those that enter block 0, n leave block n - 1
     patches_only: bool = False  # of the states no class token and no registers
+    dtype: StreamDtype = "precision"  # in which a cache keeps what there is of each block
 
     @property
     def kept(self) -> dict[str, tuple[int, ...]]:

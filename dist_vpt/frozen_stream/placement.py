@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -61,6 +62,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     Raises UserError on all processes where the recipe asks for an impossible cache, Interrupted after a stop signal.
     """
     images = sum(len(split) for split, _ in sources.values())
+    specs = (replace(specs[0], dtype=recipe.dtype), replace(specs[1], dtype=recipe.dtype))
     config = StreamConfig(cache="none") if recipe.cache == "auto" and (passes == 1 or not sources) else recipe
 
     @cache
@@ -165,7 +167,7 @@ def step_bytes(backbone: Backbone, spec: StreamSpec, batch: int) -> int:
     block of a live pass the activations of a fused attention and an MLP: 16 widths a token.
     """
     live = batch * backbone.tokens * max(backbone.widths) * 16 * backbone.dtype.itemsize
-    return 4 * nbytes(backbone, spec, batch) + live
+    return 4 * nbytes(backbone, replace(spec, dtype="precision"), batch) + live
 
 
 def choose(
@@ -211,7 +213,8 @@ def choose(
             "set runtime.precision=bf16 or stream.cache=auto"
         )
     first = found != "disk" and needed[0] <= budget
-    return Placement(found, first, f"frozen stream: cached {where}, {needed[0 if first else 1] / 2**30:.2f} GiB")
+    bits = f" in {recipe.dtype}" if recipe.dtype != "precision" else ""
+    return Placement(found, first, f"frozen stream: cached{bits} {where}, {needed[0 if first else 1] / 2**30:.2f} GiB")
 
 
 def _budgets(

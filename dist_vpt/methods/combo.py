@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader, chosen_blocks, stack_heads, standardize_stack
+from dist_vpt.methods.block_features import block_features, count_block_features
 from dist_vpt.methods.config import ComboConfig
 from dist_vpt.methods.head import FeatureNorm, classification_head
 from dist_vpt.methods.stack import ReaderStack
@@ -38,8 +39,9 @@ class Combo(Reader):
     def __init__(self, recipe: ComboConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         self.blocks = chosen_blocks(recipe.blocks, backbone)
         super().__init__(backbone, classes, compute, head=recipe.head)
-        self.recipe, self.has_class_token = recipe, has_class_token(backbone)
-        direct = self._direct_features()
+        self.recipe = recipe
+        read = len(self.blocks) if recipe.head_reads == "blocks" else 0
+        direct = 0 if recipe.head_reads == "token" else count_block_features(backbone, read)
         # The transformer's are trained: nothing of them is to be measured before the first step.
         self.feature_norm = FeatureNorm(direct) if direct and recipe.head == "standardized" else None
         self.head = classification_head(recipe.width + direct, classes, recipe.head)
@@ -68,20 +70,10 @@ class Combo(Reader):
         if self.feature_norm is not None:
             self.feature_norm(self.direct(images))
 
-    def _direct_features(self) -> int:
-        of_blocks = len(self.blocks) * (1 + self.has_class_token) if self.recipe.head_reads == "blocks" else 0
-        return self.backbone.width * (0 if self.recipe.head_reads == "token" else 1 + of_blocks)
-
-    @torch.no_grad()
     def direct(self, stream: StreamOutput) -> Tensor:
-        """What the head reads besides the transformer's class token, float32 [B, F]."""
-        groups = [] if self.recipe.head_reads == "token" else [stream.pooled.to(self.positions.dtype)]
-        for state_BND in stream.states if self.recipe.head_reads == "blocks" else ():
-            tokens_BND = F.layer_norm(state_BND.to(self.positions.dtype), state_BND.shape[-1:])
-            groups.append(tokens_BND[:, self.backbone.prefix :].mean(1))
-            if self.has_class_token:
-                groups.append(tokens_BND[:, 0])
-        return torch.cat(groups, dim=1)
+        """What the head reads besides the transformer's class token, [B, F]."""
+        states = stream.states if self.recipe.head_reads == "blocks" else ()
+        return block_features(self.backbone, stream, states, self.positions.dtype)
 
     @torch.no_grad()
     def inputs(self, stream: StreamOutput) -> Tensor:
@@ -139,8 +131,3 @@ class Combo(Reader):
             for n in range(first.recipe.depth):
                 x_TBNW = transformer_layer(x_TBNW, weights, f"layers.{n}", first.recipe.heads, dropout)
             return layer_norm(x_TBNW[:, :, 0], weights, "norm")
-
-
-def has_class_token(backbone: Backbone) -> bool:
-    """Whether the first of the prefix tokens is a class token."""
-    return getattr(backbone.stem, "cls_token", None) is not None

@@ -159,6 +159,10 @@ class LinearConfig(MethodSettings):
 
     reader: ClassVar[bool] = True
     name: Literal["linear"] = Field("linear", description="linear probing")
+    reads: Literal["pooled", "blocks"] = Field(
+        "pooled",
+        description="the backbone's pooled features, or (blocks) also the class token and mean patch of every block",
+    )
 
 
 class MLPConfig(MethodSettings):

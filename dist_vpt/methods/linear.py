@@ -1,33 +1,59 @@
-"""Linear probing: a linear head on the frozen backbone's features. A reader."""
+"""Linear probing: a linear head on the frozen backbone's features. A reader.
+
+Features of all blocks (``reads: blocks``) are those of Head2Toe (ICML 2022, arXiv 2201.03529) without its selection.
+"""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.frozen_stream.observe import StreamOutput
+from dist_vpt.errors import UserError
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader, classify_stack
+from dist_vpt.methods.block_features import block_features, count_block_features
 from dist_vpt.methods.config import LinearConfig
 from dist_vpt.methods.stack import ReaderStack
 
 
 class Linear(Reader):
-    """K x (D + 1) trained numbers; it reads only the backbone's pooled features."""
+    """K x (F + 1) trained numbers; F = D pooled features, or with ``reads: blocks`` those of every block."""
 
     on_swin = True
 
     def __init__(self, recipe: LinearConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        super().__init__(backbone, classes, compute, head=recipe.head)
+        self.recipe = recipe
+        features = None
+        if recipe.reads == "blocks":
+            if isinstance(backbone, SwinBackbone):
+                raise UserError("method.reads = blocks: not on Swin, whose blocks differ in width; set reads=pooled")
+            features = count_block_features(backbone, len(backbone.blocks))
+        super().__init__(backbone, classes, compute, head=recipe.head, features=features)
+
+    @property
+    def spec(self) -> StreamSpec:
+        if self.recipe.reads == "pooled":
+            return StreamSpec()
+        return StreamSpec(states=tuple(range(1, len(self.backbone.blocks) + 1)))
+
+    def features(self, stream: StreamOutput) -> Tensor:
+        """What the head reads, [B, F]."""
+        if self.recipe.reads == "pooled":
+            return stream.pooled
+        return block_features(self.backbone, stream, stream.states, next(self.head.parameters()).dtype)
 
     def read(self, stream: StreamOutput) -> Tensor:
-        return self.classify(stream.pooled)
+        return self.classify(self.features(stream))
 
     @classmethod
     def read_stacks(
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
-        return [classify_stack(stack, stream.pooled.expand(len(stack.readers), -1, -1)) for stack in stacks]
+        features_BF = cast(Linear, stacks[0].readers[0]).features(stream)
+        return [classify_stack(stack, features_BF.expand(len(stack.readers), -1, -1)) for stack in stacks]
 
     def merged(self) -> dict[str, Tensor]:
-        return {}
+        return super().merged() if self.recipe.reads == "blocks" else {}

@@ -25,6 +25,7 @@ WEIGHT = torch.tensor([1.0, 0.5, 2.0])
 COMBO = {"name": "combo", "width": 8, "depth": 2, "heads": 2, "head_reads": "token"}
 LADDER = {"name": "ladder", "reduction": 2, "heads": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "linear on blocks": {"name": "linear", "reads": "blocks"},
     "combo": COMBO,
     "combo, wide MLP": COMBO | {"mlp_ratio": 2, "heads": 4},
     "combo, pooled": COMBO | {"head_reads": "pooled"},
@@ -63,7 +64,14 @@ def expected(method: Reader, kind: str, images: torch.Tensor, settings: dict[str
     )
     own = {name: p.detach().double().numpy() for name, p in method.trainable()}
     states, prefix = readers.token_stream(weights, config, images.numpy()), method.backbone.prefix
-    options: dict[str, Any] = {"smoothing": 0.1, "share": WEIGHT.double().numpy(), "heads": settings["heads"]}
+    options: dict[str, Any] = {"smoothing": 0.1, "share": WEIGHT.double().numpy(), "heads": settings.get("heads")}
+    if settings["name"] == "linear":
+        units = [readers.unit(state) for state in states[1:]]
+        direct = [vit.features_forward(weights, config, images.numpy())[0]]
+        for tokens in units:
+            direct.append(tokens[:, prefix:].mean(axis=1))
+            direct += [tokens[:, 0]] if "cls_token" in weights else []
+        return readers.linear(np.concatenate(direct, axis=1), LABELS.numpy(), own, WEIGHT.double().numpy(), 0.1)
     if settings["name"] == "combo":
         inputs, direct = [], []
         if settings["head_reads"] != "token":

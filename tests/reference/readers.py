@@ -27,6 +27,14 @@ def token_stream(weights: Weights, config: Config, images_u8: Array) -> list[Arr
     return states
 
 
+def linear(features_BF: Array, labels_B: Array, weights: Weights, share: Array, smoothing: float) -> vit.Result:
+    """Loss of one batch and the gradients of a linear head on given features."""
+    logits_BK, head = vit.linear_forward(features_BF, weights["head.weight"], weights["head.bias"])
+    loss, dlogits_BK = vit.cross_entropy(logits_BK, labels_B, smoothing=smoothing, example_weight=share)
+    grads = vit._named("head.", vit.linear_backward(dlogits_BK, head)[1])
+    return vit.Result(logits=logits_BK, loss=loss, features=features_BF, tokens=np.zeros(0), grads=grads)
+
+
 def combo(
     inputs: Sequence[Array],
     direct: Sequence[Array],

@@ -1,0 +1,39 @@
+"""Features of every block for a linear head.
+
+B batch, N tokens, D width, L blocks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_vpt.backbones.vit import Backbone
+from dist_vpt.frozen_stream.observe import StreamOutput
+
+
+def count_block_features(backbone: Backbone, blocks: int) -> int:
+    """Number of features that ``block_features`` gives for this many blocks."""
+    return backbone.width * (1 + blocks * (1 + _has_class_token(backbone)))
+
+
+@torch.no_grad()
+def block_features(backbone: Backbone, stream: StreamOutput, states: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The pooled features, and of each block the mean patch and, if there is one, the class token, [B, F].
+
+    ``states``: the blocks' outputs [B, N, D], of which each token is brought to mean 0 and deviation 1, so that none
+    counts more than the others whatever its scale.
+    """
+    groups = [stream.pooled.to(dtype)]
+    for state_BND in states:
+        tokens_BND = F.layer_norm(state_BND.to(dtype), state_BND.shape[-1:])
+        groups.append(tokens_BND[:, backbone.prefix :].mean(1))
+        if _has_class_token(backbone):
+            groups.append(tokens_BND[:, 0])
+    return torch.cat(groups, dim=1)
+
+
+def _has_class_token(backbone: Backbone) -> bool:
+    """Whether the first of the prefix tokens is a class token."""
+    return getattr(backbone.stem, "cls_token", None) is not None
