@@ -83,12 +83,11 @@ class Experiment:
         data = self.recipe.data
         row = TASKS.get(data.task)
         counts = dict(row.expected_counts) if row else {}
-        if row is None or row.classes is None or not {"train", "val", "trainval", "test"} <= counts.keys():
+        if row is not None and row.classes and data.shots is not None and "test" in counts:
+            train, val = data.shots * row.classes, min(data.shots, VAL_SHOTS) * row.classes
+            return counts | {"train": train, "val": min(val, counts.get("val", val)), "final": train}
+        if not {"train", "val", "trainval", "test"} <= counts.keys():
             return None
-        if data.shots is not None:
-            counts["train"] = min(counts["train"], data.shots * row.classes)
-            counts["val"] = min(counts["val"], min(data.shots, VAL_SHOTS) * row.classes)
-            return counts | {"final": counts["train"]}
         counts["train"] = round(data.fraction * counts["train"])
         return counts | {"final": counts["train"] + counts["val"]}
 
