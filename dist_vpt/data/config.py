@@ -200,11 +200,7 @@ class DataConfig(BaseModel):
             )
             return
         yield from self._mistakes_of_storage(storage)
-        if self.shots is not None and self.fraction < 1:
-            yield f"shots {self.shots} and fraction {self.fraction}: both say how much of train is used; set either"
-        for name, unused in (("tries", 1), ("try_index", 0)):
-            if (value := getattr(self, name)) != unused and not self.draws:
-                yield f"{name} {value}: without shots or fraction nothing is drawn; set one of them, or remove {name}"
+        yield from self._mistakes_of_draws()
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
         if self.mean is not None and self.normalize is not None:
@@ -222,6 +218,15 @@ class DataConfig(BaseModel):
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
                 f"their sum must be below 1 to leave images for train; lower one"
             )
+
+    def _mistakes_of_draws(self) -> Iterator[str]:
+        if self.shots is not None and self.fraction < 1:
+            yield f"shots {self.shots} and fraction {self.fraction}: both say how much of train is used; set either"
+        for name, unused in (("tries", 1), ("try_index", 0)):
+            if (value := getattr(self, name)) != unused and not self.draws:
+                yield f"{name} {value}: without shots or fraction nothing is drawn; set one of them, or remove {name}"
+        if self.tries > 1 and self.try_index > 0:
+            yield f"tries {self.tries} and try_index {self.try_index}: several draws, or one of them; set either"
 
     def _mistakes_of_storage(self, storage: Format) -> Iterator[str]:
         if storage in EMBEDDED and self.root is not None:

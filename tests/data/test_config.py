@@ -39,6 +39,10 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"shots": 4, "fraction": 0.5}, "shots 4 and fraction 0.5: both say how much of train is used; set either"),
         ({"tries": 3}, "tries 3: without shots or fraction nothing is drawn; set one of them, or remove tries"),
         ({"try_index": 1}, "try_index 1: without shots or fraction nothing is drawn; set one of them, or remove try"),
+        (
+            {"shots": 1, "tries": 3, "try_index": 2},
+            "tries 3 and try_index 2: several draws, or one of them; set either",
+        ),
         ({"shots": 0}, "shots\n.*greater than or equal to 1"),
         ({"fraction": 1.5}, "fraction\n.*less than or equal to 1"),
         ({"task": "cub", "root": "x", "fraction": 0.0}, "fraction\n.*greater than 0"),
