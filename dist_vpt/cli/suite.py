@@ -23,6 +23,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--method", nargs="+", required=True, metavar="METHOD", help="recipes of methods, by name or file"
     )
+    parser.add_argument("--shots", metavar="K,K,...", help="sweep each with these data.shots, such as 1,2,4,8,16")
     parser.add_argument("--root", metavar="DIR", help="folder of the datasets (data.root)")
     parser.add_argument("--out", metavar="DIR", default="runs/suite", help="folder of the suite (runs/suite)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes on this machine; default: one per GPU")
@@ -41,9 +42,10 @@ def suite(arguments: argparse.Namespace) -> None:
     tasks, more = split_overrides(arguments.tasks)
     shared = [*arguments.recipe, *overrides, *more]
     root = arguments.root or ("." if arguments.dry_run else None)  # a plan reads no data
-    experiments = plan_experiments(tasks, methods, shared, root, arguments.out)
+    experiments = plan_experiments(tasks, methods, shared, root, arguments.out, shots=_shots(arguments.shots))
     command = [*shared, "--tasks", *tasks, "--method", *methods, "--out", arguments.out]
     command += ["--root", arguments.root] if arguments.root else []
+    command += ["--shots", arguments.shots] if arguments.shots is not None else []
     command += ["--debug"] if arguments.debug else []
     if arguments.dry_run:
         show_plan(experiments)
@@ -55,3 +57,11 @@ def suite(arguments: argparse.Namespace) -> None:
         print(f"sbatch {arguments.slurm}")
     else:
         suite(experiments, arguments.out, workers=arguments.workers, index=arguments.index, arguments=command)
+
+
+def _shots(given: str | None) -> list[int]:
+    """The numbers of --shots, none where it is not given."""
+    numbers = [] if given is None else given.split(",")
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers) or len(set(numbers)) < len(numbers):
+        raise UserError(f"--shots {given}: must be numbers above 0, each given once; write them as in 1,2,4,8,16")
+    return [int(number) for number in numbers]

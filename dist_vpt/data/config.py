@@ -21,10 +21,11 @@ from dist_vpt.data.tasks import (
 )
 from dist_vpt.errors import nearest
 
-# Formats that use a fraction: the others have fixed splits.
-READS_FRACTION = ("fgvc_json",)
+# Formats that split off a fraction: the others have fixed splits.
 READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf")
 READS_TEST_FRACTION = ("image_folder", "hf")
+
+VAL_SHOTS = 4  # images of a class of val that are used with data.shots, at most
 
 Channels = tuple[float, float, float]
 PositiveChannels = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
@@ -80,8 +81,22 @@ class DataConfig(BaseModel):
         default=1.0,
         gt=0,
         le=1,
-        description="part of train that is used, 0 to 1: that of train_PERCENT.json if the file exists, else split off",
+        description="part of train that is used, 0 to 1, drawn by split_seed in proportion to the classes; fgvc_json: "
+        "that of train_PERCENT.json if the file exists",
     )
+    shots: int | None = Field(
+        default=None,
+        ge=1,
+        description="images of each class of train that are used, and at most 4 of val, drawn by split_seed; a sweep "
+        "then trains its seeds on train alone; null: all",
+    )
+    tries: int = Field(
+        default=1,
+        ge=1,
+        description="draws of shots or fraction over which `sweep` and `suite` report mean and standard deviation, "
+        "each trained with the next of sweep.seeds; 1: one draw for all seeds",
+    )
+    try_index: int = Field(default=0, ge=0, description="which draw of shots or fraction is used, counted from 0")
     val_fraction: float = Field(
         default=0.1,
         gt=0,
@@ -171,6 +186,11 @@ class DataConfig(BaseModel):
         """The storage format, or None if there is none for the task. Files of VTAB-1k may be found in another one."""
         return self.format or (TASKS[self.task].format if self.task in TASKS else None)
 
+    @property
+    def draws(self) -> bool:
+        """Whether only some images of train are used."""
+        return self.shots is not None or self.fraction < 1
+
     def _mistakes(self) -> Iterator[str]:
         storage = self.stored
         if storage is None:
@@ -180,13 +200,13 @@ class DataConfig(BaseModel):
             )
             return
         yield from self._mistakes_of_storage(storage)
+        yield from self._mistakes_of_draws()
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
         if self.mean is not None and self.normalize is not None:
             yield f"normalize {self.normalize!r}: mean and std replace it; set either"
         fields = type(self).model_fields
         for name, readers in (
-            ("fraction", READS_FRACTION),
             ("val_fraction", READS_VAL_FRACTION),
             ("test_fraction", READS_TEST_FRACTION),
         ):
@@ -198,6 +218,15 @@ class DataConfig(BaseModel):
                 f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
                 f"their sum must be below 1 to leave images for train; lower one"
             )
+
+    def _mistakes_of_draws(self) -> Iterator[str]:
+        if self.shots is not None and self.fraction < 1:
+            yield f"shots {self.shots} and fraction {self.fraction}: both say how much of train is used; set either"
+        for name, unused in (("tries", 1), ("try_index", 0)):
+            if (value := getattr(self, name)) != unused and not self.draws:
+                yield f"{name} {value}: without shots or fraction nothing is drawn; set one of them, or remove {name}"
+        if self.tries > 1 and self.try_index > 0:
+            yield f"tries {self.tries} and try_index {self.try_index}: several draws, or one of them; set either"
 
     def _mistakes_of_storage(self, storage: Format) -> Iterator[str]:
         if storage in EMBEDDED and self.root is not None:

@@ -1,6 +1,7 @@
 """A dataset's splits: labels in memory, images read one by one. n examples, k of a class."""
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from dist_vpt.data.config import DataConfig
+from dist_vpt.data.config import VAL_SHOTS, DataConfig
 from dist_vpt.errors import DataError, nearest
 
 Picture = Image.Image | np.ndarray  # RGB, or uint8 [height, width, 3]
@@ -85,6 +86,8 @@ class Splits:
     notes: tuple[str, ...] = ()  # differences from the task's published protocol
     held_out: tuple[str, ...] = ()  # splits that the storage lacks and that were split off train, by a seed
     remarks: tuple[str, ...] = ()  # about what was found and not read, for the log
+    fixed: str = ""  # the file that says which fraction of train is used, where a dataset has one
+    drawn: tuple[str, ...] = ()  # splits of which only some images are used (data.shots, data.fraction)
 
     def __getitem__(self, name: str) -> Split:
         names = ("train", "val", "trainval", "test")
@@ -216,9 +219,67 @@ def with_missing_splits(
     return Splits(classes, train, val, trainval, test, missing or {}, held_out=held_out)
 
 
-def fraction_of(split: Split, fraction: float, seed: int) -> Split:
-    """A part of a split, in proportion to the classes, with at least one image of each."""
-    return split.subset(split.name, stratified_holdout(split.labels, round((1 - fraction) * len(split)), seed)[0])
+def draw(splits: Splits, recipe: DataConfig) -> Splits:
+    """The splits with those images alone that data.shots or data.fraction leaves; test stays whole.
+
+    ``split_seed`` and ``try_index`` choose them, whatever the format. Of shots, train has so many images of each class
+    and val at most VAL_SHOTS of each, as in CoOp (arXiv 2109.01134); a draw of few shots is a part of that of more. A
+    fraction leaves val as it is. Raises DataError where a class has too few images.
+    """
+    if not recipe.draws:
+        return splits
+    if splits.fixed:
+        if recipe.tries > 1 or recipe.try_index > 0:
+            raise DataError(
+                f"{splits.fixed}: is one draw of data.fraction {recipe.fraction:g}, and every try would have its "
+                "images; remove the file, or data.tries and data.try_index"
+            )
+        return splits
+    key, train, val = (recipe.split_seed, recipe.try_index), splits.train, splits.val
+    if recipe.shots is None:
+        rows = _fraction_rows(splits, recipe.fraction, *key)
+    else:
+        _check_shots(splits, recipe.shots)
+        rows = first_of_each_class(train.labels, recipe.shots, *key)
+        if val is not None:
+            val = val.subset("val", first_of_each_class(val.labels, min(recipe.shots, VAL_SHOTS), *key, 1))
+    train = train.subset("train", rows)
+    trainval = replace(train, name="trainval") if val is None else join("trainval", train, val)
+    drawn = ("train", "val") if recipe.shots is not None and val is not None else ("train",)
+    return replace(splits, train=train, val=val, trainval=trainval, drawn=drawn)
+
+
+def first_of_each_class(labels: np.ndarray, count: int, *key: int) -> np.ndarray:
+    """Rows of ``count`` examples of each class, or all where it has fewer; sorted. ``key``: as of ``shuffled``."""
+    order = shuffled(len(labels), *key)
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    first = np.searchsorted(labels[by_class], labels[by_class])  # where the example's class begins
+    return np.sort(by_class[np.arange(len(labels)) - first < count])
+
+
+def _check_shots(splits: Splits, shots: int) -> None:
+    counts_K = np.bincount(splits.train.labels, minlength=len(splits.classes))
+    short = np.flatnonzero(counts_K < shots)
+    if len(short):
+        fewest = short[np.argmin(counts_K[short])]
+        others = "1 other class has" if len(short) == 2 else f"{len(short) - 1} other classes have"
+        more = f", and {others} too few" if len(short) > 1 else ""
+        fix = f"use data.shots={counts_K[fewest]} or less" if counts_K[fewest] else "use data.fraction"
+        raise DataError(
+            f"data.shots {shots}: class {splits.classes[fewest]!r} has {counts_K[fewest]} images in train{more}; "
+            f"{fix}, or add images"
+        )
+
+
+def _fraction_rows(splits: Splits, fraction: float, *key: int) -> np.ndarray:
+    labels = splits.train.labels
+    held_out, classes = round((1 - fraction) * len(labels)), len(np.unique(labels))
+    if len(labels) - held_out < classes:
+        raise DataError(
+            f"data.fraction {fraction:g}: {len(labels) - held_out} of {len(labels):,} images of train leave some of "
+            f"{classes} classes without any; use {math.ceil(1000 * classes / len(labels)) / 1000:g} or more"
+        )
+    return stratified_holdout(labels, held_out, *key)[0]
 
 
 def _holdout_fraction(split: Split, name: str, fraction: float, every: int, seed: int) -> tuple[Split, Split]:

@@ -1,9 +1,11 @@
 """Mistakes that show in a moment: found before torch, timm and DeepSpeed are imported."""
 
 from dist_vpt.backbones.config import require_file
+from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import check_root
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.limits import check_open_files
+from dist_vpt.errors import RecipeError
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 
@@ -15,8 +17,19 @@ def check_early(recipe: Recipe, kind: str = "run") -> None:
     """
     if LaunchEnv.current().world_size > 1:
         return
+    if kind == "run":
+        refuse_tries(recipe.data)
     RunFolder(str(recipe.run.dir)).refuse_other(recipe, kind)
     if recipe.backbone.file is not None:
         require_file(recipe.backbone.file)
     check_open_files(recipe.data.workers)
     check_root(recipe.data, test=recipe.train.test or kind == "sweep")
+
+
+def refuse_tries(data: DataConfig) -> None:
+    """Raise RecipeError where one run is to have several draws of its images."""
+    if data.tries > 1:
+        raise RecipeError(
+            f"data.tries = {data.tries}: a run trains one draw, and `dist-vpt sweep` or `dist-vpt suite` all of them; "
+            "use these, or data.tries=1 with data.try_index"
+        )

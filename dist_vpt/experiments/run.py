@@ -1,6 +1,5 @@
 """One run, from a recipe to its result, by all processes that a launcher started."""
 
-import json
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,7 +13,8 @@ from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import RunFolderError, UserError, adding_to_data_errors
-from dist_vpt.files import raising_disk_full, read_json, write_atomically
+from dist_vpt.experiments.early_checks import refuse_tries
+from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
@@ -47,6 +47,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
     recipe, why = resolve_precision(recipe, folder.precision)
 
     def make() -> tuple[Components, TrainBatches]:
+        refuse_tries(recipe.data)
         parts = build_components(recipe, launch, defer=launch.deepspeed)
         train = parts.training(launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written
@@ -137,10 +138,10 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         parameters={"trained": trained, "total": total},
         stop=stop,
     )
-    if parts.splits.held_out:
+    if seeded := parts.seeded():
 
         def write_splits() -> None:
-            write_atomically(folder.splits, json.dumps(parts.held_out(), indent=1) + "\n")
+            folder.write_splits(seeded)
 
         on_main_process(accelerator, write_splits, "the splits", folder.path, _then(training))
     with raising_disk_full("the log", folder.path, _then(training)):

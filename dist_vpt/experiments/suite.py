@@ -121,7 +121,7 @@ def _print_results(folder: Path, experiments: Sequence[Experiment], reasons: Map
     """
     file = folder / FILE
     found = {result.run: result for result in (read(file)[0] if file.is_file() else [])}
-    table = Table(title=f"{folder}: test top-1 (%), mean and standard deviation over seeds")
+    table = Table(title=f"{folder}: test top-1 (%), mean and standard deviation over seeds or tries")
     for column in ("task", "method", "test top-1", "val top-1", "trained", "seconds", "chosen"):
         text = column in ("task", "method", "chosen")
         table.add_column(column, justify="left" if text else "right", no_wrap=column != "chosen")
@@ -131,12 +131,12 @@ def _print_results(folder: Path, experiments: Sequence[Experiment], reasons: Map
         if result is None or result.failed:
             reason = result.failed if result else reasons.get(experiment.key, "was not begun")
             failed.append(f"  {experiment.name}: {reason}")
-            table.add_row(experiment.task, experiment.method, "failed")
+            table.add_row(experiment.task, experiment.trained, "failed")
             continue
         top1, parameters = result.test["top1"], result.parameters
         table.add_row(
             experiment.task,
-            experiment.method,
+            experiment.trained,
             f"{top1.mean:.2f} ± {top1.std:.2f}",
             f"{result.val['last']:.2f}",
             f"{parameters.trained:,}" if parameters else "",

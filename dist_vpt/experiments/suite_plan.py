@@ -1,11 +1,13 @@
 """The experiments of a suite: their recipes, what they cost, and the manifest that records them. Needs no torch."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dist_vpt.data.config import VAL_SHOTS
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import RecipeError, RunFolderError, UserError, nearest
 from dist_vpt.files import locked, raising_disk_full, read_json, write_atomically
@@ -34,10 +36,16 @@ class Experiment:
     method: str
     recipe: Recipe
     planned: Recipe | None = None  # where a worker has resolved the recipe for its machine: that of the suite
+    shots: int | None = None  # of --shots; None: what the recipe says
 
     @property
     def name(self) -> str:
-        return f"{self.task}/{self.method}"
+        return f"{self.task}/{self.method}" + (f"-{self.shots}-shot" if self.shots else "")
+
+    @property
+    def trained(self) -> str:
+        """The method, with the shots of --shots, for tables."""
+        return f"{self.method}, {self.shots}-shot" if self.shots else self.method
 
     @property
     def folder(self) -> Path:
@@ -61,20 +69,41 @@ class Experiment:
         return self.recipe.sweep.rungs(self.recipe.train.epochs)
 
     @property
+    def seeds(self) -> int:
+        """Trainings of the chosen setting."""
+        return self.recipe.data.tries if self.recipe.data.tries > 1 else len(self.recipe.sweep.seeds)
+
+    @property
     def search(self) -> str:
         """How the setting is found; halving that has but one rung is a grid."""
         return "halving" if len(self.rungs) > 1 else "grid"
 
-    def images(self) -> int | None:
-        """Images that go through the backbone, at most if trials stop early; None for a task without known counts."""
-        task = self.recipe.data.task
-        counts = dict(TASKS[task].expected_counts) if task in TASKS else {}
+    def counts(self) -> dict[str, int] | None:
+        """Images of train, val, test, and of what the seeds are trained on; None for a task without known counts."""
+        data = self.recipe.data
+        row = TASKS.get(data.task)
+        counts = dict(row.expected_counts) if row else {}
+        if row is not None and row.classes and data.shots is not None and "test" in counts:
+            train, val = data.shots * row.classes, min(data.shots, VAL_SHOTS) * row.classes
+            return counts | {"train": train, "val": min(val, counts.get("val", val)), "final": train}
         if not {"train", "val", "trainval", "test"} <= counts.keys():
             return None
-        train, seeds, reader = self.recipe.train, len(self.recipe.sweep.seeds), self.recipe.method.reader
+        counts["train"] = round(data.fraction * counts["train"])
+        return counts | {"final": counts["train"] + counts["val"]}
+
+    def images(self) -> int | None:
+        """Images that go through the backbone, at most if trials stop early; None for a task without known counts."""
+        counts = self.counts()
+        if counts is None:
+            return None
+        train, data, reader = self.recipe.train, self.recipe.data, self.recipe.method.reader
+        passes = data.tries if reader else self.seeds  # over the images of the seeds: a reader's share their draw's
+        val = 0 if data.shots is None else counts["val"]  # which the seeds are scored on where it is not trained on
         if reader and self.recipe.stream.cache != "none":  # filled for each rung
-            return len(self.rungs) * (counts["train"] + counts["val"]) + counts["trainval"] + counts["test"]
-        images = (1 if reader else seeds) * (train.epochs * counts["trainval"] + counts["test"])
+            final = passes * (counts["final"] + val + counts["test"])
+            return len(self.rungs) * (counts["train"] + counts["val"]) + final
+        scored = -(-train.epochs // train.eval_every)
+        images = passes * (train.epochs * counts["final"] + scored * val + counts["test"])
         for number, (trials, epochs) in enumerate(self.rungs, start=1):
             scored = -(-epochs // train.eval_every) if number == len(self.rungs) else 1
             images += (1 if reader else trials) * (epochs * counts["train"] + scored * counts["val"])
@@ -82,9 +111,17 @@ class Experiment:
 
 
 def plan_experiments(
-    tasks: Sequence[str], methods: Sequence[str], arguments: Sequence[str], root: str | None, out: str
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    arguments: Sequence[str],
+    root: str | None,
+    out: str,
+    *,
+    shots: Sequence[int] = (),
 ) -> list[Experiment]:
     """The experiments of a suite, tasks in the tables' order; ``arguments``: recipe files and overrides for all.
+
+    ``shots``: each task and method with each of these values of data.shots; none: with the recipes' own.
 
     Raises UserError with all mistakes of all recipes.
     """
@@ -95,20 +132,19 @@ def plan_experiments(
         if not sets_method(_recipe_file("method", method)):
             raise UserError(f"--method {method}: sets no method; put other recipes before --tasks and --method")
     experiments, mistakes = [], []
-    for name, file in task_recipes(tasks):
-        for method in methods:
-            folder = Path(out) / name / Path(method).stem
-            given = [*overrides, f"run.dir={folder}", "run.resume=auto"]
-            try:
-                # The method last: a recipe file of the user's may inherit another one.
-                names = [file, *files, _recipe_file("method", method)]
-                recipe = _load(names, given, root)
-            except RecipeError as error:
-                if root is None and "root is missing" in str(error):
-                    raise RecipeError("--root DIR is missing: the folder that contains the datasets") from error
-                mistakes.append(f"{name} with {method}: {error}")
-                continue
-            experiments.append(Experiment(name, Path(method).stem, recipe))
+    for (name, file), method, k in itertools.product(task_recipes(tasks), methods, shots or (None,)):
+        folder = Path(out) / name / (Path(method).stem + (f"-{k}-shot" if k else ""))
+        given = [*overrides, *([f"data.shots={k}"] if k else []), f"run.dir={folder}", "run.resume=auto"]
+        try:
+            # The method last: a recipe file of the user's may inherit another one.
+            names = [file, *files, _recipe_file("method", method)]
+            recipe = _load(names, given, root)
+        except RecipeError as error:
+            if root is None and "root is missing" in str(error):
+                raise RecipeError("--root DIR is missing: the folder that contains the datasets") from error
+            mistakes.append(f"{name} with {method}: {error}")
+            continue
+        experiments.append(Experiment(name, Path(method).stem, recipe, shots=k))
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     names = [experiment.name for experiment in experiments]
@@ -159,14 +195,14 @@ def show_plan(experiments: Sequence[Experiment]) -> None:
         table.add_column(column, justify="left" if column in ("task", "method") else "right", no_wrap=True)
     for number, one in enumerate(experiments):
         images = one.images()
-        seeds, shown = len(one.recipe.sweep.seeds), f"{images:,}" if images else "?"
+        seeds, shown = one.seeds, f"{images:,}" if images else "?"
         trials, epochs = (", ".join(map(str, each)) for each in zip(*one.rungs, strict=True))  # of the rungs
-        table.add_row(str(number), one.task, one.method, trials, str(seeds), epochs, shown)
+        table.add_row(str(number), one.task, one.trained, trials, str(seeds), epochs, shown)
     console = Console(highlight=False)
     console.print(table)
     total = sum(rung.trials for one in experiments for rung in one.rungs)
     images = sum(one.images() or 0 for one in experiments)
-    seeds = sum(len(one.recipe.sweep.seeds) for one in experiments)
+    seeds = sum(one.seeds for one in experiments)
     for warning in {warning: 1 for one in experiments for warning in one.recipe.warnings}:
         console.print(f"note: {warning}", markup=False)
     unknown = "; ? where the counts are not known before" if any(one.images() is None for one in experiments) else ""
@@ -246,7 +282,7 @@ def record_plan(folder: Path, experiments: Sequence[Experiment]) -> None:
             one.name: {
                 "recipe": one.key,
                 "trials": sum(rung.trials for rung in one.rungs),
-                "seeds": list(one.recipe.sweep.seeds),
+                "seeds": list(one.recipe.sweep.seeds)[: one.seeds],
             }
             for one in experiments
         }

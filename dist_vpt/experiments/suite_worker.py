@@ -204,6 +204,7 @@ def _result(
     """The line of results.jsonl of a sweep: its sweep.json, the chosen trial's outcome, and the seeds' runs."""
     runs = [read_json(file) for job in seeds if (file := RunFolder(str(job.recipe.run.dir)).result).is_file()]
     settings = {"trials": experiment.trials, "epochs": experiment.recipe.train.epochs, "search": experiment.search}
+    settings["tries"] = experiment.recipe.data.tries
     protocol = runs[0]["protocol"] | settings
     return Result(
         **_common(experiment),

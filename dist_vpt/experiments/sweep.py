@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from dist_vpt.data.formats import open_splits
 from dist_vpt.data.splits import Splits
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.devices import select_device
@@ -62,6 +63,8 @@ def sweep(recipe: Recipe) -> dict[str, Any]:
         def check() -> list[str]:
             parts = build_components(first, launch)
             check_splits(parts.splits)
+            if recipe.data.tries > 1:
+                open_splits(recipe.data)  # raises for what the first try alone does not show
             parts.method.train()
             return parts.remarks()
 

@@ -59,11 +59,16 @@ def grid_jobs(recipe: Recipe, folder: Path) -> list[SweepJob]:
 
 
 def seed_jobs(recipe: Recipe, folder: Path, chosen: SweepJob) -> list[SweepJob]:
-    """The chosen setting on trainval, once for each seed."""
-    jobs = []
-    for number, seed in enumerate(recipe.sweep.seeds):
+    """The chosen setting, once for each seed; with data.tries, once for each draw, with a seed of its own.
+
+    On trainval, but with data.shots on train: so many images of a class are all that is trained on.
+    """
+    jobs, data = [], recipe.data
+    train_on = "train" if data.shots else "trainval"
+    for number, seed in enumerate(recipe.sweep.seeds[: data.tries if data.tries > 1 else None]):
         run_dir = folder / "seeds" / str(seed)
-        fixed = {"seed": seed, "data.train_on": "trainval", "train.early_stop": None, "run.dir": str(run_dir)}
+        fixed = {"seed": seed, "data.train_on": train_on, "train.early_stop": None, "run.dir": str(run_dir)}
+        fixed |= {"data.try_index": number} if data.tries > 1 else {}
         trial = with_values(recipe, {**chosen.setting, **fixed, "train.test": True})
         jobs.append(SweepJob(number, {"seed": seed}, trial, folder / "seeds" / f"{seed}.json"))
     return jobs
@@ -114,11 +119,11 @@ def group_jobs(jobs: Sequence[SweepJob], may_differ: Sequence[str]) -> list[list
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """The recipe with keys set and without its sweep; the order of the data is fixed to what all trials share."""
+    """The recipe with keys set, and without its sweep and tries; the order of the data is what all trials share."""
     data = recipe.model_dump(mode="json")
     data["sweep"] = SweepConfig().model_dump(mode="json")
     data_seed = recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed
-    for key, value in {"train.data_seed": data_seed, **values}.items():
+    for key, value in {"train.data_seed": data_seed, "data.tries": 1, **values}.items():
         into = data
         *path, name = key.split(".")
         for part in path:

@@ -29,6 +29,8 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     from torch.utils.tensorboard import SummaryWriter
 
     content = _summary(rungs, results, seconds)
+    if recipe.data.draws:
+        content["draws"] = recipe.data.model_dump(include={"shots", "fraction", "tries"})
     figure = heatmap_figure(content["trials"], content["chosen"])
     figure.savefig(folder.path / "heatmap.png", dpi=120)
     if "tensorboard" in recipe.run.trackers:
@@ -164,7 +166,7 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
     top1 = content["test"].get("top1")
     if top1:
         console.print(
-            f"test top1 {top1['mean']:.2f} ± {top1['std']:.2f} % over {len(top1['values'])} seeds on trainval "
+            f"test top1 {top1['mean']:.2f} ± {top1['std']:.2f} % over {len(top1['values'])} {_over(content)} "
             f"({setting_text(content['chosen'])})",
             markup=False,
         )
@@ -173,6 +175,17 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
     if skipped := content.get("skipped_images"):
         console.print(f"without {len(skipped)} images that cannot be read: the file below lists them")
     console.print(str(folder / "sweep.json"), markup=False, soft_wrap=True)
+
+
+def _over(content: dict[str, Any]) -> str:
+    """What the mean on test is over."""
+    draws = content.get("draws")
+    if draws is None:
+        return "seeds on trainval"
+    what = "tries" if draws["tries"] > 1 else "seeds"
+    if draws["shots"] is None:
+        return f"{what} with {draws['fraction']:g} of train, on trainval"
+    return f"{what} of {draws['shots']} shots, on train"
 
 
 def _short(value: Any) -> str:

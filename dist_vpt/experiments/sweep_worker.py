@@ -224,7 +224,7 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
         warnings=trial.progress.warnings,
     )
     write_result(folder, result)
-    if parts.splits.held_out:
-        write_atomically(folder.splits, json.dumps(parts.held_out(), indent=1) + "\n")
+    if seeded := parts.seeded():
+        folder.write_splits(seeded)
     write_atomically(folder.recipe, job.recipe.to_yaml())
     folder.mark("done")

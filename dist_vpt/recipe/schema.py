@@ -1,30 +1,28 @@
 """The recipe: a typed description of one run, with a section for each part."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.tasks import EMBEDDED
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
+from dist_vpt.recipe.fields import Policy, or_null
 from dist_vpt.recipe.yaml import Dumper
 
 LARGE_ADAMW_LR = 0.1  # at which every number moves by a typical token in a step
 Protocol = Literal["default", "published"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+SET_BY_SWEEP = (
+    *("grid.seed", "grid.sweep", "grid.run", "grid.train.test"),
+    *("grid.data.train_on", "grid.data.tries", "grid.data.try_index"),
+)
 MIN_RUNG_EPOCHS = 5  # of a sweep by halving, unless sweep.min_epochs says otherwise: fewer show little of a setting
-
-
-def _or_null(schema: dict[str, Any]) -> None:
-    """Recipe files may have null here; it is filled in before the recipe is checked."""
-    number = {key: schema.pop(key) for key in ("type", "minimum") if key in schema}
-    schema["anyOf"] = [number, {"type": "null"}]
 
 
 class Section(BaseModel):
@@ -60,7 +58,7 @@ class OptimConfig(Section):
         0.0,
         ge=0,
         description="linear warm-up from 0, in epochs; null: a tenth of train.epochs",
-        json_schema_extra=_or_null,
+        json_schema_extra=or_null,
     )
     schedule_by: Literal["step", "epoch"] = Field(
         "step",
@@ -110,18 +108,6 @@ class TrainConfig(Section):
     )
     early_stop: EarlyStopConfig | None = Field(None, description="early stopping on the validation split; null: none")
     test: bool = Field(True, description="evaluate on the test split once, after training")
-
-
-POLICY = re.compile(r"^(none|mlp|block|every-[1-9][0-9]*|budget-0\.[0-9]*[1-9][0-9]*)$")
-
-
-def _policy(value: str) -> str:
-    if not POLICY.match(value):
-        raise ValueError(f"{value!r}: must be none, mlp, block, every-N (such as every-2) or budget-F (budget-0.5)")
-    return value
-
-
-Policy = Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"pattern": POLICY.pattern})]
 
 
 class RuntimeConfig(Section):
@@ -242,7 +228,7 @@ class SweepConfig(Section):
                 yield f"{at} = {values!r}: must be a list with at least one value"
             elif any(isinstance(value, (list, dict)) for value in values) or len(set(values)) < len(values):
                 yield f"{at} = {values!r}: must be plain values, each given once"
-            if at in ("grid.seed", "grid.sweep", "grid.run", "grid.data.train_on", "grid.train.test"):
+            if at in SET_BY_SWEEP:
                 yield f"{at}: is set by the sweep; leave it out"
 
         mistakes = list(check(self.grid, "grid"))
@@ -346,6 +332,11 @@ class Recipe(Section):
             yield (
                 "train.early_stop needs a validation split, and data.train_on = trainval leaves none: "
                 "set data.train_on=train or train.early_stop=null"
+            )
+        if self.data.tries > len(self.sweep.seeds):
+            yield (
+                f"data.tries = {self.data.tries}: each try is trained with a seed of its own, and sweep.seeds has "
+                f"{len(self.sweep.seeds)}; give as many seeds, or fewer tries"
             )
         method = f"method.name = {self.method.name}"
         if self.stream != StreamConfig() and not self.method.reader:

@@ -255,11 +255,18 @@ def _packed(results: Sequence[LocalResult]) -> list[list[LocalResult]]:
     for group in sorted(groups, key=_weight, reverse=True):
         tasks = {local.result.task for local in group}
         free = [row for row in rows if tasks.isdisjoint(local.result.task for local in row)]
+        free = [row for row in free if _shots(row[0]) == _shots(group[0])]  # which name a row
         if free:
             min(free, key=lambda row: len(_unlike(row[0], group[0]))).extend(group)
         else:
             rows.append(group)
     return rows
+
+
+def _shots(local: LocalResult) -> str:
+    """The images of a class, and "" for all of them."""
+    shots = local.result.protocol.shots if local.result.protocol else None
+    return "1 shot" if shots == 1 else f"{shots} shots" if shots else ""
 
 
 def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
@@ -270,11 +277,13 @@ def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
 def _details(firsts: Sequence[LocalResult]) -> list[str]:
     """Labels that tell rows of one method and backbone apart: precision, protocol, or else the folder."""
     protocols = [local.result.protocol for local in firsts]
-    fields = dict.fromkeys(name for local in firsts for name in _unlike(firsts[0], local))
+    fields = dict.fromkeys(name for local in firsts for name in _unlike(firsts[0], local) if name != "shots")
     precise = len({local.result.precision for local in firsts}) > 1
     details = [
         ", ".join(
-            ([local.result.precision] if precise else []) + [f"{_name(name)} {_value(each, name)}" for name in fields]
+            ([_shots(local)] if _shots(local) else [])
+            + ([local.result.precision] if precise else [])
+            + [f"{_name(name)} {_value(each, name)}" for name in fields]
         )
         for local, each in zip(firsts, protocols, strict=True)
     ]
@@ -312,6 +321,7 @@ def _expected(task: str) -> dict[str, str | int | None]:
         "exif": row.exif,
         "background": row.background,
         "fraction": "1.0",
+        "shots": "all images",
         "carved": "none",
         "image_size": PUBLISHED_SIZE,
         "epochs": PUBLISHED_EPOCHS,
@@ -347,6 +357,8 @@ def _name(field_name: str) -> str:
 
 def _value(protocol: Protocol | None, name: str) -> str:
     value = str(getattr(protocol, name, ABSENT))
+    if name == "shots" and value == "None":
+        return "all images"
     if name == "carved":
         return ", ".join(getattr(protocol, name, ())) or "none"
     return value.partition(" ")[0] if name == "storage" else value  # without its version

@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,17 @@ class RunFolder:
             f"{self.path}: another run is at work here ({holder}); wait for its end or choose another run.dir"
         )
 
+    def write_splits(self, images: Mapping[str, Sequence[str]]) -> None:
+        """Write which images splits have that a seed made. Raises RunFolderError where the run began with others."""
+        before = read_json(self.splits) if self.splits.is_file() else {}
+        for name, files in images.items():
+            if name in before and _below_folder(before[name]) != _below_folder(files):
+                raise RunFolderError(
+                    f"{self.splits}: split {name!r} had other images when this run began: the dataset has changed; "
+                    "restore it, or choose another run.dir"
+                )
+        write_atomically(self.splits, json.dumps(images, indent=1) + "\n")
+
     def refuse_sweep(self) -> None:
         """Raises RunFolderError where the folder holds a sweep, and a run is expected."""
         if self.status().get("kind") == "sweep":
@@ -256,6 +267,13 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: holds files ({', '.join(found[:3])}) but no run; choose another run.dir"
             )
+
+
+def _below_folder(files: Sequence[str]) -> list[str]:
+    """Paths below the folder that all share: a dataset may be moved."""
+    first, last = min(files, default=""), max(files, default="")  # all others share what these do
+    same = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    return [file[first.rfind("/", 0, same) + 1 :] for file in files]
 
 
 def timestamp(precision: str = "seconds") -> str:

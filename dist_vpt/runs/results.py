@@ -45,6 +45,8 @@ class Protocol(_Line):
     exif: str = "ignore"  # orientation
     background: str = "none"  # under transparent images
     fraction: float = 1.0  # of train that is used
+    shots: int | None = None  # images of each class of train that are used, which the seeds are trained on; None: all
+    tries: int = 1  # draws of these images, of which each seed has one; 1: all seeds have the same
     carved: tuple[str, ...] = ()  # splits that the dataset lacks, taken out of train by a seed
     position_resize: str = "timm"  # how learned positions are resampled to another image size than the weights'
     trials: int  # settings that were chosen among

@@ -87,6 +87,7 @@ class Components:
             "carved": list(splits.held_out),
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
             "notes": list(splits.notes),
+            **({"shots": data.shots} if data.shots else {}),
             **({"position_resize": backbone.positions} if has_learned_positions(backbone.name) else {}),
         }
 
@@ -96,6 +97,12 @@ class Components:
         lines = (
             [f"split off train by data.split_seed = {self.recipe.data.split_seed}: {', '.join(sizes)}"] if sizes else []
         )
+        if self.splits.drawn:
+            data = self.recipe.data
+            sizes = [f"{len(self.splits[name]):,} images of {name}" for name in self.splits.drawn]
+            of = f"shots {data.shots}" if data.shots else f"fraction {data.fraction:g}"
+            seed = f"data.split_seed = {data.split_seed}, data.try_index = {data.try_index}"
+            lines.append(f"{of}: {' and '.join(sizes)}, drawn by {seed}")
         lines += [f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks)]
         if self.launch.rank:
             return lines
@@ -111,9 +118,10 @@ class Components:
             lines.append(f"note: {note}")
         return lines
 
-    def held_out(self) -> dict[str, list[str]]:
-        """Files of the splits that a seed took out of train, for splits.json."""
-        splits = {name: self.splits[name] for name in self.splits.held_out}
+    def seeded(self) -> dict[str, list[str]]:
+        """Files of the splits that a seed took out of train or drew from, for splits.json."""
+        names = dict.fromkeys((*self.splits.drawn, *self.splits.held_out))
+        splits = {name: self.splits[name] for name in names}
         return {name: [split.where(i) for i in range(len(split))] for name, split in splits.items()}
 
     def loader_options(self, rank: int, world: int) -> dict[str, Any]:

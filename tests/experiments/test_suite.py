@@ -289,6 +289,10 @@ def test_what_a_plan_costs() -> None:
     assert images("vqt", "dtd", "stream.cache=none") == 100 * (800 + 200) + 100 * 1000 + 1880
     assert images("vpt_deep", "cub") is None
     assert images("vqt", "shapes_ori") == 800 + 200 + 1000 + 1000
+    few = ("data.shots=8", "data.tries=3")
+    assert images("vqt", "cub", *few) == 1600 + 800 + 3 * (1600 + 800 + 5794)
+    assert images("vpt_deep", "dtd", *few) == 40 * 100 * (376 + 188) + 3 * (100 * (376 + 188) + 1880)
+    assert images("vpt_deep", "dtd", "data.fraction=0.5") == 40 * 100 * (400 + 200) + 5 * (100 * 600 + 1880)
 
 
 def test_the_plan_is_shown_and_nothing_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats.files import Mistakes, alike_key, open_home, open_root
-from dist_vpt.data.splits import Splits
+from dist_vpt.data.splits import Splits, draw
 from dist_vpt.data.tasks import Format, Task
 from dist_vpt.errors import DataError
 
@@ -47,7 +47,7 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     _check_counts(location, task, splits)
     if not task.allow_missing_classes:
         _check_absent(location, recipe.train_on, splits)
-    return splits
+    return draw(splits, recipe)
 
 
 def check_root(recipe: DataConfig, *, test: bool) -> None:

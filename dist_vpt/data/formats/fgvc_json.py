@@ -1,10 +1,11 @@
 """FGVC folders: train.json, val.json and test.json map an image's relative path to its class id.
 
 A path starts at the root, at ``images`` or at ``Images``. Ids are whole numbers or text; their order on train
-gives the labels of every split. A part of train (``data.fraction``) is that of train_PERCENT.json, or is split off.
+gives the labels of every split. A part of train (``data.fraction``) is that of train_PERCENT.json, if there is one.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import FileSource, Folder, Mistakes, open_home, read_text
 from dist_vpt.data.images import Decoding
-from dist_vpt.data.splits import Split, Splits, class_order, fraction_of, with_missing_splits
+from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, nearest
 
@@ -37,10 +38,9 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
         for name, pairs in entries.items()
     }
     mistakes.check()
-    if recipe.fraction < 1 and files["train"] != reduced:
-        found["train"] = fraction_of(found["train"], recipe.fraction, recipe.split_seed)
     missing = {"test": f"there is no {files['test']}; add it: an object of 'relative/path': class id"}
-    return with_missing_splits(recipe, classes, found, holdout_test=False, missing=missing)
+    splits = with_missing_splits(recipe, classes, found, holdout_test=False, missing=missing)
+    return replace(splits, fixed=str(reduced)) if files["train"] == reduced else splits
 
 
 def _entries(file: Path) -> list[tuple[str, Any]]:

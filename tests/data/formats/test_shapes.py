@@ -162,7 +162,8 @@ def test_a_run_is_trained_and_predicts_bins(places: Splits, tmp_path: Path, caps
     Image.fromarray(np.asarray(places.test.read(0))).save(tmp_path / "one.png")
     capsys.readouterr()
     assert main(["predict", str(tmp_path / "run"), str(tmp_path / "one.png")]) == 0
-    assert any(name in capsys.readouterr().out for name in places.classes)
+    printed = capsys.readouterr().out
+    assert any(name in printed for name in places.classes)
 
 
 def test_pixels_are_pinned_and_follow_the_seed(orientations: Splits) -> None:
