@@ -1,0 +1,105 @@
+"""A frozen stream that is kept in 8 bits."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.frozen_stream.cache import StreamCache, fill, layout, nbytes
+from dist_vpt.frozen_stream.compact import Packed, pack
+from dist_vpt.frozen_stream.config import StreamDtype
+from dist_vpt.frozen_stream.disk import cache_folder, identity, on_disk
+from dist_vpt.frozen_stream.observe import StreamSpec, compute_stream
+from tests.frozen_stream.test_cache import FAST, READERS, parts_of, run
+from tests.methods.conftest import make_backbone
+
+# Half a step of the largest number of a token; 3 bits behind the leading one, and below 2^-6 of 448 a fixed step.
+ERROR = {"int8": 0.5 / 127, "fp8": 2**-4}
+SPECS = {
+    "normed": StreamSpec((0, 2), key_scales=True),
+    "keys": StreamSpec((1,), keys=True, pixels=True),
+    "states": StreamSpec(states=(0, 3), patches_only=True),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_token_is_kept_to_its_own_scale(dtype: StreamDtype) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(6, 5, 32) * torch.logspace(-6, 6, 30).view(6, 5, 1)
+    rows[2, 3] = 0
+    rows[4, 1, 7] *= 100  # one number far above the others of its token
+    packed = Packed(*pack(rows, dtype), torch.float32)
+    found = packed.rows(torch.tensor([4, 0, 2]))
+    wanted = rows[[4, 0, 2]].double()
+    largest = wanted.abs().amax(-1, keepdim=True)
+    allowed = ERROR[dtype] * (largest if dtype == "int8" else wanted.abs().maximum(largest * 2**-6 / 448 / 2**-3))
+    assert ((found.double() - wanted).abs() <= allowed * 1.001).all()
+    assert (found[2, 3] == 0).all()
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_memory_and_disk_hold_the_same(kind: str, dtype: StreamDtype, tmp_path: Path) -> None:
+    spec, parts, backbone = replace(SPECS[kind], dtype=dtype), parts_of("data.image_size=16"), make_backbone("registers")
+    split, batches = parts.splits["val"], partial(parts.evaluation, "val")
+    facts = identity(split, parts.transform, 178.0, backbone, spec)
+    cpu, stop = torch.device("cpu"), StopSignal()
+    memory = fill(backbone, spec, batches(0, 1), split, RankAccelerator(cpu=True), cpu, stop)
+    target = cache_folder(str(tmp_path), facts)
+    built, _ = on_disk(target, facts, backbone, spec, batches, cpu, stop)
+    opened, _ = on_disk(target, facts, backbone, spec, batches, cpu, stop)
+    exact = compute_stream(backbone, torch.cat([batch["images"] for batch in batches(0, 1)]), spec)
+    rows = torch.tensor([3, 199, 0])
+    for cache in (memory, built, opened):
+        assert (
+            bytes_of(cache)
+            == nbytes(backbone, spec, 200)
+            == sum(a.nbytes for a in layout(backbone, spec, 200).values())
+        )
+        for name, found, first, wanted in zip(exact._fields, cache[rows], memory[rows], exact, strict=True):
+            pairs = (
+                [(found, first, wanted)] if isinstance(wanted, torch.Tensor) else zip(found, first, wanted, strict=True)
+            )
+            for one, other, of_all in pairs:
+                assert torch.equal(one, other)
+                error = (one - of_all[rows]).norm() / of_all[rows].norm()
+                assert error < (1e-6 if name in ("pooled", "pixels", "key_scales") else 0.04), name
+    plain = identity(split, parts.transform, 178.0, backbone, SPECS[kind])
+    assert cache_folder(str(tmp_path), plain) != target
+
+
+def bytes_of(cache: StreamCache) -> int:
+    """Of all tensors that a cache keeps."""
+    pooled, *fields = cache.kept
+    kept = [pooled]
+    for field in fields:
+        for each in field:
+            kept += [each.values, each.scale] if isinstance(each, Packed) else [each]
+    return sum(tensor.nbytes for tensor in kept)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize("reader", ["vqt", "combo"])
+def test_training_on_8_bits_comes_close(reader: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    options = (*data, *FAST, *READERS[reader], "train.batch_size=30", "optim.lr=0.1", "train.epochs=2")
+    exact = run(tmp_path / "exact", *options, "stream.cache=memory")
+    for dtype in ("int8", "fp8"):
+        found = run(tmp_path / dtype, *options, "stream.cache=memory", f"stream.dtype={dtype}")
+        assert f"cached in {dtype} in memory" in found.line
+        assert found.losses == pytest.approx(exact.losses, rel=0.05)
+        assert found.losses != exact.losses
+        assert np.isfinite(found.losses).all()
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_disk_serves_a_second_run(data: tuple[str, ...], tmp_path: Path) -> None:
+    options = (*data, *FAST, *READERS["vqt"], "train.batch_size=30", "train.epochs=2", "optim.lr=0.1")
+    disk = (*options, "stream.cache=disk", f"stream.dir={tmp_path / 'cache'}", "stream.dtype=int8")
+    first, second = run(tmp_path / "first", *disk), run(tmp_path / "second", *disk)
+    assert first.losses == second.losses
+    assert second.live == 0
