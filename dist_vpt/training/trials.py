@@ -62,6 +62,7 @@ class TrialGroup(Training):
     def restack(self) -> list[TrialStack]:
         """The stacks of the running trials, made anew where one of them has ended."""
         if not self.stacks or not all(trial.running for stack in self.stacks for trial in stack.trials):
+            self.stacks = []  # whose tensors are freed while the new ones are made
             self.stacks = stack_running(self.trials)
         return self.stacks
 
