@@ -52,6 +52,7 @@ class TrialStack:
         device = self.state["steps"].device
         self.peak_lr_T = exact_numbers([each.optim.peak_lr(each.train.batch_size) for each in recipes], device)
         self.decay_T = exact_numbers([each.optim.weight_decay for each in recipes], device)
+        self.sound_T = torch.ones(len(trials), dtype=torch.bool, device=device)  # false once a trial has diverged
         self.decays = any(each.optim.weight_decay for each in recipes)
 
     @property
@@ -67,8 +68,8 @@ class TrialStack:
     def update(self, step: int, steps_per_epoch: int, finite_T: Tensor) -> Tensor:
         """Clip and step every trial as it would be alone, and forget the gradients; returns the norms [T] before that.
 
-        ``finite_T`` [T] (bool): trials with a finite loss. The others are left as they are, and so are those whose norm
-        is not finite; in fp16 their gradient scale is lowered.
+        ``finite_T`` [T] (bool): trials with a finite loss. The others are left as they are from now on, as are those
+        whose norm is not finite; in fp16 these miss one step, and their gradient scale is lowered.
         """
         gradients = {name: tensor.grad for name, tensor in self.trained.items() if tensor.grad is not None}
         norm_T = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]).norm(dim=0)
@@ -76,7 +77,8 @@ class TrialStack:
         if self.scales:
             factor_T = factor_T / self.state["scale"].float()
             norm_T = norm_T * factor_T
-        alive_T = finite_T & norm_T.isfinite()
+        self.sound_T &= finite_T if self.scales else finite_T & norm_T.isfinite()
+        alive_T = self.sound_T & norm_T.isfinite()
         if self.scales:
             self._rescale(norm_T)
         if self.optim.clip_norm is not None:

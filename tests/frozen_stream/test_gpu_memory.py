@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,12 @@ from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import PROCESSES_PER_GPU, LaunchEnv, detach_from_launcher
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.frozen_stream import placement, timing
+from dist_vpt.frozen_stream import placement, prefetch, timing
 from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, fill, nbytes
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.frozen_stream.placement import Sharing, choose, open_streams, step_bytes
-from dist_vpt.frozen_stream.prefetch import prefetched
+from dist_vpt.frozen_stream.prefetch import DeviceCopy, prefetched
 from dist_vpt.frozen_stream.timing import Speeds, measure
 from tests.methods.conftest import make_backbone
 
@@ -162,6 +163,71 @@ def test_errors_and_the_end_of_a_pass_reach_the_thread() -> None:
     unread.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("stream-cache")]
     assert list(prefetched(make, [], CPU)) == []
+
+
+class FakeCuda:
+    """Streams and events of a CUDA device that note what is called, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls: list[str] = []
+        self.current = FakeStream(self, "main")
+        self.made = 0
+        prefetch._side_stream.cache_clear()
+        for name, fake in (("Stream", self.new), ("stream", self.within), ("current_stream", lambda _: self.current)):
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(prefetch, "send_to_device", self.send)
+
+    def new(self, device: torch.device) -> Any:
+        self.made += 1
+        return FakeStream(self, f"side {self.made}")
+
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        self.current, before = stream, self.current
+        yield
+        self.current = before
+
+    def send(self, made: Any, device: torch.device, non_blocking: bool) -> Any:
+        assert non_blocking
+        self.calls.append(f"copy on {self.current.name}")
+        return {key: FakeTensor(self, key) for key in made}
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda, name: str):
+        self.cuda, self.name = cuda, name
+
+    def record_event(self) -> str:
+        self.cuda.calls.append(f"event of {self.name}")
+        return self.name
+
+    def wait_event(self, event: str) -> None:
+        self.cuda.calls.append(f"{self.name} waits for {event}")
+
+
+class FakeTensor:
+    def __init__(self, cuda: FakeCuda, name: str):
+        self.cuda, self.name = cuda, name
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.cuda.calls.append(f"{self.name} is used by {stream.name}")
+
+
+def test_copies_to_a_gpu_go_through_one_stream_a_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current stream waits for a copy when its tensors are wanted, and not before."""
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    first, rows = DeviceCopy({"images": 0}, device, "batches"), DeviceCopy({"rows": 0}, device, "rows")
+    assert cuda.calls == ["copy on side 1", "event of side 1", "copy on side 2", "event of side 2"]
+    cuda.calls.clear()
+    rows.arrived()
+    assert cuda.calls == ["main waits for side 2", "rows is used by main"]
+    cuda.calls.clear()
+    assert set(first.arrived()) == {"images"}
+    second = DeviceCopy({"images": 0}, device, "batches")
+    second.arrived()
+    assert cuda.calls[:3] == ["main waits for side 1", "images is used by main", "copy on side 1"]
+    assert cuda.made == 2, "the allocator keeps memory for each stream"
+    prefetch._side_stream.cache_clear()
 
 
 def test_rows_from_host_memory_are_the_same_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
