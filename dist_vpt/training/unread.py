@@ -19,8 +19,9 @@ class HostCopy:
     """Numbers on their way to the host. Reading them waits for what they were computed from, and for nothing later."""
 
     def __init__(self, numbers: Tensor):
-        cuda = numbers.device.type == "cuda"  # elsewhere nothing is known of pinned memory
-        self._numbers = numbers.to("cpu", non_blocking=cuda)  # torch pins the memory of such a copy
+        cuda = numbers.device.type == "cuda"
+        # Into pinned memory: a copy into any other is waited for.
+        self._numbers = torch.empty(numbers.shape, pin_memory=cuda).copy_(numbers, non_blocking=cuda)
         self._copied = torch.cuda.current_stream(numbers.device).record_event() if cuda else None
 
     def read(self) -> list[float]:
