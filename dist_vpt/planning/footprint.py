@@ -103,7 +103,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
 
     ``gpus``: as on a GPU, where what is offloaded comes back a block early, pinned host memory comes in powers of two,
     and in fp16 torch's optimizers step on all tensors at once, with temporaries as large as they are. All others are
-    fused and have none.
+    fused and have none, but for DeepSpeed's, whose temporaries are as large as a process's part and are not counted.
 
     Takes a second or so, and no memory of the device.
     """

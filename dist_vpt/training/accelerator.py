@@ -149,9 +149,11 @@ def steps_are_fused(accelerator: RankAccelerator) -> bool:
     """Whether optimizers use torch's fused kernels.
 
     Not beside a gradient scale: where the first step of SGD overflows, the fused kernel leaves momentum as the
-    allocator gave it, and takes it for real in the next step.
+    allocator gave it, and takes it for real in the next step. Not under DeepSpeed, whose optimizers around torch's step
+    by themselves and know no ``found_inf``.
     """
-    return accelerator.scaler is None and accelerator.device.type in ("cuda", "cpu")
+    alone = accelerator.scaler is None and accelerator.state.deepspeed_plugin is None
+    return alone and accelerator.device.type in ("cuda", "cpu")
 
 
 def unsupported_reason(recipe: Recipe, name: str) -> str:

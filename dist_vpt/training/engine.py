@@ -365,10 +365,10 @@ def _guard(t: TrainState, issued: UnreadStep) -> None:
     """Let no loss or gradient norm that is not finite change what is trained or what the optimizer remembers.
 
     A fused step, and all after it, are skipped on the device, and Diverged is raised when the step is read. Elsewhere
-    the numbers are read here: without a fused kernel only the host can skip a step, and under DeepSpeed it must hold
-    back the backward, which steps by itself, with optimizers of DeepSpeed's around torch's that know no ``found_inf``.
+    the numbers are read here: without a fused kernel only the host can skip a step. Under DeepSpeed it must even hold
+    back the backward, which steps by itself.
     """
-    if _is_deepspeed(t) or not steps_are_fused(t.accelerator):
+    if not steps_are_fused(t.accelerator):
         issued.raise_if_diverged()
         return
     t.spoiled = torch.where(issued.finite(), t.spoiled, 1.0)
