@@ -231,6 +231,7 @@ class Bench:
         def step() -> None:
             step_trials(p, [draw()])
             p.progress.step += 1
+            p.read_steps(but=1)
 
         step()  # puts the trials' tensors into stacks
         saved = saved_for_backward(nn.ModuleList(readers), step)

@@ -27,6 +27,11 @@ class _Batches:
         """Files that this process could not read so far (``on_decode_error="skip"``)."""
         return self._source.skipped
 
+    @property
+    def ahead(self) -> int:
+        """How many batches workers make, or have made, before they are asked for."""
+        return self._source.ahead if isinstance(self._source, WorkerSource) else 0
+
     def use(self, source: BatchSource) -> None:
         """Take the same batches from another source from now on."""
         self._source.close()

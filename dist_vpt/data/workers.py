@@ -185,6 +185,11 @@ class WorkerSource:
         self._device, self._budget = torch.device("cpu"), 0.0
         self._on_device: DeviceImages | None = None
 
+    @property
+    def ahead(self) -> int:
+        """How many batches workers make, or have made, before they are asked for."""
+        return PREFETCH * self._pool.workers
+
     def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         self._pass += 1
         this_pass = self._pass
@@ -195,7 +200,7 @@ class WorkerSource:
             return
         # One batch is being copied out while each worker has its requests. Slots are used in turn: one is used again
         # only when its batch has been copied.
-        count = PREFETCH * self._pool.workers + 1
+        count = self.ahead + 1
         if self._pool.workers and self._batches.slots is None:
             slots_Rb3SS = self._batches.empty(count, self._largest)
             _check_shared_memory(slots_Rb3SS.nbytes // count, self._pool.workers, self._local_world)

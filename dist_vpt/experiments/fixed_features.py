@@ -206,6 +206,7 @@ def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
             optimizer.step()
             optimizer.zero_grad()
             correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
+            progress.step += 1
             progress.count(loss.item(), correct.item(), batch["weight"].sum().item())
         _raise_on_stop(f.stop)
         progress.end_epoch()

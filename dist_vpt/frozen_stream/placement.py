@@ -127,7 +127,7 @@ def _unless_live_is_faster(
 ) -> Placement:
     """Host memory, or the live stream where it takes less time; the line gets the measured times."""
     with closing(make_batches(accelerator.process_index, accelerator.num_processes)) as batches:
-        speeds = measure(backbone, spec, iter(batches), accelerator.device)
+        speeds = measure(backbone, spec, batches, accelerator.device)
     if speeds.live_is_faster:
         return Placement("none", False, f"frozen stream: live, which is faster than host memory ({speeds})")
     return found._replace(line=f"{found.line} ({speeds})")

@@ -5,6 +5,7 @@ b images of a batch.
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +13,11 @@ import torch
 from accelerate.utils import send_to_device
 
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.data.loaders import Batch
+from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.frozen_stream.cache import StreamCache
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 
-BATCHES = 4  # of which the first prepares: workers start, kernels are chosen, memory is allocated
+BATCHES = 4  # that are timed, or as many as workers make at a time: they finish theirs at about the same moment
 
 
 class Speeds(NamedTuple):
@@ -33,26 +34,47 @@ class Speeds(NamedTuple):
         return f"{self.live:.2f} ms an image live, {self.host:.2f} ms from host memory"
 
 
-def measure(
-    backbone: Backbone, spec: StreamSpec, batches: Iterator[Batch], device: torch.device, *, several: int = BATCHES
-) -> Speeds:
-    """Time both on the first of the batches, uint8 or float images [b, 3, S, S]. Raises their DataError."""
-    live, host = [], []
-    for _ in range(several):
-        started = time.perf_counter()
-        if (batch := next(batches, None)) is None:
-            break
-        output = compute_stream(backbone, batch["images"].to(device), spec)
-        _finish(device)
-        images = len(batch["index"])
-        live.append((time.perf_counter() - started) / images)
-        kept = StreamCache(_on_host(output), np.ones(images, bool))
-        order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
-        started = time.perf_counter()
+def measure(backbone: Backbone, spec: StreamSpec, batches: EvalBatches, device: torch.device) -> Speeds:
+    """Mean times of both on some of the batches, uint8 or float images [b, 3, S, S]. Raises their DataError."""
+    reading = iter(batches)
+    # The first batch prepares: workers start, kernels are chosen, memory is allocated.
+    output = compute_stream(backbone, next(reading)["images"].to(device), spec)
+    host = _time_host(output, device)
+    images, timed = 0, _steady(batches, reading)
+    started = time.perf_counter()
+    for batch in timed:
+        compute_stream(backbone, batch["images"].to(device), spec)
+        images += len(batch["index"])
+    _finish(device)
+    return Speeds(1000 * (time.perf_counter() - started) / images, host)
+
+
+def _steady(batches: EvalBatches, reading: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches that arrive as they do in the midst of an epoch. ``reading``: a pass of which the first one is read.
+
+    The first batches of a pass do not: workers prefetch them while somebody waits or computes. They are read here
+    without computing anything, so that those which follow are still to be decoded. Where a split has too few batches
+    for that, they are a whole second pass, of which workers have read nothing yet: they cost what every epoch costs.
+    """
+    count = max(BATCHES, batches.ahead)
+    skipped = batches.ahead if len(batches) > batches.ahead + count else len(batches)
+    for _ in islice(reading, skipped):
+        pass
+    return islice(reading, count) if skipped < len(batches) else iter(batches)
+
+
+def _time_host(output: StreamOutput, device: torch.device) -> float:
+    """Milliseconds an image to gather rows in another order and to copy them."""
+    images = len(output.pooled)
+    kept = StreamCache(_on_host(output), np.ones(images, bool))
+    order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
+    send_to_device(kept[order], device)  # allocates pinned memory
+    _finish(device)
+    started = time.perf_counter()
+    for _ in range(BATCHES):
         send_to_device(kept[order], device)
-        _finish(device)
-        host.append((time.perf_counter() - started) / images)
-    return Speeds(*(1000 * min(each[1:] or each, default=0.0) for each in (live, host)))
+    _finish(device)
+    return 1000 * (time.perf_counter() - started) / (BATCHES * images)
 
 
 def _on_host(output: StreamOutput) -> StreamOutput:

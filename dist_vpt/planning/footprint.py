@@ -101,8 +101,9 @@ class PerDeviceMemory:
 def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: bool = False) -> MemoryEstimate:
     """Count a recipe's bytes with ``images`` of a micro-batch, as the recipe has them unless given.
 
-    ``gpus``: as on a GPU, where torch's optimizers step on all tensors at once, with temporaries as large as they are,
-    what is offloaded comes back a block early, and pinned host memory comes in powers of two.
+    ``gpus``: as on a GPU, where what is offloaded comes back a block early, pinned host memory comes in powers of two,
+    and in fp16 torch's optimizers step on all tensors at once, with temporaries as large as they are. All others are
+    fused and have none, but for DeepSpeed's, whose temporaries are as large as a process's part and are not counted.
 
     Takes a second or so, and no memory of the device.
     """
@@ -112,9 +113,10 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
         apply_offload(method.backbone, _PinnedCopy if gpus else _to_host)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
-        optimizer = build_optimizer(recipe.optim, method)
+        fused = recipe.runtime.precision != "fp16"
+        optimizer = build_optimizer(recipe.optim, method, fused=fused)
         for group in optimizer.param_groups:
-            group["foreach"] = gpus  # torch's default
+            group["foreach"] = gpus and not fused  # torch's default
         batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
         step = _Step(recipe, inputs, method, optimizer, batch, classes)
         step.train()  # the first one makes the optimizer's state

@@ -28,8 +28,7 @@ class Progress:
     warnings: list[str] = field(default_factory=list)  # that it does not learn
 
     def count(self, loss: float, correct: float, images: float) -> None:
-        """Add one step: its mean loss, its correctly classified images and all its images."""
-        self.step += 1
+        """Add what one step computed: its mean loss, its correctly classified images and all its images."""
         self.images += int(images)
         self.sums = [self.sums[0] + loss * images, self.sums[1] + correct, self.sums[2] + images]
 

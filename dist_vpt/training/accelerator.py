@@ -139,10 +139,21 @@ def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) ->
     )
     for parameter in frozen.values():
         parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed does not broadcast it then
-    model, optimizer = accelerator.prepare(method, build_optimizer(optim, method))
+    model, optimizer = accelerator.prepare(method, build_optimizer(optim, method, fused=steps_are_fused(accelerator)))
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
     return model, optimizer
+
+
+def steps_are_fused(accelerator: RankAccelerator) -> bool:
+    """Whether optimizers use torch's fused kernels.
+
+    Not beside a gradient scale: where the first step of SGD overflows, the fused kernel leaves momentum as the
+    allocator gave it, and takes it for real in the next step. Not under DeepSpeed, whose optimizers around torch's step
+    by themselves and know no ``found_inf``.
+    """
+    alone = accelerator.scaler is None and accelerator.state.deepspeed_plugin is None
+    return alone and accelerator.device.type in ("cuda", "cpu")
 
 
 def unsupported_reason(recipe: Recipe, name: str) -> str:

@@ -19,29 +19,28 @@ from torch import Tensor, nn
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.errors import DataError, Diverged, Interrupted, RunFailed
+from dist_vpt.errors import DataError, Interrupted, RunFailed
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress
+from dist_vpt.training.accelerator import steps_are_fused
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.learning import warning_of
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
-    DIVERGED_FIX,
-    Step,
     clip_gradients,
     fold_in,
     image_losses,
     learning_rate,
-    not_finite,
     snapshot,
     squared_norms,
     weigh_global_batch,
 )
+from dist_vpt.training.unread import UnreadStep
 
 MAX_FAILED_SAVES = 3  # in a row: a disk may be full for a while
 
@@ -59,6 +58,7 @@ class Training(ABC):
     stop: StopSignal
     progress: Progress = field(default_factory=Progress)
     failed_saves: int = 0  # in a row
+    unread: list[Any] = field(default_factory=list)  # steps that have been issued, the oldest first
     resume_with: ClassVar[str]  # what the user does to resume
 
     @property
@@ -99,7 +99,7 @@ class Training(ABC):
     @abstractmethod
     def take_step(self, fetched: list[Batch] | DataError) -> None: ...
     @abstractmethod
-    def log_step(self) -> None: ...
+    def count_step(self, unread: Any) -> None: ...  # read, count and report it
     @abstractmethod
     def end_epoch(self) -> None: ...  # raises Interrupted, with the epoch not ended, for a stop while val is scored
     @abstractmethod
@@ -108,6 +108,11 @@ class Training(ABC):
     def write_state(self) -> str | None: ...  # why it failed, if it did; a collective call
     @abstractmethod
     def warn(self, text: str) -> None: ...
+
+    def read_steps(self, but: int = 0) -> None:
+        """Count and report the steps that have been issued, but for the last ``but``; Diverged is raised here."""
+        while len(self.unread) > but:
+            self.count_step(self.unread.pop(0))
 
     def skipped_now(self) -> set[str]:
         """Files that any process could not read since it was started. A collective call."""
@@ -142,8 +147,11 @@ class TrainState(Training):
     monitor: RunLogger
     facts: dict[str, Any]  # written into the head of adapter files
     parameters: dict[str, int]  # trained, total
-    latest: Step | None = None  # what the latest step reported
     resume_with = "run.resume=auto"
+
+    def __post_init__(self) -> None:
+        # 1 from the first loss or norm on that is not finite: all steps that are issued until it is read are skipped.
+        self.spoiled = torch.zeros((), device=self.accelerator.device)
 
     @property
     def path(self) -> Path:
@@ -161,14 +169,15 @@ class TrainState(Training):
         self.model.train()
 
     def take_step(self, fetched: list[Batch] | DataError) -> None:
-        """One optimizer step, with norms where the step will be logged."""
-        self.latest = train_step(self, fetched, norms=(self.step + 1) % self.recipe.run.log_every == 0)
-        self.progress.count(self.latest.loss, self.latest.correct, self.latest.images)
+        """Issue one optimizer step, with norms where the step will be logged."""
+        self.unread.append(train_step(self, fetched, norms=(self.step + 1) % self.recipe.run.log_every == 0))
+        self.progress.step += 1
 
-    def log_step(self) -> None:
-        assert self.latest is not None
-        logged = self.step % self.recipe.run.log_every == 0
-        self.monitor.step(self.step, self.latest, self.progress, logged=logged)
+    def count_step(self, unread: UnreadStep) -> None:
+        """Read a step, count it and report it. Raises Diverged."""
+        step, number = unread.read(), unread.step + 1
+        self.progress.count(step.loss, step.correct, step.images)
+        self.monitor.step(number, step, self.progress, logged=number % self.recipe.run.log_every == 0)
 
     def end_epoch(self) -> None:
         """Metrics, best epoch and early stopping at the end of an epoch."""
@@ -204,16 +213,16 @@ class TrainState(Training):
         self.monitor.close()
 
 
-def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) -> Step:
-    """One optimizer step on this process's micro-batches of one global batch. A collective call."""
+def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) -> UnreadStep:
+    """Issue one optimizer step on this process's micro-batches of one global batch. A collective call."""
     accelerator, train = t.accelerator, t.recipe.train
     lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
+    issued, before = UnreadStep(t.path, t.epoch, t.step, lr, _checked(t)), None
     set_lr(t.optimizer, lr)
     micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
     accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums = torch.zeros(3, device=accelerator.device)  # of the micro-batches: loss, correct answers, images
-    gradient_norm, before = None, None
     for micro, (batch, weights_B) in enumerate(micro_batches):
         torch.manual_seed(fold_in(t.recipe.seed, t.step, accelerator.process_index, micro))  # of dropout
         with accelerator.accumulate(t.model):
@@ -221,22 +230,21 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
             loss = (image_losses(logits_BK, labels_B, train.label_smoothing) * weights_B).sum()
             correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
             sums += torch.stack([loss.detach(), correct, batch["weight"].sum()])
-            if norms and accelerator.sync_gradients:
-                before = snapshot(_trained(t))
-            if accelerator.sync_gradients and _is_deepspeed(t):  # its backward also steps
-                numbers = _read(t, sums, weight)
+            last = accelerator.sync_gradients
+            if last:
+                before = snapshot(_trained(t)) if norms else None
+                issued.numbers |= _summed(t, sums) | {"weight": weight}
+            if last and _is_deepspeed(t):  # its backward also steps
+                issued.raise_if_diverged()
             accelerator.backward(loss * scale)
-            if accelerator.sync_gradients and _is_deepspeed(t):
-                gradient_norm = _deepspeed_norm(t)
-            elif accelerator.sync_gradients:
-                accelerator.unscale_gradients()
-                numbers = _read(t, sums, weight, clip_gradients([_trained(t)], t.recipe.optim.clip_norm))
-                gradient_norm = numbers[-1]
+            if last:
+                issued.numbers |= _clip(t)
+                _guard(t, issued)
             t.optimizer.step()
             t.optimizer.zero_grad()
-    parameter_norm, update_norm = _norms(t, before) if before is not None else (None, None)
-    loss_sum, correct_sum, images, weight_read = numbers[:4]
-    return Step(loss_sum / weight_read, correct_sum, images, lr, gradient_norm, parameter_norm, update_norm)
+    if before is not None:
+        issued.numbers |= _norms(t, before)
+    return issued.send()
 
 
 def fit(t: Training) -> None:
@@ -253,11 +261,12 @@ def fit(t: Training) -> None:
             t.accelerator.status.set(f"step {t.step}", "reading images")
             t.take_step(next_or_error(batches))
             t.progress.seconds = time.monotonic() - started
-            t.log_step()
+            t.read_steps(but=1)  # while the device computes the one that was just issued
             if t.stop.agreed:
                 stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step} {save(t)}")
             if every and t.step % every == 0 and t.progress.step < t.train.steps_per_epoch:
                 save(t)
+        t.read_steps()
         try:
             t.end_epoch()
         except (DataError, Interrupted) as error:  # saved as of the epoch's last step: a resumed run scores val
@@ -275,8 +284,9 @@ def fit(t: Training) -> None:
 def save(t: Training) -> str:
     """Save the state, or warn that it failed; returns what that means for a training that stops. A collective call.
 
-    Raises RunFailed after MAX_FAILED_SAVES failures in a row.
+    Raises Diverged where an unread step is not finite, and RunFailed after MAX_FAILED_SAVES failures in a row.
     """
+    t.read_steps()  # nothing that was computed from a loss that is not finite is saved
     t.accelerator.status.set(f"step {t.step}", "saving the state")
     failed = t.write_state()
     t.failed_saves = t.failed_saves + 1 if failed else 0
@@ -339,46 +349,50 @@ def _trained(t: TrainState) -> list[nn.Parameter]:
     return [parameter for _, parameter in t.method.trainable()]
 
 
-def _check_finite(name: str, value: float, t: TrainState) -> None:
-    if found := not_finite(name, value, t.step):
-        error = Diverged(f"{t.path}: {found} (epoch {t.epoch}), before the optimizer step; {DIVERGED_FIX}")
-        error.shared = True  # of the global batch, so that all processes see it
-        raise error
+def _checked(t: TrainState) -> tuple[str, ...]:
+    """What must be finite; a gradient scale answers an overflow by a skipped step and a smaller scale."""
+    return ("loss", "gradient norm") if t.accelerator.scaler is None else ("loss",)
 
 
-def _read(t: TrainState, sums: Tensor, weight: Tensor, *norm: Tensor) -> list[float]:
-    """The step's numbers, read from the device at once before the optimizer steps: sums over all processes (loss,
-    correct answers, images), weight, and gradient norm where it is given. A collective call.
-
-    Raises Diverged where one is not finite.
-    """
+def _summed(t: TrainState, sums: Tensor) -> dict[str, Tensor]:
+    """Loss, correct answers and images of the global batch, [] each, of their sums here, [3]. A collective call."""
     with t.accelerator.status.in_collective():
-        sums = t.accelerator.reduce(sums, "sum")
-    numbers = torch.cat([sums, weight[None], *norm]).tolist()
-    _check_finite("loss", numbers[0], t)
-    if norm and t.accelerator.scaler is None:  # a scaler answers an overflow by a skipped step and a smaller scale
-        _check_finite("gradient norm", numbers[-1], t)
-    return numbers
+        summed = t.accelerator.reduce(sums, "sum")
+    return dict(zip(("loss", "correct", "images"), summed, strict=True))
+
+
+def _guard(t: TrainState, issued: UnreadStep) -> None:
+    """Let no loss or gradient norm that is not finite change what is trained or what the optimizer remembers.
+
+    A fused step, and all after it, are skipped on the device, and Diverged is raised when the step is read. Elsewhere
+    the numbers are read here: without a fused kernel only the host can skip a step. Under DeepSpeed it must even hold
+    back the backward, which steps by itself.
+    """
+    if not steps_are_fused(t.accelerator):
+        issued.raise_if_diverged()
+        return
+    t.spoiled = torch.where(issued.finite(), t.spoiled, 1.0)
+    t.optimizer.optimizer.found_inf = t.spoiled
 
 
 def _is_deepspeed(t: TrainState) -> bool:
     return t.accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def _deepspeed_norm(t: TrainState) -> float | None:
-    """The gradient norm, which DeepSpeed has clipped by its own configuration; None where it does not report it."""
+def _clip(t: TrainState) -> dict[str, Tensor]:
+    """Clip the gradients; their norm before that, [], unless DeepSpeed, which has clipped them, does not report it."""
+    if not _is_deepspeed(t):
+        t.accelerator.unscale_gradients()
+        return {"gradient norm": clip_gradients([_trained(t)], t.recipe.optim.clip_norm)[0]}
     norm = t.accelerator.clip_grad_norm_(_trained(t), t.recipe.optim.clip_norm)
-    if norm is None:
-        return None
-    if t.accelerator.scaler is None:
-        _check_finite("gradient norm", float(norm), t)
-    return float(norm)
+    return (
+        {} if norm is None else {"gradient norm": torch.as_tensor(norm, dtype=torch.float32, device=t.spoiled.device)}
+    )
 
 
-def _norms(t: TrainState, before: list[Tensor]) -> tuple[float, float]:
-    """L2 norms of the trained tensors and of their last update. A collective call under ZeRO-3."""
+def _norms(t: TrainState, before: list[Tensor]) -> dict[str, Tensor]:
+    """Squared norms of the trained tensors and of their last update, []. A collective call under ZeRO-3."""
     squares = squared_norms(before, snapshot(_trained(t))).to(t.accelerator.device)
     if any(hasattr(parameter, "ds_tensor") for parameter in _trained(t)):
         squares = t.accelerator.reduce(squares, "sum")
-    parameter_norm, update_norm = squares.sqrt().tolist()
-    return parameter_norm, update_norm
+    return dict(zip(("parameters", "update"), squares, strict=True))

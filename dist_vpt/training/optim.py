@@ -22,8 +22,12 @@ def multiplier(recipe: OptimConfig, step: int, steps_per_epoch: int, epochs: int
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_optimizer(recipe: OptimConfig, method: "Method") -> "Optimizer":
-    """An optimizer over the method's trainable parameters alone; biases and norm scales are not decayed."""
+def build_optimizer(recipe: OptimConfig, method: "Method", *, fused: bool = False) -> "Optimizer":
+    """An optimizer over the method's trainable parameters alone; biases and norm scales are not decayed.
+
+    ``fused``: torch's fused kernels, which need no temporaries and skip a step where ``found_inf`` of the optimizer is
+    1, without anybody reading it (torch/optim: ``_step_supports_amp_scaling``).
+    """
     import torch
 
     decayed: list[torch.nn.Parameter] = []
@@ -37,10 +41,11 @@ def build_optimizer(recipe: OptimConfig, method: "Method") -> "Optimizer":
     ]
     groups = [group for group in groups if group["params"]]
     # Each step sets lr from the schedule; 0 here shows a step that did not.
+    kernels = fused or None  # torch's choice
     if recipe.name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov)
+        return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=kernels)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.name]
-    return kind(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps)
+    return kind(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=kernels)
 
 
 def set_lr(optimizer: "Optimizer", lr: float) -> None:

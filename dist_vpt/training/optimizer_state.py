@@ -54,13 +54,15 @@ def set_optimizer_state(
         for name, parameter in method.trainable():
             if name in found:  # without a gradient so far there are no moments
                 kept.state[parameter] = {
-                    key: value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+                    key: value.to(_steps_device(kept, parameter) if value.ndim == 0 else parameter.device, copy=True)
                     for key, value in found[name].items()
                 }
         return
     for partition in _partitions(kept):
         kept.optimizer.state[partition] = {
-            key: value.clone() if value.ndim == 0 else torch.zeros_like(partition)
+            key: value.to(_steps_device(kept.optimizer, partition), copy=True)
+            if value.ndim == 0
+            else torch.zeros_like(partition)
             for key, value in next(iter(found.values()), {}).items()
         }
     _link(kept)
@@ -74,6 +76,11 @@ def set_optimizer_state(
 def _sharded(optimizer: Any) -> bool:
     """Whether this is DeepSpeed's wrapper around torch's optimizer (ZeRO 1 to 3), and not torch's alone."""
     return not isinstance(optimizer, torch.optim.Optimizer)
+
+
+def _steps_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.device:
+    """Where an optimizer counts the steps of a tensor: its fused kernels beside the tensor, all others on the host."""
+    return tensor.device if optimizer.defaults["fused"] else torch.device("cpu")
 
 
 def _partitions(optimizer: Any) -> list[Tensor]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -20,6 +19,7 @@ from dist_vpt.data.loaders import Batch
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError
+from dist_vpt.frozen_stream.prefetch import DeviceCopy
 from dist_vpt.recipe.schema import OptimConfig, TrainConfig
 from dist_vpt.training.optim import multiplier
 
@@ -50,10 +50,12 @@ def weigh_global_batch(
     """This process's micro-batches on its device with the weight of each image, and the weight of the global batch, [].
 
     A collective call, in which all processes also learn of a DataError, which is raised on all, and of a stop request.
-    A single process reads nothing from its device here.
+    A single process reads nothing from its device here. To a GPU the micro-batches are copied beside the step before,
+    which the device still computes.
     """
     failed, batches = isinstance(fetched, DataError), [] if isinstance(fetched, DataError) else fetched
-    on_device = [send_to_device(batch, accelerator.device, non_blocking=True) for batch in batches]
+    copies = [DeviceCopy(batch, accelerator.device, "batches") for batch in batches]
+    on_device = [copy.arrived() for copy in copies]
     weights = [weigh(batch, class_weights_K) for batch in on_device]
     local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else class_weights_K.new_zeros(())
     any_failed, stopped = float(failed), float(stop.requested)

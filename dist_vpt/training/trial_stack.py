@@ -25,23 +25,34 @@ GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0, 0.5, 2000
 class TrialStack:
     """The running trials of one group of shapes. Its trials' tensors become rows of the stack's."""
 
-    def __init__(self, trials: Sequence[Trial]):
+    def __init__(self, trials: Sequence[Trial], ended: Sequence[Trial] = ()):
+        """``ended``: trials whose tensors may be rows of the same stack of before; they become their own.
+
+        One tensor is moved after the other, so that of a stack of before, which nobody else holds, each is freed
+        before the next is made: a trial that ends costs the memory of one tensor of all trials, not of all tensors.
+        """
         self.trials = list(trials)
         self.optim: OptimConfig = trials[0].recipe.optim
         self.scales = trials[0].recipe.runtime.precision == "fp16"
-        each = [dict(trial.reader.trainable()) for trial in trials]
-        with torch.no_grad():
-            self.trained = {name: torch.stack([own[name] for own in each]).requires_grad_() for name in each[0]}
-        self.state = {key: torch.stack([trial.state[key] for trial in trials]) for key in trials[0].state}
-        for t, (trial, own) in enumerate(zip(trials, each, strict=True)):
-            for name, parameter in own.items():
+        self.trained: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
+        for name, _ in trials[0].reader.trainable():
+            _detach_parameter(ended, name)
+            parameters = [trial.reader.get_parameter(name) for trial in trials]
+            self.trained[name] = torch.stack([parameter.detach() for parameter in parameters]).requires_grad_()
+            for t, parameter in enumerate(parameters):
                 parameter.data = self.trained[name].detach()[t]
-            trial.state = {key: tensor[t] for key, tensor in self.state.items()}
+        for key in trials[0].state:
+            _detach_state(ended, key)
+            self.state[key] = torch.stack([trial.state[key] for trial in trials])
+            for t, trial in enumerate(trials):
+                trial.state[key] = self.state[key][t]
         self.readers = ReaderStack([trial.reader for trial in trials], self.trained)
         recipes = [trial.recipe for trial in trials]
         device = self.state["steps"].device
         self.peak_lr_T = exact_numbers([each.optim.peak_lr(each.train.batch_size) for each in recipes], device)
         self.decay_T = exact_numbers([each.optim.weight_decay for each in recipes], device)
+        self.sound_T = torch.ones(len(trials), dtype=torch.bool, device=device)  # false once a trial has diverged
         self.decays = any(each.optim.weight_decay for each in recipes)
 
     @property
@@ -57,8 +68,8 @@ class TrialStack:
     def update(self, step: int, steps_per_epoch: int, finite_T: Tensor) -> Tensor:
         """Clip and step every trial as it would be alone, and forget the gradients; returns the norms [T] before that.
 
-        ``finite_T`` [T] (bool): trials with a finite loss. The others are left as they are, and so are those whose norm
-        is not finite; in fp16 their gradient scale is lowered.
+        ``finite_T`` [T] (bool): trials with a finite loss. The others are left as they are from now on, as are those
+        whose norm is not finite; in fp16 these miss one step, and their gradient scale is lowered.
         """
         gradients = {name: tensor.grad for name, tensor in self.trained.items() if tensor.grad is not None}
         norm_T = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]).norm(dim=0)
@@ -66,7 +77,8 @@ class TrialStack:
         if self.scales:
             factor_T = factor_T / self.state["scale"].float()
             norm_T = norm_T * factor_T
-        alive_T = finite_T & norm_T.isfinite()
+        self.sound_T &= finite_T if self.scales else finite_T & norm_T.isfinite()
+        alive_T = self.sound_T & norm_T.isfinite()
         if self.scales:
             self._rescale(norm_T)
         if self.optim.clip_norm is not None:
@@ -129,9 +141,30 @@ def _rows(tensor_T: Tensor) -> list[slice]:
 
 def stack_running(trials: Sequence[Trial]) -> list[TrialStack]:
     """The running trials in stacks. The tensors of the others become their own."""
+    stacks = []
+    for group in by_shape([trial.reader for trial in trials]):
+        running, ended = ([trials[n] for n in group if trials[n].running is is_running] for is_running in (True, False))
+        if running:
+            stacks.append(TrialStack(running, ended))
+            continue
+        for name, _ in ended[0].reader.trainable():
+            _detach_parameter(ended, name)
+        for key in ended[0].state:
+            _detach_state(ended, key)
+    return stacks
+
+
+def _detach_parameter(trials: Sequence[Trial], name: str) -> None:
     for trial in trials:
-        if not trial.running:
-            trial.detach()
-    running = [trial for trial in trials if trial.running]
-    groups = by_shape([trial.reader for trial in running])
-    return [TrialStack([running[n] for n in group]) for group in groups]
+        parameter = trial.reader.get_parameter(name)
+        parameter.data = _detached(parameter.detach())
+
+
+def _detach_state(trials: Sequence[Trial], key: str) -> None:
+    for trial in trials:
+        trial.state[key] = _detached(trial.state[key])
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """A tensor with memory of its own, in place of a row of a stack's."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -41,12 +41,6 @@ class Trial:
     def __post_init__(self) -> None:
         self.state = self.state or _started(self.recipe, self.reader)
 
-    def detach(self) -> None:
-        """Give it tensors of its own, in place of rows of a stack's."""
-        self.state = {key: tensor.clone() for key, tensor in self.state.items()}
-        for _, parameter in self.reader.trainable():
-            parameter.data = parameter.detach().clone()
-
 
 def _started(recipe: Recipe, reader: Reader) -> dict[str, Tensor]:
     """What an optimizer and a gradient scale remember before the first step."""

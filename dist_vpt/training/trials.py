@@ -30,8 +30,19 @@ from dist_vpt.training.metrics import Scores, no_readable_image
 from dist_vpt.training.step import fold_in, image_losses, not_finite, weigh_global_batch
 from dist_vpt.training.trial_stack import TrialStack, stack_running
 from dist_vpt.training.trial_state import Trial, write_trials
+from dist_vpt.training.unread import HostCopy
 
 SAVE_SECONDS = 30.0  # at least so long between states saved at the ends of epochs
+
+
+@dataclass(frozen=True)
+class UnreadTrials:
+    """A step of trials that has been issued."""
+
+    step: int  # over the whole training, from 0
+    trials: list[Trial]  # whose step it was
+    numbers: HostCopy  # gradient norm of each, loss of each, correct answers of each; images, and their weight
+    scales: bool  # gradients, as in fp16
 
 
 @dataclass(kw_only=True)
@@ -62,6 +73,7 @@ class TrialGroup(Training):
     def restack(self) -> list[TrialStack]:
         """The stacks of the running trials, made anew where one of them has ended."""
         if not self.stacks or not all(trial.running for stack in self.stacks for trial in stack.trials):
+            self.stacks = []  # whose tensors are freed while the new ones are made
             self.stacks = stack_running(self.trials)
         return self.stacks
 
@@ -85,8 +97,19 @@ class TrialGroup(Training):
         step_trials(self, fetched)
         self.progress.step += 1
 
-    def log_step(self) -> None:
-        """Report the progress, for ``dist-vpt status``."""
+    def count_step(self, unread: UnreadTrials) -> None:
+        """Read a step, count it in each trial that has not diverged, and report the progress (``dist-vpt status``)."""
+        *found, images, weight = unread.numbers.read()
+        for t, trial in enumerate(unread.trials):
+            norm, loss, correct = found[t :: len(unread.trials)]
+            _check_finite(trial, "loss", loss, unread.step)
+            if not unread.scales:  # a gradient scale answers an overflow by a skipped step and a smaller scale
+                _check_finite(trial, "gradient norm", norm, unread.step)
+            if trial.running:
+                trial.progress.count(loss / weight, correct, images)
+        self._report_progress()
+
+    def _report_progress(self) -> None:
         epochs = self.recipe.train.epochs
         steps = epochs * self.train.steps_per_epoch
         self.accelerator.status.progress = {
@@ -97,7 +120,7 @@ class TrialGroup(Training):
             "trials": len(self.trials),
             "seconds": round(self.seconds, 3),
             "seconds_left": round(self.seconds / self.step * (steps - self.step), 3),
-            "images_per_s": round(max(trial.progress.images for trial in self.trials) / self.seconds, 2),
+            "images_per_s": round(max(trial.progress.images for trial in self.trials) / max(self.seconds, 1e-6), 2),
         }
 
     def end_epoch(self) -> None:
@@ -152,7 +175,7 @@ def fit_trials(group: TrialGroup) -> None:
 
 
 def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
-    """One optimizer step of every running trial on one global batch, and one read of its numbers. A collective call."""
+    """Issue one optimizer step of every running trial on one global batch. A collective call."""
     accelerator, stacks = group.accelerator, group.restack()
     running = [trial for stack in stacks for trial in stack.trials]
     micro_batches, weight = weigh_global_batch(accelerator, fetched, group.class_weights, group.stop)
@@ -174,14 +197,8 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     finite = sums[: len(running)].isfinite().split([len(stack.trials) for stack in stacks])
     steps_per_epoch = group.train.steps_per_epoch
     norms = [stack.update(group.step, steps_per_epoch, own) for stack, own in zip(stacks, finite, strict=True)]
-    *found, images, weight_read = torch.cat([*norms, sums, weight[None]]).tolist()
-    for t, trial in enumerate(running):
-        norm, loss, correct = found[t :: len(running)]
-        _check_finite(trial, "loss", loss, group.step)
-        if stacks[0].scale_T is None:  # a gradient scale answers an overflow by a skipped step and a smaller scale
-            _check_finite(trial, "gradient norm", norm, group.step)
-        if trial.running:
-            trial.progress.count(loss / weight_read, correct, images)
+    numbers = HostCopy(torch.cat([*norms, sums, weight[None]]))
+    group.unread.append(UnreadTrials(group.step, running, numbers, scales=stacks[0].scales))
 
 
 @torch.no_grad()

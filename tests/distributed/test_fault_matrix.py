@@ -133,7 +133,7 @@ def injecting(session: Session) -> Callable[[int], None]:
 
         train_step = engine.train_step
 
-        def step(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
+        def step(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
             nonlocal now
             now = t.step
             at("step")

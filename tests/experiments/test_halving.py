@@ -68,10 +68,10 @@ def both(
     with pytest.MonkeyPatch.context() as patch:
 
         def counted(t: Any, *args: Any, **options: Any) -> Any:
-            done = step(t, *args, **options)
+            issued = step(t, *args, **options)
             name = t.path.relative_to(root).parts[0]
-            images[name] = images.get(name, 0.0) + done.images * (t.recipe.data.train_on == "train")
-            return done
+            images[name] = images.get(name, 0.0) + issued.read().images * (t.recipe.data.train_on == "train")
+            return issued
 
         patch.setattr(engine, "train_step", counted)
         common = (*digits, *METHODS[method], *GRID)

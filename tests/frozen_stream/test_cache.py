@@ -75,10 +75,10 @@ def run(folder: Path, *overrides: str) -> Outcome:
     live: list[int] = []
     step = engine.train_step
 
-    def recorded(*args: Any, **kwargs: Any) -> engine.Step:
-        done = step(*args, **kwargs)
-        losses.append(done.loss)
-        return done
+    def recorded(*args: Any, **kwargs: Any) -> engine.UnreadStep:
+        issued = step(*args, **kwargs)
+        losses.append(issued.read().loss)
+        return issued
 
     def counted(backbone: Any, images: torch.Tensor, reads: StreamSpec) -> Any:
         live.append(len(images))

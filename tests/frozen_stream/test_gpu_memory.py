@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,12 @@ from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import PROCESSES_PER_GPU, LaunchEnv, detach_from_launcher
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.frozen_stream import placement, timing
+from dist_vpt.frozen_stream import placement, prefetch, timing
 from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, fill, nbytes
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.frozen_stream.placement import Sharing, choose, open_streams, step_bytes
-from dist_vpt.frozen_stream.prefetch import prefetched
+from dist_vpt.frozen_stream.prefetch import DeviceCopy, prefetched
 from dist_vpt.frozen_stream.timing import Speeds, measure
 from tests.methods.conftest import make_backbone
 
@@ -164,6 +165,71 @@ def test_errors_and_the_end_of_a_pass_reach_the_thread() -> None:
     assert list(prefetched(make, [], CPU)) == []
 
 
+class FakeCuda:
+    """Streams and events of a CUDA device that note what is called, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls: list[str] = []
+        self.current = FakeStream(self, "main")
+        self.made = 0
+        prefetch._side_stream.cache_clear()
+        for name, fake in (("Stream", self.new), ("stream", self.within), ("current_stream", lambda _: self.current)):
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(prefetch, "send_to_device", self.send)
+
+    def new(self, device: torch.device) -> Any:
+        self.made += 1
+        return FakeStream(self, f"side {self.made}")
+
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        self.current, before = stream, self.current
+        yield
+        self.current = before
+
+    def send(self, made: Any, device: torch.device, non_blocking: bool) -> Any:
+        assert non_blocking
+        self.calls.append(f"copy on {self.current.name}")
+        return {key: FakeTensor(self, key) for key in made}
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda, name: str):
+        self.cuda, self.name = cuda, name
+
+    def record_event(self) -> str:
+        self.cuda.calls.append(f"event of {self.name}")
+        return self.name
+
+    def wait_event(self, event: str) -> None:
+        self.cuda.calls.append(f"{self.name} waits for {event}")
+
+
+class FakeTensor:
+    def __init__(self, cuda: FakeCuda, name: str):
+        self.cuda, self.name = cuda, name
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.cuda.calls.append(f"{self.name} is used by {stream.name}")
+
+
+def test_copies_to_a_gpu_go_through_one_stream_a_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current stream waits for a copy when its tensors are wanted, and not before."""
+    cuda, device = FakeCuda(monkeypatch), torch.device("cuda", 0)
+    first, rows = DeviceCopy({"images": 0}, device, "batches"), DeviceCopy({"rows": 0}, device, "rows")
+    assert cuda.calls == ["copy on side 1", "event of side 1", "copy on side 2", "event of side 2"]
+    cuda.calls.clear()
+    rows.arrived()
+    assert cuda.calls == ["main waits for side 2", "rows is used by main"]
+    cuda.calls.clear()
+    assert set(first.arrived()) == {"images"}
+    second = DeviceCopy({"images": 0}, device, "batches")
+    second.arrived()
+    assert cuda.calls[:3] == ["main waits for side 1", "images is used by main", "copy on side 1"]
+    assert cuda.made == 2, "the allocator keeps memory for each stream"
+    prefetch._side_stream.cache_clear()
+
+
 def test_rows_from_host_memory_are_the_same_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device it is seen that they are sent; with the CPU in its place, that their values stay."""
     kept = StreamOutput(torch.arange(8.0).view(4, 2), (torch.arange(24.0).view(4, 3, 2),))
@@ -178,21 +244,81 @@ def test_rows_from_host_memory_are_the_same_ahead(monkeypatch: pytest.MonkeyPatc
         assert torch.equal(a["weight"], b["weight"])
 
 
-def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Live is reading and computing, the first batch left out; a clock of one second a reading."""
-    backbone, ticks = make_backbone(), iter(range(1000))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
-    assert measure(backbone, SPEC, iter(batches()), CPU) == Speeds(500.0, 500.0)  # 1 s for 2 images
+class Loader:
+    """Batches of 2 images and a clock: those that workers had prefetched come at once, and others take ``seconds``.
 
-    def slow() -> Iterator[Any]:
-        for batch in batches():
-            next(ticks)  # a second more for each that is read
-            yield batch
+    While somebody waits for the first batch of a pass, ``ahead`` ones after it are made, too.
+    """
 
-    speeds = measure(backbone, SPEC, slow(), CPU)
-    assert speeds == Speeds(1000.0, 500.0)
+    def __init__(self, number: int, ahead: int, seconds: float, first_pass: float = 0.0):
+        self.ahead, self.clock, self.passes, self.read = ahead, 0.0, 0, 0
+        self.number, self.seconds, self.start = number, seconds, first_pass
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        for number in range(self.number):
+            at_once = 0 < number <= self.ahead
+            self.clock += 0.0 if at_once else self.seconds
+            self.clock += self.start if self.passes == 1 and number == 0 else 0.0
+            self.read += 1
+            yield {"images": torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "index": torch.arange(2)}
+
+    def speeds(self, monkeypatch: pytest.MonkeyPatch) -> Speeds:
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.clock)
+        return measure(make_backbone(), SPEC, self, CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ahead", [0, 2, 6])
+def test_prefetched_batches_are_not_timed(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor what the first batch takes, for which workers start; 3 s for 2 images that nobody had decoded."""
+    loader = Loader(100, ahead, 3.0, first_pass=50.0)
+    assert loader.speeds(monkeypatch) == Speeds(1500.0, 0.0)
+    assert loader.read == 1 + ahead + max(timing.BATCHES, ahead)
+    assert loader.passes == 1
+
+
+def test_of_a_small_split_a_whole_second_pass_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight batches, of which one round of four workers makes all but one: 2 x 3 s in each pass for 16 images."""
+    loader = Loader(8, 6, 3.0, first_pass=50.0)
+    assert loader.speeds(monkeypatch) == Speeds(1000 * 2 * 3.0 / 16, 0.0)
+    assert (loader.passes, loader.read) == (2, 16)
+
+
+def test_computing_and_copying_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which a batch's stream takes 4 s, and the rows of 2 images that come from host memory 1 s."""
+    loader, compute, send = Loader(100, 2, 0.0), timing.compute_stream, timing.send_to_device
+
+    def slow(seconds: float, call: Any) -> Any:
+        def made(*args: Any) -> Any:
+            loader.clock += seconds
+            return call(*args)
+
+        return made
+
+    monkeypatch.setattr(timing, "compute_stream", slow(4.0, compute))
+    monkeypatch.setattr(timing, "send_to_device", slow(1.0, send))
+    speeds = loader.speeds(monkeypatch)
+    assert speeds == Speeds(2000.0, 500.0)
     assert not speeds.live_is_faster
-    assert str(speeds) == "1000.00 ms an image live, 500.00 ms from host memory"
+    assert str(speeds) == "2000.00 ms an image live, 500.00 ms from host memory"
+
+
+@pytest.mark.parametrize(("workers", "cache", "ahead"), [(0, "none", 0), (2, "none", 4), (2, "memory", 0)])
+def test_how_many_batches_a_loader_prefetches(workers: int, cache: Any, ahead: int) -> None:
+    """What is kept in memory needs no workers but to fill it."""
+    loader = EvalBatches(SPLIT, ImageTransform(16, "bilinear", "squash"), 2, workers=workers, cache=cache)
+    assert loader.ahead == ahead
+    loader.use(CachedBatches(StreamCache(StreamOutput(torch.zeros(11, 16)), np.ones(11, bool)), SPLIT.labels, set()))
+    assert loader.ahead == 0
+
+
+def test_a_loader_of_this_package_is_measured() -> None:
+    speeds = measure(make_backbone(), SPEC, batches(), CPU)
+    assert speeds.live > 0
+    assert speeds.host > 0
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def steps(*overrides: str, count: int = 2) -> tuple[list[float], TrainState]:
     training, batches = make_training(recipe, inputs, CLASSES), synthetic_batches(recipe, inputs, CLASSES)
     losses = []
     for _ in range(count):
-        losses.append(train_step(training, batches, norms=True).loss)
+        losses.append(train_step(training, batches, norms=True).read().loss)
         training.progress.step += 1
     return losses, training
 

@@ -461,15 +461,21 @@ def test_a_plan_needs_no_data_of_a_known_task(
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
-def test_a_gpu_s_optimizer_steps_on_all_tensors_at_once(optimizer: str) -> None:
-    """All gradients and weights before the step, and beside them roots of all second moments or decayed gradients."""
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gpu_s_optimizer_steps_on_all_tensors_at_once(optimizer: str, precision: str) -> None:
+    """All gradients and weights before the step; in fp16, where no optimizer is fused, beside them roots of all second
+    moments or decayed gradients.
+    """
     options = ("method.name=full", f"optim.name={optimizer}", "optim.weight_decay=0.1", "train.eval_batch_size=1")
-    of = recipe(*options, "train.batch_size=1")
+    of = recipe(*options, "train.batch_size=1", f"runtime.precision={precision}")
     on_cpu, on_gpu = footprint(of, 10), footprint(of, 10, gpus=True)
     assert on_gpu.trained == on_cpu.trained
     assert on_gpu.optimizer == on_cpu.optimizer
     assert on_cpu.height < 2.5 * on_cpu.trained
-    assert on_gpu.height == pytest.approx(3 * on_cpu.trained, rel=0.01)  # but for biases, a group of their own
+    if precision == "fp16":
+        assert on_gpu.height == pytest.approx(3 * on_cpu.trained, rel=0.01)  # but for biases, a group of their own
+    else:
+        assert on_gpu.height < 2.5 * on_gpu.trained
 
 
 def test_pinned_memory_comes_in_powers_of_two() -> None:

@@ -87,7 +87,7 @@ def test_a_kill_during_a_save_loses_at_most_that_save(
 def signal_at(number: int, patch: pytest.MonkeyPatch) -> None:
     step = engine.train_step
 
-    def counted(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
+    def counted(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
         if t.step == number - 1:
             signal.raise_signal(signal.SIGTERM)
         return step(t, *args, **kwargs)

@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, monkeyp
     poison_at, seen = 3, []
     step = engine.train_step
 
-    def poisoned(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
+    def poisoned(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
         if t.step == poison_at:
             seen.append(t.method.prompts.detach().clone())
             with torch.no_grad():
@@ -127,10 +127,11 @@ def test_gradient_clipping_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     updates = []
     step = engine.train_step
 
-    def watched(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
-        done = step(t, *args, **{**kwargs, "norms": True})
+    def watched(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
+        issued = step(t, *args, **{**kwargs, "norms": True})
+        done = issued.read()
         updates.append((done.gradient_norm, done.update_norm / done.lr))
-        return done
+        return issued
 
     monkeypatch.setattr(engine, "train_step", watched)
     train(
@@ -153,7 +154,7 @@ def test_the_best_epoch_is_scored_with_its_own_adapters(tmp_path: Path, monkeypa
     """A run that gets worse after its first epoch keeps that epoch's adapters and their test score."""
     step = engine.train_step
 
-    def spoiled(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
+    def spoiled(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
         done = step(t, *args, **kwargs)
         if t.progress.epoch == 1:
             with torch.no_grad():
@@ -204,7 +205,7 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
 def _interrupt_at(number: int, patch: pytest.MonkeyPatch) -> None:
     step = engine.train_step
 
-    def counted(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
+    def counted(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
         if t.step == number - 1:
             signal.raise_signal(signal.SIGUSR1)
         return step(t, *args, **kwargs)

@@ -35,7 +35,7 @@ def full_between(first: int, last: int, disk: Path, patch: pytest.MonkeyPatch) -
     """Fill the disk before step ``first`` is made, and free it before step ``last``."""
     step, filler = engine.train_step, disk / "filler"
 
-    def disturbed(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
+    def disturbed(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
         if t.step == first:
             with suppress(OSError), open(filler, "wb", buffering=0) as file:
                 while True:

@@ -86,9 +86,11 @@ Settings = dict[str, object]
     ],
     ids=str,
 )
-def test_optimizers_are_the_reference_over_several_steps(settings: Settings) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimizers_are_the_reference_over_several_steps(settings: Settings, fused: bool) -> None:
     recipe, method = OptimConfig(**settings), Few()  # type: ignore[arg-type]
-    optimizer = build_optimizer(recipe, method)  # type: ignore[arg-type]
+    optimizer = build_optimizer(recipe, method, fused=fused)  # type: ignore[arg-type]
+    assert all(bool(group["fused"]) == fused for group in optimizer.param_groups)
     values = {name: p.detach().numpy().copy() for name, p in method.named_parameters()}
     states: dict[str, object] = dict.fromkeys(values)
     draw = np.random.default_rng(1)
@@ -127,11 +129,12 @@ def test_only_weights_and_prompts_decay_and_what_is_frozen_is_not_there(name: st
     assert found == {"weight": 0.3, "prompts": 0.3, "bias": 0.0, "scale": 0.0}
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_a_forgotten_learning_rate_changes_nothing(name: str) -> None:
+def test_a_forgotten_learning_rate_changes_nothing(name: str, fused: bool) -> None:
     method = Few()
     before = {n: p.detach().clone() for n, p in method.named_parameters()}
-    optimizer = build_optimizer(OptimConfig(name=name), method)  # type: ignore[arg-type]
+    optimizer = build_optimizer(OptimConfig(name=name), method, fused=fused)  # type: ignore[arg-type]
     for _, parameter in method.trainable():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -44,7 +44,7 @@ def stop_at(step: int) -> Callable[[int], None]:
     def before(rank: int) -> None:
         train_step = engine.train_step
 
-        def signaled(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.Step:
+        def signaled(t: engine.TrainState, *args: Any, **kwargs: Any) -> engine.UnreadStep:
             if rank == 0 and t.step == step - 1:
                 signal.raise_signal(signal.SIGUSR1)
             return train_step(t, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Trials in stacks are updated as torch's optimizers and its gradient scale would update each alone."""
 
+import weakref
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
@@ -14,6 +17,7 @@ from dist_vpt.training.optim import build_optimizer, set_lr
 from dist_vpt.training.step import clip_gradients, learning_rate
 from dist_vpt.training.trial_stack import BACKOFF, GROWTH, GROWTH_INTERVAL, TrialStack, stack_running
 from dist_vpt.training.trial_state import INIT_SCALE, Trial
+from dist_vpt.training.trials import TrialGroup
 
 STEPS, EPOCH = 12, 4
 SIZES = [(7, 5), (7, 5), (7, 5), (3, 5)]  # features and classes of each trial: the last fits into no stack of others
@@ -165,3 +169,59 @@ def test_a_trial_that_has_ended_keeps_its_tensors() -> None:
         for name, tensor in trial.reader.trainable():
             assert torch.equal(tensor, smaller.trained[name][t])
             assert not torch.equal(tensor, stack.trained[name][2 * t])
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the storages of tensors that operators have made or read and that are not freed yet, and their peak."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.sizes: dict[weakref.ref[Any], int] = {}
+        self.watch(tensors)
+        self.start = self.peak = self.bytes
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def watch(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.sizes.setdefault(weakref.ref(storage, lambda gone: self.sizes.pop(gone, None)), storage.nbytes())
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        self.watch([leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)])
+        self.peak = max(self.peak, self.bytes)
+        return made
+
+
+@pytest.mark.parametrize("ended", [[2], [0, 1, 2, 3, 4], list(range(6))], ids=["one", "most", "a whole stack"])
+def test_trials_that_end_cost_the_memory_of_one_tensor(ended: list[int]) -> None:
+    """The old stacks' memory is freed while the new ones are made."""
+    made = [Trial(recipe(0, "optim.name=adam"), cast(Any, Toy(250, 40))) for _ in range(6)]
+    made.append(Trial(recipe(0, "optim.name=adam"), cast(Any, Toy(3, 5))))
+    group = TrialGroup(
+        recipe=made[0].recipe,
+        trials=made,
+        **cast(Any, dict.fromkeys(("parts", "accelerator", "train", "val", "class_weights", "stop", "state", "show"))),
+    )
+    first = group.restack()[0]
+    one = max(tensor.nbytes for tensor in first.trained.values())
+    kept = [[tensor.clone() for _, tensor in trial.reader.trainable()] for trial in made]
+    first.state["exp_avg.tokens"].copy_(torch.arange(6.0).view(6, 1, 1, 1))
+    alive = Alive([tensor for stack in group.stacks for tensor in (stack.trained | stack.state).values()])
+    assert alive.start > 3 * one
+    del first
+    for t in ended:
+        made[t].diverged = "the loss is nan at step 3"
+    with alive:
+        group.restack()
+    assert one / 2 < alive.peak - alive.start <= 1.1 * one
+    assert alive.bytes <= alive.start + 1000  # learning rates and decays
+    assert sum(len(stack.trials) for stack in group.stacks) == 7 - len(ended)
+    for t, trial in enumerate(made[:6]):
+        assert trial.state["exp_avg.tokens"].unique().tolist() == [t]
+        assert all(torch.equal(a, b) for a, (_, b) in zip(kept[t], trial.reader.trainable(), strict=True))
+        if t in ended:
+            assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in trial.state.values())
