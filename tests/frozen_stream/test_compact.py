@@ -45,7 +45,11 @@ def test_a_token_is_kept_to_its_own_scale(dtype: StreamDtype) -> None:
 @pytest.mark.parametrize("kind", SPECS)
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
 def test_memory_and_disk_hold_the_same(kind: str, dtype: StreamDtype, tmp_path: Path) -> None:
-    spec, parts, backbone = replace(SPECS[kind], dtype=dtype), parts_of("data.image_size=16"), make_backbone("registers")
+    spec, parts, backbone = (
+        replace(SPECS[kind], dtype=dtype),
+        parts_of("data.image_size=16"),
+        make_backbone("registers"),
+    )
     split, batches = parts.splits["val"], partial(parts.evaluation, "val")
     facts = identity(split, parts.transform, 178.0, backbone, spec)
     cpu, stop = torch.device("cpu"), StopSignal()
