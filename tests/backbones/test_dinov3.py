@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dist_vpt.backbones.dinov3 import RotaryBackbone
 from torch import Tensor
 
 from dist_vpt.backbones.build import build
 from dist_vpt.backbones.config import BackboneConfig
-from dist_vpt.backbones.dinov3 import RotaryBackbone
 from dist_vpt.backbones.weights.zoo import ZOO
 from dist_vpt.errors import UserError
 from dist_vpt.methods import attach
