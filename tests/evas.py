@@ -1,4 +1,4 @@
-"""Tiny kinds of timm's Eva, as DINOv3, EVA-02 and the Perception Encoder have them, and how the reference describes them."""
+"""Tiny kinds of timm's Eva, like DINOv3, EVA-02 and the Perception Encoder, and how the reference describes them."""
 
 from typing import Any
 

@@ -328,13 +328,14 @@ def test_in_float32(variant: str, kind: str, images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("kind", ["class_token", "dinov3"])
 @pytest.mark.parametrize("variant", IN_BF16)
-def test_in_bf16(variant: str, checkpointing: str, images: torch.Tensor) -> None:
+def test_in_bf16(variant: str, kind: str, checkpointing: str, images: torch.Tensor) -> None:
     settings = VARIANTS[variant]
-    method = make(settings, "class_token", torch.bfloat16)
+    method = make(settings, kind, torch.bfloat16)
     assert {p.dtype for _, p in method.trainable()} == {torch.float32}
     apply_checkpointing(method.backbone, checkpointing)
-    check(method, expected(method, "class_token", images, settings), images, torch.bfloat16)
+    check(method, expected(method, kind, images, settings), images, torch.bfloat16)
 
 
 @pytest.mark.parametrize("variant", [*IN_BF16, "linear", "vpt+bias", "lora of all", "pfeiffer"])
@@ -345,7 +346,7 @@ def test_bf16_loses_what_rounding_alone_loses(variant: str, images: torch.Tensor
     settings = VARIANTS[variant]
     shift_apart = settings["name"] in ("bias", "ssf") or "bias" in settings.get("extra_trainable", ())
     ratios = []
-    for seed in range(8):
+    for seed in range(len(KINDS)):
         kind = kinds_of(settings)[seed % len(kinds_of(settings))]
         method = make(settings, kind, torch.bfloat16, seed)
         exact = expected(method, kind, images, settings)

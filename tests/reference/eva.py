@@ -1,4 +1,4 @@
-"""What EVA's blocks have beyond a ViT's, in plain NumPy float64: rotary positions, SwiGLU, biases that keys do not have.
+"""What EVA's blocks have beyond a ViT's, in plain NumPy float64: rotary positions, SwiGLU, biases without keys'.
 
 Shape letters: those of vit.py, and
     J = E / 2 pairs of a head's channels        F width inside a SwiGLU
@@ -25,7 +25,7 @@ class Rotary:
     base: float
     """Of the frequencies, which fall from pair to pair."""
     centered: bool
-    """True (DINOv3): coordinates from -1 to 1, in whole turns. False (EVA-02): numbers of rows and columns, in radians."""
+    """True (DINOv3): coordinates from -1 to 1, in turns. False (EVA-02): numbers of rows and columns, in radians."""
     halves: bool
     """True: channels j and j + E / 2 are a pair. False: channels 2 j and 2 j + 1."""
     column_first: bool = False

@@ -564,15 +564,20 @@ def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Arra
     grads = (
         _named("norm1.", norm1_grads)
         | _named("attn.", attn_grads)
-        | {ls1: grad for grad in ls1_grads.values()}
+        | _renamed(ls1_grads, ls1)
         | _named("norm2.", norm2_grads)
         | _named("mlp.", mlp_grads)
-        | {ls2: grad for grad in ls2_grads.values()}
+        | _renamed(ls2_grads, ls2)
         | _named("adapter_attn.", after_attn_grads)
         | _named("adapter_mlp.", after_mlp_grads)
         | _named("adapter_beside.", beside_grads)
     )
     return dmiddle_BND + dbranch_BND, grads
+
+
+def _renamed(grads: Mapping[str, Array], name: str) -> dict[str, Array]:
+    """The only gradient, if there is one, under a name."""
+    return {name: grads["gamma"]} if grads else {}
 
 
 def residual(x_BND: Array, branch_BND: Array) -> Array:
