@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         self.fc_norm, vit.fc_norm = vit.fc_norm, nn.Identity()
         self.attn_pool, vit.attn_pool = vit.attn_pool, None
         vit.head, vit.global_pool = nn.Identity(), ""
-        self.register_buffer("rotary", None)
+        self.register_buffer("rotary", None, persistent=False)
         self.stem = vit
 
     def train(self, mode: bool = True) -> "Backbone":

@@ -1,19 +1,17 @@
 """DINOv3 as a backbone: against slow float64 mathematics, with prompts and with everything that runs on a backbone."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dist_vpt.backbones.dinov3 import RotaryBackbone
 from torch import Tensor
 
 from dist_vpt.backbones.build import build
 from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.eva import EvaBackbone
 from dist_vpt.backbones.weights.zoo import ZOO
-from dist_vpt.errors import UserError
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
@@ -30,6 +28,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "vpt": {"name": "vpt", "prompts": 3},
     "vpt shallow": {"name": "vpt", "prompts": 2, "deep": False},
+    "vqt": {"name": "vqt", "queries": 2},
+    "lora": {"name": "lora", "rank": 2},
+    "adapter": {"name": "adapter", "bottleneck": 3, "style": "houlsby"},
+    "adaptformer": {"name": "adaptformer", "bottleneck": 3},
+    "ssf": {"name": "ssf"},
+    "bias": {"name": "bias"},
+    "partial": {"name": "partial"},
 }
 
 
@@ -46,7 +51,7 @@ def make(arrays: Arrays, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make_method(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Method:
         backbone, _ = build(BackboneConfig(name="tiny", weights=path), image_size=32, mean=MEAN, std=STD)
-        assert isinstance(backbone, RotaryBackbone)
+        assert isinstance(backbone, EvaBackbone)
         torch.manual_seed(3)
         method = attach(config_of(settings), backbone, 4, dtype)
         for name, parameter in method.named_parameters():
@@ -125,38 +130,3 @@ def test_biases_of_keys_are_held_like_the_weights() -> None:
     backbone, _ = build(recipe, image_size=32, mean=MEAN, std=STD)
     backbone.hold_in(torch.bfloat16)
     assert backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("architecture", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"name": "vpt", "extra_trainable": ("bias",)},
-        {"name": "bias"},
-        {"name": "ssf"},
-        {"name": "cls"},
-        {"name": "full"},
-    ],
-    ids=str,
-)
-def test_all_that_is_trained_gets_a_gradient_or_is_refused(
-    settings: dict[str, Any], architecture: str, monkeypatch: pytest.MonkeyPatch, images: Tensor
-) -> None:
-    """With biases of queries and values timm never calls the layer that a method would act on."""
-    tiny = {"depth": 2, "embed_dim": 16, "num_heads": 2}
-    monkeypatch.setitem(ZOO, "tiny", replace(FILES["dinov3"].row, architecture=architecture, options=tiny))
-    backbone, _ = build(BackboneConfig(name="tiny", weights="random"), image_size=32, mean=MEAN, std=STD)
-    recipe = config_of(settings)
-    inside = settings["name"] in ("bias", "ssf") or "extra_trainable" in settings
-    if inside and architecture.endswith("qkvb"):
-        with pytest.raises(UserError, match=r"blocks.0.attn of the backbone, a EvaAttention, holds q_bias and v_bias"):
-            attach(recipe, backbone, 4)
-        return
-    method = attach(recipe, backbone, 4)
-    loss_of(method.train(), images).backward()
-    assert [name for name, parameter in method.trainable() if parameter.grad is None] == []
-
-
-def test_vqt_is_refused(make: Any) -> None:
-    with pytest.raises(UserError, match="block 0 of the backbone is a EvaBlock with EvaAttention"):
-        make({"name": "vqt"})

@@ -106,9 +106,7 @@ def check(method: VQT, which: str, images: torch.Tensor) -> None:
 @pytest.mark.parametrize("which", BACKBONES)
 def test_equals_the_joint_form(which: str, queries: int, form: str, dtype: torch.dtype, images: torch.Tensor) -> None:
     if form == "absorbed" and which in ROTARY:
-        with pytest.raises(
-            UserError, match="form = absorbed: a EvaBlock of the backbone turns each patch's key"
-        ):
+        with pytest.raises(UserError, match="form = absorbed: a EvaBlock of the backbone turns each patch's key"):
             make(dtype, which, queries=queries, form=form)
         return
     check(make(dtype, which, queries=queries, form=form), which, images)
