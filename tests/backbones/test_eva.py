@@ -164,7 +164,7 @@ def test_attention_can_be_drawn(model: str, name: str, make_backbone: Any) -> No
     found = attend(method, images_for(model))
     shown = {"linear": 0, "vpt": 3, "vqt": 2}[name]
     assert [tuple(maps.shape) for maps in found.prompts] == [(3, 2, shown, 4)] * 2
-    assert all(float(maps.sum(-1).min()) > 0 and float(maps.sum(-1).max()) <= 1 for maps in found.class_token)
+    assert all(float(maps.sum(-1).min()) > 0 and float(maps.sum(-1).max()) < 1.001 for maps in found.class_token)
 
 
 @pytest.mark.parametrize("name", ["vqt", "lora", "adapter", "adaptformer"])
