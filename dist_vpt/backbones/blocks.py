@@ -3,13 +3,15 @@
 B images, N tokens, D width, H heads, E = D / H.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import AttentionRope, PatchEmbed, apply_rot_embed_cat
 from timm.layers.attention import Attention
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -19,22 +21,53 @@ if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
 
+class SplitBiasLinear(nn.Linear):
+    """Queries, keys and values in one layer, whose bias has no part for keys, or none at all.
+
+    timm's EvaAttention holds the two biases itself and reads the weight of its layer without calling it, so that no
+    hook, and nothing that holds the weight in another way, would have an effect.
+    """
+
+    def __init__(self, linear: nn.Linear, q_bias: nn.Parameter | None, v_bias: nn.Parameter | None):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        self.q_bias, self.v_bias = q_bias, v_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, bias_of(self))
+
+
+def bias_of(linear: nn.Linear) -> Tensor | None:
+    """The bias that a linear layer adds, None: none."""
+    if isinstance(linear, SplitBiasLinear) and linear.q_bias is not None and linear.v_bias is not None:
+        return joint_bias(linear.q_bias, linear.v_bias)
+    return linear.bias
+
+
+def joint_bias(q_bias_E: Tensor, v_bias_E: Tensor) -> Tensor:
+    """The bias of queries, keys and values, [3 * E], with zeros for keys."""
+    return torch.cat([q_bias_E, torch.zeros_like(q_bias_E), v_bias_E])
+
+
 @dataclass(frozen=True)
 class BlockParts:
     """The parts of a pre-norm block: x' = x + ls1(attn(norm1(x))), then x' + ls2(mlp(norm2(x')))."""
 
     norm1: nn.Module
-    qkv: nn.Linear
+    projections: tuple[nn.Linear, ...]  # one for queries, keys and values together, or one for each
     heads: int
     scale: float  # of the scores, 1 / sqrt(E)
     q_norm: nn.Module  # identities where the backbone has no qk-norm
     k_norm: Any
+    rotates_halves: bool  # which channels of a head rotary positions pair: (e, e + E / 2), or (2 e, 2 e + 1)
     attn_norm: nn.Module
     proj: nn.Module
-    ls1: nn.Module  # identities where the backbone has no LayerScale
+    ls1: Callable[[Tensor], Tensor]  # identities where the backbone has no LayerScale
+    end1: nn.Module  # of the attention's branch, after LayerScale: stochastic depth, or an identity
     norm2: nn.Module
     mlp: nn.Module
-    ls2: nn.Module
+    ls2: Callable[[Tensor], Tensor]
+    end2: nn.Module
 
     def project(self, part: int, tokens_XD: Tensor) -> Tensor:
         """Queries (part 0), keys (1) or values (2) of tokens [..., D], by heads: [..., H, E]."""
@@ -43,37 +76,57 @@ class BlockParts:
 
     def weights(self, part: int) -> tuple[Tensor, Tensor | None]:
         """Weight [H * E, D] and bias [H * E] of queries (0), keys (1) or values (2)."""
-        bias = self.qkv.bias
-        return self.qkv.weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part]
+        if len(self.projections) == 3:
+            return self.projections[part].weight, self.projections[part].bias
+        joint = self.projections[0]
+        weight_ED = joint.weight.chunk(3)[part]
+        if isinstance(joint, SplitBiasLinear):
+            return weight_ED, (joint.q_bias, None, joint.v_bias)[part]
+        return weight_ED, None if joint.bias is None else joint.bias.chunk(3)[part]
 
 
 def unpack_block(
     module: nn.Module, number: int, fix: str = "choose another backbone, or method.name=linear"
 ) -> BlockParts:
-    """The parts of a block. Raises UserError unless it is a plain pre-norm block."""
+    """The parts of a block. Raises UserError unless it is a pre-norm block of timm's ViT or EVA."""
     block: Any = module
-    plain = type(block) is Block and type(block.attn) is Attention
-    if not plain or getattr(block.attn, "gate", None) is not None:  # timm before 1.0.28 has no gates
-        attention = type(getattr(block, "attn", block)).__name__
+    attn = getattr(block, "attn", block)
+    plain = type(block) is Block and type(attn) is Attention
+    eva = type(block) is EvaBlock and type(attn) in (EvaAttention, AttentionRope)
+    # timm before 1.0.28 has no gates, and timm before 1.0.30 no shared keys.
+    gated, shared = getattr(attn, "gate", None) is not None, getattr(attn, "num_kv_groups", 1) > 1
+    if not (plain or eva) or gated or shared:
+        more = " and gates" if gated else " and keys that heads share" if shared else ""
         raise UserError(
-            f"block {number} of the backbone is a {type(block).__name__} with {attention}: its parts are accessible "
-            f"only in timm's plain pre-norm Block; {fix}"
+            f"block {number} of the backbone is a {type(block).__name__} with {type(attn).__name__}{more}: its parts "
+            "are accessible only in timm's pre-norm Block and EvaBlock, without gates and with a key for each head; "
+            f"{fix}"
         )
-    attn = block.attn
     return BlockParts(
         norm1=block.norm1,
-        qkv=attn.qkv,
+        projections=_projections(attn),
         heads=attn.num_heads,
         scale=attn.scale,
         q_norm=attn.q_norm,
         k_norm=attn.k_norm,
+        rotates_halves=getattr(attn, "rotate_half", False),
         attn_norm=attn.norm,
         proj=attn.proj,
-        ls1=block.ls1,
+        ls1=block.ls1 if plain else partial(_scaled, block.gamma_1),
+        end1=block.drop_path1,
         norm2=block.norm2,
         mlp=block.mlp,
-        ls2=block.ls2,
+        ls2=block.ls2 if plain else partial(_scaled, block.gamma_2),
+        end2=block.drop_path2,
     )
+
+
+def _projections(attn: Any) -> tuple[nn.Linear, ...]:
+    return (attn.q_proj, attn.k_proj, attn.v_proj) if attn.qkv is None else (attn.qkv,)
+
+
+def _scaled(gamma_D: Tensor | None, x_BND: Tensor) -> Tensor:
+    return x_BND if gamma_D is None else gamma_D * x_BND
 
 
 def has_key_norm(parts: BlockParts) -> bool:
@@ -101,10 +154,18 @@ def key_scale(parts: BlockParts, normed_BND: Tensor) -> Tensor:
     return (keys_BNHE.square().mean(-1) + parts.k_norm.eps).rsqrt().to(normed_BND.dtype)
 
 
-def keys_and_values(parts: BlockParts, normed_BND: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of the block's normalized inputs, per head, [B, H, N, E] each."""
-    keys_BNHE = parts.k_norm(parts.project(1, normed_BND))
-    return keys_BNHE.transpose(1, 2), parts.project(2, normed_BND).transpose(1, 2)
+def keys_and_values(parts: BlockParts, normed_BND: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the block's normalized inputs, per head, [B, H, N, E] each.
+
+    ``rotary``: the backbone's rotary positions, by which the patches' keys are turned as in the block itself.
+    """
+    keys_BHNE = parts.k_norm(parts.project(1, normed_BND)).transpose(1, 2)
+    values_BHNE = parts.project(2, normed_BND).transpose(1, 2)
+    if rotary is None:
+        return keys_BHNE, values_BHNE
+    prefix = keys_BHNE.shape[2] - rotary.shape[-2]
+    turned = apply_rot_embed_cat(keys_BHNE[:, :, prefix:], rotary, half=parts.rotates_halves)
+    return torch.cat([keys_BHNE[:, :, :prefix], turned.to(keys_BHNE.dtype)], dim=2), values_BHNE
 
 
 def widened(x: Tensor) -> Tensor:
@@ -112,34 +173,52 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-# Linear layers that a method may target: path below the block, and which third of the rows (None: all).
-LINEAR = {
-    "q": ("attn.qkv", 0),
-    "k": ("attn.qkv", 1),
-    "v": ("attn.qkv", 2),
-    "proj": ("attn.proj", None),
-    "fc1": ("mlp.fc1", None),
-    "fc2": ("mlp.fc2", None),
+class Target(NamedTuple):
+    """A linear layer of a block that a method may change, or some rows of it."""
+
+    key: str  # of the method's own tensors
+    name: str  # timm's
+    linear: nn.Linear
+    rows: slice  # of its weight
+
+
+# Linear layers by the name that a recipe has for them: paths below the block. The first that a block has counts;
+# of a SwiGLU's first layer there are two forms, one layer and two.
+LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "proj": (("attn.proj",),),
+    "fc1": (("mlp.fc1",), ("mlp.fc1_g", "mlp.fc1_x")),
+    "fc2": (("mlp.fc2",),),
 }
+PARTS = ("q", "k", "v")  # of queries, keys and values: thirds of one layer, or layers of their own
 
 
-def linear_of(block: nn.Module, number: int, target: str) -> tuple[str, nn.Linear, slice]:
-    """A linear layer of a block: timm's name, the layer, the rows of its weight. Raises UserError if there is none."""
-    unpack_block(block, number)
-    path, third = LINEAR[target]
+def targets_of(block: nn.Module, number: int, target: str) -> list[Target]:
+    """The linear layers of a block that a recipe's target names. Raises UserError if there is none."""
+    parts, prefix = unpack_block(block, number), f"blocks.{number}"
+    if target in PARTS:
+        part = PARTS.index(target)
+        if len(parts.projections) == 3:
+            return [Target(target, f"{prefix}.attn.{target}_proj", parts.projections[part], slice(None))]
+        joint = parts.projections[0]
+        size = joint.out_features // 3
+        return [Target(target, f"{prefix}.attn.qkv", joint, slice(part * size, (part + 1) * size))]
+    for paths in LAYERS[target]:
+        found = [_submodule(block, path) for path in paths]
+        if all(isinstance(linear, nn.Linear) for linear in found):
+            keys = [target] if len(paths) == 1 else [path.rpartition(".")[2] for path in paths]
+            named = zip(keys, paths, found, strict=True)
+            return [Target(key, f"{prefix}.{path}", linear, slice(None)) for key, path, linear in named]
+    raise UserError(
+        f"block {number} of the backbone has no linear layer {LAYERS[target][0][0]}: leave {target} out, or choose "
+        "another"
+    )
+
+
+def _submodule(block: nn.Module, path: str) -> Any:
     try:
-        linear = block.get_submodule(path)
+        return block.get_submodule(path)
     except AttributeError:
-        linear = block
-    if not isinstance(linear, nn.Linear):
-        raise UserError(
-            f"block {number} of the backbone has no linear layer {path}: leave {target} out, or choose another"
-        )
-    rows = slice(None)
-    if third is not None:
-        size = linear.out_features // 3
-        rows = slice(third * size, (third + 1) * size)
-    return f"blocks.{number}.{path}", linear, rows
+        return None
 
 
 def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
@@ -154,7 +233,7 @@ def operations(backbone: "Backbone") -> Iterator[tuple[str, nn.Module]]:
         )
     for name, module in backbone.named_modules():
         separate = [key for key, _ in module.named_parameters(recurse=False) if key.endswith("_bias")]
-        if separate:
+        if separate and not isinstance(module, SplitBiasLinear):
             raise UserError(
                 f"{name} of the backbone, a {type(module).__name__}, holds {' and '.join(separate)} apart from the "
                 "layers that they belong to: bias and ssf would skip those; choose another method or backbone"

@@ -3,16 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
 from safetensors import safe_open
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from dist_vpt.backbones.config import BackboneConfig
-from dist_vpt.backbones.dinov3 import RotaryBackbone, is_dinov3
+from dist_vpt.backbones.eva import EvaBackbone, learns_rotary
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.convert import LoadReport
@@ -23,9 +24,12 @@ from dist_vpt.errors import UserError, WeightsError, nearest
 
 DEMO = Path(__file__).parent / "demo" / "demo.safetensors"
 SUPPORTED = (
-    "this version tunes timm's VisionTransformer and SwinTransformer models and DINOv3 (vit_*, deit3_*, swin_*, ...): "
+    "this version tunes timm's VisionTransformer, Eva and SwinTransformer models (vit_*, deit3_*, eva*, swin_*, ...): "
     "choose a short name of `dist-vpt backbones`, or one of `timm.list_models('vit_*')`"
 )
+AnyModel: TypeAlias = VisionTransformer | SwinTransformer | Eva
+# Of these classes themselves: a subclass (the distilled DeiT) has another stem.
+KINDS: dict[type, type[Backbone]] = {VisionTransformer: Backbone, SwinTransformer: SwinBackbone, Eva: EvaBackbone}
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def build(
     has them all, for ``weights.deferred.read_deferred``.
 
     Returns the backbone and how its tensors differ from the file's. Raises WeightsError if they differ and
-    ``recipe.load`` is strict, UserError for a model that is neither a ViT nor a Swin, or an image size that its
+    ``recipe.load`` is strict, UserError for a model that is no ViT, Eva or Swin, or an image size that its
     patches or windows do not divide.
     """
     load_report = None
@@ -92,8 +96,7 @@ def build(
             model.reset_classifier(0, pool)
         except AssertionError as error:
             raise UserError(f"backbone.global_pool = {pool}: timm rejects it: {error} Choose another pool") from error
-    kind = SwinBackbone if isinstance(model, SwinTransformer) else RotaryBackbone if is_dinov3(model) else Backbone
-    backbone = kind(model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
+    backbone = KINDS[type(model)](model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
     backbone.requires_grad_(False)
     return backbone, load_report
 
@@ -138,7 +141,7 @@ def _pool(recipe: BackboneConfig) -> str | None:
     return recipe.global_pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
 
 
-def create(architecture: str, image_size: int, **options: Any) -> VisionTransformer | SwinTransformer:
+def create(architecture: str, image_size: int, **options: Any) -> AnyModel:
     """A timm model without a head and with random weights. Raises UserError where it cannot be tuned here."""
     options = {"num_classes": 0, "img_size": image_size} | options
     try:
@@ -147,10 +150,13 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
         raise UserError(
             f"backbone.name = {architecture}, image size {image_size}: timm rejects it: {error}; {SUPPORTED}"
         ) from error
-    if type(model) not in (VisionTransformer, SwinTransformer) and not is_dinov3(
-        model
-    ):  # a subclass (the distilled DeiT) has another stem
+    if type(model) not in KINDS:
         raise UserError(f"backbone.name = {architecture} is a {type(model).__name__}; {SUPPORTED}")
+    if isinstance(model, Eva) and learns_rotary(model):
+        raise UserError(
+            f"backbone.name = {architecture} has a {type(model.rope).__name__}, whose rotary positions are weights of "
+            f"each block; {SUPPORTED}"
+        )
     if hasattr(model.patch_embed, "backbone"):
         raise UserError(
             f"backbone.name = {architecture} is a hybrid (a vision transformer on a ResNet stem); {SUPPORTED}"
@@ -158,7 +164,7 @@ def create(architecture: str, image_size: int, **options: Any) -> VisionTransfor
     return model
 
 
-def _create(recipe: BackboneConfig, image_size: int, frame: int = 0) -> VisionTransformer | SwinTransformer:
+def _create(recipe: BackboneConfig, image_size: int, frame: int = 0) -> AnyModel:
     framed = image_size + 2 * frame
     if recipe.name == "demo":
         architecture = _demo_metadata()["architecture"] | {
@@ -181,7 +187,7 @@ def _create(recipe: BackboneConfig, image_size: int, frame: int = 0) -> VisionTr
     return model
 
 
-def _load(model: VisionTransformer | SwinTransformer, recipe: BackboneConfig, defer: bool = False) -> LoadReport | None:
+def _load(model: AnyModel, recipe: BackboneConfig, defer: bool = False) -> LoadReport | None:
     if recipe.weights == "random":
         return LoadReport()
     options: dict[str, Any] = {"lenient": recipe.load == "lenient", "position_resize": recipe.positions, "defer": defer}
@@ -243,7 +249,7 @@ def _known(name: str) -> str:
 
 
 def _models() -> list[str]:
-    return timm.list_models(["vit_*", "deit*", "swin_*"])
+    return timm.list_models(["vit_*", "deit*", "eva*", "swin_*"])
 
 
 def _check_windows(image_size: int, pretrained_size: int, swin: SwinTransformer) -> None:

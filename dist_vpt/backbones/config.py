@@ -20,7 +20,7 @@ class BackboneConfig(BaseModel):
 
     name: str = Field(
         "demo",
-        description="a short name of `dist-vpt backbones`, a timm model name (a ViT or a Swin), or 'demo', "
+        description="a short name of `dist-vpt backbones`, a timm model name (a ViT, an Eva or a Swin), or 'demo', "
         "the small ViT in this package",
     )
     weights: str = Field(

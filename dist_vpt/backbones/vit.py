@@ -29,6 +29,7 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    rotary: Tensor | None  # of the patches, [patches, 2 * E]: sines, then cosines; None: blocks rotate nothing
 
     def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool):
         super().__init__()
@@ -60,6 +61,7 @@ class Backbone(nn.Module):
         self.fc_norm, vit.fc_norm = vit.fc_norm, nn.Identity()
         self.attn_pool, vit.attn_pool = vit.attn_pool, None
         vit.head, vit.global_pool = nn.Identity(), ""
+        self.register_buffer("rotary", None, persistent=False)
         self.stem = vit
 
     def train(self, mode: bool = True) -> "Backbone":

@@ -59,7 +59,7 @@ def compute_stream(backbone: Backbone, images_B3SS: Tensor, spec: StreamSpec) ->
             parts = unpack_block(block, number)
             normed_BND = parts.norm1(tokens_BND)
             if spec.keys:
-                keys_BHNE, values_BHNE = keys_and_values(parts, normed_BND)
+                keys_BHNE, values_BHNE = keys_and_values(parts, normed_BND, backbone.rotary)
                 keys.append(keys_BHNE)
                 values.append(values_BHNE)
             else:

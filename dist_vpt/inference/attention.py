@@ -44,7 +44,7 @@ class Attention:
 
 @torch.no_grad()
 def attend(method: Method, images_B3SS: Tensor) -> Attention:
-    """Run a method whose kernel is eager on images. Raises UserError for blocks that are not timm's plain ones."""
+    """Run a method whose kernel is eager on images. Raises UserError for blocks that cannot be unpacked."""
     backbone = method.backbone
     with _matrices(backbone) as found:
         if isinstance(method, VQT):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.blocks import unpack_block
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.config import AdapterConfig
-from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_output
+from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_input
 
 
 class Adapter(HookedMethod):
@@ -24,15 +24,15 @@ class Adapter(HookedMethod):
         self.adapters = nn.ModuleList()
         for number, block in enumerate(backbone.blocks):
             parts = unpack_block(block, number)
-            ends = {"mlp": parts.ls2} if recipe.style == "pfeiffer" else {"attn": parts.ls1, "mlp": parts.ls2}
+            ends = {"mlp": parts.end2} if recipe.style == "pfeiffer" else {"attn": parts.end1, "mlp": parts.end2}
             adapters = nn.ModuleDict()
             for branch, end in ends.items():
                 adapter = _SerialAdapter(backbone.width, recipe.bottleneck, F.gelu)
-                replace_output(end, adapter.added_to)
+                replace_input(end, adapter.added_to)
                 adapters[branch] = adapter
             self.adapters.append(adapters)
 
 
 class _SerialAdapter(Bottleneck):
-    def added_to(self, _: Tensor, branch_BND: Tensor) -> Tensor:
+    def added_to(self, branch_BND: Tensor) -> Tensor:
         return branch_BND + self(branch_BND)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.blocks import BlockParts, unpack_block
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.config import AdaptFormerConfig
-from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_output
+from dist_vpt.methods.hooks import Bottleneck, HookedMethod, replace_input, replace_output
 
 
 class AdaptFormer(HookedMethod):
@@ -39,13 +39,13 @@ class _ParallelAdapter(Bottleneck):
     def attach_to(self, parts: BlockParts) -> None:
         """Read at the beginning of the MLP's branch, write at its end."""
         replace_output(parts.norm2, self._begin)
-        replace_output(parts.ls2, self._end)
+        replace_input(parts.end2, self._end)
 
     def _begin(self, x_BND: Tensor, normed_BND: Tensor) -> Tensor:
         self.read = x_BND
         return normed_BND
 
-    def _end(self, _: Tensor, branch_BND: Tensor) -> Tensor:
+    def _end(self, branch_BND: Tensor) -> Tensor:
         x_BND, self.read = self.read, None
         assert x_BND is not None
         return torch.add(branch_BND, self(x_BND), alpha=self.scale)

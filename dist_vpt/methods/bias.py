@@ -9,7 +9,7 @@ norms before and after the blocks, and of the attention pooling where there is o
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.backbones.blocks import operations
+from dist_vpt.backbones.blocks import SplitBiasLinear, joint_bias, operations
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.config import BiasConfig
 from dist_vpt.methods.hooks import HookedMethod, attach_module, channel_shape, replace_output
@@ -24,7 +24,7 @@ class Bias(HookedMethod):
         self.biases = biases
 
     def merged(self) -> dict[str, Tensor]:
-        return dict(self.biases.named_parameters())
+        return {self.backbone.timm_name(name): bias_D for name, bias_D in self.biases.named_parameters()}
 
 
 class Biases(nn.Module):
@@ -38,14 +38,26 @@ class Biases(nn.Module):
         super().__init__()
         for name, module in operations(backbone):
             bias_D = getattr(module, "bias", None)
-            if isinstance(bias_D, nn.Parameter):
-                shift = _Shift(bias_D, channel_shape(module))
+            if isinstance(module, SplitBiasLinear):
+                if module.q_bias is None or module.v_bias is None:
+                    continue
+                shift: _Shift = _SplitShift(module.q_bias, module.v_bias)
+                module.q_bias = module.v_bias = None
+            elif isinstance(bias_D, nn.Parameter):
+                shift = _OneShift(bias_D, channel_shape(module))
                 module.register_parameter("bias", None)
-                replace_output(module, shift.added_to)
-                attach_module(self, name, shift)
+            else:
+                continue
+            replace_output(module, shift.added_to)
+            attach_module(self, name, shift)
 
 
 class _Shift(nn.Module):
+    def added_to(self, _: Tensor, output: Tensor) -> Tensor:
+        return self(output)
+
+
+class _OneShift(_Shift):
     def __init__(self, bias_D: Tensor, shape: tuple[int, ...]):
         super().__init__()
         self.shape = shape
@@ -54,5 +66,13 @@ class _Shift(nn.Module):
     def forward(self, output: Tensor) -> Tensor:
         return output + self.bias.to(output.dtype).view(self.shape)
 
-    def added_to(self, _: Tensor, output: Tensor) -> Tensor:
-        return self(output)
+
+class _SplitShift(_Shift):
+    """Of queries and values in one layer; keys have no bias, and get none."""
+
+    def __init__(self, q_bias_E: Tensor, v_bias_E: Tensor):
+        super().__init__()
+        self.q_bias, self.v_bias = (nn.Parameter(bias_E.detach().clone()) for bias_E in (q_bias_E, v_bias_E))
+
+    def forward(self, output: Tensor) -> Tensor:
+        return output + joint_bias(self.q_bias, self.v_bias).to(output.dtype)

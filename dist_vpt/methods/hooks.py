@@ -27,6 +27,11 @@ def replace_output(module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]
     module.register_forward_hook(lambda _, inputs, output: change(inputs[0], output))
 
 
+def replace_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """From now on ``change(input)`` replaces the input of a module."""
+    module.register_forward_pre_hook(lambda _, inputs: change(inputs[0]))
+
+
 def attach_module(tree: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module into a tree of empty ones, so that its tensors get timm's names."""
     *branches, leaf = name.split(".")

@@ -3,10 +3,10 @@
 N tokens, D inputs and O outputs of a linear layer, r rank, R ranks of all targets of a layer together.
 
 A targeted linear layer gives W x + (alpha / r) B A x, with A [r, D] and B [O, r] trained. Queries, keys and values are
-rows of one layer in timm, and each has its own A and B.
+rows of one layer in most of timm, and each has its own A and B; so have the two layers at the start of a SwiGLU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from dist_vpt.backbones.blocks import linear_of
+from dist_vpt.backbones.blocks import Target, targets_of
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.config import LoRAConfig
 from dist_vpt.methods.hooks import HookedMethod, replace_output
@@ -31,20 +31,23 @@ class LoRA(HookedMethod):
         for number, block in enumerate(backbone.blocks):
             updates = nn.ModuleDict()
             of_layers: dict[nn.Linear, list[_LowRank]] = {}
-            for target in recipe.targets:
-                _, linear, rows = linear_of(block, number, target)
+            for key, _, linear, rows in self._targets(block, number):
                 update = _LowRank(recipe, linear.in_features, len(range(linear.out_features)[rows]), rows)
                 of_layers.setdefault(linear, []).append(update)
-                updates[target] = update
+                updates[key] = update
             for linear, of_layer in of_layers.items():
                 replace_output(linear, _Updates(of_layer))
             self.lora.append(updates)
 
+    def _targets(self, block: nn.Module, number: int) -> Iterator[Target]:
+        for target in self.recipe.targets:
+            yield from targets_of(block, number, target)
+
     def merged(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for number, (block, updates) in enumerate(zip(self.backbone.blocks, self.lora, strict=True)):
-            for target, update in updates.items():  # type: ignore[operator]
-                name, linear, rows = linear_of(block, number, target)
+            for key, name, linear, rows in self._targets(block, number):
+                update: Any = updates[key]  # type: ignore[index]
                 weight_OD = tensors.setdefault(f"{name}.weight", linear.weight.detach().clone())
                 weight_OD[rows] += update.scale * update.up.weight.detach() @ update.down.weight.detach()
         return tensors

@@ -10,9 +10,10 @@ Per block, query tokens z attend to the image's tokens, not to each other, and t
 with k and v those of n, the normalized inputs of the block's attention. The features are the backbone's pooled
 ones, and z'' of each block. Two equal forms compute the attention:
 
-- ``projected``: k and v are computed from n, without autograd. A stream that is cached for several trials holds k and v
-  themselves if the memory suffices, and then this is by far the cheaper form; a single trial would keep twice the bytes
-  of its batch for backward.
+- ``projected``: k and v are computed from n, without autograd. Where the backbone has rotary positions it is the only
+  form: each patch's key is turned by its position, the query is not. A stream that is cached for several trials holds
+  k and v themselves if the memory suffices, and then this is by far the cheaper form; a single trial would keep twice
+  the bytes of its batch for backward.
 - ``absorbed``: a head's score is k.q = n.(W_k^T q) up to a number that cancels in the softmax, and the weights sum to
   one, so that sum(p v) = W_v sum(p n) + b_v: no key and no value is ever computed, and only n is kept for backward.
   With qk-norm each key has a scale, which is part of the stream.
@@ -60,6 +61,13 @@ class VQT(Reader):
         self.register_buffer("kept", None if recipe.keep is None else torch.full((recipe.keep,), -1))
         parts = [unpack_block(backbone.blocks[number], number) for number in blocks]
         self.key_norm = any(has_key_norm(s) for s in parts)
+        self.rotates = backbone.rotary is not None
+        if self.rotates and recipe.form == "absorbed":
+            raise UserError(
+                f"method.form = absorbed: a {type(backbone.blocks[blocks[0]]).__name__} of the backbone turns each "
+                "patch's key by its position, so that no product with the queries is the same for all patches; set "
+                "method.form=auto"
+            )
         if self.key_norm and recipe.form == "absorbed":
             subtracts_mean(parts[0].k_norm)  # raises for a norm that cannot be absorbed
         queries = torch.empty(len(blocks), recipe.queries, backbone.width)
@@ -77,7 +85,7 @@ class VQT(Reader):
     def spec(self) -> StreamSpec:
         if self.recipe.form == "projected":
             return StreamSpec(self.blocks, keys=True)
-        return StreamSpec(self.blocks, key_scales=self.key_norm)
+        return StreamSpec(self.blocks, key_scales=self.key_norm and not self.rotates)
 
     @property
     def shared_spec(self) -> StreamSpec:
@@ -170,9 +178,10 @@ class VQT(Reader):
         if stream.keys:
             return partial(_attend_projected, stream.keys[i], stream.values[i])
         normed_BND = stream.normed[i]
-        if self.recipe.form == "auto" and cheaper_form(queries, parts.heads, self.backbone.width) == "projected":
+        auto = self.recipe.form == "auto" and cheaper_form(queries, parts.heads, self.backbone.width) == "projected"
+        if auto or self.rotates:
             with torch.no_grad():
-                return partial(_attend_projected, *keys_and_values(parts, normed_BND))
+                return partial(_attend_projected, *keys_and_values(parts, normed_BND, self.backbone.rotary))
         return partial(_attend_absorbed, parts, normed_BND, stream.key_scales[i] if stream.key_scales else None)
 
     def _features(self, stack: ReaderStack, pooled_BD: Tensor, outputs: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_vpt.backbones.blocks import unpack_block
+from dist_vpt.backbones.blocks import SplitBiasLinear, bias_of, unpack_block
 from dist_vpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ def apply_int8(backbone: "Backbone") -> None:
                 unpack_block(block, number)
             except UserError as error:
                 raise UserError(
-                    f"{KEY}: only for timm's plain ViT and Swin blocks; set runtime.quantize=none ({error})"
+                    f"{KEY}: only for timm's pre-norm ViT, EVA and Swin blocks; set runtime.quantize=none ({error})"
                 ) from error
     for module in backbone.blocks.modules():
-        if type(module) is nn.Linear:
+        if type(module) in (nn.Linear, SplitBiasLinear):
             _hold_in_int8(module)
     backbone.chosen["frozen weights"] = "int8"
 
@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BND: Tensor, linear: nn.Linear) -> Tensor:
         ctx.linear = linear
-        return F.linear(x_BND, _dequantized(linear, x_BND.dtype), linear.bias)
+        return F.linear(x_BND, _dequantized(linear, x_BND.dtype), bias_of(linear))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

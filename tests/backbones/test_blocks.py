@@ -20,7 +20,7 @@ def test_a_block_of_a_timm_without_gates_is_unpacked(block: nn.Module) -> None:
         del block.attn.gate
     assert not hasattr(block.attn, "gate")
     parts = unpack_block(block, 1)
-    assert parts.qkv is block.attn.qkv
+    assert parts.projections == (block.attn.qkv,)
     assert parts.mlp is block.mlp
 
 

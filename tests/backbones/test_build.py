@@ -199,14 +199,14 @@ def test_unknown_names(name: str, hint: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "swinv2_tiny_window8_256", "levit_128", "eva02_tiny_patch14_224",
+    ["resnet18", "swinv2_tiny_window8_256", "levit_128", "vit_small_patch16_rope_mixed_224",
      "vit_relpos_small_patch16_224", "vit_tiny_r_s16_p8_224", "test_efficientnet",
      "deit_tiny_distilled_patch16_224"],
 )  # fmt: skip
 def test_models_that_are_no_vision_transformer(name: str) -> None:
     message = refused(name=name, image_size=224)
     assert message.startswith(f"backbone.name = {name}")
-    assert "this version tunes timm's VisionTransformer and SwinTransformer models and DINOv3" in message
+    assert "this version tunes timm's VisionTransformer, Eva and SwinTransformer models" in message
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,29 @@
 """DINOv3 as a backbone: against slow float64 mathematics, with prompts and with everything that runs on a backbone."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from dist_vpt.backbones.build import build
 from dist_vpt.backbones.config import BackboneConfig
-from dist_vpt.backbones.dinov3 import RotaryBackbone
+from dist_vpt.backbones.eva import EvaBackbone
 from dist_vpt.backbones.weights.zoo import ZOO
-from dist_vpt.errors import UserError
+from dist_vpt.cli.main import main
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
+from dist_vpt.planning.footprint import footprint
+from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.attention import apply_attention
-from tests.backbones.published import FILES, Arrays
+from tests.backbones.published import FILES, VIT, Arrays
 from tests.methods.conftest import assert_equal_steps, config_of
 from tests.reference import rotary as reference
 
@@ -30,6 +35,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "vpt": {"name": "vpt", "prompts": 3},
     "vpt shallow": {"name": "vpt", "prompts": 2, "deep": False},
+    "vqt": {"name": "vqt", "queries": 2},
+    "lora": {"name": "lora", "rank": 2},
+    "adapter": {"name": "adapter", "bottleneck": 3, "style": "houlsby"},
+    "adaptformer": {"name": "adaptformer", "bottleneck": 3},
+    "ssf": {"name": "ssf"},
+    "bias": {"name": "bias"},
+    "partial": {"name": "partial"},
 }
 
 
@@ -46,7 +58,7 @@ def make(arrays: Arrays, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def make_method(settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> Method:
         backbone, _ = build(BackboneConfig(name="tiny", weights=path), image_size=32, mean=MEAN, std=STD)
-        assert isinstance(backbone, RotaryBackbone)
+        assert isinstance(backbone, EvaBackbone)
         torch.manual_seed(3)
         method = attach(config_of(settings), backbone, 4, dtype)
         for name, parameter in method.named_parameters():
@@ -127,36 +139,34 @@ def test_biases_of_keys_are_held_like_the_weights() -> None:
     assert backbone(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("architecture", ["vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"name": "vpt", "extra_trainable": ("bias",)},
-        {"name": "bias"},
-        {"name": "ssf"},
-        {"name": "cls"},
-        {"name": "full"},
-    ],
-    ids=str,
-)
-def test_all_that_is_trained_gets_a_gradient_or_is_refused(
-    settings: dict[str, Any], architecture: str, monkeypatch: pytest.MonkeyPatch, images: Tensor
+def test_a_plan_counts_the_swiglu_of_the_larger_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, for a width of 16, two blocks, four registers and a SwiGLU of width 64 inside."""
+    row = replace(FILES["dinov3"].row, architecture="vit_huge_plus_patch16_dinov3", options=VIT | {"mlp_ratio": 4})
+    monkeypatch.setitem(ZOO, "tiny", row)
+    words = ["backbone.name=tiny", "backbone.weights=random", "data.task=digits", "data.image_size=32"]
+    counted = footprint(load_recipe([], [*words, "method.name=linear", "train.batch_size=4"]), classes=10)
+    attention, swiglu = 4 * 16 * 16 + 16, 3 * 16 * 64 + 2 * 64 + 16
+    block = 4 * 16 + attention + swiglu + 2 * 16  # with two norms and two LayerScales
+    stem = 3 * 16 * 16 * 16 + 16 + 5 * 16
+    assert counted.trained_parameters == 10 * 17
+    assert counted.parameters == stem + 2 * block + 2 * 16 + 10 * 17
+
+
+@pytest.mark.parametrize("method", ["vqt", "lora", "vpt_deep"])
+def test_a_published_file_is_trained_and_predicts_from_the_command_line(
+    method: str, arrays: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With biases of queries and values timm never calls the layer that a method would act on."""
-    tiny = {"depth": 2, "embed_dim": 16, "num_heads": 2}
-    monkeypatch.setitem(ZOO, "tiny", replace(FILES["dinov3"].row, architecture=architecture, options=tiny))
-    backbone, _ = build(BackboneConfig(name="tiny", weights="random"), image_size=32, mean=MEAN, std=STD)
-    recipe = config_of(settings)
-    inside = settings["name"] in ("bias", "ssf") or "extra_trainable" in settings
-    if inside and architecture.endswith("qkvb"):
-        with pytest.raises(UserError, match=r"blocks.0.attn of the backbone, a EvaAttention, holds q_bias and v_bias"):
-            attach(recipe, backbone, 4)
-        return
-    method = attach(recipe, backbone, 4)
-    loss_of(method.train(), images).backward()
-    assert [name for name, parameter in method.trainable() if parameter.grad is None] == []
-
-
-def test_vqt_is_refused(make: Any) -> None:
-    with pytest.raises(UserError, match="block 0 of the backbone is a EvaBlock with EvaAttention"):
-        make({"name": "vqt"})
+    monkeypatch.setitem(ZOO, "tiny", FILES["dinov3"].row)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    weights, run = FILES["dinov3"].save(tmp_path, arrays), tmp_path / "run"
+    size = ["data.image_size=32", "data.workers=0", "train.epochs=1", "train.batch_size=100", "runtime.precision=fp32"]
+    words = [method, "data.task=digits", "backbone.name=tiny", f"backbone.weights={weights}", *size, f"run.dir={run}"]
+    assert main(["train", *words]) == 0
+    result = json.loads((run / "result.json").read_text())
+    assert 0 < result["last"]["test"]["loss"] < 5
+    assert (run / "adapters.safetensors").exists()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    capsys.readouterr()
+    assert main(["predict", str(run), str(tmp_path / "a.png")]) == 0
+    assert "a.png" in capsys.readouterr().out

@@ -66,7 +66,7 @@ def test_missing_recipe(run: Path, capsys: pytest.CaptureFixture[str], tmp_path:
         (["backbone.name=vit_tiny_patch16_225"], "did you mean 'vit_tiny_patch16_224'?"),
         (
             ["backbone.name=resnet18"],
-            "this version tunes timm's VisionTransformer and SwinTransformer models and DINOv3",
+            "this version tunes timm's VisionTransformer, Eva and SwinTransformer models",
         ),
         (["data.image_size=30"], "must be a multiple of the patch size 4"),
         (["backbone.weights=nix.safetensors"], "nix.safetensors: no such weights file"),
@@ -117,7 +117,7 @@ def test_truncated_weights(run: Path, capsys: pytest.CaptureFixture[str], tmp_pa
 def test_weights_of_nothing_alike(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
     words = [f"backbone.weights={tmp_path}/a.safetensors", "backbone.load=lenient"]
-    assert "holds no blocks of a transformer: only plain vision transformers" in fault(run, capsys, *words)
+    assert "holds no blocks of a transformer: only timm's plain vision transformers" in fault(run, capsys, *words)
 
 
 def test_the_folder_of_another_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

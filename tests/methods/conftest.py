@@ -1,4 +1,4 @@
-"""Tiny backbones with every seam that timm's ViTs have."""
+"""Tiny backbones with every seam that timm's ViTs and EVAs have."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,15 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from dist_vpt.backbones.eva import EvaBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config import MethodConfig
+from tests.evas import EVAS, REFERENCE
+from tests.reference import vit as reference
 
 MEAN, STD = (0.45, 0.5, 0.4), (0.2, 0.25, 0.3)
 SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 0}
@@ -19,13 +23,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "registers": {"reg_tokens": 2, "qk_norm": True, "init_values": 0.5, "no_embed_class": True},
     "no_class_token": {"class_token": False, "global_pool": "avg"},
     "mean_pooled": {"global_pool": "avg", "pre_norm": True},
-}
+} | EVAS
+ROTARY = [kind for kind, options in REFERENCE.items() if "rotary" in options]
 
 
-def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer:
+def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer | Eva:
     """A tiny ViT whose every weight is random: timm's zero biases and unit scales would hide mistakes."""
     torch.manual_seed(0)
-    vit = VisionTransformer(**(SHAPE | KINDS[kind] | changes))
+    vit = (Eva if kind in EVAS else VisionTransformer)(**(SHAPE | KINDS[kind] | changes))
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
             noise = torch.randn_like(parameter) * 0.3
@@ -34,7 +39,17 @@ def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer:
 
 
 def make_backbone(kind: str = "class_token", *, stochastic: bool = False, **changes: Any) -> Backbone:
-    return Backbone(make_vit(kind, **changes), mean=MEAN, std=STD, stochastic=stochastic).requires_grad_(False)
+    made = EvaBackbone if kind in EVAS else Backbone
+    return made(make_vit(kind, **changes), mean=MEAN, std=STD, stochastic=stochastic).requires_grad_(False)
+
+
+def reference_config(kind: str, **more: Any) -> reference.Config:
+    """The reference's description of a tiny backbone."""
+    vit = make_vit(kind)
+    shape = {"num_heads": 2, "patch_size": 8, "mean": MEAN, "std": STD}
+    return reference.Config(
+        **shape, pool=vit.global_pool, no_embed_class=vit.no_embed_class, **REFERENCE.get(kind, {}), **more
+    )
 
 
 def config_of(settings: dict[str, Any]) -> MethodConfig:

@@ -14,7 +14,7 @@ from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config import MethodConfig
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
-from tests.methods.conftest import KINDS, MEAN, STD, config_of, make_backbone, make_vit
+from tests.methods.conftest import KINDS, MEAN, STD, config_of, make_backbone, make_vit, reference_config
 from tests.reference import inside, side
 from tests.reference import vit as reference
 from tests.reference.rounding import in_bfloat16
@@ -82,20 +82,14 @@ IN_BF16 = (
 )
 ALIASES = {
     r"backbone\.": "",
+    r"(biases\.)?blocks\.(\d+)\.attn\.qkv\.([qv]_bias)": r"blocks.\2.attn.\3",
     r"stem\.": "",
     r"biases\.": "",
     r"class_token\.token": "cls_token",
     r"adapters\.(\d+)\.(attn|mlp)\.": r"blocks.\1.adapter_\2.",
     r"adapters\.(\d+)\.(down|up)\.": r"blocks.\1.adapter_beside.\2.",
 }
-LAYERS = {  # of LoRA, with their rows: queries, keys and values are of one weight
-    "q": ("attn.qkv", (0, 16)),
-    "k": ("attn.qkv", (16, 32)),
-    "v": ("attn.qkv", (32, 48)),
-    "proj": ("attn.proj", (0, 16)),
-    "fc1": ("mlp.fc1", (0, 64)),
-    "fc2": ("mlp.fc2", (0, 16)),
-}
+THIRDS = {"q": (0, 16), "k": (16, 32), "v": (32, 48)}  # rows of a weight that queries, keys and values have together
 
 
 def reference_prompts(settings: dict[str, Any], values_nPd: np.ndarray) -> reference.Prompts:
@@ -157,31 +151,47 @@ def alias(name: str) -> str:
     return name
 
 
+def layer_of(target: str, number: str, weights: Mapping[str, np.ndarray]) -> tuple[str, tuple[int, int]]:
+    """A weight that LoRA changes, and its rows."""
+    block = f"blocks.{number}"
+    if target not in THIRDS:
+        name = f"{block}.{'attn' if target == 'proj' else 'mlp'}.{target}.weight"
+    elif f"{block}.attn.qkv.weight" in weights:
+        return f"{block}.attn.qkv.weight", THIRDS[target]
+    else:
+        name = f"{block}.attn.{target}_proj.weight"
+    return name, (0, len(weights[name]))
+
+
+def with_joint_biases(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights where the biases of queries and values are one, with zeros for keys."""
+    changed = dict(weights)
+    for name in [name for name in weights if name.endswith("attn.q_bias")]:
+        at = name.removesuffix("q_bias")
+        q_bias, v_bias = changed.pop(name), changed.pop(f"{at}v_bias")
+        changed[f"{at}qkv.bias"] = np.concatenate([q_bias, np.zeros_like(q_bias), v_bias])
+    return changed
+
+
 def expected(method: Method, kind: str, images: torch.Tensor, settings: dict[str, Any]) -> reference.Result:
     """The reference's result, its gradients under the method's names (but for prompts, which are one a block)."""
-    vit = make_vit(kind, **size_of(settings))
+    made = make_vit(kind, **size_of(settings)).state_dict()
     held = method.compute  # in which frozen weights are held: what their rounding does is no error
-    frozen = {name: tensor.to(held).double().numpy() for name, tensor in vit.state_dict().items()}
-    config = reference.Config(
-        num_heads=2,
-        patch_size=8,
-        mean=MEAN,
-        std=STD,
-        pool=vit.global_pool,
-        no_embed_class=vit.no_embed_class,
-        beside_scale=settings.get("scale", 0.1),
-    )
+    frozen = {name: tensor.to(held).double().numpy() for name, tensor in made.items()}
+    config = reference_config(kind, beside_scale=settings.get("scale", 0.1))
     own = {name: p.detach().double().numpy() for name, p in method.trainable()}
     if settings["name"] == "side":
         return expected_beside(own, reference.features_forward(frozen, config, images.numpy())[0], images)
     inner = {name for name in own if not name.startswith(("head", "prompts", "projection", "lora", "ssf"))}
     weights = frozen | {alias(name): own[name] for name in inner}
     updates = {
-        (f"blocks.{number}.{LAYERS[target][0]}.weight", LAYERS[target][1]): (own[name], own[name.replace("down", "up")])
+        layer_of(target, number, frozen): (own[name], own[name.replace("down", "up")])
         for name in own
         if name.startswith("lora.") and ".down." in name
         for _, number, target, _, _ in [name.split(".")]
     }
+    if settings["name"] == "ssf":  # which shifts queries, keys and values alike
+        weights = with_joint_biases(weights)
     factor = settings["alpha"] / settings["rank"] if updates else 1.0
     pairs = {
         name.removeprefix("ssf.").removesuffix(".scale"): (own[name], own[name.replace(".scale", ".shift")])
@@ -318,13 +328,14 @@ def test_in_float32(variant: str, kind: str, images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("kind", ["class_token", "dinov3"])
 @pytest.mark.parametrize("variant", IN_BF16)
-def test_in_bf16(variant: str, checkpointing: str, images: torch.Tensor) -> None:
+def test_in_bf16(variant: str, kind: str, checkpointing: str, images: torch.Tensor) -> None:
     settings = VARIANTS[variant]
-    method = make(settings, "class_token", torch.bfloat16)
+    method = make(settings, kind, torch.bfloat16)
     assert {p.dtype for _, p in method.trainable()} == {torch.float32}
     apply_checkpointing(method.backbone, checkpointing)
-    check(method, expected(method, "class_token", images, settings), images, torch.bfloat16)
+    check(method, expected(method, kind, images, settings), images, torch.bfloat16)
 
 
 @pytest.mark.parametrize("variant", [*IN_BF16, "linear", "vpt+bias", "lora of all", "pfeiffer"])
@@ -335,7 +346,7 @@ def test_bf16_loses_what_rounding_alone_loses(variant: str, images: torch.Tensor
     settings = VARIANTS[variant]
     shift_apart = settings["name"] in ("bias", "ssf") or "bias" in settings.get("extra_trainable", ())
     ratios = []
-    for seed in range(8):
+    for seed in range(len(KINDS)):
         kind = kinds_of(settings)[seed % len(kinds_of(settings))]
         method = make(settings, kind, torch.bfloat16, seed)
         exact = expected(method, kind, images, settings)

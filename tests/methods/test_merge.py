@@ -23,6 +23,7 @@ from dist_vpt.training.components import build_method, resolve_inputs
 from tests.backbones.published import FILES
 from tests.backbones.test_swin import make as make_on_swin
 from tests.backbones.test_swin import make_swin
+from tests.evas import EVAS
 from tests.methods.conftest import KINDS, MEAN, STD, config_of, make_backbone, make_vit
 from tests.running import train
 
@@ -47,7 +48,8 @@ def make(settings: dict[str, Any], kind: str = "class_token", **changes: Any) ->
     return method.eval()
 
 
-NOT = {("cls", "no_class_token"), ("ssf", "mean_pooled")}  # no token; a patch embedding without bias (pre-norm)
+# No token; a patch embedding without bias (pre-norm); keys without bias, or both.
+NOT = {("cls", "no_class_token"), ("ssf", "mean_pooled"), *(("ssf", kind) for kind in EVAS)}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,8 @@ def normalized(images: torch.Tensor) -> torch.Tensor:
         ({"name": "adapter"}, {}, "Adapter computes what no plain timm model does"),
         ({"name": "ssf"}, {"qkv_bias": False}, r"blocks.0.attn.qkv has no bias"),
         ({"name": "ssf"}, {"kind": "mean_pooled"}, r"patch_embed.proj has no bias"),
+        ({"name": "ssf"}, {"kind": "dinov3"}, r"blocks.0.attn.qkv has no bias"),
+        ({"name": "ssf"}, {"kind": "eva02_normed"}, r"blocks.0.attn.k_proj has no bias"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(settings: dict[str, Any], backbone: dict[str, Any], message: str) -> None:

@@ -114,6 +114,13 @@ TRAINED = {
 }
 
 
+class WithoutLayers(torch.nn.Module):
+    """An MLP of another structure."""
+
+    def __init__(self, in_features: int, **_: Any):
+        super().__init__()
+
+
 def make(settings: dict[str, Any], compute: torch.dtype = torch.float32, **backbone: Any) -> Method:
     torch.manual_seed(0)
     return attach(config_of(settings), make_backbone(**backbone), 5, compute)
@@ -246,7 +253,7 @@ def test_dropout_of_lora_is_off_in_eval(images: torch.Tensor) -> None:
         ({"name": "partial", "blocks": 4}, {}, "method.blocks = 4: the backbone has 3 blocks"),
         ({"name": "cls"}, {"kind": "no_class_token"}, "no class token"),
         ({"name": "lora"}, {"block_fn": ParallelScalingBlock}, "ParallelScalingBlock"),
-        ({"name": "lora", "targets": ("fc1",)}, {"mlp_layer": SwiGLU}, "no linear layer mlp.fc1: leave fc1 out"),
+        ({"name": "lora", "targets": ("fc1",)}, {"mlp_layer": WithoutLayers}, "no linear layer mlp.fc1: leave fc1 out"),
     ],
 )
 def test_a_backbone_that_a_method_does_not_know_is_refused(
@@ -254,6 +261,15 @@ def test_a_backbone_that_a_method_does_not_know_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make(settings, **backbone)
+
+
+@pytest.mark.parametrize("backbone", [{"mlp_layer": SwiGLU}, {"kind": "dinov3_swiglu"}], ids=["Block", "EvaBlock"])
+def test_lora_has_two_updates_where_a_swiglu_has_two_first_layers(backbone: dict[str, Any]) -> None:
+    method = make({"name": "lora", "rank": 2, "targets": ("fc1",)}, **backbone)
+    layers = {f"lora.{block}.{layer}" for block in range(3) for layer in ("fc1_g", "fc1_x")}
+    assert {n for n, _ in method.trainable()} == HEAD | {
+        f"{at}.{kind}.weight" for at in layers for kind in ("down", "up")
+    }
 
 
 def test_the_backbone_stays_in_eval_mode() -> None:

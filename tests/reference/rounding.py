@@ -15,9 +15,9 @@ from tests.reference.vit import Array, Cache
 from . import vit
 
 # Each takes tokens or their gradients first, and gives them, alone or first of two.
-KERNELS = ("gelu", "layer_scale", "after", "adapter", "block", "mlp", "attention")
+KERNELS = ("gelu", "silu", "rotate", "layer_scale", "after", "adapter", "block", "mlp", "attention")
 ROUNDED = [f"{kernel}_{way}" for kernel in KERNELS for way in ("forward", "backward")]
-ROUNDED += ["linear_backward", "norm_backward", "softmax"]
+ROUNDED += ["linear_backward", "norm_backward", "softmax", "product"]
 
 
 def to_bfloat16(x: Array) -> Array:

@@ -1,7 +1,8 @@
 """A vision transformer, VPT and a linear head in plain NumPy float64, with derivatives written by hand.
 
 This is the yardstick of the tests: it shares no code with the package, uses no autograd and prefers a
-visible loop to a fast one. The architecture is timm's pre-norm `VisionTransformer`, read from its state dict.
+visible loop to a fast one. The architecture is timm's pre-norm `VisionTransformer` or `Eva` (of which eva.py has what a
+ViT does not), read from its state dict.
 
 Shape letters
     B images        S image side     C color channels   G patch side (pixels)   M patches per image
@@ -28,6 +29,18 @@ from typing import Any
 
 import numpy as np
 
+from tests.reference.eva import (
+    Rotary,
+    bias_grads,
+    is_swiglu,
+    joint_bias,
+    product,
+    rotate_backward,
+    rotate_forward,
+    silu_backward,
+    silu_forward,
+)
+
 Array = np.ndarray
 Weights = Mapping[str, Array]
 Cache = Any
@@ -37,8 +50,9 @@ POOLINGS = ("original", "img_pool", "prompt_pool", "imgprompt_pool")
 # A name outside this list is a layer this file does not compute; ignoring it would make a wrong yardstick.
 _KNOWN_NAMES = re.compile(
     r"cls_token|reg_token|pos_embed|patch_embed\.proj\.(weight|bias)|(norm_pre|norm|fc_norm)\.(weight|bias)"
-    r"|blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|proj|q_norm|k_norm)\.(weight|bias)"
-    r"|ls[12]\.gamma|mlp\.fc[12]\.(weight|bias)|adapter_(attn|mlp|beside)\.(down|up)\.(weight|bias))"
+    r"|blocks\.\d+\.(norm[12]\.(weight|bias)|attn\.(qkv|[qkv]_proj|proj|q_norm|k_norm|norm)\.(weight|bias)"
+    r"|attn\.[qv]_bias|gamma_[12]"
+    r"|ls[12]\.gamma|mlp\.(fc[12]|fc1_[gx]|norm)\.(weight|bias)|adapter_(attn|mlp|beside)\.(down|up)\.(weight|bias))"
     r"|head\.(weight|bias)"
 )
 
@@ -62,6 +76,8 @@ class Config:
     """True: `pos_embed` has entries for the patches only."""
     pool: str = "token"
     """The backbone's own pooling: 'token' (class token) or 'avg' (mean of the image's patches)."""
+    rotary: Rotary | None = None
+    """How blocks turn queries and keys by a patch's position."""
     beside_scale: float = 1.0
     """Multiplies what `adapter_beside` gives."""
 
@@ -249,7 +265,8 @@ def features_forward(
             x_BND, placement = place_prompts_forward(x_BND, new_PD, num_prefix, num_prompts)
             num_prompts = len(new_PD)
         placements.append(placement)
-        x_BND, block_cache = block_forward(x_BND, _local(w, f"blocks.{block}."), config)
+        patches = slice(num_prefix + num_prompts, None)
+        x_BND, block_cache = block_forward(x_BND, _local(w, f"blocks.{block}."), config, patches=patches)
         block_caches.append(block_cache)
 
     tokens_BND, norm_cache = optional_norm_forward(x_BND, w, "norm", config.eps)
@@ -503,30 +520,33 @@ def pool_backward(dpooled_BD: Array, cache: Cache) -> Array:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def block_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None) -> tuple[Array, Cache]:
+def block_forward(
+    x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None, patches: slice = slice(0, 0)
+) -> tuple[Array, Cache]:
     """x' = x + a(ls1(attn(norm1(x)))), then x' + m(ls2(mlp(norm2(x')))) + b(x'), with adapters a, m and b where the
-    block has them. mask_NN: see `attention_forward`.
+    block has them. mask_NN and patches: see `attention_forward`.
     """
     normed_BND, norm1_cache = norm_forward(x_BND, w["norm1.weight"], w["norm1.bias"], config.eps)
-    attended_BND, attn_cache = attention_forward(normed_BND, _local(w, "attn."), config, mask_NN)
-    scaled_BND, ls1_cache = layer_scale_forward(attended_BND, w.get("ls1.gamma"))
+    attended_BND, attn_cache = attention_forward(normed_BND, _local(w, "attn."), config, mask_NN, patches)
+    scaled_BND, ls1_cache = layer_scale_forward(attended_BND, w.get("ls1.gamma", w.get("gamma_1")))
     branch_BND, after_attn_cache = after_forward(scaled_BND, _local(w, "adapter_attn."))
     middle_BND = residual(x_BND, branch_BND)
 
     normed_BND, norm2_cache = norm_forward(middle_BND, w["norm2.weight"], w["norm2.bias"], config.eps)
-    mixed_BND, mlp_cache = mlp_forward(normed_BND, _local(w, "mlp."))
-    scaled_BND, ls2_cache = layer_scale_forward(mixed_BND, w.get("ls2.gamma"))
+    mixed_BND, mlp_cache = mlp_forward(normed_BND, _local(w, "mlp."), config.eps)
+    scaled_BND, ls2_cache = layer_scale_forward(mixed_BND, w.get("ls2.gamma", w.get("gamma_2")))
     branch_BND, after_mlp_cache = after_forward(scaled_BND, _local(w, "adapter_mlp."))
     out_BND, beside_cache = residual(middle_BND, branch_BND), None
     if "adapter_beside.down.weight" in w:
         beside_BND, beside_cache = adapter_forward(middle_BND, _local(w, "adapter_beside."), relu=True)
         out_BND = out_BND + config.beside_scale * beside_BND
-    first = (norm1_cache, attn_cache, ls1_cache, after_attn_cache)
+    names = ("ls1.gamma", "ls2.gamma") if "ls1.gamma" in w else ("gamma_1", "gamma_2")
+    first = (names, norm1_cache, attn_cache, ls1_cache, after_attn_cache)
     return out_BND, (*first, norm2_cache, mlp_cache, ls2_cache, after_mlp_cache, config.beside_scale, beside_cache)
 
 
 def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
-    norm1_cache, attn_cache, ls1_cache, after_attn_cache, norm2_cache, mlp_cache, ls2_cache, *last = cache
+    (ls1, ls2), norm1_cache, attn_cache, ls1_cache, after_attn_cache, norm2_cache, mlp_cache, ls2_cache, *last = cache
     after_mlp_cache, beside_scale, beside_cache = last
     dscaled_BND, after_mlp_grads = after_backward(dout_BND, after_mlp_cache)
     dmixed_BND, ls2_grads = layer_scale_backward(dscaled_BND, ls2_cache)
@@ -544,15 +564,20 @@ def block_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Arra
     grads = (
         _named("norm1.", norm1_grads)
         | _named("attn.", attn_grads)
-        | _named("ls1.", ls1_grads)
+        | _renamed(ls1_grads, ls1)
         | _named("norm2.", norm2_grads)
         | _named("mlp.", mlp_grads)
-        | _named("ls2.", ls2_grads)
+        | _renamed(ls2_grads, ls2)
         | _named("adapter_attn.", after_attn_grads)
         | _named("adapter_mlp.", after_mlp_grads)
         | _named("adapter_beside.", beside_grads)
     )
     return dmiddle_BND + dbranch_BND, grads
+
+
+def _renamed(grads: Mapping[str, Array], name: str) -> dict[str, Array]:
+    """The only gradient, if there is one, under a name."""
+    return {name: grads["gamma"]} if grads else {}
 
 
 def residual(x_BND: Array, branch_BND: Array) -> Array:
@@ -595,10 +620,13 @@ def after_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Arra
     return dout_BND + dbranch_BND, grads
 
 
-def attention_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None) -> tuple[Array, Cache]:
+def attention_forward(
+    x_BND: Array, w: Weights, config: Config, mask_NN: Array | None = None, patches: slice = slice(0, 0)
+) -> tuple[Array, Cache]:
     """Softmax attention, one head after the other; q_norm and k_norm act on E and serve all heads.
 
     mask_NN (row: who asks, column: who is asked) is added to the scores: 0, or -inf where it may not look.
+    patches: the tokens whose queries and keys `config.rotary` turns.
     """
     D = x_BND.shape[2]
     if D % config.num_heads:
@@ -606,56 +634,124 @@ def attention_forward(x_BND: Array, w: Weights, config: Config, mask_NN: Array |
     E = D // config.num_heads
     scale = 1.0 / math.sqrt(E)
 
-    qkv_BNX, qkv_cache = linear_forward(x_BND, w["qkv.weight"], w.get("qkv.bias"))  # X = 3 * D: all q, all k, all v
+    qkv_BNX, qkv_cache = projections_forward(x_BND, w)  # X = 3 * D: all q, all k, all v
     head_outputs, head_caches = [], []
     for head in range(config.num_heads):
         columns = [slice(part * D + head * E, part * D + (head + 1) * E) for part in range(3)]
         q_BNE, k_BNE, v_BNE = (qkv_BNX[:, :, column] for column in columns)
         q_BNE, q_cache = optional_norm_forward(q_BNE, w, "q_norm", config.eps)
         k_BNE, k_cache = optional_norm_forward(k_BNE, w, "k_norm", config.eps)
+        q_turn = k_turn = None
+        if config.rotary is not None:
+            q_BNE, q_turn = rotate_forward(q_BNE, config.rotary, patches)
+            k_BNE, k_turn = rotate_forward(k_BNE, config.rotary, patches)
         score_BNN = scale * q_BNE @ k_BNE.transpose(0, 2, 1)
         prob_BNN = softmax(score_BNN if mask_NN is None else score_BNN + mask_NN)
         head_outputs.append(prob_BNN @ v_BNE)
-        head_caches.append((columns, q_BNE, k_BNE, v_BNE, q_cache, k_cache, prob_BNN))
-    out_BND, proj_cache = linear_forward(np.concatenate(head_outputs, axis=2), w["proj.weight"], w.get("proj.bias"))
-    return out_BND, (scale, qkv_cache, qkv_BNX.shape, head_caches, proj_cache)
+        head_caches.append((columns, q_BNE, k_BNE, v_BNE, (q_cache, q_turn), (k_cache, k_turn), prob_BNN))
+    inner_BND, inner_cache = optional_norm_forward(np.concatenate(head_outputs, axis=2), w, "norm", config.eps)
+    out_BND, proj_cache = linear_forward(inner_BND, w["proj.weight"], w.get("proj.bias"))
+    return out_BND, (scale, qkv_cache, qkv_BNX.shape, head_caches, inner_cache, proj_cache)
 
 
 def attention_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
-    scale, qkv_cache, qkv_shape, head_caches, proj_cache = cache
-    dheads_BND, proj_grads = linear_backward(dout_BND, proj_cache)
+    scale, qkv_cache, qkv_shape, head_caches, inner_cache, proj_cache = cache
+    dinner_BND, proj_grads = linear_backward(dout_BND, proj_cache)
+    dheads_BND, inner_grads = optional_norm_backward(dinner_BND, inner_cache)
     dqkv_BNX = np.zeros(qkv_shape)
-    grads = _named("proj.", proj_grads)
-    for columns, q_BNE, k_BNE, v_BNE, q_cache, k_cache, prob_BNN in head_caches:
+    grads = _named("proj.", proj_grads) | _named("norm.", inner_grads)
+    for columns, q_BNE, k_BNE, v_BNE, q_caches, k_caches, prob_BNN in head_caches:
         dhead_BNE = dheads_BND[:, :, columns[0]]  # a head's output lies where its query lies: part 0
         dv_BNE = prob_BNN.transpose(0, 2, 1) @ dhead_BNE
         dprob_BNN = dhead_BNE @ v_BNE.transpose(0, 2, 1)
         # Softmax: ds_j = p_j * (dp_j - sum_i p_i dp_i), within each query's row.
         dscore_BNN = prob_BNN * (dprob_BNN - (prob_BNN * dprob_BNN).sum(axis=2, keepdims=True))
-        dq_BNE = scale * dscore_BNN @ k_BNE
-        dk_BNE = scale * dscore_BNN.transpose(0, 2, 1) @ q_BNE
-        dq_BNE, q_grads = optional_norm_backward(dq_BNE, q_cache)
-        dk_BNE, k_grads = optional_norm_backward(dk_BNE, k_cache)
+        dq_BNE, q_grads = _query_backward(scale * dscore_BNN @ k_BNE, q_caches)
+        dk_BNE, k_grads = _query_backward(scale * dscore_BNN.transpose(0, 2, 1) @ q_BNE, k_caches)
         for name, grad in (_named("q_norm.", q_grads) | _named("k_norm.", k_grads)).items():
             grads[name] = grads.get(name, 0.0) + grad  # the heads share these weights
         for column, dpart_BNE in zip(columns, (dq_BNE, dk_BNE, dv_BNE), strict=True):
             dqkv_BNX[:, :, column] = dpart_BNE
-    dx_BND, qkv_grads = linear_backward(dqkv_BNX, qkv_cache)
-    return dx_BND, grads | _named("qkv.", qkv_grads)
+    dx_BND, qkv_grads = projections_backward(dqkv_BNX, qkv_cache)
+    return dx_BND, grads | qkv_grads
 
 
-def mlp_forward(x_BND: Array, w: Weights) -> tuple[Array, Cache]:
-    hidden_BNF, fc1_cache = linear_forward(x_BND, w["fc1.weight"], w.get("fc1.bias"))
-    active_BNF, gelu_cache = gelu_forward(hidden_BNF)
-    out_BND, fc2_cache = linear_forward(active_BNF, w["fc2.weight"], w.get("fc2.bias"))
-    return out_BND, (fc1_cache, gelu_cache, fc2_cache)
+def _query_backward(dturned_BNE: Array, caches: tuple[Cache, Cache]) -> tuple[Array, dict[str, Array]]:
+    """Back through the turn and the norm of one head's queries, or keys."""
+    norm_cache, turn = caches
+    return optional_norm_backward(dturned_BNE if turn is None else rotate_backward(dturned_BNE, turn), norm_cache)
+
+
+def projections_forward(x_BND: Array, w: Weights) -> tuple[Array, Cache]:
+    """Queries, keys and values side by side, from one layer or from three."""
+    if "qkv.weight" in w:
+        out_BNX, cache = linear_forward(x_BND, w["qkv.weight"], joint_bias(w))
+        return out_BNX, (w, cache)
+    found = [linear_forward(x_BND, w[f"{part}_proj.weight"], w.get(f"{part}_proj.bias")) for part in "qkv"]
+    return np.concatenate([out_BND for out_BND, _ in found], axis=2), (w, [cache for _, cache in found])
+
+
+def projections_backward(dout_BNX: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
+    w, caches = cache
+    if "qkv.weight" in w:
+        dx_BND, grads = linear_backward(dout_BNX, caches)
+        return dx_BND, {"qkv.weight": grads["weight"]} | bias_grads(w, grads.get("bias"))
+    dx_BND, named = 0.0, {}
+    for part, dpart_BND, of_part in zip("qkv", np.split(dout_BNX, 3, axis=2), caches, strict=True):
+        dinput_BND, grads = linear_backward(dpart_BND, of_part)
+        dx_BND, named = residual(dx_BND, dinput_BND), named | _named(f"{part}_proj.", grads)
+    return dx_BND, named
+
+
+def mlp_forward(x_BND: Array, w: Weights, eps: float) -> tuple[Array, Cache]:
+    """fc2(norm(gelu(fc1(x)))), or with silu(gate(x)) * value(x) in place of the GELU; the norm where there is one."""
+    if is_swiglu(w):
+        active_BNF, inner_cache = swiglu_forward(x_BND, w)
+    else:
+        hidden_BNF, fc1_cache = linear_forward(x_BND, w["fc1.weight"], w.get("fc1.bias"))
+        active_BNF, gelu_cache = gelu_forward(hidden_BNF)
+        inner_cache = (fc1_cache, gelu_cache)
+    normed_BNF, norm_cache = optional_norm_forward(active_BNF, w, "norm", eps)
+    out_BND, fc2_cache = linear_forward(normed_BNF, w["fc2.weight"], w.get("fc2.bias"))
+    return out_BND, (is_swiglu(w), inner_cache, norm_cache, fc2_cache)
 
 
 def mlp_backward(dout_BND: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
-    fc1_cache, gelu_cache, fc2_cache = cache
-    dactive_BNF, fc2_grads = linear_backward(dout_BND, fc2_cache)
-    dx_BND, fc1_grads = linear_backward(gelu_backward(dactive_BNF, gelu_cache), fc1_cache)
-    return dx_BND, _named("fc1.", fc1_grads) | _named("fc2.", fc2_grads)
+    swiglu, inner_cache, norm_cache, fc2_cache = cache
+    dnormed_BNF, fc2_grads = linear_backward(dout_BND, fc2_cache)
+    dactive_BNF, norm_grads = optional_norm_backward(dnormed_BNF, norm_cache)
+    if swiglu:
+        dx_BND, inner_grads = swiglu_backward(dactive_BNF, inner_cache)
+    else:
+        fc1_cache, gelu_cache = inner_cache
+        dx_BND, fc1_grads = linear_backward(gelu_backward(dactive_BNF, gelu_cache), fc1_cache)
+        inner_grads = _named("fc1.", fc1_grads)
+    return dx_BND, inner_grads | _named("norm.", norm_grads) | _named("fc2.", fc2_grads)
+
+
+def swiglu_forward(x_BND: Array, w: Weights) -> tuple[Array, Cache]:
+    """silu(gate(x)) * value(x), with gate and value two layers, or the first and the last rows of one."""
+    if "fc1_g.weight" in w:
+        gate_BNF, gate_cache = linear_forward(x_BND, w["fc1_g.weight"], w.get("fc1_g.bias"))
+        value_BNF, value_cache = linear_forward(x_BND, w["fc1_x.weight"], w.get("fc1_x.bias"))
+        caches = (gate_cache, value_cache)
+    else:
+        both_BNX, cache = linear_forward(x_BND, w["fc1.weight"], w.get("fc1.bias"))
+        (gate_BNF, value_BNF), caches = np.split(both_BNX, 2, axis=2), (cache,)
+    active_BNF, silu_cache = silu_forward(gate_BNF)
+    return product(active_BNF, value_BNF), (caches, active_BNF, value_BNF, silu_cache)
+
+
+def swiglu_backward(dout_BNF: Array, cache: Cache) -> tuple[Array, dict[str, Array]]:
+    caches, active_BNF, value_BNF, silu_cache = cache
+    dgate_BNF = silu_backward(product(dout_BNF, value_BNF), silu_cache)
+    dvalue_BNF = product(dout_BNF, active_BNF)
+    if len(caches) == 1:
+        dx_BND, grads = linear_backward(np.concatenate([dgate_BNF, dvalue_BNF], axis=2), caches[0])
+        return dx_BND, _named("fc1.", grads)
+    of_gate_BND, gate_grads = linear_backward(dgate_BNF, caches[0])
+    of_value_BND, value_grads = linear_backward(dvalue_BNF, caches[1])
+    return residual(of_gate_BND, of_value_BND), _named("fc1_g.", gate_grads) | _named("fc1_x.", value_grads)
 
 
 # ------------------------------------------------------------------------------------------------------------

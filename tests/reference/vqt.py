@@ -10,7 +10,7 @@ Shape letters: those of vit.py, but
     J blocks that have queries           X numbers of one group        F numbers that the head reads, all X
 
 The mask, A x A: image tokens look at image tokens only, and so do queries: no query is seen by anyone,
-not even by itself.
+not even by itself. Rotary positions turn the image's patches, and no query.
 
 Groups of features, each brought to length 1 on its own and then joined: first the backbone's own pooled
 features (after `norm`, pooling and `fc_norm`), then for each block with queries their outputs, as the block
@@ -170,7 +170,7 @@ def features_forward(
     if factors_BJQD.shape != (B, *queries_JQD.shape):
         raise ValueError(f"dropout_factors have shape {factors_BJQD.shape}; need {(B, *queries_JQD.shape)}")
 
-    mask_AA = query_mask(N, queries_JQD.shape[1])
+    mask_AA, patches = query_mask(N, queries_JQD.shape[1]), slice(embed_cache["num_prefix"], N)
     outputs_BJQD = np.zeros((B, *queries_JQD.shape))
     stream, block_caches, join_caches = [x_BND], [], {}
     for block in range(depth):
@@ -178,10 +178,10 @@ def features_forward(
         if block in blocks:
             j = blocks.index(block)
             joined_BAD, join_caches[block] = join_forward(x_BND, queries_JQD[j], factors_BJQD[:, j])
-            joined_BAD, block_cache = vit.block_forward(joined_BAD, w_block, config, mask_AA)
+            joined_BAD, block_cache = vit.block_forward(joined_BAD, w_block, config, mask_AA, patches)
             x_BND, outputs_BJQD[:, j] = joined_BAD[:, :N], joined_BAD[:, N:]
         else:
-            x_BND, block_cache = vit.block_forward(x_BND, w_block, config)
+            x_BND, block_cache = vit.block_forward(x_BND, w_block, config, patches=patches)
         block_caches.append(block_cache)
         stream.append(x_BND)
 

@@ -47,7 +47,12 @@ def swin() -> Method:
     return make_on_swin({"name": "vpt", "prompts": 2}).train()
 
 
-@pytest.mark.parametrize("made", [shapes_many, swin])
+def eva() -> Method:
+    """Rotary positions that are passed beside the tokens; as many of their rows as there are prompts turn nothing."""
+    return make(settings=LAYERS, kind="dinov3_swiglu")
+
+
+@pytest.mark.parametrize("made", [shapes_many, swin, eva])
 def test_every_shape_and_kind_is_compiled(made, recwarn: pytest.WarningsRecorder) -> None:
     images = [torch.randint(0, 256, (n, 3, 32 if made is swin else 16, 32 if made is swin else 16)) for n in (2, 3, 4)]
 

@@ -45,7 +45,7 @@ def make(variant: str, dtype: torch.dtype = torch.float32, **backbone: Any) -> M
 def on_levels(method: Method) -> Method:
     """The weights of the blocks' linear layers where they are nearest: at 255 levels between +- their row's largest."""
     for module in method.backbone.blocks.modules():
-        if type(module) is nn.Linear:
+        if isinstance(module, nn.Linear):
             weight_OD = module.weight.double().numpy()
             step_O1 = np.abs(weight_OD).max(axis=1, keepdims=True) / 127
             module.weight.copy_(torch.from_numpy(np.rint(weight_OD / step_O1) * step_O1))
@@ -69,6 +69,20 @@ def test_it_computes_with_the_nearest_levels(variant: str, policy: str) -> None:
         wanted = on_levels(make(variant))
     found, wanted_numbers = numbers(method), numbers(wanted)
     assert found.keys() == wanted_numbers.keys()
+    for name, number in wanted_numbers.items():
+        assert torch.allclose(found[name], number, atol=2e-5 * float(number.abs().max())), name
+
+
+@pytest.mark.usefixtures("torchao")
+@pytest.mark.parametrize("kind", ["dinov3", "dinov3_swiglu", "eva02", "eva02_normed", "perception"])
+@pytest.mark.parametrize("variant", ["vpt deep", "bias", "lora of all", "houlsby", "ssf"])
+def test_layers_of_eva_compute_with_the_nearest_levels(variant: str, kind: str) -> None:
+    method = make(variant, kind=kind)
+    apply_int8(method.backbone)
+    assert {m.weight.dtype for m in method.backbone.blocks.modules() if isinstance(m, nn.Linear)} == {torch.int8}
+    with torch.no_grad():
+        wanted = on_levels(make(variant, kind=kind))
+    found, wanted_numbers = numbers(method), numbers(wanted)
     for name, number in wanted_numbers.items():
         assert torch.allclose(found[name], number, atol=2e-5 * float(number.abs().max())), name
 
@@ -113,7 +127,9 @@ def test_a_run_on_one_process_and_two(
 def test_blocks_that_read_weights_themselves_are_refused() -> None:
     from timm.models.vision_transformer import ParallelScalingBlock
 
-    with pytest.raises(UserError, match=r"int8: only for timm's plain ViT and Swin blocks; set runtime.quantize"):
+    with pytest.raises(
+        UserError, match=r"int8: only for timm's pre-norm ViT, EVA and Swin blocks; set runtime.quantize"
+    ):
         apply_int8(make_backbone(block_fn=ParallelScalingBlock))
 
 

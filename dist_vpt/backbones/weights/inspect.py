@@ -59,7 +59,7 @@ def check(file: str, entry: str | None = None) -> None:
         raise WeightsError(f"{path}: does not load strictly; as {nearest}:\n{compared[nearest]}")
     raise WeightsError(
         f"{path}: fits none of the short names of this layout; if it holds another VisionTransformer, "
-        "SwinTransformer or DINOv3 of timm, set backbone.name to that model, and training reports every difference"
+        "SwinTransformer or Eva of timm, set backbone.name to that model, and training reports every difference"
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dist_vpt.backbones.weights.layouts.base import Tensors
 from dist_vpt.errors import WeightsError
 
-ONLY = "only plain vision transformers, DINOv3 and Swin Transformers are tuned here; see `dist-vpt backbones`"
+ONLY = "only timm's plain vision transformers, EVA and Swin Transformers are tuned here; see `dist-vpt backbones`"
 
 
 def recognize(tensors: Tensors) -> str:
@@ -66,9 +66,8 @@ _FOREIGN: dict[str, Callable[[Tensors], bool]] = {
         _any(r".*(dwconv|conv_dw)\.|downsample_layers\.\d")(tensors) and not _any(r".*attn")(tensors)
     ),
     "an XCiT (with attention among channels)": _any(r"blocks\.\d+\.local_mp\."),
-    "an EVA (a vision transformer with queries and values of another kind)": lambda tensors: (
-        _any(r"blocks\.\d+\.attn\.(q_proj|inner_attn_ln)\.")(tensors)
-        or ("pos_embed" in tensors and _any(r"blocks\.\d+\.attn\.q_bias$")(tensors))  # DINOv3 has no table of positions
+    "an EVA-02 in its project's own layout (timm's file fits)": _any(
+        r"(.*\.)?(blocks\.\d+\.(attn\.inner_attn_ln|mlp\.ffn_ln)\.|rope\.freqs_(cos|sin)$)"
     ),
     "a CaiT (with blocks of the class token alone)": _any(r"blocks_token_only\."),
     "a vision transformer with relative positions in its blocks": _any(r"(.*\.)?blocks\.\d+\.attn\.rel_pos"),

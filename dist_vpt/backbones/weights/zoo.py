@@ -1,5 +1,6 @@
 """Published weights by short name, and the facts about them. One literal row each; it needs no torch."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -137,6 +138,8 @@ ZOO: dict[str, ZooEntry] = {
                                "DINOv2 + registers, LVD-142M", _DINOV2),
     "dinov3_s16": ZooEntry("vit_small_patch16_dinov3", "dinov3", "lvd1689m", IMAGENET, 256, "token",
                            "DINOv3, LVD-1689M", _DINOV3),
+    "dinov3_s16_plus": ZooEntry("vit_small_plus_patch16_dinov3", "dinov3", "lvd1689m", IMAGENET, 256, "token",
+                                "DINOv3, LVD-1689M", _DINOV3),
     "dinov3_b16": ZooEntry("vit_base_patch16_dinov3", "dinov3", "lvd1689m", IMAGENET, 256, "token",
                            "DINOv3, LVD-1689M", _DINOV3),
     "dinov3_l16": ZooEntry("vit_large_patch16_dinov3", "dinov3", "lvd1689m", IMAGENET, 256, "token",
@@ -160,15 +163,18 @@ ZOO: dict[str, ZooEntry] = {
 # fmt: on
 
 
+# timm's names of models without a table of positions: Swin, and Evas whose blocks rotate instead.
+_WITHOUT_POSITIONS = re.compile(r"swin_|vit_\w+_(dinov3|lingbot|sapiens2|rope_(?!(mixed_)?ape_))")
+
+
 def architecture(name: str) -> str:
     """timm's name of a backbone's model, without that of its weights."""
     return ZOO[name].architecture if name in ZOO else name.partition(".")[0]
 
 
 def has_learned_positions(name: str) -> bool:
-    """Whether a backbone adds a learned position embedding to its patches: a ViT does, Swin and DINOv3 do not."""
-    model = architecture(name)
-    return not model.startswith("swin_") and "dinov3" not in model
+    """Whether a backbone adds a learned position embedding to its patches: Swin, DINOv3 and others do not."""
+    return not _WITHOUT_POSITIONS.match(architecture(name))
 
 
 def show() -> None:

@@ -106,15 +106,55 @@ def test_positions_are_resampled_to_another_image_size(file: File, tmp_path: Pat
     assert model.pos_embed.isfinite().all()
 
 
-def test_dinov3_with_swiglu_loads(tmp_path: Path) -> None:
-    model = create("vit_huge_plus_patch16_dinov3", 32, **VIT, mlp_ratio=4)
-    arrays = {name: array for name, array in FILES["dinov3"].arrays().items() if ".mlp." not in name}
+def dinov3_file(model: Any) -> Arrays:
+    """The published names, with those of a SwiGLU where the model has one, and what the largest models have besides."""
+    arrays = FILES["dinov3"].arrays() | filled({"local_cls_norm.weight": (16,), "local_cls_norm.bias": (16,)})
+    if not hasattr(model.blocks[0].mlp, "fc1_g"):
+        return arrays
+    arrays = {name: array for name, array in arrays.items() if ".mlp." not in name}
     inner = model.blocks[0].mlp.fc2.weight.shape[1]
     for i in range(2):
         shapes: dict[str, tuple[int, ...]] = {"w1": (inner, 16), "w2": (inner, 16), "w3": (16, inner)}
         for name, shape in shapes.items():
             of_layer = {f"blocks.{i}.mlp.{name}.weight": shape, f"blocks.{i}.mlp.{name}.bias": shape[:1]}
             arrays |= filled(of_layer, seed=int(name[1]))
+    return arrays
+
+
+@pytest.mark.parametrize("size", ["small", "small_plus", "base", "large", "huge_plus"])
+@pytest.mark.parametrize("biases", ["", "_qkvb"])
+def test_dinov3_loads_as_timm_converts_it(size: str, biases: str, tmp_path: Path) -> None:
+    from timm.models.eva import checkpoint_filter_fn
+
+    architecture = f"vit_{size}_patch16_dinov3{biases}"
+    loaded, converted = (create(architecture, 32, **VIT) for _ in range(2))
+    arrays = dinov3_file(loaded)
+    if biases:
+        for i in range(2):
+            arrays[f"blocks.{i}.attn.qkv.bias"][:16], arrays[f"blocks.{i}.attn.qkv.bias"][32:] = 0.1 + i, 0.3 - i
+    path = FILES["dinov3"].save(tmp_path, arrays)
+    assert not load_into(loaded, path, lenient=False)
+    found = checkpoint_filter_fn({name: torch.from_numpy(array) for name, array in arrays.items()}, converted)
+    converted.load_state_dict(found, strict=True)
+    state, wanted = loaded.state_dict(), converted.state_dict()
+    assert state.keys() == wanted.keys()
+    assert [name for name in state if not torch.equal(state[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize(
+    "architecture", ["eva02_tiny_patch14_224", "eva02_base_patch16_clip_224", "vit_small_patch16_dinov3"]
+)
+def test_timms_own_files_of_evas_load(architecture: str, tmp_path: Path) -> None:
+    side = 32 if "16" in architecture else 28
+    source, loaded = (create(architecture, side, **VIT) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    assert not load_into(loaded, tmp_path / "a.pth", lenient=False)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in source.state_dict().items())
+
+
+def test_dinov3_with_swiglu_loads(tmp_path: Path) -> None:
+    model = create("vit_huge_plus_patch16_dinov3", 32, **VIT, mlp_ratio=4)
+    arrays = dinov3_file(model)
     path = FILES["dinov3"].save(tmp_path, arrays)
     assert recognize(read_weights(path).tensors) == "dinov3_swiglu"
     assert not load_into(model, path, lenient=False)
@@ -212,8 +252,8 @@ def test_files_of_another_family(name: str, model: tuple[str, int, Any], message
         (["features.0.weight", "features.3.weight", "features.6.weight"], "a convolutional network"),
         (["stages.0.blocks.0.attn.kv.weight", "stages.0.blocks.0.mlp.dwconv.weight"], "a Pyramid Vision Transformer"),
         (["blocks.0.attn.qkv.weight", "blocks.0.local_mp.conv1.weight"], "an XCiT"),
-        (["blocks.0.attn.q_proj.weight", "blocks.0.mlp.fc1_g.weight"], "an EVA"),
-        (["pos_embed", "blocks.0.attn.q_bias", "blocks.0.attn.qkv.weight"], "an EVA"),
+        (["blocks.0.attn.q_proj.weight", "blocks.0.attn.inner_attn_ln.weight"], "an EVA-02 in its project's own"),
+        (["visual.blocks.0.attn.q_bias", "visual.blocks.0.mlp.ffn_ln.weight"], "an EVA-02 in its project's own"),
         (["blocks.0.attn.qkv.weight", "blocks_token_only.0.attn.q.weight"], "a CaiT"),
         (["blocks.0.attn.rel_pos_h", "blocks.0.attn.qkv.weight"], "a vision transformer with relative positions"),
         (["cls_token", "encoder.0.attention.weight"], "no blocks of a transformer"),

@@ -97,6 +97,8 @@ def test_the_default_is_timm() -> None:
 
 def test_the_models_that_have_positions_are_known_by_name() -> None:
     more = ["test_vit", "deit3_small_patch16_224.fb_in1k", "swin_s3_tiny_224", "vit_7b_patch16_dinov3.lvd1689m"]
+    more += ["vit_small_patch16_rope_224", "vit_small_patch16_rope_ape_224", "vit_medium_patch16_rope_reg1_gap_256"]
+    more += ["vit_pe_core_tiny_patch16_384", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3_qkvb"]
     for name in (*ZOO, *more):
         row = ZOO.get(name)
         with torch.device("meta"):
