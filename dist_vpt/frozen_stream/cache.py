@@ -72,28 +72,29 @@ class CachedBatches:
         """A cache has no workers to stop."""
 
 
-def shapes(backbone: Backbone, spec: StreamSpec, images: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each array of a cache."""
+def layout(backbone: Backbone, spec: StreamSpec, images: int) -> dict[str, Tensor]:
+    """Name -> a tensor of the shape and dtype of each array of a cache, on the meta device (without memory)."""
     found: dict[str, tuple[int, ...]] = {"pooled": (images, backbone.width)}
     for number in spec.blocks:
         heads = backbone.blocks[number].attn.num_heads
         of_heads = (images, heads, backbone.tokens, backbone.width // heads)
-        shape: dict[str, tuple[int, ...]] = {
+        of_field: dict[str, tuple[int, ...]] = {
             "normed": (images, backbone.tokens, backbone.width),
             "key_scales": (images, backbone.tokens, heads),
             "keys": of_heads,
             "values": of_heads,
         }
-        found |= {_array_name(field, number): shape[field] for field in spec.fields}
+        found |= {_array_name(field, number): of_field[field] for field in spec.fields}
+    arrays = {name: torch.empty(shape, dtype=backbone.dtype, device="meta") for name, shape in found.items()}
     if spec.pixels:
-        found["pixels"] = (images, 3, backbone.image_size, backbone.image_size)
-    return found
+        shape = (images, 3, backbone.image_size, backbone.image_size)
+        arrays["pixels"] = torch.empty(shape, dtype=backbone.mean.dtype, device="meta")
+    return arrays
 
 
 def nbytes(backbone: Backbone, spec: StreamSpec, images: int) -> int:
     """Size of the frozen stream of some images, bytes."""
-    numbers = sum(int(np.prod(shape)) for shape in shapes(backbone, spec, images).values())
-    return numbers * backbone.dtype.itemsize
+    return sum(array.nbytes for array in layout(backbone, spec, images).values())
 
 
 def fill(  # noqa: PLR0917 (what is computed, from what, where it is kept)
@@ -110,8 +111,7 @@ def fill(  # noqa: PLR0917 (what is computed, from what, where it is kept)
     Raises a process's DataError on all of them, and Interrupted after a stop signal.
     """
     arrays = {
-        name: torch.empty(shape, dtype=backbone.dtype, device=device)
-        for name, shape in shapes(backbone, spec, len(split)).items()
+        name: torch.empty_like(array, device=device) for name, array in layout(backbone, spec, len(split)).items()
     }
     readable_n = np.zeros(len(split), bool)
     unread = iter(batches)

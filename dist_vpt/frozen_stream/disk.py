@@ -23,7 +23,7 @@ from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError
 from dist_vpt.files import locked, sync, write_atomically
-from dist_vpt.frozen_stream.cache import StreamCache, assemble, shapes, stopped, write_rows
+from dist_vpt.frozen_stream.cache import StreamCache, assemble, layout, stopped, write_rows
 from dist_vpt.frozen_stream.observe import StreamSpec, compute_stream
 
 FORMAT = 2  # of the files
@@ -54,7 +54,7 @@ def identity(
         "images": images.hexdigest(),
         "dtype": str(backbone.dtype),
         "blocks": list(spec.blocks),
-        "fields": [*spec.fields, *(["pixels"] if spec.pixels else [])],
+        "fields": [*spec.fields, *(["pixels in float32"] if spec.pixels else [])],
     }
 
 
@@ -87,7 +87,7 @@ def on_disk(  # noqa: PLR0917 (what is computed, from what, where it is kept)
     Raises DataError where a cache is damaged or stale, where it lacks images and none ``may_skip``, and where a new one
     does not fit; Interrupted after a stop signal while this process builds the cache or waits for another that does.
     """
-    wanted = shapes(backbone, spec, facts["count"])
+    wanted = layout(backbone, spec, facts["count"])
     if not folder.exists():  # one that is there is complete, and can be read where nothing can be written
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock, fix = folder.with_suffix(".lock"), "choose another stream.dir"
@@ -99,7 +99,7 @@ def on_disk(  # noqa: PLR0917 (what is computed, from what, where it is kept)
             if not folder.exists():
                 with closing(make_batches(0, 1)) as batches:
                     _build(folder, facts, wanted, backbone, spec, batches, device, stop)
-    kept, skipped = _open(folder, facts, wanted, backbone.dtype, spec, verify)
+    kept, skipped = _open(folder, facts, wanted, spec, verify)
     if skipped and not may_skip:
         raise _lacks_images(folder, skipped)
     return kept, skipped
@@ -119,7 +119,7 @@ def _lacks_images(folder: Path, skipped: set[str]) -> DataError:
 def _build(  # noqa: PLR0917 (as on_disk)
     target: Path,
     facts: dict[str, Any],
-    wanted: dict[str, tuple[int, ...]],
+    wanted: dict[str, Tensor],
     backbone: Backbone,
     spec: StreamSpec,
     batches: EvalBatches,
@@ -130,7 +130,7 @@ def _build(  # noqa: PLR0917 (as on_disk)
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed: this process holds the lock
     temporary.mkdir()
     try:
-        arrays = {name: _mapped(temporary / f"{name}.bin", wanted[name], backbone.dtype, new=True) for name in wanted}
+        arrays = {name: _mapped(temporary / f"{name}.bin", array, new=True) for name, array in wanted.items()}
         readable_n = np.zeros(facts["count"], bool)
         for batch in batches:
             if stop.requested:  # if this process alone is stopped, another one acquires the lock and builds it
@@ -168,8 +168,7 @@ def _publish(temporary: Path, target: Path) -> None:
 def _open(  # noqa: PLR0917 (as on_disk)
     target: Path,
     facts: dict[str, Any],
-    wanted: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    wanted: dict[str, Tensor],
     spec: StreamSpec,
     verify: bool,
 ) -> tuple[StreamCache, set[str]]:
@@ -186,36 +185,36 @@ def _open(  # noqa: PLR0917 (as on_disk)
         raise DataError(f"{target}: stale stream cache, made of something else ({changes}); {fix}")
     if not intact:
         raise DataError(f"{target / 'stream.json'}: damaged stream cache, its content was changed; {fix}")
-    for name, shape in wanted.items():
+    for name, array in wanted.items():
         file = target / f"{name}.bin"
-        size = int(np.prod(shape)) * dtype.itemsize
         found = file.stat().st_size if file.is_file() else 0
-        if found != size:
-            raise DataError(f"{file}: damaged stream cache, {found} bytes where {size} were written; {fix}")
+        if found != array.nbytes:
+            raise DataError(f"{file}: damaged stream cache, {found} bytes where {array.nbytes} were written; {fix}")
         if verify and _checksum(file) != content["checksums"][name]:
             raise DataError(f"{file}: damaged stream cache, its checksum differs from stream.json's; {fix}")
-    arrays = {name: _mapped(target / f"{name}.bin", shape, dtype, new=False) for name, shape in wanted.items()}
+    arrays = {name: _mapped(target / f"{name}.bin", array, new=False) for name, array in wanted.items()}
     readable_n = np.ones(facts["count"], bool)
     readable_n[content["unreadable"]] = False
     return assemble(arrays, readable_n, spec), set(content["skipped"])
 
 
-def _mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, new: bool) -> Tensor:
-    """A file as a tensor: writable while it is built, read-only afterwards (files may be larger than the memory)."""
-    size = int(np.prod(shape)) * dtype.itemsize
+def _mapped(file: Path, like: Tensor, *, new: bool) -> Tensor:
+    """A file as a tensor of the shape and dtype of another one: writable while it is built, read-only afterwards (files
+    may be larger than the memory).
+    """
     if new:
         try:
             with open(file, "wb") as made:
-                os.posix_fallocate(made.fileno(), 0, size)  # a full disk shows here, not as a crash while writing
+                os.posix_fallocate(made.fileno(), 0, like.nbytes)  # a full disk shows here, not as a crash while writing
         except OSError as error:
             raise DataError(
-                f"{file}: {size / 2**30:.2f} GiB cannot be written there ({error.strerror}); free space there, choose "
+                f"{file}: {like.nbytes / 2**30:.2f} GiB cannot be written there ({error.strerror}); free space there, choose "
                 "another stream.dir or set stream.cache=none"
             ) from error
     mapped = np.memmap(file, np.uint8, mode="r+" if new else "r")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")  # nothing here writes there
-        return torch.from_numpy(mapped).view(dtype).view(shape)
+        return torch.from_numpy(mapped).view(like.dtype).view(like.shape)
 
 
 def _checksum(file: Path) -> int:

@@ -24,8 +24,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer:
     """A tiny ViT whose every weight is random: timm's zero biases and unit scales would hide mistakes."""
-    torch.manual_seed(0)
     vit = VisionTransformer(**(SHAPE | KINDS[kind] | changes))
+    torch.manual_seed(0)  # after timm's own draws, whose number differs between its versions
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
             noise = torch.randn_like(parameter) * 0.3
