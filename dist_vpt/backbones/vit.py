@@ -88,7 +88,7 @@ class Backbone(nn.Module):
         return next(self.stem.parameters()).dtype
 
     def normalized(self, images_B3SS: Tensor) -> Tensor:
-        """Images as uint8 (or floats of the same range) normalized, [B, 3, S, S], in float32 whatever the weights are."""
+        """Images as uint8 (or floats of the same range) normalized, [B, 3, S, S], in float32 at any precision."""
         # bf16 has 8 bits, so that x - mean would lose detail.
         return (images_B3SS.to(self.mean.dtype) - self.mean) / self.std
 

@@ -165,7 +165,7 @@ def _publish(temporary: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _open(  # noqa: PLR0917 (as on_disk)
+def _open(
     target: Path,
     facts: dict[str, Any],
     wanted: dict[str, Tensor],
@@ -202,13 +202,14 @@ def _mapped(file: Path, like: Tensor, *, new: bool) -> Tensor:
     """A file as a tensor of the shape and dtype of another one: writable while it is built, read-only afterwards (files
     may be larger than the memory).
     """
+    size = like.nbytes
     if new:
         try:
             with open(file, "wb") as made:
-                os.posix_fallocate(made.fileno(), 0, like.nbytes)  # a full disk shows here, not as a crash while writing
+                os.posix_fallocate(made.fileno(), 0, size)  # a full disk shows here, not as a crash while writing
         except OSError as error:
             raise DataError(
-                f"{file}: {like.nbytes / 2**30:.2f} GiB cannot be written there ({error.strerror}); free space there, choose "
+                f"{file}: {size / 2**30:.2f} GiB cannot be written there ({error.strerror}); free space there, choose "
                 "another stream.dir or set stream.cache=none"
             ) from error
     mapped = np.memmap(file, np.uint8, mode="r+" if new else "r")
