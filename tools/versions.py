@@ -6,11 +6,14 @@
 
 Each has a virtual environment of its own, build/versions/lowest or build/versions/highest, which the next call reuses:
 some gigabytes, most of them CUDA libraries. pip's own settings hold (PIP_EXTRA_INDEX_URL for torch without CUDA). The
-tests are those of `make check` unless an ``-m`` is given. The exit code is pytest's; 1 where the environment fails.
+tests are those of `make check` unless an ``-m`` is given. The exit code is pytest's; 1 where the environment fails or
+pytest is killed.
 """
 
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -23,7 +26,8 @@ PINNED = ("torch", "torchvision", "timm", "accelerate", "transformers")
 MARKS = "not (gpu or distributed or slurm or slow)"
 RANGE = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<low>\d[\w.]*)(?P<rest>[^;]*)")
 SHOW = (
-    "import sys; from importlib.metadata import version as v; print(*(f'{n} {v(n)}' for n in sys.argv[1:]), sep=', ')"
+    "import platform, sys; from importlib.metadata import version; "
+    "print('python', platform.python_version(), end=''); print(*(f', {n} {version(n)}' for n in sys.argv[1:]), sep='')"
 )
 
 
@@ -48,7 +52,8 @@ def constraints(which: str, pyproject: str) -> list[str]:
 
 def environment_commands(which: str, folder: Path) -> list[list[str]]:
     """What makes the virtual environment, or brings an earlier one up to date."""
-    install = [str(python_of(folder)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # Not --quiet: of versions that exclude each other pip would not say which they are.
+    install = [str(python_of(folder)), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
     newest = ["--upgrade", "--upgrade-strategy", "eager"] if which == "highest" else []
     return [
         [sys.executable, "-m", "venv", str(folder)],
@@ -86,12 +91,21 @@ def make_environment(which: str, folder: Path) -> str:
 def run_tests(folder: Path, arguments: Sequence[str]) -> tuple[int, str]:
     """Run pytest, its output shown as it comes; returns its exit code and its closing line."""
     closing = "no output"
+    # Programs that tests start, and those that packages look for (ninja), are the environment's.
+    environment = os.environ | {"PATH": f"{python_of(folder).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with subprocess.Popen(
-        tests_command(folder, arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        tests_command(folder, arguments),
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as tests:
         for line in tests.stdout or ():
             print(line, end="", flush=True)
             closing = line.strip() or closing
+    if tests.returncode < 0:  # killed, most often for memory
+        raise Failed(f"pytest was ended by signal {-tests.returncode} ({signal.strsignal(-tests.returncode)})")
     return tests.returncode, closing
 
 

@@ -90,13 +90,13 @@ class Backbone(nn.Module):
         return next(self.stem.parameters()).dtype
 
     def normalized(self, images_B3SS: Tensor) -> Tensor:
-        """Images as uint8 (or floats of the same range) as the stem's input, [B, 3, S, S]."""
-        # In float32 until normalized: bf16 has 8 bits, so that x - mean would lose detail.
-        return ((images_B3SS.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
+        """Images as uint8 (or floats of the same range) normalized, [B, 3, S, S], in float32 at any precision."""
+        # bf16 has 8 bits, so that x - mean would lose detail.
+        return (images_B3SS.to(self.mean.dtype) - self.mean) / self.std
 
     def embed(self, images_B3SS: Tensor) -> Tensor:
         """Images as uint8 (or floats of the same range) -> tokens before the first block, [B, N, D]."""
-        return self.stem(self.normalized(images_B3SS))
+        return self.stem(self.normalized(images_B3SS).to(self.dtype))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """The frozen stream's end: tokens after the final norm, [B, N, D]."""

@@ -96,7 +96,7 @@ def layout(backbone: Backbone, spec: StreamSpec, images: int) -> dict[str, Array
             else:
                 found[name] = Array(shape, backbone.dtype)
     if spec.pixels:
-        found["pixels"] = Array((images, 3, backbone.image_size, backbone.image_size), backbone.dtype)
+        found["pixels"] = Array((images, 3, backbone.image_size, backbone.image_size), backbone.mean.dtype)
     return found
 
 

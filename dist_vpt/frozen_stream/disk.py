@@ -54,7 +54,10 @@ def identity(
         "images": images.hexdigest(),
         "dtype": str(backbone.dtype),
         "blocks": list(spec.blocks),
-        "fields": [*(field for field in spec.kept if field != "states"), *(["pixels"] if spec.pixels else [])],
+        "fields": [
+            *(field for field in spec.kept if field != "states"),
+            *(["pixels in float32"] if spec.pixels else []),
+        ],
         **({"states": list(spec.states), "patches_only": spec.patches_only} if spec.states else {}),
         **({"kept as": spec.dtype} if spec.dtype != "precision" else {}),
     }

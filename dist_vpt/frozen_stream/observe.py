@@ -35,14 +35,14 @@ class StreamSpec:
 
 
 class StreamOutput(NamedTuple):
-    """The frozen stream of a batch of images, in the backbone's dtype."""
+    """The frozen stream of a batch of images, in the backbone's dtype (pixels in float32)."""
 
     pooled: Tensor  # [B, D]: the weights' own pooling of the last block's normalized tokens
     normed: tuple[Tensor, ...] = ()  # [B, N, D] for each block that is read: what its attention sees
     key_scales: tuple[Tensor, ...] = ()  # [B, N, H] for each of them; empty unless asked for
     keys: tuple[Tensor, ...] = ()  # [B, H, N, E], and of values, in place of the two above where asked for
     values: tuple[Tensor, ...] = ()
-    pixels: tuple[Tensor, ...] = ()  # [B, 3, S, S], normalized, alone; empty unless asked for
+    pixels: tuple[Tensor, ...] = ()  # [B, 3, S, S], normalized, float32, alone; empty unless asked for
     states: tuple[Tensor, ...] = ()  # [B, N, D], or of patches alone [B, N - prefix tokens, D], for each that is read
 
 

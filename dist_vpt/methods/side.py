@@ -44,7 +44,7 @@ class Side(Reader):
 
     def read(self, stream: StreamOutput) -> Tensor:
         (pixels_B3SS,) = stream.pixels
-        side_BD = self.side(pixels_B3SS.to(self.blend.dtype))
+        side_BD = self.side(pixels_B3SS)
         a = self.blend.sigmoid()
         pooled_BD = self.standardized(stream.pooled.to(side_BD.dtype))
         return self.head(a * pooled_BD + (1 - a) * side_BD)

@@ -1,7 +1,10 @@
 """One process and two, DDP and every ZeRO stage: equal losses, whole adapters, resumable."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,3 +303,20 @@ def test_an_unreadable_image_on_one_process_is_reported_once_and_by_name(tmp_pat
     assert forks.finish() == [0, 0], forks.output[-3000:]
     skipped = json.loads((tmp_path / "other" / "result.json").read_text())["skipped_images"]
     assert [Path(name).name for name in skipped] == ["7.png"]
+
+
+def test_the_terminal_starts_with_the_run_s_own_line(tmp_path: Path) -> None:
+    """Nothing of the launcher, torch or DeepSpeed stands before it."""
+    settings = ("data.task=digits", "method.name=linear", "train.epochs=1", "train.batch_size=500")
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [ROOT / "launch" / "local.sh", "zero2", "2", *words(tmp_path / "run", *settings)],
+        env=environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.startswith("demo + linear: "), done.stdout

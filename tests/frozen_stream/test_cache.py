@@ -745,8 +745,20 @@ def test_all_that_is_asked_for_is_kept(reads: StreamSpec, tmp_path: Path) -> Non
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
-def test_the_size_of_a_stream_is_what_it_holds() -> None:
-    parts = parts_of("runtime.precision=bf16", "method.blocks=[1,4]")
+@pytest.mark.parametrize("kept", ["memory", "disk"])
+def test_pixels_are_not_rounded_to_the_weights_dtype(kept: str, tmp_path: Path) -> None:
+    parts = parts_of("method.name=side", "runtime.precision=bf16")
+    cache = in_memory(parts, "val") if kept == "memory" else cache_of(tmp_path, parts, "val")
+    images = torch.cat([batch["images"] for batch in parts.evaluation("val", 0, 1)]).double()
+    backbone = parts.method.backbone
+    assert cache.kept.pooled.dtype == backbone.dtype == torch.bfloat16
+    exact = (images - backbone.mean.double()) / backbone.std.double()
+    assert torch.allclose(cache[torch.arange(200)].pixels[0].double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reader", [("method.blocks=[1,4]",), ("method.name=side",)])
+def test_the_size_of_a_stream_is_what_it_holds(reader: tuple[str, ...]) -> None:
+    parts = parts_of("runtime.precision=bf16", *reader)
     assert isinstance(parts.method, Reader)
     held = sum(tensor.nbytes for tensor in tensors(in_memory(parts, "val")))
     assert held == nbytes(parts.method.backbone, parts.method.spec, 200)

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -105,6 +106,29 @@ def test_versions_and_pytests_closing_line_end_the_output(
     replace_python(versions, monkeypatch, tmp_path, code)
     assert versions.main(["lowest", "-x", "-m", "slow"]) == 3
     assert capsys.readouterr().out.endswith("lowest: timm 1.0.21\nlowest: 1 failed, 1 passed in 0.1s\n")
+
+
+def test_the_versions_that_are_named_are_those_of_the_environment(versions: ModuleType) -> None:
+    command = [sys.executable, "-c", versions.SHOW, "pytest", "timm"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert shown.strip() == f"python {python}, pytest {version('pytest')}, timm {version('timm')}"
+
+
+def test_tests_find_the_programs_of_the_environment(
+    versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_python(versions, monkeypatch, tmp_path, "import os\nprint(os.environ['PATH'].split(os.pathsep)[0])")
+    assert versions.run_tests(tmp_path, []) == (0, str(tmp_path))
+
+
+def test_tests_that_are_killed_do_not_end_with_a_success(
+    versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, sys\nprint('...')\nsys.stdout.flush()\nif 'pytest' in sys.argv: os.kill(os.getpid(), 9)"
+    replace_python(versions, monkeypatch, tmp_path, code)
+    assert versions.main(["lowest"]) == 1
+    assert capsys.readouterr().err == "tools/versions.py: pytest was ended by signal 9 (Killed)\n"
 
 
 def test_an_unknown_name_is_refused_without_a_traceback() -> None:
