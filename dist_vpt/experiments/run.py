@@ -3,17 +3,19 @@
 from contextlib import ExitStack
 from typing import Any
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from dist_vpt.data.loaders import TrainBatches
-from dist_vpt.distributed.collectives import RankAccelerator, on_main_process, raise_on_any_rank
+from dist_vpt.distributed.collectives import RankAccelerator, on_main_process
 from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
-from dist_vpt.errors import RunFolderError, UserError, adding_to_data_errors
+from dist_vpt.errors import adding_to_data_errors
+from dist_vpt.experiments.acquire import acquire
 from dist_vpt.experiments.early_checks import refuse_tries
+from dist_vpt.experiments.fitted_run import fit_run
 from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
@@ -42,6 +44,8 @@ from dist_vpt.training.metrics import Scores
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
     launch, status = LaunchEnv.current(), status or RankStatus()
+    if recipe.method.fitted:
+        return fit_run(recipe, launch, status)
     select_device(recipe.runtime.device, launch)
     folder = RunFolder(str(recipe.run.dir))
     recipe, why = resolve_precision(recipe, folder.precision)
@@ -74,30 +78,6 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
                 training.monitor.line(warning)
             fit(training)
             return _conclude(training, parts)
-
-
-def acquire(
-    folder: RunFolder, recipe: Recipe, accelerator: RankAccelerator, leaving: ExitStack, kind: str = "run"
-) -> bool:
-    """Let the main process lock the folder for a run or sweep; returns whether that is done already.
-
-    Raises its error on all processes, and RunFolderError where one of them does not see the folder.
-    """
-    done: bool = False
-    refused: UserError | None = None
-    if accelerator.is_main_process:
-        try:
-            done = leaving.enter_context(folder.acquire(recipe, kind))
-        except UserError as error:
-            refused = error
-    raise_on_any_rank(accelerator, refused)
-    if not folder.seen():
-        refused = RunFolderError(
-            f"{folder.path}: no run is seen here, where process 0 has just begun one; every process "
-            "needs to see the run folder: choose a run.dir that all nodes share"
-        )
-    raise_on_any_rank(accelerator, refused)
-    return broadcast_object_list([done])[0]
 
 
 def _set_up(  # noqa: PLR0917 (what a training is made of)

@@ -28,7 +28,7 @@ from dist_vpt.distributed.rank_status import RankStatus, read_rank_status
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import Interrupted, RunFolderError, UserError
-from dist_vpt.experiments.run import acquire
+from dist_vpt.experiments.acquire import acquire
 from dist_vpt.experiments.rungs import Rungs, plan_text, size_text
 from dist_vpt.experiments.sweep_grid import seed_jobs
 from dist_vpt.experiments.sweep_report import conclude, print_sweep
@@ -42,12 +42,13 @@ from dist_vpt.training.accelerator import capture_user_error, init_accelerator, 
 from dist_vpt.training.components import build_components
 
 
-def sweep(recipe: Recipe) -> dict[str, Any]:
+def sweep(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """Run or resume a sweep; returns the content of sweep.json on the first process, {} on the others."""
+    console = console or Console(highlight=False)
     recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"resume": "auto"})})
     launch = LaunchEnv.current()
     rank, world, status = launch.rank, launch.world_size, RankStatus()
-    folder, console, launched = RunFolder(str(recipe.run.dir)), Console(highlight=False), launch
+    folder, launched = RunFolder(str(recipe.run.dir)), launch
     if recipe.sweep.parallelize == "trials":
         launch = detach_from_launcher(launch)
     select_device(recipe.runtime.device, launch)

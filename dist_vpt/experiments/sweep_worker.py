@@ -18,19 +18,15 @@ from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Diverged, Interrupted, RunFolderError, adding_to_data_errors
 from dist_vpt.experiments.run import run
 from dist_vpt.experiments.sweep_grid import SweepJob, group_jobs, read_outcome
+from dist_vpt.experiments.trial_run import write_run
 from dist_vpt.files import raising_disk_full, to_json, write_atomically
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences, identity_keys
 from dist_vpt.recipe.loading import load_recipe_from
 from dist_vpt.recipe.schema import Recipe
-from dist_vpt.runs.adapters import collect, write_adapters
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
-from dist_vpt.runs.provenance import device_name
-from dist_vpt.runs.result import run_result, write_result
-from dist_vpt.training.accelerator import make_accelerator, strategy_name
+from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.build_trials import PER_TRIAL_KEYS, build_trial_group
-from dist_vpt.training.components import Components
-from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import fit_trials, score_trials
 
 POLL_SECONDS = 0.5
@@ -136,7 +132,7 @@ class Worker:
                     continue
                 if recipes[0].train.test and not trial.diverged:
                     assert self.accelerator is not None
-                    write_run(job, trial, group.parts, self.accelerator, seconds, skipped)
+                    write_run(job.recipe, trial, group.parts, self.accelerator, seconds, skipped)
                 progress = trial.progress
                 notes = progress.warnings
                 self.write_outcome(job, progress.last, progress.best, trial.diverged, seconds, skipped, notes)
@@ -190,41 +186,3 @@ class Worker:
         with raising_disk_full("outcomes", self.folder.path, RESUME_HINT):
             job.outcome.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(job.outcome, to_json(outcome, indent=1) + "\n")
-
-
-def write_run(  # noqa: PLR0917 (what a run folder holds)
-    job: SweepJob,
-    trial: Trial,
-    parts: Components,
-    accelerator: RankAccelerator,
-    seconds: float,
-    skipped: Sequence[str],
-) -> None:
-    """Write a trial as a run folder, for eval, predict and compress."""
-    folder, tensors = RunFolder(str(job.recipe.run.dir)), collect(trial.reader)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    facts = {"recipe": job.recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)}
-    write_adapters(folder.adapters, tensors, {**facts, "epoch": trial.progress.last["epoch"]})
-    result = run_result(
-        job.recipe,
-        last=trial.progress.last,
-        best=trial.progress.best,
-        seconds=seconds,
-        images_per_s=trial.progress.images / seconds if seconds else 0.0,
-        parameters={
-            "trained": sum(p.numel() for _, p in trial.reader.trainable()),
-            "total": sum(p.numel() for p in trial.reader.parameters()),
-        },
-        skipped=skipped,
-        device=device_name(accelerator.device),
-        processes=accelerator.num_processes,
-        strategy=strategy_name(accelerator),
-        runtime=trial.reader.backbone.chosen,
-        protocol=parts.protocol(),
-        warnings=trial.progress.warnings,
-    )
-    write_result(folder, result)
-    if seeded := parts.seeded():
-        folder.write_splits(seeded)
-    write_atomically(folder.recipe, job.recipe.to_yaml())
-    folder.mark("done")

@@ -34,19 +34,16 @@ def identity(
     split: Split, transform: ImageTransform, max_megapixels: float, backbone: Backbone, spec: StreamSpec
 ) -> dict[str, Any]:
     """The inputs of a cache: backbone, preprocessing, the largest image, the split's images and labels, the dtype."""
-    model, weights, images = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    model, images = hashlib.sha256(), hashlib.sha256()
     model.update(repr((backbone, backbone.own_pool.keywords)).encode())
     for module in backbone.modules():  # what their repr leaves out
         model.update(f"{getattr(module, 'num_heads', '')} {getattr(module, 'fused_attn', '')}\n".encode())
-    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     for i in range(len(split)):
         images.update(f"{split.source.identity(i)} {split.labels[i]}\n".encode(errors="surrogateescape"))
     return {
         "format": FORMAT,
         "model": model.hexdigest(),
-        "weights": weights.hexdigest(),
+        "weights": weights_hash(backbone),
         "transform": asdict(transform),
         "max_megapixels": max_megapixels,  # larger images are not in it
         "split": split.name,
@@ -61,6 +58,15 @@ def identity(
         **({"states": list(spec.states), "patches_only": spec.patches_only} if spec.states else {}),
         **({"kept as": spec.dtype} if spec.dtype != "precision" else {}),
     }
+
+
+def weights_hash(backbone: Backbone) -> str:
+    """SHA-256 of a backbone's tensors as they are held, with their names, dtypes and shapes."""
+    weights = hashlib.sha256()
+    for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return weights.hexdigest()
 
 
 def cache_folder(root: str, facts: dict[str, Any]) -> Path:

@@ -16,6 +16,8 @@ METHODS = {
     "vpt": "dist_vpt.methods.vpt:VPT",
     "vqt": "dist_vpt.methods.vqt:VQT",
     "linear": "dist_vpt.methods.linear:Linear",
+    "knn": "dist_vpt.methods.knn:KNN",
+    "logistic": "dist_vpt.methods.logistic:Logistic",
     "mlp": "dist_vpt.methods.mlp:MLP",
     "side": "dist_vpt.methods.side:Side",
     "combo": "dist_vpt.methods.combo:Combo",

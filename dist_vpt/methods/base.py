@@ -11,7 +11,7 @@ by structure: the backbone's are frozen, the method's are not.
   serves any number of readers at once (``read_stacks``).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, cast
 
 import torch
@@ -129,6 +129,9 @@ class Method(nn.Module):
         """Names and tensors of an adapter file: what is trained, and what was measured or selected for it."""
         yield from self.trainable()
         yield from ((name, t) for name, t in self.named_buffers() if name.startswith(self.saved_buffers))
+
+    def size_like(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give adapters whose sizes the recipe does not tell those of ``tensors``, which are copied into them next."""
 
     def merged(self) -> dict[str, Tensor]:
         """Tensors that replace the backbone's in a plain timm model for equal outputs, under timm's names.

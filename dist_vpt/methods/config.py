@@ -13,6 +13,7 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     reader: ClassVar[bool] = False  # only reads the frozen stream
     reads_blocks: ClassVar[bool] = False  # and uses the weights inside the blocks for that
+    fitted: ClassVar[bool] = False  # a reader that is computed from all features at once, without steps of an optimizer
     head: HeadKind = Field(
         "standardized",
         description="standardized: the head reads features minus their mean over their standard deviation in training "
@@ -162,6 +163,44 @@ class LinearConfig(MethodSettings):
     reads: Literal["pooled", "blocks"] = Field(
         "pooled",
         description="the backbone's pooled features, or (blocks) also the class token and mean patch of every block",
+    )
+
+
+class KNNConfig(MethodSettings):
+    """The labels of the nearest training images; nothing is trained."""
+
+    reader: ClassVar[bool] = True
+    fitted: ClassVar[bool] = True
+    name: Literal["knn"] = Field("knn", description="k nearest neighbours by cosine similarity")
+    head: HeadKind = Field(
+        "standardized",
+        description="standardized: similarities of features minus their mean over their standard deviation in training "
+        "images; published: of features as they are",
+    )
+    k: int = Field(20, ge=1, description="number of training images that vote, at most all of them")
+    temperature: float | None = Field(
+        0.07,
+        gt=0,
+        description="a vote weighs exp(similarity / temperature), as in DINO's protocol; null: all weigh the same",
+    )
+
+
+class LogisticConfig(MethodSettings):
+    """A linear head that is the optimum of a penalized loss on the features of all training images."""
+
+    reader: ClassVar[bool] = True
+    fitted: ClassVar[bool] = True
+    name: Literal["logistic"] = Field("logistic", description="multinomial logistic regression")
+    head: HeadKind = Field(
+        "standardized",
+        description="standardized: the penalty is of weights of features minus their mean over their standard "
+        "deviation in training images; published: of features as they are",
+    )
+    c: float = Field(
+        0.1,
+        gt=0,
+        description="C: scikit-learn's; the loss, summed over images, has the penalty |weights|^2 / (2 C), so that a "
+        "small C is a strong one",
     )
 
 
@@ -333,6 +372,8 @@ MethodConfig = Annotated[
     VPTConfig
     | VQTConfig
     | LinearConfig
+    | KNNConfig
+    | LogisticConfig
     | MLPConfig
     | SideConfig
     | ComboConfig

@@ -45,8 +45,10 @@ class ReaderStack:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[T, ...]; of a single one not even a copy."""
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+    """[T, ...]; of a single one, which several readers may share, not even a copy."""
+    if all(tensor is tensors[0] for tensor in tensors):
+        return tensors[0].expand(len(tensors), *tensors[0].shape)
+    return torch.stack(list(tensors))
 
 
 def by_shape(readers: Sequence[Stackable]) -> list[list[int]]:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
+from dist_vpt.methods.config import LinearConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.training.components import Inputs, build_method, resolve_inputs
@@ -107,6 +108,8 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
 
     Takes a second or so, and no memory of the device.
     """
+    if recipe.method.fitted:  # its pass over the images is a linear head's; what it is fitted to is small beside that
+        recipe = recipe.model_copy(update={"method": LinearConfig(name="linear", head=recipe.method.head)})
     inputs = resolve_inputs(recipe.data, recipe.backbone)
     method = weightless(recipe, inputs, classes)
     if recipe.runtime.offload:

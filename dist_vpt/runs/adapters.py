@@ -33,6 +33,7 @@ def restore(method: Method, tensors: Mapping[str, Tensor], source: Path) -> None
 
     Raises WeightsError where they are not, and where an index is not of integers.
     """
+    method.size_like(tensors)
     named = dict(method.adapter_tensors())
     missing, unexpected = sorted(named.keys() - tensors.keys()), sorted(tensors.keys() - named.keys())
     if missing or unexpected:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
@@ -10,15 +11,20 @@ from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.methods.base import Reader
+from dist_vpt.methods.fitted import FittedReader
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import restore
 from dist_vpt.runs.progress import Progress
 from dist_vpt.runtime.peak_memory import free_and_reset_peak
-from dist_vpt.training.components import build_components, build_reader
+from dist_vpt.training.components import Components, build_components, build_reader
+from dist_vpt.training.fitting import FittedGroup
 from dist_vpt.training.trial_state import Trial, read_trials
 from dist_vpt.training.trials import TrialGroup
 
-PER_TRIAL_KEYS = ("seed", "optim.lr", "optim.weight_decay", "method.dropout", "method.queries", "run.dir")
+PER_TRIAL_KEYS = (
+    *("seed", "optim.lr", "optim.weight_decay", "method.dropout", "method.queries", "run.dir"),
+    *("method.k", "method.temperature", "method.c"),
+)
 
 
 def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
@@ -53,7 +59,8 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
         parts.init_method(accelerator.device, readers[1:])
     for trial, tensors in zip(trials, starts or [], strict=starts is not None):
         restore(trial.reader, tensors, state)
-    group = TrialGroup(
+    _check_fit(trials, parts)
+    group = (FittedGroup if recipe.method.fitted else TrialGroup)(
         recipe=recipe,
         accelerator=accelerator,
         train=train,
@@ -72,6 +79,18 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
     if not group.ended and group.epoch < recipe.train.epochs:  # else it was stopped after its end
         show(parts.use_cached_stream(accelerator, train, val, stop, shared=len(recipes) > 1))
     return group
+
+
+def _check_fit(trials: Sequence[Trial], parts: Components) -> None:
+    """Raises UserError where the labels that are trained on are not enough for readers that are fitted."""
+    readers = [trial.reader for trial in trials if isinstance(trial.reader, FittedReader)]
+    if readers:
+        labels_n = torch.from_numpy(parts.splits[parts.recipe.data.train_on].labels)
+        try:
+            type(readers[0]).check_fit(readers, labels_n)
+        except UserError as error:
+            error.shared = True  # all processes read the same labels
+            raise
 
 
 def _resume(group: TrialGroup) -> None:

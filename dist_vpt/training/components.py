@@ -1,7 +1,7 @@
 """From a recipe to the components of a run: inputs, splits, and the backbone with its method."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -29,6 +29,8 @@ from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.zero import gathered_when_called
 from dist_vpt.errors import UserError
+from dist_vpt.frozen_stream.cache import CachedBatches
+from dist_vpt.frozen_stream.observe import StreamSpec
 from dist_vpt.frozen_stream.placement import Sharing, open_streams
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
@@ -219,7 +221,9 @@ class Components:
         if not isinstance(self.method, Reader):
             return ""
         recipe = self.recipe
-        wanted = {recipe.data.train_on: train} | ({"val": val} if val is not None else {})
+        wanted: dict[str, TrainBatches | EvalBatches] = {recipe.data.train_on: train}
+        if val is not None:
+            wanted["val"] = val
         if self.transform.augment != "none":
             if recipe.stream.cache not in ("auto", "none"):
                 raise UserError(
@@ -227,7 +231,33 @@ class Components:
                     "in every epoch; set stream.cache=auto (which keeps val alone) or data.augment=none"
                 )
             del wanted[recipe.data.train_on]
-        caches, line = open_streams(
+        passes = 1 if recipe.method.fitted else recipe.train.epochs
+        caches, line = self._open_streams(accelerator, wanted, stop, passes, shared=shared)
+        for name, cache in caches.items():
+            wanted[name].use(cache)
+        return line
+
+    def use_stream_files(self, accelerator: RankAccelerator, test: EvalBatches, stop: StopSignal) -> None:
+        """Take test's batches from stream.dir, where stream.cache = disk and a reader reads pooled features alone.
+
+        Test is read once in a run, but these few numbers an image serve all runs. A collective call.
+        """
+        if self.recipe.stream.cache == "disk" and isinstance(self.method, Reader) and self.method.spec == StreamSpec():
+            caches, _ = self._open_streams(accelerator, {test.split: test}, stop, 2)
+            test.use(caches[test.split])
+
+    def _open_streams(
+        self,
+        accelerator: RankAccelerator,
+        wanted: Iterable[str],
+        stop: StopSignal,
+        passes: int,
+        *,
+        shared: bool = False,
+    ) -> tuple[dict[str, CachedBatches], str]:
+        assert isinstance(self.method, Reader)
+        recipe = self.recipe
+        return open_streams(
             recipe.stream,
             recipe.data,
             self.method.backbone,
@@ -236,12 +266,9 @@ class Components:
             {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
             accelerator,
             stop,
-            passes=recipe.train.epochs,
+            passes=passes,
             batch=max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size),
         )
-        for name, cache in caches.items():
-            wanted[name].use(cache)
-        return line
 
 
 def build_components(
@@ -254,6 +281,8 @@ def build_components(
     """
     check_open_files(recipe.data.workers)
     inputs = resolve_inputs(recipe.data, recipe.backbone)
+    if recipe.method.fitted:  # to each image once, as evaluation shows it
+        inputs = replace(inputs, transform=replace(inputs.transform, augment="none"))
     splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training

@@ -47,7 +47,9 @@ def _started(recipe: Recipe, reader: Reader) -> dict[str, Tensor]:
     moments = {"sgd": ("momentum_buffer",) if recipe.optim.momentum else ()}.get(
         recipe.optim.name, ("exp_avg", "exp_avg_sq")
     )
-    named = dict(reader.trainable())
+    named = {} if recipe.method.fitted else dict(reader.trainable())
+    if not named:
+        return {}
     state = {f"{moment}.{name}": torch.zeros_like(p.detach()) for moment in moments for name, p in named.items()}
     device = next(iter(named.values())).device
     numbers = {"steps": 0.0}

@@ -129,7 +129,7 @@ class TrialGroup(Training):
         found: list[dict[str, float]] = []
         if self.val is not None and ended and (done == train.epochs or done % train.eval_every == 0):
             self.accelerator.status.set(f"epoch {done}", "scoring val")
-            found = _quick_scores(self, ended, self.val)  # before the epoch ends: after a stop it is scored again
+            found = quick_scores(self, ended, self.val)  # before the epoch ends: after a stop it is scored again
         self.progress.epoch, self.progress.step = done, 0
         for trial in ended:
             self.learning_warning(trial.recipe, trial.progress, trial.progress.end_epoch())
@@ -184,7 +184,7 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     for micro, (batch, weights_B) in enumerate(micro_batches):
         seeds = [[_seed(group, trial, micro) for trial in stack.trials] for stack in stacks]
         readers = [stack.readers for stack in stacks]
-        logits_TBK = torch.cat(type(running[0].reader).read_stacks(readers, _observed(group, batch), seeds))
+        logits_TBK = torch.cat(type(running[0].reader).read_stacks(readers, observed_stream(group, batch), seeds))
         losses_TB = image_losses(logits_TBK, batch["labels"], group.recipe.train.label_smoothing)
         losses_T = (losses_TB * weights_B).sum(1)
         correct_T = ((logits_TBK.argmax(2) == batch["labels"]) * batch["weight"]).sum(1)
@@ -206,6 +206,7 @@ def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list
     """Stream a split once through the backbone and score it with all trials. A collective call."""
     group.accelerator.status.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)
+    group.parts.use_stream_files(group.accelerator, batches, group.stop)
     scores = [Scores(len(group.parts.splits.classes), group.accelerator.device, split) for _ in trials]
     try:
         for batch, logits in _read_split(group, trials, batches):
@@ -232,7 +233,8 @@ def _stacked_readers(group: TrialGroup, trials: Sequence[Trial]) -> tuple[list[R
     return stacks, [places[id(reader)] for reader in readers]
 
 
-def _observed(group: TrialGroup, batch: Batch) -> StreamOutput:
+def observed_stream(group: TrialGroup, batch: Batch) -> StreamOutput:
+    """The frozen stream of a batch, which a cache has in place of its images."""
     images, reader = batch["images"], group.trials[0].reader
     return images if isinstance(images, StreamOutput) else compute_stream(reader.backbone, images, reader.spec)
 
@@ -251,7 +253,7 @@ def _read_split(
         if group.stop.agreed:
             stop_all_ranks(group.accelerator, f"{group.path}: stopped while scoring a split; the same command resumes")
         batch = send_to_device(fetched, group.accelerator.device, non_blocking=True)
-        logits = read(stacks, _observed(group, batch))
+        logits = read(stacks, observed_stream(group, batch))
         yield batch, [logits[place] for place in places]
 
 
@@ -276,7 +278,7 @@ def _sum_over_processes(group: TrialGroup, sums: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _quick_scores(group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches) -> list[dict[str, float]]:
+def quick_scores(group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches) -> list[dict[str, float]]:
     """Loss and top-1 of each trial; all other scores are for the end."""
     sums_3T = torch.zeros(3, len(trials), device=group.accelerator.device)
     for batch, logits in _read_split(group, trials, batches):

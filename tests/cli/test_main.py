@@ -22,6 +22,8 @@ COMMANDS = {
     "dist-vpt": {"--help", "--version"},
     "dist-vpt train": {"--help", "--debug", "RECIPE|a.b=c +"},
     "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +"},
+    "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
+    "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
     "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
     "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
     "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
@@ -78,6 +80,8 @@ CHOICES = {
     "--split": ("train", "val", "trainval", "test"),
     "--adapters": ("last", "best"),
     "--format": ("array_record", "tfrecord"),
+    "dist-vpt features --format": ("safetensors", "parquet"),
+    "--what": ("pooled", "blocks", "tokens"),
     "--mode": ("compress", "featselect", "finetune"),
 }
 
@@ -103,7 +107,9 @@ def test_sub_commands_and_options() -> None:
                 continue
             if action.option_strings:
                 listed.add(max(action.option_strings, key=len))
-                assert action.choices is None or tuple(action.choices) == CHOICES[action.option_strings[0]]
+                option = action.option_strings[0]
+                expected = CHOICES.get(f"{parser.prog} {option}", CHOICES.get(option))
+                assert action.choices is None or tuple(action.choices) == expected
             else:
                 listed.add(f"{action.metavar} {action.nargs}" if action.nargs else str(action.metavar))
             assert action.help
@@ -117,7 +123,7 @@ import contextlib, sys
 import dist_vpt.cli.main
 commands = (
     *("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor"),
-    *("recipe list", "launch slurm", "eval", "compress"),
+    *("recipe list", "launch slurm", "eval", "compress", "probe", "features"),
 )
 for argv in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):

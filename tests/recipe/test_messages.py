@@ -165,6 +165,12 @@ VALUES = [
     ("method.name=adapter method.bottleneck=-1", "-1", "must be greater than or equal to 1; use 1 or more"),
     ("method.name=adaptformer method.scale=x", "'x'", NUMBER),
     ("method.name=adaptformer method.scale=-1", "-1", "must be greater than 0; use a value above 0"),
+    ("method.name=knn method.k=x", "'x'", INTEGER),
+    ("method.name=knn method.k=0", "0", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=knn method.temperature=x", "'x'", NUMBER),
+    ("method.name=knn method.temperature=0", "0", "must be greater than 0; use a value above 0"),
+    ("method.name=logistic method.c=x", "'x'", NUMBER),
+    ("method.name=logistic method.c=0", "0", "must be greater than 0; use a value above 0"),
     ("method.name=cls method.reinit=x", "'x'", BOOLEAN),
 ]
 
@@ -249,8 +255,8 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["method.name=3"],
         [
             (
-                "command line: method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, linear, "
-                "lora, mlp, partial, side, ssf, vpt, vqt"
+                "command line: method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, combo, full, "
+                "knn, ladder, linear, logistic, lora, mlp, partial, side, ssf, vpt, vqt"
             )
         ],
     ),

@@ -313,7 +313,7 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
     each = settings("linear", "sgd", 2)
     whole = fitted(tmp_path / "a", each, keeps_best=True)
     interrupted = make(tmp_path / "b", each, keeps_best=True)
-    score, scored = trials._quick_scores, []
+    score, scored = trials.quick_scores, []
 
     def asks_to_stop(p: TrialGroup, *args: Any) -> Any:
         p.stop.requested = len(scored) == 1
@@ -321,7 +321,7 @@ def test_a_pass_that_is_stopped_while_val_is_scored_scores_it_again(
         return score(p, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "_quick_scores", asks_to_stop)
+        patch.setattr(trials, "quick_scores", asks_to_stop)
         with pytest.raises(Interrupted, match=r"stopped at step [0-9]+, while val was scored, with its state saved"):
             fit_trials(interrupted)
     interrupted.close()
