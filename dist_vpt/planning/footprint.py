@@ -48,6 +48,7 @@ class MemoryEstimate:
     parameters: int  # numbers, frozen and trained
     trained_parameters: int
     host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
+    temporaries: int = 0  # of DeepSpeed's optimizers on a GPU, which step on all tensors of a process's part at once
 
     def on(self, strategy: str, processes: int) -> "PerDeviceMemory":
         """The memory of each process under a strategy with this many processes."""
@@ -60,11 +61,10 @@ class MemoryEstimate:
         bucket = FLOAT32 * min(REDUCE_BUCKET, self.trained // FLOAT32)
         optimizer = (self.optimizer + self.trained) // w  # DeepSpeed steps on a copy of its part
         gradients = self.gradients if strategy == "zero1" else self.gradients // w
+        working = max(self.working, self.temporaries // w)  # there are no activations during the optimizer's step
         if strategy in ("zero1", "zero2"):
             weights = self.frozen + self.trained
-            return PerDeviceMemory(
-                weights, gradients, optimizer, self.working + bucket, self.scoring + bucket, self.host
-            )
+            return PerDeviceMemory(weights, gradients, optimizer, working + bucket, self.scoring + bucket, self.host)
         weights = self.frozen + self.trained
         gathered = min(weights, weights * LIVE_WEIGHTS // max(1, self.parameters))
         offloaded = strategy == "zero3_offload"
@@ -72,7 +72,7 @@ class MemoryEstimate:
             0 if offloaded else weights // w,
             gradients,
             0 if offloaded else optimizer,
-            self.working + bucket + gathered,
+            working + bucket + gathered,
             self.scoring + bucket + gathered,
             self.host + (weights // w + optimizer if offloaded else 0),
         )
@@ -103,8 +103,8 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
     """Count a recipe's bytes with ``images`` of a micro-batch, as the recipe has them unless given.
 
     ``gpus``: as on a GPU, where what is offloaded comes back a block early, pinned host memory comes in powers of two,
-    and in fp16 torch's optimizers step on all tensors at once, with temporaries as large as they are. All others are
-    fused and have none, but for DeepSpeed's, whose temporaries are as large as a process's part and are not counted.
+    and in fp16, or under DeepSpeed, torch's optimizers step on all tensors at once, with temporaries as large as they
+    are. All others are fused and have none.
 
     Takes a second or so, and no memory of the device.
     """
@@ -143,6 +143,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
             parameters=numbers,
             trained_parameters=sum(p.numel() for p in trained),
             host=alive.host_height,
+            temporaries=of_trained if gpus else 0,
         )
 
 

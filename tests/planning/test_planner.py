@@ -161,6 +161,15 @@ def test_zero3_never_gathers_more_than_its_file_says() -> None:
     assert large.on("zero3", 2).peak == numbers + 2 * LIVE_WEIGHTS
 
 
+def test_deepspeeds_optimizers_step_on_a_whole_part_at_once() -> None:
+    """With temporaries as large as the part; activations are gone by then."""
+    small = replace(FOOTPRINT, working=50, temporaries=400)
+    assert small.on("zero1", 4).working == 100 + 400  # and the bucket
+    assert small.on("zero3", 2).working == 200 + 400 + 1400
+    assert small.on("ddp", 4).working == 50
+    assert replace(FOOTPRINT, temporaries=400).on("zero2", 4).working == 5000 + 400
+
+
 def test_the_sizes_are_those_of_the_files() -> None:
     for name in ("zero1", "zero2", "zero3", "zero3_offload"):
         zero = json.loads((ROOT / "launch" / "accelerate" / f"{name}.json").read_text())["zero_optimization"]
