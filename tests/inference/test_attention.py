@@ -190,7 +190,7 @@ def test_a_file_is_no_folder_for_pictures(vpt_run: Path, photo: Path, tmp_path: 
 def test_a_backbone_whose_blocks_cannot_be_unpacked_is_reported(images: torch.Tensor) -> None:
     """And not that another method would do."""
     method = attach(config_of({"name": "linear"}), make_swin_backbone(), classes=5)
-    with pytest.raises(UserError, match=r"a SwinTransformerBlock with .* Block; attention can be drawn of runs"):
+    with pytest.raises(UserError, match=r"a SwinTransformerBlock with .* EvaBlock, .*; attention can be drawn of runs"):
         attend(method, images)
 
 
