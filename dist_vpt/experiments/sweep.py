@@ -56,8 +56,7 @@ def sweep(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launched, recipe)
     notes += [f"precision {why}"] if why else []
     rungs = Rungs(recipe, folder.path)
-    first = rungs.grid[0].recipe
-    shared = recipe.sweep.parallelize == "batch"  # or each process works alone
+    first, shared = rungs.grid[0].recipe, recipe.sweep.parallelize == "batch"  # or each process works alone
     remarks, refused = None, None
     if rank == 0 or shared:  # mistakes in data and weights show before anything is written or waited for
 

@@ -93,14 +93,14 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
             found = choose(config, needed, accelerator.device, missing_bytes, shared, sharded=sharded)
         if sharded or accelerator.device.type == "cpu" or (config.cache, found.location) != ("auto", "memory"):
             return found
-        first = next(make_batches for _, make_batches in sources.values())
-        return _unless_live_is_faster(found, backbone, specs[0 if found.first else 1], first, accelerator)
+        _, batches = next(iter(sources.values()))
+        return _unless_live_is_faster(found, backbone, specs[0 if found.first else 1], batches, accelerator)
 
     placement = _on_all_ranks(accelerator, choose_here)
     # The main process's choice: free memory changes while the processes look at it.
     location, first = broadcast_object_list([placement.location, placement.first])
-    spec, names = specs[0 if first else 1], sources if location != "none" else ()
-    opened = {name: _on_all_ranks(accelerator, partial(open_cached, name, spec)) for name in names}
+    each, names = partial(open_cached, spec=specs[0 if first else 1]), sources if location != "none" else ()
+    opened = {name: _on_all_ranks(accelerator, partial(each, name)) for name in names}
     return opened, placement.line + (f" ({', '.join(opened)})" if opened else "")
 
 

@@ -6,11 +6,11 @@ B batch, N tokens, D width, L blocks.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput
+from dist_vpt.methods.stacked_layers import standardize_tokens
 
 
 def count_block_features(backbone: Backbone, blocks: int) -> int:
@@ -27,7 +27,7 @@ def block_features(backbone: Backbone, stream: StreamOutput, states: Sequence[Te
     """
     groups = [stream.pooled.to(dtype)]
     for state_BND in states:
-        tokens_BND = F.layer_norm(state_BND.to(dtype), state_BND.shape[-1:])
+        tokens_BND = standardize_tokens(state_BND.to(dtype))
         groups.append(tokens_BND[:, backbone.prefix :].mean(1))
         if _has_class_token(backbone):
             groups.append(tokens_BND[:, 0])

@@ -27,7 +27,14 @@ from dist_vpt.methods.block_features import block_features, count_block_features
 from dist_vpt.methods.config import ComboConfig
 from dist_vpt.methods.head import FeatureNorm, classification_head
 from dist_vpt.methods.stack import ReaderStack
-from dist_vpt.methods.stacked_layers import Dropout, Layer, layer_norm, shared_linear, transformer_layer
+from dist_vpt.methods.stacked_layers import (
+    Dropout,
+    Layer,
+    layer_norm,
+    shared_linear,
+    standardize_tokens,
+    transformer_layer,
+)
 
 
 class Combo(Reader):
@@ -42,7 +49,7 @@ class Combo(Reader):
         self.recipe = recipe
         read = len(self.blocks) if recipe.head_reads == "blocks" else 0
         direct = 0 if recipe.head_reads == "token" else count_block_features(backbone, read)
-        # The transformer's are trained: nothing of them is to be measured before the first step.
+        # The transformer's class token is not standardized: it is trained, so there is nothing to measure beforehand.
         self.feature_norm = FeatureNorm(direct) if direct and recipe.head == "standardized" else None
         self.head = classification_head(recipe.width + direct, classes, recipe.head)
         self.side = backbone.image_size // backbone.patch_size[0]
@@ -85,7 +92,7 @@ class Combo(Reader):
             if self.recipe.standardize == "channel":
                 tokens_BND = self.stream_norms[i](tokens_BND)
             else:
-                tokens_BND = F.layer_norm(tokens_BND, tokens_BND.shape[-1:])
+                tokens_BND = standardize_tokens(tokens_BND)
             columns.append(tokens_BND.to(state_BND.dtype))
         return torch.cat(columns, dim=2)
 
@@ -106,7 +113,7 @@ class Combo(Reader):
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
         first = cast(Combo, stacks[0].readers[0])
-        # Measured from the same training images for all readers.
+        # The norms of all readers were measured from the same training images, so that one reader's serve all.
         x_BMF = first.inputs(stream)
         direct_BF = None if first.recipe.head_reads == "token" else first.direct(stream)
         logits = []

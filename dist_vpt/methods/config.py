@@ -13,6 +13,7 @@ class MethodSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     reader: ClassVar[bool] = False  # only reads the frozen stream
     reads_blocks: ClassVar[bool] = False  # and uses the weights inside the blocks for that
+    stacks_layers: ClassVar[bool] = False  # and computes the layers of all trials at once, apart from their modules
     fitted: ClassVar[bool] = False  # a reader that is computed from all features at once, without steps of an optimizer
     head: HeadKind = Field(
         "standardized",
@@ -227,6 +228,7 @@ class ComboConfig(MethodSettings):
     """A small transformer on the tokens that come out of the frozen blocks, and a linear head on its class token."""
 
     reader: ClassVar[bool] = True
+    stacks_layers: ClassVar[bool] = True
     name: Literal["combo"] = Field("combo", description="a transformer on the patches of all blocks")
     blocks: tuple[int, ...] | None = Field(
         None, min_length=1, description="numbers of the blocks whose outputs are read, from 0; null: all"
@@ -267,6 +269,7 @@ class LadderConfig(MethodSettings):
     """A narrow network beside the frozen blocks that reads the output of each, and a linear head."""
 
     reader: ClassVar[bool] = True
+    stacks_layers: ClassVar[bool] = True
     name: Literal["ladder"] = Field("ladder", description="ladder side tuning")
     kind: Literal["lst", "last"] = Field(
         "lst",
@@ -276,7 +279,9 @@ class LadderConfig(MethodSettings):
     reduction: int = Field(8, ge=1, description="lst: the backbone's width over the side network's")
     mlp_ratio: int = Field(4, ge=1, description="lst: width of each layer's MLP, in widths of its tokens")
     rank: int = Field(16, ge=1, description="last: rank of queries, keys and values; the heads divide it")
-    heads: int = Field(4, ge=1, description="attention heads of each layer")
+    heads: int = Field(
+        4, ge=1, description="attention heads of each layer; lst: the width is rounded up to a multiple of them"
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout rate of the layers' branches, 0 to 1")
 
     @model_validator(mode="after")

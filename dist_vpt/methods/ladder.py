@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vpt.backbones.vit import Backbone
@@ -38,6 +37,7 @@ from dist_vpt.methods.stacked_layers import (
     linear,
     low_rank_attention,
     shared_linear,
+    standardize_tokens,
     transformer_layer,
 )
 
@@ -78,7 +78,7 @@ class Ladder(Reader):
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
         with torch.no_grad():  # the same for all readers
-            states = [F.layer_norm(state_BND, state_BND.shape[-1:]) for state_BND in stream.states]
+            states = [standardize_tokens(state_BND) for state_BND in stream.states]
         logits = []
         for stack, own in zip(stacks, seeds, strict=True):
             first = cast(Ladder, stack.readers[0])

@@ -77,6 +77,11 @@ class Dropout:
         return x_TX * torch.stack(factors)
 
 
+def standardize_tokens(x_BNW: Tensor) -> Tensor:
+    """Each token with mean 0 and deviation 1, whatever its scale."""
+    return F.layer_norm(x_BNW, x_BNW.shape[-1:], eps=1e-12)
+
+
 def linear(x_TXI: Tensor, weights: Weights, name: str) -> Tensor:
     """[T, ..., O]."""
     weight_TOI, bias_TO = weights[f"{name}.weight"], weights.get(f"{name}.bias")

@@ -168,6 +168,9 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         and runtime.precision == "fp16",
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
         "a block itself is called; start with the ddp strategy (or zero1, zero2)": zero3 and recipe.method.reads_blocks,
+        f"method.name = {recipe.method.name}: computes with its trained layers of all trials at once, which ZeRO-3 "
+        "gathers only while a layer itself is called; start with the ddp strategy (or zero1, zero2)": zero3
+        and recipe.method.stacks_layers,
         f"runtime.activation_checkpointing = {runtime.activation_checkpointing}: ZeRO-3 gathers weights at other "
         "moments in backward than in forward, and torch's selective checkpointing takes that for other arithmetic; "
         "use mlp, block or every-N, or start with the ddp strategy": zero3

@@ -155,7 +155,7 @@ def test_grids_over_other_keys_are_passes_of_their_own(
         ("sweep.grid.optim.lr=0.1", "grid.optim.lr = 0.1: must be a list"),
         ("sweep.grid.optim.lr=[0.1, 0.1]", "each given once"),
         ("sweep.grid.seed=[1, 2]", "grid.seed: is set by the sweep"),
-        ("sweep.grid.method.name=[linear, cls]", "cls and the recipe's linear cannot share a sweep"),
+        ("sweep.grid.method.name=[linear, cls]", "method.name=cls: method.cls.reads: Extra inputs are not permitted"),
         ("sweep.grid.train.test=[true, false]", "grid.train.test: is set by the sweep"),
         ("backbone.weights=missing.safetensors", "missing.safetensors: no such weights file"),
         ("sweep.seeds=[1, 1]", "seeds = [1, 1]: must differ; give each once"),

@@ -29,8 +29,8 @@ ROTARY = [kind for kind, options in REFERENCE.items() if "rotary" in options]
 
 def make_vit(kind: str = "class_token", **changes: Any) -> VisionTransformer | Eva:
     """A tiny ViT whose every weight is random: timm's zero biases and unit scales would hide mistakes."""
+    torch.manual_seed(0)
     vit = (Eva if kind in EVAS else VisionTransformer)(**(SHAPE | KINDS[kind] | changes))
-    torch.manual_seed(0)  # after timm's own draws, whose number differs between its versions
     with torch.no_grad():
         for name, parameter in vit.named_parameters():
             noise = torch.randn_like(parameter) * 0.3

@@ -15,7 +15,7 @@ from dist_vpt.methods import attach
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.config import MethodConfig
 from dist_vpt.methods.stack import ReaderStack
-from tests.methods.conftest import KINDS, MEAN, STD, config_of, make_backbone, make_vit
+from tests.methods.conftest import KINDS, config_of, make_backbone, make_vit, reference_config
 from tests.reference import readers, vit
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}  # each tensor's largest error, relative to its largest number
@@ -59,9 +59,7 @@ def make(settings: dict[str, Any], kind: str, dtype: torch.dtype, images: torch.
 def expected(method: Reader, kind: str, images: torch.Tensor, settings: dict[str, Any]) -> vit.Result:
     model = make_vit(kind)
     weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
-    config = vit.Config(
-        num_heads=2, patch_size=8, mean=MEAN, std=STD, pool=model.global_pool, no_embed_class=model.no_embed_class
-    )
+    config = reference_config(kind)
     own = {name: p.detach().double().numpy() for name, p in method.trainable()}
     states, prefix = readers.token_stream(weights, config, images.numpy()), method.backbone.prefix
     options: dict[str, Any] = {"smoothing": 0.1, "share": WEIGHT.double().numpy(), "heads": settings.get("heads")}

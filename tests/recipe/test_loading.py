@@ -204,7 +204,7 @@ def test_the_order_of_overrides_of_a_method_does_not_matter(write: Write) -> Non
     for overrides in (["method.name=vpt", "method.prompts=3"], ["method.prompts=3", "method.name=vpt"]):
         assert load_recipe([file], overrides).method == VPTConfig(prompts=3)
     assert refused("method.prompts=3", "method.name=linear") == [
-        "command line: method.prompts = 3: unknown key; valid: head, name"
+        "command line: method.prompts = 3: unknown key; valid: head, name, reads"
     ]
 
 
@@ -237,7 +237,7 @@ def test_files_and_overrides_are_distinguished(argv: list[str], files: list[str]
             "3: train.early_stop.patient = 3: unknown key; did you mean 'patience'?",
         ),
         ("method:\n  name: vpt\n  promts: 5", "3: method.promts = 5: unknown key; did you mean 'prompts'?"),
-        ("method:\n  name: linear\n  prompts: 5", "3: method.prompts = 5: unknown key; valid: head, name"),
+        ("method:\n  name: linear\n  prompts: 5", "3: method.prompts = 5: unknown key; valid: head, name, reads"),
         ("data: {hf: {imag: x}}", "1: data.hf.imag = 'x': unknown key; did you mean 'image'?"),
         ("backbone: {nam: x}", "1: backbone.nam = 'x': unknown key; did you mean 'name'?"),
         ("runtime: {precison: x}", "1: runtime.precison = 'x': unknown key; did you mean 'precision'?"),

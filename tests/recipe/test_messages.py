@@ -82,6 +82,7 @@ VALUES = [
     ("method.init=x", "'x'", CHOICE + "class_token, random, scaled, tokens"),
     ("method.extra_trainable=x", "'x'", LIST),
     ("stream.cache=x", "'x'", CHOICE + "auto, device, disk, memory, none"),
+    ("stream.dtype=x", "'x'", CHOICE + "fp8, int8, precision"),
     ("optim.name=x", "'x'", CHOICE + "adam, adamw, sgd"),
     ("optim.lr=x", "'x'", NUMBER),
     ("optim.lr=-1", "-1", "must be greater than 0; use a value above 0"),
@@ -185,7 +186,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     (
         {"a.yaml": "method: {name: linear, prompts: 5}"},
         ["a.yaml"],
-        ["a.yaml:1: method.prompts = 5: unknown key; valid: head, name"],
+        ["a.yaml:1: method.prompts = 5: unknown key; valid: head, name, reads"],
     ),
     ({"a.yaml": "optim.lr: 3"}, ["a.yaml"], ["a.yaml:1: optim.lr = 3: unknown key; did you mean 'optim'?"]),
     (

@@ -14,15 +14,16 @@ from tests.reference.vit import Array, Cache, Config, Weights
 from . import vit
 
 EPS = 1e-5  # of the readers' own norms
+UNIT_EPS = 1e-12  # of what is standardized without weights
 
 
 def token_stream(weights: Weights, config: Config, images_u8: Array) -> list[Array]:
     """L + 1 arrays B x N x D: the tokens before each block, and after the last one without `norm`."""
     images_BCSS = vit.normalize_images(images_u8, config.mean, config.std)
-    x_BND, _ = vit.embed_forward(images_BCSS, weights, config)
-    states = [x_BND]
+    x_BND, embedded = vit.embed_forward(images_BCSS, weights, config)
+    states, patches = [x_BND], slice(embedded["num_prefix"], None)
     for block in range(vit.depth_of(weights)):
-        x_BND, _ = vit.block_forward(x_BND, vit._local(weights, f"blocks.{block}."), config)
+        x_BND, _ = vit.block_forward(x_BND, vit._local(weights, f"blocks.{block}."), config, patches=patches)
         states.append(x_BND)
     return states
 
@@ -166,7 +167,7 @@ def _last_backward(dcorrection_BD: Array, token: slice, cache: Cache) -> dict[st
 def unit(x: Array) -> Array:
     """Each token with mean 0 and deviation 1."""
     centered = x - x.mean(axis=-1, keepdims=True)
-    return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + EPS)
+    return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + UNIT_EPS)
 
 
 def per_channel(seen: Array, x: Array) -> Array:
@@ -202,7 +203,7 @@ def layer_forward(x_BNW: Array, w: Weights, heads: int) -> tuple[Array, Cache]:
     )
     x_BNW = x_BNW + attended
     normed, norm2 = vit.norm_forward(x_BNW, w["norm2.weight"], w["norm2.bias"], EPS)
-    out, mlp = vit.mlp_forward(normed, w)
+    out, mlp = vit.mlp_forward(normed, w, EPS)
     return x_BNW + out, (norm1, attention, norm2, mlp)
 
 
