@@ -96,8 +96,7 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
         _, batches = next(iter(sources.values()))
         return _unless_live_is_faster(found, backbone, specs[0 if found.first else 1], batches, accelerator)
 
-    placement = _on_all_ranks(accelerator, choose_here)
-    # The main process's choice: free memory changes while the processes look at it.
+    placement = _on_all_ranks(accelerator, choose_here)  # of which the main process's counts: free memory changes
     location, first = broadcast_object_list([placement.location, placement.first])
     each, names = partial(open_cached, spec=specs[0 if first else 1]), sources if location != "none" else ()
     opened = {name: _on_all_ranks(accelerator, partial(each, name)) for name in names}
