@@ -97,7 +97,7 @@ def test_a_probe_ranks_backbones_and_names_those_that_fail(
     data: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missing, random = tmp_path / "missing.yaml", tmp_path / "random.yaml"
-    missing.write_text("backbone: {name: vit_tiny_patch16_224, weights: nowhere.safetensors}\n")
+    missing.write_text("backbone: {name: vit_small_patch8_224, weights: nowhere.safetensors}\n")
     random.write_text("backbone: {name: demo, weights: random}\n")
     out = tmp_path / "probe"
     words = ["probe", *data, *SMALL, "--backbones", f"{random},demo,{missing}", "--out", str(out)]
@@ -132,7 +132,7 @@ def test_a_probe_ranks_backbones_and_names_those_that_fail(
         (["--backbones", "demo", "--out", "full"], "--out full: holds files (a) but no probe; name a new folder"),
     ],
 )
-def test_a_probes_mistakes(
+def test_a_probes_mistakes(  # noqa: PLR0917 (fixtures)
     words: list[str],
     message: str,
     data: tuple[str, ...],

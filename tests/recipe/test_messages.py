@@ -249,8 +249,8 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["method.name=3"],
         [
             (
-                "command line: method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, knn, linear, "
-                "logistic, lora, mlp, partial, side, ssf, vpt, vqt"
+                "command line: method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, knn, "
+                "linear, logistic, lora, mlp, partial, side, ssf, vpt, vqt"
             )
         ],
     ),
