@@ -26,7 +26,12 @@ class StreamConfig(BaseModel):
     dir: str | None = Field(None, min_length=1, description="folder of the cache files; they serve later runs too")
 
     @model_validator(mode="after")
-    def _disk_has_a_folder(self) -> Self:
+    def _cache_fits(self) -> Self:
         if self.cache == "disk" and self.dir is None:
             raise ValueError("cache = disk: needs a folder for its files; set stream.dir")
+        if self.cache == "none" and self.dtype != "precision":
+            raise ValueError(
+                f"dtype = {self.dtype} with cache = none: only a cache keeps tokens in 8 bits; leave dtype out, or set "
+                "another cache"
+            )
         return self

@@ -139,8 +139,8 @@ class Method(nn.Module):
         Raises UserError if no plain timm model gives equal outputs.
         """
         raise UserError(
-            f"a {type(self).__name__} computes what no plain timm model does: only linear, full, partial, bias, cls, "
-            "lora and ssf can be merged"
+            f"a {type(self).__name__} computes what no plain timm model does: only linear, logistic, full, partial, "
+            "bias, cls, lora and ssf can be merged"
         )
 
     def classify(self, features_BF: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ the MLPs are: here it is each channel over training images (``standardize: chann
 that starts at 0, and the transformer's own width (``mlp_ratio: 1``, with which ViT-B/16 has the paper's 1.8 M numbers).
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vpt.backbones.vit import Backbone
+from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader, chosen_blocks, stack_heads, standardize_stack
 from dist_vpt.methods.block_features import block_features, count_block_features
@@ -52,7 +54,11 @@ class Combo(Reader):
         # The transformer's class token is not standardized: it is trained, so there is nothing to measure beforehand.
         self.feature_norm = FeatureNorm(direct) if direct and recipe.head == "standardized" else None
         self.head = classification_head(recipe.width + direct, classes, recipe.head)
-        self.side = backbone.image_size // backbone.patch_size[0]
+        self.side = math.isqrt(backbone.patches)
+        if self.side**2 != backbone.patches:
+            raise UserError(
+                f"method.name = combo: the backbone's {backbone.patches} patches are no square grid; choose another one"
+            )
         self.prefix = backbone.prefix if recipe.tokens == "all" else 0
         inputs = len(self.blocks) * backbone.width
         tokens = self.prefix + (recipe.grid or self.side) ** 2

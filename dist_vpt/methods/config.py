@@ -286,6 +286,10 @@ class LadderConfig(MethodSettings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        unread = {"reduction": 8, "mlp_ratio": 4} if self.kind == "last" else {"rank": 16}
+        for key, default in unread.items():
+            if (value := getattr(self, key)) != default:
+                raise ValueError(f"{key} = {value}: kind = {self.kind} does not read it; leave it out")
         if self.kind == "last":
             check_heads_divide(self.rank, self.heads, "rank")
         return self

@@ -685,6 +685,10 @@ def test_a_folder_that_cannot_be_one(data: tuple[str, ...], tmp_path: Path, caps
         (("method.name=vpt", "stream.cache=memory"), "method.name = vpt changes the image tokens"),
         (("method.name=full", "stream.dir=cache"), "method.name = full changes the image tokens"),
         (("method.name=linear", "stream.cache=disk"), "cache = disk: needs a folder for its files; set stream.dir"),
+        (
+            ("method.name=linear", "stream.cache=none", "stream.dtype=int8"),
+            "dtype = int8 with cache = none: only a cache",
+        ),
         (("method.name=linear", "stream.cache=ram"), "stream.cache = 'ram'"),
     ],
 )

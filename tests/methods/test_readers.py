@@ -226,6 +226,11 @@ def test_wrong_settings_are_named() -> None:
     for settings, message in (
         ({"name": "combo", "width": 10, "heads": 4}, "heads = 4, width = 10: heads must divide the width"),
         ({"name": "combo", "blocks": (2, 1)}, r"blocks = \[2, 1\]: must be increasing block numbers from 0"),
+        (
+            {"name": "ladder", "kind": "last", "reduction": 4},
+            "reduction = 4: kind = last does not read it; leave it out",
+        ),
+        ({"name": "ladder", "rank": 4}, "rank = 4: kind = lst does not read it; leave it out"),
         ({"name": "ladder", "kind": "last", "rank": 6}, "heads = 4, rank = 6: heads must divide the rank"),
     ):
         with pytest.raises(ValidationError, match=message):
