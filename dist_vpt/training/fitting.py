@@ -51,6 +51,11 @@ class FittedGroup(TrialGroup):
         self.accelerator.status.set("the features", "fitting")
         readers, observed = self.readers, self._observed()
         try:
+            if not observed.features_nF.isfinite().all():
+                raise UserError(
+                    f"method.name = {self.recipe.method.name}: features of training images are not finite; set "
+                    "runtime.precision=fp32, or use other weights"
+                )
             scores, lines = type(readers[0]).fit(readers, observed)
         except UserError as error:
             error.shared = True  # all processes have the same features

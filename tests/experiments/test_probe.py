@@ -12,6 +12,7 @@ from safetensors import safe_open
 from dist_vpt.cli.main import main
 from dist_vpt.inference import features as features_module
 from dist_vpt.inference.features import compute
+from dist_vpt.methods.fitted import FittedReader
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training.components import build_components
 from tests.running import finish, pictures, start
@@ -150,6 +151,19 @@ def test_a_probes_mistakes(  # noqa: PLR0917 (pytest's fixtures)
 def test_mistakes_of_fitted_methods(data: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *data, *SMALL, "method.name=knn", "method.k=101", f"run.dir={tmp_path / 'a'}"]) == 2
     assert "method.k = 101: there are 100 images to train on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["knn", "logistic"])
+def test_features_that_are_not_finite_are_refused(
+    method: str,
+    data: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(FittedReader, "features", lambda _, stream: stream.pooled.float() / 0.0)
+    assert main(["train", *data, *SMALL, f"method.name={method}", f"run.dir={tmp_path / 'a'}"]) == 2
+    assert f"method.name = {method}: features of training images are not finite" in capsys.readouterr().err
 
 
 # Features
