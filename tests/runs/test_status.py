@@ -79,7 +79,8 @@ def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.Ca
     folder = tmp_path / "runs" / "one"
     options = words(folder, "train.epochs=4", "train.batch_size=200", "run.trackers=[]", "run.timeout_minutes=0.01")
     forks = command(["train", *options], tmp_path / "output.txt", before=wait_in_the_second_epoch)
-    number = 5 + STEPS_DONE
+    issued = 5 + STEPS_DONE
+    number = issued - 1  # a step is read when the next one has been issued
 
     def arrived() -> bool:
         return (folder / "run.json").exists() and standings(capsys, folder)["one"]["done"] == number
@@ -88,14 +89,14 @@ def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.Ca
     one = standings(capsys, tmp_path)["one"]
     assert (one["kind"], one["status"], one["reason"]) == ("run", "running", None)
     assert (one["done"], one["total"], one["unit"], one["epoch"], one["epochs"]) == (number, 20, "steps", 2, 4)
-    assert one["seconds_left"] == pytest.approx(12 * 200 / one["images_per_s"], rel=0.01, abs=0.06)  # rounded to 0.1 s
+    assert one["seconds_left"] == pytest.approx((20 - number) * 200 / one["images_per_s"], rel=0.01, abs=0.06)  # rounded to 0.1 s
     assert f"{number}/20 steps, epoch 2/4" in shown_by(capsys, str(tmp_path))
     forks.send(signal.SIGKILL)
     assert forks.finish() == [-signal.SIGKILL]
     one = standings(capsys, tmp_path)["one"]
     assert (one["status"], one["done"], one["images_per_s"], one["seconds_left"]) == ("dead", number, None, None)
     assert one["reason"] == (
-        f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
+        f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {issued}: reading "
         "images; run.resume=auto continues it"
     )
 
@@ -169,7 +170,7 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     options += ["sweep.grid={optim: {lr: [1.0, 0.1, 0.2], weight_decay: [0.0, 0.1]}}", "sweep.seeds=[1, 2]"]
     options += ["run.timeout_minutes=0.01"]  # a sign of life every 0.06 s
     forks = command(["sweep", *options], tmp_path / "output.txt", before=wait_in_the_second_epoch)
-    number = 5 + STEPS_DONE
+    number = 5 + STEPS_DONE - 1  # a step is read when the next one has been issued
 
     def there() -> dict[str, Any]:
         return read_rank_status(folder, 0).get("progress", {})
@@ -193,7 +194,7 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     sweep = standings(capsys, folder)["sweep"]
     assert (sweep["status"], sweep["epoch"], sweep["images_per_s"], sweep["seconds_left"]) == ("dead", None, None, None)
     assert sweep["reason"] == (
-        f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {number}: reading "
+        f"its process (pid {forks.processes[0].pid} on {os.uname().nodename}) is gone, at step {issued}: reading "
         "images; the same command continues it"
     )
 
