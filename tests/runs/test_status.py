@@ -89,7 +89,8 @@ def test_a_run_under_way_and_when_it_is_killed(tmp_path: Path, capsys: pytest.Ca
     one = standings(capsys, tmp_path)["one"]
     assert (one["kind"], one["status"], one["reason"]) == ("run", "running", None)
     assert (one["done"], one["total"], one["unit"], one["epoch"], one["epochs"]) == (number, 20, "steps", 2, 4)
-    assert one["seconds_left"] == pytest.approx((20 - number) * 200 / one["images_per_s"], rel=0.01, abs=0.06)  # rounded to 0.1 s
+    left = (20 - number) * 200 / one["images_per_s"]
+    assert one["seconds_left"] == pytest.approx(left, rel=0.01, abs=0.06)  # rounded to 0.1 s
     assert f"{number}/20 steps, epoch 2/4" in shown_by(capsys, str(tmp_path))
     forks.send(signal.SIGKILL)
     assert forks.finish() == [-signal.SIGKILL]
@@ -170,7 +171,8 @@ def test_a_pass_of_trials_under_way_elsewhere_and_when_it_is_killed(
     options += ["sweep.grid={optim: {lr: [1.0, 0.1, 0.2], weight_decay: [0.0, 0.1]}}", "sweep.seeds=[1, 2]"]
     options += ["run.timeout_minutes=0.01"]  # a sign of life every 0.06 s
     forks = command(["sweep", *options], tmp_path / "output.txt", before=wait_in_the_second_epoch)
-    number = 5 + STEPS_DONE - 1  # a step is read when the next one has been issued
+    issued = 5 + STEPS_DONE
+    number = issued - 1  # a step is read when the next one has been issued
 
     def there() -> dict[str, Any]:
         return read_rank_status(folder, 0).get("progress", {})
