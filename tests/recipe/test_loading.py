@@ -17,7 +17,7 @@ from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe, json_schema
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPE_FILES = 59
+RECIPE_FILES = 61
 Write = Callable[[str, str], Path]
 
 
@@ -273,8 +273,8 @@ def test_an_unknown_key_and_the_nearest_name_at_every_level(text: str, mistake: 
         ("method: {name: vppt}", "method.name = 'vppt': not a method; did you mean 'vpt'?"),
         (
             "method: {name: 3}",
-            "method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, linear, lora, mlp, partial, "
-            "side, ssf, vpt, vqt",
+            "method.name = 3: not a method; valid: adapter, adaptformer, bias, cls, full, knn, linear, logistic, "
+            "lora, mlp, partial, side, ssf, vpt, vqt",
         ),
         ("method: {prompts: []}", "method.prompts = []: must be a valid integer"),
         ("optim: {lr: fast}", "optim.lr = 'fast': must be a valid number"),

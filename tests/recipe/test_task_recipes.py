@@ -21,7 +21,7 @@ def test_every_row_has_a_recipe() -> None:
     assert sorted(path.stem for path in RECIPES) == sorted(rows)
     assert len(RECIPES) == 19 + 5
     assert all((path.parent.name == "fgvc") == (TASKS[path.stem].group == "fgvc") for path in RECIPES)
-    assert len(METHODS) == 16
+    assert len(METHODS) == 18
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
