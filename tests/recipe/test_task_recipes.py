@@ -32,7 +32,7 @@ def test_every_pair_loads(path: Path) -> None:
         either, other = (load_recipe(files, ["data.root=x"]) for files in ((method, path), (path, method)))
         assert either.model_dump(exclude={"run"}) == other.model_dump(exclude={"run"})
         assert either.train.epochs == 100
-        assert either.optim.warmup_epochs == 10
+        assert either.method.fitted or either.optim.warmup_epochs == 10
         if method.stem == "vpt_deep":
             assert either.method.prompts == row.prompts  # type: ignore[union-attr]
         if method.stem == "vqt":
