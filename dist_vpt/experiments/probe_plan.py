@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_vpt.data.formats import check_root
 from dist_vpt.errors import UserError, nearest
-from dist_vpt.experiments.early_checks import check_early
 from dist_vpt.recipe.loading import load_recipe, sets_method, split_overrides
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.shipped import find_recipe, merge_order, shipped_recipes
@@ -56,8 +56,7 @@ def plan_probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> 
             for method in METHODS
         }
         plan.append(Probed(label, recipes))
-    data = plan[0].recipes[METHODS[0]]
-    check_early(data.changed("run", resume="auto").changed("backbone", weights="random"), "sweep")  # of the data alone
+    check_root(plan[0].recipes[METHODS[0]].data, test=True)  # weights that are missing fail alone
     return plan
 
 

@@ -114,7 +114,7 @@ def test_a_probe_ranks_backbones_and_names_those_that_fail(
     assert len(list((out / "streams").glob("test-*/stream.json"))) == 2  # once for all methods of a backbone
     assert main(words) == 0  # everything is done
     assert list(csv.DictReader((out / "probe.csv").open())) == rows
-    assert main([*words, "data.fraction=0.5"]) == 2
+    assert main([*words, "data.max_megapixels=9"]) == 2
     assert "holds a probe of other data or settings; name a new folder" in capsys.readouterr().err
     assert main(["probe", *data, *SMALL, "--backbones", str(missing), "--out", str(tmp_path / "none")]) == 3
     assert "none of 1 backbones could be used" in capsys.readouterr().err

@@ -41,8 +41,9 @@ def test_published_settings_are_one_word_away() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_both(method: str) -> None:
     default, published = load(method), load(method, "protocol=published")
-    if default.method.fitted:  # which has no optimizer
+    if default.method.fitted:  # without an optimizer
         assert (default.method.head, published.method.head) == ("standardized", "published")
+        assert default.sweep.grid == published.sweep.grid
         return
     assert (default.optim.name, default.optim.scale_lr, default.method.head) == ("adamw", False, "standardized")
     assert published.method.head == "published"

@@ -31,8 +31,8 @@ def test_every_pair_loads(path: Path) -> None:
     for method in METHODS:
         either, other = (load_recipe(files, ["data.root=x"]) for files in ((method, path), (path, method)))
         assert either.model_dump(exclude={"run"}) == other.model_dump(exclude={"run"})
-        fitted = either.method.fitted  # in one pass
-        assert (either.train.epochs, either.optim.warmup_epochs) == ((1, 0) if fitted else (100, 10))
+        assert either.train.epochs == 100
+        assert either.method.fitted or either.optim.warmup_epochs == 10
         if method.stem == "vpt_deep":
             assert either.method.prompts == row.prompts  # type: ignore[union-attr]
         if method.stem == "vqt":
