@@ -119,8 +119,14 @@ def group_jobs(jobs: Sequence[SweepJob], may_differ: Sequence[str]) -> list[list
 
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
-    """The recipe with keys set, and without its sweep and tries; the order of the data is what all trials share."""
+    """The recipe with keys set, and without its sweep and tries; the order of the data is what all trials share.
+
+    Another method gets the recipe's settings that are not the defaults of its own method: others may not exist there.
+    """
     data = recipe.model_dump(mode="json")
+    if values.get("method.name", recipe.method.name) != recipe.method.name:
+        defaults = type(recipe.method)().model_dump(mode="json")
+        data["method"] = {key: value for key, value in data["method"].items() if value != defaults[key]}
     data["sweep"] = SweepConfig().model_dump(mode="json")
     data_seed = recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed
     for key, value in {"train.data_seed": data_seed, "data.tries": 1, **values}.items():

@@ -209,6 +209,13 @@ class Reader(Method):
         return self.read(images)
 
 
+class StackReader(Reader):
+    """A reader whose layers are computed for many readers at once (``read_stacks``); alone it is a stack of one."""
+
+    def read(self, stream: StreamOutput) -> Tensor:
+        return self.read_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(0)
+
+
 def chosen_blocks(blocks: tuple[int, ...] | None, backbone: Backbone) -> tuple[int, ...]:
     """Numbers of the blocks that are read; None: all. Raises UserError for one that the backbone does not have."""
     depth = len(backbone.blocks)

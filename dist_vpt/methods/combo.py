@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
-from dist_vpt.methods.base import Reader, chosen_blocks, stack_heads, standardize_stack
+from dist_vpt.methods.base import StackReader, chosen_blocks, stack_heads, standardize_stack
 from dist_vpt.methods.block_features import block_features, count_block_features
 from dist_vpt.methods.config import ComboConfig
 from dist_vpt.methods.head import FeatureNorm, classification_head
@@ -39,7 +39,7 @@ from dist_vpt.methods.stacked_layers import (
 )
 
 
-class Combo(Reader):
+class Combo(StackReader):
     """Projection [W, F], class token, position codes [1 + M', W], ``depth`` transformer layers, norm and head.
 
     M' = M, or with ``tokens: all`` the prefix tokens too.
@@ -110,9 +110,6 @@ class Combo(Reader):
         size = (self.recipe.grid, self.recipe.grid)
         map_BDGG = F.interpolate(map_BDSS, size=size, mode="bilinear", align_corners=False)
         return torch.cat([prefix_BRD, map_BDGG.flatten(2).transpose(1, 2)], dim=1)
-
-    def read(self, stream: StreamOutput) -> Tensor:
-        return self.read_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(0)
 
     @classmethod
     def read_stacks(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
-from dist_vpt.methods.base import Reader, stack_heads, standardize_stack
+from dist_vpt.methods.base import StackReader, stack_heads, standardize_stack
 from dist_vpt.methods.config import LadderConfig
 from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.stacked_layers import (
@@ -42,7 +42,7 @@ from dist_vpt.methods.stacked_layers import (
 )
 
 
-class Ladder(Reader):
+class Ladder(StackReader):
     """lst: ``down`` [L] D -> W, gates [L], ``layers`` [L], norm, ``up`` W -> D; last: ``layers`` [L] of rank r."""
 
     def __init__(self, recipe: LadderConfig, backbone: Backbone, classes: int, compute: torch.dtype):
@@ -69,9 +69,6 @@ class Ladder(Reader):
     def measure(self, images: Tensor | StreamOutput) -> None:
         assert isinstance(images, StreamOutput)
         self.standardized(images.pooled.to(next(self.head.parameters()).dtype))
-
-    def read(self, stream: StreamOutput) -> Tensor:
-        return self.read_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(0)
 
     @classmethod
     def read_stacks(

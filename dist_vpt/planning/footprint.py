@@ -116,7 +116,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
         apply_offload(method.backbone, _PinnedCopy if gpus else _to_host)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
-        fused = recipe.runtime.precision != "fp16"
+        fused = gpus and recipe.runtime.precision != "fp16"
         optimizer = build_optimizer(recipe.optim, method, fused=fused)
         for group in optimizer.param_groups:
             group["foreach"] = gpus and not fused  # torch's default

@@ -64,7 +64,11 @@ def load_recipe_from(data: dict[str, Any]) -> Recipe:
     try:
         return _validated(data)
     except ValidationError as error:
-        found = [f"{'.'.join(str(k) for k in e['loc']) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        found = []
+        for e in error.errors():
+            _, path = model_at(e["loc"])
+            rule = "there is no such key; leave it out" if e["type"] == "extra_forbidden" else e["msg"]
+            found.append(f"{'.'.join(map(str, path)) or 'recipe'}: {rule}")
         raise RecipeError("; ".join(found)) from error
 
 

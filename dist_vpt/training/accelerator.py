@@ -148,12 +148,13 @@ def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) ->
 def steps_are_fused(accelerator: RankAccelerator) -> bool:
     """Whether optimizers use torch's fused kernels.
 
-    Not beside a gradient scale: where the first step of SGD overflows, the fused kernel leaves momentum as the
-    allocator gave it, and takes it for real in the next step. Not under DeepSpeed, whose optimizers around torch's step
-    by themselves and know no ``found_inf``.
+    On a GPU, which works on while nobody waits for a number. A CPU would gain nothing, and there a run rounds as a
+    trial does (trial_stack.py). Not beside a gradient scale: where the first step of SGD overflows, the fused kernel
+    leaves momentum as the allocator gave it, and takes it for real in the next step. Not under DeepSpeed, whose
+    optimizers around torch's step by themselves and know no ``found_inf``.
     """
     alone = accelerator.scaler is None and accelerator.state.deepspeed_plugin is None
-    return alone and accelerator.device.type in ("cuda", "cpu")
+    return alone and accelerator.device.type == "cuda"
 
 
 def unsupported_reason(recipe: Recipe, name: str) -> str:

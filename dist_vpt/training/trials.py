@@ -107,19 +107,20 @@ class TrialGroup(Training):
                 _check_finite(trial, "gradient norm", norm, unread.step)
             if trial.running:
                 trial.progress.count(loss / weight, correct, images)
-        self._report_progress()
+        self._report_progress(unread.step + 1)
 
-    def _report_progress(self) -> None:
+    def _report_progress(self, done: int) -> None:
+        """``done``: steps that have been read."""
         epochs = self.recipe.train.epochs
         steps = epochs * self.train.steps_per_epoch
         self.accelerator.status.progress = {
-            "step": self.step,
+            "step": done,
             "steps": steps,
             "epoch": self.epoch + 1,
             "epochs": epochs,
             "trials": len(self.trials),
             "seconds": round(self.seconds, 3),
-            "seconds_left": round(self.seconds / self.step * (steps - self.step), 3),
+            "seconds_left": round(self.seconds / done * (steps - done), 3),
             "images_per_s": round(max(trial.progress.images for trial in self.trials) / max(self.seconds, 1e-6), 2),
         }
 

@@ -24,6 +24,7 @@ from dist_vpt.experiments import sweep as sweep_module
 from dist_vpt.experiments import sweep_worker
 from dist_vpt.experiments.sweep_grid import SweepJob, grid_jobs, rank
 from dist_vpt.files import read_json
+from dist_vpt.methods.config import ComboConfig, LinearConfig
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs import state
@@ -155,7 +156,7 @@ def test_grids_over_other_keys_are_passes_of_their_own(
         ("sweep.grid.optim.lr=0.1", "grid.optim.lr = 0.1: must be a list"),
         ("sweep.grid.optim.lr=[0.1, 0.1]", "each given once"),
         ("sweep.grid.seed=[1, 2]", "grid.seed: is set by the sweep"),
-        ("sweep.grid.method.name=[linear, cls]", "method.name=cls: method.cls.reads: Extra inputs are not permitted"),
+        ("sweep.grid.method.name=[linear, cls]", "cls and the recipe's linear cannot share a sweep"),
         ("sweep.grid.train.test=[true, false]", "grid.train.test: is set by the sweep"),
         ("backbone.weights=missing.safetensors", "missing.safetensors: no such weights file"),
         ("sweep.seeds=[1, 1]", "seeds = [1, 1]: must differ; give each once"),
@@ -185,6 +186,19 @@ def test_ties_go_to_the_smaller_learning_rate(tmp_path: Path) -> None:
     assert rank(six, outcomes([80, 70, 80, 80, 79, None])) == [six[n] for n in (2, 3, 0, 4, 1)]
     with pytest.raises(RunFailed, match="every trial of the grid diverged"):
         rank(six, outcomes([None] * 6))
+
+
+def test_another_method_of_a_grid_has_its_own_defaults(tmp_path: Path) -> None:
+    """And the recipe's settings that are no defaults."""
+    default = ("protocol=default", "sweep.grid={method: {name: [vqt, linear, combo]}}")
+    recipe = load_recipe([], words(tmp_path, "method.name=vqt", *default, "method.head=published"))
+    vqt, linear, combo = (job.recipe.method for job in grid_jobs(recipe, tmp_path))
+    assert vqt == recipe.method
+    assert linear == LinearConfig(head="published")
+    assert combo == ComboConfig(head="published")
+    given = load_recipe([], words(tmp_path, "method.name=vqt", *default, "method.queries=3"))
+    with pytest.raises(RecipeError, match=r"method.name=linear: method.queries: there is no such key; leave it out"):
+        grid_jobs(given, tmp_path)
 
 
 def test_a_grid_that_breaks_a_rule_names_the_trial(tmp_path: Path) -> None:

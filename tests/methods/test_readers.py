@@ -18,7 +18,8 @@ from dist_vpt.methods.stack import ReaderStack
 from tests.methods.conftest import KINDS, ROTARY, config_of, make_backbone, make_vit, reference_config
 from tests.reference import readers, vit
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}  # each tensor's largest error, relative to its largest number
+# Each tensor's largest error, relative to its largest number; in bf16 the error of all numbers, relative to all.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.03}
 LABELS = torch.tensor([0, 2, 1])
 WEIGHT = torch.tensor([1.0, 0.5, 2.0])
 
@@ -106,7 +107,12 @@ def assert_close(found: torch.Tensor | None, wanted: np.ndarray, name: str) -> N
 # timm holds the angles of rotary positions in float32.
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [(kind, dtype) for kind in KINDS for dtype in TOLERANCE if dtype == torch.float32 or kind not in ROTARY],
+    [
+        (kind, dtype)
+        for kind in KINDS
+        for dtype in (torch.float64, torch.float32)
+        if dtype == torch.float32 or kind not in ROTARY
+    ],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_float64_mathematics(variant: str, kind: str, dtype: torch.dtype, images: torch.Tensor) -> None:
@@ -138,7 +144,7 @@ def test_bf16_is_within_its_rounding(variant: str, images: torch.Tensor) -> None
         loss_of(method.train()(images)).backward()
         found.append(torch.cat([p.grad.flatten() for _, p in method.trainable() if p.grad is not None]))
         assert {p.dtype for _, p in method.trainable()} == {torch.float32}
-    assert (found[1] - found[0]).norm() / found[0].norm() < 0.1
+    assert (found[1] - found[0]).norm() / found[0].norm() < TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -56,7 +56,7 @@ if find_spec("torchao") is not None:
 # What is offloaded waits in NumPy's arrays there, which torch's allocator does not see.
 COUNT = """
 import json, sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from dist_vpt.planning import measure
 from dist_vpt.planning.footprint import footprint, pinned_bytes
 from dist_vpt.runtime.offload import apply_offload

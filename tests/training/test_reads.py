@@ -124,10 +124,17 @@ def test_a_trial_that_diverged_takes_no_step_until_that_is_read(monkeypatch: pyt
     assert float(group.trials[1].state["steps"]) == 1
 
 
+def set_fused(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    """Let optimizers use torch's fused kernels as on a GPU, or not."""
+    for module in (accelerator_module, engine):
+        monkeypatch.setattr(module, "steps_are_fused", lambda _: fused)
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_a_step_of_a_run_reads_once_from_the_device(
     accumulated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    set_fused(monkeypatch, True)
     issuing, reading = [], []
 
     def counted(real: Any, reads: list[list[str]]) -> Any:
@@ -196,8 +203,7 @@ def test_what_is_not_finite_changes_nothing(  # noqa: PLR0917 (what pytest gives
     name: str, fused: bool, more: tuple[str, ...], spoiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither parameters nor what the optimizer remembers, nor do the steps that are issued until it is read."""
-    monkeypatch.setattr(accelerator_module, "steps_are_fused", lambda _: fused)
-    monkeypatch.setattr(engine, "steps_are_fused", lambda _: fused)
+    set_fused(monkeypatch, fused)
     words = (*TINY, *OPTIMIZERS[name], "optim.weight_decay=0.1", "train.batch_size=4", "train.epochs=5", *more)
     recipe = load_recipe([], [*words, f"run.dir={tmp_path / 'run'}"])
     inputs = resolve_inputs(recipe.data, recipe.backbone)

@@ -49,7 +49,7 @@ def settings(method: str, optimizer: str, trials: int) -> list[list[str]]:
         ]
         if method == "vqt":
             some += ["method.blocks=[1, 4]", f"method.queries={1 + t % 3}", f"method.dropout={(0.0, 0.2)[t % 5 == 1]}"]
-        if method in ("mlp", "side", "combo", "ladder"):  # networks: at large rates rounding would grow to anything
+        if method in ("combo", "ladder"):
             some += [f"optim.lr={(0.003, 0.001, 0.0003)[t % 3]}"]
         if method in ("combo", "ladder"):
             some += [f"method.dropout={(0.0, 0.2)[t % 2]}"]
