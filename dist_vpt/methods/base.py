@@ -65,7 +65,7 @@ class Method(nn.Module):
             raise UserError(
                 f"method.name = {cls.__name__.lower()}: not on Swin, whose tokens attend within windows and are merged "
                 "between stages, so that there is no list of tokens that every block sees; choose a ViT, or one of "
-                "vpt, linear, mlp, side and full"
+                "vpt, linear, knn, logistic, mlp, side and full"
             )
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
