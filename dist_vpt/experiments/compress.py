@@ -31,7 +31,7 @@ from dist_vpt.experiments.compress_report import conclude
 from dist_vpt.experiments.compress_training import Mode, describe_source, train_fractions, write_run
 from dist_vpt.experiments.fixed_features import Source, fix_features
 from dist_vpt.files import raising_disk_full
-from dist_vpt.methods.config import VQTConfig
+from dist_vpt.methods.config_readers import VQTConfig
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder

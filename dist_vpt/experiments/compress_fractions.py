@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.files import read_json
-from dist_vpt.methods.config import VQTConfig
+from dist_vpt.methods.config_readers import VQTConfig
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences, identity_keys
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder

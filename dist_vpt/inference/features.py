@@ -26,7 +26,7 @@ from dist_vpt.files import raising_disk_full, to_json, write_atomically
 from dist_vpt.frozen_stream.disk import weights_hash
 from dist_vpt.inference.feature_files import Format, Shard, check_format, join, write_shard
 from dist_vpt.inference.load import device_of
-from dist_vpt.methods.config import LinearConfig
+from dist_vpt.methods.config_readers import LinearConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.components import Components, build_components

@@ -22,7 +22,7 @@ from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
-from dist_vpt.methods.config import HeadKind
+from dist_vpt.methods.config_base import HeadKind
 from dist_vpt.methods.head import FeatureNorm, classification_head
 from dist_vpt.methods.stack import ReaderStack, by_shape
 

@@ -26,7 +26,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import StackReader, chosen_blocks, stack_heads, standardize_stack
 from dist_vpt.methods.block_features import block_features, count_block_features
-from dist_vpt.methods.config import ComboConfig
+from dist_vpt.methods.config_readers import ComboConfig
 from dist_vpt.methods.head import FeatureNorm, classification_head
 from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.stacked_layers import (

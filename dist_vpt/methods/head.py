@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dist_vpt.methods.config import HeadKind
+from dist_vpt.methods.config_base import HeadKind
 
 LENGTH = 20.0  # of standardized features, root mean square
 

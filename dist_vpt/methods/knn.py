@@ -19,7 +19,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.config import KNNConfig
+from dist_vpt.methods.config_readers import KNNConfig
 from dist_vpt.methods.fitted import FittedReader, Observed, scores
 from dist_vpt.methods.stack import ReaderStack
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import StackReader, stack_heads, standardize_stack
-from dist_vpt.methods.config import LadderConfig
+from dist_vpt.methods.config_readers import LadderConfig
 from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.stacked_layers import (
     Dropout,

@@ -15,7 +15,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader, classify_stack
 from dist_vpt.methods.block_features import block_features, count_block_features
-from dist_vpt.methods.config import LinearConfig
+from dist_vpt.methods.config_readers import LinearConfig
 from dist_vpt.methods.stack import ReaderStack
 
 

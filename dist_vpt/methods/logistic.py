@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader, classify_stack
-from dist_vpt.methods.config import LogisticConfig
+from dist_vpt.methods.config_readers import LogisticConfig
 from dist_vpt.methods.fitted import FittedReader, Observed, scores
 from dist_vpt.methods.softmax_regression import MAX_ITERATIONS, solve_path
 from dist_vpt.methods.stack import ReaderStack

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.config import MLPConfig
+from dist_vpt.methods.config_readers import MLPConfig
 from dist_vpt.methods.head import classification_head
 
 

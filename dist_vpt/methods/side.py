@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.config import SideConfig
+from dist_vpt.methods.config_readers import SideConfig
 
 
 class Side(Reader):

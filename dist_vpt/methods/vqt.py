@@ -36,7 +36,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader, chosen_blocks, classify_stack
-from dist_vpt.methods.config import VQTConfig
+from dist_vpt.methods.config_readers import VQTConfig
 from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.token_scale import init_scaled, token_scales
 

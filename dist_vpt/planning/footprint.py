@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
-from dist_vpt.methods.config import LinearConfig
+from dist_vpt.methods.config_readers import LinearConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.training.components import Inputs, build_method, resolve_inputs

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_vpt.methods.config import VQTConfig
+from dist_vpt.methods.config_readers import VQTConfig
 from dist_vpt.methods.vqt import VQT
 from tests.evas import EVAS
 from tests.methods.test_vqt import BACKBONES, loss_of, make, make_backbone

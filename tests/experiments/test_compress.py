@@ -27,7 +27,7 @@ from dist_vpt.frozen_stream.observe import compute_stream
 from dist_vpt.inference.evaluate import evaluate_run
 from dist_vpt.inference.predict import predict
 from dist_vpt.methods import attach
-from dist_vpt.methods.config import VQTConfig
+from dist_vpt.methods.config_readers import VQTConfig
 from dist_vpt.methods.vqt import VQT
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters

@@ -24,7 +24,7 @@ from dist_vpt.experiments import sweep as sweep_module
 from dist_vpt.experiments import sweep_worker
 from dist_vpt.experiments.sweep_grid import SweepJob, grid_jobs, rank
 from dist_vpt.files import read_json
-from dist_vpt.methods.config import ComboConfig, LinearConfig
+from dist_vpt.methods.config_readers import ComboConfig, LinearConfig
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs import state

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from dist_vpt.errors import RecipeError
-from dist_vpt.methods.config import LinearConfig, VPTConfig
+from dist_vpt.methods.config import VPTConfig
+from dist_vpt.methods.config_readers import LinearConfig
 from dist_vpt.recipe.differences import differences
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe, json_schema
