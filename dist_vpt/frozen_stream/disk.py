@@ -56,6 +56,7 @@ def identity(
             *(["pixels in float32"] if spec.pixels else []),
         ],
         **({"states": list(spec.states), "patches_only": spec.patches_only} if spec.states else {}),
+        **({"summed": True} if spec.summed else {}),
         **({"kept as": spec.dtype} if spec.dtype != "precision" else {}),
     }
 

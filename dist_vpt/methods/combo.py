@@ -1,6 +1,6 @@
 """A small transformer on the patches of all blocks (after ComBo, NeurIPS 2025, arXiv 2512.01405). A reader.
 
-B batch, N tokens, M patches of a map, D width of the backbone, L blocks that are read, F = L D, W width, T readers.
+B batch, N tokens, M patches of a map, D width of the backbone, L maps that are read, F = L D, W width, T readers.
 
 At each position of the image the outputs of all blocks are standardized and concatenated, and one affine layer, the
 same for all positions, maps them to a narrow token:
@@ -11,6 +11,8 @@ The frozen stream needs no gradient, so that P costs one product forward and one
 The paper's text leaves open over what the outputs are standardized, whether tokens have a position code and how wide
 the MLPs are: here it is each channel over training images (``standardize: channel``; or each token), a learned code e
 that starts at 0, and the transformer's own width (``mlp_ratio: 1``, with which ViT-B/16 has the paper's 1.8 M numbers).
+
+With ``sum_blocks`` there is one map, the sum of the blocks' outputs, as one aggregate serves MIST (CVPR 2025): F = D.
 """
 
 import math
@@ -49,7 +51,8 @@ class Combo(StackReader):
         self.blocks = chosen_blocks(recipe.blocks, backbone)
         super().__init__(backbone, classes, compute, head=recipe.head)
         self.recipe = recipe
-        read = len(self.blocks) if recipe.head_reads == "blocks" else 0
+        maps = 1 if recipe.sum_blocks else len(self.blocks)
+        read = maps if recipe.head_reads == "blocks" else 0
         direct = 0 if recipe.head_reads == "token" else count_block_features(backbone, read)
         # The transformer's class token is not standardized: it is trained, so there is nothing to measure beforehand.
         self.feature_norm = FeatureNorm(direct) if direct and recipe.head == "standardized" else None
@@ -60,10 +63,10 @@ class Combo(StackReader):
                 f"method.name = combo: the backbone's {backbone.patches} patches are no square grid; choose another one"
             )
         self.prefix = backbone.prefix if recipe.tokens == "all" else 0
-        inputs = len(self.blocks) * backbone.width
+        inputs = maps * backbone.width
         tokens = self.prefix + (recipe.grid or self.side) ** 2
         if recipe.standardize == "channel":
-            self.stream_norms = nn.ModuleList(FeatureNorm(backbone.width, length=None) for _ in self.blocks)
+            self.stream_norms = nn.ModuleList(FeatureNorm(backbone.width, length=None) for _ in range(maps))
         self.projection = nn.Linear(inputs, recipe.width)
         nn.init.trunc_normal_(self.projection.weight, std=inputs**-0.5)
         nn.init.zeros_(self.projection.bias)
@@ -75,7 +78,8 @@ class Combo(StackReader):
     @property
     def spec(self) -> StreamSpec:
         only = not self.prefix and self.recipe.head_reads != "blocks"
-        return StreamSpec(states=tuple(n + 1 for n in self.blocks), patches_only=only)
+        states = tuple(n + 1 for n in self.blocks)
+        return StreamSpec(states=states, patches_only=only, summed=self.recipe.sum_blocks)
 
     def measure(self, images: Tensor | StreamOutput) -> None:
         assert isinstance(images, StreamOutput)
@@ -90,7 +94,7 @@ class Combo(StackReader):
 
     @torch.no_grad()
     def inputs(self, stream: StreamOutput) -> Tensor:
-        """What is projected, [B, M', F]: every block's tokens on the grid, standardized."""
+        """What is projected, [B, M', F]: every map's tokens on the grid, standardized."""
         columns = []
         skipped = self.backbone.prefix if not (self.prefix or self.spec.patches_only) else 0
         for i, state_BND in enumerate(stream.states):

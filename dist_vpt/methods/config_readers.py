@@ -141,6 +141,11 @@ class ComboConfig(MethodSettings):
         "channel",
         description="zero mean and unit deviation of each channel over training images, or of each token",
     )
+    sum_blocks: bool = Field(
+        False,
+        description="true: the blocks' outputs are summed, each token with zero mean and unit deviation, and the sum "
+        "is read as that of one block: a cache keeps one map of tokens for an image in place of one for each block",
+    )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout rate of the tokens and of the layers' branches, 0 to 1"
     )

@@ -53,6 +53,7 @@ READERS = {
     "side": ("method.name=side", "method.channels=8"),
     "vqt": ("method.name=vqt", "method.queries=2", "method.dropout=0.1"),
     "combo": ("method.name=combo", "method.width=16", "method.depth=1", "method.dropout=0.1", "optim.lr=0.1"),
+    "combo_sum": ("method.name=combo", "method.width=16", "method.depth=1", "method.sum_blocks=true", "optim.lr=0.1"),
     "ladder": ("method.name=ladder", "method.kind=last", "method.dropout=0.1", "optim.lr=0.1"),
     "vqt_projected": ("method.name=vqt", "method.queries=2", "method.dropout=0.1", "method.form=projected"),
 }
@@ -174,7 +175,10 @@ def message(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -
 
 @pytest.mark.parametrize(
     ("reader", "precision"),
-    [*((reader, "fp32") for reader in ("linear", "mlp", "side", "vqt", "combo", "ladder")), ("vqt", "bf16")],
+    [
+        *((reader, "fp32") for reader in ("linear", "mlp", "side", "vqt", "combo", "combo_sum", "ladder")),
+        ("vqt", "bf16"),
+    ],
 )
 def test_cached_equals_live(reader: str, precision: str, data: tuple[str, ...], tmp_path: Path) -> None:
     """The places hold the same rows to the last bit. Live batches are of other sizes than those that fill a cache, and
@@ -183,7 +187,7 @@ def test_cached_equals_live(reader: str, precision: str, data: tuple[str, ...], 
     options = (*data, *UNEVEN) if few else (*UNEVEN, "train.batch_size=300", "optim.lr=0.5")
     options = (*options, *READERS[reader], f"runtime.precision={precision}")
     live = run(tmp_path / "live", *options, "stream.cache=none")
-    shown = 100 if reader == "combo" else 0  # before the first step, to measure what it standardizes
+    shown = 100 if reader.startswith("combo") else 0  # before the first step, to measure what it standardizes
     assert live.live == 2 * ((100 + 20) if few else (1000 + 200)) + shown
     assert "live" in live.line
     memory = run(tmp_path / "memory", *options, "stream.cache=memory")
@@ -526,6 +530,11 @@ def test_what_makes_another_cache(tmp_path: Path) -> None:
         "split seed": facts_of(parts_of(*data, "data.split_seed=1")),
         "blocks": facts_of(parts_of(*data, "method.blocks=[0,1]")),
         "method": facts_of(parts_of(*data, "method.name=linear")),
+        "tokens of blocks": facts_of(parts_of(*data, "method.name=combo")),
+        "their sum": facts_of(parts_of(*data, "method.name=combo", "method.sum_blocks=true")),
+        "a sum of others": facts_of(
+            parts_of(*data, "method.name=combo", "method.sum_blocks=true", "method.blocks=[0,1]")
+        ),
         "attention": facts_of(parts_of(*data, "runtime.attention=eager")),
     }
     labels = replace(parts.splits["train"], given=1 - parts.splits["train"].labels)
@@ -722,8 +731,9 @@ def test_padding_has_no_weight() -> None:
         StreamSpec(pixels=True),
         StreamSpec(states=(0, 1, 3)),
         StreamSpec((1,), states=(2, 3), patches_only=True),
+        StreamSpec((1,), states=(0, 2, 3), summed=True),
     ],
-    ids=["scales", "keys", "normed and pixels", "pixels", "states", "normed and patches"],
+    ids=["scales", "keys", "normed and pixels", "pixels", "states", "normed and patches", "normed and a sum"],
 )
 def test_all_that_is_asked_for_is_kept(reads: StreamSpec, tmp_path: Path) -> None:
     parts = parts_of("data.image_size=16")
@@ -760,7 +770,9 @@ def test_pixels_are_not_rounded_to_the_weights_dtype(kept: str, tmp_path: Path) 
     assert torch.allclose(cache[torch.arange(200)].pixels[0].double(), exact, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("reader", [("method.blocks=[1,4]",), ("method.name=side",)])
+@pytest.mark.parametrize(
+    "reader", [("method.blocks=[1,4]",), ("method.name=side",), ("method.name=combo", "method.sum_blocks=true")]
+)
 def test_the_size_of_a_stream_is_what_it_holds(reader: tuple[str, ...]) -> None:
     parts = parts_of("runtime.precision=bf16", *reader)
     assert isinstance(parts.method, Reader)

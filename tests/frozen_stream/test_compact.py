@@ -24,6 +24,7 @@ SPECS = {
     "normed": StreamSpec((0, 2), key_scales=True),
     "keys": StreamSpec((1,), keys=True, pixels=True),
     "states": StreamSpec(states=(0, 3), patches_only=True),
+    "sum": StreamSpec(states=(1, 2, 3), patches_only=True, summed=True),
 }
 
 

@@ -37,6 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "combo, by token": COMBO | {"standardize": "token"},
     "combo, larger grid": COMBO | {"grid": 3},
     "combo, smaller grid, all tokens": COMBO | {"grid": 1, "tokens": "all"},
+    "combo, sum": COMBO | {"sum_blocks": True},
+    "combo, sum, direct": COMBO | {"sum_blocks": True, "head_reads": "blocks", "grid": 3},
+    "combo, sum of some blocks, all tokens": COMBO | {"sum_blocks": True, "blocks": (0, 2), "tokens": "all"},
     "ladder": LADDER,
     "ladder, default MLP": LADDER | {"mlp_ratio": 1, "heads": 1},
     "last": {"name": "ladder", "kind": "last", "rank": 4, "heads": 2},
@@ -75,15 +78,15 @@ def expected(method: Reader, kind: str, images: torch.Tensor, settings: dict[str
         inputs, direct = [], []
         if settings["head_reads"] != "token":
             direct.append(vit.features_forward(weights, config, images.numpy())[0])
-        for number in settings.get("blocks", range(3)):
-            tokens = states[number + 1]
+        maps = [states[number + 1] for number in settings.get("blocks", range(3))]
+        for state in [readers.sum_of_units(maps)] if settings.get("sum_blocks") else maps:
             if settings["head_reads"] == "blocks":
-                direct.append(readers.unit(tokens)[:, prefix:].mean(axis=1))
-                direct += [readers.unit(tokens)[:, 0]] if "cls_token" in weights else []
-            patches = tokens[:, prefix:]
+                direct.append(readers.unit(state)[:, prefix:].mean(axis=1))
+                direct += [readers.unit(state)[:, 0]] if "cls_token" in weights else []
+            patches = state[:, prefix:]
             if "grid" in settings:
                 patches = readers.resample(patches, settings["grid"])
-            tokens = np.concatenate([tokens[:, :prefix], patches], axis=1) if settings.get("tokens") else patches
+            tokens = np.concatenate([state[:, :prefix], patches], axis=1) if settings.get("tokens") else patches
             by_token = settings.get("standardize") == "token"
             inputs.append(readers.unit(tokens) if by_token else readers.per_channel(tokens, tokens))
         return readers.combo(inputs, direct, LABELS.numpy(), own, depth=settings["depth"], **options)
@@ -176,7 +179,7 @@ def with_dropout(settings: dict[str, Any], rates: Sequence[float], images: torch
     return [reader.train() for reader in made]
 
 
-@pytest.mark.parametrize("variant", ["combo", "combo, all tokens", "ladder", "last"])
+@pytest.mark.parametrize("variant", ["combo", "combo, all tokens", "combo, sum, direct", "ladder", "last"])
 def test_readers_together_equal_each_alone(variant: str, images: torch.Tensor) -> None:
     """Also with dropout, which each draws as it would alone."""
     each, seeds = with_dropout(VARIANTS[variant], (0.0, 0.5, 0.2), images), [7, 8, 9]
@@ -206,7 +209,7 @@ def test_dropout_acts_in_training_alone(variant: str, images: torch.Tensor) -> N
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
-@pytest.mark.parametrize("variant", ["combo", "combo, by token", "ladder", "last"])
+@pytest.mark.parametrize("variant", ["combo", "combo, by token", "combo, sum", "ladder", "last"])
 def test_the_scale_of_tokens_does_not_matter(variant: str, factor: float, images: torch.Tensor) -> None:
     settings = VARIANTS[variant] | {"head": "standardized"}
     method = attach(config_of(settings), make_backbone(), 4)

@@ -172,6 +172,18 @@ VALUES = [
     ("method.name=knn method.temperature=0", "0", "must be greater than 0; use a value above 0"),
     ("method.name=logistic method.c=x", "'x'", NUMBER),
     ("method.name=logistic method.c=0", "0", "must be greater than 0; use a value above 0"),
+    ("method.name=combo method.depth=x", "'x'", INTEGER),
+    ("method.name=combo method.depth=0", "0", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=combo method.heads=x", "'x'", INTEGER),
+    ("method.name=combo method.heads=0", "0", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=combo method.mlp_ratio=x", "'x'", INTEGER),
+    ("method.name=combo method.mlp_ratio=0", "0", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=combo method.grid=x", "'x'", INTEGER),
+    ("method.name=combo method.grid=0", "0", "must be greater than or equal to 1; use 1 or more"),
+    ("method.name=combo method.tokens=x", "'x'", CHOICE + "all, patches"),
+    ("method.name=combo method.head_reads=x", "'x'", CHOICE + "blocks, pooled, token"),
+    ("method.name=combo method.standardize=x", "'x'", CHOICE + "channel, token"),
+    ("method.name=combo method.sum_blocks=x", "'x'", BOOLEAN),
     ("method.name=cls method.reinit=x", "'x'", BOOLEAN),
 ]
 

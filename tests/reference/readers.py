@@ -170,6 +170,14 @@ def unit(x: Array) -> Array:
     return centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + UNIT_EPS)
 
 
+def sum_of_units(states: Sequence[Array]) -> Array:
+    """One map: the sum of all states, whose tokens have mean 0 and deviation 1."""
+    total = np.zeros(states[0].shape)
+    for state in states:
+        total = total + unit(state)
+    return total
+
+
 def per_channel(seen: Array, x: Array) -> Array:
     """Each channel of x with the mean and deviation of the tokens seen (... x D); none here hardly varies."""
     flat = seen.reshape(-1, seen.shape[-1])

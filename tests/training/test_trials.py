@@ -35,9 +35,9 @@ COMMON = ["train.batch_size=100", "train.epochs=5", "train.data_seed=11", "optim
 QUIET = ["run.log_every=50", "run.trackers=[]"]
 
 
-def settings(method: str, optimizer: str, trials: int) -> list[list[str]]:
+def settings(reader: str, optimizer: str, trials: int) -> list[list[str]]:
     """Trials that differ in all that trials may differ in."""
-    each = []
+    method, each = reader.removesuffix("_sum"), []
     for t in range(trials):
         some = [
             f"method.name={method}",
@@ -54,7 +54,7 @@ def settings(method: str, optimizer: str, trials: int) -> list[list[str]]:
         if method in ("combo", "ladder"):
             some += [f"method.dropout={(0.0, 0.2)[t % 2]}"]
         if method == "combo":
-            some += ["method.width=16", "method.depth=2"]
+            some += ["method.width=16", "method.depth=2", f"method.sum_blocks={reader != method}"]
         each.append([*COMMON, *some])
     return each
 
@@ -98,6 +98,7 @@ def losses(folder: Path, split: str) -> list[float]:
         ("mlp", "adam", 3),
         ("side", "adam", 2),
         ("combo", "adamw", 3),
+        ("combo_sum", "adamw", 2),
         ("ladder", "adamw", 3),
     ],
 )
