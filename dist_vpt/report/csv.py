@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vpt.data.tasks import TASKS
-from dist_vpt.report.comparison import LocalResult, Table
+from dist_vpt.report.comparison import Table
+from dist_vpt.report.local import LocalResult
 
 
 def csv_text(tables: Sequence[Table]) -> str:

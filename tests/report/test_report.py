@@ -18,11 +18,12 @@ from rich.console import Console
 from dist_vpt.cli.main import main
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import UserError
-from dist_vpt.report.comparison import ABSENT, Cell, LocalResult, ResultRow, Table, _letters, compare
+from dist_vpt.report.comparison import Cell, ResultRow, Table, _letters, compare
 from dist_vpt.report.csv import csv_text
 from dist_vpt.report.figures import figures
 from dist_vpt.report.html import html
 from dist_vpt.report.legend import sources
+from dist_vpt.report.local import ABSENT, LocalResult
 from dist_vpt.report.markdown import markdown
 from dist_vpt.report.published import Published, published
 from dist_vpt.report.tables import forms, gather, show
