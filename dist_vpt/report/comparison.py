@@ -25,6 +25,7 @@ class Column:
     group: str  # heading above it
     task: str = ""
     parts: tuple[tuple[str, ...], ...] = ()
+    mean: str = ""  # its key among published means: a group, or "mean" of the groups
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -109,7 +110,8 @@ class Table:
 def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
     """A table for VTAB-1k, FGVC and other tasks, each if it has results.
 
-    Published rows are those of the table's methods. A local row has one protocol: results under another protocol
+    Published rows are those of the table's methods; one of group means alone appears if a local row has one of these
+    means. A local row has one protocol: results under another protocol
     fill tasks that the row lacks, with a note, or else get a row for themselves.
     """
     tables = []
@@ -134,11 +136,11 @@ def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
         heading = title if len(SECTIONS[title]) == 1 else group.capitalize()
         columns += [Column(task, heading, task) for task in tasks]
         label = f"mean of {len(tasks)}" + (f" {group}" if heading != title else "")
-        columns.append(Column(label, heading, parts=(tasks,)))
+        columns.append(Column(label, heading, parts=(tasks,), mean=group))
         parts.append(tasks)
     if len(parts) > 1:
         together = tuple(chain.from_iterable(parts))
-        columns.append(Column(f"mean of {len(parts)} groups", "All", parts=tuple(parts)))
+        columns.append(Column(f"mean of {len(parts)} groups", "All", parts=tuple(parts), mean="mean"))
         columns.append(Column(f"mean of {len(together)}", "All", parts=(together,)))
     return columns
 
@@ -146,14 +148,18 @@ def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
 def _table(title: str, columns: list[Column], results: Sequence[LocalResult], published: Sequence[Published]) -> Table:
     shown, remarks = newest(results)
     own, rows = [_local_row(detail, row) for detail, row in local_rows(shown)], []
+    for row in own:
+        row.cells = _cells(columns, row)
+        _lift(row)
     tasks = {column.task for column in columns if column.task}
+    means = {
+        column.mean for row in own for column, cell in zip(columns, row.cells, strict=True) if cell.mean is not None
+    }
     for method in dict.fromkeys(row.method for row in own):
         rows += [row for row in own if row.method == method]
-        rows += [_published_row(row) for row in published if row.method == method and tasks >= row.top1.keys()]
-    for row in rows:
-        row.cells = [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
-        if row.local:
-            _lift(row)
+        for paper in published:
+            if paper.method == method and (tasks >= paper.top1.keys() if paper.top1 else means & paper.groups.keys()):
+                rows.append(_published_row(paper, columns))
     for row in own:
         for column, cell in zip(columns, row.cells, strict=True):
             if cell.instead == "failed" and column.task:
@@ -178,10 +184,16 @@ def _local_row(detail: str, results: Sequence[LocalResult]) -> ResultRow:
     return ResultRow(first.method, first.backbone, LOCAL, detail, local={each.result.task: each for each in results})
 
 
-def _published_row(row: Published) -> ResultRow:
+def _published_row(row: Published, columns: Sequence[Column]) -> ResultRow:
     source = row.label if row.verified else f"{row.label}, unverified"
     detail = row.name if row.name != row.method else ""
-    return ResultRow(row.method, row.backbone, source, detail, row.notes, published=row)
+    shown = ResultRow(row.method, row.backbone, source, detail, row.notes, published=row)
+    shown.cells = _cells(columns, shown)
+    return shown
+
+
+def _cells(columns: Sequence[Column], row: ResultRow) -> list[Cell]:
+    return [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
 
 
 def _cell(task: str, row: ResultRow) -> Cell:
@@ -198,8 +210,10 @@ def _cell(task: str, row: ResultRow) -> Cell:
 
 
 def _mean(column: Column, row: ResultRow) -> Cell:
-    """The mean if all of its tasks have results, else the number of those that have."""
+    """The mean if all of its tasks have results, else the number of those that have; a published mean as it is."""
     top1 = row.top1
+    if row.published and not top1:
+        return Cell(row.published.groups.get(column.mean))
     there = [task for task in column.tasks if task in top1]
     if len(there) < len(column.tasks):
         return Cell(instead=f"{len(there)}/{len(column.tasks)}")

@@ -56,7 +56,7 @@ def figures(table: Table, name: str) -> list[Picture]:
 
 
 def _figures(table: Table, name: str) -> list[Picture]:
-    drawn = _series(table.rows)
+    drawn = _series([row for row in table.rows if row.local or row.top1])  # others have means alone
     local = [series for series in drawn if series.row.local]
     tasks = [c.task for c in table.columns if c.task and any(c.task in series.row.top1 for series in local)]
     common = table.common()
