@@ -4,29 +4,17 @@ Data only: tables.py, markdown.py, csv.py and html.py render it.
 """
 
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import NamedTuple
 
 from dist_vpt.data.tasks import TASKS
+from dist_vpt.report.local import ABSENT, LocalResult, local_rows, newest, notes, scored
 from dist_vpt.report.published import Published
-from dist_vpt.runs.results import Protocol, Result
 
-ABSENT = "\u2013"  # en dash
 LOCAL = "local"  # source of the rows of the user's runs
 OTHER = "Other tasks"
 SECTIONS = {"VTAB-1k": ("natural", "specialized", "structured"), "FGVC": ("fgvc",)}
-# Protocol of all published numbers shown, besides the settings in data/tasks.py.
-PUBLISHED_EPOCHS, PUBLISHED_SIZE = 100, 224
-NAMES = {"image_size": "image size", "position_resize": "positions resampled as", "storage": "images from"}
-
-
-class LocalResult(NamedTuple):
-    """A result of the user's runs, and the folder of the file that holds it."""
-
-    folder: str
-    result: Result
 
 
 @dataclass(frozen=True)
@@ -37,6 +25,7 @@ class Column:
     group: str  # heading above it
     task: str = ""
     parts: tuple[tuple[str, ...], ...] = ()
+    mean: str = ""  # its key among published means: a group, or "mean" of the groups
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -118,15 +107,11 @@ class Table:
         return [task for task in tasks if local and all(task in top1 for top1 in local)]
 
 
-def scored(result: Result) -> bool:
-    """Whether a result has a test score."""
-    return result.failed is None and "top1" in result.test
-
-
 def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
     """A table for VTAB-1k, FGVC and other tasks, each if it has results.
 
-    Published rows are those of the table's methods. A local row has one protocol: results under another protocol
+    Published rows are those of the table's methods; one of group means alone appears if a local row has one of these
+    means. A local row has one protocol: results under another protocol
     fill tasks that the row lacks, with a note, or else get a row for themselves.
     """
     tables = []
@@ -151,32 +136,36 @@ def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
         heading = title if len(SECTIONS[title]) == 1 else group.capitalize()
         columns += [Column(task, heading, task) for task in tasks]
         label = f"mean of {len(tasks)}" + (f" {group}" if heading != title else "")
-        columns.append(Column(label, heading, parts=(tasks,)))
+        columns.append(Column(label, heading, parts=(tasks,), mean=group))
         parts.append(tasks)
     if len(parts) > 1:
         together = tuple(chain.from_iterable(parts))
-        columns.append(Column(f"mean of {len(parts)} groups", "All", parts=tuple(parts)))
+        columns.append(Column(f"mean of {len(parts)} groups", "All", parts=tuple(parts), mean="mean"))
         columns.append(Column(f"mean of {len(together)}", "All", parts=(together,)))
     return columns
 
 
 def _table(title: str, columns: list[Column], results: Sequence[LocalResult], published: Sequence[Published]) -> Table:
-    shown, remarks = _newest(results)
-    local_rows, rows = list(_local_rows(shown)), []
+    shown, remarks = newest(results)
+    own, rows = [_local_row(detail, row) for detail, row in local_rows(shown)], []
+    for row in own:
+        row.cells = _cells(columns, row)
+        _lift(row)
     tasks = {column.task for column in columns if column.task}
-    for method in dict.fromkeys(row.method for row in local_rows):
-        rows += [row for row in local_rows if row.method == method]
-        rows += [_published_row(row) for row in published if row.method == method and tasks >= row.top1.keys()]
-    for row in rows:
-        row.cells = [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
-        if row.local:
-            _lift(row)
-    for row in local_rows:
+    means = {
+        column.mean for row in own for column, cell in zip(columns, row.cells, strict=True) if cell.mean is not None
+    }
+    for method in dict.fromkeys(row.method for row in own):
+        rows += [row for row in own if row.method == method]
+        for paper in published:
+            if paper.method == method and (tasks >= paper.top1.keys() if paper.top1 else means & paper.groups.keys()):
+                rows.append(_published_row(paper, columns))
+    for row in own:
         for column, cell in zip(columns, row.cells, strict=True):
             if cell.instead == "failed" and column.task:
                 reason = row.local[column.task].result.failed or "no test score"
                 remarks.append(f"{column.task}, {row.name}: failed: {' '.join(reason.split())}")
-    _mark_best([row.cells for row in local_rows])
+    _mark_best([row.cells for row in own])
     table = Table(title, columns, rows, remarks)
     for row in rows:
         row.marks = _marks(row.notes, table.notes)
@@ -190,106 +179,21 @@ def _marks(notes: Sequence[str], known: dict[str, str]) -> str:
     return ",".join(sorted(marks, key=lambda mark: (len(mark), mark)))
 
 
-def _published_row(row: Published) -> ResultRow:
+def _local_row(detail: str, results: Sequence[LocalResult]) -> ResultRow:
+    first = results[0].result
+    return ResultRow(first.method, first.backbone, LOCAL, detail, local={each.result.task: each for each in results})
+
+
+def _published_row(row: Published, columns: Sequence[Column]) -> ResultRow:
     source = row.label if row.verified else f"{row.label}, unverified"
     detail = row.name if row.name != row.method else ""
-    return ResultRow(row.method, row.backbone, source, detail, row.notes, published=row)
+    shown = ResultRow(row.method, row.backbone, source, detail, row.notes, published=row)
+    shown.cells = _cells(columns, shown)
+    return shown
 
 
-def _newest(results: Sequence[LocalResult]) -> tuple[list[LocalResult], list[str]]:
-    """Keep the newest result per cell and file, scores before failures; return remarks on the others.
-
-    A failure is left out if there is a number under its protocol.
-    """
-    kept: list[LocalResult] = []
-    remarks = []
-    for local in sorted(results, key=lambda local: (scored(local.result), local.result.finished))[::-1]:
-        rivals = [other for other in kept if _same_cell(local, other) and not _unlike(local, other)]
-        if scored(local.result) and any(other.folder == local.folder for other in rivals):
-            remarks.append(
-                f"{local.result.task}, {local.result.method}: run {local.result.run} in {local.folder} is not shown, "
-                "as one of another recipe finished later"
-            )
-        elif scored(local.result) or not rivals:
-            kept.append(local)
-    return [local for local in results if any(local is other for other in kept)], remarks
-
-
-def _same_cell(one: LocalResult, other: LocalResult) -> bool:
-    return one.result.task == other.result.task and _group(one) == _group(other)
-
-
-def _group(local: LocalResult) -> tuple[str, str, str]:
-    return local.result.method, local.result.backbone, local.result.precision
-
-
-def _unlike(one: LocalResult, other: LocalResult) -> list[str]:
-    """Fields in which the protocols differ, notes excepted. A failure without a protocol differs from none."""
-    if one.result.protocol is None or other.result.protocol is None:
-        return []
-    return [name for name in one.result.protocol.differs(other.result.protocol) if name != "notes"]
-
-
-def _local_rows(results: Sequence[LocalResult]) -> Iterator[ResultRow]:
-    """Rows by method, backbone, precision, then protocol and file: as few as possible, each with a task only once."""
-    for method, backbone in dict.fromkeys(_group(local)[:2] for local in results):
-        rows: list[list[LocalResult]] = []
-        for group in dict.fromkeys(_group(local) for local in results if _group(local)[:2] == (method, backbone)):
-            rows += _packed([local for local in results if _group(local) == group])
-        details = _details([row[0] for row in rows])
-        for row, detail in zip(rows, details, strict=True):
-            yield ResultRow(method, backbone, LOCAL, detail, local={local.result.task: local for local in row})
-
-
-def _packed(results: Sequence[LocalResult]) -> list[list[LocalResult]]:
-    """Groups by protocol and file; smaller ones then join a row that has none of their tasks."""
-    groups: list[list[LocalResult]] = []
-    for local in sorted(results, key=lambda local: local.result.protocol is None):
-        for group in groups:
-            if group[0].folder == local.folder and not _unlike(group[0], local):
-                group.append(local)
-                break
-        else:
-            groups.append([local])
-    rows: list[list[LocalResult]] = []
-    for group in sorted(groups, key=_weight, reverse=True):
-        tasks = {local.result.task for local in group}
-        free = [row for row in rows if tasks.isdisjoint(local.result.task for local in row)]
-        free = [row for row in free if _shots(row[0]) == _shots(group[0])]  # which name a row
-        if free:
-            min(free, key=lambda row: len(_unlike(row[0], group[0]))).extend(group)
-        else:
-            rows.append(group)
-    return rows
-
-
-def _shots(local: LocalResult) -> str:
-    """The images of a class, and "" for all of them."""
-    shots = local.result.protocol.shots if local.result.protocol else None
-    return "1 shot" if shots == 1 else f"{shots} shots" if shots else ""
-
-
-def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
-    """Sort key of groups of results: those without a protocol last, more scores first."""
-    return results[0].result.protocol is not None, sum(scored(local.result) for local in results)
-
-
-def _details(firsts: Sequence[LocalResult]) -> list[str]:
-    """Labels that tell rows of one method and backbone apart: precision, protocol, or else the folder."""
-    protocols = [local.result.protocol for local in firsts]
-    fields = dict.fromkeys(name for local in firsts for name in _unlike(firsts[0], local) if name != "shots")
-    precise = len({local.result.precision for local in firsts}) > 1
-    details = [
-        ", ".join(
-            ([_shots(local)] if _shots(local) else [])
-            + ([local.result.precision] if precise else [])
-            + [f"{_name(name)} {_value(each, name)}" for name in fields]
-        )
-        for local, each in zip(firsts, protocols, strict=True)
-    ]
-    if len(set(details)) == len(details):
-        return details
-    return [", ".join(filter(None, (detail, local.folder))) for detail, local in zip(details, firsts, strict=True)]
+def _cells(columns: Sequence[Column], row: ResultRow) -> list[Cell]:
+    return [_mean(column, row) if column.parts else _cell(column.task, row) for column in columns]
 
 
 def _cell(task: str, row: ResultRow) -> Cell:
@@ -301,78 +205,21 @@ def _cell(task: str, row: ResultRow) -> Cell:
     if not scored(local.result):
         return Cell(instead="failed")
     top1 = local.result.test["top1"]
-    protocol_notes = local.result.protocol.notes if local.result.protocol else ()
-    notes = [*_unpublished(local.result), *protocol_notes, *_unlike_row(local, next(iter(row.local.values())))]
-    return Cell(top1.mean, top1.std if len(top1.values) > 1 else None, notes=notes)
-
-
-def _expected(task: str) -> dict[str, str | int | None]:
-    """The protocol of a task's published numbers; nothing for a task that has none."""
-    row = TASKS.get(task)
-    if row is None or row.group is None:
-        return {}
-    return {
-        "settings": "published",
-        "storage": row.format,
-        "resize": row.interpolation,
-        "fit": row.crop_mode,
-        "augment": row.augment,
-        "normalize": row.normalize,
-        "exif": row.exif,
-        "background": row.background,
-        "fraction": "1.0",
-        "shots": "all images",
-        "carved": "none",
-        "image_size": PUBLISHED_SIZE,
-        "epochs": PUBLISHED_EPOCHS,
-        "search": "grid",
-    }
-
-
-def _unpublished(result: Result) -> Iterator[str]:
-    """Notes on differences from the protocol of the task's published numbers."""
-    protocol = result.protocol
-    assert protocol is not None  # the result is scored
-    for name, wanted in _expected(result.task).items():
-        if _value(protocol, name) != str(wanted):
-            yield f"not as published: {_name(name)} {_value(protocol, name)}, not {wanted}"
-    for split, count in TASKS[result.task].expected_counts if result.task in TASKS else ():
-        found = protocol.counts.get(split)
-        if found is not None and found != count:
-            yield f"not as published: {found:,} images in {split}, not {count:,}"
-
-
-def _unlike_row(local: LocalResult, first: LocalResult) -> Iterator[str]:
-    """Notes on differences from the row's protocol that _unpublished does not report."""
-    expected = _expected(local.result.task)
-    for name in _unlike(local, first):
-        value, usual = _value(local.result.protocol, name), _value(first.result.protocol, name)
-        if usual != str(expected.get(name)):
-            yield f"unlike the rest of the row: {_name(name)} {value}, not {usual}"
-
-
-def _name(field_name: str) -> str:
-    return NAMES.get(field_name, field_name)
-
-
-def _value(protocol: Protocol | None, name: str) -> str:
-    value = str(getattr(protocol, name, ABSENT))
-    if name == "shots" and value == "None":
-        return "all images"
-    if name == "carved":
-        return ", ".join(getattr(protocol, name, ())) or "none"
-    return value.partition(" ")[0] if name == "storage" else value  # without its version
+    std = top1.std if len(top1.values) > 1 else None
+    return Cell(top1.mean, std, notes=notes(local, next(iter(row.local.values()))))
 
 
 def _mean(column: Column, row: ResultRow) -> Cell:
-    """The mean if all of its tasks have results, else the number of those that have."""
+    """The mean if all of its tasks have results, else the number of those that have; a published mean as it is."""
     top1 = row.top1
+    if row.published and not top1:
+        return Cell(row.published.groups.get(column.mean))
     there = [task for task in column.tasks if task in top1]
     if len(there) < len(column.tasks):
         return Cell(instead=f"{len(there)}/{len(column.tasks)}")
     means = [sum(top1[task] for task in part) / len(part) for part in column.parts]
-    notes = [] if row.published else [note for task in column.tasks for note in _cell(task, row).notes]
-    return Cell(sum(means) / len(means), notes=list(dict.fromkeys(notes)))
+    found = [] if row.published else [note for task in column.tasks for note in _cell(task, row).notes]
+    return Cell(sum(means) / len(means), notes=list(dict.fromkeys(found)))
 
 
 def _lift(row: ResultRow) -> None:

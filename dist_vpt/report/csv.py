@@ -8,20 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from dist_vpt.data.tasks import TASKS
-from dist_vpt.report.comparison import LocalResult, Table
+from dist_vpt.report.comparison import Cell, Column, ResultRow, Table
+from dist_vpt.report.local import LocalResult
 
 
 def csv_text(tables: Sequence[Table]) -> str:
-    """A line for each task and row, with everything known about it, in full precision."""
+    """A line for each task and row, with everything known about it, in full precision.
+
+    Means have lines only in published rows that consist of them: their task is empty, and ``mean`` says which it is.
+    """
     lines = []
     for table in tables:
         for row in table.rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
-                if column.task and (row.published or column.task in row.local):
+                if _has_line(column, row, cell):
                     facts = {
                         "table": table.title,
                         "group": TASKS[column.task].group if column.task in TASKS else None,
                         "task": column.task,
+                        "mean": "" if column.task else column.label,
                         "method": row.method,
                         "detail": row.detail,
                         "source": row.source,
@@ -37,6 +42,12 @@ def csv_text(tables: Sequence[Table]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return written.getvalue()
+
+
+def _has_line(column: Column, row: ResultRow, cell: Cell) -> bool:
+    if row.local:
+        return column.task in row.local
+    return bool(column.task) == bool(row.top1) and cell.mean is not None
 
 
 def _facts(local: LocalResult) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from dist_vpt.report.comparison import ResultRow, Table, scored
+from dist_vpt.report.comparison import ResultRow, Table
+from dist_vpt.report.local import scored
 
 INK = "#123456"  # drawn elements of this color get the page's text color
 COLORS = ("#3b82c4", "#e0782f", "#2fa36b", "#b35fc0", "#c9a227", "#d9534f", "#17a2b8", "#8d6e63")  # light and dark
@@ -55,7 +56,7 @@ def figures(table: Table, name: str) -> list[Picture]:
 
 
 def _figures(table: Table, name: str) -> list[Picture]:
-    drawn = _series(table.rows)
+    drawn = _series([row for row in table.rows if row.local or row.top1])  # others have means alone
     local = [series for series in drawn if series.row.local]
     tasks = [c.task for c in table.columns if c.task and any(c.task in series.row.top1 for series in local)]
     common = table.common()

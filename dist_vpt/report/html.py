@@ -6,9 +6,10 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from dist_vpt.report.comparison import LocalResult, Table, scored
+from dist_vpt.report.comparison import Table
 from dist_vpt.report.figures import figures
 from dist_vpt.report.legend import LEGEND, MISSING, groups, sources
+from dist_vpt.report.local import LocalResult, scored
 
 
 def html(tables: Sequence[Table], results: Sequence[LocalResult], warnings: Sequence[str] = ()) -> str:

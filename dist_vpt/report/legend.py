@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from dist_vpt.report.comparison import ABSENT, Table
+from dist_vpt.report.comparison import Table
+from dist_vpt.report.local import ABSENT
 from dist_vpt.report.published import Published
 
 LEGEND = "Top-1 accuracy on the test split in percent: mean ± standard deviation (n - 1) over seeds."

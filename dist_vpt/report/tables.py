@@ -10,9 +10,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from dist_vpt.errors import UserError
-from dist_vpt.report.comparison import Cell, LocalResult, ResultRow, Table, compare
+from dist_vpt.report.comparison import Cell, ResultRow, Table, compare
 from dist_vpt.report.csv import csv_text
 from dist_vpt.report.legend import LEGEND, MISSING
+from dist_vpt.report.local import LocalResult
 from dist_vpt.report.markdown import markdown
 from dist_vpt.report.published import published
 from dist_vpt.runs.results import FILE, identity, read

@@ -18,11 +18,12 @@ from rich.console import Console
 from dist_vpt.cli.main import main
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import UserError
-from dist_vpt.report.comparison import ABSENT, Cell, LocalResult, ResultRow, Table, _letters, compare
+from dist_vpt.report.comparison import Cell, ResultRow, Table, _letters, compare
 from dist_vpt.report.csv import csv_text
 from dist_vpt.report.figures import figures
 from dist_vpt.report.html import html
 from dist_vpt.report.legend import sources
+from dist_vpt.report.local import ABSENT, LocalResult
 from dist_vpt.report.markdown import markdown
 from dist_vpt.report.published import Published, published
 from dist_vpt.report.tables import forms, gather, show
@@ -374,11 +375,17 @@ def test_published_rows_have_the_papers_group_means(method: str, means: tuple[fl
 
 def test_published_rows_are_whole_and_name_what_they_come_from() -> None:
     rows = published()
-    assert Counter(row.label for row in rows) == {"VPT paper": 13, "VQT paper": 4, "Unifying study": 16}
+    labels = {"VPT paper": 13, "VQT paper": 4, "Unifying study": 16, "ComBo paper": 8}
+    assert Counter(row.label for row in rows) == labels
     for row in rows:
-        assert tuple(sorted(row.top1)) in (tuple(sorted(VTAB)), tuple(sorted(FGVC)))
-        assert all(0 < value < 100 for value in row.top1.values())
-        assert row.backbone.startswith("ViT-B/16 supervised ImageNet-")
+        if row.label == "ComBo paper":
+            assert row.top1 == {}
+            assert set(row.groups) in ({"mean"}, {"natural", "specialized", "structured", "mean"})
+        else:
+            assert tuple(sorted(row.top1)) in (tuple(sorted(VTAB)), tuple(sorted(FGVC)))
+            assert row.groups == {}
+            assert row.backbone.startswith("ViT-B/16 supervised ImageNet-")
+        assert all(0 < value < 100 for value in (row.top1 | row.groups).values())
         assert "arXiv" in row.source
         assert row.status
 
@@ -400,6 +407,7 @@ def test_published_rows_of_own_methods_stand_below_them() -> None:
         ("linear", "VPT paper"),
         ("linear", "VQT paper, unverified"),
         ("linear", "Unifying study"),
+        ("linear", "ComBo paper, unverified"),
     ]
     unverified, verified, differs = table.rows[1], table.rows[3], table.rows[5]
     assert [note.startswith("unverified (VQT paper)") for note in notes_of(table, unverified)] == [True]
@@ -416,6 +424,126 @@ def test_a_method_that_others_call_otherwise() -> None:
         ("bias", "VPT paper"),
         ("bias (bitfit)", "Unifying study"),
     ]
+
+
+GROUP_MEANS = [  # natural, specialized, structured and their mean, as quoted from arXiv 2512.01405
+    ("linear", "ViT-B/16 supervised ImageNet-21k", (None, None, None, 61.0)),
+    ("head2toe", "ViT-B/16 supervised ImageNet-21k", (80.2, 84.7, 47.7, 70.9)),
+    ("smp", "ViT-B/16 supervised ImageNet-21k", (80.7, 84.8, 55.4, 73.6)),
+    ("combo", "ViT-B/16 supervised ImageNet-21k", (79.7, 84.5, 59.5, 74.6)),
+    ("full", "ViT-B/16 supervised ImageNet-21k", (None, None, None, 74.2)),
+    ("adapter_plus", "ViT-B/16 supervised ImageNet-21k", (None, None, None, 77.6)),
+    ("combo", "DINOv2 ViT-B/14", (82.6, 85.9, 65.0, 77.9)),
+    ("combo", "the best two backbones a task", (84.0, 86.3, 65.3, 78.6)),
+]
+
+
+def test_group_means_are_second_hand_and_fit_their_mean() -> None:
+    rows = [row for row in published() if row.label == "ComBo paper"]
+    names = ("natural", "specialized", "structured", "mean")
+    assert [(row.name, row.backbone, tuple(row.groups.get(name) for name in names)) for row in rows] == GROUP_MEANS
+    for row in rows:
+        assert not row.verified
+        assert row.status.startswith("second-hand")
+        if len(row.groups) == 4:  # each is rounded to one decimal
+            assert sum(row.groups[name] for name in names[:3]) / 3 == pytest.approx(row.groups["mean"], abs=0.101)
+
+
+def test_group_means_stand_in_the_columns_of_means_alone() -> None:
+    table = one_table(suite("combo"), published())
+    papers = [(row.name, row.source, row.backbone) for row in table.rows[1:]]
+    assert papers == [
+        (name, "ComBo paper, unverified", backbone) for name, backbone, _ in GROUP_MEANS if name == "combo"
+    ]
+    found = cells(table, 1)
+    numbers = ["79.7", "84.5", "59.5", "74.6"]  # which say nothing of the mean of 19
+    assert {name: cell.number for name, cell in found.items() if cell.number != ABSENT} == dict(
+        zip(list(MEANS)[:4], numbers, strict=True)
+    )
+    assert not any(cell.best or cell.marks or cell.spread for row in table.rows[1:] for cell in row.cells)
+    assert table.rows[1].seeds == ABSENT
+    assert [note.partition(":")[0] for note in table.notes] == [
+        "unverified (ComBo paper)",
+        "protocol differs (ComBo paper)",
+    ]
+    assert all(len(notes_of(table, row)) == 2 for row in table.rows[1:])
+    assert table.common() == list(VTAB)
+
+
+def test_group_means_do_not_decide_which_local_number_is_best() -> None:
+    table = one_table(suite("combo") + local(*(result(task, 20.0, method="ladder") for task in VTAB)), published())
+    best = {row.name: cells(table, at)["mean of 3 groups"].best for at, row in _rows(table) if row.local}
+    assert best == {"combo": True, "ladder": False}
+    assert not any(cell.best for row in table.rows if row.published for cell in row.cells)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "shown"),
+    [
+        (("dtd",), []),  # no mean to compare
+        ((*NATURAL[1:], *SPECIALIZED[1:]), []),
+        (SPECIALIZED, ["combo", "combo", "combo"]),
+        (VTAB, ["linear", "combo", "combo", "combo"]),  # linear's row has the mean of the groups alone
+    ],
+    ids=("a task", "parts of groups", "a group", "all"),
+)
+def test_group_means_appear_where_a_local_row_has_one_of_them(tasks: tuple[str, ...], shown: list[str]) -> None:
+    rows = local(*(result(task, 50.0, method="linear") for task in tasks), result("dtd", 50.0, method="combo"))
+    table = one_table(rows, published())
+    assert [row.name for row in table.rows if row.published and row.published.groups] == shown
+
+
+def test_group_means_are_of_vtab_alone() -> None:
+    fgvc = local(*(result(task, 80.0, method="linear") for task in FGVC), result("digits", 90.0, method="combo"))
+    rows = [row for table in compare(fgvc, published()) for row in table.rows]
+    assert [row.source for row in rows] == ["local", "VPT paper", "local"]
+
+
+def test_a_method_of_ones_own_has_the_group_means_of_its_name() -> None:
+    table = one_table(suite("smp"), published())
+    assert [(row.name, row.source) for row in table.rows] == [("smp", "local"), ("smp", "ComBo paper, unverified")]
+
+
+def test_group_means_in_all_forms() -> None:
+    results = suite("combo")
+    tables = compare(results, published())
+    console = Console(width=80, file=io.StringIO())
+    show(tables, console)
+    assert isinstance(console.file, io.StringIO)
+    texts = forms(tables, results, []) | {"txt": console.file.getvalue()}
+    for ending in ("txt", "md", "html"):
+        text = " ".join(re.sub(r"&#39;", "'", texts[ending]).split())
+        assert "unverified (ComBo paper): second-hand; group means alone" in text
+        assert "DINOv2" in text
+    status = "Status: unverified, second-hand; group means alone, no numbers of single tasks"
+    assert texts["md"].count(status) == texts["html"].count(status) == 1
+    (line,) = [line for line in texts["md"].splitlines() if "DINOv2 ViT-B/14" in line]
+    dashes = [ABSENT] * 8
+    assert line.split(" | ")[4:] == [
+        *(*dashes[:7], "82.6", *dashes[:4], "85.9", *dashes[:8], "65.0", "77.9", f"{ABSENT} |"),
+    ]
+    assert texts["html"].count('<td class="number mean">77.9</td>') == 1
+    lines = [line for line in csv.DictReader(io.StringIO(texts["csv"])) if line["status"] == "published"]
+    assert [(line["task"], line["mean"], float(line["top1_mean"])) for line in lines[:4]] == [
+        ("", "mean of 7 natural", 79.7),
+        ("", "mean of 4 specialized", 84.5),
+        ("", "mean of 8 structured", 59.5),
+        ("", "mean of 3 groups", 74.6),
+    ]
+    assert len(lines) == 3 * 4
+    assert all("second-hand" in line["notes"] for line in lines)
+    assert {line["mean"] for line in csv.DictReader(io.StringIO(texts["csv"])) if line["task"]} == {""}
+
+
+def test_only_the_group_means_of_vqt_are_called_verified() -> None:
+    row = next(row for row in published() if row.method == "vqt")
+    found = cells(one_table(suite(), [row]), 1)
+    assert [found[name].number for name in list(MEANS)[:4]] == ["72.7", "84.5", "49.3", "68.8"]
+    assert not row.verified
+    (note,) = row.notes
+    assert "the vqt row's group means alone (72.7, 84.5, 49.3) are verified" in note
+    assert "SNELL" in note
+    assert "ImageNet-21k" in note
 
 
 def test_published_rows_of_fgvc_name_their_source() -> None:
@@ -532,8 +660,8 @@ def test_terminal_shows_all_rows_however_narrow_it_is() -> None:
         shown = console.file.getvalue()
         lines = [line.split() for line in shown.splitlines() if "mean of 19" in line]
         numbers = [word for line in lines for word in line if re.fullmatch(r"\d+\.\d", word)]
-        assert numbers == ["37.9", "52.9", "52.7", "57.4", "37.9", "65.3"]
-        assert len(lines) == {60: 3, 200: 1}[width]
+        assert numbers == ["37.9", "52.9", "52.7", "57.4", "37.9", "65.3"]  # and one row without this mean
+        assert len(lines) == {60: 4, 200: 1}[width]
         assert all(len(line) <= width for line in shown.splitlines() if "│" in line)
         assert re.search(r"a +unverified \(VQT paper\)", shown)
 
@@ -551,7 +679,7 @@ def test_markdown_rows_have_as_many_cells_as_the_head() -> None:
     rows = [line for line in text.splitlines() if line.startswith("|")]
     widths = {len(re.findall(r"(?<!\\)\|", row)) for row in rows}
     assert widths == {4 + len(VTAB) + 5 + 1}
-    assert len(rows) == 2 + 3 + 4
+    assert len(rows) == 2 + 3 + 5
     assert r"a\|b_c &amp; 5% $x$ &lt;script>" in text
     assert "<script>" not in text
     assert "**73.0 ± 0.7**" not in text
@@ -706,6 +834,19 @@ def test_which_figures_there_are() -> None:
     ]
     assert [picture.title for picture in figures(one_table(suite()), "x")] == ["Accuracy per task"]
     assert figures(one_table(local(result("dtd", failed="x"))), "x") == []
+
+
+def test_group_means_are_in_no_figure() -> None:
+    facts = {"seconds": 10.0, "peak_memory_mib": 10.0, "parameters": Parameters(trained=1, total=2)}
+    results = suite("combo", **facts) + suite("ladder", **facts)
+    with_rows = figures(one_table(results, published()), "x")
+    assert [picture.title for picture in with_rows] == [
+        "Accuracy per task",
+        "Accuracy against trained parameters",
+        "Accuracy against training time",
+        "Accuracy against peak memory",
+    ]
+    assert with_rows == figures(one_table(results), "x")
 
 
 def test_costs_are_compared_over_the_tasks_that_all_own_rows_have() -> None:
