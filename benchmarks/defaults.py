@@ -28,7 +28,7 @@ from dist_vpt.backbones.build import build
 from dist_vpt.errors import Diverged
 from dist_vpt.experiments.run import run
 from dist_vpt.recipe.loading import load_recipe, split_arguments
-from dist_vpt.training.components import resolve_inputs
+from dist_vpt.training.inputs import resolve_inputs
 
 TRAIN, VAL, SIDE = 800, 400, 96
 KEPT = ("run.resume=auto", "train.test=false", "data.train_on=train", "run.trackers=[]")
@@ -121,7 +121,7 @@ def color(draw: np.random.Generator) -> tuple[int, ...]:
 def write_scaled(out: Path, arguments: Sequence[str], factor: float) -> Path:
     """Weights of the same ViT with tokens and features larger by a factor: blocks normalize what they read."""
     recipe = load_recipe(*split_arguments([*arguments, "linear"]))
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     backbone, _ = build(recipe.backbone, image_size=inputs.transform.image_size, mean=inputs.mean, std=inputs.std)
     scaled = [backbone.stem.cls_token, backbone.stem.pos_embed, *backbone.stem.patch_embed.proj.parameters()]
     for block in backbone.blocks:

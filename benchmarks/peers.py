@@ -62,8 +62,9 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB
 from dist_vpt.runtime.precision import resolve_precision
-from dist_vpt.training.components import DTYPES, Inputs, resolve_inputs
+from dist_vpt.training.components import DTYPES
 from dist_vpt.training.engine import TrainState, train_step
+from dist_vpt.training.inputs import Inputs, resolve_inputs
 
 DEFAULTS = Path(__file__).with_suffix(".yaml")
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}  # of logits, relative; half precision rounds in every block
@@ -88,7 +89,7 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 1)
     _check(recipe)
     recipe = recipe.changed("optim", lr=LR, scale_lr=False).changed("method", head="published")
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     training = make_training(recipe, inputs, classes)
     device = training.accelerator.device
     batches = synthetic_batches(recipe, inputs, classes)

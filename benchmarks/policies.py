@@ -45,7 +45,8 @@ from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.peak_memory import MIB
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
-from dist_vpt.training.components import build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import resolve_inputs
 
 POLICIES = ["none", "budget-0.75", "mlp", "every-2", "budget-0.5", "budget-0.25", "block"]
 
@@ -70,7 +71,7 @@ def benchmark(recipe: Recipe, policies: list[str], *, repeats: int, classes: int
         )
     load = round(os.getloadavg()[0], 1)
     device = make_accelerator(recipe, ALONE).device
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     plain = build_method(recipe, inputs, classes)[0].to(device).train()
     batch = cast(Any, {n: t.to(device) for n, t in synthetic_batches(recipe, inputs, classes)[0].items()})  # type: ignore[attr-defined]
     methods = {policy: under(policy, plain, recipe) for policy in policies}

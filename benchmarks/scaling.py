@@ -59,7 +59,7 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.precision import resolve_precision
-from dist_vpt.training.components import resolve_inputs
+from dist_vpt.training.inputs import resolve_inputs
 
 ROOT = Path(__file__).parents[1]
 TRAFFIC = Path(__file__).parent / "traffic.py"
@@ -102,7 +102,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         "measured": measured,
         "paper": on_paper(arguments),
         "backbone": first.backbone.name,
-        "image_size": resolve_inputs(first.data, first.backbone).transform.image_size,
+        "image_size": resolve_inputs(first).transform.image_size,
         "classes": arguments.classes,
         "images_of_a_process": arguments.images,
         "precision": first.runtime.precision,

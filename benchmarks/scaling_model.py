@@ -16,7 +16,8 @@ from step import model_flops, rounded
 
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
-from dist_vpt.training.components import build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import resolve_inputs
 
 ROOT = Path(__file__).parents[1]
 METHODS = {
@@ -109,7 +110,7 @@ def taken(plain: dict[str, float], size: float, calls: int) -> float:
 def work(recipe: Recipe, classes: int) -> Work:
     """Counted on a model without numbers."""
     with torch.device("meta"):
-        method, _ = build_method(recipe, resolve_inputs(recipe.data, recipe.backbone), classes)
+        method, _ = build_method(recipe, resolve_inputs(recipe), classes)
     parameters = list(method.parameters())
     sharded, whole = ([p for p in parameters if (p.numel() > SMALL) == large] for large in (True, False))
     return Work(
@@ -137,7 +138,7 @@ def on_paper(arguments: argparse.Namespace) -> dict[str, Any]:
         for method, overrides in METHODS.items():
             recipe = load_recipe([], [f"backbone.name={backbone}", "backbone.weights=random", *overrides, *PAPER])
             flops, has = (
-                model_flops(recipe, resolve_inputs(recipe.data, recipe.backbone), arguments.classes),
+                model_flops(recipe, resolve_inputs(recipe), arguments.classes),
                 work(recipe, arguments.classes),
             )
             image = flops / (arguments.tflops * 1e12)

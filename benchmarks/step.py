@@ -54,8 +54,9 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB, peak_memory_mib
 from dist_vpt.runtime.precision import resolve_precision
-from dist_vpt.training.components import DTYPES, Inputs, build_method, resolve_inputs
+from dist_vpt.training.components import DTYPES, build_method
 from dist_vpt.training.engine import TrainState, train_step
+from dist_vpt.training.inputs import Inputs, resolve_inputs
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL_SIDE = {"cpu": 2048}  # elsewhere 8192
@@ -81,7 +82,7 @@ def benchmark(recipe: Recipe, *, repeats: int, classes: int) -> dict[str, Any]:
         raise UserError("benchmarks/step.py measures one process; start it with `python`, not with a launcher")
     load = round(os.getloadavg()[0], 1)
     recipe = recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})})
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     training = make_training(recipe, inputs, classes)
     device = training.accelerator.device
     batches = synthetic_batches(recipe, inputs, classes)

@@ -72,7 +72,8 @@ from dist_vpt.runs.provenance import device_name, versions
 from dist_vpt.runtime.peak_memory import MIB
 from dist_vpt.runtime.precision import choose_precision, resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
-from dist_vpt.training.components import DTYPES, build_method, build_reader, resolve_inputs
+from dist_vpt.training.components import DTYPES, build_method, build_reader
+from dist_vpt.training.inputs import resolve_inputs
 from dist_vpt.training.optim import build_optimizer, set_lr
 from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, step_trials
@@ -107,9 +108,7 @@ def benchmark(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     if images < batch:
         raise UserError(f"--images {images}: must be at least a batch, {batch}; raise it or lower train.batch_size")
     micro = min(batch, options.published_batch)
-    photos = synthetic_batches(
-        _with_batch(recipe, images), resolve_inputs(recipe.data, recipe.backbone), options.classes
-    )[0]
+    photos = synthetic_batches(_with_batch(recipe, images), resolve_inputs(recipe), options.classes)[0]
     ways: dict[str, dict[str, Way]] = {name: {} for name in ("published", *WAYS)}
     differences: Numbers = {name: {} for name in WAYS}
     for precision in measured_precisions(recipe):
@@ -253,7 +252,7 @@ def make_bench(
     """Build the published way and all trials on one backbone, and compute the frozen stream of all images."""
     own = {"precision": precision, "attention": attention(accelerator.device)[precision]}
     recipe = recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update=own)})
-    method, _ = build_method(recipe, resolve_inputs(recipe.data, recipe.backbone), options.classes)
+    method, _ = build_method(recipe, resolve_inputs(recipe), options.classes)
     first = cast(VQT, method.to(accelerator.device))
     others = [
         cast(VQT, build_reader(_with_seed(recipe, t), first.backbone, options.classes).to(accelerator.device))

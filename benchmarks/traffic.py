@@ -47,8 +47,8 @@ from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import strategy_name
-from dist_vpt.training.components import resolve_inputs
 from dist_vpt.training.engine import train_step
+from dist_vpt.training.inputs import resolve_inputs
 
 # Collective -> which argument holds the whole tensor, and how often (W - 1) / W of it is sent.
 COLLECTIVES = {
@@ -93,7 +93,7 @@ def measure(recipe: Recipe, *, classes: int, repeats: int) -> dict[str, Any]:
     """All numbers of this process. A collective call."""
     optim = recipe.optim.model_copy(update={"lr": LR, "scale_lr": False})
     recipe = recipe.model_copy(update={"optim": optim})
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     with Sent() as start:
         training = make_training(recipe, inputs, classes)
     accelerator = training.accelerator

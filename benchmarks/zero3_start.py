@@ -27,7 +27,8 @@ from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.zero import gathered
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training.accelerator import frozen_bytes, make_accelerator
-from dist_vpt.training.components import build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import resolve_inputs
 from dist_vpt.training.load_backbone import load_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def measure(backbone: str, file: Path) -> dict[str, Any]:
     recipe = load_recipe([], [*options, "runtime.precision=fp32", "data.image_size=224"])
     accelerator = make_accelerator(recipe, LaunchEnv.current())
     with AnonymousPeak() as peak:
-        method, _ = build_method(recipe, resolve_inputs(recipe.data, recipe.backbone), CLASSES, defer=True)
+        method, _ = build_method(recipe, resolve_inputs(recipe), CLASSES, defer=True)
         load_backbone(accelerator, method)
     held, whole = frozen_bytes(method)
     stored, equal = load_file(file), []

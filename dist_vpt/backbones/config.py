@@ -2,13 +2,15 @@
 
 import os
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.backbones.weights.zoo import has_learned_positions
-from dist_vpt.errors import WeightsError
+from dist_vpt.errors import UserError, WeightsError
 
 PositionResize = Literal["timm", "vpt"]
 
@@ -78,6 +80,14 @@ class BackboneConfig(BaseModel):
         return None if self.weights in ("pretrained", "random") else Path(os.path.expanduser(self.weights))
 
 
+class MemberConfig(BackboneConfig):
+    """One of several backbones."""
+
+    image_size: int | None = Field(
+        None, ge=1, description="pixels on a side of its images; null: data.image_size, else that of its weights"
+    )
+
+
 def require_file(path: Path) -> None:
     """Raises WeightsError where there is no such file."""
     if re.match(r"\w{2,}:/", str(path)):
@@ -86,3 +96,14 @@ def require_file(path: Path) -> None:
         raise WeightsError(
             f"{path}: no such weights file; give backbone.weights an existing .safetensors, .pth or .npz"
         )
+
+
+@contextmanager
+def naming_member(members: Sequence[BackboneConfig], number: int) -> Iterator[None]:
+    """Say in a UserError which of several backbones it is about. ``number``: from 0."""
+    try:
+        yield
+    except UserError as error:
+        if len(members) > 1:
+            error.args = (f"backbones[{number}] ({members[number].name}): {error}",)
+        raise

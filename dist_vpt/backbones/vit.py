@@ -68,6 +68,11 @@ class Backbone(nn.Module):
         """Stay in eval mode (no dropout, no stochastic depth) unless the recipe sets stochastic depth."""
         return super().train(mode and self.stochastic)
 
+    @property
+    def members(self) -> "list[Backbone]":
+        """The backbones that it is made of: itself, unless it is a group."""
+        return [self]
+
     def timm_name(self, name: str) -> str:
         """timm's name of a tensor of this module, or of the head."""
         return name.removeprefix("stem.")

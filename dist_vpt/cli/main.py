@@ -18,6 +18,7 @@ from dist_vpt.cli import (
     launch,
     plan,
     probe,
+    rank_backbones,
     recipe,
     report,
     suite,
@@ -33,7 +34,10 @@ from dist_vpt.files import printable
 
 # Of paths that a command names and the system refuses, wherever that is noticed.
 WRONG_NAMES = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
-COMMANDS = (train, sweep, probe, plan, suite, launch, inference, compress, report, diagnosis, data, backbones, recipe)
+COMMANDS = (
+    *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, compress),
+    *(report, diagnosis, data, backbones, recipe),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

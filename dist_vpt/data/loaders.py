@@ -5,11 +5,13 @@ n examples of the split, b images of a micro-batch, S image side. The order of a
 step and continue elsewhere.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Self
 
 import numpy as np
 import torch
 
+from dist_vpt.data.joined import JoinedSource
 from dist_vpt.data.splits import Split, shuffled
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
@@ -30,10 +32,19 @@ class _Batches:
     @property
     def ahead(self) -> int:
         """How many batches workers make, or have made, before they are asked for."""
-        return self._source.ahead if isinstance(self._source, WorkerSource) else 0
+        return self._source.ahead if isinstance(self._source, WorkerSource | JoinedSource) else 0
 
-    def use(self, source: BatchSource) -> None:
-        """Take the same batches from another source from now on."""
+    def join(self, others: Sequence["_Batches"]) -> Self:
+        """Batches of images for several backbones (``Joined``): its own, and those of others of the same split."""
+        if others:
+            self._source = JoinedSource([self._source, *(other._source for other in others)])
+        return self
+
+    def use(self, source: BatchSource, backbone: int = 0) -> None:
+        """Take the same batches from another source from now on; of several backbones, those of one of them."""
+        if isinstance(self._source, JoinedSource):
+            self._source.replace(backbone, source)
+            return
         self._source.close()
         self._source = source
 
@@ -42,7 +53,7 @@ class _Batches:
 
         Called before the first pass. Batches of a replaced source, and those without a cache, stay as they are.
         """
-        if isinstance(self._source, WorkerSource):
+        if isinstance(self._source, WorkerSource | JoinedSource):
             self._source.keep_on(device, budget)
 
     def close(self) -> None:

@@ -52,7 +52,10 @@ class Batch(TypedDict):
 class BatchSource(Protocol):
     """Where batches come from: images that are decoded, or a cache of what the frozen backbone makes of them."""
 
-    skipped: set[str]  # files that could not be read so far
+    @property
+    def skipped(self) -> set[str]:
+        """Files that could not be read so far."""
+        ...
 
     def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]: ...
 

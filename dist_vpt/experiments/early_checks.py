@@ -1,6 +1,6 @@
 """Mistakes that show in a moment: found before torch, timm and DeepSpeed are imported."""
 
-from dist_vpt.backbones.config import require_file
+from dist_vpt.backbones.config import naming_member, require_file
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import check_root
 from dist_vpt.distributed.launch_env import LaunchEnv
@@ -20,8 +20,10 @@ def check_early(recipe: Recipe, kind: str = "run") -> None:
     if kind == "run":
         refuse_tries(recipe.data)
     RunFolder(str(recipe.run.dir)).refuse_other(recipe, kind)
-    if recipe.backbone.file is not None:
-        require_file(recipe.backbone.file)
+    for number, member in enumerate(recipe.members):
+        if member.file is not None:
+            with naming_member(recipe.members, number):
+                require_file(member.file)
     check_open_files(recipe.data.workers)
     check_root(recipe.data, test=recipe.train.test or kind == "sweep")
 
@@ -32,4 +34,19 @@ def refuse_tries(data: DataConfig) -> None:
         raise RecipeError(
             f"data.tries = {data.tries}: a run trains one draw, and `dist-vpt sweep` or `dist-vpt suite` all of them; "
             "use these, or data.tries=1 with data.try_index"
+        )
+
+
+def check_ranking(recipe: Recipe, best: int) -> None:
+    """Raise RecipeError where there are no backbones to rank, or not more of them than ``best``."""
+    if recipe.backbones is None:
+        raise RecipeError("rank-backbones: the recipe has one backbone; name several: backbones=[dinov2_s14, demo]")
+    if recipe.method.name != "combo":
+        raise RecipeError(
+            f"rank-backbones: method.name = {recipe.method.name}: backbones are ranked by combo's projection; name no "
+            "other method"
+        )
+    if not 1 <= best < len(recipe.backbones):
+        raise RecipeError(
+            f"--best {best}: must be from 1 to {len(recipe.backbones) - 1}, fewer than there are backbones"
         )

@@ -140,10 +140,10 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
     recipe, accelerator = t.recipe, t.accelerator
     trained, total = t.parameters["trained"], t.parameters["total"]
     lines = [
-        f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
+        f"{recipe.backbone_name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained "
         f"({100 * trained / total:.2f} %)",
         f"{recipe.data.task}: {len(parts.splits[recipe.data.train_on]):,} images of {len(parts.splits.classes)} "
-        f"classes at {parts.transform.image_size} px; "
+        f"classes at {parts.inputs.sizes}; "
         f"{recipe.train.epochs} epochs of {t.train.steps_per_epoch} steps of {recipe.train.batch_size} images",
         f"{strategy_name(accelerator)} on {accelerator.num_processes} x {accelerator.device.type}, "
         f"{recipe.runtime.precision}; run folder {t.path}",

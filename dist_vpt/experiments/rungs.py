@@ -12,7 +12,8 @@ from typing import Any
 
 from dist_vpt.errors import RecipeError
 from dist_vpt.experiments.sweep_grid import SweepJob, grid_jobs, rank, read_outcome, with_values
-from dist_vpt.recipe.schema import Recipe, RungSize
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.sweep_section import RungSize
 
 
 @dataclass(frozen=True)

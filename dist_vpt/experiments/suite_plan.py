@@ -13,8 +13,9 @@ from dist_vpt.errors import RecipeError, RunFolderError, UserError, nearest
 from dist_vpt.files import locked, raising_disk_full, read_json, write_atomically
 from dist_vpt.recipe.differences import identity_keys
 from dist_vpt.recipe.loading import load_recipe
-from dist_vpt.recipe.schema import Recipe, RungSize
+from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.shipped import shipped_recipes
+from dist_vpt.recipe.sweep_section import RungSize
 from dist_vpt.runs.folder import RESUME_HINT
 
 GROUPS = {
@@ -189,7 +190,7 @@ def show_plan(experiments: Sequence[Experiment]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    backbones = ", ".join({experiment.recipe.backbone.name: 1 for experiment in experiments})
+    backbones = ", ".join({experiment.recipe.backbone_name: 1 for experiment in experiments})
     table = Table(title=f"{len(experiments)} sweeps, with backbone {backbones}")
     for column in ("", "task", "method", "trials", "seeds", "epochs", "images"):
         table.add_column(column, justify="left" if column in ("task", "method") else "right", no_wrap=True)

@@ -191,7 +191,7 @@ def _common(experiment: Experiment) -> dict[str, Any]:
         "task": experiment.task,
         "group": TASKS[experiment.task].group if experiment.task in TASKS else None,
         "method": experiment.method,
-        "backbone": recipe.backbone.name,
+        "backbone": recipe.backbone_name,
         "precision": recipe.runtime.precision,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "folder": experiment.name,

@@ -10,7 +10,8 @@ from dist_vpt.errors import RecipeError, RunFailed, RunFolderError, nearest
 from dist_vpt.files import read_json
 from dist_vpt.recipe.differences import differences
 from dist_vpt.recipe.loading import load_recipe_from
-from dist_vpt.recipe.schema import Recipe, SweepConfig, grid_axes
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.sweep_section import SweepConfig, grid_axes
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
 from dist_vpt.frozen_stream.observe import StreamSpec, compute_stream
-from dist_vpt.inference.load import load_run
+from dist_vpt.inference.load import load_run, refuse_several
 from dist_vpt.inference.predict import image_files
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.vpt import VPT
@@ -110,6 +110,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     All blocks, with the mean over heads or one ``head`` alone; or one ``block``, with the mean and each head.
     """
     files = _files_by_name(images)
+    refuse_several(RunFolder(run).load(), "attention")
     loaded = load_run(run, adapters, activation_checkpointing="none", attention="eager", compile=False, offload=False)
     backbone, folder = loaded.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
     for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
@@ -119,7 +120,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     pictures: dict[str, np.ndarray] = {}
     which = "".join(f"-{name}{value}" for name, value in (("block", block), ("head", head)) if value is not None)
     for stem, file in files.items():
-        pixels_13SS = loaded.load_image(file).unsqueeze(0).to(loaded.device)
+        pixels_13SS = loaded.load_images([file])
         found = attend(loaded.method, pixels_13SS)
         if isinstance(loaded.method, VPT):  # whose patches may include a frame
             pixels_13SS = loaded.method.prompted_images(pixels_13SS).detach()

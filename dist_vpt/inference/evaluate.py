@@ -10,7 +10,7 @@ from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 from dist_vpt.files import read_json
-from dist_vpt.inference.load import classes_of
+from dist_vpt.inference.load import check_backbones, classes_of
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runtime.precision import resolve_precision
@@ -29,6 +29,7 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
     components = build_components(recipe, launch, trains=False)
     path = folder.best if adapters == "best" else folder.adapters
     tensors, facts = read_adapters(path)
+    check_backbones(recipe, facts, path)
     restore(components.method, tensors, path)
     if list(components.splits.classes) != classes_of(facts, path):
         raise UserError(

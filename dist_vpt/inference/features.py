@@ -25,7 +25,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.files import raising_disk_full, to_json, write_atomically
 from dist_vpt.frozen_stream.disk import weights_hash
 from dist_vpt.inference.feature_files import Format, Shard, check_format, join, write_shard
-from dist_vpt.inference.load import device_of
+from dist_vpt.inference.load import device_of, refuse_several
 from dist_vpt.methods.config_readers import LinearConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.precision import resolve_precision
@@ -44,6 +44,7 @@ def write_features(recipe: Recipe, out: str, split: str | None, what: What, form
     """
     if LaunchEnv.current().world_size > 1:
         raise UserError("features: works on one process; start it without accelerate launch")
+    refuse_several(recipe, "features")
     check_format(format)
     folder = _new_folder(out)
     recipe = recipe.model_copy(update={"method": LinearConfig(name="linear", head="standardized")})

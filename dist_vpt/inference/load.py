@@ -1,5 +1,6 @@
 """A run's method with its adapters, ready to score images."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ import torch
 from torch import Tensor
 
 from dist_vpt.data.images import SKIP_HINT, Decoding, decode
-from dist_vpt.errors import DataError, WeightsError
+from dist_vpt.data.joined import Joined
+from dist_vpt.errors import DataError, UserError, WeightsError
 from dist_vpt.files import printable
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.training.components import Inputs, build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import Inputs, resolve_inputs
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,20 @@ class LoadedRun:
     device: torch.device
     inputs: Inputs
 
-    def load_image(self, file: Path) -> Tensor:
-        """An image file as the method's input, [3, S, S]."""
+    def load_images(self, files: Sequence[Path]) -> Any:
+        """Image files as the method's input, [B, 3, S, S] on its device; for several backbones ``Joined`` ones."""
+        pictures = [self._load_image(file) for file in files]
+        of_each = [torch.stack(images).to(self.device) for images in zip(*pictures, strict=True)]
+        return of_each[0] if len(of_each) == 1 else Joined(tuple(of_each))
+
+    def _load_image(self, file: Path) -> list[Tensor]:
+        """An image file as each backbone's input, [3, S, S]."""
         try:
             picture = decode(file, printable(file), self.recipe.data.max_megapixels, Decoding.of(self.inputs.task))
         except DataError as error:
             raise DataError(str(error).removesuffix(SKIP_HINT)) from error
         try:
-            return self.inputs.transform.eval(picture)
+            return [transform.eval(picture) for transform in self.inputs.transforms]
         except DataError as error:
             raise DataError(f"{printable(file)}: {error}") from error
 
@@ -47,11 +56,35 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     recipe = folder.load().changed("runtime", **runtime)
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    check_backbones(recipe, facts, path)
+    inputs = resolve_inputs(recipe)
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     device = device_of(recipe)
     return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs)
+
+
+def refuse_several(recipe: Recipe, command: str) -> None:
+    """Raises UserError for a recipe with several backbones, of which ``command`` can use one."""
+    if recipe.backbones:
+        raise UserError(
+            f"{command}: works with one backbone, and this recipe has several ({recipe.backbone_name}); name a run or "
+            "a recipe with one of them"
+        )
+
+
+def check_backbones(recipe: Recipe, facts: dict[str, Any], path: Path) -> None:
+    """Raises WeightsError where adapters were trained on other backbones than a recipe with several has."""
+    trained_with, names = facts.get("recipe") or {}, [member.name for member in recipe.members]
+    several = trained_with.get("backbones")
+    if not several and not recipe.backbones:  # a name may be another of the same model
+        return
+    trained = [member["name"] for member in several or [trained_with.get("backbone", {"name": "one backbone"})]]
+    if trained != names:
+        raise WeightsError(
+            f"{path}: adapters of {' + '.join(trained)}, and the recipe has {' + '.join(names)}; name the same "
+            "backbones in the same order"
+        )
 
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from dist_vpt.backbones.build import timm_model
 from dist_vpt.errors import UserError
-from dist_vpt.inference.load import classes_of
+from dist_vpt.inference.load import classes_of, refuse_several
 from dist_vpt.methods.base import Method
 from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.training.components import build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import resolve_inputs
 
 
 def merge(run: str, out: str, adapters: str = "last") -> None:
@@ -27,13 +28,14 @@ def merge(run: str, out: str, adapters: str = "last") -> None:
     folder.refuse_sweep()
     path = folder.best if adapters == "best" else folder.adapters
     recipe = folder.load(["runtime.precision=fp32"])
+    refuse_several(recipe, "merge")
     if recipe.runtime.quantize == "int8":
         raise UserError(
             f"{run}: runtime.quantize = int8: merged weights are not quantized and would give other outputs; "
             "train it with runtime.quantize=none"
         )
     tensors, facts = read_adapters(path)
-    classes, inputs = classes_of(facts, path), resolve_inputs(recipe.data, recipe.backbone)
+    classes, inputs = classes_of(facts, path), resolve_inputs(recipe)
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     transform = inputs.transform

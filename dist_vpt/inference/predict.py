@@ -38,9 +38,8 @@ def predict(
     rows = []
     for start in range(0, len(files), size):
         chunk = files[start : start + size]
-        batch = torch.stack([loaded.load_image(file) for file in chunk])
         with torch.no_grad():
-            probabilities_BK = loaded.method(batch.to(loaded.device)).float().softmax(1).cpu()
+            probabilities_BK = loaded.method(loaded.load_images(chunk)).float().softmax(1).cpu()
         for file, row in zip(chunk, probabilities_BK, strict=True):
             values, indices = row.topk(min(top, len(classes)))
             best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]

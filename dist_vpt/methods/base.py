@@ -12,7 +12,8 @@ by structure: the backbone's are frozen, the method's are not.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, cast
+from itertools import accumulate, pairwise
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from torch.func import functional_call
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
+from dist_vpt.frozen_stream.joined import stream_of
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.config_base import HeadKind
 from dist_vpt.methods.head import FeatureNorm, classification_head
 from dist_vpt.methods.stack import ReaderStack, by_shape
@@ -32,6 +34,8 @@ class Method(nn.Module):
 
     # Whether it supports Swin, where tokens attend within windows and are merged between stages.
     on_swin: ClassVar[bool] = False
+    # Whether it reads several backbones together.
+    joins: ClassVar[bool] = False
     # Names of buffers that belong to an adapter file: what was measured, and not trained.
     saved_buffers: ClassVar[tuple[str, ...]] = ("feature_norm.", "stream_norms.", "token_scale")
 
@@ -60,8 +64,10 @@ class Method(nn.Module):
 
     @classmethod
     def check_backbone(cls, backbone: Backbone) -> None:
-        """Raises UserError if the method does not support this backbone."""
-        if isinstance(backbone, SwinBackbone) and not cls.on_swin:
+        """Raises UserError if the method does not support this backbone, or one of several."""
+        if len(backbone.members) > 1 and not cls.joins:
+            raise UserError(f"method.name = {cls.__name__.lower()}: has one backbone; use `backbone` for `backbones`")
+        if not cls.on_swin and any(isinstance(member, SwinBackbone) for member in backbone.members):
             raise UserError(
                 f"method.name = {cls.__name__.lower()}: not on Swin, whose tokens attend within windows and are merged "
                 "between stages, so that there is no list of tokens that every block sees; choose a ViT, or one of "
@@ -91,7 +97,7 @@ class Method(nn.Module):
         """What measures the features, or tokens, of training images."""
         return [module for module in self.modules() if isinstance(module, FeatureNorm)]
 
-    def init_from_images(self, batches: Sequence[Tensor], seed: int) -> None:
+    def init_from_images(self, batches: Sequence[Any], seed: int) -> None:
         """Initialize from what the backbone computes for batches of training images [B, 3, S, S]: tokens, then head.
 
         It is left in eval mode.
@@ -100,7 +106,7 @@ class Method(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def init_together(methods: Sequence["Method"], batches: Sequence[Tensor], seed: int) -> None:
+    def init_together(methods: Sequence["Method"], batches: Sequence[Any], seed: int) -> None:
         """Initialize a method, or readers on one backbone, for which each batch's frozen stream is computed once."""
         norms = [norm for method in methods for norm in method.norms]
         for method in methods:
@@ -112,7 +118,7 @@ class Method(nn.Module):
         for batch in batches if norms else ():
             seen: Tensor | StreamOutput = batch
             if isinstance(first, Reader):
-                seen = compute_stream(first.backbone, batch, first.spec)
+                seen = first.stream(batch)
             for method in methods:
                 method.measure(seen)
         for norm in norms:
@@ -121,6 +127,10 @@ class Method(nn.Module):
     def measure(self, images: Tensor | StreamOutput) -> None:
         """Show ``norms`` a batch of training images [B, 3, S, S], or of a reader their stream."""
         self(images)
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the mean loss of an optimizer step, []; None for most methods."""
+        return None
 
     def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
         """Initialize trained tokens from batches of training images [B, 3, S, S]; nothing for most methods."""
@@ -169,9 +179,23 @@ class Reader(Method):
         return StreamSpec()
 
     @property
+    def specs(self) -> tuple[StreamSpec, ...]:
+        """``spec`` of each of its backbones; that of the first is ``spec``."""
+        return (self.spec,) * len(self.backbone.members)
+
+    @property
     def shared_spec(self) -> StreamSpec:
         """The tensors to keep of a stream that many readers share: larger, but less is left to compute for each."""
         return self.spec
+
+    def stream(self, images: Any) -> StreamOutput:
+        """The frozen stream of images, or of several backbones' images, unless they are one already."""
+        return stream_of(self.backbone, images, self.specs)
+
+    def states_of_each(self, states: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """``StreamOutput.states``, backbone by backbone."""
+        ends = accumulate((len(spec.kept.get("states", ())) for spec in self.specs), initial=0)
+        return [states[start:end] for start, end in pairwise(ends)]
 
     def read(self, stream: StreamOutput) -> Tensor:
         """Logits [B, K] from the stream of B images."""
@@ -203,10 +227,17 @@ class Reader(Method):
         """
         return [torch.stack(list(_one_by_one(stack, stream, own))) for stack, own in zip(stacks, seeds, strict=True)]
 
-    def forward(self, images: Tensor | StreamOutput) -> Tensor:
-        if not isinstance(images, StreamOutput):
-            images = compute_stream(self.backbone, images, self.spec)
-        return self.read(images)
+    @classmethod
+    def penalties(cls, stack: ReaderStack) -> Tensor | None:
+        """``penalty`` of each reader of a stack, [T]."""
+        return None
+
+    def penalty(self) -> Tensor | None:
+        found = self.penalties(ReaderStack.of([self]))
+        return None if found is None else found[0]
+
+    def forward(self, images: Any) -> Tensor:
+        return self.read(self.stream(images))
 
 
 class StackReader(Reader):
@@ -217,7 +248,7 @@ class StackReader(Reader):
 
 
 def chosen_blocks(blocks: tuple[int, ...] | None, backbone: Backbone) -> tuple[int, ...]:
-    """Numbers of the blocks that are read; None: all. Raises UserError for one that the backbone does not have."""
+    """Numbers of one backbone's blocks that are read; None: all. Raises UserError for one that it does not have."""
     depth = len(backbone.blocks)
     if blocks is not None and blocks[-1] >= depth:
         raise UserError(f"method.blocks: {blocks[-1]}: the backbone's blocks are 0 to {depth - 1}; leave it out")

@@ -1,4 +1,4 @@
-"""Features of every block for a linear head.
+"""Features of every block, of one backbone or of several, for a linear head.
 
 B batch, N tokens, D width, L blocks.
 """
@@ -14,23 +14,26 @@ from dist_vpt.methods.stacked_layers import standardize_tokens
 
 
 def count_block_features(backbone: Backbone, blocks: int) -> int:
-    """Number of features that ``block_features`` gives for this many blocks."""
+    """Number of features that ``block_features`` gives for this many blocks of one backbone."""
     return backbone.width * (1 + blocks * (1 + _has_class_token(backbone)))
 
 
 @torch.no_grad()
-def block_features(backbone: Backbone, stream: StreamOutput, states: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def block_features(
+    backbone: Backbone, stream: StreamOutput, states: Sequence[Sequence[Tensor]], dtype: torch.dtype
+) -> Tensor:
     """The pooled features, and of each block the mean patch and, if there is one, the class token, [B, F].
 
-    ``states``: the blocks' outputs [B, N, D], of which each token is brought to mean 0 and deviation 1, so that none
-    counts more than the others whatever its scale.
+    ``states``: of each backbone the blocks' outputs [B, N, D], of which each token is brought to mean 0 and deviation
+    1, so that none counts more than the others whatever its scale.
     """
     groups = [stream.pooled.to(dtype)]
-    for state_BND in states:
-        tokens_BND = standardize_tokens(state_BND.to(dtype))
-        groups.append(tokens_BND[:, backbone.prefix :].mean(1))
-        if _has_class_token(backbone):
-            groups.append(tokens_BND[:, 0])
+    for member, of_member in zip(backbone.members, states, strict=True):
+        for state_BND in of_member:
+            tokens_BND = standardize_tokens(state_BND.to(dtype))
+            groups.append(tokens_BND[:, member.prefix :].mean(1))
+            if _has_class_token(member):
+                groups.append(tokens_BND[:, 0])
     return torch.cat(groups, dim=1)
 
 

@@ -1,6 +1,7 @@
 """A small transformer on the patches of all blocks (after ComBo, NeurIPS 2025, arXiv 2512.01405). A reader.
 
-B batch, N tokens, M patches of a map, D width of the backbone, L maps that are read, F = L D, W width, T readers.
+B batch, N tokens, M patches of a map, D width of the backbone, L maps that are read, F = L D (of several backbones
+the sum), W width, T readers.
 
 At each position of the image the outputs of all blocks are standardized and concatenated, and one affine layer, the
 same for all positions, maps them to a narrow token:
@@ -8,6 +9,8 @@ same for all positions, maps them to a narrow token:
     t_m = P [s_1,m; ...; s_L,m] + p + e_m        y = transformer([c, t_1, ..., t_M])        logits = head(norm(y_0))
 
 The frozen stream needs no gradient, so that P costs one product forward and one backward, for any number of readers.
+Of several backbones all blocks are concatenated, after their patches were resampled to one grid; the penalty
+g sum_k |P_k|, where P_k are the columns of P that read backbone k, then ranks them (``method.group_penalty``).
 The paper's text leaves open over what the outputs are standardized, whether tokens have a position code and how wide
 the MLPs are: here it is each channel over training images (``standardize: channel``; or each token), a learned code e
 that starts at 0, and the transformer's own width (``mlp_ratio: 1``, with which ViT-B/16 has the paper's 1.8 M numbers).
@@ -17,7 +20,7 @@ With ``sum_blocks`` there is one map, the sum of the blocks' outputs, as one agg
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,41 +50,45 @@ class Combo(StackReader):
     M' = M, or with ``tokens: all`` the prefix tokens too.
     """
 
+    joins = True
+
     def __init__(self, recipe: ComboConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        self.blocks = chosen_blocks(recipe.blocks, backbone)
+        self.read_blocks = [chosen_blocks(recipe.blocks, member) for member in backbone.members]
         super().__init__(backbone, classes, compute, head=recipe.head)
         self.recipe = recipe
-        maps = 1 if recipe.sum_blocks else len(self.blocks)
-        read = maps if recipe.head_reads == "blocks" else 0
-        direct = 0 if recipe.head_reads == "token" else count_block_features(backbone, read)
+        self.maps = [1 if recipe.sum_blocks else len(blocks) for blocks in self.read_blocks]
+        members = list(zip(backbone.members, self.maps, strict=True))
+        direct = 0 if recipe.head_reads == "token" else backbone.width
+        if recipe.head_reads == "blocks":
+            direct = sum(count_block_features(member, maps) for member, maps in members)
         # The transformer's class token is not standardized: it is trained, so there is nothing to measure beforehand.
         self.feature_norm = FeatureNorm(direct) if direct and recipe.head == "standardized" else None
         self.head = classification_head(recipe.width + direct, classes, recipe.head)
-        self.side = math.isqrt(backbone.patches)
-        if self.side**2 != backbone.patches:
-            raise UserError(
-                f"method.name = combo: the backbone's {backbone.patches} patches are no square grid; choose another one"
-            )
-        self.prefix = backbone.prefix if recipe.tokens == "all" else 0
-        inputs = maps * backbone.width
-        tokens = self.prefix + (recipe.grid or self.side) ** 2
+        self.sides = [_side(member) for member in backbone.members]
+        self.grid = recipe.grid or max(self.sides)
+        self.prefix = _prefix(backbone) if recipe.tokens == "all" else 0
+        widths = [member.width for member, maps in members for _ in range(maps)]
         if recipe.standardize == "channel":
-            self.stream_norms = nn.ModuleList(FeatureNorm(backbone.width, length=None) for _ in range(maps))
-        self.projection = nn.Linear(inputs, recipe.width)
-        nn.init.trunc_normal_(self.projection.weight, std=inputs**-0.5)
+            self.stream_norms = nn.ModuleList(FeatureNorm(width, length=None) for width in widths)
+        self.projection = nn.Linear(sum(widths), recipe.width)
+        nn.init.trunc_normal_(self.projection.weight, std=sum(widths) ** -0.5)
         nn.init.zeros_(self.projection.bias)
         self.class_token = nn.Parameter(torch.randn(1, recipe.width))
-        self.positions = nn.Parameter(torch.zeros(1 + tokens, recipe.width))
+        self.positions = nn.Parameter(torch.zeros(1 + self.prefix + self.grid**2, recipe.width))
         self.layers = nn.ModuleList(Layer(recipe.width, recipe.mlp_ratio * recipe.width) for _ in range(recipe.depth))
         self.norm = nn.LayerNorm(recipe.width)
 
     @property
     def spec(self) -> StreamSpec:
-        only = not self.prefix and self.recipe.head_reads != "blocks"
-        states = tuple(n + 1 for n in self.blocks)
-        return StreamSpec(states=states, patches_only=only, summed=self.recipe.sum_blocks)
+        return self.specs[0]
 
-    def measure(self, images: Tensor | StreamOutput) -> None:
+    @property
+    def specs(self) -> tuple[StreamSpec, ...]:
+        only = not self.prefix and self.recipe.head_reads != "blocks"
+        states = [tuple(n + 1 for n in blocks) for blocks in self.read_blocks]
+        return tuple(StreamSpec(states=each, patches_only=only, summed=self.recipe.sum_blocks) for each in states)
+
+    def measure(self, images: Any) -> None:
         assert isinstance(images, StreamOutput)
         self.inputs(images)
         if self.feature_norm is not None:
@@ -90,30 +97,45 @@ class Combo(StackReader):
     def direct(self, stream: StreamOutput) -> Tensor:
         """What the head reads besides the transformer's class token, [B, F]."""
         states = stream.states if self.recipe.head_reads == "blocks" else ()
-        return block_features(self.backbone, stream, states, self.positions.dtype)
+        each = self.states_of_each(states) if states else [()] * len(self.sides)
+        return block_features(self.backbone, stream, each, self.positions.dtype)
 
     @torch.no_grad()
     def inputs(self, stream: StreamOutput) -> Tensor:
         """What is projected, [B, M', F]: every map's tokens on the grid, standardized."""
-        columns = []
-        skipped = self.backbone.prefix if not (self.prefix or self.spec.patches_only) else 0
-        for i, state_BND in enumerate(stream.states):
-            tokens_BND = self._on_grid(state_BND[:, skipped:].to(self.positions.dtype))
-            if self.recipe.standardize == "channel":
-                tokens_BND = self.stream_norms[i](tokens_BND)
-            else:
-                tokens_BND = standardize_tokens(tokens_BND)
-            columns.append(tokens_BND.to(state_BND.dtype))
+        columns: list[Tensor] = []
+        for k, states in enumerate(self.states_of_each(stream.states)):
+            skipped = 0 if self.prefix or self.spec.patches_only else self.backbone.members[k].prefix
+            for state_BND in states:
+                tokens_BND = self._on_grid(state_BND[:, skipped:].to(self.positions.dtype), self.sides[k])
+                if self.recipe.standardize == "channel":
+                    tokens_BND = self.stream_norms[len(columns)](tokens_BND)
+                else:
+                    tokens_BND = standardize_tokens(tokens_BND)
+                columns.append(tokens_BND.to(state_BND.dtype))
         return torch.cat(columns, dim=2)
 
-    def _on_grid(self, tokens_BND: Tensor) -> Tensor:
-        if self.recipe.grid in (None, self.side):
+    def _on_grid(self, tokens_BND: Tensor, side: int) -> Tensor:
+        if self.grid == side:
             return tokens_BND
         prefix_BRD, patches_BMD = tokens_BND.split([self.prefix, tokens_BND.shape[1] - self.prefix], dim=1)
-        map_BDSS = patches_BMD.transpose(1, 2).unflatten(2, (self.side, self.side))
-        size = (self.recipe.grid, self.recipe.grid)
+        map_BDSS = patches_BMD.transpose(1, 2).unflatten(2, (side, side))
+        size = (self.grid, self.grid)
         map_BDGG = F.interpolate(map_BDSS, size=size, mode="bilinear", align_corners=False)
         return torch.cat([prefix_BRD, map_BDGG.flatten(2).transpose(1, 2)], dim=1)
+
+    def group_norms(self, weight_XWF: Tensor) -> Tensor:
+        """|P_k| (Frobenius) of each backbone, [..., K], of one projection's weight [W, F] or of several."""
+        columns = [member.width * maps for member, maps in zip(self.backbone.members, self.maps, strict=True)]
+        return torch.stack([part.flatten(-2).norm(dim=-1) for part in weight_XWF.split(columns, dim=-1)], dim=-1)
+
+    @classmethod
+    def penalties(cls, stack: ReaderStack) -> Tensor | None:
+        readers = cast(Sequence[Combo], stack.readers)
+        if not any(reader.recipe.group_penalty for reader in readers):
+            return None
+        norms_TK = readers[0].group_norms(stack.trained["projection.weight"])
+        return norms_TK.sum(1) * norms_TK.new_tensor([reader.recipe.group_penalty for reader in readers])
 
     @classmethod
     def read_stacks(
@@ -145,3 +167,25 @@ class Combo(StackReader):
             for n in range(first.recipe.depth):
                 x_TBNW = transformer_layer(x_TBNW, weights, f"layers.{n}", first.recipe.heads, dropout)
             return layer_norm(x_TBNW[:, :, 0], weights, "norm")
+
+
+def _side(backbone: Backbone) -> int:
+    """Patches on a side of a backbone's images. Raises UserError where they are no square."""
+    side = math.isqrt(backbone.patches)
+    if side**2 != backbone.patches:
+        raise UserError(
+            f"method.name = combo: the backbone's {backbone.patches} patches are no square grid, from which they could "
+            "be resampled; choose another one"
+        )
+    return side
+
+
+def _prefix(backbone: Backbone) -> int:
+    """Prefix tokens of all backbones, which must have equally many. Raises UserError where they do not."""
+    found = [member.prefix for member in backbone.members]
+    if len(set(found)) > 1:
+        raise UserError(
+            f"method.tokens = all: the backbones have {' and '.join(map(str, found))} class tokens and registers, and "
+            "those of one position are concatenated; set method.tokens=patches"
+        )
+    return found[0]

@@ -14,6 +14,7 @@ class MethodSettings(BaseModel):
     reader: ClassVar[bool] = False  # only reads the frozen stream
     reads_blocks: ClassVar[bool] = False  # and uses the weights inside the blocks for that
     stacks_layers: ClassVar[bool] = False  # and computes the layers of all trials at once, apart from their modules
+    joins: ClassVar[bool] = False  # a reader of several backbones
     fitted: ClassVar[bool] = False  # a reader that is computed from all features at once, without steps of an optimizer
     head: HeadKind = Field(
         "standardized",

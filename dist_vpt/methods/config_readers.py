@@ -47,6 +47,7 @@ class LinearConfig(MethodSettings):
     """A linear head on frozen features."""
 
     reader: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     name: Literal["linear"] = Field("linear", description="linear probing")
     reads: Literal["pooled", "blocks"] = Field(
         "pooled",
@@ -58,6 +59,7 @@ class KNNConfig(MethodSettings):
     """The labels of the nearest training images; nothing is trained."""
 
     reader: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     fitted: ClassVar[bool] = True
     name: Literal["knn"] = Field("knn", description="k nearest neighbours by cosine similarity")
     head: HeadKind = Field(
@@ -77,6 +79,7 @@ class LogisticConfig(MethodSettings):
     """A linear head that is the optimum of a penalized loss on the features of all training images."""
 
     reader: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     fitted: ClassVar[bool] = True
     name: Literal["logistic"] = Field("logistic", description="multinomial logistic regression")
     head: HeadKind = Field(
@@ -96,6 +99,7 @@ class MLPConfig(MethodSettings):
     """Linear layers with GELU and dropout between them, on frozen features."""
 
     reader: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     name: Literal["mlp"] = Field("mlp", description="a multilayer perceptron as the head")
     layers: int = Field(3, ge=1, description="number of linear layers; 1 is linear probing")
     width: int | None = Field(None, ge=1, description="width of the hidden layers; null: the backbone's")
@@ -115,6 +119,7 @@ class ComboConfig(MethodSettings):
     """A small transformer on the tokens that come out of the frozen blocks, and a linear head on its class token."""
 
     reader: ClassVar[bool] = True
+    joins: ClassVar[bool] = True
     stacks_layers: ClassVar[bool] = True
     name: Literal["combo"] = Field("combo", description="a transformer on the patches of all blocks")
     blocks: tuple[int, ...] | None = Field(
@@ -145,6 +150,12 @@ class ComboConfig(MethodSettings):
         False,
         description="true: the blocks' outputs are summed, each token with zero mean and unit deviation, and the sum "
         "is read as that of one block: a cache keeps one map of tokens for an image in place of one for each block",
+    )
+    group_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="with several backbones: added to the loss is this number times the norm of each backbone's part "
+        "of the projection, summed over backbones (published: 0.01), so that parts of little use become small",
     )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="dropout rate of the tokens and of the layers' branches, 0 to 1"

@@ -31,6 +31,7 @@ class KNN(FittedReader):
     """Logits are the logarithms of the classes' shares of the votes."""
 
     on_swin = True
+    joins = True
     saved_buffers = ("bank", "labels", "votes", "feature_norm.")
 
     bank: Tensor

@@ -23,27 +23,33 @@ class Linear(Reader):
     """K x (F + 1) trained numbers; F = D pooled features, or with ``reads: blocks`` those of every block."""
 
     on_swin = True
+    joins = True
 
     def __init__(self, recipe: LinearConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         self.recipe = recipe
         features = None
         if recipe.reads == "blocks":
-            if isinstance(backbone, SwinBackbone):
+            if any(isinstance(member, SwinBackbone) for member in backbone.members):
                 raise UserError("method.reads = blocks: not on Swin, whose blocks differ in width; set reads=pooled")
-            features = count_block_features(backbone, len(backbone.blocks))
+            features = sum(count_block_features(member, len(member.blocks)) for member in backbone.members)
         super().__init__(backbone, classes, compute, head=recipe.head, features=features)
 
     @property
     def spec(self) -> StreamSpec:
-        if self.recipe.reads == "pooled":
-            return StreamSpec()
-        return StreamSpec(states=tuple(range(1, len(self.backbone.blocks) + 1)))
+        return self.specs[0]
+
+    @property
+    def specs(self) -> tuple[StreamSpec, ...]:
+        pooled = self.recipe.reads == "pooled"
+        depths = [0 if pooled else len(member.blocks) for member in self.backbone.members]
+        return tuple(StreamSpec(states=tuple(range(1, depth + 1))) for depth in depths)
 
     def features(self, stream: StreamOutput) -> Tensor:
         """What the head reads, [B, F]."""
         if self.recipe.reads == "pooled":
             return stream.pooled
-        return block_features(self.backbone, stream, stream.states, next(self.head.parameters()).dtype)
+        states = self.states_of_each(stream.states)
+        return block_features(self.backbone, stream, states, next(self.head.parameters()).dtype)
 
     def read(self, stream: StreamOutput) -> Tensor:
         return self.classify(self.features(stream))

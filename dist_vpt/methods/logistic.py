@@ -27,6 +27,7 @@ class Logistic(FittedReader):
     """K x (F + 1) numbers that are solved for; it reads only the backbone's pooled features."""
 
     on_swin = True
+    joins = True
 
     def __init__(self, recipe: LogisticConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         super().__init__(backbone, classes, compute, head=recipe.head)

@@ -16,6 +16,7 @@ class MLP(Reader):
     """Hidden layers D -> width -> ... -> width (kaiming-normal), then the head of all methods."""
 
     on_swin = True
+    joins = True
 
     def __init__(self, recipe: MLPConfig, backbone: Backbone, classes: int, compute: torch.dtype):
         width = recipe.width or backbone.width

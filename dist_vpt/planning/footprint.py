@@ -19,12 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dist_vpt.data.joined import Joined
 from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config_readers import LinearConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload
-from dist_vpt.training.components import Inputs, build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import Inputs, resolve_inputs
 from dist_vpt.training.optim import build_optimizer
 from dist_vpt.training.step import clip_gradients, image_losses, snapshot, squared_norms
 
@@ -110,7 +112,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
     """
     if recipe.method.fitted:  # its pass over the images is a linear head's; what it is fitted to is small beside that
         recipe = recipe.model_copy(update={"method": LinearConfig(name="linear", head=recipe.method.head)})
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     method = weightless(recipe, inputs, classes)
     if recipe.runtime.offload:
         apply_offload(method.backbone, _PinnedCopy if gpus else _to_host)
@@ -153,6 +155,8 @@ def weightless(recipe: Recipe, inputs: Inputs, classes: int) -> Method:
     random = recipe.model_copy(
         update={
             "backbone": recipe.backbone.model_copy(update={"weights": "random"}),
+            "backbones": recipe.backbones
+            and tuple(member.model_copy(update={"weights": "random"}) for member in recipe.backbones),
             "runtime": recipe.runtime.model_copy(update=plain),
         }
     )
@@ -188,7 +192,7 @@ class _Step:
         self, recipe: Recipe, inputs: Inputs, method: Method, optimizer: Any, images: int, classes: int
     ):
         self.recipe, self.method, self.optimizer, self.images, self.classes = recipe, method, optimizer, images, classes
-        self.size, self.pixels = inputs.transform.image_size, inputs.transform.dtype
+        self.transforms = inputs.transforms
 
     def known(self) -> list[Tensor]:
         """Tensors that exist before and after a step: parameters, buffers and optimizer state."""
@@ -219,10 +223,14 @@ class _Step:
         images = self.recipe.train.eval_batch_size
         self._losses(self._shown(images), images)
 
-    def _shown(self, images: int) -> Tensor:
-        return torch.zeros(images, 3, self.size, self.size, dtype=PIXELS[self.pixels])
+    def _shown(self, images: int) -> Tensor | Joined:
+        shapes = [(images, 3, each.image_size, each.image_size) for each in self.transforms]
+        found = [
+            torch.zeros(shape, dtype=PIXELS[each.dtype]) for shape, each in zip(shapes, self.transforms, strict=True)
+        ]
+        return found[0] if len(found) == 1 else Joined(tuple(found))
 
-    def _losses(self, shown: Tensor, images: int) -> Tensor:
+    def _losses(self, shown: Tensor | Joined, images: int) -> Tensor:
         labels_B = torch.zeros(images, dtype=torch.long)
         return image_losses(self.method(shown), labels_B, self.recipe.train.label_smoothing)
 

@@ -11,6 +11,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from dist_vpt.backbones.weights.zoo import architecture
+from dist_vpt.data.joined import Joined
+from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.data.workers import PIXELS, Batch
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.signals import StopSignal
@@ -22,8 +24,9 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress
 from dist_vpt.training.accelerator import make_accelerator, prepare
-from dist_vpt.training.components import Inputs, build_method, resolve_inputs
+from dist_vpt.training.components import build_method
 from dist_vpt.training.engine import TrainState, train_step
+from dist_vpt.training.inputs import Inputs, resolve_inputs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a clone
 
@@ -32,7 +35,7 @@ def known_speeds(recipe: Recipe, device_type: str) -> Iterator[str]:
     """A line for each benchmark, among a clone's results, of this method with these settings on this architecture,
     precision and type of device.
     """
-    for file in sorted(RESULTS.glob("step-*.json")):
+    for file in sorted(RESULTS.glob("step-*.json")) if recipe.backbones is None else ():
         result = json.loads(file.read_text())
         try:
             method = TypeAdapter(MethodConfig).validate_python({"name": result["method"], **result["method_settings"]})
@@ -59,7 +62,7 @@ def measure(recipe: Recipe, classes: int) -> str:
 
 def measured_bytes(recipe: Recipe, classes: int) -> int:
     """The peak of the engine's second step, in one process, as torch's allocators report it."""
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     training = make_training(recipe, inputs, classes)
     batches = synthetic_batches(recipe, inputs, classes)
     train_step(training, batches, norms=True)  # creates the optimizer's state
@@ -124,12 +127,19 @@ def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
 def synthetic_batches(recipe: Recipe, inputs: Inputs, classes: int) -> list[Batch]:
     """The micro-batches of one global batch of noise, as loaders give them."""
     noise = torch.Generator().manual_seed(recipe.seed)
-    pixels = PIXELS[inputs.transform.dtype]
-    side = inputs.transform.image_size
     images = recipe.train.batch_size // recipe.train.grad_accum_steps
+
+    def shown(transform: ImageTransform) -> torch.Tensor:
+        shape = (images, 3, transform.image_size, transform.image_size)
+        return torch.randint(0, 256, shape, generator=noise).to(PIXELS[transform.dtype])
+
+    def of_backbones() -> Any:
+        found = tuple(map(shown, inputs.transforms))
+        return found[0] if len(found) == 1 else Joined(found)
+
     return [
         {
-            "images": torch.randint(0, 256, (images, 3, side, side), generator=noise).to(pixels),
+            "images": of_backbones(),
             "labels": torch.randint(0, classes, (images,), generator=noise),
             "weight": torch.ones(images),
             "index": torch.arange(images),

@@ -22,7 +22,7 @@ from dist_vpt.planning.measure import known_speeds, measure
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import strategy_name
-from dist_vpt.training.components import resolve_inputs
+from dist_vpt.training.inputs import resolve_inputs
 
 WIDTH = 108  # of the table, in characters
 CELLS = {  # fields of PerDeviceMemory -> headings of the table
@@ -46,13 +46,13 @@ def plan(recipe: Recipe, devices: int, nodes: int, memory: int | None, *, measur
     recipe, _ = resolve_precision(recipe)
     machines = Machines(device_memory(gpus) if memory is None else memory, devices, nodes, gpus)
     classes = count_classes(recipe.data)
-    method = weightless(as_counted(recipe, gpus=gpus), resolve_inputs(recipe.data, recipe.backbone), classes)
+    method = weightless(as_counted(recipe, gpus=gpus), resolve_inputs(recipe), classes)
     trained, total = (
         sum(p.numel() for p in each) for each in ([p for _, p in method.trainable()], method.parameters())
     )
     found = choices(recipe, classes, machines)
     console.print(
-        f"{recipe.backbone.name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained; "
+        f"{recipe.backbone_name} + {recipe.method.name}: {trained:,} of {total:,} parameters are trained; "
         f"{recipe.runtime.precision}; micro-batches of {micro_batch(recipe.train, machines.processes)} images on "
         f"{machines.processes} device{'s' if machines.processes > 1 else ''} with {machines}"
     )

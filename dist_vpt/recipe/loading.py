@@ -14,6 +14,7 @@ from dist_vpt.backbones.config import BackboneConfig
 from dist_vpt.backbones.weights.zoo import has_learned_positions
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import RecipeError
+from dist_vpt.recipe.backbones import expand_backbones
 from dist_vpt.recipe.merging import Draft
 from dist_vpt.recipe.messages import explain, model_at
 from dist_vpt.recipe.reading import read_file, read_override
@@ -35,6 +36,7 @@ def load_recipe(
     if draft.data["protocol"] == "published":  # known now, whichever file or override gives it
         draft = _merged(files, overrides, "published")
         draft.data.setdefault("protocol", protocol)
+    expand_backbones(draft)
     _fill_in(draft.data)
     try:
         recipe = _validated(draft.data)
@@ -119,13 +121,14 @@ def _fill_in(data: dict[str, Any]) -> None:
 
 def _take_published_settings(data: dict[str, Any]) -> None:
     """Keys that are the same in the published code of all methods, where they are not given."""
-    method, backbone = data.get("method"), data.setdefault("backbone", {})
+    method, several = data.get("method"), data.get("backbones")
+    backbones = several if isinstance(several, list) else [data.setdefault("backbone", {})]
     if isinstance(method, dict):
         method.setdefault("head", "published")
         if method.get("name") in ("vpt", "vqt"):
             method.setdefault("init", "random")
-    if isinstance(backbone, dict):
-        name = backbone.get("name", BackboneConfig().name)
+    for backbone in backbones:
+        name = backbone.get("name", BackboneConfig().name) if isinstance(backbone, dict) else None
         if isinstance(name, str) and has_learned_positions(name):
             backbone.setdefault("position_resize", "vpt")
 

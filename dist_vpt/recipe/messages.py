@@ -71,6 +71,8 @@ def model_at(loc: KeyPath) -> tuple[type[BaseModel] | None, KeyPath]:
         path.append(key)
         if i == len(loc) - 1 or model is None:
             break
+        if isinstance(key, int):  # of a list
+            continue
         info = model.model_fields.get(str(key))
         members = list(_union_members(info.annotation)) if info else []
         tagged = {tag: member for member in members for tag in _tags(member)} if len(members) > 1 else {}

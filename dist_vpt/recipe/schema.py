@@ -1,34 +1,24 @@
 """The recipe: a typed description of one run, with a section for each part."""
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.config import BackboneConfig, MemberConfig
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.tasks import EMBEDDED
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
-from dist_vpt.recipe.fields import Policy, or_null
+from dist_vpt.methods.config_readers import ComboConfig
+from dist_vpt.recipe.fields import Policy, Section, or_null
+from dist_vpt.recipe.sweep_section import SweepConfig
 from dist_vpt.recipe.yaml import Dumper
 
 LARGE_ADAMW_LR = 0.1  # at which every number moves by a typical token in a step
 Protocol = Literal["default", "published"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-SET_BY_SWEEP = (
-    *("grid.seed", "grid.sweep", "grid.run", "grid.train.test"),
-    *("grid.data.train_on", "grid.data.tries", "grid.data.try_index"),
-)
-MIN_RUNG_EPOCHS = 5  # of a sweep by halving, unless sweep.min_epochs says otherwise: fewer show little of a setting
-
-
-class Section(BaseModel):
-    """A section of the recipe: immutable, and without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class OptimConfig(Section):
@@ -176,104 +166,6 @@ class RunConfig(Section):
     )
 
 
-class RungSize(NamedTuple):
-    """How many trials a rung of a sweep has at most, and for how many epochs it trains them."""
-
-    trials: int
-    epochs: int
-
-
-class SweepConfig(Section):
-    """The grid and the seeds of `dist-vpt sweep`; `train` ignores them."""
-
-    grid: dict[str, Any] = Field(
-        {"optim": {"lr": [1.0, 0.5, 0.25, 0.1, 0.05], "weight_decay": [1e-2, 1e-3, 1e-4, 0.0]}},
-        description="recipe keys, each with a list of values. Every combination is a trial, trained on train; the one "
-        "with the best val accuracy after its last epoch is chosen (default: VQT's published grid)",
-    )
-    search: Literal["grid", "halving"] = Field(
-        "grid",
-        description="grid (the published protocol): train every trial for train.epochs; halving: successive halving, "
-        "train all trials for a few epochs, the best 1/reduction_factor of them anew for longer, and so on (rungs), "
-        "and choose among those of the last rung, which has train.epochs",
-    )
-    reduction_factor: int = Field(
-        4,
-        ge=2,
-        description="halving: one in so many trials is promoted to the next rung, which is so many times longer",
-    )
-    min_epochs: int | None = Field(
-        None,
-        ge=1,
-        description="halving: epochs of the first rung; null: train.epochs divided by reduction_factor as often as the "
-        "number of trials can be, and at least 5",
-    )
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
-        (42, 44, 82, 100, 800),
-        min_length=1,
-        description="train the chosen setting on trainval with each of these seeds, and test it",
-    )
-    parallelize: Literal["trials", "batch"] = Field(
-        "trials",
-        description="how several processes share the work: each trains trials of its own, or all share every batch",
-    )
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        def check(values: Any, at: str) -> Iterator[str]:
-            if isinstance(values, dict) and values:
-                for key, inner in values.items():
-                    yield from check(inner, f"{at}.{key}")
-            elif not isinstance(values, list) or not values:
-                yield f"{at} = {values!r}: must be a list with at least one value"
-            elif any(isinstance(value, (list, dict)) for value in values) or len(set(values)) < len(values):
-                yield f"{at} = {values!r}: must be plain values, each given once"
-            if at in SET_BY_SWEEP:
-                yield f"{at}: is set by the sweep; leave it out"
-
-        mistakes = list(check(self.grid, "grid"))
-        if len(set(self.seeds)) < len(self.seeds):
-            mistakes.append(f"seeds = {list(self.seeds)}: must differ; give each once")
-        if self.search == "halving" and "train.epochs" in dict(grid_axes(self.grid)):
-            mistakes.append("grid.train.epochs: is set by search = halving; leave it out, or use search=grid")
-        if mistakes:
-            raise ValueError("; ".join(mistakes))
-        return self
-
-    @property
-    def trials(self) -> int:
-        """Settings of the grid."""
-        return math.prod(len(values) for _, values in grid_axes(self.grid))
-
-    def rungs(self, epochs: int) -> list[RungSize]:
-        """The rungs of a sweep whose recipe has train.epochs = ``epochs``, the last of which trains for all of them.
-
-        A grid is one rung, and so is halving with fewer trials than reduction_factor or too few epochs.
-        """
-        sizes, factor, trials = [], self.reduction_factor, self.trials
-        if self.search == "halving":
-            promotions = 0
-            while factor ** (promotions + 1) <= trials:
-                promotions += 1
-            shortest = self.min_epochs or max(MIN_RUNG_EPOCHS, math.ceil(epochs / factor**promotions))
-            for _ in range(promotions):
-                if shortest * factor >= epochs * (factor - 1):  # no cheaper than all its trials in the last rung
-                    break
-                sizes.append(RungSize(trials, shortest))
-                trials, shortest = math.ceil(trials / factor), shortest * factor
-        return [*sizes, RungSize(trials, epochs)]
-
-
-def grid_axes(grid: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """The keys of a grid, as ``a.b``, each with its values."""
-    for key, value in grid.items():
-        path = f"{at}.{key}" if at else key
-        if isinstance(value, dict):
-            yield from grid_axes(value, path)
-        else:
-            yield path, value
-
-
 class Recipe(Section):
     """A whole run."""
 
@@ -286,6 +178,11 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialization, data order, augmentation and dropout")
     data: DataConfig = Field(default_factory=DataConfig, description="task, storage format, preprocessing")
     backbone: BackboneConfig = Field(default_factory=BackboneConfig, description="the frozen transformer")
+    backbones: tuple[MemberConfig, ...] | None = Field(
+        None,
+        description="several backbones in place of `backbone` (linear, mlp, knn, logistic, combo): each a mapping as "
+        "`backbone`, or the name of a backbone's recipe (also as `base` of a mapping), such as [dinov2_s14, demo]",
+    )
     method: MethodConfig = Field(default_factory=VPTConfig, description="what is trained, and its settings")
     stream: StreamConfig = Field(default_factory=StreamConfig, description="where readers cache the frozen stream")
     optim: OptimConfig = Field(default_factory=OptimConfig, description="optimizer, learning rate, schedule")
@@ -295,10 +192,31 @@ class Recipe(Section):
     sweep: SweepConfig = Field(default_factory=SweepConfig, description="grid and seeds of `dist-vpt sweep`")
 
     @property
+    def members(self) -> tuple[BackboneConfig, ...]:
+        """The backbones that are read together; mostly one."""
+        return self.backbones or (self.backbone,)
+
+    @property
+    def backbone_name(self) -> str:
+        """Of all backbones."""
+        return " + ".join(member.name for member in self.members)
+
+    @property
+    def of_each_backbone(self) -> "tuple[Recipe, ...]":
+        """The recipe with one of its backbones alone, for each of them."""
+        if self.backbones is None:
+            return (self,)
+        sizes = [member.image_size or self.data.image_size for member in self.backbones]
+        return tuple(
+            self.changed("data", image_size=size).model_copy(update={"backbone": member, "backbones": None})
+            for member, size in zip(self.backbones, sizes, strict=True)
+        )
+
+    @property
     def warnings(self) -> list[str]:
         """Messages about settings that are allowed but probably not intended."""
         found = []
-        if self.backbone.name == "demo" and self.data.stored not in EMBEDDED:
+        if any(member.name == "demo" for member in self.members) and self.data.stored not in EMBEDDED:
             found.append(
                 "the backbone is demo, which was trained on printed letters of 24 px only; for other images name a "
                 "backbone's recipe (`dist-vpt recipe list`)"
@@ -346,6 +264,7 @@ class Recipe(Section):
                 f"backbone.drop_path = {self.backbone.drop_path}: {method} trains nothing in the backbone; "
                 "set backbone.drop_path=0"
             )
+        yield from self._mistakes_of_several()
         if self.method.reader:
             for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
                 if (value := getattr(self.runtime, name)) != unused:
@@ -358,6 +277,37 @@ class Recipe(Section):
                 f"runtime.compile = true with runtime.activation_checkpointing = "
                 f"{self.runtime.activation_checkpointing}: a budget cannot choose among the operations of a "
                 "compiled block; use mlp, block or every-N, or compile=false"
+            )
+
+    def _mistakes_of_several(self) -> Iterator[str]:
+        if self.backbones is None:
+            if isinstance(self.method, ComboConfig) and self.method.group_penalty:
+                yield (
+                    f"method.group_penalty = {self.method.group_penalty:g}: compares several backbones; set "
+                    "backbones, or leave it out"
+                )
+            return
+        if len(self.backbones) < 2:
+            yield f"backbones: has {len(self.backbones)} of them; name two or more, or one in `backbone`"
+        if not self.method.joins:
+            yield (
+                f"backbones: method.name = {self.method.name} has one backbone; give it in `backbone`, or choose "
+                "linear, mlp, knn, logistic or combo"
+            )
+        if self.backbone != BackboneConfig():
+            yield (
+                f"backbones: backbone.name = {self.backbone.name} is given too, and a run has either; put it into the "
+                "list, or leave it out"
+            )
+        twice = next((each for n, each in enumerate(self.backbones) if each in self.backbones[:n]), None)
+        if twice:
+            yield f"backbones: {twice.name} is given twice; leave one out"
+        if any(member.drop_path for member in self.backbones):
+            yield f"backbones: drop_path: method.name = {self.method.name} trains nothing in a backbone; leave it out"
+        if self.data.augment not in (None, "none"):
+            yield (
+                f"data.augment = {self.data.augment}: several backbones see the same images, each at a size of its "
+                "own, so that nothing can be drawn; leave it out"
             )
 
     def changed(self, section: str, **changes: Any) -> Self:

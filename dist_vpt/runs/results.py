@@ -41,6 +41,7 @@ class Protocol(_Line):
     augment: str = "none"
     normalize: str  # or mean and std, where the recipe gives them
     image_size: int  # pixels
+    image_sizes: tuple[int, ...] = ()  # of each of several backbones
     counts: dict[str, int | None]  # images of train, val, trainval and test
     exif: str = "ignore"  # orientation
     background: str = "none"  # under transparent images

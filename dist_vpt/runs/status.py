@@ -14,7 +14,7 @@ from typing import Any
 from dist_vpt.distributed.rank_status import SILENT_SECONDS, read_rank_status
 from dist_vpt.errors import RunFolderError
 from dist_vpt.files import is_locked, read_json
-from dist_vpt.recipe.schema import RungSize, SweepConfig
+from dist_vpt.recipe.sweep_section import RungSize, SweepConfig
 
 STATES = ("running", "waiting", "done", "failed", "interrupted", "dead", "damaged")
 DAMAGED = (RunFolderError, OSError, AttributeError, KeyError, TypeError)  # raised for a file that is not as written

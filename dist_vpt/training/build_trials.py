@@ -23,7 +23,7 @@ from dist_vpt.training.trials import TrialGroup
 
 PER_TRIAL_KEYS = (
     *("seed", "optim.lr", "optim.weight_decay", "method.dropout", "method.queries", "run.dir"),
-    *("method.k", "method.temperature", "method.c"),
+    *("method.k", "method.temperature", "method.c", "method.group_penalty"),
 )
 
 

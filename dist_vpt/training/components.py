@@ -1,27 +1,28 @@
 """From a recipe to the components of a run: inputs, splits, and the backbone with its method."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
-from dist_vpt.backbones.build import Preprocessing, build, preprocessing_of
-from dist_vpt.backbones.config import BackboneConfig
+from dist_vpt.backbones.build import build
+from dist_vpt.backbones.config import naming_member
+from dist_vpt.backbones.group import BackboneGroup
 from dist_vpt.backbones.vit import Backbone
-from dist_vpt.backbones.weights.convert import LoadReport
-from dist_vpt.backbones.weights.zoo import IMAGENET, has_learned_positions
-from dist_vpt.data.config import DataConfig, resolve
+from dist_vpt.backbones.weights.convert import LoadReport, joined_reports
+from dist_vpt.backbones.weights.zoo import has_learned_positions
 from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import leak_warning, repeats
 from dist_vpt.data.formats import open_splits
-from dist_vpt.data.loaders import EvalBatches, TrainBatches
+from dist_vpt.data.joined import Joined
+from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.data.orientation import orientation_note
 from dist_vpt.data.splits import Splits
-from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.launch_env import ALONE, LaunchEnv
@@ -29,7 +30,6 @@ from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.zero import gathered_when_called
 from dist_vpt.errors import UserError
-from dist_vpt.frozen_stream.cache import CachedBatches
 from dist_vpt.frozen_stream.observe import StreamSpec
 from dist_vpt.frozen_stream.placement import Sharing, open_streams
 from dist_vpt.methods import attach
@@ -37,22 +37,12 @@ from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.allocator import give_back_freed_memory
 from dist_vpt.runtime.apply import apply_runtime
+from dist_vpt.training.inputs import Inputs, resolve_inputs
 from dist_vpt.training.metrics import no_readable_image
 
 IMAGES_SHARE = 0.05  # of a GPU's free memory, for images; `plan` leaves 6 % of a device unused
 INIT_IMAGES = 256  # training images, at most so many, from which a method is initialized
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A run's task, preprocessing and transform, resolved once from the recipe's data and backbone sections."""
-
-    task: Task
-    preprocessing: Preprocessing  # that the weights were trained with
-    transform: ImageTransform
-    mean: tuple[float, ...]  # of the channels in [0, 1], with which images are normalized
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -68,11 +58,12 @@ class Components:
 
     @property
     def transform(self) -> ImageTransform:
+        """The images' of the first backbone."""
         return self.inputs.transform
 
     def protocol(self) -> dict[str, Any]:
         """The evaluation protocol for result.json: the splits that were read and how images were transformed."""
-        data, backbone, task, splits = self.recipe.data, self.recipe.backbone, self.inputs.task, self.splits
+        data, task, splits = self.recipe.data, self.inputs.task, self.splits
         given = None if data.mean is None else f"mean {list(data.mean)}, std {list(data.std or ())}"
         names = ("train", "val", "trainval", "test")
         return {
@@ -90,8 +81,16 @@ class Components:
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
             "notes": list(splits.notes),
             **({"shots": data.shots} if data.shots else {}),
-            **({"position_resize": backbone.positions} if has_learned_positions(backbone.name) else {}),
+            **self._of_backbones(),
         }
+
+    def _of_backbones(self) -> dict[str, Any]:
+        """What of the protocol is a backbone's own."""
+        resized = [each.positions for each in self.recipe.members if has_learned_positions(each.name)]
+        found: dict[str, Any] = {"position_resize": resized[0]} if resized else {}
+        if self.inputs.others:
+            found["image_sizes"] = [transform.image_size for transform in self.inputs.transforms]
+        return found
 
     def remarks(self) -> list[str]:
         """Lines for the log about the splits: what was split off train, and what was found and not read."""
@@ -142,21 +141,26 @@ class Components:
     def training(self, rank: int, world: int) -> TrainBatches:
         """Shuffled batches of the split that the recipe trains on. Raises UserError where they cannot be split."""
         recipe = self.recipe
-        return TrainBatches(
-            self.splits[recipe.data.train_on],
-            self.transform,
-            batch_size=recipe.train.batch_size,
-            accumulate=recipe.train.grad_accum_steps,
-            seed=recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
-            same_size=self.method.backbone.compiled,
-            **self.loader_options(rank, world),
-        )
+        options = self.loader_options(rank, world) | {
+            "batch_size": recipe.train.batch_size,
+            "accumulate": recipe.train.grad_accum_steps,
+            "seed": recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
+            "same_size": self.method.backbone.compiled,
+        }
+        split = self.splits[recipe.data.train_on]
+        first, *others = (TrainBatches(split, transform, **options) for transform in self.inputs.transforms)
+        return first.join(others)
 
     def evaluation(self, split: str, rank: int, world: int) -> EvalBatches:
         """Batches with every image of a split once, over all processes; test, which is read once, is never cached."""
+        first, *others = (self._scored(split, transform, rank, world) for transform in self.inputs.transforms)
+        return first.join(others)
+
+    def _scored(self, split: str, transform: ImageTransform, rank: int, world: int) -> EvalBatches:
+        """Those for one backbone."""
         loader_options = self.loader_options(rank, world) | ({"cache": "none"} if split == "test" else {})
         size, same = self.recipe.train.eval_batch_size, self.method.backbone.compiled
-        return EvalBatches(self.splits[split], self.transform, size, same_size=same, **loader_options)
+        return EvalBatches(self.splits[split], transform, size, same_size=same, **loader_options)
 
     def validation(self, rank: int, world: int) -> EvalBatches | None:
         """Batches of val, unless there is none or it is trained on."""
@@ -184,10 +188,10 @@ class Components:
             return
         split, size = self.splits[self.recipe.data.train_on], self.recipe.train.eval_batch_size
         rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), INIT_IMAGES)).astype(np.int64))
-        options = self.loader_options(rank=0, world=1) | {"cache": "none"}
-        loader = EvalBatches(split.subset(split.name, rows), self.transform, size, **options)
-        read = (batch["images"][batch["weight"] > 0].to(device) for batch in loader)
-        batches = [images_B3SS for images_B3SS in read if len(images_B3SS)]
+        options, shown = self.loader_options(rank=0, world=1) | {"cache": "none"}, split.subset(split.name, rows)
+        first, *others = (EvalBatches(shown, transform, size, **options) for transform in self.inputs.transforms)
+        loader = first.join(others)
+        batches = [send_to_device(readable(batch), device) for batch in loader if batch["weight"].any()]
         loader.close()
         if not batches:
             raise no_readable_image(split.name)
@@ -232,43 +236,49 @@ class Components:
                 )
             del wanted[recipe.data.train_on]
         passes = 1 if recipe.method.fitted else recipe.train.epochs
-        caches, line = self._open_streams(accelerator, wanted, stop, passes, shared=shared)
-        for name, cache in caches.items():
-            wanted[name].use(cache)
-        return line
+        return self._open_streams(accelerator, wanted, stop, passes, shared=shared)
 
     def use_stream_files(self, accelerator: RankAccelerator, test: EvalBatches, stop: StopSignal) -> None:
         """Take test's batches from stream.dir, where stream.cache = disk and a reader reads pooled features alone.
 
         Test is read once in a run, but these few numbers an image serve all runs. A collective call.
         """
-        if self.recipe.stream.cache == "disk" and isinstance(self.method, Reader) and self.method.spec == StreamSpec():
-            caches, _ = self._open_streams(accelerator, {test.split: test}, stop, 2)
-            test.use(caches[test.split])
+        specs = self.method.specs if isinstance(self.method, Reader) else ()
+        if self.recipe.stream.cache == "disk" and set(specs) == {StreamSpec()}:
+            self._open_streams(accelerator, {test.split: test}, stop, 2)
 
     def _open_streams(
         self,
         accelerator: RankAccelerator,
-        wanted: Iterable[str],
+        wanted: Mapping[str, TrainBatches | EvalBatches],
         stop: StopSignal,
         passes: int,
         *,
         shared: bool = False,
-    ) -> tuple[dict[str, CachedBatches], str]:
+    ) -> str:
+        """Let batches come from the cache of each backbone's stream; returns a line for the log."""
         assert isinstance(self.method, Reader)
-        recipe = self.recipe
-        return open_streams(
-            recipe.stream,
-            recipe.data,
-            self.method.backbone,
-            (self.method.shared_spec if shared else self.method.spec, self.method.spec),
-            self.transform,
-            {name: (self.splits[name], partial(self.evaluation, name)) for name in wanted},
-            accelerator,
-            stop,
-            passes=passes,
-            batch=max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size),
-        )
+        recipe, method, lines = self.recipe, self.method, []
+        for number, backbone in enumerate(method.backbone.members):
+            spec = method.specs[number]
+            transform = self.inputs.transforms[number]
+            with naming_member(recipe.members, number):
+                caches, line = open_streams(
+                    recipe.stream,
+                    recipe.data,
+                    backbone,
+                    (method.shared_spec if shared and len(method.specs) == 1 else spec, spec),
+                    transform,
+                    {name: (self.splits[name], partial(self._scored, name, transform)) for name in wanted},
+                    accelerator,
+                    stop,
+                    passes=passes,
+                    batch=max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size),
+                )
+            for name, cache in caches.items():
+                wanted[name].use(cache, number)
+            lines.append(line if len(recipe.members) == 1 else f"{recipe.members[number].name}: {line}")
+        return "\n".join(lines)
 
 
 def build_components(
@@ -280,9 +290,7 @@ def build_components(
     by default blocks are compiled for a long training alone.
     """
     check_open_files(recipe.data.workers)
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
-    if recipe.method.fitted:  # to each image once, as evaluation shows it
-        inputs = replace(inputs, transform=replace(inputs.transform, augment="none"))
+    inputs = resolve_inputs(recipe)
     splits = open_splits(recipe.data, inputs.task)
     if recipe.train.test:
         splits["test"]  # a missing one is reported now, not after hours of training
@@ -296,30 +304,6 @@ def build_components(
     return Components(inputs, splits, method, load_report, recipe, launch)
 
 
-def resolve_inputs(data: DataConfig, backbone: BackboneConfig) -> Inputs:
-    """The recipe's own settings, else those of the task, else those of the weights."""
-    task, preprocessing = resolve(data), preprocessing_of(backbone)
-    transform = ImageTransform(
-        image_size=data.image_size or preprocessing.image_size,
-        interpolation=task.interpolation or cast(Interpolation, preprocessing.interpolation),
-        crop_mode=task.crop_mode,
-        augment=task.augment,
-    )
-    return Inputs(task, preprocessing, transform, *channels(data, task, preprocessing))
-
-
-def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, in [0, 1], with which images are normalized."""
-    if data.mean is not None and data.std is not None:
-        return data.mean, data.std
-    kinds = {
-        "vpt": (IMAGENET.mean, IMAGENET.std),
-        "weights": (preprocessing.mean, preprocessing.std),
-        "none": ((0.0,) * 3, (1.0,) * 3),
-    }
-    return kinds[task.normalize]
-
-
 def build_method(
     recipe: Recipe, inputs: Inputs, classes: int, images: int = 0, *, defer: bool = False
 ) -> tuple[Method, LoadReport]:
@@ -331,20 +315,35 @@ def build_method(
     defer = defer and recipe.runtime.quantize == "none"
     if defer:
         give_back_freed_memory()  # each matrix is in memory for a moment, and no longer
-    torch.manual_seed(recipe.seed)
-    backbone, load_report = build(
-        recipe.backbone,
-        image_size=inputs.transform.image_size,
-        mean=inputs.mean,
-        std=inputs.std,
-        frame=recipe.method.frame,
-        defer=defer,
-    )
+    backbones, reports = [], []
+    for number, (member, each) in enumerate(zip(recipe.members, inputs.of_each, strict=True)):
+        torch.manual_seed(recipe.seed)
+        with naming_member(recipe.members, number):
+            built, load_report = build(
+                member,
+                image_size=each.transform.image_size,
+                mean=each.mean,
+                std=each.std,
+                frame=recipe.method.frame,
+                defer=defer,
+            )
+        backbones.append(built)
+        reports.append(load_report)
+    backbone = backbones[0] if len(backbones) == 1 else BackboneGroup(backbones)
     torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
     method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     dtype, writes = DTYPES[recipe.runtime.precision], not isinstance(method, Reader)
-    apply_runtime(backbone, recipe.runtime, dtype, writes=writes, images=images)
-    return method, load_report
+    for built in backbones:
+        apply_runtime(built, recipe.runtime, dtype, writes=writes, images=images)
+    if isinstance(backbone, BackboneGroup):
+        backbone.collect_chosen()
+    return method, joined_reports(reports, [member.name for member in recipe.members])
+
+
+def readable(batch: Batch) -> Any:
+    """The images of a batch that could be read."""
+    images, read_B = batch["images"], batch["weight"] > 0
+    return images.where(read_B) if isinstance(images, Joined) else images[read_B]
 
 
 def build_reader(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:

@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
 from dist_vpt.errors import DataError
-from dist_vpt.frozen_stream.observe import StreamOutput, compute_stream
+from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.stack import ReaderStack, by_shape
 from dist_vpt.runs.adapters import collect
@@ -190,6 +190,7 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
         losses_T = (losses_TB * weights_B).sum(1)
         correct_T = ((logits_TBK.argmax(2) == batch["labels"]) * batch["weight"]).sum(1)
         sums += torch.cat([losses_T.detach(), correct_T, batch["weight"].sum()[None]])
+        losses_T = _penalized(readers, losses_T, weight / (accelerator.num_processes * len(micro_batches)))
         if stacks[0].scale_T is not None:
             losses_T = losses_T * torch.cat([stack.scale_T for stack in stacks])  # type: ignore[misc]
         # One that is not finite stays in its own trial, whose gradient is not used.
@@ -225,6 +226,15 @@ def read(stacks: Sequence[ReaderStack], observed: StreamOutput) -> list[Tensor]:
     return [logits_BK for logits_TBK in logits for logits_BK in logits_TBK]
 
 
+def _penalized(stacks: Sequence[ReaderStack], losses_T: Tensor, weight: Tensor) -> Tensor:
+    """Losses of all trials, each with its penalty times ``weight``."""
+    found = [type(cast(Reader, stack.readers[0])).penalties(stack) for stack in stacks]
+    if all(penalties_T is None for penalties_T in found):
+        return losses_T
+    none = [losses_T.new_zeros(len(stack.readers)) for stack in stacks]
+    return losses_T + weight * torch.cat([none[n] if each is None else each for n, each in enumerate(found)])
+
+
 def _stacked_readers(group: TrialGroup, trials: Sequence[Trial]) -> tuple[list[ReaderStack], list[int]]:
     """Stacks with the readers of these trials, those of the training if possible; for each trial its place in them."""
     readers, stacks = [trial.reader for trial in trials], [stack.readers for stack in group.stacks]
@@ -236,8 +246,7 @@ def _stacked_readers(group: TrialGroup, trials: Sequence[Trial]) -> tuple[list[R
 
 def observed_stream(group: TrialGroup, batch: Batch) -> StreamOutput:
     """The frozen stream of a batch, which a cache has in place of its images."""
-    images, reader = batch["images"], group.trials[0].reader
-    return images if isinstance(images, StreamOutput) else compute_stream(reader.backbone, images, reader.spec)
+    return group.trials[0].reader.stream(batch["images"])
 
 
 def _read_split(

@@ -17,7 +17,8 @@ from torch import nn
 
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
-from dist_vpt.training.components import build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import resolve_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,7 @@ def tiny(*overrides: str) -> Recipe:
 @cache
 def saved_mib(*overrides: str) -> float:
     recipe = tiny(*overrides)
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     method = build_method(recipe, inputs, K)[0].train()
     batch = step.synthetic_batches(recipe, inputs, K)[0]
     return step.saved_for_backward(method, lambda: step.micro_batch_loss(method, recipe, batch)) / 2**20
@@ -75,11 +76,11 @@ def flops() -> dict[str, int]:
     code = f"""
 import json, runpy, sys
 from dist_vpt.recipe.loading import load_recipe
-from dist_vpt.training.components import resolve_inputs
+from dist_vpt.training.inputs import resolve_inputs
 count, found = runpy.run_path(sys.argv[1])["model_flops"], {{}}
 for name, words in json.loads(sys.argv[2]).items():
     recipe = load_recipe([], words)
-    found[name] = count(recipe, resolve_inputs(recipe.data, recipe.backbone), {K})
+    found[name] = count(recipe, resolve_inputs(recipe), {K})
 print(json.dumps(found))
 """
     recipes = {name: [*TINY, *words] for name, words in COUNTED.items()}

@@ -95,7 +95,7 @@ def test_prediction_reads_images_as_training_does(tmp_path: Path) -> None:
     loaded = LoadedRun(SimpleNamespace(data=config), nothing, [], nothing, inputs)  # type: ignore[arg-type]
     for i in range(4):
         split = splits["test"]
-        assert loaded.load_image(Path(split.where(i))).equal(transform.eval(split.read(i)))
+        assert loaded.load_images([Path(split.where(i))])[0].equal(transform.eval(split.read(i)))
 
 
 @pytest.mark.parametrize(

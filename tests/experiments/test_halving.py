@@ -18,7 +18,7 @@ from dist_vpt.experiments.suite_plan import plan_experiments
 from dist_vpt.experiments.sweep_report import heatmap_figure, print_sweep
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import load_recipe
-from dist_vpt.recipe.schema import SweepConfig
+from dist_vpt.recipe.sweep_section import SweepConfig
 from dist_vpt.runs.results import read
 from dist_vpt.training import engine
 from tests.forks import command as forked

@@ -11,8 +11,8 @@ from dist_vpt.planning.footprint import footprint
 from dist_vpt.planning.measure import make_training, measured_bytes, synthetic_batches
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import Recipe
-from dist_vpt.training.components import resolve_inputs
 from dist_vpt.training.engine import TrainState, train_step
+from dist_vpt.training.inputs import resolve_inputs
 from tests.gpu.device import BACKBONE, BATCH, DRY, KEY, accepts, cuda_only, train
 
 pytestmark = accepts
@@ -33,7 +33,7 @@ def recipe_of(*overrides: str) -> Recipe:
 def steps(*overrides: str, count: int = 2) -> tuple[list[float], TrainState]:
     """Losses of the first steps on the same noise."""
     recipe = recipe_of(*overrides)
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     training, batches = make_training(recipe, inputs, CLASSES), synthetic_batches(recipe, inputs, CLASSES)
     losses = []
     for _ in range(count):
@@ -108,7 +108,7 @@ def test_the_plan_is_near_the_measured_peak(overrides: tuple[str, ...]) -> None:
     """Within a tenth, and low by no more than 5 %; the CPU's kernels take memory for themselves in bf16."""
     dry = ("train.batch_size=256", "runtime.precision=fp32")  # activations outweigh what norms copy
     recipe = recipe_of(*(dry if DRY else ()), *overrides)
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     counted = footprint(as_counted(recipe, gpus=not DRY), CLASSES).on("ddp", 1)
     estimate, found = counted.held + counted.working, measured_bytes(recipe, CLASSES)
     if DRY:  # a CPU takes the batch as it comes, a GPU a copy of it

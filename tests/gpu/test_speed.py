@@ -18,8 +18,8 @@ from dist_vpt.files import write_atomically
 from dist_vpt.planning.measure import make_training, synthetic_batches
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.provenance import device_name, versions
-from dist_vpt.training.components import resolve_inputs
 from dist_vpt.training.engine import train_step
+from dist_vpt.training.inputs import resolve_inputs
 from tests.gpu.device import BACKBONE, BATCH, DEVICE, DRY, KEY, accepts, command
 from tests.running import ROOT, TINY
 
@@ -70,7 +70,7 @@ def test_a_sweeps_step(queries: int, results: Path) -> None:
 
 def step_of(*overrides: str) -> Callable[[], None]:
     recipe = load_recipe(["vpt_deep"], ["data.task=digits", "optim.lr=1e-8", *VPT[1:], *overrides])
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     training, batches = make_training(recipe, inputs, 100), synthetic_batches(recipe, inputs, 100)
 
     def step() -> None:

@@ -19,7 +19,8 @@ from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.adapters import read_adapters, restore
-from dist_vpt.training.components import build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import resolve_inputs
 from tests.backbones.published import FILES
 from tests.backbones.test_swin import make as make_on_swin
 from tests.backbones.test_swin import make_swin
@@ -109,7 +110,7 @@ def test_a_merged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert (facts["backbone"], facts["image_size"], len(facts["classes"])) == ("demo", 8, 10)
     recipe = load_recipe([run / "recipe.yaml"], ["runtime.precision=fp32"])
-    method, _ = build_method(recipe, resolve_inputs(recipe.data, recipe.backbone), 10)
+    method, _ = build_method(recipe, resolve_inputs(recipe), 10)
     adapters = run / "adapters.safetensors"
     restore(method, read_adapters(adapters)[0], adapters)
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
@@ -119,7 +120,7 @@ def test_a_merged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     expected = plain((images - backbone.mean) / backbone.std)
     assert torch.allclose(method.eval()(images), expected, atol=1e-4)
     again = load_recipe([run / "recipe.yaml"], ["method.name=linear", f"backbone.weights={out}"])
-    _, difference = build_method(again, resolve_inputs(again.data, again.backbone), 10)
+    _, difference = build_method(again, resolve_inputs(again), 10)
     assert not difference
     assert main(["merge", str(run), "--out", str(tmp_path / "merged.pth")]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err

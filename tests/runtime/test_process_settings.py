@@ -11,7 +11,8 @@ from dist_vpt.experiments import run as run_module
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runtime.apply import apply_runtime
 from dist_vpt.runtime.tf32 import apply_tf32
-from dist_vpt.training.components import build_method, resolve_inputs
+from dist_vpt.training.components import build_method
+from dist_vpt.training.inputs import resolve_inputs
 from tests.running import TINY, train
 
 
@@ -58,7 +59,7 @@ def test_deterministic_kernels_end_with_the_run(tmp_path: Path, monkeypatch: pyt
 
 def test_a_gpu_s_runs_have_it_and_a_cpu_s_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe([], [*TINY, "runtime.tf32=true"])
-    method, _ = build_method(recipe, resolve_inputs(recipe.data, recipe.backbone), 10)
+    method, _ = build_method(recipe, resolve_inputs(recipe), 10)
     assert "tf32" not in method.backbone.chosen
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     apply_runtime(method.backbone, recipe.runtime, torch.float32, writes=True)

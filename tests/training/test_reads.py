@@ -23,7 +23,7 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training import accelerator as accelerator_module
 from dist_vpt.training import engine, metrics, trials
 from dist_vpt.training.checkpointing import States
-from dist_vpt.training.components import resolve_inputs
+from dist_vpt.training.inputs import resolve_inputs
 from dist_vpt.training.metrics import Scores
 from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup
@@ -206,7 +206,7 @@ def test_what_is_not_finite_changes_nothing(  # noqa: PLR0917 (what pytest gives
     set_fused(monkeypatch, fused)
     words = (*TINY, *OPTIMIZERS[name], "optim.weight_decay=0.1", "train.batch_size=4", "train.epochs=5", *more)
     recipe = load_recipe([], [*words, f"run.dir={tmp_path / 'run'}"])
-    inputs = resolve_inputs(recipe.data, recipe.backbone)
+    inputs = resolve_inputs(recipe)
     t, batches = make_training(recipe, inputs, 10), synthetic_batches(recipe, inputs, 10)
     lines: list[int] = []
     t.monitor = cast(Any, SimpleNamespace(step=lambda number, *_, **__: lines.append(number)))

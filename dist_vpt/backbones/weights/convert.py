@@ -5,7 +5,8 @@ N tokens, D width. No file is opened here.
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -55,6 +56,19 @@ class LoadReport:
             parts[part] = parts.get(part, 0) + 1
         shown = [part if count == 1 else f"{part} ({count})" for part, count in parts.items()]
         return f"{', '.join(shown[:MAX_LISTED])}{_more(len(shown))}"
+
+
+def joined_reports(reports: Sequence[LoadReport], names: Sequence[str]) -> LoadReport:
+    """One report for several backbones, in which each entry names its backbone."""
+    if len(reports) == 1:
+        return reports[0]
+
+    def named(field: str) -> tuple[str, ...]:
+        return tuple(
+            f"{name}: {entry}" for report, name in zip(reports, names, strict=True) for entry in getattr(report, field)
+        )
+
+    return LoadReport(**{field.name: named(field.name) for field in fields(LoadReport)})
 
 
 def _more(count: int) -> str:

@@ -1,0 +1,46 @@
+"""The key ``backbones``: names of recipes, where they stand for a backbone, replaced by what these recipes say."""
+
+from typing import Any
+
+from dist_vpt.recipe.merging import Draft
+from dist_vpt.recipe.reading import read_file
+
+DEMO = "demo"  # the backbone in this package, which has no recipe
+
+
+def expand_backbones(draft: Draft) -> None:
+    """Replace each name, or mapping with a ``base``, by a mapping alone. Mistakes are collected in the draft."""
+    listed = draft.data.get("backbones")
+    if isinstance(listed, str):
+        listed = [listed]  # which is too few, as the recipe's rules say
+    if not isinstance(listed, list):
+        return
+    draft.data["backbones"] = [_expanded(each, f"backbones[{n}]", draft) for n, each in enumerate(listed)]
+
+
+def _expanded(given: Any, key: str, draft: Draft) -> Any:
+    if isinstance(given, str):
+        given = {"base": given}
+    if not isinstance(given, dict) or "base" not in given:
+        return given
+    own = {name: value for name, value in given.items() if name != "base"}
+    base = given["base"]
+    if base == DEMO:
+        return {"name": DEMO, **own}
+    where = draft.location(("backbones",))
+    if not isinstance(base, str):
+        draft.mistakes.append(f"{where}: {key}.base = {base!r}: must be the name of one recipe; write base: NAME")
+        return own
+    read = Draft(protocol=draft.protocol)
+    read_file(base, read, requested_by=f"{where}: {key}")
+    draft.mistakes += read.mistakes
+    if not read.mistakes and not isinstance(read.data.get("backbone"), dict):
+        draft.mistakes.append(
+            f"{where}: {key} = {base!r}: a recipe without a backbone; name one of `dist-vpt recipe list` that has one, "
+            "or write {name: MODEL} for a model of timm"
+        )
+    if read.mistakes or not isinstance(read.data.get("backbone"), dict):
+        return {"name": base, **own}  # whatever else is wrong is reported beside it
+    data = read.data.get("data")
+    size = {"image_size": data["image_size"]} if isinstance(data, dict) and data.get("image_size") else {}
+    return {**size, **read.data["backbone"], **own}
