@@ -88,6 +88,8 @@ def _type(value: dict[str, Any]) -> str:
         text = _choices(value["enum"])
     elif kind == "array" and "prefixItems" in value:
         text = f"list of {len(value['prefixItems'])} values: {_type(value['prefixItems'][0])}"
+    elif "$ref" in value:
+        text = "mapping"
     elif kind == "array":
         text = f"list of {_type(value['items'])}"
     elif kind == "object":

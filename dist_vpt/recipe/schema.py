@@ -181,7 +181,8 @@ class Recipe(Section):
     backbones: tuple[MemberConfig, ...] | None = Field(
         None,
         description="several backbones in place of `backbone` (linear, mlp, knn, logistic, combo): each a mapping as "
-        "`backbone`, or the name of a backbone's recipe (also as `base` of a mapping), such as [dinov2_s14, demo]",
+        "`backbone`, with image_size too, or the name of a backbone's recipe (also as `base` of a mapping), such as "
+        "[dinov2_s14, demo]",
     )
     method: MethodConfig = Field(default_factory=VPTConfig, description="what is trained, and its settings")
     stream: StreamConfig = Field(default_factory=StreamConfig, description="where readers cache the frozen stream")
@@ -335,6 +336,10 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "properties": {name: part for name, part in schema["properties"].items() if name != "protocol"},
     }
+    name = {"type": "string", "description": "name of a backbone's recipe, or a file, that the other keys change"}
+    schema["$defs"]["MemberConfig"]["properties"]["base"] = name
+    several = schema["properties"]["backbones"]["anyOf"][0]
+    several["items"] = {"anyOf": [{"type": "string"}, several["items"]]}
     schema["properties"] = {"base": base, "published": published, **schema["properties"]}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema

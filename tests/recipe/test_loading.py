@@ -247,7 +247,7 @@ def test_files_and_overrides_are_distinguished(argv: list[str], files: list[str]
         (
             "on: 3",
             "1: on = 3: unknown key; "
-            "valid: backbone, base, data, method, optim, protocol, published, run, runtime, seed, stream, "
+            "valid: backbone, backbones, base, data, method, optim, protocol, published, run, runtime, seed, stream, "
             "sweep, train",
         ),
     ],
