@@ -206,8 +206,8 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["a.yaml"],
         [
             (
-                "a.yaml:1: on = 3: unknown key; valid: backbone, backbones, base, data, method, optim, protocol, published, "
-                "run, runtime, seed, stream, sweep, train"
+                "a.yaml:1: on = 3: unknown key; valid: backbone, backbones, base, data, method, optim, protocol, "
+                "published, run, runtime, seed, stream, sweep, train"
             )
         ],
     ),
