@@ -26,7 +26,8 @@ def rank(arguments: argparse.Namespace) -> None:
 
     check_ranking(load_recipe(names, overrides), arguments.best)
     # Whatever is given comes last. Test is not for choosing.
-    recipe = load_recipe(names, [f"method.group_penalty={PENALTY}", "train.test=false", *overrides])
+    defaults = [f"method.group_penalty={PENALTY}", "train.test=false", "run.dir=runs/rank-backbones", "run.resume=auto"]
+    recipe = load_recipe(names, [*defaults, *overrides])
     check_early(recipe)
     from dist_vpt.experiments.rank_backbones import rank_backbones
 
