@@ -42,7 +42,7 @@ def rank_backbones(recipe: Recipe, best: int) -> list[Ranked]:
     check_ranking(recipe, best)
     result = run(recipe)
     folder = RunFolder(str(recipe.run.dir))
-    ranking = _ranking(recipe, folder)
+    ranking = _ranking(folder.load(), folder)
     if LaunchEnv.current().rank:
         return ranking
     chosen = sorted(each.number for each in ranking[:best])
