@@ -3,7 +3,7 @@
 n images that could be read, F features, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -40,11 +40,13 @@ class FittedReader(Reader):
             )
 
     @classmethod
-    def fit(cls, readers: Sequence["FittedReader"], observed: Observed) -> tuple[list[dict[str, float]], list[str]]:
+    def fit(
+        cls, readers: Sequence["FittedReader"], observed: Observed, raise_on_stop: Callable[[], None] = lambda: None
+    ) -> tuple[list[dict[str, float]], list[str]]:
         """Set the tensors of all readers, which differ in their own settings alone.
 
         Returns the scores of each on the images that were trained on (loss, and top1 in percent), and lines for the
-        log. Raises UserError where there are too few images.
+        log. ``raise_on_stop``: called again and again while it lasts. Raises UserError where there are too few images.
         """
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ There features are as they are (``method.head`` published); standardized ones ha
 Adapters are the features of all training images, 4 n F bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -107,7 +107,9 @@ class KNN(FittedReader):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, readers: Sequence[Reader], observed: Observed) -> tuple[list[dict[str, float]], list[str]]:
+    def fit(
+        cls, readers: Sequence[Reader], observed: Observed, raise_on_stop: Callable[[], None] = lambda: None
+    ) -> tuple[list[dict[str, float]], list[str]]:
         """The scores are those of each image by its neighbours among the others (leave one out)."""
         own = [cast(KNN, reader) for reader in readers]
         cls.check_fit(own, observed.labels_n)
@@ -118,6 +120,7 @@ class KNN(FittedReader):
         images, most = len(bank_nF), max(reader.k for reader in own)
         logits: list[list[Tensor]] = [[] for _ in own]
         for rows in torch.arange(images, device=bank_nF.device).split(max(1, CHUNK // images)):
+            raise_on_stop()
             similar, at = own[0].neighbours(bank_nF[rows], min(most, images - 1), without=rows)
             for reader, kept in zip(own, logits, strict=True):
                 kept.append(reader.logits(similar[:, : reader.k], at[:, : reader.k]))

@@ -8,7 +8,7 @@ their mean over their deviation in all training images (times a number that give
 published, features as they are (CLIP, arXiv 2103.00020, section A.3). A run folder is that of a linear head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -44,7 +44,9 @@ class Logistic(FittedReader):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, readers: Sequence[Reader], observed: Observed) -> tuple[list[dict[str, float]], list[str]]:
+    def fit(
+        cls, readers: Sequence[Reader], observed: Observed, raise_on_stop: Callable[[], None] = lambda: None
+    ) -> tuple[list[dict[str, float]], list[str]]:
         own = [cast(Logistic, reader) for reader in readers]
         heads = [cast(nn.Linear, reader.head) for reader in own]
         cls.check_fit(own, observed.labels_n)
@@ -60,6 +62,7 @@ class Logistic(FittedReader):
             [reader.c for reader in own],
             observed.weights_n.to(where),
             observed.smoothing,
+            raise_on_stop,
         )
         found = []
         for head, weight_KF, bias_K in zip(heads, solution.weight_TKF, solution.bias_TK, strict=True):

@@ -10,21 +10,28 @@ with weights v_i: scikit-learn's LogisticRegression divided by its C. Two classe
 here W is half of it in each class with opposite signs, their penalty is doubled to give the same optimum.
 
 All is float64. Features are turned onto their principal axes, where the Hessian at W = 0 is diagonal, and scaled by it:
-that is the preconditioner. Logits are linear along a direction, so that a line search costs no product of matrices;
+that is the preconditioner, until most images are certain; then it is the Hessian's block of each class, made anew every
+100 iterations. Logits are linear along a direction, so that a line search costs no product of matrices;
 and directions are combinations of rows whose products are known (Chen et al., vector-free L-BFGS, NeurIPS 2014).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 PAIRS = 10  # m: remembered steps and changes of the gradient
-TOLERANCE = 1e-8  # of half the Newton decrement (an estimate of what is left to gain), relative to the objective
+TOLERANCE = 1e-7  # of half the Newton decrement (an estimate of what is left to gain), relative to the objective
 MAX_ITERATIONS = 1000  # as the linear evaluation of DINOv2 (arXiv 2304.07193) gives its solver
-BUDGET = 2**25  # numbers of the logits of the values of C that are solved at once: 256 MiB in float64
+REFRESH = 100  # iterations between two preconditioners
+JITTER = 1e-5  # of a block's mean diagonal, on its diagonal: blocks are float32
+BLOCKS_BELOW = 0.2  # share of the curvature at W = 0: where less is left, the preconditioner has blocks
+BUDGET = 2**27  # numbers that are held at once beside the features: 1 GiB in float64
+OF_LOGITS = 6  # tensors [n, K] for each C: in a line search both ends' logits and residuals, the direction's, margins
+OF_WEIGHTS = 2 * (2 * PAIRS + 1) + 8  # tensors [K, r] for each C: the memory, once more while it forgets, and steps
+OF_BLOCKS = 2  # tensors [K, r, r] for each C, in float32 4: the blocks, once more while some are forgotten, factors
 FIRST_STRIDE = 8  # of the values of C that are solved first
 
 
@@ -44,22 +51,29 @@ class Solution:
 
 
 def solve_path(  # noqa: PLR0917 (a regression)
-    features_nF: Tensor, labels_n: Tensor, classes: int, c_T: list[float], weights_n: Tensor, smoothing: float = 0.0
+    features_nF: Tensor,
+    labels_n: Tensor,
+    classes: int,
+    c_T: list[float],
+    weights_n: Tensor,
+    smoothing: float = 0.0,
+    raise_on_stop: Callable[[], None] = lambda: None,
 ) -> Solution:
     """Solve for every C: first for each eighth of them in order, then for those between, from their neighbours' optima.
 
     Each such set is one batch. ``labels_n``: int64 below ``classes``, at least two of which must occur; a class that
-    does not has weight 0 and the bias -1000. ``smoothing``: share of the target that is spread over the classes.
+    does not has weight 0 and the bias -1000. ``smoothing``: share of the target that is spread over the classes that
+    occur. ``raise_on_stop``: called before each iteration; what it raises ends the work.
     """
     present = labels_n.unique()  # ascending
     problem = _Problem(features_nF, torch.searchsorted(present, labels_n), len(present), weights_n, smoothing)
     order = sorted(range(len(c_T)), key=lambda t: c_T[t])
     theta: dict[int, Tensor] = {}  # of those that are solved: [K, r] by number in that order
     objective, iterations = [0.0] * len(c_T), [0] * len(c_T)
-    for group in _groups(len(order), max(1, BUDGET // (len(labels_n) * problem.classes))):
+    for group in _groups(len(order), max(1, BUDGET // problem.numbers)):
         values = [c_T[order[at]] for at in group]
         starts = [_between(at, theta, [math.log(c_T[t]) for t in order]) for at in group]
-        found, objective_t, iterations_t = _minimize(problem, values, problem.zeros(starts))
+        found, objective_t, iterations_t = _minimize(problem, values, problem.zeros(starts), raise_on_stop)
         for row, at in enumerate(group):
             theta[at] = found[row]
             objective[order[at]], iterations[order[at]] = float(objective_t[row]), int(iterations_t[row])
@@ -108,6 +122,11 @@ class _Problem:
         self.rows_nr = torch.cat([centered_nF @ self.axes_Fr, torch.ones_like(self.weights_n1)], 1)
         total = self.weights_n1.sum()[None]
         self.curvature_r = torch.cat([variances[varies], total]) / classes  # of the loss where all are equally likely
+        images, directions = self.rows_nr.shape
+        self.numbers = classes * (OF_LOGITS * images + OF_WEIGHTS * directions)  # that are held for each C, at most
+        of_blocks = OF_BLOCKS * classes * directions**2
+        self.has_blocks = self.numbers + of_blocks <= BUDGET
+        self.numbers += of_blocks if self.has_blocks else 0
 
     def zeros(self, starts: list[Tensor | None]) -> Tensor:
         """[T, K, r]: the starts, 0 where there is none."""
@@ -148,41 +167,103 @@ class _Problem:
         return weight_TKF, theta_TKr[..., -1] - weight_TKF @ self.mean_F
 
 
-def _minimize(p: _Problem, values: list[float], start_TKr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _minimize(
+    p: _Problem, values: list[float], start_TKr: Tensor, raise_on_stop: Callable[[], None]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The optima [T, K, r] for some values of C together, their objectives [T] and iterations [T]."""
-    ridge_T1r = p.ridge(values)
-    scale_T1r = (p.curvature_r + ridge_T1r).rsqrt()
+    ridge = p.ridge(values)
     found, objective_T = start_TKr.clone(), torch.zeros(len(values), dtype=torch.float64)
     iterations_T = torch.full((len(values),), MAX_ITERATIONS)
     active = torch.arange(len(values))  # rows of those that are not done yet
-    x, ridge, scale = start_TKr / scale_T1r, ridge_T1r * scale_T1r.square(), scale_T1r
-    logits = p.logits(start_TKr)
+    theta, logits = start_TKr, p.logits(start_TKr)
     loss, residuals = p.losses(logits)
-    value, gradient = loss + _dot(ridge * x, x) / 2, (residuals.mT @ p.rows_nr) * scale + ridge * x
-    memory = _Memory(gradient)
+    value, gradient = loss + _dot(ridge * theta, theta) / 2, residuals.mT @ p.rows_nr + ridge * theta
+    del residuals
     for iteration in range(MAX_ITERATIONS):
+        raise_on_stop()
+        if iteration % REFRESH == 0:
+            scale = _Scale(p, ridge, logits)
+            memory = _Memory(scale.turned(gradient))
         direction, slope = memory.direction()
         done = ~(-slope / 2 > TOLERANCE * value)  # also where a number is not finite
         if done.any():
             rows, stays = active[done.cpu()], ~done
-            found[rows], objective_T[rows] = (x * scale)[done], value[done].cpu()
+            found[rows], objective_T[rows] = theta[done], value[done].cpu()
             iterations_T[rows] = iteration
             active = active[stays.cpu()]
             if not len(active):
                 break
             memory.keep(stays)
-            x, ridge, scale, logits, value, direction, slope = (
-                each[stays] for each in (x, ridge, scale, logits, value, direction, slope)
+            scale.keep(stays)
+            theta, ridge, logits, value, direction, slope = (
+                each[stays] for each in (theta, ridge, logits, value, direction, slope)
             )
-        ahead = p.logits(direction * scale)
-        step_T11, logits, value, residuals = _search(p, x, direction, ridge, logits, ahead, value, slope)
-        step = step_T11 * direction
-        x = x + step
-        gradient = (residuals.mT @ p.rows_nr) * scale + ridge * x
-        memory.add(step, gradient)
+        ahead = scale.unturned(direction)
+        step_T11, logits, value, residuals = _search(p, theta, ahead, ridge, logits, p.logits(ahead), value, slope)
+        theta = theta + step_T11 * ahead
+        gradient = residuals.mT @ p.rows_nr + ridge * theta
+        del residuals
+        memory.add(step_T11 * direction, scale.turned(gradient))
     if len(active):
-        found[active], objective_T[active] = x * scale, value.cpu()
+        found[active], objective_T[active] = theta, value.cpu()
     return found, objective_T, iterations_T
+
+
+class _Scale:
+    """The preconditioner: L, of which L L' is close to the Hessian of each class, by its diagonal or whole.
+
+    The diagonal is that at W = 0. Once most images are certain, little is left of it, and what is left differs from
+    class to class: there each class has the block of its own weights, r x r, as it is at these logits.
+    """
+
+    def __init__(self, p: _Problem, ridge_T1r: Tensor, logits_TnK: Tensor):
+        self.diagonal_T1r = (p.curvature_r + ridge_T1r).rsqrt()
+        self.blocks_TKrr: Tensor | None = None
+        if not p.has_blocks:
+            return
+        likely_TnK = logits_TnK.softmax(2)
+        curvature_TnK = likely_TnK.mul_(1 - likely_TnK).mul_(p.weights_n1)
+        at_zero = p.weights_n1.sum() * (1 - 1 / p.classes)
+        if (curvature_TnK.sum((1, 2)) < BLOCKS_BELOW * at_zero).any():
+            size = (len(logits_TnK), p.classes, p.rows_nr.shape[1], p.rows_nr.shape[1])
+            self.blocks_TKrr = torch.empty(size, dtype=torch.float32, device=logits_TnK.device)
+            each = zip(self.blocks_TKrr, ridge_T1r, self.diagonal_T1r, curvature_TnK, strict=True)
+            for blocks_Krr, ridge_1r, diagonal_1r, curvature_nK in each:
+                self._factor(p.rows_nr * diagonal_1r, ridge_1r * diagonal_1r.square(), curvature_nK, blocks_Krr)
+
+    @staticmethod
+    def _factor(rows_nr: Tensor, ridge_1r: Tensor, curvature_nK: Tensor, out_Krr: Tensor) -> None:
+        """Cholesky factors [K, r, r] of the blocks for one C, in numbers that the diagonal has scaled."""
+        for curvature_n, block_rr in zip(curvature_nK.unbind(1), out_Krr, strict=True):
+            counts = curvature_n > 1e-6 * curvature_n.max()  # the others are certain
+            rows_mr = (rows_nr[counts] * curvature_n[counts, None].sqrt()).float()
+            torch.mm(rows_mr.mT, rows_mr, out=block_rr)
+        own_Kr = out_Krr.diagonal(dim1=1, dim2=2)
+        own_Kr += ridge_1r + JITTER * own_Kr.mean(1, keepdim=True) + 1e-30
+        factors_Krr, failed_K = torch.linalg.cholesky_ex(out_Krr)
+        plain_Krr = torch.diag_embed(own_Kr.sqrt())
+        torch.where(failed_K[:, None, None] > 0, plain_Krr, factors_Krr, out=out_Krr)
+
+    def turned(self, gradient_TKr: Tensor) -> Tensor:
+        """A gradient by theta as one by what is minimized over."""
+        gradient_TKr = gradient_TKr * self.diagonal_T1r
+        if self.blocks_TKrr is None:
+            return gradient_TKr
+        column = gradient_TKr.float().unsqueeze(3)
+        return torch.linalg.solve_triangular(self.blocks_TKrr, column, upper=False).squeeze(3).double()
+
+    def unturned(self, step_TKr: Tensor) -> Tensor:
+        """A step of what is minimized over as one of theta."""
+        if self.blocks_TKrr is not None:
+            column = step_TKr.float().unsqueeze(3)
+            step_TKr = torch.linalg.solve_triangular(self.blocks_TKrr.mT, column, upper=True).squeeze(3).double()
+        return step_TKr * self.diagonal_T1r
+
+    def keep(self, stays_T: Tensor) -> None:
+        """Forget the others."""
+        self.diagonal_T1r = self.diagonal_T1r[stays_T]
+        if self.blocks_TKrr is not None:
+            self.blocks_TKrr = self.blocks_TKrr[stays_T]
 
 
 def _search(  # noqa: PLR0917 (a point and a line)

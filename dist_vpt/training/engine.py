@@ -60,6 +60,8 @@ class Training(ABC):
     failed_saves: int = 0  # in a row
     unread: list[Any] = field(default_factory=list)  # steps that have been issued, the oldest first
     resume_with: ClassVar[str]  # what the user does to resume
+    at_epoch_end: ClassVar[str] = "while val was scored"
+    saved: ClassVar[str] = "with its state saved"
 
     @property
     def epoch(self) -> int:
@@ -272,7 +274,7 @@ def fit(t: Training) -> None:
             t.end_epoch()
         except (DataError, Interrupted) as error:  # saved as of the epoch's last step: a resumed run scores val
             t.progress.seconds = time.monotonic() - started
-            ended = f"stopped at step {t.step}, while val was scored, {save(t)}"
+            ended = f"stopped at step {t.step}, {t.at_epoch_end}, {save(t)}"
             if isinstance(error, DataError):  # of any process, raised on all
                 error.args = (f"{error}\n{t.path}: {ended}",)
                 raise
@@ -292,7 +294,7 @@ def save(t: Training) -> str:
     failed = t.write_state()
     t.failed_saves = t.failed_saves + 1 if failed else 0
     if failed is None:
-        return f"with its state saved; {t.resume_with} resumes it"
+        return f"{t.saved}; {t.resume_with} resumes it"
     t.warn(
         f"warning: the state of step {t.step} could not be saved ({failed}); training continues, and would resume "
         f"{t.newest_state}; free space in {t.state_folder}"

@@ -6,13 +6,15 @@ Several processes share the batches, gather the features, and each fits the same
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from dist_vpt.data.loaders import PADDING, Batch
-from dist_vpt.errors import DataError, UserError
+from dist_vpt.distributed.collectives import raise_on_any_rank, stop_all_ranks
+from dist_vpt.errors import DataError, Interrupted, UserError
 from dist_vpt.methods.fitted import FittedReader, Observed
 from dist_vpt.training.metrics import no_readable_image
 from dist_vpt.training.step import weigh_global_batch
@@ -23,6 +25,8 @@ from dist_vpt.training.trials import TrialGroup, observed_stream, quick_scores
 class FittedGroup(TrialGroup):
     """Trials that are fitted together after one pass over the images, whatever train.epochs is."""
 
+    at_epoch_end: ClassVar[str] = "while it was fitted or val was scored"
+    saved: ClassVar[str] = "to be fitted again"
     collected: list[tuple[Tensor, ...]] = field(default_factory=list)  # features, labels, weights, rows of a batch
 
     @property
@@ -56,10 +60,15 @@ class FittedGroup(TrialGroup):
                     f"method.name = {self.recipe.method.name}: features of training images are not finite; set "
                     "runtime.precision=fp32, or use other weights"
                 )
-            scores, lines = type(readers[0]).fit(readers, observed)
+            scores, lines = type(readers[0]).fit(readers, observed, self._raise_on_stop)
+        except Interrupted:
+            scores, lines = [], []  # the others hear of it when they have fitted
         except UserError as error:
             error.shared = True  # all processes have the same features
             raise
+        raise_on_any_rank(self.accelerator, None, self.stop)
+        if self.stop.agreed:
+            stop_all_ranks(self.accelerator, "stopped while readers were fitted")  # to which the engine adds the rest
         for line in lines:
             self.show(line)
         for trial, score in zip(self.trials, scores, strict=True):
@@ -72,6 +81,10 @@ class FittedGroup(TrialGroup):
             top1 = [trial.progress.last["val"]["top1"] for trial in self.trials]
             self.show(f"val top1 of {len(top1)} trials: {min(top1):.2f} to {max(top1):.2f} %")
         self.progress.epoch, self.progress.step = 1, 0
+
+    def _raise_on_stop(self) -> None:
+        if self.stop.requested:
+            raise Interrupted("stopped while readers were fitted")
 
     def _observed(self) -> Observed:
         """All images that could be read, in the order of their split, which is the same whatever collected them."""

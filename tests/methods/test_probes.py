@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_vpt.errors import UserError
+from dist_vpt.errors import Interrupted, UserError
 from dist_vpt.frozen_stream.observe import StreamOutput
-from dist_vpt.methods import attach
+from dist_vpt.methods import attach, softmax_regression
 from dist_vpt.methods.fitted import FittedReader, Observed
 from dist_vpt.methods.knn import KNN
 from dist_vpt.methods.softmax_regression import solve_path
 from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.planning.measure import _peak_on_cpu
 from tests.methods.conftest import config_of, make_backbone
 from tests.reference.probes import newton, objective, vote
 
@@ -98,6 +99,51 @@ def test_a_class_without_images_is_never_predicted_and_its_loss_is_finite() -> N
     assert F.cross_entropy(logits_nK, torch.ones(60, dtype=torch.long)).isfinite()
     few = solve_path(x_nF, labels_n, 3, [1.0], torch.ones(60))
     torch.testing.assert_close(solution.weight_TKF[0, ::2], few.weight_TKF[0])
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_memory_stays_within_the_budget(blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all tensors at once; a budget without blocks for the preconditioner leads to the same optima."""
+    x_nF, labels_n = drawn(400, 24, 4)
+    ones = torch.ones(400)
+    whole = solve_path(x_nF, labels_n, 4, C_PATH, ones)
+    problem = softmax_regression._Problem(x_nF, labels_n, 4, ones, 0.0)
+    assert problem.has_blocks
+    each = problem.numbers if blocks else problem.numbers - 1  # just not enough for one C with blocks
+    monkeypatch.setattr(softmax_regression, "BUDGET", (5 if blocks else 1) * each)
+    small = softmax_regression._Problem(x_nF, labels_n, 4, ones, 0.0)
+    assert small.has_blocks == blocks
+    found: list[softmax_regression.Solution] = []
+    peak = _peak_on_cpu(lambda: found.append(solve_path(x_nF, labels_n, 4, C_PATH, ones)))
+    torch.testing.assert_close(found[0].objective_T, whole.objective_T, rtol=1e-6, atol=0)
+    solved = 4 * len(C_PATH) * 4 * 25  # what is found, and turned back at the end
+    features = 4 * 400 * 25 + 4 * 25**2
+    assert peak <= 8 * (softmax_regression.BUDGET + features + solved)
+
+
+def test_what_is_raised_at_a_stop_ends_the_solver() -> None:
+    x_nF, labels_n = drawn(60, 6, 3)
+    calls = []
+
+    def raise_on_stop() -> None:
+        calls.append(None)
+        if len(calls) == 5:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted, match="stopped"):
+        solve_path(x_nF, labels_n, 3, C_PATH, torch.ones(60), 0.0, raise_on_stop)
+    assert len(calls) == 5
+
+
+def test_classes_without_images_add_nothing_to_the_loss_that_is_shown() -> None:
+    """Also with label smoothing, which is spread over the classes that occur."""
+    losses = []
+    for classes in (3, 6):
+        [reader] = readers_of([{"name": "logistic", "c": 1.0}], classes)
+        observed = observed_of(reader.backbone.width)._replace(smoothing=0.1)
+        [score], _ = type(reader).fit([reader], observed)
+        losses.append(score["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("head", ["standardized", "published"])

@@ -20,6 +20,7 @@ from dist_vpt.frozen_stream import placement as stream_placement
 from dist_vpt.frozen_stream.cache import nbytes
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.frozen_stream.placement import BUDGET
+from dist_vpt.methods import logistic
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import EarlyStopConfig, Recipe
 from dist_vpt.runs.adapters import collect, restore
@@ -112,6 +113,23 @@ def test_trials_together_are_what_they_are_alone(
 def test_smaller_batches_and_weights_are_those_of_a_run_alone(data: tuple[str, ...], tmp_path: Path) -> None:
     more = ["train.batch_size=13", "train.epochs=2", "train.label_smoothing=0.1", "train.class_weights=inv"]
     assert_as_alone(tmp_path, [[*some, *more] for some in few(settings("linear", "adam", 2), data)])
+
+
+def test_a_stop_while_readers_are_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = [[*COMMON, "method.name=logistic", f"method.c={c}"] for c in (0.1, 10.0)]
+    made, solve = make(tmp_path, each), logistic.solve_path
+
+    def solve_and_stop(*problem: Any) -> Any:
+        made.stop.requested = True
+        with pytest.raises(Interrupted) as caught:
+            solve(*problem)
+        raise caught.value
+
+    monkeypatch.setattr(logistic, "solve_path", solve_and_stop)
+    with pytest.raises(Interrupted, match="while it was fitted or val was scored, to be fitted again; the same"):
+        fit_trials(made)
+    made.close()
+    assert made.stop.agreed
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])
