@@ -17,6 +17,7 @@ from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.experiments.early_checks import check_ranking
 from dist_vpt.experiments.run import run
 from dist_vpt.files import to_json, write_atomically
+from dist_vpt.methods.combo import Combo
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters
 from dist_vpt.runs.folder import RunFolder
@@ -30,6 +31,7 @@ class Ranked:
 
     number: int  # in the recipe's list, from 0
     name: str
+    image_size: int  # pixels
     norm: float  # |P_k|
     share: float  # of the sum of all norms
 
@@ -60,14 +62,15 @@ def rank_backbones(recipe: Recipe, best: int) -> list[Ranked]:
 def _ranking(recipe: Recipe, folder: RunFolder) -> list[Ranked]:
     tensors, facts = read_adapters(folder.adapters)
     random = tuple(member.model_copy(update={"weights": "random"}) for member in recipe.backbones or ())
+    inputs = resolve_inputs(recipe)
     with torch.device("meta"):  # shapes are enough
-        method, _ = build_method(
-            recipe.model_copy(update={"backbones": random}), resolve_inputs(recipe), len(facts["classes"])
-        )
-    norms: list[float] = method.group_norms(tensors["projection.weight"]).tolist()  # type: ignore[operator]
+        method, _ = build_method(recipe.model_copy(update={"backbones": random}), inputs, len(facts["classes"]))
+    assert isinstance(method, Combo)
+    norms: list[float] = method.group_norms(tensors["projection.weight"]).tolist()
+    total = sum(norms) or 1.0
     found = [
-        Ranked(number, member.name, norm, norm / sum(norms) if sum(norms) else 0.0)
-        for number, (member, norm) in enumerate(zip(recipe.members, norms, strict=True))
+        Ranked(number, member.name, transform.image_size, norm, norm / total)
+        for number, (member, transform, norm) in enumerate(zip(recipe.members, inputs.transforms, norms, strict=True))
     ]
     return sorted(found, key=lambda each: -each.norm)
 
@@ -75,10 +78,10 @@ def _ranking(recipe: Recipe, folder: RunFolder) -> list[Ranked]:
 def _show(recipe: Recipe, ranking: list[Ranked], chosen: list[int], folder: RunFolder) -> None:
     console = Console(highlight=False)
     table = Table(title="backbones by the norm of their part of the projection")
-    for column in ("rank", "backbone", "norm", "share, %"):
+    for column in ("rank", "backbone", "pixels", "norm", "share, %"):
         table.add_column(column, justify="left" if column == "backbone" else "right", overflow="fold")
     for rank, each in enumerate(ranking, 1):
-        table.add_row(str(rank), each.name, f"{each.norm:.3f}", f"{100 * each.share:.1f}")
+        table.add_row(str(rank), each.name, str(each.image_size), f"{each.norm:.3f}", f"{100 * each.share:.1f}")
     console.print(table)
     console.print(f"the best {len(chosen)}, to be trained without the penalty:", markup=False)
     console.print(_key_of(recipe, chosen), markup=False, soft_wrap=True)
