@@ -128,9 +128,9 @@ class Method(nn.Module):
         """Show ``norms`` a batch of training images [B, 3, S, S], or of a reader their stream."""
         self(images)
 
-    def penalty(self) -> Tensor | None:
-        """What is added to the mean loss of an optimizer step, []; None for most methods."""
-        return None
+    def penalty(self) -> Tensor | float:
+        """What is added to the mean loss of an optimizer step, []; nothing for most methods."""
+        return 0.0
 
     def init_tokens(self, batches: Sequence[Tensor], seed: int) -> None:
         """Initialize trained tokens from batches of training images [B, 3, S, S]; nothing for most methods."""
@@ -231,10 +231,6 @@ class Reader(Method):
     def penalties(cls, stack: ReaderStack) -> Tensor | None:
         """``penalty`` of each reader of a stack, [T]."""
         return None
-
-    def penalty(self) -> Tensor | None:
-        found = self.penalties(ReaderStack.of([self]))
-        return None if found is None else found[0]
 
     def forward(self, images: Any) -> Tensor:
         return self.read(self.stream(images))

@@ -129,6 +129,10 @@ class Combo(StackReader):
         columns = [member.width * maps for member, maps in zip(self.backbone.members, self.maps, strict=True)]
         return torch.stack([part.flatten(-2).norm(dim=-1) for part in weight_XWF.split(columns, dim=-1)], dim=-1)
 
+    def penalty(self) -> Tensor | float:
+        rate = self.recipe.group_penalty
+        return rate * self.group_norms(self.projection.weight).sum() if rate else 0.0
+
     @classmethod
     def penalties(cls, stack: ReaderStack) -> Tensor | None:
         readers = cast(Sequence[Combo], stack.readers)

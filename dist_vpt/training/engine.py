@@ -238,8 +238,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
                 issued.numbers |= _summed(t, sums) | {"weight": weight}
             if last and _is_deepspeed(t):  # its backward also steps
                 issued.raise_if_diverged()
-            penalty = t.method.penalty()
-            accelerator.backward(loss * scale if penalty is None else loss * scale + penalty)
+            accelerator.backward(loss * scale + t.method.penalty())
             if last:
                 issued.numbers |= _clip(t)
                 _guard(t, issued)

@@ -22,6 +22,7 @@ COMMANDS = {
     "dist-vpt": {"--help", "--version"},
     "dist-vpt train": {"--help", "--debug", "RECIPE|a.b=c +"},
     "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +"},
+    "dist-vpt rank-backbones": {"--help", "--debug", "RECIPE|a.b=c +", "--best"},
     "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
     "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
     "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
