@@ -13,7 +13,7 @@ by structure: the backbone's are frozen, the method's are not.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,14 @@ class Reader(Method):
     def shared_spec(self) -> StreamSpec:
         """The tensors to keep of a stream that many readers share: larger, but less is left to compute for each."""
         return self.spec
+
+    def train(self, mode: bool = True) -> Self:
+        """Leave the backbone as it is: its only mode is eval, and the readers of a sweep would all walk through it."""
+        self.training = mode
+        for module in self.children():
+            if module is not self.backbone:
+                module.train(mode)
+        return self
 
     def stream(self, images: Any) -> StreamOutput:
         """The frozen stream of images, or of several backbones' images, unless they are one already."""
