@@ -27,13 +27,12 @@ from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RecipeError, UserError
 from dist_vpt.frozen_stream import cache as stream_cache
 from dist_vpt.frozen_stream import disk as stream_disk
-from dist_vpt.frozen_stream import placement
+from dist_vpt.frozen_stream import joined, placement
 from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, fill, nbytes
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.frozen_stream.disk import cache_folder, identity, on_disk
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from dist_vpt.frozen_stream.placement import Sharing, choose
-from dist_vpt.methods import base
 from dist_vpt.methods.base import Reader
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training import engine
@@ -87,7 +86,7 @@ def run(folder: Path, *overrides: str) -> Outcome:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "train_step", recorded)
-        patch.setattr(base, "compute_stream", counted)
+        patch.setattr(joined, "compute_stream", counted)
         result = train(folder, *overrides)
     line = next(line for line in (folder / "train.log").read_text().splitlines() if "frozen stream" in line)
     return Outcome(losses, metrics(folder), sum(live), line, result)
