@@ -105,5 +105,7 @@ def naming_member(members: Sequence[BackboneConfig], number: int) -> Iterator[No
         yield
     except UserError as error:
         if len(members) > 1:
-            error.args = (f"backbones[{number}] ({members[number].name}): {error}",)
+            # Keys as they are spelt for one of several, whose image size is its own.
+            text = re.sub(r"(?<!\S)(data|backbone)\.(?=(image_size|weights|entry|load|global_pool)\b)", "", str(error))
+            error.args = (f"backbones[{number}] ({members[number].name}): {text}",)
         raise

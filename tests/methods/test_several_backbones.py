@@ -223,12 +223,12 @@ def test_linear_reads_the_blocks_of_all() -> None:
         (
             {},
             (SMALL, ("class_token", {"img_size": (16, 24)})),
-            r"the backbone's 6 patches are no square grid",
+            r"^backbones\[1\]: method.name = combo: the backbone's 6 patches are no square grid",
         ),
         (
             {"blocks": (0, 2)},
             (SMALL, LARGE),
-            r"method.blocks: 2: the backbone's blocks are 0 to 1; leave it out",
+            r"^backbones\[1\]: method.blocks: 2: the backbone's blocks are 0 to 1; leave it out",
         ),
     ],
 )
