@@ -340,7 +340,10 @@ def test_the_best_one_is_printed_as_a_backbone(
 @pytest.mark.parametrize(
     ("rest", "message"),
     [
-        (["method.name=combo"], "rank-backbones: the recipe has one backbone; name several: backbones=[dinov2_s14, demo]"),
+        (
+            ["method.name=combo"],
+            "rank-backbones: the recipe has one backbone; name several: backbones=[dinov2_s14, demo]",
+        ),
         (["linear", SEVERAL], "rank-backbones: method.name = linear: backbones are ranked by combo's projection"),
         (["combo", SEVERAL, "--best", "2"], "--best 2: must be from 1 to 1, fewer than there are backbones"),
         (["combo", SEVERAL, "--best", "0"], "--best 0: must be from 1 to 1, fewer than there are backbones"),

@@ -151,7 +151,8 @@ def test_there_is_no_penalty_unless_it_is_asked_for() -> None:
 
 def features_of(backbone: BackboneGroup, images: Joined) -> torch.Tensor:
     return torch.cat(
-        [compute_stream(m, part, StreamSpec()).pooled for m, part in zip(backbone.members, images.parts, strict=True)], dim=1
+        [compute_stream(m, part, StreamSpec()).pooled for m, part in zip(backbone.members, images.parts, strict=True)],
+        dim=1,
     )
 
 
@@ -217,8 +218,8 @@ def test_linear_reads_the_blocks_of_all() -> None:
         (
             {"tokens": "all"},
             (SMALL, LARGE),
-            r"method.tokens = all: the backbones have 1 and 3 class tokens and registers, and those of one position are "
-            r"concatenated; set method.tokens=patches",
+            r"method.tokens = all: the backbones have 1 and 3 class tokens and registers, and those of one position "
+            r"are concatenated; set method.tokens=patches",
         ),
         (
             {},
@@ -241,5 +242,5 @@ def test_what_combo_cannot_read(
 
 @pytest.mark.parametrize("name", ["vpt", "lora", "vqt", "ladder", "side", "full"])
 def test_methods_of_one_backbone_do_not_attach_to_several(name: str) -> None:
-    with pytest.raises(UserError, match=rf"method.name = \w+: has one backbone; use `backbone` for `backbones`"):
+    with pytest.raises(UserError, match=r"method.name = \w+: has one backbone; use `backbone` for `backbones`"):
         attach(config_of({"name": name}), group_of(SMALL, LARGE), 4)
