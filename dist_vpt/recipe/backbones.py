@@ -1,8 +1,9 @@
 """The key ``backbones``: names of recipes, where they stand for a backbone, replaced by what these recipes say."""
 
+from pathlib import Path
 from typing import Any
 
-from dist_vpt.recipe.merging import Draft
+from dist_vpt.recipe.merging import COMMAND_LINE, Draft
 from dist_vpt.recipe.reading import read_file
 
 DEMO = "demo"  # the backbone in this package, which has no recipe
@@ -42,7 +43,9 @@ def _expanded(given: Any, key: str, draft: Draft) -> Any:
 def _of_recipe(base: str, own: dict[str, Any], key: str, draft: Draft) -> dict[str, Any]:
     """The backbone of a recipe, changed by ``own``."""
     where, read = draft.location(("backbones",)), Draft(protocol=draft.protocol)
-    read_file(base, read, requested_by=f"{where}: {key}")
+    # A file in a recipe file's list is relative to that file, as its bases are.
+    listed_in = () if where == COMMAND_LINE else (Path(where.rpartition(":")[0]),)
+    read_file(base, read, requested_by=f"{where}: {key}", parents=listed_in)
     draft.mistakes += read.mistakes
     if not read.mistakes and not isinstance(read.data.get("backbone"), dict):
         draft.mistakes.append(
