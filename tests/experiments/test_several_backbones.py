@@ -358,3 +358,9 @@ def test_what_cannot_be_ranked(
     assert error.startswith("error: ")
     assert message in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probe_is_of_one_backbone_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "data.task=digits", SEVERAL, "--backbones", "demo", "--out", str(tmp_path / "out")]) == 2
+    assert "error: probe: backbones=[{name: demo" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
