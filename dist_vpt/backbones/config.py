@@ -84,7 +84,7 @@ class MemberConfig(BackboneConfig):
     """One of several backbones."""
 
     image_size: int | None = Field(
-        None, ge=1, description="pixels on a side of its images; null: data.image_size, else that of its weights"
+        None, ge=8, description="pixels on a side of its images; null: data.image_size, else that of its weights"
     )
 
 
@@ -105,5 +105,7 @@ def naming_member(members: Sequence[BackboneConfig], number: int) -> Iterator[No
         yield
     except UserError as error:
         if len(members) > 1:
-            error.args = (f"backbones[{number}] ({members[number].name}): {error}",)
+            # Keys as they are spelt for one of several, whose image size is its own.
+            text = re.sub(r"(?<!\S)(data|backbone)\.(?=(image_size|weights|entry|load|global_pool)\b)", "", str(error))
+            error.args = (f"backbones[{number}] ({members[number].name}): {text}",)
         raise

@@ -3,12 +3,14 @@
 D width, K backbones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from dist_vpt.backbones.vit import Backbone
+from dist_vpt.errors import UserError
 
 
 class BackboneGroup(Backbone):
@@ -51,3 +53,14 @@ class BackboneGroup(Backbone):
         for name in dict.fromkeys(name for member in self.members for name in member.chosen):
             found = [member.chosen.get(name, "none") for member in self.members]
             self.chosen[name] = found[0] if len(set(found)) == 1 else ", ".join(found)
+
+
+@contextmanager
+def naming_part(backbone: Backbone, number: int) -> Iterator[None]:
+    """Say in a UserError which part of a group it is about, by its place in the recipe. ``number``: from 0."""
+    try:
+        yield
+    except UserError as error:
+        if len(backbone.members) > 1:
+            error.args = (f"backbones[{number}]: {error}",)
+        raise

@@ -36,7 +36,7 @@ def plan_probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> 
         if sets_method(name):
             raise UserError(f"probe: {name} sets a method, and a probe runs {', '.join(METHODS)}; leave it out")
     for override in overrides:
-        if override.startswith(("method.", "backbone.name=", "backbone.weights=", "run.dir=")):
+        if override.startswith(("method.", "backbone.name=", "backbone.weights=", "backbones", "run.dir=")):
             raise UserError(f"probe: {override}: differs between its runs and is set by it; leave it out")
     shipped = [recipe.name for recipe in shipped_recipes() if recipe.kind == "backbone"]
     chosen = list(backbones) or [DEMO, *shipped]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from dist_vpt.backbones.group import naming_part
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
@@ -67,12 +68,14 @@ class Method(nn.Module):
         """Raises UserError if the method does not support this backbone, or one of several."""
         if len(backbone.members) > 1 and not cls.joins:
             raise UserError(f"method.name = {cls.__name__.lower()}: has one backbone; use `backbone` for `backbones`")
-        if not cls.on_swin and any(isinstance(member, SwinBackbone) for member in backbone.members):
-            raise UserError(
-                f"method.name = {cls.__name__.lower()}: not on Swin, whose tokens attend within windows and are merged "
-                "between stages, so that there is no list of tokens that every block sees; choose a ViT, or one of "
-                "vpt, linear, knn, logistic, mlp, side and full"
-            )
+        for number, member in enumerate(backbone.members):
+            if not cls.on_swin and isinstance(member, SwinBackbone):
+                with naming_part(backbone, number):
+                    raise UserError(
+                        f"method.name = {cls.__name__.lower()}: not on Swin, whose tokens attend within windows and "
+                        "are merged between stages, so that there is no list of tokens that every block sees; choose "
+                        "a ViT, or one of vpt, linear, knn, logistic, mlp, side and full"
+                    )
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer gets."""

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_vpt.backbones.group import naming_part
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
@@ -53,7 +54,11 @@ class Combo(StackReader):
     joins = True
 
     def __init__(self, recipe: ComboConfig, backbone: Backbone, classes: int, compute: torch.dtype):
-        self.read_blocks = [chosen_blocks(recipe.blocks, member) for member in backbone.members]
+        self.read_blocks, self.sides = [], []
+        for number, member in enumerate(backbone.members):
+            with naming_part(backbone, number):
+                self.read_blocks.append(chosen_blocks(recipe.blocks, member))
+                self.sides.append(_side(member))
         super().__init__(backbone, classes, compute, head=recipe.head)
         self.recipe = recipe
         self.maps = [1 if recipe.sum_blocks else len(blocks) for blocks in self.read_blocks]
@@ -64,7 +69,6 @@ class Combo(StackReader):
         # The transformer's class token is not standardized: it is trained, so there is nothing to measure beforehand.
         self.feature_norm = FeatureNorm(direct) if direct and recipe.head == "standardized" else None
         self.head = classification_head(recipe.width + direct, classes, recipe.head)
-        self.sides = [_side(member) for member in backbone.members]
         self.grid = recipe.grid or max(self.sides)
         self.prefix = _prefix(backbone) if recipe.tokens == "all" else 0
         widths = [member.width for member, maps in members for _ in range(maps)]

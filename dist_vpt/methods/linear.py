@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dist_vpt.backbones.group import naming_part
 from dist_vpt.backbones.swin import SwinBackbone
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
@@ -29,8 +30,12 @@ class Linear(Reader):
         self.recipe = recipe
         features = None
         if recipe.reads == "blocks":
-            if any(isinstance(member, SwinBackbone) for member in backbone.members):
-                raise UserError("method.reads = blocks: not on Swin, whose blocks differ in width; set reads=pooled")
+            for number, member in enumerate(backbone.members):
+                if isinstance(member, SwinBackbone):
+                    with naming_part(backbone, number):
+                        raise UserError(
+                            "method.reads = blocks: not on Swin, whose blocks differ in width; set reads=pooled"
+                        )
             features = sum(count_block_features(member, len(member.blocks)) for member in backbone.members)
         super().__init__(backbone, classes, compute, head=recipe.head, features=features)
 

@@ -91,9 +91,10 @@ def _unknown_method(path: KeyPath, value: Any, context: dict[str, Any], draft: D
 
 def _locations_of_keys_in(message: str, draft: Draft) -> str:
     """Where the keys that a message mentions were set, in its order: the key at fault is its first."""
+    section = message.partition(":")[0]  # which a message without such keys begins with
     mentioned = [path for path in draft.locations if len(path) > 1 and ".".join(map(str, path)) in message]
     mentioned.sort(key=lambda path: message.index(".".join(map(str, path))))
-    return ", ".join(dict.fromkeys(draft.locations[path] for path in mentioned)) or "recipe"
+    return ", ".join(dict.fromkeys(draft.locations[path] for path in mentioned)) or draft.location((section,))
 
 
 def _union_members(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -24,6 +24,7 @@ COMMANDS = {
     "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +"},
     "dist-vpt rank-backbones": {"--help", "--debug", "RECIPE|a.b=c +", "--best"},
     "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
+    "dist-vpt rank-backbones": {"--help", "--debug", "RECIPE|a.b=c +", "--best"},
     "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
     "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
     "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
@@ -124,7 +125,7 @@ import contextlib, sys
 import dist_vpt.cli.main
 commands = (
     *("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor"),
-    *("recipe list", "launch slurm", "eval", "compress", "probe", "features"),
+    *("recipe list", "launch slurm", "eval", "compress", "probe", "features", "rank-backbones"),
 )
 for argv in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
@@ -157,6 +158,8 @@ def test_python_m_is_the_command() -> None:
         ["predict", "run"],
         ["predict", "run", "image", "--top", "many"],
         ["merge", "run"],
+        ["rank-backbones"],
+        ["rank-backbones", "combo", "--best", "many"],
         ["compress", "run"],
         ["compress", "run", "--keep", "0.5", "--mode", "nonsense"],
         ["compress", "run", "--keep", "0.5", "--lasso", "much"],

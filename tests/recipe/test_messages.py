@@ -184,6 +184,8 @@ VALUES = [
     ("method.name=combo method.head_reads=x", "'x'", CHOICE + "blocks, pooled, token"),
     ("method.name=combo method.standardize=x", "'x'", CHOICE + "channel, token"),
     ("method.name=combo method.sum_blocks=x", "'x'", BOOLEAN),
+    ("method.name=combo method.group_penalty=x", "'x'", NUMBER),
+    ("method.name=combo method.group_penalty=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("method.name=cls method.reinit=x", "'x'", BOOLEAN),
 ]
 
@@ -540,6 +542,122 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     ({}, ["optim.lr=["], ["command line: optim.lr=[: the value is not valid YAML; quote it"]),
     ({}, ["optim.lr", "=", "4"], ["command line: optim.lr = 4: an override has no spaces around =; write optim.lr=4"]),
     ({}, ["="], ["command line:  = : an override has no spaces around =; write KEY=VALUE"]),
+    # Several backbones
+    (
+        {},
+        ["backbones=[demo]", "method.name=linear"],
+        ["command line: backbones: has 1 of them; name two or more, or one in `backbone`"],
+    ),
+    (
+        {},
+        ["backbones=demo", "method.name=linear"],
+        ["command line: backbones: has 1 of them; name two or more, or one in `backbone`"],
+    ),
+    (
+        {"a.yaml": "seed: 1\nbackbones: 3"},
+        ["a.yaml", "method.name=linear"],
+        ["a.yaml:2: backbones = 3: must be a valid array; use a list such as [a, b]"],
+    ),
+    (
+        {},
+        ["backbones=[demo, 3]", "method.name=linear"],
+        ["command line: backbones.1 = 3: must be an object; use {KEY: VALUE}"],
+    ),
+    (
+        {"a.yaml": "seed: 1\nbackbones: [demo, demo]\nmethod: {name: linear}"},
+        ["a.yaml"],
+        ["a.yaml:2: backbones: demo is given twice; leave one out"],
+    ),
+    (
+        {},
+        ["backbones=[demo, dinov2_s14]", "method.name=lora"],
+        [
+            (
+                "command line: backbones: method.name = lora has one backbone; give it in `backbone`, or choose "
+                "linear, mlp, knn, logistic or combo"
+            )
+        ],
+    ),
+    (
+        {},
+        ["backbones=[demo, dinov2_s14]", "method.name=linear", "backbone.name=dinov2_s14"],
+        [
+            (
+                "command line: backbones: backbone.name = dinov2_s14 is given too, and a run has either; put it into "
+                "the list, or leave it out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["backbones=[demo, {base: dinov2_s14, drop_path: 0.1}]", "method.name=linear"],
+        ["command line: backbones: drop_path: method.name = linear trains nothing in a backbone; leave it out"],
+    ),
+    (
+        {},
+        ["backbones=[demo, dinov2_s14]", "method.name=linear", "data.augment=fgvc"],
+        [
+            (
+                "command line: data.augment = fgvc: several backbones see the same images, each at a size of its own, "
+                "so that nothing can be drawn; leave it out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["method.name=combo", "method.group_penalty=0.1"],
+        [("command line: method.group_penalty = 0.1: compares several backbones; set backbones, or leave it out")],
+    ),
+    (
+        {},
+        ["backbones=[demo, dinov2_s1]", "method.name=linear"],
+        [
+            (
+                "command line: backbones[1]: dinov2_s1: neither a file nor the name of a recipe; did you mean "
+                "'dinov2_s14' or 'dinov3_s16' or 'dinov3_b16'?"
+            )
+        ],
+    ),
+    (
+        {},
+        ["backbones=[demo, {base: [a, b]}]", "method.name=linear"],
+        ["command line: backbones[1].base = ['a', 'b']: must be the name of one recipe; write base: NAME"],
+    ),
+    (
+        {},
+        ["backbones=[demo, vqt]", "method.name=linear"],
+        [
+            (
+                "command line: backbones[1] = 'vqt': a recipe without a backbone; name one of `dist-vpt recipe list` "
+                "that has one, or write {name: MODEL} for a model of timm"
+            )
+        ],
+    ),
+    (
+        {"a.yaml": "backbone: {nam: x}"},
+        ["backbones=[demo, a.yaml]", "method.name=linear"],
+        ["command line: backbones.1.nam = 'x': unknown key; did you mean 'name'?"],
+    ),
+    (
+        {},
+        ["backbones=[demo, {base: dinov2_s14, weigths: random}]", "method.name=linear"],
+        ["command line: backbones.1.weigths = 'random': unknown key; did you mean 'weights'?"],
+    ),
+    (
+        {},
+        ["backbones=[demo, {image_size: 32}]", "method.name=linear"],
+        [("command line: backbones[1] = {'image_size': 32}: names no backbone; add name: MODEL or base: RECIPE")],
+    ),
+    (
+        {},
+        ["backbones=[demo, {name: x, image_size: 3}]", "method.name=linear"],
+        ["command line: backbones.1.image_size = 3: must be greater than or equal to 8; use 8 or more"],
+    ),
+    (
+        {},
+        ["backbones=[demo, {name: x, entry: ema}]", "method.name=linear"],
+        ["command line: backbones.1: entry 'ema': weights 'pretrained' are one model; remove entry"],
+    ),
 ]
 
 
@@ -569,6 +687,7 @@ def test_the_list_has_every_key() -> None:
         "data.hf.",
         "data.background",
         "backbone.entry",
+        "backbones",
         "run.dir",
         "stream.dir",
         "sweep.grid.",

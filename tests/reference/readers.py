@@ -204,6 +204,35 @@ def resample(x_BMD: Array, grid: int) -> Array:
     return out
 
 
+def maps_on_one_grid(
+    each: Sequence[Sequence[Array]], prefixes: Sequence[int], *, grid: int, tokens: str, summed: bool, by_token: bool
+) -> list[Array]:
+    """Combo's inputs from several backbones, in their order: all maps on one grid, standardized.
+
+    each: of each backbone the outputs of the blocks that are read, B x N x D. prefixes: tokens before the patches of
+    each, which `tokens = all` keeps.
+    """
+    found = []
+    for states, prefix in zip(each, prefixes, strict=True):
+        for state in [sum_of_units(states)] if summed else states:
+            patches = resample(state[:, prefix:], grid)
+            kept = np.concatenate([state[:, :prefix], patches], axis=1) if tokens == "all" else patches
+            found.append(unit(kept) if by_token else per_channel(kept, kept))
+    return found
+
+
+def group_penalty(weight_WF: Array, columns: Sequence[int], rate: float) -> tuple[float, Array]:
+    """rate times the sum of the Frobenius norms of groups of columns, and its gradient."""
+    value, grad_WF, start = 0.0, np.zeros(weight_WF.shape), 0
+    for number in columns:
+        part = weight_WF[:, start : start + number]
+        norm = np.sqrt((part**2).sum())
+        value += rate * norm
+        grad_WF[:, start : start + number] = rate * part / norm
+        start += number
+    return value, grad_WF
+
+
 def layer_forward(x_BNW: Array, w: Weights, heads: int) -> tuple[Array, Cache]:
     normed, norm1 = vit.norm_forward(x_BNW, w["norm1.weight"], w["norm1.bias"], EPS)
     attended, attention = _attention_forward(
