@@ -55,6 +55,8 @@ def plan_probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> 
             )
             for method in METHODS
         }
+        if any(recipe.backbones for recipe in recipes.values()):
+            raise UserError("probe: a recipe sets backbones, and each is probed alone; name them in --backbones")
         plan.append(Probed(label, recipes))
     check_root(plan[0].recipes[METHODS[0]].data, test=True)  # weights that are missing fail alone
     return plan
