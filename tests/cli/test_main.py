@@ -24,7 +24,6 @@ COMMANDS = {
     "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +"},
     "dist-vpt rank-backbones": {"--help", "--debug", "RECIPE|a.b=c +", "--best"},
     "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
-    "dist-vpt rank-backbones": {"--help", "--debug", "RECIPE|a.b=c +", "--best"},
     "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
     "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
     "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
