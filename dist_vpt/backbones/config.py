@@ -84,7 +84,9 @@ class MemberConfig(BackboneConfig):
     """One of several backbones."""
 
     image_size: int | None = Field(
-        None, ge=1, description="pixels on a side of its images; null: data.image_size, else that of its weights"
+        None,
+        ge=8,
+        description="pixels on a side of its images; null: data.image_size, else that of its recipe or its weights",
     )
 
 
