@@ -86,6 +86,7 @@ class MemberConfig(BackboneConfig):
     image_size: int | None = Field(
         None,
         ge=8,
+        le=4096,
         description="pixels on a side of its images; null: data.image_size, else that of its recipe or its weights",
     )
 
