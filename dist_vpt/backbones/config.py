@@ -103,10 +103,12 @@ def require_file(path: Path) -> None:
 
 @contextmanager
 def naming_member(members: Sequence[BackboneConfig], number: int) -> Iterator[None]:
-    """Say in a UserError which of several backbones it is about. ``number``: from 0."""
+    """Say in a UserError which of several backbones it is about, by the keys of its entry. ``number``: from 0."""
     try:
         yield
     except UserError as error:
         if len(members) > 1:
-            error.args = (f"backbones[{number}] ({members[number].name}): {error}",)
+            keys = "|".join(BackboneConfig.model_fields)
+            text = re.sub(rf"\b(?:backbone\.(?=(?:{keys})\b)|data\.(?=image_size\b))", "", str(error))
+            error.args = (f"backbones[{number}] ({members[number].name}): {text}",)
         raise
