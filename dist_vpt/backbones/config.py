@@ -10,7 +10,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.backbones.weights.zoo import has_learned_positions
-from dist_vpt.errors import UserError, WeightsError
+from dist_vpt.errors import Interrupted, UserError, WeightsError
 
 PositionResize = Literal["timm", "vpt"]
 
@@ -84,7 +84,10 @@ class MemberConfig(BackboneConfig):
     """One of several backbones."""
 
     image_size: int | None = Field(
-        None, ge=8, description="pixels on a side of its images; null: data.image_size, else that of its weights"
+        None,
+        ge=8,
+        le=4096,
+        description="pixels on a side of its images; null: data.image_size, else that of its recipe or its weights",
     )
 
 
@@ -100,12 +103,12 @@ def require_file(path: Path) -> None:
 
 @contextmanager
 def naming_member(members: Sequence[BackboneConfig], number: int) -> Iterator[None]:
-    """Say in a UserError which of several backbones it is about. ``number``: from 0."""
+    """Say in a UserError which of several backbones it is about, by the keys of its entry. ``number``: from 0."""
     try:
         yield
     except UserError as error:
-        if len(members) > 1:
-            # Keys as they are spelt for one of several, whose image size is its own.
-            text = re.sub(r"(?<!\S)(data|backbone)\.(?=(image_size|weights|entry|load|global_pool)\b)", "", str(error))
+        if len(members) > 1 and not isinstance(error, Interrupted):
+            keys = "|".join(BackboneConfig.model_fields)
+            text = re.sub(rf"\b(?:backbone\.(?=(?:{keys})\b)|data\.(?=image_size\b))", "", str(error))
             error.args = (f"backbones[{number}] ({members[number].name}): {text}",)
         raise

@@ -17,6 +17,7 @@ def add_parser(commands: Any) -> None:
 
 
 def rank(arguments: argparse.Namespace) -> None:
+    from dist_vpt.errors import RecipeError
     from dist_vpt.recipe.loading import load_recipe, sets_method, split_arguments
 
     names, overrides = split_arguments(arguments.recipe)
@@ -28,6 +29,10 @@ def rank(arguments: argparse.Namespace) -> None:
     # Whatever is given comes last. Test is not for choosing.
     defaults = [f"method.group_penalty={PENALTY}", "train.test=false", "run.dir=runs/rank-backbones", "run.resume=auto"]
     recipe = load_recipe(names, [*defaults, *overrides])
+    if not recipe.method.model_dump()["group_penalty"]:
+        raise RecipeError(
+            "method.group_penalty = 0: is what ranks the backbones; leave it out, or give a number above 0"
+        )
     check_early(recipe)
     from dist_vpt.experiments.rank_backbones import rank_backbones
 

@@ -48,5 +48,5 @@ def check_ranking(recipe: Recipe, best: int) -> None:
         )
     if not 1 <= best < len(recipe.backbones):
         raise RecipeError(
-            f"--best {best}: must be from 1 to {len(recipe.backbones) - 1}, fewer than there are backbones"
+            f"--best {best}: must be at least 1 and below the number of backbones, {len(recipe.backbones)}"
         )

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from dist_vpt.data.formats import check_root
 from dist_vpt.errors import UserError, nearest
+from dist_vpt.recipe.backbones import DEMO
 from dist_vpt.recipe.loading import load_recipe, sets_method, split_overrides
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.shipped import find_recipe, merge_order, shipped_recipes
 
 METHODS = ("knn", "logistic", "linear")
-DEMO = "demo"  # the backbone in this package, which has no recipe
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -18,10 +17,10 @@ from dist_vpt.experiments.early_checks import check_ranking
 from dist_vpt.experiments.run import run
 from dist_vpt.files import to_json, write_atomically
 from dist_vpt.methods.combo import Combo
+from dist_vpt.planning.footprint import weightless
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.training.components import build_method
 from dist_vpt.training.inputs import resolve_inputs
 
 
@@ -61,10 +60,8 @@ def rank_backbones(recipe: Recipe, best: int) -> list[Ranked]:
 
 def _ranking(recipe: Recipe, folder: RunFolder) -> list[Ranked]:
     tensors, facts = read_adapters(folder.adapters)
-    random = tuple(member.model_copy(update={"weights": "random"}) for member in recipe.backbones or ())
     inputs = resolve_inputs(recipe)
-    with torch.device("meta"):  # shapes are enough
-        method, _ = build_method(recipe.model_copy(update={"backbones": random}), inputs, len(facts["classes"]))
+    method = weightless(recipe, inputs, len(facts["classes"]))
     assert isinstance(method, Combo)
     norms: list[float] = method.group_norms(tensors["projection.weight"]).tolist()
     total = sum(norms) or 1.0

@@ -75,16 +75,22 @@ def refuse_several(recipe: Recipe, command: str) -> None:
 
 def check_backbones(recipe: Recipe, facts: dict[str, Any], path: Path) -> None:
     """Raises WeightsError where adapters were trained on other backbones than a recipe with several has."""
-    trained_with, names = facts.get("recipe") or {}, [member.name for member in recipe.members]
+    trained_with = facts.get("recipe") or {}
     several = trained_with.get("backbones")
     if not several and not recipe.backbones:  # a name may be another of the same model
         return
-    trained = [member["name"] for member in several or [trained_with.get("backbone", {"name": "one backbone"})]]
-    if trained != names:
+    trained = several or [trained_with.get("backbone", {"name": "one backbone"})]
+    # Sizes tell one model at two sizes apart, which has equal shapes in either order.
+    before = " + ".join(_shown(member["name"], member.get("image_size")) for member in trained)
+    now = " + ".join(_shown(member.name, getattr(member, "image_size", None)) for member in recipe.members)
+    if before != now:
         raise WeightsError(
-            f"{path}: adapters of {' + '.join(trained)}, and the recipe has {' + '.join(names)}; name the same "
-            "backbones in the same order"
+            f"{path}: adapters of {before}, and the recipe has {now}; name the same backbones in the same order"
         )
+
+
+def _shown(name: str, size: int | None) -> str:
+    return f"{name} at {size} px" if size else name
 
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:

@@ -53,7 +53,12 @@ def _of_recipe(base: str, own: dict[str, Any], key: str, draft: Draft) -> dict[s
             "or write {name: MODEL} for a model of timm"
         )
     if read.mistakes or not isinstance(read.data.get("backbone"), dict):
-        return {"name": base, **own}
-    data = read.data.get("data")
-    size = {"image_size": data["image_size"]} if isinstance(data, dict) and data.get("image_size") else {}
+        return {"name": base, **own}  # whatever else is wrong is reported beside it
+    theirs, given_size = _image_size(read), _image_size(draft)  # what is given for all counts more than a recipe's
+    size = {"image_size": theirs} if theirs and not given_size else {}
     return {**size, **read.data["backbone"], **own}
+
+
+def _image_size(draft: Draft) -> Any:
+    data = draft.data.get("data")
+    return data.get("image_size") if isinstance(data, dict) else None

@@ -31,7 +31,7 @@ from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.zero import gathered_when_called
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamSpec
-from dist_vpt.frozen_stream.placement import Sharing, open_streams
+from dist_vpt.frozen_stream.placement import Sharing, open_streams, step_bytes
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
@@ -259,7 +259,10 @@ class Components:
         """Let batches come from the cache of each backbone's stream; returns a line for the log."""
         assert isinstance(self.method, Reader)
         recipe, method, lines = self.recipe, self.method, []
-        for number, backbone in enumerate(method.backbone.members):
+        batch = max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size)
+        members = method.backbone.members
+        steps = [step_bytes(each, spec, batch) for each, spec in zip(members, method.specs, strict=True)]
+        for number, backbone in enumerate(members):
             spec = method.specs[number]
             transform = self.inputs.transforms[number]
             with naming_member(recipe.members, number):
@@ -273,7 +276,8 @@ class Components:
                     accelerator,
                     stop,
                     passes=passes,
-                    batch=max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size),
+                    batch=batch,
+                    beside=sum(steps) - steps[number],
                 )
             for name, cache in caches.items():
                 wanted[name].use(cache, number)
