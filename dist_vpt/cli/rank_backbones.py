@@ -30,9 +30,7 @@ def rank(arguments: argparse.Namespace) -> None:
     defaults = [f"method.group_penalty={PENALTY}", "train.test=false", "run.dir=runs/rank-backbones", "run.resume=auto"]
     recipe = load_recipe(names, [*defaults, *overrides])
     if not recipe.method.model_dump()["group_penalty"]:
-        raise RecipeError(
-            "method.group_penalty = 0: is what ranks the backbones; leave it out, or give a number above 0"
-        )
+        raise RecipeError("method.group_penalty = 0: is what ranks them; leave it out, or give a number above 0")
     check_early(recipe)
     from dist_vpt.experiments.rank_backbones import rank_backbones
 

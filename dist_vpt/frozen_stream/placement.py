@@ -52,15 +52,13 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
     stop: StopSignal,
     *,
     passes: int,
-    batch: int,
-    beside: int = 0,
+    step: int,
 ) -> tuple[dict[str, CachedBatches], str]:
     """Batches by name for the splits whose stream is kept, and a line that reports where, or why not.
 
     ``specs``: what is kept in memory or on the accelerator if it fits, and what is kept otherwise. ``sources``: name ->
     split, and what makes process (rank, world)'s share of its batches. ``passes``: how often they are read; a stream
-    that is read once is not kept. ``batch``: how many images a process has on its device at a time. ``beside``:
-    bytes that are left free there for other backbones. A collective call.
+    that is read once is not kept. ``step``: bytes that a step needs on its device (``step_bytes``). A collective call.
     Raises UserError on all processes where the recipe asks for an impossible cache, Interrupted after a stop signal.
     """
     images = sum(len(split) for split, _ in sources.values())
@@ -91,8 +89,8 @@ def open_streams(  # noqa: PLR0917 (what is read, of which images, by whom)
         needed = nbytes(backbone, specs[0], images), nbytes(backbone, specs[1], images)
         sharded = any(hasattr(tensor, "ds_id") for tensor in backbone.parameters())  # by ZeRO-3
         with _naming_stream_dir():
-            shared = Sharing.of(accelerator.launch, step_bytes(backbone, specs[0], batch) + beside)
-            found = choose(config, needed, accelerator.device, missing_bytes, shared, sharded=sharded)
+            sharing = Sharing.of(accelerator.launch, step)
+            found = choose(config, needed, accelerator.device, missing_bytes, sharing, sharded=sharded)
         if sharded or accelerator.device.type == "cpu" or (config.cache, found.location) != ("auto", "memory"):
             return found
         _, batches = next(iter(sources.values()))

@@ -261,23 +261,22 @@ class Components:
         recipe, method, lines = self.recipe, self.method, []
         batch = max(recipe.train.batch_size // accelerator.num_processes, recipe.train.eval_batch_size)
         members = method.backbone.members
-        steps = [step_bytes(each, spec, batch) for each, spec in zip(members, method.specs, strict=True)]
+        kept = (method.shared_spec,) if shared and len(members) == 1 else method.specs
+        step = sum(step_bytes(backbone, spec, batch) for backbone, spec in zip(members, kept, strict=True))
         for number, backbone in enumerate(members):
-            spec = method.specs[number]
             transform = self.inputs.transforms[number]
             with naming_member(recipe.members, number):
                 caches, line = open_streams(
                     recipe.stream,
                     recipe.data,
                     backbone,
-                    (method.shared_spec if shared and len(method.specs) == 1 else spec, spec),
+                    (kept[number], method.specs[number]),
                     transform,
                     {name: (self.splits[name], partial(self._scored, name, transform)) for name in wanted},
                     accelerator,
                     stop,
                     passes=passes,
-                    batch=batch,
-                    beside=sum(steps) - steps[number],
+                    step=step,
                 )
             for name, cache in caches.items():
                 wanted[name].use(cache, number)

@@ -195,7 +195,9 @@ def test_predict_shows_each_backbone_its_own_image(
 
 def test_adapters_of_other_backbones_are_named(folder: Path, tmp_path: Path) -> None:
     """In eval by overrides, and where a recipe was edited."""
-    message = r"adapters of demo \+ test_vit, and the recipe has test_vit \+ demo; name the same backbones in the same"
+    message = (
+        r"adapters of demo at \d+ px \+ test_vit at 32 px, and the recipe has test_vit at 32 px \+ demo at \d+ px"
+    )
     with pytest.raises(WeightsError, match=message):
         evaluate_run(str(folder), "test", "last", [f"backbones=[{B}, {A}]"])
     edited = tmp_path / "run"
@@ -345,8 +347,9 @@ def test_the_best_one_is_printed_as_a_backbone(
             "rank-backbones: the recipe has one backbone; name several: backbones=[dinov2_s14, demo]",
         ),
         (["linear", SEVERAL], "rank-backbones: method.name = linear: backbones are ranked by combo's projection"),
-        (["combo", SEVERAL, "--best", "2"], "--best 2: must be from 1 to 1, fewer than there are backbones"),
-        (["combo", SEVERAL, "--best", "0"], "--best 0: must be from 1 to 1, fewer than there are backbones"),
+        (["combo", SEVERAL, "method.group_penalty=0"], "method.group_penalty = 0: is what ranks them; leave it out"),
+        (["combo", SEVERAL, "--best", "2"], "--best 2: must be at least 1 and below the number of backbones, 2"),
+        (["combo", SEVERAL, "--best", "0"], "--best 0: must be at least 1 and below the number of backbones, 2"),
     ],
 )
 def test_what_cannot_be_ranked(

@@ -344,7 +344,7 @@ def test_auto_prefers_what_is_faster(asked: str, live: float, location: str, mon
         accelerator,
         StopSignal(),
         passes=5,
-        batch=2,
+        step=step_bytes(make_backbone(), SPEC, 2),
     )
     assert line.startswith(f"frozen stream: {location}")
     assert bool(caches) == (location == "cached")
