@@ -195,9 +195,7 @@ def test_predict_shows_each_backbone_its_own_image(
 
 def test_adapters_of_other_backbones_are_named(folder: Path, tmp_path: Path) -> None:
     """In eval by overrides, and where a recipe was edited."""
-    message = (
-        r"adapters of demo at \d+ px \+ test_vit at 32 px, and the recipe has test_vit at 32 px \+ demo at \d+ px"
-    )
+    message = r"adapters of demo at \d+ px \+ test_vit at 32 px, and the recipe has test_vit at 32 px \+ demo at \d+ px"
     with pytest.raises(WeightsError, match=message):
         evaluate_run(str(folder), "test", "last", [f"backbones=[{B}, {A}]"])
     edited = tmp_path / "run"
