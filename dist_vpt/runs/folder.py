@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from dist_vpt.distributed.limits import file_size_advice
 from dist_vpt.errors import RunFolderError, UserError
 from dist_vpt.files import LOOK_SECONDS, is_locked, locked, read_json, write_atomically
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences
@@ -96,9 +97,8 @@ class RunFolder:
             try:
                 done = self._begin(recipe, kind)
             except OSError as error:  # an uncaught OSError would leave the other processes waiting
-                raise RunFolderError(
-                    f"{self.path}: cannot be written ({error}); free space there or choose another run.dir"
-                ) from error
+                fix = file_size_advice(error) or "free space there or choose another run.dir"
+                raise RunFolderError(f"{self.path}: cannot be written ({error}); {fix}") from error
             if done:
                 yield True
                 return

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dist_vpt.data.config import DataConfig, resolve
@@ -90,9 +91,9 @@ def test_prediction_reads_images_as_training_does(tmp_path: Path) -> None:
     write(tmp_path, "image_folder")
     config, splits = opened(tmp_path, "image_folder")
     transform = ImageTransform(image_size=16, interpolation="bilinear")
-    inputs: Any = SimpleNamespace(task=resolve(config), transform=transform)
+    inputs: Any = SimpleNamespace(task=resolve(config), transforms=(transform,))
     nothing: Any = None
-    loaded = LoadedRun(SimpleNamespace(data=config), nothing, [], nothing, inputs)  # type: ignore[arg-type]
+    loaded = LoadedRun(SimpleNamespace(data=config), nothing, [], torch.device("cpu"), inputs)  # type: ignore[arg-type]
     for i in range(4):
         split = splits["test"]
         assert loaded.load_images([Path(split.where(i))])[0].equal(transform.eval(split.read(i)))

@@ -15,7 +15,8 @@ from dist_vpt.experiments.sweep import sweep
 from dist_vpt.inference.evaluate import evaluate_run
 from dist_vpt.inference.load import load_run
 from dist_vpt.recipe.loading import load_recipe
-from dist_vpt.training.components import build_components, channels
+from dist_vpt.training.components import build_components
+from dist_vpt.training.inputs import channels
 from tests.reference.positions import aligned
 from tests.running import train, words
 
