@@ -47,7 +47,8 @@ def newton(  # noqa: PLR0917 (a problem)
         now = value(flat)
         [gradient] = torch.autograd.functional.jacobian(value, (flat,))
         hessian = torch.autograd.functional.hessian(value, flat)
-        step = torch.linalg.lstsq(hessian + 1e-12 * torch.eye(len(flat)), gradient).solution
+        # Equal biases for all classes change nothing: along that direction the Hessian is 0, and so is the step.
+        step = torch.linalg.pinv(hessian, hermitian=True, rtol=1e-12) @ gradient
         size = 1.0
         while value(flat - size * step) > now and size > 1e-10:
             size /= 2
