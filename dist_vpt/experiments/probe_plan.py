@@ -43,7 +43,7 @@ def plan_probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> 
     labels = [_label(backbone, shipped) for backbone in chosen]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise UserError(f"--backbones: {twice} is the name of two of them; give each once")
-    settings = ["protocol=default", "data.augment=none", "sweep.seeds=[0]"]
+    settings = ["protocol=default", "data.augment=none", "sweep.seeds=[0]", "run.trackers=[]"]  # a table, no curves
     settings += ["stream.cache=disk", f"stream.dir={Path(out) / 'streams'}"]
     plan = []
     for label, backbone in zip(labels, chosen, strict=True):
