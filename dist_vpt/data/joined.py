@@ -33,11 +33,6 @@ class JoinedSource:
         """Files that one of them could not read so far."""
         return set().union(*(source.skipped for source in self.sources))
 
-    @property
-    def ahead(self) -> int:
-        """How many batches workers make, or have made, before they are asked for."""
-        return max((source.ahead for source in self.sources if isinstance(source, WorkerSource)), default=0)
-
     def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
         for batches in zip(*(source(requests) for source in self.sources), strict=True):
             # A file that cannot be read for one of them counts for none.

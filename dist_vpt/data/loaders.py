@@ -32,7 +32,7 @@ class _Batches:
     @property
     def ahead(self) -> int:
         """How many batches workers make, or have made, before they are asked for."""
-        return self._source.ahead if isinstance(self._source, WorkerSource | JoinedSource) else 0
+        return self._source.ahead if isinstance(self._source, WorkerSource) else 0
 
     def join(self, others: Sequence["_Batches"]) -> Self:
         """Batches of images for several backbones (``Joined``): its own, and those of others of the same split."""

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -35,6 +36,7 @@ Found = tuple[list[np.ndarray | None], list[str]]
 PIXELS: dict[Any, torch.dtype] = {np.uint8: torch.uint8, np.float32: torch.float32}
 PADDING = -1  # the index of a position in a batch that holds no example
 FILL_CHUNK = 32  # images per request while a cache is filled
+EXIT_SECONDS = 2.0  # at most, from a worker's lost connection to its exit code
 PREFETCH = 2  # requests that a worker has at a time
 SHARED_MEMORY = Path("/dev/shm")
 MIB = 2**20
@@ -290,9 +292,9 @@ class WorkerPool:
                     raise answer
                 yield answer
         except Exception as error:
-            died = self._died()
-            self.close()
             lost = isinstance(error, (RuntimeError, OSError, EOFError)) and self.workers
+            died = self._died() if lost else ""
+            self.close()
             if not lost or "in DataLoader worker process" in str(error):
                 raise  # a DataError, or an error in this package: a bug, with its traceback
             raise DataError(
@@ -306,6 +308,8 @@ class WorkerPool:
         if iterator is None or self._reader.reading is None:
             return ""
         deaths = []
+        # Its connection is lost before its exit code is known.
+        connection.wait([process.sentinel for process in iterator._workers], timeout=EXIT_SECONDS)
         for number, process in enumerate(iterator._workers):
             if not process.exitcode:
                 continue

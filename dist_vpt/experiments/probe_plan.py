@@ -36,7 +36,7 @@ def plan_probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> 
         if sets_method(name):
             raise UserError(f"probe: {name} sets a method, and a probe runs {', '.join(METHODS)}; leave it out")
     for override in overrides:
-        if override.startswith(("method.", "backbone.name=", "backbone.weights=", "backbones", "run.dir=")):
+        if override.startswith(("method.", "backbone.name=", "backbone.weights=", "run.dir=")):
             raise UserError(f"probe: {override}: differs between its runs and is set by it; leave it out")
     shipped = [recipe.name for recipe in shipped_recipes() if recipe.kind == "backbone"]
     chosen = list(backbones) or [DEMO, *shipped]
@@ -56,7 +56,7 @@ def plan_probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> 
             for method in METHODS
         }
         if any(recipe.backbones for recipe in recipes.values()):
-            raise UserError("probe: a recipe sets backbones, and each is probed alone; name them in --backbones")
+            raise UserError("probe: backbones: each is probed alone; leave this key out, and name them in --backbones")
         plan.append(Probed(label, recipes))
     check_root(plan[0].recipes[METHODS[0]].data, test=True)  # weights that are missing fail alone
     return plan

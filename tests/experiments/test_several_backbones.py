@@ -361,9 +361,9 @@ def test_what_cannot_be_ranked(
 
 def test_a_probe_is_of_one_backbone_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["probe", "data.task=digits", SEVERAL, "--backbones", "demo", "--out", str(tmp_path / "out")]) == 2
-    assert "error: probe: backbones=[{name: demo" in capsys.readouterr().err
+    assert "error: probe: backbones: each is probed alone" in capsys.readouterr().err
     file = tmp_path / "two.yaml"
     file.write_text("data: {task: digits}\nbackbones: [demo, {name: demo, image_size: 32}]\n")
     assert main(["probe", str(file), "--backbones", "demo", "--out", str(tmp_path / "out")]) == 2
-    assert "error: probe: a recipe sets backbones" in capsys.readouterr().err
+    assert "error: probe: backbones: each is probed alone" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -99,6 +99,7 @@ def losses(folder: Path, split: str) -> list[float]:
         ("mlp", "adam", 3),
         ("side", "adam", 2),
         ("combo", "adamw", 3),
+        pytest.param("combo", "adamw", 20, marks=pytest.mark.slow),
         ("combo_sum", "adamw", 2),
         ("ladder", "adamw", 3),
     ],
