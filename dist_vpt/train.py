@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from dist_vpt.cli.main import main as run_command
 
@@ -13,5 +15,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(["train", *(sys.argv[1:] if argv is None else argv)])
 
 
+class _CallableModule(ModuleType):
+    """Importing this module binds it to ``dist_vpt.train``, which is to stay the function of that name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from dist_vpt.experiments.calls import train
+
+        return train(*args, **kwargs)
+
+
 if __name__ == "__main__":
     sys.exit(main())
+else:
+    sys.modules[__name__].__class__ = _CallableModule

@@ -96,9 +96,31 @@ def build(
             model.reset_classifier(0, pool)
         except AssertionError as error:
             raise UserError(f"backbone.global_pool = {pool}: timm rejects it: {error} Choose another pool") from error
-    backbone = KINDS[type(model)](model, mean=mean, std=std, stochastic=recipe.drop_path > 0)
-    backbone.requires_grad_(False)
-    return backbone, load_report
+    return wrap(model, mean=mean, std=std, stochastic=recipe.drop_path > 0), load_report
+
+
+def wrap(model: AnyModel, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool) -> Backbone:
+    """A timm model as a frozen backbone, which takes it apart. ``stochastic``: drop paths in training.
+
+    ``mean`` and ``std``: of the channels of pixels in [0, 1]; images are given in 0..255. Raises UserError for a model
+    that cannot be tuned here.
+    """
+    refuse_model(model, "the model")
+    backbone = KINDS[type(model)](model, mean=mean, std=std, stochastic=stochastic)
+    return backbone.requires_grad_(False)
+
+
+def refuse_model(model: Any, what: str) -> None:
+    """Raises UserError for a timm model that cannot be tuned here; ``what``: how the message calls it."""
+    if type(model) not in KINDS:
+        raise UserError(f"{what} is a {type(model).__name__}; {SUPPORTED}")
+    if isinstance(model, Eva) and learns_rotary(model):
+        raise UserError(
+            f"{what} has a {type(model.rope).__name__}, whose rotary positions are weights of each block; "
+            f"{SUPPORTED}"
+        )
+    if hasattr(model.patch_embed, "backbone"):
+        raise UserError(f"{what} is a hybrid (a vision transformer on a ResNet stem); {SUPPORTED}")
 
 
 @dataclass(frozen=True)
@@ -150,17 +172,7 @@ def create(architecture: str, image_size: int, **options: Any) -> AnyModel:
         raise UserError(
             f"backbone.name = {architecture}, image size {image_size}: timm rejects it: {error}; {SUPPORTED}"
         ) from error
-    if type(model) not in KINDS:
-        raise UserError(f"backbone.name = {architecture} is a {type(model).__name__}; {SUPPORTED}")
-    if isinstance(model, Eva) and learns_rotary(model):
-        raise UserError(
-            f"backbone.name = {architecture} has a {type(model.rope).__name__}, whose rotary positions are weights of "
-            f"each block; {SUPPORTED}"
-        )
-    if hasattr(model.patch_embed, "backbone"):
-        raise UserError(
-            f"backbone.name = {architecture} is a hybrid (a vision transformer on a ResNet stem); {SUPPORTED}"
-        )
+    refuse_model(model, f"backbone.name = {architecture}")
     return model
 
 

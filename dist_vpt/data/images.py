@@ -69,7 +69,7 @@ def decode(
         refuse_large(*image.size, where, max_megapixels)
         try:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image) if decoding.exif else image, decoding.background)
+            return to_rgb(image, decoding)
         except Exception as error:
             raise DataError(unreadable(where, error, source)) from error
 
@@ -107,7 +107,11 @@ def open_header(source: str | Path | bytes) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _rgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Image:
+def to_rgb(image: Image.Image, decoding: Decoding = AS_PUBLISHED) -> Image.Image:
+    """A picture that is open, in RGB. Raises ValueError for pixels without an agreed range."""
+    if decoding.exif:
+        image = ImageOps.exif_transpose(image)
+    background = decoding.background
     if image.mode.startswith("I;16"):  # 16-bit gray: Pillow would clip it at 255, so keep the high byte
         pixels_HW, transparent = np.asarray(image), image.info.get("transparency")
         if 0 < pixels_HW.max() < 256:

@@ -134,7 +134,7 @@ def _cache_features(
             observed = compute_stream(method.backbone, batch["images"].to(device), method.spec)
             real = batch["index"] != PADDING  # batches may be filled up to one size
             index = batch["index"][real]
-            features_nF[index] = method.features(observed).cpu()[real]
+            features_nF[index] = method.stream_features(observed).cpu()[real]
             readable_n[index.numpy()] = batch["weight"][real].numpy() > 0
     finally:
         batches.close()

@@ -19,8 +19,8 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
 from dist_vpt.frozen_stream.observe import StreamSpec, compute_stream
+from dist_vpt.inference.image_files import image_files
 from dist_vpt.inference.load import load_run, refuse_several
-from dist_vpt.inference.predict import image_files
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.vpt import VPT
 from dist_vpt.methods.vqt import VQT
@@ -59,6 +59,13 @@ def attend(method: Method, images_B3SS: Tensor) -> Attention:
         [weights[..., -backbone.patches :] for weights in prompts],
         ("class" if has_class else "patches", "query" if isinstance(method, VQT) else "prompt"),
     )
+
+
+def joined(found: Sequence[Attention]) -> Attention:
+    """The maps of several batches of images as those of one."""
+    class_token = [torch.cat(maps) for maps in zip(*(each.class_token for each in found), strict=True)]
+    prompts = [torch.cat(maps) for maps in zip(*(each.prompts for each in found), strict=True)]
+    return Attention(class_token, prompts, found[0].names)
 
 
 @contextmanager

@@ -1,54 +1,44 @@
 """A run's method with its adapters, ready to score images."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from dist_vpt.data.images import SKIP_HINT, Decoding, decode
-from dist_vpt.data.joined import Joined
-from dist_vpt.errors import DataError, UserError, WeightsError
-from dist_vpt.files import printable
-from dist_vpt.methods.base import Method
+from dist_vpt.errors import UserError, WeightsError
+from dist_vpt.inference.tuned import Tuned
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training.components import build_method
-from dist_vpt.training.inputs import Inputs, resolve_inputs
+from dist_vpt.training.inputs import resolve_inputs
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A run's method with its adapters, on its device and ready to score."""
+def load(source: Any, adapters: str = "last", device: Any = None) -> Tuned:
+    """What a run has tuned, ready to classify: ``dist_vpt.load("runs/first").predict("photo.jpg")``.
 
-    recipe: Recipe
-    method: Method
-    classes: list[str]
-    device: torch.device
-    inputs: Inputs
+    Args:
+        source: a run's folder, one of its two adapter files, or what ``dist_vpt.train`` returned.
+        adapters: ``last``, those of the last epoch, or ``best``, those of the best one on val.
+        device: where it computes; None: the accelerator, if there is one and the run did not ask for the CPU.
 
-    def load_images(self, files: Sequence[Path]) -> Any:
-        """Image files as the method's input, [B, 3, S, S] on its device; for several backbones ``Joined`` ones."""
-        pictures = [self._load_image(file) for file in files]
-        of_each = [torch.stack(images).to(self.device) for images in zip(*pictures, strict=True)]
-        return of_each[0] if len(of_each) == 1 else Joined(tuple(of_each))
-
-    def _load_image(self, file: Path) -> list[Tensor]:
-        """An image file as each backbone's input, [3, S, S]."""
-        try:
-            picture = decode(file, printable(file), self.recipe.data.max_megapixels, Decoding.of(self.inputs.task))
-        except DataError as error:
-            raise DataError(str(error).removesuffix(SKIP_HINT)) from error
-        try:
-            return [transform.eval(picture) for transform in self.inputs.transforms]
-        except DataError as error:
-            raise DataError(f"{printable(file)}: {error}") from error
+    Raises:
+        UserError: what is no finished run, or does not fit its recipe.
+    """
+    path = Path(getattr(source, "path", source)).expanduser()
+    if path.is_file():
+        files = {RunFolder(path.parent).adapters.name: "last", RunFolder(path.parent).best.name: "best"}
+        if path.name not in files:
+            raise UserError(f"{path}: is none of {' and '.join(files)} of a run; name the folder of a run")
+        path, adapters = path.parent, files[path.name]
+    if adapters not in ("last", "best"):
+        raise UserError(f"adapters = {adapters!r}: must be 'last' or 'best'")
+    runtime = {} if device is None or torch.device(device).type != "cpu" else {"device": "cpu"}
+    tuned = load_run(str(path), adapters, **runtime)
+    return tuned if device is None else tuned.to(device)
 
 
-def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
+def load_run(run: str, adapters: str, **runtime: Any) -> Tuned:
     """``adapters``: last or best; ``runtime``: keys of the recipe's runtime to change."""
     folder = RunFolder(run)
     folder.refuse_sweep()
@@ -60,8 +50,7 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     inputs = resolve_inputs(recipe)
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
-    device = device_of(recipe)
-    return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs)
+    return Tuned(recipe, method, classes, inputs).to(device_of(recipe))
 
 
 def refuse_several(recipe: Recipe, command: str) -> None:

@@ -1,23 +1,16 @@
-"""Classifying image files with a run's adapters.
-
-B batch, K classes.
-"""
+"""``dist-vpt predict``: image files classified with a run's adapters, as CSV or JSON."""
 
 import csv
 import io
 import json
 import os
-import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
-from dist_vpt.files import printable, write_atomically
+from dist_vpt.files import write_atomically
 from dist_vpt.inference.load import load_run
 
 
@@ -33,22 +26,7 @@ def predict(
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
-    loaded, files = load_run(run, adapters), image_files(images)
-    classes, size = loaded.classes, loaded.recipe.train.eval_batch_size
-    rows = []
-    for start in range(0, len(files), size):
-        chunk = files[start : start + size]
-        with torch.no_grad():
-            probabilities_BK = loaded.method(loaded.load_images(chunk)).float().softmax(1).cpu()
-        for file, row in zip(chunk, probabilities_BK, strict=True):
-            values, indices = row.topk(min(top, len(classes)))
-            best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
-            rows.append(
-                {
-                    "image": printable(file),
-                    "predictions": [{"class": c, "probability": round(p, 6)} for c, p in best],
-                }
-            )
+    rows = load_run(run, adapters).predict(images, top)
     try:
         _write(rows, out)
     except BrokenPipeError:
@@ -74,26 +52,3 @@ def _write(rows: list[dict[str, Any]], out: str | None) -> None:
         write_atomically(Path(out), text.getvalue())
     else:
         sys.stdout.write(text.getvalue())
-
-
-def image_files(images: Sequence[str]) -> list[Path]:
-    files: list[Path] = []
-    for image in map(Path, images):
-        try:
-            found = stat.S_IFMT(os.stat(image).st_mode)
-        except OSError as error:
-            reason = "no such file or folder" if isinstance(error, FileNotFoundError) else error.strerror
-            raise UserError(f"{printable(image)}: {reason}") from error
-        if found == stat.S_IFDIR:
-            inside, others = find_images(image)
-            line = passed_over(others, image)
-            if not inside:
-                raise UserError(line or f"{image}: holds no image; name a folder of images, or image files")
-            if line:
-                print(f"note: {line}", file=sys.stderr)
-            files += inside
-        elif found == stat.S_IFREG:
-            files.append(image)
-        else:
-            raise UserError(f"{printable(image)}: neither a file nor a folder")
-    return files

@@ -156,6 +156,16 @@ class Method(nn.Module):
             "bias, cls, lora and ssf can be merged"
         )
 
+    def features(self, images: Any) -> Tensor:
+        """What the head reads of images [B, 3, S, S]: [B, F] float32, standardized where the head wants that."""
+        found: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        try:
+            self(images)
+        finally:
+            hook.remove()
+        return found[0]
+
     def classify(self, features_BF: Tensor) -> Tensor:
         """The head in float32 whatever the backbone's dtype: it is tiny, and its loss is minimized."""
         return self.head(self.standardized(features_BF.to(next(self.head.parameters()).dtype)))
@@ -248,10 +258,27 @@ class Reader(Method):
 
 
 class StackReader(Reader):
-    """A reader whose layers are computed for many readers at once (``read_stacks``); alone it is a stack of one."""
+    """A reader whose layers are computed for many readers at once (``features_of_stacks``); alone a stack of one."""
+
+    @classmethod
+    def features_of_stacks(
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+    ) -> list[Tensor]:
+        """What the heads of each stack's readers read, [T, B, F], from one pass over the stream; see ``read_stacks``."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_stacks(
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+    ) -> list[Tensor]:
+        features = cls.features_of_stacks(stacks, stream, seeds)
+        return [stack_heads(stack, features_TBF) for stack, features_TBF in zip(stacks, features, strict=True)]
 
     def read(self, stream: StreamOutput) -> Tensor:
         return self.read_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(0)
+
+    def features(self, images: Any) -> Tensor:
+        return self.features_of_stacks([ReaderStack.of([self])], self.stream(images), [None])[0].squeeze(0)
 
 
 def chosen_blocks(blocks: tuple[int, ...] | None, backbone: Backbone) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from dist_vpt.backbones.group import naming_part
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
-from dist_vpt.methods.base import StackReader, chosen_blocks, stack_heads, standardize_stack
+from dist_vpt.methods.base import StackReader, chosen_blocks, standardize_stack
 from dist_vpt.methods.block_features import block_features, count_block_features
 from dist_vpt.methods.config_readers import ComboConfig
 from dist_vpt.methods.head import FeatureNorm, classification_head
@@ -146,21 +146,21 @@ class Combo(StackReader):
         return norms_TK.sum(1) * norms_TK.new_tensor([reader.recipe.group_penalty for reader in readers])
 
     @classmethod
-    def read_stacks(
+    def features_of_stacks(
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
         first = cast(Combo, stacks[0].readers[0])
         # The norms of all readers were measured from the same training images, so that one reader's serve all.
         x_BMF = first.inputs(stream)
         direct_BF = None if first.recipe.head_reads == "token" else first.direct(stream)
-        logits = []
+        features = []
         for stack, own in zip(stacks, seeds, strict=True):
             features_TBX = cls._transformed(stack, x_BMF, own)
             if direct_BF is not None:
                 direct_TBF = standardize_stack(stack, direct_BF.expand(len(stack.readers), -1, -1))
                 features_TBX = torch.cat([features_TBX, direct_TBF], dim=2)
-            logits.append(stack_heads(stack, features_TBX))
-        return logits
+            features.append(features_TBX)
+        return features
 
     @staticmethod
     def _transformed(stack: ReaderStack, x_BMF: Tensor, seeds: Sequence[int] | None) -> Tensor:

@@ -9,7 +9,7 @@ Adapters are the features of all training images, 4 n F bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,9 @@ class KNN(FittedReader):
             images = len(tensors["labels"])
             self.bank = self.bank.new_empty(images, self.bank.shape[1])
             self.labels, self.votes = self.labels.new_empty(images), self.votes.new_empty(images)
+
+    def features(self, images: Any) -> Tensor:
+        return self.directions(self.stream(images).pooled)
 
     def read(self, stream: StreamOutput) -> Tensor:
         return self.logits(*self.neighbours(self.directions(stream.pooled), self.k))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
-from dist_vpt.methods.base import StackReader, stack_heads, standardize_stack
+from dist_vpt.methods.base import StackReader, standardize_stack
 from dist_vpt.methods.config_readers import LadderConfig
 from dist_vpt.methods.stack import ReaderStack
 from dist_vpt.methods.stacked_layers import (
@@ -71,12 +71,12 @@ class Ladder(StackReader):
         self.standardized(images.pooled.to(next(self.head.parameters()).dtype))
 
     @classmethod
-    def read_stacks(
+    def features_of_stacks(
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
         with torch.no_grad():  # the same for all readers
             states = [standardize_tokens(state_BND) for state_BND in stream.states]
-        logits = []
+        features = []
         for stack, own in zip(stacks, seeds, strict=True):
             first = cast(Ladder, stack.readers[0])
             climb = first._climb_last if first.recipe.kind == "last" else first._climb_lst
@@ -84,8 +84,8 @@ class Ladder(StackReader):
             with first.autocast(stream.pooled.device):
                 correction_TBD = climb(stack, states, dropout)
             pooled_TBD = standardize_stack(stack, stream.pooled.expand(len(stack.readers), -1, -1))
-            logits.append(stack_heads(stack, pooled_TBD + correction_TBD))
-        return logits
+            features.append(pooled_TBD + correction_TBD)
+        return features
 
     def _climb_lst(self, stack: ReaderStack, states: Sequence[Tensor], dropout: Dropout) -> Tensor:
         weights, T = stack.trained, len(stack.readers)

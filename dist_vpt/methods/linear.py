@@ -49,7 +49,7 @@ class Linear(Reader):
         depths = [0 if pooled else len(member.blocks) for member in self.backbone.members]
         return tuple(StreamSpec(states=tuple(range(1, depth + 1))) for depth in depths)
 
-    def features(self, stream: StreamOutput) -> Tensor:
+    def stream_features(self, stream: StreamOutput) -> Tensor:
         """What the head reads, [B, F]."""
         if self.recipe.reads == "pooled":
             return stream.pooled
@@ -57,13 +57,13 @@ class Linear(Reader):
         return block_features(self.backbone, stream, states, next(self.head.parameters()).dtype)
 
     def read(self, stream: StreamOutput) -> Tensor:
-        return self.classify(self.features(stream))
+        return self.classify(self.stream_features(stream))
 
     @classmethod
     def read_stacks(
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
-        features_BF = cast(Linear, stacks[0].readers[0]).features(stream)
+        features_BF = cast(Linear, stacks[0].readers[0]).stream_features(stream)
         return [classify_stack(stack, features_BF.expand(len(stack.readers), -1, -1)) for stack in stacks]
 
     def merged(self) -> dict[str, Tensor]:

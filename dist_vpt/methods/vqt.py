@@ -125,12 +125,12 @@ class VQT(Reader):
         """The head on the features that it reads."""
         return super().classify(features_BF if self.kept is None else features_BF.index_select(1, self.kept))
 
-    def features(self, stream: StreamOutput) -> Tensor:
+    def stream_features(self, stream: StreamOutput) -> Tensor:
         """All features [B, F] of the images, of which the head may read a subset."""
         return self.features_of_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(1)
 
     def read(self, stream: StreamOutput) -> Tensor:
-        return self.classify(self.features(stream))
+        return self.classify(self.stream_features(stream))
 
     @classmethod
     def read_stacks(

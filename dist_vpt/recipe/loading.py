@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,21 @@ from dist_vpt.errors import RecipeError
 from dist_vpt.recipe.backbones import expand_backbones
 from dist_vpt.recipe.merging import Draft
 from dist_vpt.recipe.messages import explain, model_at
-from dist_vpt.recipe.reading import read_file, read_override
+from dist_vpt.recipe.reading import read_file, read_mapping, read_override
 from dist_vpt.recipe.schema import Protocol, Recipe, TrainConfig
 from dist_vpt.recipe.shipped import merge_order
 
 
+Source = str | Path | Mapping[str, Any]  # a recipe: its path or name, or what its file would hold
+
+
 def load_recipe(
-    files: Sequence[str | Path], overrides: Sequence[str] = (), *, protocol: Protocol = "default"
+    files: Sequence[Source],
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    *,
+    protocol: Protocol = "default",
 ) -> Recipe:
-    """Merge recipes, by path or name, in order (each on top of its own ``base:`` files), then ``a.b=c`` overrides.
+    """Merge recipes in order (each on top of its own ``base:`` files), then ``a.b=c`` overrides or a mapping of them.
 
     ``protocol``: that of a recipe which gives none.
 
@@ -47,17 +53,48 @@ def load_recipe(
         unique = list(dict.fromkeys(draft.mistakes))
         count = "1 mistake" if len(unique) == 1 else f"{len(unique)} mistakes"
         raise RecipeError("\n".join([f"{count} in the recipe:", *(f"  {m}" for m in unique)]))
-    name = "-".join(Path(file).stem for file in files) or "default"
+    names = [recipe.method.name if isinstance(file, Mapping) else Path(file).stem for file in files]
+    name = "-".join(names) or "default"
     folder = os.path.expanduser(recipe.run.dir or f"runs/{name}")  # shells leave the ~ of run.dir=~/runs as it is
     return recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": folder})})
 
 
-def _merged(files: Sequence[str | Path], overrides: Sequence[str], protocol: Protocol) -> Draft:
+def recipe_of(
+    recipes: "Recipe | Source | Sequence[Recipe | Source]",
+    overrides: Mapping[str, Any],
+    *,
+    protocol: Protocol = "default",
+) -> Recipe:
+    """What a Python program calls a recipe: names, files, dictionaries, recipes or a sequence of them, and overrides.
+
+    Shipped recipes are merged first, by kind, then all others in the order given. Raises RecipeError.
+    """
+    given = [recipes] if isinstance(recipes, Recipe | str | Path | Mapping) else list(recipes)
+    names = [str(each) for each in given if isinstance(each, str | Path)]
+    if wrong := next((each for each in given if not isinstance(each, Recipe | str | Path | Mapping)), None):
+        raise RecipeError(
+            f"recipe = {wrong!r}: is no recipe but {type(wrong).__name__}; give a name, a file, a dictionary or a Recipe"
+        )
+    plain = (each.model_dump(mode="json") if isinstance(each, Recipe) else each for each in given)
+    return load_recipe(
+        [*merge_order(names), *(each for each in plain if isinstance(each, Mapping))], overrides, protocol=protocol
+    )
+
+
+def _merged(
+    files: Sequence[Source], overrides: Sequence[str] | Mapping[str, Any], protocol: Protocol
+) -> Draft:
     draft = Draft(data={"method": {"name": "vpt"}}, protocol=protocol)  # a method without a name is the default one
     for file in files:
-        read_file(str(file), draft)
-    for override in overrides:
-        read_override(override, draft)
+        if isinstance(file, Mapping):
+            read_mapping(file, draft, "recipe")
+        else:
+            read_file(str(file), draft)
+    if isinstance(overrides, Mapping):
+        read_mapping(overrides, draft, "arguments")
+    else:
+        for override in overrides:
+            read_override(override, draft)
     return draft
 
 

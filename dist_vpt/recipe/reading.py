@@ -1,6 +1,6 @@
 """A recipe file and its bases, or an a.b=c override, read into a draft."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,44 @@ def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, pare
     except RecipeError as error:
         draft.mistakes.append(str(error))
         return
-    locations = dict(_locations(node, file))
+    _merge_with_bases(content, dict(_locations(node, file)), draft, (*parents, file))
+
+
+def read_mapping(values: Mapping[str, Any], draft: Draft, location: str) -> None:
+    """Merge the content of a recipe file that a program gives: keys, sections, ``base`` and dotted keys (``a.b``).
+
+    ``location``: how messages call it.
+    """
+    content = _nested(values)
+    _merge_with_bases(content, dict(_paths(content, location)), draft, ())
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in which ``{"a.b": c}`` is ``{"a": {"b": c}}``."""
+    nested: dict[str, Any] = {}
+    for dotted, value in values.items():
+        *sections, key = str(dotted).split(".")
+        target = nested
+        for section in sections:
+            target[section] = inner = dict(target[section]) if isinstance(target.get(section), Mapping) else {}
+            target = inner
+        inside = _nested(value) if isinstance(value, Mapping) else value
+        before = target.get(key)
+        target[key] = before | inside if isinstance(before, dict) and isinstance(inside, dict) else inside
+    return nested
+
+
+def _paths(content: Mapping[str, Any], location: str, at: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    for key, value in content.items():
+        yield (*at, key), location
+        if isinstance(value, Mapping):
+            yield from _paths(value, location, (*at, key))
+
+
+def _merge_with_bases(
+    content: dict[str, Any], locations: Mapping[KeyPath, str], draft: Draft, files: tuple[Path, ...]
+) -> None:
+    """Merge the content of a recipe on top of its bases. ``files``: those whose bases led to it, itself the last."""
     bases = content.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -48,7 +85,7 @@ def read_file(name: str, draft: Draft, *, requested_by: str = COMMAND_LINE, pare
         draft.mistakes.append(f"{locations[('base',)]}: base = {bases!r}: {rule}")
         bases = []
     for base in bases:
-        read_file(base, draft, requested_by=locations[("base",)], parents=(*parents, file))
+        read_file(base, draft, requested_by=locations[("base",)], parents=files)
     published = content.pop("published", {})
     if not isinstance(published, dict):
         rule = "must be a mapping of keys to values, merged with protocol: published; write published: {KEY: VALUE}"

@@ -1,0 +1,114 @@
+"""``dist_vpt.train`` and ``dist_vpt.sweep``: runs and sweeps of a Python program or a notebook."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_vpt.distributed.caches import move_unwritable_caches
+from dist_vpt.distributed.rank_log import quiet_libraries
+from dist_vpt.experiments.early_checks import check_early
+from dist_vpt.files import read_json
+from dist_vpt.inference.load import load
+from dist_vpt.inference.tuned import Tuned
+from dist_vpt.recipe.loading import recipe_of
+from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RunFolder
+
+AnyRecipe = Recipe | str | Path | Mapping[str, Any] | Sequence[Any]
+
+
+class Run:
+    """A run's folder, finished or not."""
+
+    def __init__(self, path: str | Path):
+        """Raises RunFolderError where the folder holds no run."""
+        folder = RunFolder(path)
+        self.path = folder.path
+        self.recipe: Recipe = folder.load()
+        folder.refuse_sweep()
+        self._folder = folder
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, status={self.status!r})"
+
+    @property
+    def status(self) -> str:
+        """``running``, ``done``, ``failed`` or ``interrupted``."""
+        return str(self._folder.status().get("status"))
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What result.json holds: scores of the last and the best epoch, parameters, seconds; {} before the end."""
+        return read_json(self._folder.result) if self._folder.result.is_file() else {}
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The scores of each epoch and split so far, as ``pandas.DataFrame(run.metrics)`` takes them."""
+        if not self._folder.metrics.is_file():
+            return []
+        lines = self._folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # another process may be writing the last
+
+    def load(self, adapters: str = "last", device: Any = None) -> Tuned:
+        """What it has tuned; see ``dist_vpt.load``."""
+        return load(self, adapters, device)
+
+
+class Sweep:
+    """A finished sweep's folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"Sweep({str(self.path)!r})"
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What sweep.json holds: the table, the chosen setting, mean and standard deviation on test."""
+        return read_json(self.path / "sweep.json")
+
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of the chosen setting, one for each seed."""
+        return [Run(folder) for folder in sorted((self.path / "seeds").iterdir(), key=lambda folder: folder.name)]
+
+
+def train(recipe: AnyRecipe, **overrides: Any) -> Run:
+    """Do one run, as ``dist-vpt train`` does: ``train(["vpt_deep", "image_folder"], data={"root": "pictures"})``.
+
+    Under ``accelerate launch script.py`` all processes call it and share the run.
+
+    Args:
+        recipe: the name of a shipped recipe, a YAML file, a dictionary with the keys of one, a ``Recipe``, or a list
+            of these, which are merged.
+        overrides: sections, such as ``train={"epochs": 3}``, or dotted keys: ``**{"train.epochs": 3}``.
+
+    Raises:
+        UserError: what the command line reports and exits with; its message is the same.
+        Interrupted: after a signal that asks for a stop, with the state saved; ``run={"resume": "auto"}`` resumes it.
+    """
+    return Run(_done(recipe, overrides, "run"))
+
+
+def sweep(recipe: AnyRecipe, **overrides: Any) -> Sweep:
+    """Try a grid on val and test the best setting, as ``dist-vpt sweep`` does, or resume that; see ``train``."""
+    return Sweep(_done(recipe, overrides, "sweep"))
+
+
+def _done(recipe: AnyRecipe, overrides: Mapping[str, Any], kind: str) -> Path:
+    """Do a run or a sweep; returns its folder."""
+    move_unwritable_caches()
+    quiet_libraries()
+    resolved = recipe_of(recipe, overrides, protocol="default" if kind == "run" else "published")
+    check_early(resolved if kind == "run" else resolved.changed("run", resume="auto"), kind)
+    if kind == "run":
+        from dist_vpt.experiments.run import run
+
+        run(resolved)
+    else:
+        from dist_vpt.experiments.sweep import sweep
+
+        sweep(resolved)
+    return Path(str(resolved.run.dir))
