@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_vpt.errors import Interrupted, UserError
-    from dist_vpt.experiments.calls import Run, Sweep, sweep, train
+    from dist_vpt.experiments.calls import Run, Sweep, load_recipe, sweep, train
     from dist_vpt.inference.load import load
     from dist_vpt.inference.tuned import Tuned
     from dist_vpt.recipe.schema import Recipe
@@ -27,17 +27,24 @@ _MODULES = {
     "UserError": "errors",
     "attach": "training.own_loop",
     "load": "inference.load",
+    "load_recipe": "experiments.calls",
     "sweep": "experiments.calls",
     "train": "experiments.calls",
 }
 __all__ = [
-    "Interrupted", "Recipe", "Run", "Sweep", "Tuned", "UserError", "__version__", "attach", "load", "sweep", "train",
+    "Interrupted", "Recipe", "Run", "Sweep", "Tuned", "UserError", "__version__", "attach", "load",
+    "load_recipe", "sweep", "train",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dist_vpt.distributed.caches import move_unwritable_caches
+    from dist_vpt.distributed.rank_log import quiet_libraries
+
+    move_unwritable_caches()  # before a library reads its variable
+    quiet_libraries()
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 

@@ -116,8 +116,7 @@ def refuse_model(model: Any, what: str) -> None:
         raise UserError(f"{what} is a {type(model).__name__}; {SUPPORTED}")
     if isinstance(model, Eva) and learns_rotary(model):
         raise UserError(
-            f"{what} has a {type(model.rope).__name__}, whose rotary positions are weights of each block; "
-            f"{SUPPORTED}"
+            f"{what} has a {type(model.rope).__name__}, whose rotary positions are weights of each block; {SUPPORTED}"
         )
     if hasattr(model.patch_embed, "backbone"):
         raise UserError(f"{what} is a hybrid (a vision transformer on a ResNet stem); {SUPPORTED}")

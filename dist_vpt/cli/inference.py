@@ -68,7 +68,7 @@ def predict(arguments: argparse.Namespace) -> None:
 
 
 def attention(arguments: argparse.Namespace) -> None:
-    from dist_vpt.inference.attention import show
+    from dist_vpt.inference.attention_pictures import show
 
     show(arguments.run, arguments.images, arguments.adapters, arguments.block, arguments.head, arguments.out)
 

@@ -48,6 +48,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).addFilter(held_messages)
     # The recipe gives the number of workers; on few cores more of them than cores are slower, and no fault.
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    # Of a notebook without ipywidgets, in which whatever imports tqdm says so.
+    warnings.filterwarnings("ignore", message="IProgress not found")
     # DeepSpeed calls functions that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 

@@ -1,19 +1,21 @@
-"""``dist_vpt.train`` and ``dist_vpt.sweep``: runs and sweeps of a Python program or a notebook."""
+"""``dist_vpt.train`` and ``dist_vpt.sweep``: runs and sweeps of a Python program or a notebook.
+
+Nothing heavy is imported before the recipe, the folders and the files that it names have been looked at.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dist_vpt.distributed.caches import move_unwritable_caches
-from dist_vpt.distributed.rank_log import quiet_libraries
 from dist_vpt.experiments.early_checks import check_early
 from dist_vpt.files import read_json
-from dist_vpt.inference.load import load
-from dist_vpt.inference.tuned import Tuned
 from dist_vpt.recipe.loading import recipe_of
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from dist_vpt.inference.tuned import Tuned
 
 AnyRecipe = Recipe | str | Path | Mapping[str, Any] | Sequence[Any]
 
@@ -50,8 +52,10 @@ class Run:
         lines = self._folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # another process may be writing the last
 
-    def load(self, adapters: str = "last", device: Any = None) -> Tuned:
+    def load(self, adapters: str = "last", device: Any = None) -> "Tuned":
         """What it has tuned; see ``dist_vpt.load``."""
+        from dist_vpt.inference.load import load
+
         return load(self, adapters, device)
 
 
@@ -72,7 +76,13 @@ class Sweep:
     @property
     def runs(self) -> list[Run]:
         """The runs of the chosen setting, one for each seed."""
-        return [Run(folder) for folder in sorted((self.path / "seeds").iterdir(), key=lambda folder: folder.name)]
+        folders = [path for path in (self.path / "seeds").iterdir() if path.is_dir()]
+        return [Run(folder) for folder in sorted(folders, key=lambda path: (len(path.name), path.name))]
+
+
+def load_recipe(*recipes: AnyRecipe, **overrides: Any) -> Recipe:
+    """A recipe with every key, checked: see ``train``. Raises RecipeError with all mistakes."""
+    return recipe_of(recipes, overrides)
 
 
 def train(recipe: AnyRecipe, **overrides: Any) -> Run:
@@ -99,8 +109,6 @@ def sweep(recipe: AnyRecipe, **overrides: Any) -> Sweep:
 
 def _done(recipe: AnyRecipe, overrides: Mapping[str, Any], kind: str) -> Path:
     """Do a run or a sweep; returns its folder."""
-    move_unwritable_caches()
-    quiet_libraries()
     resolved = recipe_of(recipe, overrides, protocol="default" if kind == "run" else "published")
     check_early(resolved if kind == "run" else resolved.changed("run", resume="auto"), kind)
     if kind == "run":

@@ -6,7 +6,7 @@ B images, S image side, K classes, F features.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,11 @@ from dist_vpt.data.splits import Picture
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError, UserError
 from dist_vpt.files import printable
+from dist_vpt.inference.attention import Attention, attend, joined
 from dist_vpt.inference.image_files import image_files
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.inputs import Inputs
-
-if TYPE_CHECKING:
-    from dist_vpt.inference.attention import Attention
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor  # a file, or a picture
 DIGITS = 6  # of a probability
@@ -90,8 +88,8 @@ class Tuned(nn.Module):
     def predict(self, images: AnyImage | Sequence[AnyImage], top: int = 5) -> list[dict[str, Any]]:
         """Classify pictures: files, folders of them, PIL images, uint8 arrays [H, W, 3] or tensors [3, H, W].
 
-        Returns the same as ``dist-vpt predict --out FILE.json``: for each picture ``{"image": its path, or its number in
-        the list, "predictions": [{"class": name, "probability": p}, ...]}``, the most likely ``top`` classes first.
+        Returns the same as ``dist-vpt predict --out FILE.json``: for each picture ``{"image": path or number,
+        "predictions": [{"class": name, "probability": p}, ...]}``, the most likely ``top`` classes first.
         Raises DataError for what cannot be read, before anything is computed for missing files.
         """
         if top < 1:
@@ -114,13 +112,11 @@ class Tuned(nn.Module):
         found = [self.method.features(batch).float().cpu() for _, batch in self._batches(images)]
         return torch.cat(found)
 
-    def attention(self, images: AnyImage | Sequence[AnyImage]) -> "Attention":
+    def attention(self, images: AnyImage | Sequence[AnyImage]) -> Attention:
         """How much the class token, and each prompt or query, attends to each patch of pictures (see ``predict``).
 
         Raises UserError for a run with several backbones, and for blocks whose attention cannot be read.
         """
-        from dist_vpt.inference.attention import attend, joined
-
         if len(self.transforms) > 1:
             raise UserError("attention: works with one backbone, and this run has several")
         with self._eager():
@@ -176,14 +172,17 @@ class Tuned(nn.Module):
 def picture_of(image: Any, decoding: Decoding) -> Picture:
     """RGB pixels of a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]. Raises DataError."""
     if isinstance(image, Image.Image):
-        return to_rgb(image, decoding)
+        try:
+            return to_rgb(image, decoding)
+        except ValueError as error:
+            raise DataError(f"a picture cannot be used: {error}") from error
     pixels = image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) and image.ndim == 3 else image
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3:
         return pixels
     about = f"{getattr(image, 'dtype', '')} {list(getattr(image, 'shape', ()))}"
     raise DataError(
-        f"a picture is a {type(image).__name__} {about.strip()}: give a path, a PIL image, a uint8 array [H, W, 3] or a "
-        "uint8 tensor [3, H, W], in 0..255"
+        f"a picture is a {type(image).__name__} {about.strip()}: give a path, a PIL image, a uint8 array [H, W, 3] or "
+        "a uint8 tensor [3, H, W], in 0..255"
     )
 
 
@@ -195,4 +194,3 @@ def _named(images: AnyImage | Sequence[AnyImage]) -> Iterator[tuple[str | int, A
             yield from ((printable(file), file) for file in image_files([str(image)]))
         else:
             yield number, image
-

@@ -264,7 +264,7 @@ class StackReader(Reader):
     def features_of_stacks(
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
-        """What the heads of each stack's readers read, [T, B, F], from one pass over the stream; see ``read_stacks``."""
+        """What the heads of each stack's readers read, [T, B, F], from one pass; see ``read_stacks``."""
         raise NotImplementedError
 
     @classmethod

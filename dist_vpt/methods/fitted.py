@@ -50,7 +50,7 @@ class FittedReader(Reader):
         """
         raise NotImplementedError
 
-    def features(self, stream: StreamOutput) -> Tensor:
+    def stream_features(self, stream: StreamOutput) -> Tensor:
         """What is fitted to, [B, F] float32: the backbone's pooled output."""
         return stream.pooled.float()
 

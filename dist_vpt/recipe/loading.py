@@ -15,12 +15,11 @@ from dist_vpt.backbones.weights.zoo import has_learned_positions
 from dist_vpt.data.tasks import TASKS
 from dist_vpt.errors import RecipeError
 from dist_vpt.recipe.backbones import expand_backbones
-from dist_vpt.recipe.merging import Draft
+from dist_vpt.recipe.merging import COMMAND_LINE, Draft
 from dist_vpt.recipe.messages import explain, model_at
 from dist_vpt.recipe.reading import read_file, read_mapping, read_override
 from dist_vpt.recipe.schema import Protocol, Recipe, TrainConfig
-from dist_vpt.recipe.shipped import merge_order
-
+from dist_vpt.recipe.shipped import is_shipped, merge_order
 
 Source = str | Path | Mapping[str, Any]  # a recipe: its path or name, or what its file would hold
 
@@ -69,27 +68,24 @@ def recipe_of(
 
     Shipped recipes are merged first, by kind, then all others in the order given. Raises RecipeError.
     """
-    given = [recipes] if isinstance(recipes, Recipe | str | Path | Mapping) else list(recipes)
-    names = [str(each) for each in given if isinstance(each, str | Path)]
-    if wrong := next((each for each in given if not isinstance(each, Recipe | str | Path | Mapping)), None):
+    given = list(recipes) if isinstance(recipes, Sequence) and not isinstance(recipes, str) else [recipes]
+    for wrong in (each for each in given if not isinstance(each, Recipe | str | Path | Mapping)):
         raise RecipeError(
-            f"recipe = {wrong!r}: is no recipe but {type(wrong).__name__}; give a name, a file, a dictionary or a Recipe"
+            f"recipe = {wrong!r}: a recipe is a name, a file, a dictionary or a Recipe, and no {type(wrong).__name__}"
         )
-    plain = (each.model_dump(mode="json") if isinstance(each, Recipe) else each for each in given)
-    return load_recipe(
-        [*merge_order(names), *(each for each in plain if isinstance(each, Mapping))], overrides, protocol=protocol
-    )
+    shipped = [each for each in given if isinstance(each, str | Path) and is_shipped(str(each))]
+    others = [each.model_dump(mode="json") if isinstance(each, Recipe) else each for each in given]
+    sources = [*merge_order([str(each) for each in shipped]), *(each for each in others if each not in shipped)]
+    return load_recipe(sources, overrides, protocol=protocol)
 
 
-def _merged(
-    files: Sequence[Source], overrides: Sequence[str] | Mapping[str, Any], protocol: Protocol
-) -> Draft:
+def _merged(files: Sequence[Source], overrides: Sequence[str] | Mapping[str, Any], protocol: Protocol) -> Draft:
     draft = Draft(data={"method": {"name": "vpt"}}, protocol=protocol)  # a method without a name is the default one
     for file in files:
         if isinstance(file, Mapping):
             read_mapping(file, draft, "recipe")
         else:
-            read_file(str(file), draft)
+            read_file(str(file), draft, requested_by="recipe" if isinstance(overrides, Mapping) else COMMAND_LINE)
     if isinstance(overrides, Mapping):
         read_mapping(overrides, draft, "arguments")
     else:

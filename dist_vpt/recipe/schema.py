@@ -311,17 +311,6 @@ class Recipe(Section):
                 "own, so that nothing can be drawn; leave it out"
             )
 
-    @classmethod
-    def load(cls, *recipes: Any, **overrides: Any) -> "Recipe":
-        """A recipe from names of shipped ones, YAML files, dictionaries or recipes, merged as ``dist-vpt train`` does.
-
-        Overrides are sections (``train={"epochs": 3}``) or dotted keys (``**{"train.epochs": 3}``). Raises RecipeError
-        with all mistakes.
-        """
-        from dist_vpt.recipe.loading import recipe_of
-
-        return recipe_of(recipes, overrides)
-
     def changed(self, section: str, **changes: Any) -> Self:
         """A copy with other values in a section; they are not checked, but their keys are."""
         part = getattr(self, section)

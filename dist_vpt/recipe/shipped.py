@@ -71,6 +71,15 @@ def find_recipe(name: str, folder: Path = Path()) -> Path:
     raise RecipeError(f"{name}: neither a file nor the name of a recipe; {nearest_names(name)}")
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a name or a path is that of a shipped recipe."""
+    try:
+        file = find_recipe(name).resolve()
+    except RecipeError:
+        return False
+    return any(file == recipe.file.resolve() for recipe in shipped_recipes())
+
+
 def nearest_names(name: str) -> str:
     """A hint that ends a message about an unknown name."""
     close = difflib.get_close_matches(name, [recipe.name for recipe in shipped_recipes()], n=3, cutoff=0.6)

@@ -43,7 +43,7 @@ class FittedGroup(TrialGroup):
         micro_batches, _ = weigh_global_batch(self.accelerator, fetched, self.class_weights, self.stop)
         self.accelerator.status.set(f"step {self.step}", "computing features", limited=True)
         for batch, weights_B in micro_batches:
-            features_BF = self.readers[0].features(observed_stream(self, batch))
+            features_BF = self.readers[0].stream_features(observed_stream(self, batch))
             found = (features_BF, batch["labels"], torch.stack([weights_B, batch["weight"]], 1), batch["index"])
             if self.accelerator.num_processes > 1:
                 with self.accelerator.status.in_collective():

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ class RunLogger:
         self.noted: set[str] = set()  # splits with a score that is not defined
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
-        self.console = Console(stderr=False, highlight=False)
+        self.console = text_console()
         self.bar: Progress | None = None
         self.started: tuple[float, int] | None = None  # clock and images since when the speed is measured
         self.steps = 0
@@ -75,11 +76,18 @@ class RunLogger:
         writer = self._writer()
         if writer is not None:
             writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", global_step=done_steps)
-        if self.console.is_terminal:
+        if (console := self._console_of_bar()) is not None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, console=self.console)
+            self.bar = Progress(*columns, console=console)
             self.bar.start()
             self.task = self.bar.add_task("training", total=total_steps, completed=done_steps, text="")
+
+    def _console_of_bar(self) -> Console | None:
+        """Where a bar is drawn: on a terminal, or in a notebook that has the widgets for it."""
+        console = Console(highlight=False)
+        if console.is_jupyter:
+            return console if find_spec("ipywidgets") else None
+        return self.console if self.console.is_terminal else None
 
     def _start_trackers(self, options: dict[str, dict[str, Any]]) -> None:
         """One by one: what Accelerate takes as one name is TensorBoard's folder and W&B's project."""
@@ -249,6 +257,12 @@ class RunLogger:
     def _writer(self) -> Any:
         found = [tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
         return found[0].tracker if found else None
+
+
+def text_console() -> Console:
+    """For lines of text, in a notebook too: there rich would make a table of HTML of each, and ask for widgets."""
+    console = Console(highlight=False)
+    return Console(highlight=False, force_jupyter=False, force_terminal=False) if console.is_jupyter else console
 
 
 def _shown(name: str, value: float | None) -> str:

@@ -15,7 +15,7 @@ from dist_vpt.methods import METHODS
 from dist_vpt.methods import attach as attach_to_backbone
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config import MethodConfig
-from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.loading import recipe_of
 
 AS_GIVEN = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # images are normalized by whoever gives them
 
@@ -36,7 +36,7 @@ def attach(
     ``trainable()``, pairs of name and parameter; what is worth saving is ``adapter_tensors()``.
 
     Args:
-        method: a name (``"vpt"``), the name of a method's recipe (``"vpt_deep"``), or the section ``method`` of a recipe.
+        method: its name (``"vpt"``) or that of its recipe (``"vpt_deep"``), or the section ``method`` of a recipe.
         model: a timm VisionTransformer, Eva or SwinTransformer; its classifier is dropped.
         classes: their number K, or their names.
         images: training images [B, 3, S, S], or some batches of them, from which prompts, queries and the head's
@@ -56,7 +56,7 @@ def attach(
         )
     if section.frame:
         raise UserError(
-            "method.location = pad: needs a backbone built for the framed image; use dist_vpt.train, or another location"
+            "method.location = pad: needs a backbone for the framed image; use dist_vpt.train, or another location"
         )
     count = classes if isinstance(classes, int) else len(classes)
     if count < 2:
@@ -72,11 +72,11 @@ def attach(
 def _section(method: str | Mapping[str, Any] | MethodConfig, settings: Mapping[str, Any]) -> MethodConfig:
     """The section ``method`` with its settings. Raises RecipeError."""
     if isinstance(method, str):
-        given = Recipe.load(method).method.model_dump() if method not in METHODS else {"name": method}
+        given = recipe_of(method, {}).method.model_dump() if method not in METHODS else {"name": method}
     elif isinstance(method, Mapping):
         given = dict(method)
     elif hasattr(method, "model_dump"):
         given = method.model_dump()
     else:
         raise RecipeError(f"method = {method!r}: give a name such as 'vpt', or a dictionary with the key name")
-    return Recipe.load({"method": given | dict(settings)}).method
+    return recipe_of({"method": given | dict(settings)}, {}).method

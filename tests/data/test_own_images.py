@@ -14,7 +14,7 @@ from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.transforms import ImageTransform
-from dist_vpt.inference.load import LoadedRun
+from dist_vpt.inference.tuned import Tuned
 
 TURNED = 3  # the EXIF orientation of a picture that is upside down
 FORMATS = ["image_folder", "vtab_folder", "fgvc_json", "hf"]
@@ -92,8 +92,8 @@ def test_prediction_reads_images_as_training_does(tmp_path: Path) -> None:
     config, splits = opened(tmp_path, "image_folder")
     transform = ImageTransform(image_size=16, interpolation="bilinear")
     inputs: Any = SimpleNamespace(task=resolve(config), transforms=(transform,))
-    nothing: Any = None
-    loaded = LoadedRun(SimpleNamespace(data=config), nothing, [], torch.device("cpu"), inputs)  # type: ignore[arg-type]
+    nothing: Any = torch.nn.Linear(1, 1)
+    loaded = Tuned(SimpleNamespace(data=config), nothing, [], inputs)  # type: ignore[arg-type]
     for i in range(4):
         split = splits["test"]
         assert loaded.load_images([Path(split.where(i))])[0].equal(transform.eval(split.read(i)))

@@ -3,7 +3,7 @@
     python -m tests.docs.command_server SOCKET      the server; a line on its standard output says that it is ready
 
 ``write_command`` writes a ``dist-vpt`` that hands its arguments, folder and open files to the server, and ends with the
-exit code of the process that the server has forked.
+exit code of the process that the server has forked. ``dist-vpt python TEXT`` runs a program there.
 """
 
 import importlib
@@ -75,9 +75,13 @@ def run(client: socket.socket) -> None:
     sys.argv = ["dist-vpt", *arguments]
     code: object = 1
     try:
-        from dist_vpt.cli.main import main
+        if arguments[0] == "python":
+            exec(compile(arguments[1], "block", "exec"), {"__name__": "__main__"})
+            code = 0
+        else:
+            from dist_vpt.cli.main import main
 
-        code = main(arguments)
+            code = main(arguments)
     except SystemExit as ended:
         code = ended.code
     except BaseException:

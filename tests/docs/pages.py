@@ -23,7 +23,7 @@ FILE = re.compile(r"# (?P<name>[\w.-]+\.yaml)$")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page."""
+    """A fenced block of a page; one in Python is a program of its own."""
 
     page: Path
     line: int
@@ -37,7 +37,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return self.language == "shell" and not NOT_RUN.fullmatch(self.comment)
+        return self.language in ("shell", "python") and not NOT_RUN.fullmatch(self.comment)
 
     @property
     def commands(self) -> str:

@@ -1,4 +1,4 @@
-"""Every shell block of the README and the guides runs, page by page, in an empty folder on the demo backbone."""
+"""Every block of the README and the guides in shell or Python runs, page by page, in an empty folder."""
 
 import os
 import subprocess
@@ -77,7 +77,9 @@ def test_commands_run(page: Path, folder: Path, environment: dict[str, str]) -> 
             (folder / block.file).write_text(block.text + "\n", encoding="utf-8")
             continue
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.commands],
+            ["dist-vpt", "python", block.commands]
+            if block.language == "python"
+            else ["bash", "-euo", "pipefail", "-c", block.commands],
             cwd=folder,
             env=environment,
             capture_output=True,
@@ -96,7 +98,9 @@ def test_the_command_is_installed() -> None:
 
 
 def test_few_commands_are_left_out() -> None:
-    assert len(RUN) >= LEAST, f"only {len(RUN)} of {sum(block.language == 'shell' for block in ALL)} blocks run"
+    assert len(RUN) >= LEAST, (
+        f"only {len(RUN)} of {sum(block.language in ('shell', 'python') for block in ALL)} blocks run"
+    )
 
 
 @pytest.mark.parametrize("block", ALL, ids=lambda block: block.where)
@@ -104,4 +108,4 @@ def test_a_block_is_marked_in_a_known_way(block: Block) -> None:
     """A misspelled comment would be passed over in silence; a language without a highlight, too."""
     assert block.language in ("bibtex", "python", "shell", "text", "yaml")
     assert not block.comment or NOT_RUN.fullmatch(block.comment) or RUN_WITH.fullmatch(block.comment), block.comment
-    assert block.language == "shell" or not block.comment
+    assert block.language in ("shell", "python") or not block.comment

@@ -223,7 +223,9 @@ def test_a_smaller_head_is_the_head_on_the_kept_columns(source: Path, selected: 
     batches = parts.evaluation("test", 0, 1)
     batch = next(iter(batches))
     with torch.no_grad():
-        features_BF = whole.stream_features(compute_stream(whole.backbone, batch["images"], whole.spec)).double().numpy()
+        features_BF = (
+            whole.stream_features(compute_stream(whole.backbone, batch["images"], whole.spec)).double().numpy()
+        )
         logits_BK = small(batch["images"]).numpy()
     own = {name: tensor.double().numpy() for name, tensor in adapters(selected[0] / "featselect-0.1").items()}
     columns = own["kept"].astype(int)

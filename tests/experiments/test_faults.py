@@ -1,5 +1,6 @@
 """Bad input as a user meets it: one message with the place, the rule and the fix, and nothing half-written."""
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -11,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dist_vpt import train as train_module
 from dist_vpt.backbones.build import DEMO
 from dist_vpt.cli.main import main
 from dist_vpt.recipe.loading import load_recipe
@@ -182,6 +182,7 @@ def test_a_loss_that_is_not_finite(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_module_that_accelerate_launches_speaks_alike(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_module = importlib.import_module("dist_vpt.train")
     assert train_module.main([f"run.dir={run}", "train.epoch=1"]) == 2
     assert "did you mean 'epochs'?" in capsys.readouterr().err
     with pytest.raises(ValueError, match="did you mean 'epochs'"):

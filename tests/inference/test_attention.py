@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dist_vpt.errors import UserError
-from dist_vpt.inference.attention import attend, show
+from dist_vpt.inference.attention import attend
+from dist_vpt.inference.attention_pictures import show
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
 from dist_vpt.runtime.attention import apply_attention
