@@ -127,7 +127,7 @@ class VQT(Reader):
 
     def stream_features(self, stream: StreamOutput) -> Tensor:
         """All features [B, F] of the images, of which the head may read a subset."""
-        return self.features_of_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(1)
+        return self.stream_features_of_stacks([ReaderStack.of([self])], stream, [None])[0].squeeze(1)
 
     def read(self, stream: StreamOutput) -> Tensor:
         return self.classify(self.stream_features(stream))
@@ -137,14 +137,14 @@ class VQT(Reader):
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
         logits = []
-        for stack, features_BTF in zip(stacks, cls.features_of_stacks(stacks, stream, seeds), strict=True):
+        for stack, features_BTF in zip(stacks, cls.stream_features_of_stacks(stacks, stream, seeds), strict=True):
             if "kept" in stack.fixed:
                 features_BTF = torch.take_along_dim(features_BTF, stack.fixed["kept"].unsqueeze(0), 2)  # noqa: PLW2901
             logits.append(classify_stack(stack, features_BTF.transpose(0, 1)))
         return logits
 
     @classmethod
-    def features_of_stacks(
+    def stream_features_of_stacks(
         cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
     ) -> list[Tensor]:
         """The features [B, T, F] of each stack's readers, from one pass over the stream."""

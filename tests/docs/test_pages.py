@@ -51,7 +51,9 @@ def test_every_page_is_in_the_navigation() -> None:
         return [file for value in values for file in files(value)]  # type: ignore[attr-defined]
 
     nav = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
-    assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page != README)
+    notebooks = (ROOT / "docs" / "notebooks").glob("*.ipynb")
+    pages = [*(page for page in PAGES if page != README), *notebooks]
+    assert sorted(nav) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in pages)
 
 
 @pytest.mark.slow
