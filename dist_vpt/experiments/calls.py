@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.experiments.early_checks import check_early
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import recipe_of
@@ -110,6 +111,10 @@ def sweep(recipe: AnyRecipe, **overrides: Any) -> Sweep:
 def _done(recipe: AnyRecipe, overrides: Mapping[str, Any], kind: str) -> Path:
     """Do a run or a sweep; returns its folder."""
     resolved = recipe_of(recipe, overrides, protocol="default" if kind == "run" else "published")
+    if LaunchEnv.current().world_size > 1:
+        from dist_vpt.training.accelerator import keep_process_group
+
+        keep_process_group()
     check_early(resolved if kind == "run" else resolved.changed("run", resume="auto"), kind)
     if kind == "run":
         from dist_vpt.experiments.run import run

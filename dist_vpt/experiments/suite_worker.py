@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from rich.console import Console
 
 from dist_vpt.data.formats import open_splits
@@ -32,6 +31,7 @@ from dist_vpt.files import locked, read_json
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runs.results import FILE, Parameters, Protocol, Result, Spread, append, finished_runs
 from dist_vpt.runtime.precision import resolve_precision
+from dist_vpt.training.accelerator import reset_accelerate
 
 POLL_SECONDS = 0.5
 
@@ -99,10 +99,7 @@ class SuiteWorker:
 
     def _do(self, experiment: Experiment, item: WorkItem, stop: StopSignal) -> bool:
         """Do an item whose lock is held; whether something was left to do."""
-        # Accelerate's state is global in a process: an experiment of another precision needs its own.
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
+        reset_accelerate()
         folder = self._open_sweep(experiment)
         worker = Worker(experiment.recipe, folder, 0, 1, stop, self.console, LaunchEnv.current(), RankStatus())
         if not item.jobs:

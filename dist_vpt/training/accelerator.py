@@ -1,5 +1,6 @@
 """One process or many: the Accelerator of a recipe, and a method wrapped for DDP or a DeepSpeed ZeRO stage."""
 
+import atexit
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
@@ -35,6 +37,26 @@ NOT_ON_CPU = (
     "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto (without a GPU that is "
     "the CPU), or start with the ddp strategy"
 )
+
+
+_keeps_process_group = False
+
+
+def keep_process_group() -> None:
+    """Keep the process group of the next run for all later ones of this program, until it ends.
+
+    Gloo may connect the processes of a second group to addresses of the first, which the launcher's store still holds.
+    """
+    global _keeps_process_group  # noqa: PLW0603 (the process group is the program's, too)
+    _keeps_process_group = True
+
+
+def reset_accelerate() -> None:
+    """Forget the state that Accelerate keeps for a process: a run of another device or precision needs its own."""
+    AcceleratorState._reset_state(reset_partial_state=not _keeps_process_group)
+    GradientState._reset_state()
+    if not _keeps_process_group:
+        PartialState._reset_state()
 
 
 def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | None = None) -> RankAccelerator:
@@ -237,9 +259,13 @@ def init_accelerator(
     # For the next run of this process, such as a suite's.
     leaving.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
     within = distributed.is_initialized()  # a sweep keeps its process group for its next run
+    if not AcceleratorState._shared_state:  # or it is that of a program that has an Accelerator of its own
+        leaving.callback(reset_accelerate)
     try:
         accelerator = make_accelerator(recipe, launch, status)
-        if not within:
+        if not within and _keeps_process_group:
+            atexit.register(distributed.destroy_process_group)
+        elif not within:
             leaving.callback(accelerator.end_training)
         raise_on_any_rank(accelerator, error)
         _refuse_two_precisions(accelerator, recipe)
