@@ -81,7 +81,7 @@ class Sweep:
         return [Run(folder) for folder in sorted(folders, key=lambda path: (len(path.name), path.name))]
 
 
-def load_recipe(*recipes: AnyRecipe, **overrides: Any) -> Recipe:
+def load_recipe(*recipes: Recipe | str | Path | Mapping[str, Any], **overrides: Any) -> Recipe:
     """A recipe with every key, checked: see ``train``. Raises RecipeError with all mistakes."""
     return recipe_of(recipes, overrides)
 
