@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_vpt.data.images import SKIP_HINT, Decoding, decode
 from dist_vpt.data.joined import Joined
 from dist_vpt.errors import DataError, UserError, WeightsError
-from dist_vpt.files import printable
+from dist_vpt.files import printable, read_json
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
@@ -62,6 +62,17 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     restore(method, tensors, path)
     device = device_of(recipe)
     return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs)
+
+
+def temperature_of(run: str, adapters: str) -> float:
+    """The temperature that the run was given on val. Raises UserError where it has none."""
+    folder = RunFolder(run)
+    found = read_json(folder.result).get(adapters) if folder.result.is_file() else None
+    fitted = (found or {}).get("temperature") or {}
+    if not fitted.get("value"):
+        reason = fitted.get("reason", "it was not fitted at the end of the run")
+        raise UserError(f"--calibrated: {run} has no temperature for its {adapters} adapters: {reason}; leave it out")
+    return float(fitted["value"])
 
 
 def refuse_several(recipe: Recipe, command: str) -> None:

@@ -18,13 +18,22 @@ import torch
 from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable, write_atomically
-from dist_vpt.inference.load import load_run
+from dist_vpt.inference.load import load_run, temperature_of
 
 
 def predict(
-    run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
+    run: str,
+    images: Sequence[str],
+    adapters: str = "last",
+    top: int = 5,
+    out: str | None = None,
+    *,
+    calibrated: bool = False,
 ) -> list[dict[str, Any]]:
-    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON."""
+    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
+
+    ``calibrated``: logits are divided by the run's temperature.
+    """
     if top < 1:
         raise UserError(f"--top {top}: must be at least 1")
     if out and Path(out).suffix not in (".csv", ".json"):
@@ -33,13 +42,15 @@ def predict(
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
+    temperature = temperature_of(run, adapters) if calibrated else 1.0
     loaded, files = load_run(run, adapters), image_files(images)
     classes, size = loaded.classes, loaded.recipe.train.eval_batch_size
     rows = []
     for start in range(0, len(files), size):
         chunk = files[start : start + size]
         with torch.no_grad():
-            probabilities_BK = loaded.method(loaded.load_images(chunk)).float().softmax(1).cpu()
+            logits_BK = loaded.method(loaded.load_images(chunk)).float()
+            probabilities_BK = (logits_BK / temperature).softmax(1).cpu()
         for file, row in zip(chunk, probabilities_BK, strict=True):
             values, indices = row.topk(min(top, len(classes)))
             best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -473,13 +472,15 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_diverged_seed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    score = sweep_worker.score_trials
+    score = sweep_worker.score_trials_at_end
 
-    def spoiled(*args: Any) -> list[Any]:
-        _, *others = score(*args)
-        return [SimpleNamespace(compute=lambda: {"loss": float("inf"), "top1": 99.0}), *others]
+    def spoiled(group: Any, trials: Any) -> list[Any]:
+        found = score(group, trials)
+        if trials:
+            trials[0].progress.last["test"]["loss"] = float("inf")
+        return found
 
-    monkeypatch.setattr(sweep_worker, "score_trials", spoiled)
+    monkeypatch.setattr(sweep_worker, "score_trials_at_end", spoiled)
     content = swept(tmp_path / "sweep", *READER)
     assert content["diverged_seeds"] == {"42": "the loss on test was inf"}
     assert content["seeds"]["42"] is None

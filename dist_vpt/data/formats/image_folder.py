@@ -46,7 +46,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     classes = tuple(map(printable, names))
     mistakes, others = Mistakes(), Counter[str]()
     source = FileSource(root, (), Decoding.of(task))
-    found = {name: _read(name, folder, source, names, mistakes, others) for name, folder in folders.items()}
+    found = {name: read_split(name, folder, source, names, mistakes, others) for name, folder in folders.items()}
     mistakes.check()
     has_folders = folders["train"] != root
     splits = with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
@@ -145,9 +145,16 @@ def _without_classes(folder: Path) -> str:
     return f"{folder}: is named like a split and holds {held}, or rename the folder"
 
 
-def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
-    name: str, folder: Path, source: FileSource, names: tuple[str, ...], mistakes: Mistakes, others: Counter[str]
+def read_split(  # noqa: PLR0917 (a split, and what is counted on the way)
+    name: str,
+    folder: Path,
+    source: FileSource,
+    names: tuple[str, ...],
+    mistakes: Mistakes,
+    others: Counter[str],
+    unknown: str = "has no folder in train",
 ) -> Split:
+    """The images of the class folders in a folder; ``unknown``: what is wrong with one that is none of ``names``."""
     label_of = {k: label for label, k in enumerate(names)}
     elsewhere = [folder_id(path) for path in (source.root, folder, *(folder / name for name in subfolders(folder)))]
     files: list[str] = []
@@ -156,7 +163,7 @@ def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
         meant = label_of.get(class_name, label_of.get(_alike(class_name, names)))
         if meant is None:
             hint = nearest(class_name, names)
-            mistakes.add(folder / class_name, f"class {class_name!r} has no folder in train; {hint}")
+            mistakes.add(folder / class_name, f"class {class_name!r} {unknown}; {hint}")
             continue
         images, more = find_images(folder / class_name, elsewhere)
         others += more
