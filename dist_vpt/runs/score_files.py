@@ -109,7 +109,7 @@ def _prediction_rows(predictions: Predictions, split: Split, classes: Sequence[s
     names = _image_names(split, predictions.index_n.tolist())
     facts = (predictions.label_n.tolist(), predictions.predicted_n.tolist(), predictions.probability_n.tolist())
     for name, label, predicted, probability in zip(names, *facts, strict=True):
-        yield [name, classes[label], classes[predicted], f"{probability:.6f}"]
+        yield [name, classes[label], classes[predicted], f"{probability:.6g}"]
 
 
 def _image_names(split: Split, rows: Sequence[int]) -> list[str]:

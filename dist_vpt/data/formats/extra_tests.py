@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from dist_vpt.data.config import DataConfig
-from dist_vpt.data.formats.files import FileSource, Mistakes, alike_key, find_images, passed_over, subfolders
-from dist_vpt.data.formats.image_folder import read_split
+from dist_vpt.data.formats.files import FileSource, Mistakes, alike_key, passed_over, subfolders
+from dist_vpt.data.formats.image_folder import holds_images, read_split
 from dist_vpt.data.images import Decoding
 from dist_vpt.data.splits import Split
 from dist_vpt.data.tasks import Task
@@ -28,8 +28,8 @@ def open_extra_tests(recipe: DataConfig, task: Task, classes: tuple[str, ...]) -
     found, lines = {}, []
     mistakes, others = Mistakes(), Counter[str]()
     for name, root in check_extra_roots(recipe).items():
-        before = len(found)
-        for inner, folder in _sets(root, classes):
+        sets = [each for each in _sets(root, classes) if subfolders(each[1])]
+        for inner, folder in sets:
             source = FileSource(folder, (), Decoding.of(task))
             unknown = f"is no class of {task.name}"
             split = read_split(f"{name}{inner}", folder, source, classes, mistakes, others, unknown)
@@ -39,7 +39,7 @@ def open_extra_tests(recipe: DataConfig, task: Task, classes: tuple[str, ...]) -
                 lines.append(
                     f"extra test {name}: has {scored} of {len(classes)} classes, and predictions are made among these"
                 )
-        if len(found) == before:
+        if not sets:
             mistakes.add(f"data.extra_tests.{name} {str(root)!r}", "has no class folders; give each class a folder")
         if line := passed_over(others, root):
             lines.append(line)
@@ -66,8 +66,7 @@ def check_extra_roots(recipe: DataConfig) -> dict[str, Path]:
 def _sets(folder: Path, classes: Sequence[str], depth: int = 0) -> Iterator[tuple[str, Path]]:
     """The folders of class folders in and below a folder, each with its path from there, as /FOLDER or ""."""
     inner = subfolders(folder)
-    known = {alike_key(name) for name in classes}
-    if depth == DEEPEST or any(alike_key(name) in known for name in inner) or _hold_images(folder, inner):
+    if depth == DEEPEST or _is_set(folder, inner, {alike_key(name) for name in classes}):
         yield "", folder
         return
     for name in inner:
@@ -75,9 +74,12 @@ def _sets(folder: Path, classes: Sequence[str], depth: int = 0) -> Iterator[tupl
             yield f"/{name}{below}", found
 
 
-def _hold_images(folder: Path, names: Sequence[str]) -> bool:
-    """Whether one of these folders has images but no folders in it, as that of a class has."""
-    return any(not subfolders(folder / name) and find_images(folder / name)[0] for name in names)
+def _is_set(folder: Path, inner: Sequence[str], classes: set[str]) -> bool:
+    """Whether the folders in a folder are those of classes. A severity may be called 1, as a class may."""
+    if any(holds_images(folder / name) for name in inner):
+        return True
+    deeper = {alike_key(name) for each in inner for name in subfolders(folder / each)}
+    return not deeper & classes and any(alike_key(name) in classes for name in inner)
 
 
 def mean_scores(scores: dict[str, dict[str, float | None]]) -> dict[str, dict[str, float | None]]:

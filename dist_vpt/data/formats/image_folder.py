@@ -91,7 +91,7 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     if "train" not in folders:
         there = ", ".join(map(str, folders.values()))
         raise DataError(f"{root}: has {there} but no folder {root / 'train'} of class folders; add it")
-    others = [name for name in top if name not in names["train"] and _holds_images(root / name)]
+    others = [name for name in top if name not in names["train"] and holds_images(root / name)]
     if len(folders) == 1 and others:  # a split, or a class whose images lie a folder deeper
         raise DataError(
             f"{folders['train']}: is named like a split, and {root / others[0]} beside it holds images; move the class "
@@ -132,7 +132,7 @@ def _loose_images(folder: Path) -> str:
     return f"{folder}: {count} images beside the class folders are not read" if count else ""
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Whether images lie in a folder itself."""
     return any(os.path.splitext(name)[1].lower() in image_extensions() for name in os.listdir(folder))
 
