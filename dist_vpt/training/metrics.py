@@ -170,7 +170,10 @@ class Scores:
         self._score_waiting()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # where this process has seen no image
-            right_K, wrongly_K, _, missed_K, images_K = self.scores["per_class"].compute().unbind(1)
+            return self._computed()
+
+    def _computed(self) -> dict[str, Any]:
+        right_K, wrongly_K, _, missed_K, images_K = self.scores["per_class"].compute().unbind(1)
         if not images_K.any():
             raise no_readable_image(self.split)
         undefined = {"auroc"} if (images_K > 0).sum() < 2 else set()  # torchmetrics would warn and give 0

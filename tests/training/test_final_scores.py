@@ -36,7 +36,7 @@ def extra(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for i, (ink, label) in enumerate(zip(digits.images[1000:1060], digits.target[1000:1060], strict=True)):
         pixels = 255 - ink * (255 / 16)
         noisy = np.clip(pixels + draw.normal(0, 90, pixels.shape), 0, 255)
-        for folder, shown in (("few", pixels), ("c/noise/1", pixels), ("c/noise/2", noisy)):
+        for folder, shown in (("few", noisy), ("c/noise/1", pixels), ("c/noise/2", noisy)):
             if folder != "few" or label in FEW:
                 path = root / folder / str(label) / f"{i}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
