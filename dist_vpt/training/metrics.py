@@ -63,7 +63,8 @@ class CalibrationError(Metric):
         self.to(device)
 
     def update(self, probabilities_BK: Tensor, labels_B: Tensor) -> None:
-        sure_B, predicted_B = probabilities_BK.to(self.sums.dtype).max(1)
+        sure_B, predicted_B = probabilities_BK.max(1)
+        sure_B = sure_B.to(self.sums.dtype)
         edges = torch.arange(1, BINS, dtype=self.sums.dtype, device=sure_B.device) / BINS
         facts_3B = torch.stack([torch.ones_like(sure_B), sure_B, (predicted_B == labels_B).to(sure_B.dtype)])
         bins_B15 = torch.bucketize(sure_B, edges)[:, None] == torch.arange(BINS, device=sure_B.device)
