@@ -1,5 +1,6 @@
 """The data section of a recipe: which task, where it is stored, how its images are transformed."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal, Self
@@ -40,6 +41,12 @@ def _color(value: str) -> str:
         known = False
     if not known:
         raise ValueError(f"{value!r}: must be none, the name of a color or #rrggbb; use white")
+    return value
+
+
+def _extra_name(value: str) -> str:
+    if value in ("train", "val", "trainval", "test") or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", value):
+        raise ValueError(f"{value!r}: must be letters, digits and . + - _, and not the name of a split; use imagenet-r")
     return value
 
 
@@ -170,6 +177,12 @@ class DataConfig(BaseModel):
     check_leaks: bool = Field(
         default=True,
         description="of your own data: warn of files in test that are in train or val too, byte for byte",
+    )
+    extra_tests: dict[Annotated[str, AfterValidator(_extra_name)], str] = Field(
+        default_factory=dict,
+        description="name -> folder of class folders, some or all of the task's classes, as of ImageNet-R, -A or "
+        "-Sketch (of ImageNet-C: CORRUPTION/SEVERITY/CLASS): extra test sets, scored once where test is, among the "
+        "classes that they have",
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")

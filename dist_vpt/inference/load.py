@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from dist_vpt.errors import UserError, WeightsError
+from dist_vpt.files import read_json
 from dist_vpt.inference.tuned import Tuned
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
@@ -51,6 +52,17 @@ def load_run(run: str, adapters: str, **runtime: Any) -> Tuned:
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     return Tuned(recipe, method, classes, inputs).to(device_of(recipe))
+
+
+def temperature_of(run: str, adapters: str) -> float:
+    """The temperature that the run was given on val. Raises UserError where it has none."""
+    folder = RunFolder(run)
+    found = read_json(folder.result).get(adapters) if folder.result.is_file() else None
+    fitted = (found or {}).get("temperature") or {}
+    if not fitted.get("value"):
+        reason = fitted.get("reason", "it was not fitted at the end of the run")
+        raise UserError(f"--calibrated: {run} has no temperature for its {adapters} adapters: {reason}; leave it out")
+    return float(fitted["value"])
 
 
 def refuse_several(recipe: Recipe, command: str) -> None:

@@ -11,13 +11,22 @@ from typing import Any
 
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
-from dist_vpt.inference.load import load_run
+from dist_vpt.inference.load import load_run, temperature_of
 
 
 def predict(
-    run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
+    run: str,
+    images: Sequence[str],
+    adapters: str = "last",
+    top: int = 5,
+    out: str | None = None,
+    *,
+    calibrated: bool = False,
 ) -> list[dict[str, Any]]:
-    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON."""
+    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
+
+    ``calibrated``: logits are divided by the run's temperature.
+    """
     if top < 1:
         raise UserError(f"--top {top}: must be at least 1")
     if out and Path(out).suffix not in (".csv", ".json"):
@@ -26,7 +35,8 @@ def predict(
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
-    rows = load_run(run, adapters).predict(images, top)
+    temperature = temperature_of(run, adapters) if calibrated else 1.0
+    rows = load_run(run, adapters).predict(images, top, temperature)
     try:
         _write(rows, out)
     except BrokenPipeError:

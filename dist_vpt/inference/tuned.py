@@ -85,18 +85,21 @@ class Tuned(nn.Module):
         return tuple(PictureTransform(pixels, decoding) for pixels in self.inputs.transforms)
 
     @torch.no_grad()
-    def predict(self, images: AnyImage | Sequence[AnyImage], top: int = 5) -> list[dict[str, Any]]:
+    def predict(
+        self, images: AnyImage | Sequence[AnyImage], top: int = 5, temperature: float = 1.0
+    ) -> list[dict[str, Any]]:
         """Classify pictures: files, folders of them, PIL images, uint8 arrays [H, W, 3] or tensors [3, H, W].
 
         Returns the same as ``dist-vpt predict --out FILE.json``: for each picture ``{"image": path or number,
         "predictions": [{"class": name, "probability": p}, ...]}``, the most likely ``top`` classes first.
+        ``temperature``: by which logits are divided, such as that of the run's result.
         Raises DataError for what cannot be read, before anything is computed for missing files.
         """
         if top < 1:
             raise UserError(f"top = {top}: must be at least 1")
         rows = []
         for names, batch in self._batches(images):
-            probabilities_BK = self(batch).float().softmax(1).cpu()
+            probabilities_BK = (self(batch).float() / temperature).softmax(1).cpu()
             for name, row_K in zip(names, probabilities_BK, strict=True):
                 values, indices = row_K.topk(min(top, len(self.classes)))
                 best = [

@@ -8,10 +8,10 @@ one's gradient is exactly its own. Trials of equal shapes are computed and updat
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
@@ -203,20 +203,34 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     group.unread.append(UnreadTrials(group.step, running, numbers, scales=stacks[0].scales))
 
 
-@torch.no_grad()
-def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list[Scores]:
-    """Stream a split once through the backbone and score it with all trials. A collective call."""
+def score_trials(
+    group: TrialGroup, trials: Sequence[Trial], split: str, options: Sequence[Mapping[str, Any]] = ()
+) -> list[Scores]:
+    """Stream a split once through the backbone and score it with all trials. A collective call.
+
+    ``options``: those of each trial's Scores.
+    """
     group.accelerator.status.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)
     group.parts.use_stream_files(group.accelerator, batches, group.stop)
-    scores = [Scores(len(group.parts.splits.classes), group.accelerator.device, split) for _ in trials]
+    classes, device = len(group.parts.splits.classes), group.accelerator.device
+    scores = [Scores(classes, device, split, **each) for each in options or [{}] * len(trials)]
     try:
-        for batch, logits in _read_split(group, trials, batches):
-            for score, logits_BK in zip(scores, logits, strict=True):
-                score.update(logits_BK, batch["labels"], batch["weight"], batch["index"])
+        score_batches(group, trials, batches, scores)
     finally:
         batches.close()
     group.skipped |= set(gather_object(sorted(batches.skipped)))
+    return scores
+
+
+@torch.no_grad()
+def score_batches(
+    group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches, scores: Sequence[Scores]
+) -> Sequence[Scores]:
+    """Add the images of a split to the scores of each trial. A collective call."""
+    for batch, logits in _read_split(group, trials, batches):
+        for score, logits_BK in zip(scores, logits, strict=True):
+            score.update(logits_BK, batch["labels"], batch["weight"], batch["index"])
     return scores
 
 

@@ -1,0 +1,102 @@
+"""What a training comes to in the end: a temperature fitted on val, and the scores of test and of extra tests.
+
+K classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_vpt.data.formats.extra_tests import classes_in, mean_scores
+from dist_vpt.data.loaders import EvalBatches
+from dist_vpt.data.splits import Splits
+from dist_vpt.distributed.collectives import RankAccelerator
+from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.runs.score_files import Predictions
+from dist_vpt.training.calibration import NO_VAL, temperature_on_val
+from dist_vpt.training.engine import evaluate
+from dist_vpt.training.metrics import Scores
+from dist_vpt.training.trial_state import Trial
+from dist_vpt.training.trials import TrialGroup, score_batches, score_trials
+
+
+@dataclass
+class FinalScores:
+    """Of what is trained, after the last epoch or the best one."""
+
+    scores: dict[str, Any] = field(default_factory=dict)  # temperature, test, extra_tests: for result.json
+    predictions: dict[str, Predictions] = field(default_factory=dict)  # by split: of test and the extra tests
+    test: Scores | None = None
+
+    def add(self, split: str, found: Scores, temperature: float | None) -> None:
+        """Add the scores of a split that has been read; a collective call."""
+        scores = found.compute() | ({"ece_scaled": None} if temperature is None else {})
+        if split == "test":
+            self.scores["test"], self.test = scores, found
+        else:
+            self.scores.setdefault("extra_tests", {})[split] = scores
+        if found.keep == "predictions":
+            self.predictions[split] = found.predictions()
+
+    def end(self) -> "FinalScores":
+        """Add the means over the sets of an extra test that has several."""
+        if "extra_tests" in self.scores:
+            self.scores["extra_tests"] = mean_scores(self.scores["extra_tests"])
+        return self
+
+
+def options_of(split: str, splits: Splits, temperature: float | None = None) -> dict[str, Any]:
+    """How a split is scored: those of ``Scores``. Of an extra test only the classes that it has are predicted.
+
+    The sets of an extra test that has several are not kept image by image: ImageNet-C has 95 of 50,000 images.
+    """
+    options: dict[str, Any] = {"temperature": temperature, "keep": "" if "/" in split else "predictions"}
+    if split in splits.extra:
+        options["among"] = torch.from_numpy(classes_in(splits.extra[split], len(splits.classes)))
+    return options
+
+
+def score_at_end(  # noqa: PLR0917 (a model, and what it is scored on)
+    accelerator: RankAccelerator,
+    model: nn.Module,
+    splits: Splits,
+    val: EvalBatches | None,
+    tests: Mapping[str, EvalBatches],
+    stop: StopSignal,
+) -> FinalScores:
+    """Fit a temperature on ``val``, where there is one, and score ``tests``, by split. A collective call."""
+    classes, final = len(splits.classes), FinalScores()
+    temperature: dict[str, Any] = {"value": None, "reason": NO_VAL}
+    if val is not None:
+        temperature = temperature_on_val(evaluate(accelerator, model, val, classes, stop, keep="logits"))
+    final.scores["temperature"] = temperature
+    for split, batches in tests.items():
+        options = options_of(split, splits, temperature["value"])
+        options |= {"confusion": True} if split == "test" else {}
+        final.add(split, evaluate(accelerator, model, batches, classes, stop, **options), temperature["value"])
+    return final.end()
+
+
+def score_trials_at_end(group: TrialGroup, trials: Sequence[Trial]) -> list[FinalScores]:
+    """The same for trials, which share each pass over a split; added to their last epoch. A collective call."""
+    if not trials:
+        return []
+    splits, device = group.parts.splits, group.accelerator.device
+    temperatures: list[dict[str, Any]] = [{"value": None, "reason": NO_VAL} for _ in trials]
+    finals = [FinalScores() for _ in trials]
+    if group.val is not None:
+        group.accelerator.status.set("the end", "fitting temperatures on val")
+        kept = [Scores(len(splits.classes), device, "val", keep="logits") for _ in trials]
+        temperatures = [temperature_on_val(scores) for scores in score_batches(group, trials, group.val, kept)]
+    for split in ("test", *splits.extra):
+        options = [options_of(split, splits, temperature["value"]) for temperature in temperatures]
+        for final, scores, temperature in zip(
+            finals, score_trials(group, trials, split, options), temperatures, strict=True
+        ):
+            final.add(split, scores, temperature["value"])
+    for trial, final, temperature in zip(trials, finals, temperatures, strict=True):
+        trial.progress.last |= {"temperature": temperature, **final.end().scores}
+    return finals
