@@ -16,6 +16,7 @@ from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import Place, equal_files
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.images import decode, open_header
+from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Split, Splits, path_of
 from dist_vpt.data.tasks import Format
 from dist_vpt.errors import DataError
@@ -92,7 +93,7 @@ def _findings(splits: Splits, parts: Sequence[Split], seen: dict[str, list[Seen]
     found.wrong += _listed(f"{len(classes)} images are in two classes, byte for byte", map(_places, classes))
     others = [group for group in groups if not _in_two_splits(group) and not _in_two_classes(group)]
     found.notes += _listed(f"{len(others)} images are there more than once", map(_places, others))
-    counts_K = np.bincount(splits.train.labels, minlength=len(splits.classes))
+    counts_K = class_counts(splits.train.labels, len(splits.classes))
     few = [f"{splits.classes[k]} ({counts_K[k]})" for k in np.flatnonzero(counts_K < FEW)]
     found.notes += _listed(f"{len(few)} classes have fewer than {FEW} images in train", few)
     if splits.held_out:
@@ -137,7 +138,7 @@ def _table_of_splits(root: str, parts: Sequence[Split], seen: dict[str, list[See
 def _table_of_classes(splits: Splits, parts: Sequence[Split]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("class")
-    counts = [np.bincount(split.labels, minlength=len(splits.classes)) for split in parts]
+    counts = [class_counts(split.labels, len(splits.classes)) for split in parts]
     for split in parts:
         table.add_column(split.name, justify="right")
     for k, name in enumerate(splits.classes[:MAX_CLASSES]):

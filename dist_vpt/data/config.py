@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from dist_vpt.data.tasks import (
     EMBEDDED,
     FORMAT_TASKS,
+    METRICS,
+    STEP_SCORES,
     TASKS,
     Augment,
     Cache,
@@ -16,6 +18,7 @@ from dist_vpt.data.tasks import (
     Exif,
     Format,
     Interpolation,
+    Labels,
     Normalize,
     Task,
 )
@@ -71,6 +74,11 @@ class DataConfig(BaseModel):
 
     task: str = Field(default="digits", description="a known task, or any name where format and root are given")
     format: Format | None = Field(default=None, description="storage format; null: the task's")
+    labels: Labels = Field(
+        default="single",
+        description="labels of an image: single: one; multiple: any number of them, each class a yes or no of its own "
+        "(binary cross entropy, mAP, a threshold for each class)",
+    )
     root: str | None = Field(
         default=None,
         description="folder of the dataset, or the folder with the datasets of known tasks, relative to the working "
@@ -187,6 +195,16 @@ class DataConfig(BaseModel):
         return self.format or (TASKS[self.task].format if self.task in TASKS else None)
 
     @property
+    def metric(self) -> str:
+        """The score by which epochs and trials are chosen, as of ``Task.metric``."""
+        return METRICS[self.labels]
+
+    @property
+    def step_score(self) -> str:
+        """The score of a training step: of several labels an image the share of all yes and no that are right."""
+        return STEP_SCORES[self.labels]
+
+    @property
     def draws(self) -> bool:
         """Whether only some images of train are used."""
         return self.shots is not None or self.fraction < 1
@@ -220,6 +238,8 @@ class DataConfig(BaseModel):
             )
 
     def _mistakes_of_draws(self) -> Iterator[str]:
+        if self.shots is not None and self.labels == "multiple":
+            yield f"shots {self.shots}: an image with several labels is of several classes at once; use data.fraction"
         if self.shots is not None and self.fraction < 1:
             yield f"shots {self.shots} and fraction {self.fraction}: both say how much of train is used; set either"
         for name, unused in (("tries", 1), ("try_index", 0)):
@@ -256,6 +276,7 @@ def resolve(recipe: DataConfig) -> Task:
     return replace(
         task,
         format=recipe.format or task.format,
+        labels=recipe.labels,
         interpolation=recipe.interpolation or task.interpolation,
         crop_mode=recipe.crop_mode or task.crop_mode,
         normalize=recipe.normalize or task.normalize,

@@ -149,7 +149,7 @@ class EvalBatches(_Batches):
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
-        self.split = split.name
+        self.split, self.multiple = split.name, split.multiple
         several = same_size and len(split) > world * batch_size
         self._indices = _padded(np.arange(len(split)), world * batch_size if several else world)[rank::world]
         self._starts = range(0, len(self._indices), batch_size)

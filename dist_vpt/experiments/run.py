@@ -21,8 +21,10 @@ from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
 from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
+from dist_vpt.runs.scores import main_score, metric_of
 from dist_vpt.runtime.peak_memory import MIB, free_and_reset_peak
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import (
@@ -39,6 +41,7 @@ from dist_vpt.training.engine import TrainState, evaluate, fit
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
+from dist_vpt.training.multi_label import AnyScores, compute_at
 
 
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         train=train,
         val=val,
         class_weights=parts.class_weights(accelerator.device),
-        majority=parts.majority(),
+        guessing=parts.guessing(),
         folder=folder,
         states=states,
         monitor=RunLogger(recipe, accelerator, folder),
@@ -171,7 +174,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
 
     def write_tensors() -> None:
         t.states.write_best()
-        write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": t.progress.last["epoch"]})
+        write_adapters(t.folder.adapters, tensors, t.facts | epoch_facts(t.progress.last))
 
     on_main_process(t.accelerator, write_tensors, "the results", t.path, _then(t))
     with adding_to_data_errors(f"the training is done and kept in {t.path}: {t.resume_with} scores test alone"):
@@ -200,7 +203,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
         t.monitor.line(_summary(result, t))
 
     on_main_process(t.accelerator, finish, "the results", t.path, _then(t))
-    if scores is not None:  # last: a figure that cannot be drawn must not cost a finished run its result
+    if isinstance(scores, Scores):  # last: a figure that cannot be drawn must not cost a finished run its result
         confusion_KK, classes = scores.confusion().cpu().numpy(), parts.splits.classes
         t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.transform, classes)
     t.accelerator.wait_for_everyone()
@@ -209,7 +212,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
 
 def _score_test(
     t: TrainState, parts: Components, skipped: set[str]
-) -> tuple[dict[str, Any], dict[str, Any] | None, Scores | None]:
+) -> tuple[dict[str, Any], dict[str, Any] | None, AnyScores | None]:
     """The last and the best epoch, with test scores if the recipe wants them, and those of the last one in whole.
 
     Files that cannot be read are added to ``skipped``.
@@ -220,13 +223,14 @@ def _score_test(
     classes = len(parts.splits.classes)
     test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
     scores = evaluate(t.accelerator, t.model, test, classes, confusion=True, stop=t.stop)
-    last["test"] = scores.compute()
+    last["test"] = compute_at(scores, last.get("thresholds"))
     t.monitor.scores(last["epoch"], t.step, "test", last["test"])
     if best and best["epoch"] == last["epoch"]:
         best["test"] = last["test"]
     elif best:
         restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
-        best["test"] = evaluate(t.accelerator, t.model, test, classes, stop=t.stop).compute()
+        found = evaluate(t.accelerator, t.model, test, classes, stop=t.stop)
+        best["test"] = compute_at(found, best.get("thresholds"))
     skipped |= set(gather_object(sorted(test.skipped)))
     test.close()
     return last, best, scores
@@ -236,9 +240,9 @@ def _summary(result: dict[str, Any], t: TrainState) -> str:
     last, best = result["last"], result["best"]
     parts = [f"done in {result['seconds']:.1f} s ({result['images_per_s']:.0f} images/s)"]
     if "test" in last:
-        parts.append(f"test top1 {last['test']['top1']:.2f} % after the last epoch")
+        parts.append(f"test {metric_of(last['test'])} {main_score(last['test']):.2f} % after the last epoch")
     if best and "test" in best:
-        parts.append(f"{best['test']['top1']:.2f} % with the best epoch on val ({best['epoch']})")
+        parts.append(f"{main_score(best['test']):.2f} % with the best epoch on val ({best['epoch']})")
     if result["skipped_images"]:
         parts.append(f"{len(result['skipped_images'])} unreadable images skipped")
     return "; ".join(parts) + f"\n{t.folder.result}"

@@ -27,6 +27,7 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.build_trials import PER_TRIAL_KEYS, build_trial_group
+from dist_vpt.training.multi_label import compute_at
 from dist_vpt.training.trials import fit_trials, score_trials
 
 POLL_SECONDS = 0.5
@@ -115,7 +116,9 @@ class Worker:
                 fit_trials(group)
                 scored = [t for t in group.trials if not t.diverged] if recipes[0].train.test else []
                 with adding_to_data_errors("these trials are trained and kept: the same command scores test alone"):
-                    tests = [scores.compute() for scores in (score_trials(group, scored, "test") if scored else [])]
+                    found = score_trials(group, scored, "test") if scored else []
+                    chosen = [trial.progress.last.get("thresholds") for trial in scored]
+                    tests = [compute_at(*each) for each in zip(found, chosen, strict=True)]
             finally:
                 group.close()
         skipped, seconds = sorted(group.skipped), group.seconds / len(jobs)

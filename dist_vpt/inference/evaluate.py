@@ -17,6 +17,7 @@ from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import build_components
 from dist_vpt.training.engine import evaluate
+from dist_vpt.training.multi_label import compute_at
 
 
 def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] =
     accelerator = make_accelerator(recipe, launch)
     model = accelerator.prepare_model(components.method, evaluation_mode=True)
     batches = components.evaluation(split, accelerator.process_index, accelerator.num_processes)
-    scores = evaluate(accelerator, model, batches, len(components.splits.classes)).compute()
+    found = evaluate(accelerator, model, batches, len(components.splits.classes))
+    scores = compute_at(found, facts.get("thresholds"))
     batches.close()
     if accelerator.is_main_process:
         reported = _reported(folder, adapters).get(split, {})

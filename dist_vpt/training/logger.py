@@ -123,7 +123,7 @@ class RunLogger:
             self._track(
                 {
                     "train/loss": step.loss,
-                    "train/top1": 100 * step.correct / max(step.images, 1),
+                    f"train/{self.recipe.data.step_score}": 100 * step.correct / max(step.images, 1),
                     "train/lr": step.lr,
                     "train/images_per_s": self.images_per_s(progress),
                     "train/memory_mib": peak_memory_mib(),
@@ -232,8 +232,9 @@ class RunLogger:
 
     def _text(self, number: int, step: "Step", progress: RunProgress) -> str:
         speed, left = self.images_per_s(progress), self._left(number, progress)
+        right, score = 100 * step.correct / max(step.images, 1), self.recipe.data.step_score
         return (
-            f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
+            f"loss {step.loss:.4f}  {score} {right:.1f} %  lr {step.lr:.3g}  "
             f"{speed:.1f} images/s  {peak_memory_mib():.0f} MiB  {timedelta(seconds=round(left))} left"
         )
 

@@ -4,6 +4,7 @@ B batch, K classes.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ def no_readable_image(split: str) -> DataError:
 
 class Scores:
     """Loss, top-1, top-5, per-class mean accuracy and (two classes) ROC-AUC, in percent but for the loss."""
+
+    thresholds: Sequence[float] = ()  # the most probable class is predicted (multi_label.py has some)
 
     def __init__(self, classes: int, device: torch.device, split: str, *, confusion: bool = False):
         """``split``: its name, for messages."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats.files import Mistakes, alike_key, open_home, open_root
+from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Splits, draw
 from dist_vpt.data.tasks import Format, Task
 from dist_vpt.errors import DataError
@@ -124,7 +125,7 @@ def _check_counts(location: str, task: Task, splits: Splits) -> None:
 
 
 def _check_absent(location: str, train_on: str, splits: Splits) -> None:
-    absent = np.setdiff1d(np.arange(len(splits.classes)), splits[train_on].labels)
+    absent = np.flatnonzero(class_counts(splits[train_on].labels, len(splits.classes)) == 0)
     if len(absent):
         names = ", ".join(splits.classes[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
         raise DataError(
