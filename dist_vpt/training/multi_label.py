@@ -45,7 +45,7 @@ def best_thresholds(probabilities_nK: Tensor, labels_nK: Tensor) -> Tensor:
     It lies in the middle between the lowest probability that is predicted and the next lower one, so that neither
     depends on the last digit. DEFAULT_THRESHOLD for a class without a positive.
     """
-    sorted_nK, order_nK = probabilities_nK.sort(0, descending=True, stable=True)
+    sorted_nK, order_nK = probabilities_nK.sort(dim=0, descending=True, stable=True)
     right_nK = labels_nK.gather(0, order_nK).cumsum(0).double()  # positives among the most probable
     predicted_n1 = torch.arange(1, len(sorted_nK) + 1, dtype=torch.float64)[:, None]
     f1_nK = 2 * right_nK / (predicted_n1 + right_nK[-1])
@@ -67,7 +67,8 @@ class MultiLabelScores:
     def __init__(self, classes: int, device: torch.device, split: str):
         """``split``: its name, for messages."""
         self.split, self.classes, self.mistakes = split, classes, list[Mistake]()
-        self.scored = _Scored(classes, average="none", thresholds=None).to(device)
+        # Nothing is cached, since other thresholds may follow.
+        self.scored = _Scored(classes, average="none", thresholds=None, compute_with_cache=False).to(device)
         # torchmetrics cannot gather from a process without examples.
         self.scored.preds.append(torch.empty(0, classes, device=device))
         self.scored.target.append(torch.empty(0, classes, dtype=torch.long, device=device))
