@@ -29,6 +29,18 @@ class LoadedRun:
     classes: list[str]
     device: torch.device
     inputs: Inputs
+    thresholds: list[float] | None = None  # of each class, where images have several labels; None: 0.5
+
+    @property
+    def multiple(self) -> bool:
+        """Whether each class is a yes or no of its own."""
+        return self.recipe.data.labels == "multiple"
+
+    def probabilities(self, images: Any) -> Tensor:
+        """Of each class, [B, K], float32 on the CPU: they sum to 1, or are each class's own of several labels."""
+        with torch.no_grad():
+            logits_BK = self.method(images).float()
+        return (logits_BK.sigmoid() if self.multiple else logits_BK.softmax(1)).cpu()
 
     def load_images(self, files: Sequence[Path]) -> Any:
         """Image files as the method's input, [B, 3, S, S] on its device; for several backbones ``Joined`` ones."""
@@ -61,7 +73,7 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     device = device_of(recipe)
-    return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs)
+    return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs, facts.get("thresholds"))
 
 
 def refuse_several(recipe: Recipe, command: str) -> None:

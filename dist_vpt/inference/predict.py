@@ -13,19 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable, write_atomically
-from dist_vpt.inference.load import load_run
+from dist_vpt.inference.load import LoadedRun, load_run
+from dist_vpt.training.multi_label import DEFAULT_THRESHOLD
 
 
 def predict(
-    run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
+    run: str, images: Sequence[str], adapters: str = "last", top: int | None = None, out: str | None = None
 ) -> list[dict[str, Any]]:
-    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON."""
-    if top < 1:
+    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
+
+    ``top``: so many classes an image; None: 5, or of several labels an image all that reach their thresholds.
+    """
+    if top is not None and top < 1:
         raise UserError(f"--top {top}: must be at least 1")
     if out and Path(out).suffix not in (".csv", ".json"):
         raise UserError(f"--out {out}: must end in .csv or .json")
@@ -38,11 +42,8 @@ def predict(
     rows = []
     for start in range(0, len(files), size):
         chunk = files[start : start + size]
-        with torch.no_grad():
-            probabilities_BK = loaded.method(loaded.load_images(chunk)).float().softmax(1).cpu()
-        for file, row in zip(chunk, probabilities_BK, strict=True):
-            values, indices = row.topk(min(top, len(classes)))
-            best = [(classes[i], v) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+        for file, row in zip(chunk, loaded.probabilities(loaded.load_images(chunk)), strict=True):
+            best = [(classes[i], v) for i, v in _chosen(loaded, row, top)]
             rows.append(
                 {
                     "image": printable(file),
@@ -60,6 +61,15 @@ def predict(
     return rows
 
 
+def _chosen(loaded: LoadedRun, probabilities_K: Tensor, top: int | None) -> list[tuple[int, float]]:
+    """The classes to name, with their probabilities, the most likely first."""
+    values, order = probabilities_K.sort(descending=True, stable=True)
+    ranked = list(zip(order.tolist(), values.tolist(), strict=True))
+    if top is not None or not loaded.multiple:
+        return ranked[: top or 5]
+    return [(k, p) for k, p in ranked if p >= (loaded.thresholds[k] if loaded.thresholds else DEFAULT_THRESHOLD)]
+
+
 def _write(rows: list[dict[str, Any]], out: str | None) -> None:
     if out and out.endswith(".json"):
         write_atomically(Path(out), json.dumps(rows, indent=1) + "\n")
@@ -68,6 +78,8 @@ def _write(rows: list[dict[str, Any]], out: str | None) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
     for row in rows:
+        if not row["predictions"]:
+            writer.writerow([row["image"], "", "(no label)", ""])
         for rank, prediction in enumerate(row["predictions"], 1):
             writer.writerow([row["image"], rank, prediction["class"], prediction["probability"]])
     if out:
