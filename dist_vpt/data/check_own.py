@@ -18,7 +18,6 @@ from dist_vpt.data.formats import open_splits
 from dist_vpt.data.images import decode, open_header
 from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Split, Splits, path_of
-from dist_vpt.data.tasks import Format
 from dist_vpt.errors import DataError
 
 FEW = 5  # images of a class in train, below which it is named
@@ -44,13 +43,12 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def check_own(root: str, storage: Format) -> Findings:
+def check_own(config: DataConfig) -> Findings:
     """Decode every image, and print tables of splits and classes with all findings.
 
     Raises DataError, after the tables, for images that cannot be read and for equal files in two splits or classes.
     """
-    config = DataConfig(task="yours", format=storage, root=root, absent_classes="allow")
-    splits = open_splits(config, resolve(config))
+    splits, root = open_splits(config, resolve(config)), str(config.root)
     parts = [split for split in (splits.train, splits.val, splits.test) if split is not None]
     seen = {split.name: _look(split) for split in parts}
     findings = _findings(splits, parts, seen)

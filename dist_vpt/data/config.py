@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from dist_vpt.data.config_table import TableConfig
 from dist_vpt.data.tasks import (
     EMBEDDED,
     FORMAT_TASKS,
@@ -25,8 +26,8 @@ from dist_vpt.data.tasks import (
 from dist_vpt.errors import nearest
 
 # Formats that split off a fraction: the others have fixed splits.
-READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf")
-READS_TEST_FRACTION = ("image_folder", "hf")
+READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf", "table")
+READS_TEST_FRACTION = ("image_folder", "hf", "table")
 
 VAL_SHOTS = 4  # images of a class of val that are used with data.shots, at most
 
@@ -82,7 +83,7 @@ class DataConfig(BaseModel):
     root: str | None = Field(
         default=None,
         description="folder of the dataset, or the folder with the datasets of known tasks, relative to the working "
-        "directory; hf: a folder or a hub id",
+        "directory; hf: a folder or a hub id; table: the file, or the folder with one or with one for each split",
     )
     train_on: Literal["train", "trainval"] = Field(default="train", description="the split that is trained on")
     fraction: float = Field(
@@ -181,6 +182,7 @@ class DataConfig(BaseModel):
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
+    table: TableConfig = Field(default=TableConfig(), description="settings of tables of image paths and labels")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -252,7 +254,8 @@ class DataConfig(BaseModel):
         if storage in EMBEDDED and self.root is not None:
             yield f"root {self.root!r}: {EMBEDDED[storage]}; remove root or set format"
         if storage not in EMBEDDED and not self.root:
-            yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
+            what = "file of the table, or its folder" if storage == "table" else "folder of the dataset"
+            yield f"root is missing: format {storage!r} needs the {what}; set root"
         for name in ("exif", "background") if storage in (*EMBEDDED, "tfds") else ():
             if getattr(self, name) is not None:
                 yield f"{name} {getattr(self, name)!r}: format {storage!r} has its images as published; remove {name}"
@@ -264,6 +267,8 @@ class DataConfig(BaseModel):
             yield f"format 'shapes': task {self.task!r} is none of {' and '.join(known)}; use one of them"
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
+        if storage != "table" and self.table != TableConfig():
+            yield f"table: only format 'table' uses it and the format is {storage!r}; remove table or set format: table"
 
 
 def resolve(recipe: DataConfig) -> Task:

@@ -303,6 +303,8 @@ def _holdout_fraction(split: Split, name: str, fraction: float, every: int, seed
 
 
 def class_order(ids: Iterable[str]) -> tuple[str, ...]:
-    """Class ids, sorted by value if all are whole numbers, else alphabetically."""
-    unique = set(ids)
-    return tuple(sorted(unique, key=int if all(re.fullmatch(r"-?\d+", k) for k in unique) else None))
+    """Class ids, sorted by value if all are whole numbers (such as 7, 07 or 7.0), else alphabetically."""
+    unique = sorted(set(ids))
+    kinds = ((r"-?\d+", int), (r"-?\d{1,15}(\.0+)?", float))
+    value = next((of for pattern, of in kinds if all(re.fullmatch(pattern, k) for k in unique)), None)
+    return tuple(sorted(unique, key=value))

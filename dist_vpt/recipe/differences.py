@@ -32,6 +32,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 RESUMABLE_KEYS = (
     "run.",
     "data.root",  # a dataset may be moved
+    "data.table.images",
     "data.workers",
     "data.cache",
     "data.on_decode_error",  # an image that stopped the run may be skipped from there on

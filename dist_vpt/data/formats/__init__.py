@@ -23,6 +23,7 @@ FORMATS: dict[Format, str] = {
     "fgvc_json": "dist_vpt.data.formats.fgvc_json:open_splits",
     "image_folder": "dist_vpt.data.formats.image_folder:open_splits",
     "hf": "dist_vpt.data.formats.hf:open_splits",
+    "table": "dist_vpt.data.formats.table:open_splits",
 }
 
 
@@ -52,12 +53,19 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
 
 
 def check_root(recipe: DataConfig, *, test: bool) -> None:
-    """Raises the DataErrors that need no look at the images: those of data.root and its class folders.
+    """Raises the DataErrors that need no look at the images: those of data.root, its class folders or its table.
 
     ``test``: whether the test split is needed.
     """
     task = resolve(recipe)
     if recipe.root is None or stored_as(recipe, task) == "hf":
+        return
+    if stored_as(recipe, task) == "table":
+        from dist_vpt.data.formats.table import read_rows
+
+        missing = read_rows(recipe).missing
+        if test and missing:
+            raise DataError(f"split 'test' is missing: {missing['test']}")
         return
     root = open_root(recipe)
     if stored_as(recipe, task) == "image_folder":
