@@ -250,6 +250,16 @@ class DataConfig(BaseModel):
         if self.tries > 1 and self.try_index > 0:
             yield f"tries {self.tries} and try_index {self.try_index}: several draws, or one of them; set either"
 
+    def _mistakes_of_labels(self, storage: Format) -> Iterator[str]:
+        if self.labels == "multiple" and storage != "table":
+            yield f"labels 'multiple': format {storage!r} has one label an image; use format table, or labels single"
+        for name in ("labels", "separator") if self.labels == "single" else ():
+            if getattr(self.table, name) is not None:
+                yield f"table.{name}: is of several labels an image; set data.labels=multiple, or remove table.{name}"
+        if self.table.labels and (self.table.label or self.table.separator):
+            other = "label" if self.table.label else "separator"
+            yield f"table.labels and table.{other}: a column for each class, or one for all labels; set either"
+
     def _mistakes_of_storage(self, storage: Format) -> Iterator[str]:
         if storage in EMBEDDED and self.root is not None:
             yield f"root {self.root!r}: {EMBEDDED[storage]}; remove root or set format"
@@ -267,6 +277,7 @@ class DataConfig(BaseModel):
             yield f"format 'shapes': task {self.task!r} is none of {' and '.join(known)}; use one of them"
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
+        yield from self._mistakes_of_labels(storage)
         if storage != "table" and self.table != TableConfig():
             yield f"table: only format 'table' uses it and the format is {storage!r}; remove table or set format: table"
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Delimiter = Literal["comma", "semicolon", "tab", "pipe"]
+Separator = Literal["semicolon", "pipe", "comma", "space"]
 
 
 def _text(value: Any) -> Any:
@@ -38,6 +39,17 @@ class TableConfig(BaseModel):
     )
     label: str | None = Field(
         default=None, description="column of the labels; null: found by its usual names, such as label, class or target"
+    )
+    labels: tuple[Name, ...] | None = Field(
+        default=None,
+        min_length=2,
+        description="with data.labels: multiple: columns of 0 and 1, one for each class; null: the column of the "
+        "labels, or where there is none all columns but image and split",
+    )
+    separator: Separator | None = Field(
+        default=None,
+        description="with data.labels: multiple: what separates the labels of an image in their column; null: a "
+        "semicolon or pipe, where a label has one; an image may also have a row for each label",
     )
     split: str | None = Field(
         default=None,

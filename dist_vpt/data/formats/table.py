@@ -8,17 +8,25 @@ folder, unless ``data.table.images`` names another one.
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import FileSource, Folder, MissingFile, Mistakes, read_text, subfolders
 from dist_vpt.data.formats.table_columns import WHOLE, find_column, find_tables, missing_column, split_values
 from dist_vpt.data.formats.table_files import Table, open_table
+from dist_vpt.data.formats.table_labels import (
+    Label,
+    class_columns,
+    is_empty,
+    label_array,
+    labels_of_cells,
+    separated,
+    separator_of,
+    several_in_one,
+)
 from dist_vpt.data.images import Decoding, image_extensions
 from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
 from dist_vpt.data.tasks import Task
@@ -35,12 +43,17 @@ class Row(NamedTuple):
     table: Table
     number: int
     path: str
-    label: str
+    label: Label
 
     @property
     def where(self) -> str:
         """File and line."""
         return self.table.where(self.number)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All classes of the row; mostly one."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
 
     @property
     def line(self) -> str:
@@ -58,6 +71,8 @@ class Rows:
     missing: dict[str, str] = field(default_factory=dict)  # why there is no test
     holdout_test: bool = True  # nothing says which split a row is in
     classes: tuple[str, ...] = ()
+    several: bool = False  # labels an image
+    columns: list[str] = field(default_factory=list)  # of 0 and 1, one for each class, where there are such
     remarks: list[str] = field(default_factory=list)
 
 
@@ -65,7 +80,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     rows = read_rows(recipe)
     below = ("",) if recipe.table.images else ("", "images")
     folder, mistakes = Folder(rows.images, below, Decoding.of(task)), Mistakes()
-    label_of = {name: k for k, name in enumerate(rows.classes)}
+    number_of = {name: k for k, name in enumerate(rows.classes)}
     lost: list[Row] = []
     seen: dict[str, Row] = {}
     found = {}
@@ -76,18 +91,16 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
                 file = _find(folder, row.path + (recipe.table.suffix or ""))
                 first = seen.setdefault(file, row)
                 if first.label != row.label:
-                    raise ValueError(
-                        f"{row.path!r} has the label {row.label!r}, and {first.label!r} in {first.line}; an image has "
-                        "one label: remove one of the rows"
-                    )
+                    raise ValueError(_contradiction(row, first))
             except MissingFile:
                 lost.append(row)
             except ValueError as error:
                 mistakes.add(row.where, str(error))
             else:
                 files.append(file)
-                labels.append(label_of[row.label])
-        found[name] = Split(name, np.array(labels, np.int64), FileSource(folder.root, tuple(files), folder.decoding))
+                labels.append(row.label)
+        given = label_array(labels, number_of, multiple=rows.several)
+        found[name] = Split(name, given, FileSource(folder.root, tuple(files), folder.decoding))
     if lost:
         mistakes.add(_lost(lost, sum(map(len, rows.of.values())), folder, recipe))
     mistakes.check()
@@ -98,11 +111,13 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
 def read_rows(recipe: DataConfig) -> Rows:
     """All of a table that is known without looking for an image. Raises DataError."""
     root, files, beside = find_tables(recipe)
-    rows, mistakes = Rows(root, _images_folder(recipe, root)), Mistakes()
+    rows, mistakes = Rows(root, _images_folder(recipe, root), several=recipe.labels == "multiple"), Mistakes()
     if beside:
         rows.remarks.append(beside)
     for split, file in files.items():
         table = open_table(file, recipe.table)
+        if rows.several and (split != "test" or not rows.columns or not {*rows.columns}.isdisjoint(table.columns)):
+            rows.columns = class_columns(table, recipe.table, rows.columns)
         if split == WHOLE:
             _read_whole(table, recipe, rows, mistakes)
         else:
@@ -116,8 +131,39 @@ def read_rows(recipe: DataConfig) -> Rows:
     if not rows.holdout_test and "test" not in rows.of:
         source = "row of split 'test'" if WHOLE in files else "file test.csv"
         rows.missing.setdefault("test", f"{recipe.root} has no {source}; add it, or {NO_TEST}")
+    if rows.several:
+        _join_labels(recipe, rows)
     _name_classes(recipe, rows)
     return rows
+
+
+def _join_labels(recipe: DataConfig, rows: Rows) -> None:
+    """Separate the labels of each cell, and make one row of all that an image has in a split."""
+    separator = separator_of([row.label for entries in rows.of.values() for row in entries], recipe.table)
+    if rows.columns:
+        separator = None
+    elif separator and recipe.table.separator is None:
+        rows.remarks.append(f"an image's labels are separated by a {separator} (data.table.separator)")
+    for split, entries in rows.of.items():
+        joined: dict[str, Row] = {}
+        for row in entries:
+            first = joined.setdefault(row.path, row._replace(label=()))
+            joined[row.path] = first._replace(label=separated((*first.labels, *row.labels), separator))
+        rows.of[split] = list(joined.values())
+
+
+def _contradiction(row: Row, first: Row) -> str:
+    """The message about two rows of one image."""
+    if isinstance(row.label, tuple):
+        this, other = (", ".join(each.labels) or "none" for each in (row, first))
+        return (
+            f"{row.path!r} has the labels {this}, and {other} in {first.line}, which is in another split or has "
+            "another path of the same file; remove one of the rows"
+        )
+    return (
+        f"{row.path!r} has the label {row.label!r}, and {first.label!r} in {first.line}; an image has one label: "
+        "remove one of the rows, or set data.labels=multiple"
+    )
 
 
 def label_of_cell(cell: Any) -> str:
@@ -135,7 +181,7 @@ def label_of_cell(cell: Any) -> str:
 def _read_whole(table: Table, recipe: DataConfig, rows: Rows, mistakes: Mistakes) -> None:
     """One table: its splits by a column, or all rows are train."""
     column = find_column("split", table, recipe.table)
-    cells = list(_cells(table, recipe, column))
+    cells = list(_cells(table, recipe, rows, column))
     if column is None:
         _add("train", table, cells, rows, mistakes)
         return
@@ -166,38 +212,48 @@ def _read_split(split: str, table: Table, recipe: DataConfig, rows: Rows, mistak
             f"data.table.split {recipe.table.split!r}: {printable(table.file)} is split {split!r} as a whole; leave "
             "the key out, or give the file alone: data.root=FILE"
         )
-    if split == "test" and find_column("label", table, recipe.table) is None:
+    column = find_column("label", table, recipe.table)
+    if split == "test" and column is None and {*rows.columns}.isdisjoint(table.columns):
         rows.missing["test"] = f"{printable(table.file)} has no column of labels; add it, or {NO_TEST}"
         return
-    _add(split, table, list(_cells(table, recipe, None)), rows, mistakes)
+    _add(split, table, list(_cells(table, recipe, rows, None)), rows, mistakes)
 
 
-def _cells(table: Table, recipe: DataConfig, split: str | None) -> Iterator[tuple[int, Any, Any, Any]]:
-    """The number, path, label and split of each row that is not empty."""
-    image, label = find_column("image", table, recipe.table), find_column("label", table, recipe.table)
-    if image is None or label is None:
+def _cells(table: Table, recipe: DataConfig, rows: Rows, split: str | None) -> Iterator[tuple[int, Any, Any, Any]]:
+    """The number, path, label (several: a list of cells) and split of each row that is not empty."""
+    image, label = find_column("image", table, recipe.table), None
+    if not rows.columns:
+        label = find_column("label", table, recipe.table)
+    if image is None or (label is None and not rows.columns):
         raise missing_column("image" if image is None else "label", table)
     if image == label:
         raise DataError(f"{printable(table.file)}: column {image!r} cannot hold paths and labels; set data.table.label")
-    names = [image, label, *([] if split is None else [split])]
+    names = [*([] if split is None else [split]), image, *(rows.columns or [str(label)])]
     count = 0
-    for number, (path, given, *more) in table.rows(names):
+    for number, cells in table.rows(names):
         count += 1
-        yield number, path, given, more[0] if more else None
+        of = None if split is None else cells.pop(0)
+        yield number, cells[0], cells[1:] if rows.several else cells[1], of
     if not count:
         raise DataError(f"{printable(table.file)}: has no row below its names of columns; add one for each image")
 
 
 def _add(split: str, table: Table, cells: Sequence[tuple[int, Any, Any, Any]], rows: Rows, mistakes: Mistakes) -> None:
-    if split == "test" and all(label in (None, "") for _, _, label, _ in cells):
+    if split == "test" and all(_has_nothing(label) for _, _, label, _ in cells):
         rows.missing["test"] = f"{printable(table.file)} has no label for any row of test; add them, or {NO_TEST}"
         return
     entries = rows.of.setdefault(split, [])
     for number, path, cell, _ in cells:
         try:
-            entries.append(Row(table, number, _checked_path(path), label_of_cell(cell)))
+            label = labels_of_cells(cell, rows.columns) if rows.several else label_of_cell(cell)
+            entries.append(Row(table, number, _checked_path(path), label))
         except ValueError as error:
             mistakes.add(table.where(number), str(error))
+
+
+def _has_nothing(label: Any) -> bool:
+    """Whether the cell of a label, or all of several, are empty."""
+    return all(map(is_empty, label if isinstance(label, list) else [label]))
 
 
 def _checked_path(path: Any) -> str:
@@ -218,9 +274,17 @@ def _name_classes(recipe: DataConfig, rows: Rows) -> None:
         lines = (line.strip() for line in read_text(file).splitlines())
         given, source = tuple(line for line in lines if line), printable(file)
         rows.remarks.append(f"classes in the order of {source}")
-    labels = {row.label for entries in rows.of.values() for row in entries}
+    labels = {label for entries in rows.of.values() for row in entries for label in row.labels}
     if given is None:
-        rows.classes = class_order(row.label for row in rows.of["train"])
+        trained = [label for row in rows.of["train"] for label in row.labels]
+        rows.classes = tuple(rows.columns) or class_order(trained)
+        if not rows.several and (both := several_in_one(trained)):
+            raise DataError(
+                f"{recipe.root}: label {both!r} names several classes that other labels name, too; set "
+                "data.labels=multiple, or if it is one class name all of them in data.table.classes"
+            )
+        if not rows.classes:
+            raise DataError(f"{recipe.root}: no image of train has a label; fill the column of the labels")
         if len(rows.classes) < 2:
             raise DataError(
                 f"{recipe.root}: has one class only, {rows.classes[0]!r}, in all {len(rows.of['train']):,} rows "
@@ -238,10 +302,12 @@ def _name_classes(recipe: DataConfig, rows: Rows) -> None:
         rule = f"is out of range: {source} names {len(given)} classes, with the numbers 0 to {len(given) - 1}"
         _check_known(rows, labels - outside, rule, "; name all of them, or fix the label")
         named = {label: given[int(label)] for label in labels}
-        rows.of = {
-            split: [row._replace(label=named[row.label]) for row in entries] for split, entries in rows.of.items()
-        }
+        rows.of = {split: [_renamed(row, named) for row in entries] for split, entries in rows.of.items()}
     _check_known(rows, {*given}, f"is none of the classes of {source}", "")
+
+
+def _renamed(row: Row, named: Mapping[str, str]) -> Row:
+    return row._replace(label=tuple(named[k] for k in row.labels) if isinstance(row.label, tuple) else named[row.label])
 
 
 def _check_known(rows: Rows, known: set[str], rule: str, fix: str) -> None:
@@ -250,8 +316,8 @@ def _check_known(rows: Rows, known: set[str], rule: str, fix: str) -> None:
     for split, entries in rows.of.items():
         unknown: dict[str, list[Row]] = {}
         for row in entries:
-            if row.label not in known:
-                unknown.setdefault(row.label, []).append(row)
+            for label in set(row.labels) - known:
+                unknown.setdefault(label, []).append(row)
         for label, some in unknown.items():
             more = f", as in {len(some) - 1} more rows of {split}" if len(some) > 1 else ""
             hint = fix or f"; {nearest(label, known)}" if len(known) < 100 or fix else "; fix the label"

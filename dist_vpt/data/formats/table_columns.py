@@ -74,7 +74,10 @@ def missing_column(role: Role, table: Table) -> DataError:
             "tabs, |), or set data.table.delimiter"
         )
     listed = ", ".join(map(repr, table.columns))
-    return DataError(f"{file}: none of its columns {listed} has a usual name of {WHAT[role]}; set data.table.{role}")
+    each = " (or data.labels=multiple, where each class has a column of 0 and 1)" if role == "label" else ""
+    return DataError(
+        f"{file}: none of its columns {listed} has a usual name of {WHAT[role]}; set data.table.{role}{each}"
+    )
 
 
 def find_tables(recipe: DataConfig) -> tuple[Path, dict[str, Path], str]:
