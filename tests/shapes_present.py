@@ -17,7 +17,8 @@ def labels_of(count: int, seed: int) -> np.ndarray:
 def draw(labels_K: np.ndarray, seed: int) -> Image.Image:
     """A picture with the shapes whose label is 1, each in one of four corners and of a gray of its own."""
     chance = np.random.default_rng((seed, 1))
-    image = Image.new("RGB", (SIDE, SIDE), (30, 30, 30))
+    red, green, blue = (int(v) for v in chance.integers(0, 64, 3))  # so that no two pictures are equal
+    image = Image.new("RGB", (SIDE, SIDE), (red, green, blue))
     pen, corners = ImageDraw.Draw(image), chance.permutation(4)
     for k in np.flatnonzero(labels_K):
         x, y = (int(v) + int(chance.integers(0, 2)) for v in (1 + 12 * (corners[k] % 2), 1 + 12 * (corners[k] // 2)))
@@ -41,3 +42,17 @@ def write_pictures(folder: Path, count: int, seed: int = 0) -> tuple[list[str], 
     for i, name in enumerate(names):
         draw(labels_nK[i], seed * 100_000 + i).save(folder / name)
     return names, labels_nK
+
+
+def write_table(folder: Path, count: int, seed: int = 0) -> tuple[str, ...]:
+    """Write ``count`` pictures and their table, a column of 0 and 1 for each shape; returns the overrides to use it.
+
+    Three fifths are train, a fifth each val and test.
+    """
+    names, labels_nK = write_pictures(folder, count, seed)
+    lines = [",".join(("image", *SHAPES, "split"))]
+    for i, (name, row) in enumerate(zip(names, labels_nK, strict=True)):
+        split = "train" if i % 5 < 3 else "val" if i % 5 == 3 else "test"
+        lines.append(",".join((name, *map(str, row), split)))
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return ("data.task=mine", "data.format=table", f"data.root={folder / 'labels.csv'}", "data.labels=multiple")

@@ -16,6 +16,7 @@ from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import Place, equal_files
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.images import decode, open_header
+from dist_vpt.data.label_notes import label_notes
 from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Split, Splits, path_of
 from dist_vpt.errors import DataError
@@ -88,7 +89,8 @@ def _findings(splits: Splits, parts: Sequence[Split], seen: dict[str, list[Seen]
     across = [group for group in groups if _in_two_splits(group)]
     found.wrong += _listed(f"{len(across)} images are in two splits, byte for byte", map(_places, across))
     classes = [group for group in groups if _in_two_classes(group)]
-    found.wrong += _listed(f"{len(classes)} images are in two classes, byte for byte", map(_places, classes))
+    how = "have other labels in another place" if splits.train.multiple else "are in two classes"
+    found.wrong += _listed(f"{len(classes)} images {how}, byte for byte", map(_places, classes))
     others = [group for group in groups if not _in_two_splits(group) and not _in_two_classes(group)]
     found.notes += _listed(f"{len(others)} images are there more than once", map(_places, others))
     counts_K = class_counts(splits.train.labels, len(splits.classes))
@@ -96,6 +98,7 @@ def _findings(splits: Splits, parts: Sequence[Split], seen: dict[str, list[Seen]
     found.notes += _listed(f"{len(few)} classes have fewer than {FEW} images in train", few)
     if splits.held_out:
         found.notes.append(f"split off train by a seed: {', '.join(splits.held_out)}")
+    found.notes += label_notes(splits, val=True)
     found.notes += [*splits.notes, *splits.remarks, *filter(None, map(depth_warning, parts))]
     found.notes += [f"there is no {name}: {reason}" for name, reason in splits.missing.items() if splits.test is None]
     return found

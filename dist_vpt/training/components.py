@@ -20,6 +20,7 @@ from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import leak_warning, repeats
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.joined import Joined
+from dist_vpt.data.label_notes import label_notes
 from dist_vpt.data.labels import are_multiple, class_counts
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.data.orientation import orientation_note
@@ -107,6 +108,7 @@ class Components:
             seed = f"data.split_seed = {data.split_seed}, data.try_index = {data.try_index}"
             lines.append(f"{of}: {' and '.join(sizes)}, drawn by {seed}")
         lines += [f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks)]
+        lines += label_notes(self.splits, val=self.recipe.data.train_on == "train")
         if self.launch.rank:
             return lines
         splits, task = self.splits, self.inputs.task

@@ -49,6 +49,7 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     _check_counts(location, task, splits)
     if not task.allow_missing_classes:
         _check_absent(location, recipe.train_on, splits)
+    _check_labeled(location, splits)
     return draw(splits, recipe)
 
 
@@ -130,6 +131,13 @@ def _check_counts(location: str, task: Task, splits: Splits) -> None:
                 "data.check_counts=false",
             )
     mistakes.check()
+
+
+def _check_labeled(location: str, splits: Splits) -> None:
+    """Where images have several labels or none: without any label a split has no mean average precision."""
+    for split in (splits.val, splits.test):
+        if split is not None and split.multiple and not split.labels.any():
+            raise DataError(f"{location}: no image of split {split.name!r} has a label; add labels or images to it")
 
 
 def _check_absent(location: str, train_on: str, splits: Splits) -> None:
