@@ -104,6 +104,13 @@ class Components:
             of = f"shots {data.shots}" if data.shots else f"fraction {data.fraction:g}"
             seed = f"data.split_seed = {data.split_seed}, data.try_index = {data.try_index}"
             lines.append(f"{of}: {' and '.join(sizes)}, drawn by {seed}")
+        if self.recipe.train.sampling == "balanced":
+            labels = self.splits[self.recipe.data.train_on].labels
+            counts = np.unique(labels, return_counts=True)[1]
+            lines.append(
+                f"train.sampling = balanced: an epoch draws {len(labels) / len(counts):.0f} images of each class on "
+                f"average, from {counts.min():,} to {counts.max():,} that it has"
+            )
         lines += [f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks)]
         if self.launch.rank:
             return lines
@@ -146,6 +153,7 @@ class Components:
             "accumulate": recipe.train.grad_accum_steps,
             "seed": recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
             "same_size": self.method.backbone.compiled,
+            "sampling": recipe.train.sampling,
         }
         split = self.splits[recipe.data.train_on]
         first, *others = (TrainBatches(split, transform, **options) for transform in self.inputs.transforms)
@@ -173,9 +181,12 @@ class Components:
         return class_weights(self.recipe.train.class_weights, labels, len(self.splits.classes)).to(device)
 
     def majority(self) -> float:
-        """Share of the largest class among the images that are trained on."""
+        """Share of the largest class among the images that are trained on, as they are drawn."""
         labels = self.splits[self.recipe.data.train_on].labels
-        return float(np.bincount(labels).max() / len(labels))
+        counts_K = np.bincount(labels)
+        return float(
+            1 / np.count_nonzero(counts_K) if self.recipe.train.sampling == "balanced" else counts_K.max() / len(labels)
+        )
 
     def init_method(self, device: torch.device, readers: Sequence[Reader] = ()) -> None:
         """Show a method that is initialized from images some of the split that is trained on, evenly spread over it.
