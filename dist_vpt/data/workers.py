@@ -31,6 +31,9 @@ from dist_vpt.errors import DataError
 
 BadImages = Literal["fail", "skip"]
 
+# The epoch, or a number in its place for each position, and the images: -1 for padding.
+Request = tuple[int | np.ndarray, np.ndarray]
+
 # Pixels by image, None for one that is skipped, and the names of those newly found unreadable.
 Found = tuple[list[np.ndarray | None], list[str]]
 
@@ -60,7 +63,7 @@ class BatchSource(Protocol):
         """Files that could not be read so far."""
         ...
 
-    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]: ...
+    def __call__(self, requests: list[Request]) -> Iterator[Batch]: ...
 
     def close(self) -> None: ...
 
@@ -134,8 +137,11 @@ class ImageBatches:
         size = self.reader.transform.image_size
         return torch.empty((*shape, 3, size, size), dtype=PIXELS[self.reader.transform.dtype])
 
-    def __getitem__(self, request: tuple[int, np.ndarray, int | None]) -> tuple[Batch, list[str]] | DataError:
+    def __getitem__(
+        self, request: tuple[int | np.ndarray, np.ndarray, int | None]
+    ) -> tuple[Batch, list[str]] | DataError:
         epoch, index_b, slot = request
+        epoch_b = np.broadcast_to(epoch, len(index_b))
         images = self.empty(len(index_b)) if slot is None else self._in_slot(slot, len(index_b))
         images_b3SS = images.numpy()
         weight_b = np.zeros(len(index_b), np.float32)
@@ -148,7 +154,7 @@ class ImageBatches:
         for position, stored in zip(positions, pixels, strict=True):
             i = int(index_b[position])
             if stored is not None:
-                images_b3SS[position] = stored if final else self._varied(stored, epoch, i)
+                images_b3SS[position] = stored if final else self._varied(stored, int(epoch_b[position]), i)
                 weight_b[position] = 1
         images_b3SS[weight_b == 0] = 0
         batch = Batch(
@@ -193,7 +199,7 @@ class WorkerSource:
         """How many batches workers make, or have made, before they are asked for."""
         return PREFETCH * self._pool.workers
 
-    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+    def __call__(self, requests: list[Request]) -> Iterator[Batch]:
         self._pass += 1
         this_pass = self._pass
         if self._cache == "memory" and self._batches.cached is None and self._on_device is None:
@@ -233,7 +239,7 @@ class WorkerSource:
         transform, seed = self._batches.reader.transform, self._batches.seed
         self._on_device = DeviceImages(filled.pixels, transform, self._device, seed=seed, final=filled.final)
 
-    def _from_device(self, images: DeviceImages, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+    def _from_device(self, images: DeviceImages, requests: list[Request]) -> Iterator[Batch]:
         labels = self._batches.reader.split.labels
         for epoch, index_b in requests:
             weight_b = np.array([images.is_readable(int(i)) for i in index_b], np.float32)

@@ -16,6 +16,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.data.labels import batch_labels
 from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
 from dist_vpt.data.splits import Split
+from dist_vpt.data.workers import Request
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Interrupted
@@ -53,7 +54,7 @@ class CachedBatches:
         self.cache, self.labels, self.skipped = cache, labels, skipped
         self._ahead = device if _crosses(cache, device) else None
 
-    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+    def __call__(self, requests: list[Request]) -> Iterator[Batch]:
         indices = [index_b for _, index_b in requests]
         rows = map(self._rows, indices) if self._ahead is None else prefetched(self._rows, indices, self._ahead)
         with closing(rows) if isinstance(rows, Generator) else nullcontext():

@@ -98,6 +98,11 @@ class TrainConfig(Section):
         description="weight of a class in the loss: 1, 1/images or 1/sqrt(images), scaled to a mean of 1 over images; "
         "of several labels an image, inv: a class's positives have the weight negatives/positives",
     )
+    sampling: Literal["shuffle", "balanced"] = Field(
+        "shuffle",
+        description="images of an epoch: shuffle: each once; balanced: as many draws with replacement, all classes "
+        "being equally likely (as torch's WeightedRandomSampler with weights of 1/images)",
+    )
     data_seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed of data order and augmentation; null: the recipe's seed"
     )
@@ -232,6 +237,11 @@ class Recipe(Section):
                 f"optim.lr = {self.optim.lr:g} is large for optim.name = adamw, the default; rates of published code "
                 "go with its settings (protocol=published), or with optim.name=sgd optim.scale_lr=true"
             )
+        if self.train.sampling == "balanced" and self.train.class_weights != "none":
+            found.append(
+                f"train.sampling = balanced and train.class_weights = {self.train.class_weights} both make up for the "
+                "numbers of images, so that small classes count for more than large ones; set either"
+            )
         return found
 
     @model_validator(mode="after")
@@ -271,6 +281,11 @@ class Recipe(Section):
                 "set backbone.drop_path=0"
             )
         yield from self._mistakes_of_labels()
+        if self.method.fitted and self.train.sampling == "balanced":
+            yield (
+                f"train.sampling = balanced: {method} is fitted to each image once; use train.class_weights=inv, or "
+                "leave it out"
+            )
         yield from self._mistakes_of_several()
         if self.method.reader:
             for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
@@ -293,6 +308,11 @@ class Recipe(Section):
             yield (
                 f"data.labels = multiple: method.name = {self.method.name} is fitted to one label an image; use linear "
                 "or another method that is trained"
+            )
+        if self.train.sampling == "balanced":
+            yield (
+                "train.sampling = balanced: draws by the one label of an image; with data.labels = multiple use "
+                "train.class_weights=inv"
             )
         if self.train.class_weights == "inv_sqrt":
             yield (

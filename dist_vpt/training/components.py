@@ -107,6 +107,13 @@ class Components:
             of = f"shots {data.shots}" if data.shots else f"fraction {data.fraction:g}"
             seed = f"data.split_seed = {data.split_seed}, data.try_index = {data.try_index}"
             lines.append(f"{of}: {' and '.join(sizes)}, drawn by {seed}")
+        if self.recipe.train.sampling == "balanced":
+            labels = self.splits[self.recipe.data.train_on].labels
+            counts = np.unique(labels, return_counts=True)[1]
+            lines.append(
+                f"train.sampling = balanced: an epoch draws {len(labels) / len(counts):.0f} images of each class on "
+                f"average, from {counts.min():,} to {counts.max():,} that it has"
+            )
         lines += [f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks)]
         lines += label_notes(self.splits, val=self.recipe.data.train_on == "train")
         if self.launch.rank:
@@ -150,6 +157,7 @@ class Components:
             "accumulate": recipe.train.grad_accum_steps,
             "seed": recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
             "same_size": self.method.backbone.compiled,
+            "sampling": recipe.train.sampling,
         }
         split = self.splits[recipe.data.train_on]
         first, *others = (TrainBatches(split, transform, **options) for transform in self.inputs.transforms)
@@ -180,9 +188,10 @@ class Components:
         return class_weights(self.recipe.train.class_weights, labels, len(self.splits.classes)).to(device)
 
     def guessing(self) -> Guessing:
-        """What guessing would score on the images that are trained on."""
-        labels, weights_K = self.splits[self.recipe.data.train_on].labels, self.class_weights(torch.device("cpu"))
-        return Guessing.of(labels, weights_K.double().numpy(), self.recipe.train.label_smoothing)
+        """What guessing would score on the images that are trained on, as they are drawn."""
+        labels, train = self.splits[self.recipe.data.train_on].labels, self.recipe.train
+        weights_K, balanced = self.class_weights(torch.device("cpu")).double().numpy(), train.sampling == "balanced"
+        return Guessing.of(labels, weights_K, train.label_smoothing, balanced=balanced)
 
     def init_method(self, device: torch.device, readers: Sequence[Reader] = ()) -> None:
         """Show a method that is initialized from images some of the split that is trained on, evenly spread over it.

@@ -26,11 +26,14 @@ class Guessing(NamedTuple):
     loss_of_shares: float = math.inf  # of several labels an image: each class as probable as it is frequent
 
     @classmethod
-    def of(cls, labels: np.ndarray, class_weights_K: np.ndarray, smoothing: float) -> "Guessing":
-        """Of these labels, under the loss of ``step.image_losses``."""
+    def of(
+        cls, labels: np.ndarray, class_weights_K: np.ndarray, smoothing: float, *, balanced: bool = False
+    ) -> "Guessing":
+        """Of these labels, under the loss of ``step.image_losses``; ``balanced``: all classes are drawn alike."""
         counts_K = class_counts(labels, len(class_weights_K))
         if not are_multiple(labels):
-            return cls(math.log(len(counts_K)), float(counts_K.max() / len(labels)))
+            majority = 1 / np.count_nonzero(counts_K) if balanced else counts_K.max() / len(labels)
+            return cls(math.log(len(counts_K)), float(majority))
         targets_K = counts_K / len(labels) * (1 - smoothing) + smoothing / 2
         yes_K, no_K = class_weights_K * targets_K, 1 - targets_K
         parts_2K = np.stack([yes_K, no_K])

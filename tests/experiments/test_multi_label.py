@@ -208,6 +208,7 @@ def test_one_label_each_and_a_class_that_val_lacks_are_noted(
     [
         (("method.name=knn",), "method.name = knn is fitted to one label an image; use linear or another method that"),
         (("method.name=logistic",), "method.name = logistic is fitted to one label an image"),
+        (("train.sampling=balanced",), "train.sampling = balanced: draws by the one label of an image; with data.lab"),
         (("train.class_weights=inv_sqrt",), "train.class_weights = inv_sqrt: is of one label an image; with data.lab"),
     ],
 )

@@ -116,6 +116,7 @@ VALUES = [
     ("train.label_smoothing=x", "'x'", NUMBER),
     ("train.label_smoothing=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.class_weights=x", "'x'", CHOICE + "inv, inv_sqrt, none"),
+    ("train.sampling=x", "'x'", CHOICE + "balanced, shuffle"),
     ("train.data_seed=x", "'x'", INTEGER),
     ("train.data_seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.early_stop.patience=x", "'x'", INTEGER),
@@ -379,6 +380,16 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
             (
                 "command line: runtime.activation_checkpointing = block: method.name = linear keeps no activations of"
                 " the backbone; leave it out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["train.sampling=balanced", "method.name=knn"],
+        [
+            (
+                "command line: train.sampling = balanced: method.name = knn is fitted to each image once; use "
+                "train.class_weights=inv, or leave it out"
             )
         ],
     ),

@@ -95,7 +95,7 @@ def find_tables(recipe: DataConfig) -> tuple[Path, dict[str, Path], str]:
         raise DataError(f"data.root {recipe.root!r}: {printable(file)} does not exist; {hint}")
     root = open_root(recipe)
     names = _tables_in(root)
-    chosen = _named_files(root, recipe.table.splits) or _files_by_name(root, names)
+    chosen = _named_files(root, named_splits(recipe.table)) or _files_by_name(root, names)
     if not chosen:
         if len(names) != 1:
             there = f"{len(names)} tables ({', '.join(names)})" if names else "no table (.csv, .tsv, .parquet)"
@@ -106,15 +106,20 @@ def find_tables(recipe: DataConfig) -> tuple[Path, dict[str, Path], str]:
     return root, {split: root / name for split, name in chosen.items()}, line
 
 
+def named_splits(settings: TableConfig) -> dict[str, str]:
+    """split -> what the recipe calls it."""
+    return {str(split): name for split, name in settings.splits.items()}
+
+
 def split_values(values: Sequence[str], settings: TableConfig, where: str) -> dict[str, str]:
     """value -> split, of the values of a split column that are used. Raises DataError where that is not clear."""
-    if settings.splits:
-        for split, value in settings.splits.items():
+    if chosen := named_splits(settings):
+        for split, value in chosen.items():
             if value not in values:
                 raise DataError(
                     f"data.table.splits.{split} {value!r}: {where} has no such value; {nearest(value, values)}"
                 )
-        return {value: split for split, value in settings.splits.items()}
+        return {value: split for split, value in chosen.items()}
     of = {value: split_of(value) for value in values}
     for split in SPLIT_NAMES:
         alike = [value for value in values if of[value] == split]
