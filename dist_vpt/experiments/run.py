@@ -20,6 +20,7 @@ from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
+from dist_vpt.runs.class_table import write_class_table
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
@@ -41,7 +42,7 @@ from dist_vpt.training.engine import TrainState, evaluate, fit
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
-from dist_vpt.training.multi_label import AnyScores, compute_at
+from dist_vpt.training.multi_label import AnyScores, MultiLabelScores, compute_at
 
 
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
@@ -199,6 +200,8 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     def finish() -> None:
         t.monitor.flush()
         write_result(t.folder, result)
+        if isinstance(scores, MultiLabelScores):
+            write_class_table(t.folder.path / "per_class.csv", parts.splits.classes, scores.of_classes)
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
 
@@ -206,6 +209,8 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     if isinstance(scores, Scores):  # last: a figure that cannot be drawn must not cost a finished run its result
         confusion_KK, classes = scores.confusion().cpu().numpy(), parts.splits.classes
         t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.transform, classes)
+    elif scores is not None:
+        t.monitor.class_figure(t.step, scores.of_classes, parts.splits.classes)
     t.accelerator.wait_for_everyone()
     return result
 

@@ -128,8 +128,8 @@ def _section(task: str) -> str:
 def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
     if title == OTHER:
         several = {each.result.task for each in results if each.result.scored and each.result.metric == "mAP"}
-        tasks = dict.fromkeys(local.result.task for local in results)
-        return [Column(f"{task} (mAP)" if task in several else task, OTHER, task) for task in tasks]
+        found = dict.fromkeys(local.result.task for local in results)
+        return [Column(f"{task} (mAP)" if task in several else task, OTHER, task) for task in found]
     columns, parts = [], []
     for group in SECTIONS[title]:
         tasks = tuple(task.name for task in TASKS.values() if task.group == group)

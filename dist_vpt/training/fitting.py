@@ -77,8 +77,8 @@ class FittedGroup(TrialGroup):
             trial.progress.epoch, trial.progress.last = 1, {"epoch": 1, "train": score}
         if self.val is not None:
             self.accelerator.status.set("the features", "scoring val")
-            for trial, score in zip(self.trials, quick_scores(self, self.trials, self.val), strict=True):
-                trial.progress.scored(score.values, None)
+            for trial, found in zip(self.trials, quick_scores(self, self.trials, self.val), strict=True):
+                trial.progress.scored(found.scores, None)
             values = [main_score(trial.progress.last["val"]) for trial in self.trials]
             self.show(
                 f"val {self.recipe.data.metric} of {len(values)} trials: {min(values):.2f} to {max(values):.2f} %"

@@ -3,6 +3,7 @@
 n images of all processes, B batch, K classes.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.errors import DataError
+from dist_vpt.runs.class_table import ClassScores
 from dist_vpt.training.metrics import Mistake, Scores, no_readable_image
 
 DEFAULT_THRESHOLD = 0.5  # of a class that has no positive among the images on which thresholds are chosen
@@ -28,15 +30,16 @@ class _Scored(MultilabelAveragePrecision):
     thresholds_K: Tensor | None = None  # the ones to use; None: the best on these images
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Average precision [K], positives [K], thresholds [K], F1 micro and macro [2]."""
+        """Average precision [K], thresholds [K], F1 micro and macro [2]; positives, predicted and both of these [K, 3]."""
         probabilities_nK, labels_nK = dim_zero_cat(self.preds).cpu().double(), dim_zero_cat(self.target).cpu()
-        positives_K, classes = labels_nK.sum(0), labels_nK.shape[1]
+        classes = labels_nK.shape[1]
         if not len(labels_nK):
-            return torch.zeros(classes), positives_K, torch.zeros(classes), torch.zeros(2)
+            return torch.zeros(classes), torch.zeros(classes), torch.zeros(2), torch.zeros(classes, 3).long()
         found_K = best_thresholds(probabilities_nK, labels_nK) if self.thresholds_K is None else self.thresholds_K
         predicted_nK = (probabilities_nK >= found_K).int()
         f1 = [multilabel_f1_score(predicted_nK, labels_nK, classes, average=kind) for kind in ("micro", "macro")]
-        return super().compute().cpu(), positives_K, found_K, torch.stack(f1)
+        counts_K3 = torch.stack([each.sum(0) for each in (labels_nK, predicted_nK, labels_nK * predicted_nK)], 1)
+        return super().compute().cpu(), found_K, torch.stack(f1), counts_K3
 
 
 def best_thresholds(probabilities_nK: Tensor, labels_nK: Tensor) -> Tensor:
@@ -74,7 +77,7 @@ class MultiLabelScores:
         self.scored.target.append(torch.empty(0, classes, dtype=torch.long, device=device))
         self.loss = MeanMetric().to(device)
         self.thresholds: Sequence[float] = ()  # those that ``compute`` used, one a class
-        self.average_precision: Sequence[float | None] = ()  # of each class, in percent, after ``compute``
+        self.of_classes: Sequence[ClassScores] = ()  # after ``compute``
 
     def update(self, logits_BK: Tensor, labels_BK: Tensor, counts_B: Tensor, index_B: Tensor) -> None:
         """Add a batch; examples with count 0 (padding, skipped images) are left out."""
@@ -94,18 +97,23 @@ class MultiLabelScores:
         self.scored.thresholds_K = None if thresholds is None else torch.tensor(thresholds, dtype=torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of classes without a positive, and a process without images
-            precision_K, positives_K, thresholds_K, f1 = self.scored.compute()
+            precision_K, thresholds_K, f1, counts_K3 = self.scored.compute()
             loss = float(self.loss.compute())
-        if not torch.isfinite(torch.tensor(loss)) and not positives_K.any():
+        there_K = counts_K3[:, 0] > 0
+        if not there_K.any() and math.isnan(loss):
             raise no_readable_image(self.split)
-        if not positives_K.any():
+        if not there_K.any():
             raise DataError(f"no image of the {self.split} split has a label, so there is no mAP; add labels to it")
         self.thresholds = thresholds_K.tolist()
         percent_K = 100 * precision_K.double()
-        known = zip(percent_K.tolist(), positives_K.tolist(), strict=True)
-        self.average_precision = [value if positives else None for value, positives in known]
+        self.of_classes = [
+            ClassScores(images, value if images else None, threshold, predicted, correct)
+            for (images, predicted, correct), value, threshold in zip(
+                counts_K3.tolist(), percent_K.tolist(), self.thresholds, strict=True
+            )
+        ]
         micro, macro = (100 * f1).tolist()
-        return {"loss": loss, "mAP": float(percent_K[positives_K > 0].mean()), "f1_micro": micro, "f1_macro": macro}
+        return {"loss": loss, "mAP": float(percent_K[there_K].mean()), "f1_micro": micro, "f1_macro": macro}
 
 
 AnyScores = Scores | MultiLabelScores

@@ -50,7 +50,7 @@ class UnreadTrials:
 class QuickScores(NamedTuple):
     """What an epoch of a trial scores on val."""
 
-    values: dict[str, float]
+    scores: dict[str, float]
     thresholds: Sequence[float] = ()  # where images have several labels
 
 

@@ -90,7 +90,12 @@ def test_what_a_run_leaves(trained: Path) -> None:
     assert "labels: 1.5" in log or "labels: 1.6" in log
     assert "label_accuracy" in log
     assert "test mAP" in log
+    rows = list(csv.DictReader((trained / "per_class.csv").open()))
     result = json.loads((trained / "result.json").read_text())
+    assert [row["class"] for row in rows] == list(SHAPES)
+    for column, score in (("average_precision", "mAP"), ("f1", "f1_macro")):
+        mean = sum(float(row[column]) for row in rows) / 4
+        assert mean == pytest.approx(result["last"]["test"][score], abs=1e-3)
     best = max(line["mAP"] for line in lines if line["split"] == "val")
     assert result["best"]["val"]["mAP"] == best
 

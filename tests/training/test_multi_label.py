@@ -103,7 +103,7 @@ def test_scores_against_scikit_learn(batch: int) -> None:
     assert list(scores.thresholds) == given
     assert compute_at(scores, None) == pytest.approx(by_scikit_learn(logits_nK, labels_nK, [0.5] * 6), rel=1e-6)
     own = [100 * average_precision_score(labels_nK[:, k], logits_nK[:, k]) for k in range(6)]
-    assert list(scores.average_precision) == pytest.approx(own, rel=1e-6)
+    assert [each.average_precision for each in scores.of_classes] == pytest.approx(own, rel=1e-6)
 
 
 def test_a_class_without_a_positive_is_not_in_the_mean_average_precision() -> None:
@@ -112,7 +112,7 @@ def test_a_class_without_a_positive_is_not_in_the_mean_average_precision() -> No
     scores = scored(logits_nK, labels_nK)
     assert scores.compute() == pytest.approx(by_scikit_learn(logits_nK, labels_nK, list(scores.thresholds)), rel=1e-6)
     assert scores.thresholds[2] == 0.5
-    assert scores.average_precision[2] is None
+    assert scores.of_classes[2].average_precision is None
 
 
 def test_thresholds_have_the_highest_f1_and_lie_between_probabilities() -> None:
