@@ -30,7 +30,7 @@ class _Scored(MultilabelAveragePrecision):
     thresholds_K: Tensor | None = None  # the ones to use; None: the best on these images
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Average precision [K], thresholds [K], F1 micro and macro [2]; positives, predicted and both of these [K, 3]."""
+        """Average precision [K], thresholds [K], F1 micro and macro [2]; positives, predicted and both [K, 3]."""
         probabilities_nK, labels_nK = dim_zero_cat(self.preds).cpu().double(), dim_zero_cat(self.target).cpu()
         classes = labels_nK.shape[1]
         if not len(labels_nK):
