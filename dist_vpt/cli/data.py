@@ -20,10 +20,19 @@ def add_parser(commands: Any) -> None:
     )
     help = "compare datasets with the published protocol, or with --storage look for mistakes in your own"
     parser = add_command(group, "check", check, help, rest="tasks", example="dist-vpt data check --root /data")
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help="default: all that are there")
-    parser.add_argument("--root", metavar="DIR", help="folder of the datasets; not for digits and shapes")
     parser.add_argument(
-        "--storage", choices=("image_folder", "vtab_folder", "fgvc_json", "hf"), help="how your own dataset is stored"
+        "tasks",
+        nargs="*",
+        metavar="TASK|a.b=c",
+        help="default: all that are there; with --storage keys of data instead, such as data.table.image=path",
+    )
+    parser.add_argument(
+        "--root", metavar="DIR", help="folder of the datasets, or the file of a table; not for digits and shapes"
+    )
+    parser.add_argument(
+        "--storage",
+        choices=("image_folder", "vtab_folder", "fgvc_json", "hf", "table"),
+        help="how your own dataset is stored",
     )
 
 
@@ -35,15 +44,20 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     if arguments.storage is not None:
-        if arguments.tasks:
+        tasks = [word for word in arguments.tasks if not word.startswith("data.") or "=" not in word]
+        if tasks:
             raise UserError(
-                f"{arguments.tasks[0]}: --storage is for your own data, which is no known task; leave one out"
+                f"{tasks[0]}: --storage is for your own data, which is no known task; leave one out, or give keys of "
+                "data, such as data.table.image=path"
             )
         if arguments.root is None:
             raise UserError("--root DIR is missing: the folder of your dataset")
         from dist_vpt.data.check_own import check_own
+        from dist_vpt.recipe.loading import load_recipe
 
-        check_own(arguments.root, arguments.storage)
+        own = ["data.task=yours", f"data.format={arguments.storage}", "data.absent_classes=allow", "data.root=."]
+        data = load_recipe([], [*own, *arguments.tasks]).data
+        check_own(data.model_copy(update={"root": arguments.root}))
         return
     from dist_vpt.data.check import check
 

@@ -32,7 +32,9 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_adapters(parser)
     parser.add_argument("--calibrated", action="store_true", help="divide logits by the temperature fitted on val")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (5)")
+    parser.add_argument(
+        "--top", type=int, metavar="N", help="classes per image (5; of several labels all that reach their thresholds)"
+    )
     parser.add_argument("--out", metavar="FILE", help="a .csv or .json file; default: CSV on the terminal")
 
 

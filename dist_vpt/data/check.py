@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import open_splits
+from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Split
 from dist_vpt.data.tasks import EMBEDDED, TASKS, Task, published_task
 from dist_vpt.errors import DataError, UserError
@@ -108,7 +109,7 @@ def _checked(root: str | None, task: Task) -> CheckedTask:
             one.wrong.append(splits.missing.get(name, f"has no split {name}"))
             continue
         try:
-            one.splits[name] = np.bincount(split.labels, minlength=len(splits.classes))
+            one.splits[name] = class_counts(split.labels, len(splits.classes))
             if name != "trainval":
                 one.sample = _sample(split)
         except DataError as error:

@@ -16,8 +16,9 @@ from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import Place, equal_files
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.images import decode, open_header
+from dist_vpt.data.label_notes import label_notes
+from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Split, Splits, path_of
-from dist_vpt.data.tasks import Format
 from dist_vpt.errors import DataError
 
 FEW = 5  # images of a class in train, below which it is named
@@ -43,13 +44,12 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def check_own(root: str, storage: Format) -> Findings:
+def check_own(config: DataConfig) -> Findings:
     """Decode every image, and print tables of splits and classes with all findings.
 
     Raises DataError, after the tables, for images that cannot be read and for equal files in two splits or classes.
     """
-    config = DataConfig(task="yours", format=storage, root=root, absent_classes="allow")
-    splits = open_splits(config, resolve(config))
+    splits, root = open_splits(config, resolve(config)), str(config.root)
     parts = [split for split in (splits.train, splits.val, splits.test) if split is not None]
     seen = {split.name: _look(split) for split in parts}
     findings = _findings(splits, parts, seen)
@@ -89,14 +89,16 @@ def _findings(splits: Splits, parts: Sequence[Split], seen: dict[str, list[Seen]
     across = [group for group in groups if _in_two_splits(group)]
     found.wrong += _listed(f"{len(across)} images are in two splits, byte for byte", map(_places, across))
     classes = [group for group in groups if _in_two_classes(group)]
-    found.wrong += _listed(f"{len(classes)} images are in two classes, byte for byte", map(_places, classes))
+    how = "have other labels in another place" if splits.train.multiple else "are in two classes"
+    found.wrong += _listed(f"{len(classes)} images {how}, byte for byte", map(_places, classes))
     others = [group for group in groups if not _in_two_splits(group) and not _in_two_classes(group)]
     found.notes += _listed(f"{len(others)} images are there more than once", map(_places, others))
-    counts_K = np.bincount(splits.train.labels, minlength=len(splits.classes))
+    counts_K = class_counts(splits.train.labels, len(splits.classes))
     few = [f"{splits.classes[k]} ({counts_K[k]})" for k in np.flatnonzero(counts_K < FEW)]
     found.notes += _listed(f"{len(few)} classes have fewer than {FEW} images in train", few)
     if splits.held_out:
         found.notes.append(f"split off train by a seed: {', '.join(splits.held_out)}")
+    found.notes += label_notes(splits, val=True)
     found.notes += [*splits.notes, *splits.remarks, *filter(None, map(depth_warning, parts))]
     found.notes += [f"there is no {name}: {reason}" for name, reason in splits.missing.items() if splits.test is None]
     return found
@@ -137,7 +139,7 @@ def _table_of_splits(root: str, parts: Sequence[Split], seen: dict[str, list[See
 def _table_of_classes(splits: Splits, parts: Sequence[Split]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("class")
-    counts = [np.bincount(split.labels, minlength=len(splits.classes)) for split in parts]
+    counts = [class_counts(split.labels, len(splits.classes)) for split in parts]
     for split in parts:
         table.add_column(split.name, justify="right")
     for k, name in enumerate(splits.classes[:MAX_CLASSES]):

@@ -7,9 +7,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from dist_vpt.data.config_table import TableConfig
 from dist_vpt.data.tasks import (
     EMBEDDED,
     FORMAT_TASKS,
+    METRICS,
+    STEP_SCORES,
     TASKS,
     Augment,
     Cache,
@@ -17,14 +20,15 @@ from dist_vpt.data.tasks import (
     Exif,
     Format,
     Interpolation,
+    Labels,
     Normalize,
     Task,
 )
 from dist_vpt.errors import nearest
 
 # Formats that split off a fraction: the others have fixed splits.
-READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf")
-READS_TEST_FRACTION = ("image_folder", "hf")
+READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf", "table")
+READS_TEST_FRACTION = ("image_folder", "hf", "table")
 
 VAL_SHOTS = 4  # images of a class of val that are used with data.shots, at most
 
@@ -78,10 +82,15 @@ class DataConfig(BaseModel):
 
     task: str = Field(default="digits", description="a known task, or any name where format and root are given")
     format: Format | None = Field(default=None, description="storage format; null: the task's")
+    labels: Labels = Field(
+        default="single",
+        description="labels of an image: single: one; multiple: any number of them, each class a yes or no of its own "
+        "(binary cross entropy, mAP, a threshold for each class)",
+    )
     root: str | None = Field(
         default=None,
         description="folder of the dataset, or the folder with the datasets of known tasks, relative to the working "
-        "directory; hf: a folder or a hub id",
+        "directory; hf: a folder or a hub id; table: the file, or the folder with one or with one for each split",
     )
     train_on: Literal["train", "trainval"] = Field(default="train", description="the split that is trained on")
     fraction: float = Field(
@@ -186,6 +195,7 @@ class DataConfig(BaseModel):
     )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
+    table: TableConfig = Field(default=TableConfig(), description="settings of tables of image paths and labels")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -198,6 +208,16 @@ class DataConfig(BaseModel):
     def stored(self) -> Format | None:
         """The storage format, or None if there is none for the task. Files of VTAB-1k may be found in another one."""
         return self.format or (TASKS[self.task].format if self.task in TASKS else None)
+
+    @property
+    def metric(self) -> str:
+        """The score by which epochs and trials are chosen, as of ``Task.metric``."""
+        return METRICS[self.labels]
+
+    @property
+    def step_score(self) -> str:
+        """The score of a training step: of several labels an image the share of all yes and no that are right."""
+        return STEP_SCORES[self.labels]
 
     @property
     def draws(self) -> bool:
@@ -233,6 +253,8 @@ class DataConfig(BaseModel):
             )
 
     def _mistakes_of_draws(self) -> Iterator[str]:
+        if self.shots is not None and self.labels == "multiple":
+            yield f"shots {self.shots}: an image with several labels is of several classes at once; use data.fraction"
         if self.shots is not None and self.fraction < 1:
             yield f"shots {self.shots} and fraction {self.fraction}: both say how much of train is used; set either"
         for name, unused in (("tries", 1), ("try_index", 0)):
@@ -241,11 +263,24 @@ class DataConfig(BaseModel):
         if self.tries > 1 and self.try_index > 0:
             yield f"tries {self.tries} and try_index {self.try_index}: several draws, or one of them; set either"
 
+    def _mistakes_of_labels(self, storage: Format) -> Iterator[str]:
+        if self.labels == "multiple" and storage != "table":
+            yield f"labels 'multiple': format {storage!r} has one label an image; use format table, or labels single"
+        if self.labels == "multiple" and self.extra_tests:
+            yield "extra_tests: class folders have one label an image, and labels is 'multiple'; remove extra_tests"
+        for name in ("labels", "separator") if self.labels == "single" else ():
+            if getattr(self.table, name) is not None:
+                yield f"table.{name}: is of several labels an image; set data.labels=multiple, or remove table.{name}"
+        if self.table.labels and (self.table.label or self.table.separator):
+            other = "label" if self.table.label else "separator"
+            yield f"table.labels and table.{other}: a column for each class, or one for all labels; set either"
+
     def _mistakes_of_storage(self, storage: Format) -> Iterator[str]:
         if storage in EMBEDDED and self.root is not None:
             yield f"root {self.root!r}: {EMBEDDED[storage]}; remove root or set format"
         if storage not in EMBEDDED and not self.root:
-            yield f"root is missing: format {storage!r} needs the folder of the dataset; set root"
+            what = "file of the table, or its folder" if storage == "table" else "folder of the dataset"
+            yield f"root is missing: format {storage!r} needs the {what}; set root"
         for name in ("exif", "background") if storage in (*EMBEDDED, "tfds") else ():
             if getattr(self, name) is not None:
                 yield f"{name} {getattr(self, name)!r}: format {storage!r} has its images as published; remove {name}"
@@ -257,6 +292,9 @@ class DataConfig(BaseModel):
             yield f"format 'shapes': task {self.task!r} is none of {' and '.join(known)}; use one of them"
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
+        yield from self._mistakes_of_labels(storage)
+        if storage != "table" and self.table != TableConfig():
+            yield f"table: only format 'table' uses it and the format is {storage!r}; remove table or set format: table"
 
 
 def resolve(recipe: DataConfig) -> Task:
@@ -269,6 +307,7 @@ def resolve(recipe: DataConfig) -> Task:
     return replace(
         task,
         format=recipe.format or task.format,
+        labels=recipe.labels,
         interpolation=recipe.interpolation or task.interpolation,
         crop_mode=recipe.crop_mode or task.crop_mode,
         normalize=recipe.normalize or task.normalize,

@@ -52,8 +52,11 @@ class DeviceImages:
         """Whether an image was read."""
         return i in self._row
 
-    def __call__(self, epoch: int, index_b: np.ndarray) -> Tensor:
-        """Images [b, 3, S, S] of the transform's dtype on the device; zeros for padding and what was not read."""
+    def __call__(self, epoch: int | np.ndarray, index_b: np.ndarray) -> Tensor:
+        """Images [b, 3, S, S] of the transform's dtype on the device; zeros for padding and what was not read.
+
+        ``epoch``: or a number in its place for each position.
+        """
         size = self._transform.image_size
         dtype = torch.float32 if self._transform.dtype == np.float32 else torch.uint8
         images_b3SS = torch.zeros((len(index_b), 3, size, size), dtype=dtype, device=self._device)
@@ -62,16 +65,17 @@ class DeviceImages:
             return images_b3SS
         images = [int(index_b[position]) for position in positions]
         rows = [self._row[i] for i in images]
-        made = self._final_n3SS[self._sent(rows)] if self._final else self._cut(epoch, images, rows)
+        epochs = np.broadcast_to(epoch, len(index_b))[positions].tolist()
+        made = self._final_n3SS[self._sent(rows)] if self._final else self._cut(epochs, images, rows)
         images_b3SS[self._sent(positions)] = made
         return images_b3SS
 
-    def _cut(self, epoch: int, images: list[int], rows: list[int]) -> Tensor:
+    def _cut(self, epochs: list[int], images: list[int], rows: list[int]) -> Tensor:
         """The drawn squares of some images, [b, 3, S, S]."""
         transform, size = self._transform, self._transform.image_size
         vpt = transform.interpolation == "vpt"
         ys, xs = [], []  # by image: source positions of the square's rows and columns; for vpt two, and a weight
-        for i, row in zip(images, rows, strict=True):
+        for epoch, i, row in zip(epochs, images, rows, strict=True):
             height, width = self._size_n[row]
             rows_H, columns_W = transform.size_before_cut(height, width, train=True) if vpt else (height, width)
             top, left, flip = transform.drawn(rows_H, columns_W, self._seed, epoch, i)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dist_vpt.data.labels import label_key
 from dist_vpt.data.splits import Split, path_of
 from dist_vpt.files import printable
 
@@ -19,7 +20,7 @@ class Place(NamedTuple):
     """Where an image is: the name of its split, its label and its file."""
 
     split: str
-    label: int
+    label: Hashable
     where: str
 
 
@@ -32,7 +33,7 @@ def equal_files(splits: Iterable[Split]) -> list[list[Place]]:
     Of each file its size and last bytes are compared, and only those that agree in both are read. Files that cannot be
     read are left to the loader.
     """
-    files = [(path, Place(split.name, int(split.labels[i]), split.where(i))) for split, i, path in _files(splits)]
+    files = [(path, Place(split.name, label_key(split.labels, i), split.where(i))) for split, i, path in _files(splits)]
     alike = _grouped(files, _size_and_tail)
     return [[place for _, place in group] for some in alike for group in _grouped(some, _digest)]
 

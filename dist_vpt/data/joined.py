@@ -6,10 +6,9 @@ b images of a micro-batch.
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from dist_vpt.data.workers import Batch, BatchSource, WorkerSource
+from dist_vpt.data.workers import Batch, BatchSource, Request, WorkerSource
 
 
 class Joined(NamedTuple):
@@ -33,7 +32,7 @@ class JoinedSource:
         """Files that one of them could not read so far."""
         return set().union(*(source.skipped for source in self.sources))
 
-    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+    def __call__(self, requests: list[Request]) -> Iterator[Batch]:
         for batches in zip(*(source(requests) for source in self.sources), strict=True):
             # A file that cannot be read for one of them counts for none.
             weight_b = torch.stack([batch["weight"] for batch in batches]).amin(0)

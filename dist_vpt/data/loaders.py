@@ -1,8 +1,8 @@
 """Batches: the same global batches whatever the number of processes, workers or accumulated micro-batches.
 
 n examples of the split, b images of a micro-batch, S image side. The order of an epoch is a pure function of
-(seed, epoch), and optimizer step s takes positions s * batch_size onwards of it, so a run can stop after any
-step and continue elsewhere.
+(seed, epoch) and the labels, and optimizer step s takes positions s * batch_size onwards of it, so a run can stop after
+any step and continue elsewhere.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,23 @@ import numpy as np
 import torch
 
 from dist_vpt.data.joined import JoinedSource
-from dist_vpt.data.splits import Split, shuffled
+from dist_vpt.data.sampling import Sampling, earlier_draws, epoch_order
+from dist_vpt.data.splits import Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
-from dist_vpt.data.workers import PADDING, BadImages, Batch, BatchSource, ImageBatches, ImageReader, WorkerSource
+from dist_vpt.data.workers import (
+    PADDING,
+    BadImages,
+    Batch,
+    BatchSource,
+    ImageBatches,
+    ImageReader,
+    Request,
+    WorkerSource,
+)
 from dist_vpt.errors import UserError
+
+AGAIN = 2**32  # added to the epoch for each time that an image has been drawn in it before
 
 
 class _Batches:
@@ -62,7 +74,11 @@ class _Batches:
 
 
 class TrainBatches(_Batches):
-    """Shuffled batches for training; nothing is dropped, the last global batch of an epoch is smaller."""
+    """Shuffled batches for training; nothing is dropped, the last global batch of an epoch is smaller.
+
+    With ``sampling="balanced"`` an epoch draws as many images as the split has, all classes alike, and an image may
+    come several times, each time cut and flipped anew.
+    """
 
     def __init__(
         self,
@@ -80,6 +96,7 @@ class TrainBatches(_Batches):
         max_megapixels: float = 178.0,
         cache: Cache = "none",
         same_size: bool = False,
+        sampling: Sampling = "shuffle",
     ):
         """``batch_size`` images per optimizer step: ``world`` processes of ``accumulate`` micro-batches.
 
@@ -95,7 +112,7 @@ class TrainBatches(_Batches):
             )
         self.batch_size = batch_size
         self.steps_per_epoch = -(-len(split) // batch_size)
-        self.images, self._seed = len(split), seed
+        self.images, self._seed, self._split, self._sampling = len(split), seed, split, sampling
         self._accumulate, self._rank, self._world = accumulate, rank, world
         self._multiple = batch_size if same_size else parts
         reader = ImageReader(split, transform, True, on_decode_error, max_megapixels)
@@ -113,13 +130,18 @@ class TrainBatches(_Batches):
         Starting another epoch ends the one before.
         """
         parts = self._world * self._accumulate
-        order = shuffled(self.images, self._seed, epoch)
-        requests = []
+        order = epoch_order(self._sampling, self._split, self._seed, epoch)
+        # Of an image that comes again in an epoch, other parts are drawn.
+        epochs = None if self._sampling == "shuffle" else epoch + AGAIN * earlier_draws(order)
+        requests: list[Request] = []
         for step in range(start_step, self.steps_per_epoch):
-            indices = _padded(order[step * self.batch_size : (step + 1) * self.batch_size], self._multiple)
+            taken = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            indices = _padded(order[taken], self._multiple)
+            of_each = None if epochs is None else _padded(epochs[taken], self._multiple)
             # Dealt round-robin, so that padding is spread over processes and micro-batches.
             for micro in range(self._accumulate):
-                requests.append((epoch, indices[micro * self._world + self._rank :: parts]))
+                mine = slice(micro * self._world + self._rank, None, parts)
+                requests.append((epoch if of_each is None else of_each[mine], indices[mine]))
         batches = self._source(requests)
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._accumulate)]
@@ -149,7 +171,7 @@ class EvalBatches(_Batches):
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: must be at least 1")
-        self.split = split.name
+        self.split, self.multiple = split.name, split.multiple
         several = same_size and len(split) > world * batch_size
         self._indices = _padded(np.arange(len(split)), world * batch_size if several else world)[rank::world]
         self._starts = range(0, len(self._indices), batch_size)

@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from dist_vpt.data.config import VAL_SHOTS, DataConfig
+from dist_vpt.data.labels import are_multiple, class_counts
+from dist_vpt.data.stratify import stratified_rows
 from dist_vpt.errors import DataError, nearest
 
 Picture = Image.Image | np.ndarray  # RGB, or uint8 [height, width, 3]
@@ -49,6 +51,11 @@ class Split:
     given: np.ndarray | LazyLabels
     source: Source
 
+    @property
+    def multiple(self) -> bool:
+        """Whether an image may have several labels."""
+        return isinstance(self.given, np.ndarray) and are_multiple(self.given)
+
     def __len__(self) -> int:
         return len(self.given)
 
@@ -57,7 +64,7 @@ class Split:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 [n]. Raises DataError for lazily read labels that are damaged."""
+        """int64 [n], or uint8 [n, K] of several labels an image. Raises DataError for lazy ones that are damaged."""
         return self.given.read() if isinstance(self.given, LazyLabels) else self.given
 
     def read(self, i: int, max_megapixels: float = 178.0) -> Picture:
@@ -189,6 +196,8 @@ def stratified_holdout(labels: np.ndarray, count: int, *key: int) -> tuple[np.nd
     Fewer than ``count`` are held out if the classes are too small.
     """
     order = shuffled(len(labels), *key)
+    if are_multiple(labels):
+        return stratified_rows(labels, count, order)
     rows_of_class = [order[labels[order] == k] for k in np.unique(labels)]
     sizes = np.array([len(rows) for rows in rows_of_class])
     wanted = count * sizes / len(labels)
@@ -261,7 +270,7 @@ def first_of_each_class(labels: np.ndarray, count: int, *key: int) -> np.ndarray
 
 
 def _check_shots(splits: Splits, shots: int) -> None:
-    counts_K = np.bincount(splits.train.labels, minlength=len(splits.classes))
+    counts_K = class_counts(splits.train.labels, len(splits.classes))
     short = np.flatnonzero(counts_K < shots)
     if len(short):
         fewest = short[np.argmin(counts_K[short])]
@@ -276,7 +285,8 @@ def _check_shots(splits: Splits, shots: int) -> None:
 
 def _fraction_rows(splits: Splits, fraction: float, *key: int) -> np.ndarray:
     labels = splits.train.labels
-    held_out, classes = round((1 - fraction) * len(labels)), len(np.unique(labels))
+    held_out = round((1 - fraction) * len(labels))
+    classes = int(np.count_nonzero(class_counts(labels, len(splits.classes))))
     if len(labels) - held_out < classes:
         raise DataError(
             f"data.fraction {fraction:g}: {len(labels) - held_out} of {len(labels):,} images of train leave some of "
@@ -296,6 +306,8 @@ def _holdout_fraction(split: Split, name: str, fraction: float, every: int, seed
 
 
 def class_order(ids: Iterable[str]) -> tuple[str, ...]:
-    """Class ids, sorted by value if all are whole numbers, else alphabetically."""
-    unique = set(ids)
-    return tuple(sorted(unique, key=int if all(re.fullmatch(r"-?\d+", k) for k in unique) else None))
+    """Class ids, sorted by value if all are whole numbers (such as 7, 07 or 7.0), else alphabetically."""
+    unique = sorted(set(ids))
+    kinds = ((r"-?\d+", int), (r"-?\d{1,15}(\.0+)?", float))
+    value = next((of for pattern, of in kinds if all(re.fullmatch(pattern, k) for k in unique)), None)
+    return tuple(sorted(unique, key=value))

@@ -5,13 +5,16 @@ from typing import Literal, NamedTuple
 
 from dist_vpt.errors import UserError, nearest
 
-Format = Literal["digits", "shapes", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf"]
+Format = Literal["digits", "shapes", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf", "table"]
 Interpolation = Literal["vpt", "bilinear", "bicubic"]
 CropMode = Literal["squash", "crop"]
 Normalize = Literal["vpt", "weights", "none"]
 Augment = Literal["none", "fgvc"]
 Cache = Literal["none", "memory"]
 Exif = Literal["transpose", "ignore"]
+Labels = Literal["single", "multiple"]
+METRICS: dict[Labels, str] = {"single": "top1", "multiple": "mAP"}  # the score that decides, in percent
+STEP_SCORES: dict[Labels, str] = {"single": "top1", "multiple": "label_accuracy"}  # of a step, which has no mAP
 EMBEDDED: dict[Format, str] = {  # formats that need no folder, and why
     "digits": "digits come with scikit-learn",
     "shapes": "shapes are drawn by the package",
@@ -50,6 +53,7 @@ class Task:
 
     name: str  # the row's name, or the one that the recipe gives
     format: Format  # how the dataset is stored
+    labels: Labels = "single"  # multiple: an image has any number of labels
     classes: int | None = None  # number of classes the storage must have; None: any number
     group: str | None = None  # natural, specialized, structured (VTAB-1k) or fgvc
     interpolation: Interpolation | None = None  # kernel; None: as in the backbone's pretraining
@@ -65,6 +69,11 @@ class Task:
     tfds: Tfds | None = None
     prompts: int | None = None  # prompts of a block in the paper (VPT-deep, ViT-B/16, arXiv 2203.12119)
     queries: int | None = None  # queries of a block in the paper (arXiv 2212.03220)
+
+    @property
+    def metric(self) -> str:
+        """The score by which epochs and trials are chosen."""
+        return METRICS[self.labels]
 
 
 def _vtab(
@@ -207,6 +216,7 @@ FORMAT_TASKS: dict[Format, Task] = {
     "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc", exif="transpose", background="white"),
     "image_folder": Task(name="", format="image_folder", exif="transpose", background="white"),
     "hf": Task(name="", format="hf", exif="transpose", background="white"),
+    "table": Task(name="", format="table", exif="transpose", background="white"),
 }
 
 

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from dist_vpt.data.device_images import DeviceImages
+from dist_vpt.data.labels import batch_labels
 from dist_vpt.data.splits import Picture, Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform
@@ -29,6 +30,9 @@ from dist_vpt.distributed.signals import block_stop_signals
 from dist_vpt.errors import DataError
 
 BadImages = Literal["fail", "skip"]
+
+# The epoch, or a number in its place for each position, and the images: -1 for padding.
+Request = tuple[int | np.ndarray, np.ndarray]
 
 # Pixels by image, None for one that is skipped, and the names of those newly found unreadable.
 Found = tuple[list[np.ndarray | None], list[str]]
@@ -46,7 +50,7 @@ class Batch(TypedDict):
     """A micro-batch on one process."""
 
     images: Any  # of the transform's dtype [b, 3, S, S], or out of a cache what the frozen stream holds of them
-    labels: torch.Tensor  # int64 [b]
+    labels: torch.Tensor  # int64 [b], or float32 [b, K] of 0 and 1 where images have several labels
     weight: torch.Tensor  # float32 [b]: 1 for an example, 0 for padding and for a skipped image
     index: torch.Tensor  # int64 [b]: position in the split, -1 for padding
 
@@ -59,7 +63,7 @@ class BatchSource(Protocol):
         """Files that could not be read so far."""
         ...
 
-    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]: ...
+    def __call__(self, requests: list[Request]) -> Iterator[Batch]: ...
 
     def close(self) -> None: ...
 
@@ -133,12 +137,13 @@ class ImageBatches:
         size = self.reader.transform.image_size
         return torch.empty((*shape, 3, size, size), dtype=PIXELS[self.reader.transform.dtype])
 
-    def __getitem__(self, request: tuple[int, np.ndarray, int | None]) -> tuple[Batch, list[str]] | DataError:
+    def __getitem__(
+        self, request: tuple[int | np.ndarray, np.ndarray, int | None]
+    ) -> tuple[Batch, list[str]] | DataError:
         epoch, index_b, slot = request
-        split = self.reader.split
+        epoch_b = np.broadcast_to(epoch, len(index_b))
         images = self.empty(len(index_b)) if slot is None else self._in_slot(slot, len(index_b))
         images_b3SS = images.numpy()
-        labels_b = np.zeros(len(index_b), np.int64)
         weight_b = np.zeros(len(index_b), np.float32)
         positions = np.flatnonzero(index_b != PADDING)
         found = (self.cached or self.reader)[index_b[positions]]
@@ -148,14 +153,13 @@ class ImageBatches:
         final = self.cached is not None and self.cached.final
         for position, stored in zip(positions, pixels, strict=True):
             i = int(index_b[position])
-            labels_b[position] = split.labels[i]
             if stored is not None:
-                images_b3SS[position] = stored if final else self._varied(stored, epoch, i)
+                images_b3SS[position] = stored if final else self._varied(stored, int(epoch_b[position]), i)
                 weight_b[position] = 1
         images_b3SS[weight_b == 0] = 0
         batch = Batch(
             images=images if slot is None else None,
-            labels=torch.from_numpy(labels_b),
+            labels=torch.from_numpy(batch_labels(self.reader.split.labels, index_b)),
             weight=torch.from_numpy(weight_b),
             index=torch.from_numpy(index_b.astype(np.int64)),
         )
@@ -195,7 +199,7 @@ class WorkerSource:
         """How many batches workers make, or have made, before they are asked for."""
         return PREFETCH * self._pool.workers
 
-    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+    def __call__(self, requests: list[Request]) -> Iterator[Batch]:
         self._pass += 1
         this_pass = self._pass
         if self._cache == "memory" and self._batches.cached is None and self._on_device is None:
@@ -235,13 +239,13 @@ class WorkerSource:
         transform, seed = self._batches.reader.transform, self._batches.seed
         self._on_device = DeviceImages(filled.pixels, transform, self._device, seed=seed, final=filled.final)
 
-    def _from_device(self, images: DeviceImages, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
-        labels_n = self._batches.reader.split.labels
+    def _from_device(self, images: DeviceImages, requests: list[Request]) -> Iterator[Batch]:
+        labels = self._batches.reader.split.labels
         for epoch, index_b in requests:
             weight_b = np.array([images.is_readable(int(i)) for i in index_b], np.float32)
             yield Batch(
                 images=images(epoch, index_b),
-                labels=torch.from_numpy(np.where(index_b != PADDING, labels_n[np.maximum(index_b, 0)], 0)),
+                labels=torch.from_numpy(batch_labels(labels, index_b)),
                 weight=torch.from_numpy(weight_b),
                 index=torch.from_numpy(index_b.astype(np.int64)),
             )

@@ -115,6 +115,11 @@ def open_source(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Sour
         raise UserError(
             f"{run}: method.keep = {recipe.method.keep}: is compressed already; name the run that it was made from"
         )
+    if recipe.data.labels == "multiple":
+        raise UserError(
+            f"{run}: data.labels = multiple: heads are compressed for one label an image; keep the run as it is, or "
+            "train a smaller one (method.queries)"
+        )
     path = folder.best if adapters == "best" else folder.adapters
     tensors, facts = read_adapters(path)
     parts = build_components(recipe)

@@ -45,6 +45,12 @@ def plan_probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> 
         raise UserError(f"--backbones: {twice} is the name of two of them; give each once")
     settings = ["protocol=default", "data.augment=none", "sweep.seeds=[0]", "run.trackers=[]"]  # a table, no curves
     settings += ["stream.cache=disk", f"stream.dir={Path(out) / 'streams'}"]
+    found = load_recipe(merge_order([*names, "linear"]), list(overrides))
+    if found.data.labels == "multiple":
+        raise UserError(
+            "probe: data.labels = multiple: knn and logistic are fitted to one label an image; compare backbones with "
+            "`dist-vpt sweep linear BACKBONE` and the same data"
+        )
     plan = []
     for label, backbone in zip(labels, chosen, strict=True):
         files, more = (names, ["backbone.name=demo"]) if backbone == DEMO else ([*names, backbone], [])

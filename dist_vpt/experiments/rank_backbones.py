@@ -51,7 +51,7 @@ def rank_backbones(recipe: Recipe, best: int) -> list[Ranked]:
         "group_penalty": recipe.method.model_dump()["group_penalty"],
         "ranking": [vars(each) for each in ranking],
         "best": [recipe.members[number].name for number in chosen],
-        "val_top1": (result["last"].get("val") or {}).get("top1"),
+        f"val_{recipe.data.metric}": (result["last"].get("val") or {}).get(recipe.data.metric),
     }
     write_atomically(folder.path / "ranking.json", to_json(content, indent=1) + "\n")
     _show(recipe, ranking, chosen, folder)

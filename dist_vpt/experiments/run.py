@@ -20,10 +20,13 @@ from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
+from dist_vpt.runs.class_table import write_class_table
 from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
 from dist_vpt.runs.score_files import write_all_tables
+from dist_vpt.runs.scores import main_score, metric_of
 from dist_vpt.runtime.peak_memory import MIB, free_and_reset_peak
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import (
@@ -40,6 +43,7 @@ from dist_vpt.training.engine import TrainState, fit
 from dist_vpt.training.final_scores import FinalScores, score_at_end
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
+from dist_vpt.training.multi_label import MultiLabelScores
 
 
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         train=train,
         val=val,
         class_weights=parts.class_weights(accelerator.device),
-        majority=parts.majority(),
+        guessing=parts.guessing(),
         folder=folder,
         states=states,
         monitor=RunLogger(recipe, accelerator, folder),
@@ -172,7 +176,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
 
     def write_tensors() -> None:
         t.states.write_best()
-        write_adapters(t.folder.adapters, tensors, t.facts | {"epoch": t.progress.last["epoch"]})
+        write_adapters(t.folder.adapters, tensors, t.facts | epoch_facts(t.progress.last))
 
     on_main_process(t.accelerator, write_tensors, "the results", t.path, _then(t))
     with adding_to_data_errors(f"the training is done and kept in {t.path}: {t.resume_with} scores test alone"):
@@ -197,15 +201,14 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     def finish() -> None:
         t.monitor.flush()
         write_result(t.folder, result)
+        if final is not None and isinstance(final.test, MultiLabelScores):
+            write_class_table(t.folder.path / "per_class.csv", parts.splits.classes, final.test.of_classes)
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
 
     on_main_process(t.accelerator, finish, "the results", t.path, _then(t))
-    if final is not None and final.test is not None:  # last: what fails here must not cost a finished run its result
-        confusion_KK, classes = final.test.confusion().cpu().numpy(), parts.splits.classes
-        if t.accelerator.is_main_process and (line := write_all_tables(t.path, final.predictions, parts.splits)):
-            t.monitor.line(line)
-        t.monitor.figures(t.step, confusion_KK, final.test.mistakes, parts.splits["test"], parts.transform, classes)
+    if final is not None:  # last: what fails here must not cost a finished run its result
+        _write_tables(t, parts, final)
     t.accelerator.wait_for_everyone()
     return result
 
@@ -222,9 +225,9 @@ def _score_tests(
         return last, best, None
     rank, world = t.accelerator.process_index, t.accelerator.num_processes
     tests = {name: parts.evaluation(name, rank, world) for name in ("test", *parts.splits.extra)}
-    final = score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop)
+    final = score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, last.get("thresholds"))
     last |= final.scores
-    if reason := last["temperature"].get("reason"):
+    if reason := last.get("temperature", {}).get("reason"):
         t.monitor.line(f"note: no temperature is fitted, and ece_scaled is not defined: {reason}")
     for name, scores in {"test": last["test"], **last.get("extra_tests", {})}.items():
         t.monitor.scores(last["epoch"], t.step, name, scores)
@@ -232,20 +235,32 @@ def _score_tests(
         best |= final.scores
     elif best:
         restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
-        best |= score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop).scores
+        best |= score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, best.get("thresholds")).scores
     for batches in tests.values():
         skipped |= set(gather_object(sorted(batches.skipped)))
         batches.close()
     return last, best, final
 
 
+def _write_tables(t: TrainState, parts: Components, final: FinalScores) -> None:
+    """Tables and figures of what each image and class of test was taken for. A collective call."""
+    classes = parts.splits.classes
+    if isinstance(final.test, MultiLabelScores):
+        t.monitor.class_figure(t.step, final.test.of_classes, classes)
+    elif final.test is not None:
+        confusion_KK = final.test.confusion().cpu().numpy()
+        if t.accelerator.is_main_process and (line := write_all_tables(t.path, final.predictions, parts.splits)):
+            t.monitor.line(line)
+        t.monitor.figures(t.step, confusion_KK, final.test.mistakes, parts.splits["test"], parts.transform, classes)
+
+
 def _summary(result: dict[str, Any], t: TrainState) -> str:
     last, best = result["last"], result["best"]
     parts = [f"done in {result['seconds']:.1f} s ({result['images_per_s']:.0f} images/s)"]
     if "test" in last:
-        parts.append(f"test top1 {last['test']['top1']:.2f} % after the last epoch")
+        parts.append(f"test {metric_of(last['test'])} {main_score(last['test']):.2f} % after the last epoch")
     if best and "test" in best:
-        parts.append(f"{best['test']['top1']:.2f} % with the best epoch on val ({best['epoch']})")
+        parts.append(f"{main_score(best['test']):.2f} % with the best epoch on val ({best['epoch']})")
     if result["skipped_images"]:
         parts.append(f"{len(result['skipped_images'])} unreadable images skipped")
     return "; ".join(parts) + f"\n{t.folder.result}"

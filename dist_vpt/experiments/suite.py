@@ -121,8 +121,8 @@ def _print_results(folder: Path, experiments: Sequence[Experiment], reasons: Map
     """
     file = folder / FILE
     found = {result.run: result for result in (read(file)[0] if file.is_file() else [])}
-    table = Table(title=f"{folder}: test top-1 (%), mean and standard deviation over seeds or tries")
-    for column in ("task", "method", "test top-1", "val top-1", "trained", "seconds", "chosen"):
+    table = Table(title=f"{folder}: test score (%: top-1, or mAP), mean and standard deviation")
+    for column in ("task", "method", "test", "val", "trained", "seconds", "chosen"):
         text = column in ("task", "method", "chosen")
         table.add_column(column, justify="left" if text else "right", no_wrap=column != "chosen")
     failed = []
@@ -133,11 +133,11 @@ def _print_results(folder: Path, experiments: Sequence[Experiment], reasons: Map
             failed.append(f"  {experiment.name}: {reason}")
             table.add_row(experiment.task, experiment.trained, "failed")
             continue
-        top1, parameters = result.test["top1"], result.parameters
+        score, parameters = result.main, result.parameters
         table.add_row(
             experiment.task,
             experiment.trained,
-            f"{top1.mean:.2f} ± {top1.std:.2f}",
+            f"{score.mean:.2f} ± {score.std:.2f}",
             f"{result.val['last']:.2f}",
             f"{parameters.trained:,}" if parameters else "",
             f"{result.seconds:.0f}",

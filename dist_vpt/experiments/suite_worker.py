@@ -30,6 +30,7 @@ from dist_vpt.experiments.sweep_worker import Worker
 from dist_vpt.files import locked, read_json
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runs.results import FILE, Parameters, Protocol, Result, Spread, append, finished_runs
+from dist_vpt.runs.scores import main_score, metric_of
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import reset_accelerate
 
@@ -130,8 +131,8 @@ class SuiteWorker:
         finals = [read_outcome(job) for job in seeds]
         content = conclude(folder, experiment.recipe, rungs, finals, 0.0, None)
         append(self.folder / FILE, _result(experiment, content, read_outcome(chosen), seeds))
-        top1 = content["test"]["top1"]
-        self._show(f"{experiment.name}: test top1 {top1['mean']:.2f} ± {top1['std']:.2f} %")
+        name, score = metric_of(content["test"]), main_score(content["test"])
+        self._show(f"{experiment.name}: test {name} {score['mean']:.2f} ± {score['std']:.2f} %")
 
     def _is_over(self, experiment: Experiment) -> bool:
         """Whether the experiment has a result, or has failed since this worker started."""
@@ -208,7 +209,7 @@ def _result(
         protocol=Protocol.model_validate(protocol),
         seeds=tuple(int(seed) for seed, test in content["seeds"].items() if test),
         chosen=content["chosen"],
-        val={"last": chosen["last"]["val"]["top1"], "best": chosen["best"]["val"]["top1"]},
+        val={"last": main_score(chosen["last"]["val"]), "best": main_score(chosen["best"]["val"])},
         epochs={"last": chosen["last"]["epoch"], "best": chosen["best"]["epoch"]},
         test={name: Spread.model_validate(score) for name, score in content["test"].items()},
         extra_tests={

@@ -12,6 +12,7 @@ from dist_vpt.recipe.differences import differences
 from dist_vpt.recipe.loading import load_recipe_from
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.sweep_section import SweepConfig, grid_axes
+from dist_vpt.runs.scores import main_score
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def seed_jobs(recipe: Recipe, folder: Path, chosen: SweepJob) -> list[SweepJob]:
 
 
 def rank(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]], which: str = "of the grid") -> list[SweepJob]:
-    """The trials by their accuracy on val after their last epoch, the best first; diverged ones are left out.
+    """The trials by their main score on val after their last epoch, the best first; diverged ones are left out.
 
     Ties go to the smaller learning rate. Raises RunFailed where every trial diverged.
     """
@@ -89,7 +90,7 @@ def rank(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]], which: st
 
     def order(found: tuple[SweepJob, dict[str, Any]]) -> tuple[float, float, int]:
         job, outcome = found
-        return -outcome["last"]["val"]["top1"], job.recipe.optim.lr, job.number
+        return -main_score(outcome["last"]["val"]), job.recipe.optim.lr, job.number
 
     return [job for job, _ in sorted(finite, key=order)]
 

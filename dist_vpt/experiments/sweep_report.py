@@ -15,6 +15,9 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import versions
 from dist_vpt.runs.results import mean_and_std
+from dist_vpt.runs.scores import main_score
+
+SHOWN_AS = {"top1": "top-1", "mAP": "mAP"}
 
 
 def conclude(  # noqa: PLR0917 (all that a sweep found)
@@ -28,14 +31,14 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     """Write sweep.json, the heat map and the curves from all outcomes, and print the table. Can be repeated."""
     from torch.utils.tensorboard import SummaryWriter
 
-    content = _summary(rungs, results, seconds)
+    content = {"metric": recipe.data.metric} | _summary(rungs, results, seconds)
     if recipe.data.draws:
         content["draws"] = recipe.data.model_dump(include={"shots", "fraction", "tries"})
-    figure = heatmap_figure(content["trials"], content["chosen"])
+    figure = heatmap_figure(content["trials"], content["chosen"], SHOWN_AS[recipe.data.metric])
     figure.savefig(folder.path / "heatmap.png", dpi=120)
     if "tensorboard" in recipe.run.trackers:
         with SummaryWriter(str(folder.path / "tb")) as writer:
-            writer.add_figure("sweep/val_top1", figure)
+            writer.add_figure(f"sweep/val_{recipe.data.metric}", figure)
             for name, score in content["test"].items():
                 writer.add_scalar(f"test/{name}_mean", score["mean"], 0)
                 writer.add_scalar(f"test/{name}_std", score["std"], 0)
@@ -100,16 +103,16 @@ def _trials(rungs: Rungs) -> list[dict[str, Any]]:
     for rung in rungs.done:
         for job, outcome in zip(rung.jobs, rung.outcomes, strict=True):
             row: dict[str, Any] = rows[job.number]
-            top1 = None if outcome["diverged"] else outcome["last"]["val"]["top1"]
-            row["rungs"].append({"epochs": job.recipe.train.epochs, "top1": top1})
+            score = None if outcome["diverged"] else main_score(outcome["last"]["val"])
+            row["rungs"].append({"epochs": job.recipe.train.epochs, job.recipe.data.metric: score})
             row |= {"diverged": outcome["diverged"], "seconds": round(row["seconds"] + outcome["seconds"], 3)}
             if rung is rungs.done[-1]:
                 row |= {"last": outcome["last"], "best": outcome["best"]}
     return list(rows.values())
 
 
-def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> Any:
-    """Accuracy on val over the grid's first two keys that vary; over further keys, the best of each cell.
+def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any], score_name: str = "top-1") -> Any:
+    """The score that decides on val over the grid's first two keys that vary; over further keys, the best of each cell.
 
     ``trials``: those of sweep.json; ``chosen``: its setting. A cell without a whole training says how long one was.
     """
@@ -128,8 +131,8 @@ def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> 
         cell = [axis.index(trial["setting"][key]) for key, axis in zip(keys, values, strict=False)] + [0, 0]
         at = cell[0], cell[1]
         whole = trial["last"] and not trial["diverged"]
-        top1 = trial["last"]["val"]["top1"] if whole else None
-        best[at] = max((v for v in (best.get(at), top1) if v is not None), default=None)
+        score = main_score(trial["last"]["val"]) if whole else None
+        best[at] = max((v for v in (best.get(at), score) if v is not None), default=None)
         if not trial["diverged"]:
             instead[at] = count(trial["rungs"][-1]["epochs"], "epoch")
         if trial["setting"] == chosen:
@@ -139,7 +142,7 @@ def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> 
     shown = [[best.get((r, c)) for c in range(len(columns))] for r in range(len(rows))]
     numbers = [[float("nan") if v is None else v for v in row] for row in shown]
     image = axes.imshow(numbers, cmap="viridis", aspect="auto")
-    figure.colorbar(image, ax=axes, label="val top-1, last epoch (%)")
+    figure.colorbar(image, ax=axes, label=f"val {score_name}, last epoch (%)")
     axes.set_xticks(range(len(columns)), map(_short, columns))
     axes.set_yticks(range(len(rows)), map(_short, rows))
     axes.set(ylabel=keys[0], xlabel=keys[1] if len(keys) > 1 else "", title="Trials (chosen one framed)")
@@ -155,7 +158,8 @@ def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any]) -> 
 
 def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None:
     """Print the table of a sweep, from its sweep.json."""
-    table = Table(title=f"{folder}: trials, trained on train and scored on val (top-1, %)")
+    metric = content.get("metric", "top1")
+    table = Table(title=f"{folder}: trials, trained on train and scored on val ({SHOWN_AS[metric]}, %)")
     keys = list(content["chosen"])
     short = content.get("rungs", [])[:-1]  # epochs of the rungs before the last
     for key in keys:
@@ -165,21 +169,21 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
         table.add_column(column, justify="right")
     for trial in content["trials"]:
         cells = [_short(trial["setting"][key]) for key in keys]
-        cells += ["diverged" if rung["top1"] is None else f"{rung['top1']:.2f}" for rung in trial.get("rungs", [])]
+        cells += ["diverged" if rung[metric] is None else f"{rung[metric]:.2f}" for rung in trial.get("rungs", [])]
         cells = cells[: len(keys) + len(short)]
         whole = len(trial.get("rungs", [])) > len(short) or not short
         if whole and trial["diverged"]:
             cells.append("diverged")
         elif whole:
-            last, best = trial["last"]["val"]["top1"], trial["best"]
+            last, best = trial["last"]["val"][metric], trial["best"]
             mark = "*" if trial["setting"] == content["chosen"] else ""
-            cells += [f"{last:.2f}", f"{best['val']['top1']:.2f}", str(best["epoch"]), mark]
+            cells += [f"{last:.2f}", f"{best['val'][metric]:.2f}", str(best["epoch"]), mark]
         table.add_row(*cells)
     console.print(table)
-    top1 = content["test"].get("top1")
-    if top1:
+    score = content["test"].get(metric)
+    if score:
         console.print(
-            f"test top1 {top1['mean']:.2f} ± {top1['std']:.2f} % over {len(top1['values'])} {_over(content)} "
+            f"test {metric} {score['mean']:.2f} ± {score['std']:.2f} % over {len(score['values'])} {_over(content)} "
             f"({setting_text(content['chosen'])})",
             markup=False,
         )

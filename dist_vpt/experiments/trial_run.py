@@ -7,6 +7,7 @@ from dist_vpt.files import write_atomically
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, write_adapters
 from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
 from dist_vpt.runs.score_files import Predictions, write_all_tables
@@ -31,7 +32,7 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
     folder, tensors = RunFolder(str(recipe.run.dir)), collect(trial.reader)
     folder.path.mkdir(parents=True, exist_ok=True)
     facts = {"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)}
-    write_adapters(folder.adapters, tensors, {**facts, "epoch": trial.progress.last["epoch"]})
+    write_adapters(folder.adapters, tensors, facts | epoch_facts(trial.progress.last))
     result = run_result(
         recipe,
         last=trial.progress.last,

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from dist_vpt.backbones.vit import Backbone
+from dist_vpt.data.labels import batch_labels
 from dist_vpt.data.loaders import PADDING, Batch, EvalBatches
 from dist_vpt.data.splits import Split
+from dist_vpt.data.workers import Request
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import DataError, Interrupted
@@ -48,11 +50,11 @@ class CachedBatches:
     ``device``: on which rows from host memory are wanted; other than the CPU, they are copied there one batch ahead.
     """
 
-    def __init__(self, cache: StreamCache, labels_n: np.ndarray, skipped: set[str], device: torch.device | None = None):
-        self.cache, self.labels_n, self.skipped = cache, labels_n, skipped
+    def __init__(self, cache: StreamCache, labels: np.ndarray, skipped: set[str], device: torch.device | None = None):
+        self.cache, self.labels, self.skipped = cache, labels, skipped
         self._ahead = device if _crosses(cache, device) else None
 
-    def __call__(self, requests: list[tuple[int, np.ndarray]]) -> Iterator[Batch]:
+    def __call__(self, requests: list[Request]) -> Iterator[Batch]:
         indices = [index_b for _, index_b in requests]
         rows = map(self._rows, indices) if self._ahead is None else prefetched(self._rows, indices, self._ahead)
         with closing(rows) if isinstance(rows, Generator) else nullcontext():
@@ -61,7 +63,7 @@ class CachedBatches:
                 rows_b = np.where(real_b, index_b, 0)
                 yield Batch(
                     images=images,
-                    labels=torch.from_numpy(np.where(real_b, self.labels_n[rows_b], 0)),
+                    labels=torch.from_numpy(batch_labels(self.labels, index_b)),
                     weight=torch.from_numpy((real_b & self.cache.readable_n[rows_b]).astype(np.float32)),
                     index=torch.from_numpy(index_b.astype(np.int64)),
                 )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_vpt.backbones.vit import Backbone
+from dist_vpt.data.labels import label_key
 from dist_vpt.data.loaders import PADDING, EvalBatches
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
@@ -39,7 +40,7 @@ def identity(
     for module in backbone.modules():  # what their repr leaves out
         model.update(f"{getattr(module, 'num_heads', '')} {getattr(module, 'fused_attn', '')}\n".encode())
     for i in range(len(split)):
-        images.update(f"{split.source.identity(i)} {split.labels[i]}\n".encode(errors="surrogateescape"))
+        images.update(f"{split.source.identity(i)} {label_key(split.labels, i)}\n".encode(errors="surrogateescape"))
     return {
         "format": FORMAT,
         "model": model.hexdigest(),

@@ -23,6 +23,8 @@ from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import evaluate
 from dist_vpt.training.final_scores import options_of
+from dist_vpt.training.metrics import Scores
+from dist_vpt.training.multi_label import compute_at
 
 
 def evaluate_run(
@@ -52,7 +54,8 @@ def evaluate_run(
         _make_folder(Path(out))
     accelerator = make_accelerator(recipe, launch)
     reported = _reported(folder, adapters)
-    found, predictions = _score(components, accelerator, split, (reported.get("temperature") or {}).get("value"))
+    temperature = (reported.get("temperature") or {}).get("value")
+    found, predictions = _score(components, accelerator, split, temperature, facts.get("thresholds"))
     extra = mean_scores({name: scores for name, scores in found.items() if name != split})
     if accelerator.is_main_process:
         before = {split: reported.get(split), **(reported.get("extra_tests") or {})}
@@ -67,7 +70,11 @@ def evaluate_run(
 
 
 def _score(
-    parts: Components, accelerator: RankAccelerator, split: str, temperature: float | None
+    parts: Components,
+    accelerator: RankAccelerator,
+    split: str,
+    temperature: float | None,
+    thresholds: Sequence[float] | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions]]:
     """Scores and predictions of a split, and with test of the extra tests. A collective call.
 
@@ -80,7 +87,9 @@ def _score(
         options = options_of(name, parts.splits, temperature if split == "test" else None)
         scores = evaluate(accelerator, model, batches, len(parts.splits.classes), **options)
         batches.close()
-        found[name] = scores.compute()
+        found[name] = compute_at(scores, thresholds)
+        if not isinstance(scores, Scores):
+            continue
         if split == "test" and temperature is None:
             found[name]["ece_scaled"] = None
         if scores.keep:

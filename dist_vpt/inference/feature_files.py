@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dist_vpt.data.labels import are_multiple
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
 
@@ -27,7 +28,7 @@ class Shard:
     """Some images of a split, in its order."""
 
     features: Tensor
-    labels_n: Tensor  # int64
+    labels_n: Tensor  # int64 [n], or uint8 [n, K] of several labels an image
     paths: list[str]
 
 
@@ -53,8 +54,14 @@ def write_shard(file: Path, shard: Shard, format: Format, classes: Sequence[str]
 
     flat = shard.features.flatten(1).numpy()
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-    names = pa.DictionaryArray.from_arrays(pa.array(shard.labels_n.numpy().astype(np.int32)), pa.array(list(classes)))
-    columns = {"path": pa.array(shard.paths), "label": pa.array(shard.labels_n.numpy()), "class": names}
+    labels = shard.labels_n.numpy()
+    if are_multiple(labels):  # for each image the numbers and the names of its classes
+        numbers = [np.flatnonzero(row).tolist() for row in labels]
+        named = pa.array([[classes[k] for k in row] for row in numbers], pa.list_(pa.string()))
+        columns = {"path": pa.array(shard.paths), "label": pa.array(numbers, pa.list_(pa.int64())), "class": named}
+    else:
+        named = pa.DictionaryArray.from_arrays(pa.array(labels.astype(np.int32)), pa.array(list(classes)))
+        columns = {"path": pa.array(shard.paths), "label": pa.array(labels), "class": named}
     table = pa.table(columns | {"features": values}).replace_schema_metadata({"dist_vpt": json.dumps(facts)})
     written = io.BytesIO()
     pq.write_table(table, written)

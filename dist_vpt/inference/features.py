@@ -98,7 +98,7 @@ def _write_split(  # noqa: PLR0917 (what is written, of which images, where)
             features = compute(parts.method.backbone, batch["images"].to(device), what).float().cpu()[read]
             paths = [split.where(i) for i in batch["index"][read].tolist()]
             if paths:
-                waiting.append(Shard(features, batch["labels"][read], paths))
+                waiting.append(Shard(features, _stored(batch["labels"][read]), paths))
             bytes_waiting = sum(each.features.nbytes for each in waiting)
             if bytes_waiting >= SHARD_BYTES or sum(len(each.paths) for each in waiting) >= SHARD_IMAGES:
                 write()
@@ -108,6 +108,11 @@ def _write_split(  # noqa: PLR0917 (what is written, of which images, where)
     images = sum(each["images"] for each in files)
     print(f"{name}: {images:,} images" + (f", {skipped} unreadable images skipped" if skipped else ""))
     return files
+
+
+def _stored(labels: Tensor) -> Tensor:
+    """Labels of a batch as files have them: of several labels an image uint8, not the loss's floats."""
+    return labels.to(torch.uint8) if labels.is_floating_point() else labels
 
 
 @torch.no_grad()

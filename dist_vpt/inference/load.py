@@ -51,7 +51,7 @@ def load_run(run: str, adapters: str, **runtime: Any) -> Tuned:
     inputs = resolve_inputs(recipe)
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
-    return Tuned(recipe, method, classes, inputs).to(device_of(recipe))
+    return Tuned(recipe, method, classes, inputs, facts.get("thresholds")).to(device_of(recipe))
 
 
 def temperature_of(run: str, adapters: str) -> float:

@@ -18,16 +18,17 @@ def predict(
     run: str,
     images: Sequence[str],
     adapters: str = "last",
-    top: int = 5,
+    top: int | None = None,
     out: str | None = None,
     *,
     calibrated: bool = False,
 ) -> list[dict[str, Any]]:
     """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
 
+    ``top``: so many classes an image; None: 5, or of several labels an image all that reach their thresholds.
     ``calibrated``: logits are divided by the run's temperature.
     """
-    if top < 1:
+    if top is not None and top < 1:
         raise UserError(f"--top {top}: must be at least 1")
     if out and Path(out).suffix not in (".csv", ".json"):
         raise UserError(f"--out {out}: must end in .csv or .json")
@@ -56,6 +57,8 @@ def _write(rows: list[dict[str, Any]], out: str | None) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "rank", "class", "probability"])
     for row in rows:
+        if not row["predictions"]:
+            writer.writerow([row["image"], "", "(no label)", ""])
         for rank, prediction in enumerate(row["predictions"], 1):
             writer.writerow([row["image"], rank, prediction["class"], prediction["probability"]])
     if out:

@@ -25,9 +25,11 @@ from dist_vpt.inference.image_files import image_files
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.inputs import Inputs
+from dist_vpt.training.multi_label import DEFAULT_THRESHOLD
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor  # a file, or a picture
 DIGITS = 6  # of a probability
+TOP = 5  # classes of an image
 
 
 class PictureTransform(v2.Transform):
@@ -52,11 +54,20 @@ class Tuned(nn.Module):
     """A run's method with its adapters, in eval mode: transformed images [B, 3, S, S] to logits [B, K].
 
     ``recipe``: of the run. ``classes``: their names, in the order of the logits.
+    ``thresholds``: of each class, where images have several labels; None: 0.5.
     """
 
-    def __init__(self, recipe: Recipe, method: Method, classes: list[str], inputs: Inputs):
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: Method,
+        classes: list[str],
+        inputs: Inputs,
+        thresholds: Sequence[float] | None = None,
+    ):
         super().__init__()
         self.recipe, self.method, self.classes, self.inputs = recipe, method, classes, inputs
+        self.thresholds = thresholds
         self.eval()
 
     def forward(self, images: Any) -> Tensor:
@@ -86,28 +97,45 @@ class Tuned(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, images: AnyImage | Sequence[AnyImage], top: int = 5, temperature: float = 1.0
+        self, images: AnyImage | Sequence[AnyImage], top: int | None = None, temperature: float = 1.0
     ) -> list[dict[str, Any]]:
         """Classify pictures: files, folders of them, PIL images, uint8 arrays [H, W, 3] or tensors [3, H, W].
 
         Returns the same as ``dist-vpt predict --out FILE.json``: for each picture ``{"image": path or number,
-        "predictions": [{"class": name, "probability": p}, ...]}``, the most likely ``top`` classes first.
+        "predictions": [{"class": name, "probability": p}, ...]}``, the most likely first. ``top``: so many
+        classes; None: 5, or where images have several labels all that reach their thresholds.
         ``temperature``: by which logits are divided, such as that of the run's result.
         Raises DataError for what cannot be read, before anything is computed for missing files.
         """
-        if top < 1:
+        if top is not None and top < 1:
             raise UserError(f"top = {top}: must be at least 1")
         rows = []
         for names, batch in self._batches(images):
-            probabilities_BK = (self(batch).float() / temperature).softmax(1).cpu()
+            probabilities_BK = self._probabilities(self(batch).float() / temperature).cpu()
             for name, row_K in zip(names, probabilities_BK, strict=True):
-                values, indices = row_K.topk(min(top, len(self.classes)))
                 best = [
-                    {"class": self.classes[k], "probability": round(p, DIGITS)}
-                    for k, p in zip(indices.tolist(), values.tolist(), strict=True)
+                    {"class": self.classes[k], "probability": round(p, DIGITS)} for k, p in self._chosen(row_K, top)
                 ]
                 rows.append({"image": name, "predictions": best})
         return rows
+
+    @property
+    def multiple(self) -> bool:
+        """Whether images have several labels: each class is a yes or no of its own."""
+        return self.recipe.data.labels == "multiple"
+
+    def _probabilities(self, logits_BK: Tensor) -> Tensor:
+        """Of each class, [B, K]: they sum to 1, or are each class's own."""
+        return logits_BK.sigmoid() if self.multiple else logits_BK.softmax(1)
+
+    def _chosen(self, probabilities_K: Tensor, top: int | None) -> list[tuple[int, float]]:
+        """The classes to name, with their probabilities, the most likely first."""
+        values, order = probabilities_K.sort(descending=True, stable=True)
+        ranked = list(zip(order.tolist(), values.tolist(), strict=True))
+        if top is not None or not self.multiple:
+            return ranked[: top or TOP]
+        thresholds = self.thresholds or [DEFAULT_THRESHOLD] * len(ranked)
+        return [(k, p) for k, p in ranked if p >= thresholds[k]]
 
     @torch.no_grad()
     def features(self, images: AnyImage | Sequence[AnyImage]) -> Tensor:

@@ -231,8 +231,10 @@ class _Step:
         return found[0] if len(found) == 1 else Joined(tuple(found))
 
     def _losses(self, shown: Tensor | Joined, images: int) -> Tensor:
-        labels_B = torch.zeros(images, dtype=torch.long)
-        return image_losses(self.method(shown), labels_B, self.recipe.train.label_smoothing)
+        labels = torch.zeros(images, dtype=torch.long)
+        if self.recipe.data.labels == "multiple":
+            labels = torch.zeros(images, self.classes)
+        return image_losses(self.method(shown), labels, self.recipe.train.label_smoothing, torch.ones(self.classes))
 
 
 class _Alive(TorchDispatchMode):

@@ -137,10 +137,15 @@ def synthetic_batches(recipe: Recipe, inputs: Inputs, classes: int) -> list[Batc
         found = tuple(map(shown, inputs.transforms))
         return found[0] if len(found) == 1 else Joined(found)
 
+    def labels() -> torch.Tensor:
+        if recipe.data.labels == "multiple":
+            return torch.randint(0, 2, (images, classes), generator=noise).float()
+        return torch.randint(0, classes, (images,), generator=noise)
+
     return [
         {
             "images": of_backbones(),
-            "labels": torch.randint(0, classes, (images,), generator=noise),
+            "labels": labels(),
             "weight": torch.ones(images),
             "index": torch.arange(images),
         }

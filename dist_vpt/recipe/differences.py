@@ -32,6 +32,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 RESUMABLE_KEYS = (
     "run.",
     "data.root",  # a dataset may be moved
+    "data.table.images",
     "data.workers",
     "data.cache",
     "data.extra_tests",  # scored after all others

@@ -87,11 +87,21 @@ class TrainConfig(Section):
     eval_batch_size: int = Field(128, ge=1, description="images per process and step in evaluation")
     eval_every: int = Field(1, ge=1, description="evaluate on the validation split every so many epochs")
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="share of the target (0 to 1) that is spread evenly over all classes"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the target (0 to 1) that is spread evenly over all classes; of several labels an image, "
+        "over yes and no",
     )
     class_weights: Literal["none", "inv", "inv_sqrt"] = Field(
         "none",
-        description="weight of a class in the loss: 1, 1/images or 1/sqrt(images), scaled to a mean of 1 over images",
+        description="weight of a class in the loss: 1, 1/images or 1/sqrt(images), scaled to a mean of 1 over images; "
+        "of several labels an image, inv: a class's positives have the weight negatives/positives",
+    )
+    sampling: Literal["shuffle", "balanced"] = Field(
+        "shuffle",
+        description="images of an epoch: shuffle: each once; balanced: as many draws with replacement, all classes "
+        "being equally likely (as torch's WeightedRandomSampler with weights of 1/images)",
     )
     data_seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed of data order and augmentation; null: the recipe's seed"
@@ -227,6 +237,11 @@ class Recipe(Section):
                 f"optim.lr = {self.optim.lr:g} is large for optim.name = adamw, the default; rates of published code "
                 "go with its settings (protocol=published), or with optim.name=sgd optim.scale_lr=true"
             )
+        if self.train.sampling == "balanced" and self.train.class_weights != "none":
+            found.append(
+                f"train.sampling = balanced and train.class_weights = {self.train.class_weights} both make up for the "
+                "numbers of images, so that small classes count for more than large ones; set either"
+            )
         return found
 
     @model_validator(mode="after")
@@ -265,6 +280,12 @@ class Recipe(Section):
                 f"backbone.drop_path = {self.backbone.drop_path}: {method} trains nothing in the backbone; "
                 "set backbone.drop_path=0"
             )
+        yield from self._mistakes_of_labels()
+        if self.method.fitted and self.train.sampling == "balanced":
+            yield (
+                f"train.sampling = balanced: {method} is fitted to each image once; use train.class_weights=inv, or "
+                "leave it out"
+            )
         yield from self._mistakes_of_several()
         if self.method.reader:
             for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
@@ -278,6 +299,25 @@ class Recipe(Section):
                 f"runtime.compile = true with runtime.activation_checkpointing = "
                 f"{self.runtime.activation_checkpointing}: a budget cannot choose among the operations of a "
                 "compiled block; use mlp, block or every-N, or compile=false"
+            )
+
+    def _mistakes_of_labels(self) -> Iterator[str]:
+        if self.data.labels == "single":
+            return
+        if self.method.fitted:
+            yield (
+                f"data.labels = multiple: method.name = {self.method.name} is fitted to one label an image; use linear "
+                "or another method that is trained"
+            )
+        if self.train.sampling == "balanced":
+            yield (
+                "train.sampling = balanced: draws by the one label of an image; with data.labels = multiple use "
+                "train.class_weights=inv"
+            )
+        if self.train.class_weights == "inv_sqrt":
+            yield (
+                "train.class_weights = inv_sqrt: is of one label an image; with data.labels = multiple use inv, which "
+                "balances the positives and negatives of each class, or none"
             )
 
     def _mistakes_of_several(self) -> Iterator[str]:

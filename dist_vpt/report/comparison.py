@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from dist_vpt.data.tasks import TASKS
-from dist_vpt.report.local import ABSENT, LocalResult, extra_results, local_rows, newest, notes, scored
+from dist_vpt.report.local import ABSENT, LocalResult, extra_results, local_rows, newest, notes
 from dist_vpt.report.published import Published
 
 LOCAL = "local"  # source of the rows of the user's runs
@@ -75,18 +75,16 @@ class ResultRow:
         return f"{self.method} ({self.detail})" if self.detail else self.method
 
     @property
-    def top1(self) -> dict[str, float]:
-        """Top-1 accuracy by task, in percent."""
+    def means(self) -> dict[str, float]:
+        """Top-1 accuracy by task, in percent; mAP of a task with several labels an image."""
         if self.published:
             return self.published.top1
-        return {task: local.result.test["top1"].mean for task, local in self.local.items() if scored(local.result)}
+        return {task: local.result.main.mean for task, local in self.local.items() if local.result.scored}
 
     @property
     def seeds(self) -> str:
         """Number of seeds behind each number, such as 5, or 3 to 5."""
-        counts = sorted(
-            {len(local.result.test["top1"].values) for local in self.local.values() if scored(local.result)}
-        )
+        counts = sorted({len(local.result.main.values) for local in self.local.values() if local.result.scored})
         return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else "".join(map(str, counts)) or ABSENT
 
 
@@ -102,9 +100,9 @@ class Table:
 
     def common(self) -> list[str]:
         """Tasks for which all local rows with any number have one, in the order of the columns."""
-        local = [row.top1 for row in self.rows if row.local and row.top1]
+        local = [row.means for row in self.rows if row.local and row.means]
         tasks = [column.task for column in self.columns if column.task]
-        return [task for task in tasks if local and all(task in top1 for top1 in local)]
+        return [task for task in tasks if local and all(task in means for means in local)]
 
 
 def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
@@ -129,7 +127,9 @@ def _section(task: str) -> str:
 
 def _columns(title: str, results: Sequence[LocalResult]) -> list[Column]:
     if title == OTHER:
-        return [Column(task, OTHER, task) for task in dict.fromkeys(local.result.task for local in results)]
+        several = {each.result.task for each in results if each.result.scored and each.result.metric == "mAP"}
+        found = dict.fromkeys(local.result.task for local in results)
+        return [Column(f"{task} (mAP)" if task in several else task, OTHER, task) for task in found]
     columns, parts = [], []
     for group in SECTIONS[title]:
         tasks = tuple(task.name for task in TASKS.values() if task.group == group)
@@ -202,22 +202,22 @@ def _cell(task: str, row: ResultRow) -> Cell:
     if task not in row.local:
         return Cell()
     local = row.local[task]
-    if not scored(local.result):
+    if not local.result.scored:
         return Cell(instead="failed")
-    top1 = local.result.test["top1"]
-    std = top1.std if len(top1.values) > 1 else None
-    return Cell(top1.mean, std, notes=notes(local, next(iter(row.local.values()))))
+    main = local.result.main
+    std = main.std if len(main.values) > 1 else None
+    return Cell(main.mean, std, notes=notes(local, next(iter(row.local.values()))))
 
 
 def _mean(column: Column, row: ResultRow) -> Cell:
     """The mean if all of its tasks have results, else the number of those that have; a published mean as it is."""
-    top1 = row.top1
-    if row.published and not top1:
+    known = row.means
+    if row.published and not known:
         return Cell(row.published.groups.get(column.mean))
-    there = [task for task in column.tasks if task in top1]
+    there = [task for task in column.tasks if task in known]
     if len(there) < len(column.tasks):
         return Cell(instead=f"{len(there)}/{len(column.tasks)}")
-    means = [sum(top1[task] for task in part) / len(part) for part in column.parts]
+    means = [sum(known[task] for task in part) / len(part) for part in column.parts]
     found = [] if row.published else [note for task in column.tasks for note in _cell(task, row).notes]
     return Cell(sum(means) / len(means), notes=list(dict.fromkeys(found)))
 

@@ -32,7 +32,7 @@ def csv_text(tables: Sequence[Table]) -> str:
                         "source": row.source,
                         "backbone": row.backbone,
                         "status": "published" if row.published else "ok" if cell.mean is not None else "failed",
-                        "top1_mean": cell.mean,
+                        f"{_metric(column, row)}_mean": cell.mean,
                         "notes": "; ".join([*row.notes, *cell.notes]),
                     }
                     lines.append(facts | (_facts(row.local[column.task]) if row.local else {}))
@@ -44,17 +44,23 @@ def csv_text(tables: Sequence[Table]) -> str:
     return written.getvalue()
 
 
+def _metric(column: Column, row: ResultRow) -> str:
+    """The name of a cell's score."""
+    local = row.local.get(column.task)
+    return local.result.metric if local is not None and local.result.scored else "top1"
+
+
 def _has_line(column: Column, row: ResultRow, cell: Cell) -> bool:
     if row.local:
         return column.task in row.local
-    return bool(column.task) == bool(row.top1) and cell.mean is not None
+    return bool(column.task) == bool(row.means) and cell.mean is not None
 
 
 def _facts(local: LocalResult) -> dict[str, Any]:
     """A result, flat."""
     result = local.result
     facts: dict[str, Any] = {"precision": result.precision, "seeds": _joined(result.seeds)}
-    for score, spread in sorted(result.test.items(), key=lambda item: (item[0] != "top1", item[0])):
+    for score, spread in sorted(result.test.items(), key=lambda item: (item[0] != result.metric, item[0])):
         facts |= {
             f"{score}_mean": spread.mean,
             f"{score}_std": spread.std,

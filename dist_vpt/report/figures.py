@@ -8,7 +8,6 @@ from html import escape
 from typing import Any
 
 from dist_vpt.report.comparison import ResultRow, Table
-from dist_vpt.report.local import scored
 
 INK = "#123456"  # drawn elements of this color get the page's text color
 COLORS = ("#3b82c4", "#e0782f", "#2fa36b", "#b35fc0", "#c9a227", "#d9534f", "#17a2b8", "#8d6e63")  # light and dark
@@ -56,9 +55,9 @@ def figures(table: Table, name: str) -> list[Picture]:
 
 
 def _figures(table: Table, name: str) -> list[Picture]:
-    drawn = _series([row for row in table.rows if row.local or row.top1])  # others have means alone
+    drawn = _series([row for row in table.rows if row.local or row.means])  # others have means alone
     local = [series for series in drawn if series.row.local]
-    tasks = [c.task for c in table.columns if c.task and any(c.task in series.row.top1 for series in local)]
+    tasks = [c.task for c in table.columns if c.task and any(c.task in series.row.means for series in local)]
     common = table.common()
     pictures = []
     if tasks:
@@ -104,13 +103,13 @@ def _series(rows: Sequence[ResultRow]) -> list[_Series]:
 def _per_task(tasks: Sequence[str], drawn: Sequence[_Series], name: str) -> Picture:
     figure, axes = _axes(len(tasks), len(drawn))
     for at, series in enumerate(drawn):
-        there = [(index, task) for index, task in enumerate(tasks) if task in series.row.top1]
+        there = [(index, task) for index, task in enumerate(tasks) if task in series.row.means]
         x = [index + _beside(at, len(drawn)) for index, _ in there]
         errors = [_std(series.row, task) for _, task in there]
-        y = [series.row.top1[task] for _, task in there]
+        y = [series.row.means[task] for _, task in there]
         axes.errorbar(x, y, yerr=errors if series.row.local else None, elinewidth=1, label=series.label, **series.style)
     _name_tasks(axes, tasks)
-    axes.set_ylabel("test top-1, %")
+    axes.set_ylabel(f"test {_score_name(drawn, tasks)}, %")
     title = "Accuracy per task"
     text = "Local rows are filled, with the standard deviation over seeds; published rows are hollow."
     return Picture(title, text, _svg(figure, name, f"{title}. {text}"), wide=True)
@@ -120,7 +119,7 @@ def _spreads(tasks: Sequence[str], local: Sequence[_Series], name: str) -> Pictu
     figure, axes = _axes(len(tasks), len(local))
     for at, series in enumerate(local):
         points = [
-            (index + _beside(at, len(local)), value - series.row.top1[task])
+            (index + _beside(at, len(local)), value - series.row.means[task])
             for index, task in enumerate(tasks)
             for value in _values(series.row, task)
             if len(_values(series.row, task)) > 1
@@ -130,7 +129,7 @@ def _spreads(tasks: Sequence[str], local: Sequence[_Series], name: str) -> Pictu
         )
     _name_tasks(axes, tasks)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_ylabel("top-1 less its mean, points")
+    axes.set_ylabel(f"{_score_name(local, tasks)} less its mean, points")
     title = "Spread over seeds"
     text = "Each seed's test accuracy less the mean of the task's seeds, local rows."
     return Picture(title, text, _svg(figure, name, f"{title}. {text}"), wide=True)
@@ -153,9 +152,9 @@ def _costs(tasks: Sequence[str], drawn: Sequence[_Series], name: str, which: str
         ("memory", "Accuracy against peak memory", "peak memory, MiB, largest of the tasks", _memory, on),
     ):  # fmt: skip
         points = [
-            (series, amount, sum(series.row.top1[task] for task in tasks) / len(tasks))
+            (series, amount, sum(series.row.means[task] for task in tasks) / len(tasks))
             for series in drawn
-            if all(task in series.row.top1 for task in tasks) and (amount := cost(series.row, tasks))
+            if all(task in series.row.means for task in tasks) and (amount := cost(series.row, tasks))
         ]
         if len(points) < 2:
             continue
@@ -169,7 +168,8 @@ def _costs(tasks: Sequence[str], drawn: Sequence[_Series], name: str, which: str
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(0.12)
-        axes.set(xlabel=label, ylabel=f"mean top-1 of {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}, %")
+        of = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}"
+        axes.set(xlabel=label, ylabel=f"mean {_score_name(drawn, tasks)} of {of}, %")
         figure.legend(loc="outside lower left", frameon=False)
         text = f"Mean over {which}.{more}"
         pictures.append(Picture(title, text, _svg(figure, f"{name}-{key}", f"{title}. {text}")))
@@ -197,13 +197,20 @@ def _measured(row: ResultRow, tasks: Sequence[str], of: Callable[[list[float]], 
     return of(found) if found and all(found) else 0.0
 
 
+def _score_name(drawn: Sequence[_Series], tasks: Sequence[str]) -> str:
+    """What the numbers of these tasks are."""
+    local = [series.row.local[task].result for series in drawn for task in tasks if task in series.row.local]
+    found = {result.metric for result in local if result.scored}
+    return " or ".join({"top1": "top-1"}.get(name, name) for name in sorted(found, reverse=True)) or "top-1"
+
+
 def _values(row: ResultRow, task: str) -> Sequence[float]:
     local = row.local.get(task)
-    return local.result.test["top1"].values if local and scored(local.result) else ()
+    return local.result.main.values if local and local.result.scored else ()
 
 
 def _std(row: ResultRow, task: str) -> float:
-    return row.local[task].result.test["top1"].std if row.local else 0.0
+    return row.local[task].result.main.std if row.local else 0.0
 
 
 def _axes(tasks: int, rows: int) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from dist_vpt.report.comparison import Table
 from dist_vpt.report.figures import figures
 from dist_vpt.report.legend import LEGEND, MISSING, groups, sources
-from dist_vpt.report.local import LocalResult, scored
+from dist_vpt.report.local import LocalResult
 
 
 def html(tables: Sequence[Table], results: Sequence[LocalResult], warnings: Sequence[str] = ()) -> str:
@@ -30,7 +30,6 @@ def html(tables: Sequence[Table], results: Sequence[LocalResult], warnings: Sequ
             for table in tables
         ],
         results=results,
-        scored=scored,
         versions={machine: count for machine, count in versions.items() if machine},
         warnings=warnings,
         sources=sources(tables),

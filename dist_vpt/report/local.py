@@ -19,11 +19,6 @@ class LocalResult(NamedTuple):
     result: Result
 
 
-def scored(result: Result) -> bool:
-    """Whether a result has a test score."""
-    return result.failed is None and "top1" in result.test
-
-
 def extra_results(local: LocalResult) -> list[LocalResult]:
     """A result for each of its extra tests, as if that were a task; of several sets under one name, their mean."""
     result, found = local.result, []
@@ -41,14 +36,14 @@ def newest(results: Sequence[LocalResult]) -> tuple[list[LocalResult], list[str]
     """
     kept: list[LocalResult] = []
     remarks = []
-    for local in sorted(results, key=lambda local: (scored(local.result), local.result.finished))[::-1]:
+    for local in sorted(results, key=lambda local: (local.result.scored, local.result.finished))[::-1]:
         rivals = [other for other in kept if _same_cell(local, other) and not _unlike(local, other)]
-        if scored(local.result) and any(other.folder == local.folder for other in rivals):
+        if local.result.scored and any(other.folder == local.folder for other in rivals):
             remarks.append(
                 f"{local.result.task}, {local.result.method}: run {local.result.run} in {local.folder} is not shown, "
                 "as one of another recipe finished later"
             )
-        elif scored(local.result) or not rivals:
+        elif local.result.scored or not rivals:
             kept.append(local)
     return [local for local in results if any(local is other for other in kept)], remarks
 
@@ -110,7 +105,7 @@ def _shots(local: LocalResult) -> str:
 
 def _weight(results: Sequence[LocalResult]) -> tuple[bool, int]:
     """Sort key of groups of results: those without a protocol last, more scores first."""
-    return results[0].result.protocol is not None, sum(scored(local.result) for local in results)
+    return results[0].result.protocol is not None, sum(local.result.scored for local in results)
 
 
 def _details(firsts: Sequence[LocalResult]) -> list[str]:

@@ -1,9 +1,11 @@
 """The position, scores and counters of a run."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dist_vpt.recipe.schema import EarlyStopConfig
+from dist_vpt.runs.scores import main_score
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)  # epoch and scores of the best validation
     last: dict[str, Any] = field(default_factory=dict)
     without_rise: int = 0  # evaluations since the last rise by early stopping's min_delta
-    to_beat: float = -1.0  # accuracy at that rise
+    to_beat: float = -1.0  # score at that rise
     skipped: list[str] = field(default_factory=list)  # files that could not be read
     metrics_bytes: int = 0  # length of metrics.jsonl
     seconds: float = 0.0  # of training so far, over all starts
@@ -32,24 +34,36 @@ class Progress:
         self.images += int(images)
         self.sums = [self.sums[0] + loss * images, self.sums[1] + correct, self.sums[2] + images]
 
-    def end_epoch(self) -> dict[str, float]:
-        """End the current epoch; returns its loss and accuracy on the training split."""
+    def end_epoch(self, score: str = "top1") -> dict[str, float]:
+        """End the current epoch; returns its loss and accuracy (named ``score``) on the training split."""
         loss, correct, images = self.sums
-        scores = {"loss": loss / max(images, 1.0), "top1": 100 * correct / max(images, 1.0)}
+        scores = {"loss": loss / max(images, 1.0), score: 100 * correct / max(images, 1.0)}
         self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
         self.last = {"epoch": self.epoch, "train": scores}  # counted from 1
         return scores
 
-    def scored(self, scores: dict[str, float], stopping: EarlyStopConfig | None) -> bool:
-        """Add the val scores of the epoch that just ended, decide on early stopping; returns whether it is the best."""
-        self.last["val"] = scores
-        best = not self.best or scores["top1"] > self.best["val"]["top1"]
+    def scored(
+        self, scores: dict[str, float], stopping: EarlyStopConfig | None, thresholds: Sequence[float] = ()
+    ) -> bool:
+        """Add the val scores of the epoch that just ended, decide on early stopping; returns whether it is the best.
+
+        ``thresholds``: of each class, chosen on val, where images have several labels.
+        """
+        self.last["val"], score = scores, main_score(scores)
+        if thresholds:
+            self.last["thresholds"] = list(thresholds)
+        best = not self.best or score > main_score(self.best["val"])
         if best:
             self.best = self.last
         if stopping is not None:
             # Rounded below what any split resolves: scores are computed in more than one dtype.
-            rose = round(scores["top1"] - self.to_beat - stopping.min_delta, 4) > 0
-            self.to_beat = scores["top1"] if rose else self.to_beat
+            rose = round(score - self.to_beat - stopping.min_delta, 4) > 0
+            self.to_beat = score if rose else self.to_beat
             self.without_rise = 0 if rose else self.without_rise + 1
             self.ended = self.without_rise >= stopping.patience
         return best
+
+
+def epoch_facts(scored: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter file says of its epoch (``last`` or ``best``): its number and its thresholds, if it has any."""
+    return {key: scored[key] for key in ("epoch", "thresholds") if key in scored}

@@ -13,6 +13,7 @@ from filelock import lock_descriptor
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dist_vpt.errors import UserError
+from dist_vpt.runs.scores import has_main_score, metric_of
 
 FILE = "results.jsonl"
 
@@ -81,9 +82,9 @@ class Result(_Line):
     protocol: Protocol | None = None  # none only for what failed before its data were read
     seeds: tuple[int, ...] = ()  # that were scored
     chosen: dict[str, Any] = {}  # recipe keys of the trial that was best on val
-    val: dict[str, float] = {}  # top1 (%) of the chosen trial on val: after the last epoch, and of the best one
+    val: dict[str, float] = {}  # main score (%) of the chosen trial on val: after the last epoch, and of the best one
     epochs: dict[str, int] = {}  # the chosen trial's last and best epoch
-    # By score (loss, and in percent top1, top5, per_class, macro_f1, ece, ...) after the last epoch on trainval.
+    # By score (loss, and in percent top1, top5, per_class, mAP, macro_f1, ece, ...) after the last epoch on trainval.
     test: dict[str, Spread] = {}
     extra_tests: dict[str, dict[str, Spread]] = {}  # the same by extra test (data.extra_tests)
     seconds: float = Field(0.0, ge=0)  # of training, all trials and seeds
@@ -94,6 +95,21 @@ class Result(_Line):
     finished: str = ""  # ISO date and time
     folder: str = ""  # of the sweep, relative to the file
     failed: str | None = None  # why there is no result
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is a test score."""
+        return self.failed is None and has_main_score(self.test)
+
+    @property
+    def metric(self) -> str:
+        """The score that decides: top1, or mAP of several labels an image; of a result that is scored."""
+        return metric_of(self.test)
+
+    @property
+    def main(self) -> Spread:
+        """That score on test."""
+        return self.test[self.metric]
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

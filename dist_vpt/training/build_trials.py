@@ -66,7 +66,7 @@ def build_trial_group(  # noqa: PLR0917 (as a sweep and a compression see it)
         train=train,
         val=val,
         class_weights=parts.class_weights(accelerator.device),
-        majority=parts.majority(),
+        guessing=parts.guessing(),
         stop=stop,
         trials=trials,
         parts=parts,

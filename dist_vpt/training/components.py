@@ -20,6 +20,8 @@ from dist_vpt.data.depth import depth_warning
 from dist_vpt.data.duplicates import leak_warning, repeats
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.joined import Joined
+from dist_vpt.data.label_notes import label_notes
+from dist_vpt.data.labels import are_multiple, class_counts
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.data.orientation import orientation_note
 from dist_vpt.data.splits import Splits
@@ -38,6 +40,7 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.allocator import give_back_freed_memory
 from dist_vpt.runtime.apply import apply_runtime
 from dist_vpt.training.inputs import Inputs, resolve_inputs
+from dist_vpt.training.learning import Guessing
 from dist_vpt.training.metrics import no_readable_image
 
 IMAGES_SHARE = 0.05  # of a GPU's free memory, for images; `plan` leaves 6 % of a device unused
@@ -104,7 +107,15 @@ class Components:
             of = f"shots {data.shots}" if data.shots else f"fraction {data.fraction:g}"
             seed = f"data.split_seed = {data.split_seed}, data.try_index = {data.try_index}"
             lines.append(f"{of}: {' and '.join(sizes)}, drawn by {seed}")
+        if self.recipe.train.sampling == "balanced":
+            labels = self.splits[self.recipe.data.train_on].labels
+            counts = np.unique(labels, return_counts=True)[1]
+            lines.append(
+                f"train.sampling = balanced: an epoch draws {len(labels) / len(counts):.0f} images of each class on "
+                f"average, from {counts.min():,} to {counts.max():,} that it has"
+            )
         lines += [f"note: {note}" for note in (*self.splits.notes, *self.splits.remarks)]
+        lines += label_notes(self.splits, val=self.recipe.data.train_on == "train")
         if self.launch.rank:
             return lines
         splits, task = self.splits, self.inputs.task
@@ -146,6 +157,7 @@ class Components:
             "accumulate": recipe.train.grad_accum_steps,
             "seed": recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
             "same_size": self.method.backbone.compiled,
+            "sampling": recipe.train.sampling,
         }
         split = self.splits[recipe.data.train_on]
         first, *others = (TrainBatches(split, transform, **options) for transform in self.inputs.transforms)
@@ -169,14 +181,18 @@ class Components:
         return self.evaluation("val", rank, world) if is_held_out else None
 
     def class_weights(self, device: torch.device) -> Tensor:
-        """Weight of each class in the loss, [K], from the split that the recipe trains on."""
+        """Weight of each class in the loss, [K], from the split that the recipe trains on.
+
+        Of several labels an image, that of the class's positives.
+        """
         labels = self.splits[self.recipe.data.train_on].labels
         return class_weights(self.recipe.train.class_weights, labels, len(self.splits.classes)).to(device)
 
-    def majority(self) -> float:
-        """Share of the largest class among the images that are trained on."""
-        labels = self.splits[self.recipe.data.train_on].labels
-        return float(np.bincount(labels).max() / len(labels))
+    def guessing(self) -> Guessing:
+        """What guessing would score on the images that are trained on, as they are drawn."""
+        labels, train = self.splits[self.recipe.data.train_on].labels, self.recipe.train
+        weights_K, balanced = self.class_weights(torch.device("cpu")).double().numpy(), train.sampling == "balanced"
+        return Guessing.of(labels, weights_K, train.label_smoothing, balanced=balanced)
 
     def init_method(self, device: torch.device, readers: Sequence[Reader] = ()) -> None:
         """Show a method that is initialized from images some of the split that is trained on, evenly spread over it.
@@ -359,8 +375,16 @@ def build_reader(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:
 
 
 def class_weights(kind: str, labels: np.ndarray, classes: int) -> Tensor:
-    """Weight of each class in the loss from the counts of ``labels``, float32 [K]; the mean over images is 1."""
-    counts = np.bincount(labels, minlength=classes).astype(np.float64)
+    """Weight of each class in the loss from the counts of ``labels``, float32 [K]; the mean over images is 1.
+
+    Of several labels an image, the weight of a class's positives: with ``inv`` its negatives / its positives, so that
+    both weigh the same.
+    """
+    counts = class_counts(labels, classes).astype(np.float64)
+    if are_multiple(labels):
+        weights = (len(labels) - counts) / np.maximum(counts, 1)
+        balanced = (kind == "inv") & (counts > 0) & (weights > 0)
+        return torch.from_numpy(np.where(balanced, weights, 1.0)).float()
     power = {"none": 0.0, "inv": 1.0, "inv_sqrt": 0.5}[kind]
     weights = np.where(counts > 0, np.maximum(counts, 1) ** -power, 0.0)
     return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()

@@ -24,18 +24,19 @@ from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.folder import RunFolder
-from dist_vpt.runs.progress import Progress
+from dist_vpt.runs.progress import Progress, epoch_facts
 from dist_vpt.training.accelerator import steps_are_fused
 from dist_vpt.training.checkpointing import States
-from dist_vpt.training.learning import warning_of
+from dist_vpt.training.learning import Guessing, warning_of
 from dist_vpt.training.logger import RunLogger
-from dist_vpt.training.metrics import Scores
+from dist_vpt.training.multi_label import AnyScores, scores_of
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
     clip_gradients,
     fold_in,
     image_losses,
     learning_rate,
+    right_answers,
     snapshot,
     squared_norms,
     weigh_global_batch,
@@ -54,7 +55,7 @@ class Training(ABC):
     train: TrainBatches
     val: EvalBatches | None
     class_weights: Tensor  # [K]
-    majority: float = 0.0  # share of the largest class among the images that are trained on
+    guessing: Guessing = field(default_factory=Guessing)  # what guessing would score on the images that are trained on
     stop: StopSignal
     progress: Progress = field(default_factory=Progress)
     failed_saves: int = 0  # in a row
@@ -123,12 +124,10 @@ class Training(ABC):
 
     def learning_warning(self, recipe: Recipe, progress: Progress, scores: dict[str, float]) -> str:
         """A warning that the epoch that just ended shows no learning, kept in ``progress``; or ""."""
-        classes, images = len(self.class_weights), self.train.images
-        found = warning_of(recipe.optim, recipe.train, progress.epoch, scores, classes, images, self.majority)
-        if found and not progress.warnings:
-            progress.warnings.append(found)
-            return found
-        return ""
+        about = recipe.optim, recipe.train, progress.epoch, scores, self.train.images, self.guessing
+        found = "" if progress.warnings else warning_of(*about)
+        progress.warnings += [found] if found else []
+        return found
 
     def close(self) -> None:
         """Stop the workers that load images."""
@@ -184,19 +183,20 @@ class TrainState(Training):
     def end_epoch(self) -> None:
         """Metrics, best epoch and early stopping at the end of an epoch."""
         recipe, progress, epoch = self.recipe, self.progress, self.progress.epoch + 1  # counted from 1
-        is_scored, scores = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
+        is_scored, found = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
         if self.val is not None and is_scored:
-            scores = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop).compute()
-        learned = progress.end_epoch()
+            found = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop)
+            scores = found.compute()
+        learned = progress.end_epoch(recipe.data.step_score)
         self.monitor.scores(epoch, self.step, "train", learned)
-        if found := self.learning_warning(recipe, progress, learned):
-            self.warn(f"warning: {found}")
-        if scores is not None:
+        if warning := self.learning_warning(recipe, progress, learned):
+            self.warn(f"warning: {warning}")
+        if found is not None:
             self.monitor.scores(epoch, self.step, "val", scores)
-            if progress.scored(scores, recipe.train.early_stop):
+            if progress.scored(scores, recipe.train.early_stop, found.thresholds):
                 tensors = collect(self.method)
                 if self.accelerator.is_main_process:
-                    self.states.keep_best(tensors, self.facts | {"epoch": epoch})
+                    self.states.keep_best(tensors, self.facts | epoch_facts(progress.best))
 
     def save_is_due(self) -> bool:
         every = self.recipe.run.save_every
@@ -228,9 +228,9 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     for micro, (batch, weights_B) in enumerate(micro_batches):
         torch.manual_seed(fold_in(t.recipe.seed, t.step, accelerator.process_index, micro))  # of dropout
         with accelerator.accumulate(t.model):
-            logits_BK, labels_B = t.model(batch["images"]), batch["labels"]
-            loss = (image_losses(logits_BK, labels_B, train.label_smoothing) * weights_B).sum()
-            correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
+            logits_BK, labels = t.model(batch["images"]), batch["labels"]
+            loss = (image_losses(logits_BK, labels, train.label_smoothing, t.class_weights) * weights_B).sum()
+            correct = (right_answers(logits_BK, labels) * batch["weight"]).sum()
             sums += torch.stack([loss.detach(), correct, batch["weight"].sum()])
             last = accelerator.sync_gradients
             if last:
@@ -316,13 +316,13 @@ def evaluate(
     classes: int,
     stop: StopSignal | None = None,
     **options: Any,
-) -> Scores:
+) -> AnyScores:
     """Score a split, every example once over all processes; ``options``: those of Scores. A collective call.
 
     Raises a process's DataError on all of them, and Interrupted after a stop request to ``stop``.
     """
     model.eval()
-    scores = Scores(classes, accelerator.device, batches.split, **options)
+    scores = scores_of(batches, classes, accelerator.device, **options)
     unread = iter(batches)
     for number in range(len(batches)):
         accelerator.status.set(f"batch {number} of a split to score", "reading images")

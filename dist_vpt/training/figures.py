@@ -1,12 +1,14 @@
-"""Figures of a test split: the confusion matrix and wrongly classified images."""
+"""Figures of a test split: the confusion matrix and wrongly classified images, or the precision of several labels."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.runs.class_table import ClassScores
 from dist_vpt.training.metrics import Mistake
 
 
@@ -30,6 +32,21 @@ def confusion_figure(confusion_KK: np.ndarray, classes: tuple[str, ...]) -> Any:
             if count:
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=6, color=color)
+    return figure
+
+
+def precision_figure(scores: Sequence[ClassScores], classes: tuple[str, ...]) -> Any:
+    """The average precision of each class, the lowest at the bottom."""
+    from matplotlib.figure import Figure
+
+    known = [(each.average_precision, k) for k, each in enumerate(scores) if each.average_precision is not None]
+    order = [k for _, k in sorted(known)]
+    names, plain = _plain(classes), range(len(order))
+    figure = Figure(figsize=(6, min(2 + 0.25 * len(order), 24)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(plain, [scores[k].average_precision or 0.0 for k in order])
+    axes.set_yticks(plain, [f"{names[k]} ({scores[k].images})" for k in order], fontsize=7)
+    axes.set(xlim=(0, 100), xlabel="average precision, %", title="Classes (with their images), test split")
     return figure
 
 

@@ -5,7 +5,7 @@ K classes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from dist_vpt.runs.score_files import Predictions
 from dist_vpt.training.calibration import NO_VAL, temperature_on_val
 from dist_vpt.training.engine import evaluate
 from dist_vpt.training.metrics import Scores
+from dist_vpt.training.multi_label import AnyScores, compute_at
 from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, score_batches, score_trials
 
@@ -29,16 +30,20 @@ class FinalScores:
 
     scores: dict[str, Any] = field(default_factory=dict)  # temperature, test, extra_tests: for result.json
     predictions: dict[str, Predictions] = field(default_factory=dict)  # by split: of test and the extra tests
-    test: Scores | None = None
+    test: AnyScores | None = None
 
-    def add(self, split: str, found: Scores, temperature: float | None) -> None:
-        """Add the scores of a split that has been read; a collective call."""
-        scores = found.compute() | ({"ece_scaled": None} if temperature is None else {})
+    def add(
+        self, split: str, found: AnyScores, temperature: float | None, thresholds: Sequence[float] | None = None
+    ) -> None:
+        """Add the scores of a split that has been read, at ``thresholds`` if images have several labels; collective."""
+        scores = compute_at(found, thresholds)
+        if isinstance(found, Scores) and temperature is None:
+            scores["ece_scaled"] = None
         if split == "test":
             self.scores["test"], self.test = scores, found
         else:
             self.scores.setdefault("extra_tests", {})[split] = scores
-        if found.keep == "predictions":
+        if isinstance(found, Scores) and found.keep == "predictions":
             self.predictions[split] = found.predictions()
 
     def end(self) -> "FinalScores":
@@ -66,17 +71,25 @@ def score_at_end(  # noqa: PLR0917 (a model, and what it is scored on)
     val: EvalBatches | None,
     tests: Mapping[str, EvalBatches],
     stop: StopSignal,
+    thresholds: Sequence[float] | None = None,
 ) -> FinalScores:
-    """Fit a temperature on ``val``, where there is one, and score ``tests``, by split. A collective call."""
+    """Fit a temperature on ``val``, where there is one, and score ``tests``, by split. A collective call.
+
+    Where images have several labels there are ``thresholds``, and no temperature.
+    """
     classes, final = len(splits.classes), FinalScores()
     temperature: dict[str, Any] = {"value": None, "reason": NO_VAL}
-    if val is not None:
-        temperature = temperature_on_val(evaluate(accelerator, model, val, classes, stop, keep="logits"))
-    final.scores["temperature"] = temperature
+    if val is not None and not val.multiple:
+        kept = evaluate(accelerator, model, val, classes, stop, keep="logits")
+        assert isinstance(kept, Scores)
+        temperature = temperature_on_val(kept)
+    if not splits.train.multiple:
+        final.scores["temperature"] = temperature
     for split, batches in tests.items():
         options = options_of(split, splits, temperature["value"])
         options |= {"confusion": True} if split == "test" else {}
-        final.add(split, evaluate(accelerator, model, batches, classes, stop, **options), temperature["value"])
+        found = evaluate(accelerator, model, batches, classes, stop, **options)
+        final.add(split, found, temperature["value"], thresholds)
     return final.end()
 
 
@@ -84,19 +97,18 @@ def score_trials_at_end(group: TrialGroup, trials: Sequence[Trial]) -> list[Fina
     """The same for trials, which share each pass over a split; added to their last epoch. A collective call."""
     if not trials:
         return []
-    splits, device = group.parts.splits, group.accelerator.device
+    splits, several = group.parts.splits, group.parts.splits.train.multiple
     temperatures: list[dict[str, Any]] = [{"value": None, "reason": NO_VAL} for _ in trials]
     finals = [FinalScores() for _ in trials]
-    if group.val is not None:
+    if group.val is not None and not several:
         group.accelerator.status.set("the end", "fitting temperatures on val")
-        kept = [Scores(len(splits.classes), device, "val", keep="logits") for _ in trials]
-        temperatures = [temperature_on_val(scores) for scores in score_batches(group, trials, group.val, kept)]
+        kept = score_batches(group, trials, group.val, [{"keep": "logits"}] * len(trials))
+        temperatures = [temperature_on_val(cast(Scores, scores)) for scores in kept]
     for split in ("test", *splits.extra):
         options = [options_of(split, splits, temperature["value"]) for temperature in temperatures]
-        for final, scores, temperature in zip(
-            finals, score_trials(group, trials, split, options), temperatures, strict=True
-        ):
-            final.add(split, scores, temperature["value"])
+        found = score_trials(group, trials, split, options)
+        for trial, final, scores, temperature in zip(trials, finals, found, temperatures, strict=True):
+            final.add(split, scores, temperature["value"], trial.progress.last.get("thresholds"))
     for trial, final, temperature in zip(trials, finals, temperatures, strict=True):
-        trial.progress.last |= {"temperature": temperature, **final.end().scores}
+        trial.progress.last |= ({} if several else {"temperature": temperature}) | final.end().scores
     return finals

@@ -16,6 +16,7 @@ from dist_vpt.data.loaders import PADDING, Batch
 from dist_vpt.distributed.collectives import raise_on_any_rank, stop_all_ranks
 from dist_vpt.errors import DataError, Interrupted, UserError
 from dist_vpt.methods.fitted import FittedReader, Observed
+from dist_vpt.runs.scores import main_score
 from dist_vpt.training.metrics import no_readable_image
 from dist_vpt.training.step import weigh_global_batch
 from dist_vpt.training.trials import TrialGroup, observed_stream, quick_scores
@@ -76,10 +77,12 @@ class FittedGroup(TrialGroup):
             trial.progress.epoch, trial.progress.last = 1, {"epoch": 1, "train": score}
         if self.val is not None:
             self.accelerator.status.set("the features", "scoring val")
-            for trial, score in zip(self.trials, quick_scores(self, self.trials, self.val), strict=True):
-                trial.progress.scored(score, None)
-            top1 = [trial.progress.last["val"]["top1"] for trial in self.trials]
-            self.show(f"val top1 of {len(top1)} trials: {min(top1):.2f} to {max(top1):.2f} %")
+            for trial, found in zip(self.trials, quick_scores(self, self.trials, self.val), strict=True):
+                trial.progress.scored(found.scores, None)
+            values = [main_score(trial.progress.last["val"]) for trial in self.trials]
+            self.show(
+                f"val {self.recipe.data.metric} of {len(values)} trials: {min(values):.2f} to {max(values):.2f} %"
+            )
         self.progress.epoch, self.progress.step = 1, 0
 
     def _raise_on_stop(self) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,10 +28,11 @@ from dist_vpt.errors import UserError
 from dist_vpt.files import to_json
 from dist_vpt.recipe.differences import flatten
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.class_table import ClassScores
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress as RunProgress
 from dist_vpt.runtime.peak_memory import peak_memory_mib
-from dist_vpt.training.figures import confusion_figure, mistakes_figure
+from dist_vpt.training.figures import confusion_figure, mistakes_figure, precision_figure
 from dist_vpt.training.metrics import Mistake
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class RunLogger:
             self._track(
                 {
                     "train/loss": step.loss,
-                    "train/top1": 100 * step.correct / max(step.images, 1),
+                    f"train/{self.recipe.data.step_score}": 100 * step.correct / max(step.images, 1),
                     "train/lr": step.lr,
                     "train/images_per_s": self.images_per_s(progress),
                     "train/memory_mib": peak_memory_mib(),
@@ -165,16 +166,24 @@ class RunLogger:
         classes: tuple[str, ...],
     ) -> None:
         """A confusion matrix and a panel of wrongly classified test images, for TensorBoard."""
+        drawn = {"confusion": lambda: confusion_figure(confusion_KK, classes)}
+        if mistakes:
+            drawn["mistakes"] = lambda: mistakes_figure(mistakes, split, view, classes)
+        self._draw(step, drawn)
+
+    def class_figure(self, step: int, scores: Sequence[ClassScores], classes: tuple[str, ...]) -> None:
+        """The average precision of each class on test, for TensorBoard; of several labels an image."""
+        self._draw(step, {"average_precision": lambda: precision_figure(scores, classes)})
+
+    def _draw(self, step: int, drawn: Mapping[str, Callable[[], Any]]) -> None:
         writer = self._writer() if self.main else None
         if writer is None:
             return
         with self._dropping_tensorboard_if_full(), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of characters that the font lacks
             try:
-                writer.add_figure("test/confusion", confusion_figure(confusion_KK, classes), global_step=step)
-                if mistakes:
-                    figure = mistakes_figure(mistakes, split, view, classes)
-                    writer.add_figure("test/mistakes", figure, global_step=step)
+                for name, make in drawn.items():
+                    writer.add_figure(f"test/{name}", make(), global_step=step)
             except OSError:
                 raise
             except Exception as error:  # of any library: a figure must not fail a finished run
@@ -240,8 +249,9 @@ class RunLogger:
 
     def _text(self, number: int, step: "Step", progress: RunProgress) -> str:
         speed, left = self.images_per_s(progress), self._left(number, progress)
+        right, score = 100 * step.correct / max(step.images, 1), self.recipe.data.step_score
         return (
-            f"loss {step.loss:.4f}  top1 {100 * step.correct / max(step.images, 1):.1f} %  lr {step.lr:.3g}  "
+            f"loss {step.loss:.4f}  {score} {right:.1f} %  lr {step.lr:.3g}  "
             f"{speed:.1f} images/s  {peak_memory_mib():.0f} MiB  {timedelta(seconds=round(left))} left"
         )
 

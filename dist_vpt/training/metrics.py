@@ -4,6 +4,7 @@ B batch, K classes.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +83,8 @@ class Scores:
     In percent but for the loss.
     """
 
+    thresholds: Sequence[float] = ()  # the most probable class is predicted (multi_label.py has some)
+
     def __init__(
         self,
         classes: int,
@@ -153,7 +156,7 @@ class Scores:
         probabilities_BK = logits_BK.softmax(1)
         self.scores.update(probabilities_BK, labels_B)
         self.loss.update(F.cross_entropy(logits_BK, labels_B, reduction="none"))
-        if self.scaled is not None:
+        if self.scaled is not None and self._temperature is not None:
             self.scaled.update((logits_BK / self._temperature).softmax(1), labels_B)
         if self.keep == "logits":
             self._kept.append((index_B, labels_B, logits_BK))
@@ -185,7 +188,7 @@ class Scores:
         # Over the classes that the split has or that are predicted, as scikit-learn does.
         met_K = 2 * right_K + wrongly_K + missed_K
         values["macro_f1"] = (2 * right_K / met_K)[met_K > 0].mean()
-        if self.scaled is not None:
+        if self.scaled is not None and self._temperature is not None:
             values["ece_scaled"] = self.scaled.compute()
         scores = {k: 100 * float(v) for k, v in values.items()} | dict.fromkeys(undefined & {*self.scores})
         return {"loss": float(self.loss.compute())} | dict(sorted(scores.items()))

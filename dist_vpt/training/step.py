@@ -3,7 +3,9 @@
 B images of a micro-batch, K classes, T trials. The planner counts the memory of the same parts.
 
 The loss of a global batch is sum(class weight x image weight x cross entropy) / sum(class weight x image weight), both
-sums over all micro-batches of all processes, so that a step is the same however the batch is split.
+sums over all micro-batches of all processes, so that a step is the same however the batch is split. Where images have
+several labels, an image's loss is the mean over classes of the binary cross entropy, in which a class's positives have
+its class weight.
 """
 
 import math
@@ -31,7 +33,7 @@ class Step:
     """The metrics of one optimizer step."""
 
     loss: float  # weighted mean over the global batch
-    correct: float  # images
+    correct: float  # images; of images with several labels the share of classes that are right counts
     images: float
     lr: float
     gradient_norm: float | None  # before clipping; None where DeepSpeed does not report it
@@ -41,6 +43,8 @@ class Step:
 
 def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:
     """The weight of each image in the loss, [B]: 0 for padding and for images that could not be read."""
+    if batch["labels"].ndim == 2:  # of several labels an image: classes are weighed inside of its loss
+        return batch["weight"]
     return class_weights_K[batch["labels"]] * batch["weight"]
 
 
@@ -81,11 +85,32 @@ def fold_in(*numbers: int) -> int:
     return folded % 2**63
 
 
-def image_losses(logits: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The cross entropy of each image, [B] for logits [B, K] and [T, B] for logits [T, B, K]."""
-    labels = labels_B.expand(logits.shape[:-1])
+def image_losses(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, class_weights_K: Tensor | None = None
+) -> Tensor:
+    """The loss of each image, [B] for logits [B, K] and [T, B] for logits [T, B, K].
+
+    Labels int64 [B]: the cross entropy. Labels float [B, K] of 0 and 1, several an image: the mean over classes of the
+    binary cross entropy, in which positives have the weight of their class, and targets are ``smoothing`` / 2 away from
+    0 and 1 (as in Keras). ``class_weights_K`` of one label an image are in ``weigh``.
+    """
+    if labels.ndim == 2:
+        targets = (labels * (1 - smoothing) + smoothing / 2).to(logits.dtype).expand(logits.shape)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=class_weights_K)
+        return losses.mean(-1)
+    labels = labels.expand(logits.shape[:-1])
     losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=smoothing)
     return losses.view_as(labels)
+
+
+def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image is classified correctly, [..., B] for logits [..., B, K].
+
+    Of several labels an image, float [B, K]: the share of its classes that are right at a probability of 0.5.
+    """
+    if labels.ndim == 2:
+        return ((logits > 0) == (labels > 0)).float().mean(-1)
+    return logits.argmax(-1) == labels
 
 
 def learning_rate(optim: OptimConfig, train: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
@@ -24,10 +24,12 @@ from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.stack import ReaderStack, by_shape
 from dist_vpt.runs.adapters import collect
+from dist_vpt.runs.scores import main_score
 from dist_vpt.training.components import Components
 from dist_vpt.training.engine import Training, fit, next_or_error
-from dist_vpt.training.metrics import Scores, no_readable_image
-from dist_vpt.training.step import fold_in, image_losses, not_finite, weigh_global_batch
+from dist_vpt.training.metrics import no_readable_image
+from dist_vpt.training.multi_label import AnyScores, scores_of
+from dist_vpt.training.step import fold_in, image_losses, not_finite, right_answers, weigh_global_batch
 from dist_vpt.training.trial_stack import TrialStack, stack_running
 from dist_vpt.training.trial_state import Trial, write_trials
 from dist_vpt.training.unread import HostCopy
@@ -43,6 +45,13 @@ class UnreadTrials:
     trials: list[Trial]  # whose step it was
     numbers: HostCopy  # gradient norm of each, loss of each, correct answers of each; images, and their weight
     scales: bool  # gradients, as in fp16
+
+
+class QuickScores(NamedTuple):
+    """What an epoch of a trial scores on val."""
+
+    scores: dict[str, float]
+    thresholds: Sequence[float] = ()  # where images have several labels
 
 
 @dataclass(kw_only=True)
@@ -125,24 +134,24 @@ class TrialGroup(Training):
         }
 
     def end_epoch(self) -> None:
-        """Loss and top-1 of the epoch, best epochs and early stopping."""
+        """Scores of the epoch, best epochs and early stopping."""
         train, ended, done = self.recipe.train, self.running, self.epoch + 1
-        found: list[dict[str, float]] = []
+        found: list[QuickScores] = []
         if self.val is not None and ended and (done == train.epochs or done % train.eval_every == 0):
             self.accelerator.status.set(f"epoch {done}", "scoring val")
             found = quick_scores(self, ended, self.val)  # before the epoch ends: after a stop it is scored again
         self.progress.epoch, self.progress.step = done, 0
         for trial in ended:
-            self.learning_warning(trial.recipe, trial.progress, trial.progress.end_epoch())
+            self.learning_warning(trial.recipe, trial.progress, trial.progress.end_epoch(self.recipe.data.step_score))
         if not found:
             return
-        for trial, scores in zip(ended, found, strict=True):
+        for trial, (scores, thresholds) in zip(ended, found, strict=True):
             _check_finite(trial, "loss on val", scores["loss"], self.step)
-            if trial.running and trial.progress.scored(scores, train.early_stop) and self.keeps_best:
+            if trial.running and trial.progress.scored(scores, train.early_stop, thresholds) and self.keeps_best:
                 trial.best = collect(trial.reader)
-        top1 = [trial.progress.last["val"]["top1"] for trial in ended if not trial.diverged]
-        shown = f"{min(top1):.2f} to {max(top1):.2f} %" if top1 else "all diverged"
-        self.show(f"epoch {done}/{train.epochs}  val top1 of {len(top1)} trials: {shown}")
+        values = [main_score(trial.progress.last["val"]) for trial in ended if not trial.diverged]
+        shown = f"{min(values):.2f} to {max(values):.2f} %" if values else "all diverged"
+        self.show(f"epoch {done}/{train.epochs}  val {self.recipe.data.metric} of {len(values)} trials: {shown}")
 
     def save_is_due(self) -> bool:
         """Process 0 decides for all: other clocks differ. A collective call."""
@@ -178,7 +187,7 @@ def fit_trials(group: TrialGroup) -> None:
 def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     """Issue one optimizer step of every running trial on one global batch. A collective call."""
     accelerator, stacks = group.accelerator, group.restack()
-    running = [trial for stack in stacks for trial in stack.trials]
+    running, smoothing = [trial for stack in stacks for trial in stack.trials], group.recipe.train.label_smoothing
     micro_batches, weight = weigh_global_batch(accelerator, fetched, group.class_weights, group.stop)
     accelerator.status.set(f"step {group.step}", "training", limited=True)
     sums = torch.zeros(2 * len(running) + 1, device=accelerator.device)  # loss, correct answers; images
@@ -186,9 +195,9 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
         seeds = [[_seed(group, trial, micro) for trial in stack.trials] for stack in stacks]
         readers = [stack.readers for stack in stacks]
         logits_TBK = torch.cat(type(running[0].reader).read_stacks(readers, observed_stream(group, batch), seeds))
-        losses_TB = image_losses(logits_TBK, batch["labels"], group.recipe.train.label_smoothing)
+        losses_TB = image_losses(logits_TBK, batch["labels"], smoothing, group.class_weights)
         losses_T = (losses_TB * weights_B).sum(1)
-        correct_T = ((logits_TBK.argmax(2) == batch["labels"]) * batch["weight"]).sum(1)
+        correct_T = (right_answers(logits_TBK, batch["labels"]) * batch["weight"]).sum(1)
         sums += torch.cat([losses_T.detach(), correct_T, batch["weight"].sum()[None]])
         losses_T = _penalized(readers, losses_T, weight / (accelerator.num_processes * len(micro_batches)))
         if stacks[0].scale_T is not None:
@@ -205,7 +214,7 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
 
 def score_trials(
     group: TrialGroup, trials: Sequence[Trial], split: str, options: Sequence[Mapping[str, Any]] = ()
-) -> list[Scores]:
+) -> list[AnyScores]:
     """Stream a split once through the backbone and score it with all trials. A collective call.
 
     ``options``: those of each trial's Scores.
@@ -213,10 +222,8 @@ def score_trials(
     group.accelerator.status.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)
     group.parts.use_stream_files(group.accelerator, batches, group.stop)
-    classes, device = len(group.parts.splits.classes), group.accelerator.device
-    scores = [Scores(classes, device, split, **each) for each in options or [{}] * len(trials)]
     try:
-        score_batches(group, trials, batches, scores)
+        scores = score_batches(group, trials, batches, options)
     finally:
         batches.close()
     group.skipped |= set(gather_object(sorted(batches.skipped)))
@@ -225,9 +232,11 @@ def score_trials(
 
 @torch.no_grad()
 def score_batches(
-    group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches, scores: Sequence[Scores]
-) -> Sequence[Scores]:
-    """Add the images of a split to the scores of each trial. A collective call."""
+    group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches, options: Sequence[Mapping[str, Any]] = ()
+) -> list[AnyScores]:
+    """All scores of a split, for each trial; ``options``: those of each trial's Scores. A collective call."""
+    classes, device = len(group.parts.splits.classes), group.accelerator.device
+    scores = [scores_of(batches, classes, device, **each) for each in options or [{}] * len(trials)]
     for batch, logits in _read_split(group, trials, batches):
         for score, logits_BK in zip(scores, logits, strict=True):
             score.update(logits_BK, batch["labels"], batch["weight"], batch["index"])
@@ -302,19 +311,21 @@ def _sum_over_processes(group: TrialGroup, sums: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def quick_scores(group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches) -> list[dict[str, float]]:
-    """Loss and top-1 of each trial; all other scores are for the end."""
+def quick_scores(group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches) -> list[QuickScores]:
+    """The loss and the score that decides, of each trial, and its thresholds; all other scores are for the end."""
+    if batches.multiple:  # mAP is no sum over batches
+        return [QuickScores(score.compute(), score.thresholds) for score in score_batches(group, trials, batches)]
     sums_3T = torch.zeros(3, len(trials), device=group.accelerator.device)
     for batch, logits in _read_split(group, trials, batches):
         logits_TBK, counts_B = torch.stack(logits), batch["weight"]
         losses_TB = image_losses(logits_TBK, batch["labels"])
         sums_3T[0] += torch.where(counts_B > 0, losses_TB * counts_B, 0.0).sum(1)
-        sums_3T[1] += ((logits_TBK.argmax(2) == batch["labels"]) * counts_B).sum(1)
+        sums_3T[1] += (right_answers(logits_TBK, batch["labels"]) * counts_B).sum(1)
         sums_3T[2] += counts_B.sum()
     loss_T, correct_T, images_T = group.accelerator.reduce(sums_3T, "sum").tolist()
     if not images_T[0]:
         raise no_readable_image(batches.split)
     return [
-        {"loss": loss / images, "top1": 100 * correct / images}
+        QuickScores({"loss": loss / images, "top1": 100 * correct / images})
         for loss, correct, images in zip(loss_T, correct_T, images_T, strict=True)
     ]

@@ -51,7 +51,7 @@ COMMANDS = {
     "dist-vpt status": {"--help", "--debug", "DIR +", "--json", "--watch"},
     "dist-vpt data": {"--help"},
     "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
-    "dist-vpt data check": {"--help", "--debug", "TASK *", "--root", "--storage"},
+    "dist-vpt data check": {"--help", "--debug", "TASK|a.b=c *", "--root", "--storage"},
     "dist-vpt backbones": {"--help", "--debug"},
     "dist-vpt backbones check": {"--help", "--debug", "FILE", "--entry"},
     "dist-vpt launch": {"--help"},
@@ -78,7 +78,7 @@ COMMANDS = {
     "dist-vpt recipe schema": {"--help", "--debug"},
 }
 CHOICES = {
-    "--storage": ("image_folder", "vtab_folder", "fgvc_json", "hf"),
+    "--storage": ("image_folder", "vtab_folder", "fgvc_json", "hf", "table"),
     "--split": ("train", "val", "trainval", "test"),
     "--adapters": ("last", "best"),
     "--format": ("array_record", "tfrecord"),

@@ -62,3 +62,24 @@ def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, out, err = checked(tmp_path / "nix", capsys)
     assert (code, out) == (2, "")
     assert "is not a folder" in err
+
+
+def test_a_table_with_keys(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        f"{split}/{name}/{i}.png,{name},{split}"
+        for split in ("train", "test")
+        for name in ("cat", "dog")
+        for i in range(6)
+    ]
+    (folders / "labels.csv").write_text("\n".join(["where,kind,split", *rows]))
+    argv = ["data", "check", "--root", str(folders / "labels.csv"), "--storage", "table"]
+    assert main([*argv, "data.table.label=kind"]) == 2
+    assert (
+        "none of its columns 'where', 'kind', 'split' has a usual name of the images' paths" in capsys.readouterr().err
+    )
+    assert main([*argv, "data.table.image=where", "data.table.label=kind", "data.val_fraction=0.25"]) == 0
+    assert "split off train by a seed: val" in capsys.readouterr().out
+    assert main([*argv, "dtd"]) == 2
+    assert "dtd: --storage is for your own data, which is no known task; leave one out, or" in capsys.readouterr().err
+    assert main([*argv, "data.table.lable=kind"]) == 2
+    assert "data.table.lable = 'kind': unknown key; did you mean 'label'?" in capsys.readouterr().err

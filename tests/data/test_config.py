@@ -54,6 +54,8 @@ OWN = {"task": "mine", "root": "somewhere"}
             "val_fraction 0.5 \\+ test_fraction 0.5: their sum must be below 1",
         ),
         ({"hf": {"image": "x"}}, "hf: only format 'hf' uses it and the format is 'digits'"),
+        ({"table": {"label": "x"}}, "table: only format 'table' uses it and the format is 'digits'"),
+        ({"task": "mine", "format": "table"}, "root is missing: format 'table' needs the file of the table, or its fo"),
         ({"hf": {"color": "x"}}, "hf.color\n.*not permitted"),
         ({"batch": 3}, "batch\n.*not permitted"),
         ({"image_size": 4}, "image_size\n.*greater than or equal to 8"),
@@ -109,7 +111,7 @@ def test_format_gives_it_for_a_free_name():
 
     assert of("vtab_folder") == ("squash", "none", "none")
     assert of("fgvc_json") == ("crop", "fgvc", "none")
-    assert of("image_folder") == of("hf") == ("crop", "none", "none")
+    assert of("image_folder") == of("hf") == of("table") == ("crop", "none", "none")
 
 
 def test_every_format_can_be_opened_and_has_defaults():

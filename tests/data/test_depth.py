@@ -56,5 +56,5 @@ def test_a_run_and_the_check_tell(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "run/train.log").read_text().count("read at 6.2 % of full brightness; if they hold 12-bit") == 1
     capsys.readouterr()
     with pytest.raises(ValueError, match="kinds of mistakes"):  # files of two splits are equal
-        check_own(str(tmp_path / "data"), "image_folder")
+        check_own(DataConfig(task="mine", format="image_folder", root=str(tmp_path / "data")))
     assert capsys.readouterr().out.count("if they hold 12-bit values, multiply them by 16") == 3

@@ -56,7 +56,16 @@ def hf(root: Path, save: Callable[..., Path]) -> None:
     image_folder(root, save)
 
 
-FORMATS = {"image_folder": image_folder, "fgvc_json": fgvc_json, "vtab_folder": vtab_folder, "hf": hf}
+def table(root: Path, save: Callable[..., Path]) -> None:
+    lines = ["path,label,split"]
+    for split, count in EACH.items():
+        for path, k in ((f"{split}-{k}-{i}.png", k) for i in range(count) for k in range(CLASSES)):
+            save(root / path)
+            lines.append(f"{path},{k},{split}")
+    (root / "labels.csv").write_text("\n".join(lines))
+
+
+FORMATS = {"image_folder": image_folder, "fgvc_json": fgvc_json, "vtab_folder": vtab_folder, "hf": hf, "table": table}
 TASKS = {"digits": 10, "shapes_ori": 16, "shapes_loc": 16}
 
 

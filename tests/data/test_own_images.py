@@ -17,7 +17,7 @@ from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.inference.tuned import Tuned
 
 TURNED = 3  # the EXIF orientation of a picture that is upside down
-FORMATS = ["image_folder", "vtab_folder", "fgvc_json", "hf"]
+FORMATS = ["image_folder", "vtab_folder", "fgvc_json", "hf", "table"]
 
 
 def write(root: Path, storage: str) -> None:
@@ -40,6 +40,10 @@ def write(root: Path, storage: str) -> None:
     if storage == "vtab_folder":
         for file, split in (("train800", "train"), ("val200", "train"), ("train800val200", "train"), ("test", "test")):
             (root / f"{file}.txt").write_text("".join(f"{path} {label}\n" for path, label in of[split]))
+    if storage == "table":
+        for split, rows in of.items():
+            lines = (f"{path},{label}\n" for path, label in rows)
+            (root / f"{split}.csv").write_text("".join(["path,label\n", *lines]))
     if storage == "fgvc_json":
         for file, split in (("train", "train"), ("val", "train"), ("test", "test")):
             (root / f"{file}.json").write_text(json.dumps(dict(of[split])))

@@ -14,12 +14,16 @@ from dist_vpt.runs.folder import RunFolder
 from tests.running import words
 
 OWN = ["data.task=mine", "data.format=image_folder"]
+TABLE = ["data.task=mine", "data.format=table"]
 MISTAKES = {
     ("nix.yaml",): "nix.yaml: no such recipe file; correct the path",
     ("optim.lrr=1",): "unknown key; did you mean 'lr'?",
     (*OWN, "data.root=nix"): "data.root 'nix': {root}/nix is not a folder; use the folder of the dataset",
     (*OWN, "data.root=one"): "{root}/one: has one class only, 'cat'; is data.root a folder too high or too low?",
     (*OWN, "data.root=empty"): "{root}/empty: has no class folders; give each class a folder of images",
+    (*TABLE, "data.root=lables.csv"): "{root}/lables.csv does not exist; did you mean 'labels.csv'?",
+    (*TABLE, "data.root=labels.csv"): "labels.csv: none of its columns 'a', 'b' has a usual name of the images' paths",
+    (*TABLE, "data.root=labels.csv", "data.table={image: a, label: b}"): "labels.csv: has one class only, 'cat'",
     ("dtd", "data.root=empty"): "nor is there a vtab-1k folder",
     ("backbone.weights=nix.pth",): "nix.pth: no such weights file; give backbone.weights an existing .safetensors",
     ("run.dir=one",): "one: holds files (cat) but no run; choose another run.dir",
@@ -38,6 +42,7 @@ print(sorted({"torch", "timm", "deepspeed", "accelerate", "transformers"} & set(
 def test_before_torch_is_imported(command: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "one/cat").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "labels.csv").write_text("a,b\none/cat/a.png,cat\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "one/cat/a.png")
     before = sorted(tmp_path.rglob("*"))
     done = subprocess.run(

@@ -23,7 +23,9 @@ VALUES = [
     ("protocol=x", "'x'", CHOICE + "default, published"),
     ("seed=x", "'x'", INTEGER),
     ("seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
-    ("data.format=x", "'x'", CHOICE + "digits, fgvc_json, hf, image_folder, shapes, tfds, vtab_folder"),
+    ("data.format=x", "'x'", CHOICE + "digits, fgvc_json, hf, image_folder, shapes, table, tfds, vtab_folder"),
+    ("data.labels=x", "'x'", CHOICE + "multiple, single"),
+    ("data.table.separator=x", "'x'", CHOICE + "comma, pipe, semicolon, space"),
     ("data.train_on=x", "'x'", CHOICE + "train, trainval"),
     ("data.fraction=x", "'x'", NUMBER),
     ("data.fraction=-1", "-1", "must be greater than 0; use a value above 0"),
@@ -54,6 +56,8 @@ VALUES = [
     ("data.absent_classes=x", "'x'", CHOICE + "allow, fail"),
     ("data.check_counts=x", "'x'", BOOLEAN),
     ("data.check_leaks=x", "'x'", BOOLEAN),
+    ("data.table.classes=x", "'x'", LIST),
+    ("data.table.delimiter=x", "'x'", CHOICE + "comma, pipe, semicolon, tab"),
     ("data.exif=x", "'x'", CHOICE + "ignore, transpose"),
     ("data.max_megapixels=x", "'x'", NUMBER),
     ("data.max_megapixels=-1", "-1", "must be greater than 0; use a value above 0"),
@@ -114,6 +118,7 @@ VALUES = [
     ("train.label_smoothing=x", "'x'", NUMBER),
     ("train.label_smoothing=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.class_weights=x", "'x'", CHOICE + "inv, inv_sqrt, none"),
+    ("train.sampling=x", "'x'", CHOICE + "balanced, shuffle"),
     ("train.data_seed=x", "'x'", INTEGER),
     ("train.data_seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.early_stop.patience=x", "'x'", INTEGER),
@@ -305,6 +310,14 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["data.background=brwn", "data.format=image_folder", "data.root=x", "data.task=mine"],
         ["command line: data.background: 'brwn': must be none, the name of a color or #rrggbb; use white"],
     ),
+    (
+        {},
+        ["data.task=x", "data.format=table", "data.root=x.csv", "data.labels=multiple", "data.extra_tests.a=x"],
+        [
+            "command line: data: extra_tests: class folders have one label an image, and labels is 'multiple'; remove "
+            "extra_tests"
+        ],
+    ),
     ({}, ["data.extra_tests=x"], ["command line: data.extra_tests = 'x': must be an object; use {KEY: VALUE}"]),
     (
         {},
@@ -315,6 +328,21 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
                 "split; use imagenet-r"
             )
         ],
+    ),
+    (
+        {},
+        ["data.table.encoding=utf9", "data.format=table", "data.root=x", "data.task=mine"],
+        [
+            (
+                "command line: data.table.encoding: 'utf9': is no encoding of text that Python knows; use utf-8, "
+                "latin-1, cp1252 or utf-16"
+            )
+        ],
+    ),
+    (
+        {},
+        ["data.table.classes=[cat]", "data.format=table", "data.root=x", "data.task=mine"],
+        ["command line: data.table.classes = ['cat']: must have at least 2 items, not 1; add a value"],
     ),
     (
         {},
@@ -373,6 +401,16 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
             (
                 "command line: runtime.activation_checkpointing = block: method.name = linear keeps no activations of"
                 " the backbone; leave it out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["train.sampling=balanced", "method.name=knn"],
+        [
+            (
+                "command line: train.sampling = balanced: method.name = knn is fitted to each image once; use "
+                "train.class_weights=inv, or leave it out"
             )
         ],
     ),
@@ -696,6 +734,7 @@ def test_the_list_has_every_key() -> None:
         "data.task",
         "data.root",
         "data.hf.",
+        *(f"data.table.{name}" for name in ("image", "label", "split", "suffix", "encoding")),  # text
         "data.background",
         "backbone.entry",
         "backbones",

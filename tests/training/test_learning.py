@@ -1,12 +1,13 @@
 """Warnings that a training diverges or does not learn: in the log while it happens, and in result.json."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from dist_vpt.recipe.schema import OptimConfig, TrainConfig
-from dist_vpt.training.learning import warning_of
+from dist_vpt.training.learning import Guessing, warning_of
 from tests.running import train
 
 OPTIM, TRAIN = OptimConfig(lr=0.5, warmup_epochs=2), TrainConfig(epochs=10)
@@ -30,14 +31,15 @@ OPTIM, TRAIN = OptimConfig(lr=0.5, warmup_epochs=2), TrainConfig(epochs=10)
     ],
 )
 def test_warning_of(epoch: int, loss: float, top1: float, found: str) -> None:
-    warning = warning_of(OPTIM, TRAIN, epoch, {"loss": loss, "top1": top1}, 10, 1000, 0.1)
+    warning = warning_of(OPTIM, TRAIN, epoch, {"loss": loss, "top1": top1}, 1000, Guessing(math.log(10), 0.1))
     assert warning.startswith(found) if found else warning == ""
 
 
 def test_few_images_and_a_large_class_are_no_reason_to_warn() -> None:
     for images, majority, top1 in ((73, 0.959, 100.0), (73, 0.959, 97.0), (16, 0.5, 60.0)):
-        assert warning_of(OPTIM, TRAIN, 5, {"loss": 0.1, "top1": top1}, 2, images, majority) == ""
-    assert warning_of(OPTIM, TRAIN, 5, {"loss": 0.1, "top1": 50.0}, 2, 16, 0.5)
+        guessing = Guessing(math.log(2), majority)
+        assert warning_of(OPTIM, TRAIN, 5, {"loss": 0.1, "top1": top1}, images, guessing) == ""
+    assert warning_of(OPTIM, TRAIN, 5, {"loss": 0.1, "top1": 50.0}, 16, Guessing(math.log(2), 0.5))
 
 
 def warnings_of(folder: Path) -> list[str]:

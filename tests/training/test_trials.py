@@ -116,6 +116,12 @@ def test_smaller_batches_and_weights_are_those_of_a_run_alone(data: tuple[str, .
     assert_as_alone(tmp_path, [[*some, *more] for some in few(settings("linear", "adam", 2), data)])
 
 
+@pytest.mark.parametrize("cache", ["none", "memory"])
+def test_balanced_draws_are_those_of_a_run_alone(cache: str, data: tuple[str, ...], tmp_path: Path) -> None:
+    more = ["train.batch_size=13", "train.epochs=2", "train.sampling=balanced", f"stream.cache={cache}"]
+    assert_as_alone(tmp_path, [[*some, *more] for some in few(settings("linear", "adam", 2), data)])
+
+
 def test_a_stop_while_readers_are_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     each = [[*COMMON, "method.name=logistic", f"method.c={c}"] for c in (0.1, 10.0)]
     made, solve = make(tmp_path, each), logistic.solve_path

@@ -9,6 +9,7 @@ import numpy as np
 
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.formats.files import Mistakes, alike_key, open_home, open_root
+from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Splits, draw
 from dist_vpt.data.tasks import Format, Task
 from dist_vpt.errors import DataError
@@ -22,6 +23,7 @@ FORMATS: dict[Format, str] = {
     "fgvc_json": "dist_vpt.data.formats.fgvc_json:open_splits",
     "image_folder": "dist_vpt.data.formats.image_folder:open_splits",
     "hf": "dist_vpt.data.formats.hf:open_splits",
+    "table": "dist_vpt.data.formats.table:open_splits",
 }
 
 
@@ -47,6 +49,7 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     _check_counts(location, task, splits)
     if not task.allow_missing_classes:
         _check_absent(location, recipe.train_on, splits)
+    _check_labeled(location, splits)
     splits = draw(splits, recipe)
     if not recipe.extra_tests:
         return splits
@@ -57,7 +60,7 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
 
 
 def check_root(recipe: DataConfig, *, test: bool) -> None:
-    """Raises the DataErrors that need no look at the images: those of data.root and its class folders.
+    """Raises the DataErrors that need no look at the images: those of data.root, its class folders or its table.
 
     ``test``: whether the test split is needed.
     """
@@ -67,6 +70,13 @@ def check_root(recipe: DataConfig, *, test: bool) -> None:
         check_extra_roots(recipe)
     task = resolve(recipe)
     if recipe.root is None or stored_as(recipe, task) == "hf":
+        return
+    if stored_as(recipe, task) == "table":
+        from dist_vpt.data.formats.table import read_rows
+
+        missing = read_rows(recipe).missing
+        if test and missing:
+            raise DataError(f"split 'test' is missing: {missing['test']}")
         return
     root = open_root(recipe)
     if stored_as(recipe, task) == "image_folder":
@@ -133,8 +143,15 @@ def _check_counts(location: str, task: Task, splits: Splits) -> None:
     mistakes.check()
 
 
+def _check_labeled(location: str, splits: Splits) -> None:
+    """Where images have several labels or none: without any label a split has no mean average precision."""
+    for split in (splits.val, splits.test):
+        if split is not None and split.multiple and not split.labels.any():
+            raise DataError(f"{location}: no image of split {split.name!r} has a label; add labels or images to it")
+
+
 def _check_absent(location: str, train_on: str, splits: Splits) -> None:
-    absent = np.setdiff1d(np.arange(len(splits.classes)), splits[train_on].labels)
+    absent = np.flatnonzero(class_counts(splits[train_on].labels, len(splits.classes)) == 0)
     if len(absent):
         names = ", ".join(splits.classes[k] for k in absent[:10]) + (", ..." if len(absent) > 10 else "")
         raise DataError(

@@ -70,17 +70,21 @@ def alike_key(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
+class MissingFile(ValueError):
+    """A path that leads to no file."""
+
+
 class Folder:
     """The files below a root, each folder listed once: a dataset may have a hundred thousand of them."""
 
     def __init__(self, root: Path, below: tuple[str, ...], decoding: Decoding):
         self.root, self.decoding = root, decoding
-        self._below = below  # folders in which a relative path may start, in this order
+        self.below = below  # folders in which a relative path may start, in this order
         self._listings: dict[str, frozenset[str]] = {}
         self._by_key: dict[str, dict[str, list[str]]] = {}  # of folders in which a path was not found as it is
 
     def find(self, path: str) -> str:
-        """The path relative to the root. Raises ValueError if it does not exist or leaves the root.
+        """The path relative to the root. Raises ValueError if it leaves the root, MissingFile if it does not exist.
 
         A path that another system wrote (with backslashes, in other case, with composed or decomposed accents) is that
         of the only file that it can mean.
@@ -91,21 +95,21 @@ class Folder:
             raise ValueError(
                 f"path {path!r} leaves the dataset's folder; use a path relative to the folder, without '..'"
             )
-        for start in self._below:
+        for start in self.below:
             inner = str(PurePosixPath(start, *parts))
             folder, name = os.path.split(inner)
             if name in self._listing(folder):
                 return inner
-        found = [inner for start in self._below for inner in self._alike(start, foreign)]
+        found = [inner for start in self.below for inner in self._alike(start, foreign)]
         if len(found) == 1:
             return found[0]
-        folders = " or ".join(str(self.root / start) for start in self._below)
+        folders = " or ".join(str(self.root / start) for start in self.below)
         fix = (
             f"{' and '.join(found)} could both be meant; write one of them"
             if found
             else "restore it or remove its entry"
         )
-        raise ValueError(f"there is no file {path!r} in {folders}; {fix}")
+        raise (ValueError if found else MissingFile)(f"there is no file {path!r} in {folders}; {fix}")
 
     def _alike(self, folder: str, parts: Sequence[str]) -> list[str]:
         """Files below a folder whose paths differ from ``parts`` in case or in the composition of accents alone."""
