@@ -32,12 +32,13 @@ from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
+    all_reduced,
     clip_gradients,
     fold_in,
     image_losses,
     learning_rate,
     snapshot,
-    squared_norms,
+    update_norms,
     weigh_global_batch,
 )
 from dist_vpt.training.unread import UnreadStep
@@ -235,7 +236,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
             last = accelerator.sync_gradients
             if last:
                 before = snapshot(_trained(t)) if norms else None
-                issued.numbers |= _summed(t, sums) | {"weight": weight}
+                issued.numbers |= all_reduced(accelerator, sums) | {"weight": weight}
             if last and _is_deepspeed(t):  # its backward also steps
                 issued.raise_if_diverged()
             accelerator.backward(loss * scale + t.method.penalty())
@@ -245,7 +246,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
             t.optimizer.step()
             t.optimizer.zero_grad()
     if before is not None:
-        issued.numbers |= _norms(t, before)
+        issued.numbers |= update_norms(accelerator, before, _trained(t))
     return issued.send()
 
 
@@ -356,13 +357,6 @@ def _checked(t: TrainState) -> tuple[str, ...]:
     return ("loss", "gradient norm") if t.accelerator.scaler is None else ("loss",)
 
 
-def _summed(t: TrainState, sums: Tensor) -> dict[str, Tensor]:
-    """Loss, correct answers and images of the global batch, [] each, of their sums here, [3]. A collective call."""
-    with t.accelerator.status.in_collective():
-        summed = t.accelerator.reduce(sums, "sum")
-    return dict(zip(("loss", "correct", "images"), summed, strict=True))
-
-
 def _guard(t: TrainState, issued: UnreadStep) -> None:
     """Let no loss or gradient norm that is not finite change what is trained or what the optimizer remembers.
 
@@ -390,11 +384,3 @@ def _clip(t: TrainState) -> dict[str, Tensor]:
     return (
         {} if norm is None else {"gradient norm": torch.as_tensor(norm, dtype=torch.float32, device=t.spoiled.device)}
     )
-
-
-def _norms(t: TrainState, before: list[Tensor]) -> dict[str, Tensor]:
-    """Squared norms of the trained tensors and of their last update, []. A collective call under ZeRO-3."""
-    squares = squared_norms(before, snapshot(_trained(t))).to(t.accelerator.device)
-    if any(hasattr(parameter, "ds_tensor") for parameter in _trained(t)):
-        squares = t.accelerator.reduce(squares, "sum")
-    return dict(zip(("parameters", "update"), squares, strict=True))

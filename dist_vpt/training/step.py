@@ -118,3 +118,23 @@ def squared_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     parameters = torch.stack([(a**2).sum() for a in after]).sum()
     updates = torch.stack([((a - b) ** 2).sum() for a, b in zip(after, before, strict=True)]).sum()
     return torch.stack([parameters, updates])
+
+
+def all_reduced(accelerator: RankAccelerator, sums: Tensor) -> dict[str, Tensor]:
+    """Loss, correct answers and images of the global batch, [] each, of their sums here, [3]. A collective call."""
+    with accelerator.status.in_collective():
+        summed = accelerator.reduce(sums, "sum")
+    return dict(zip(("loss", "correct", "images"), summed, strict=True))
+
+
+def update_norms(
+    accelerator: RankAccelerator, before: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
+    """Squared norms of the trained tensors and of their last update, []. A collective call under ZeRO-3.
+
+    ``before``: their snapshot before the step.
+    """
+    squares = squared_norms(before, snapshot(parameters)).to(accelerator.device)
+    if any(hasattr(parameter, "ds_tensor") for parameter in parameters):
+        squares = accelerator.reduce(squares, "sum")
+    return dict(zip(("parameters", "update"), squares, strict=True))
