@@ -39,6 +39,7 @@ from dist_vpt.training.engine import TrainState, evaluate, fit
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
+from dist_vpt.training.optim import check_optimizer
 
 
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
 
     def make() -> tuple[Components, TrainBatches]:
         refuse_tries(recipe.data)
+        check_optimizer(recipe.optim)
         parts = build_components(recipe, launch, defer=launch.deepspeed)
         train = parts.training(launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written

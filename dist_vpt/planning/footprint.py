@@ -23,6 +23,7 @@ from dist_vpt.data.joined import Joined
 from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config_readers import LinearConfig
+from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.training.components import build_method
@@ -118,10 +119,10 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
         apply_offload(method.backbone, _PinnedCopy if gpus else _to_host)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
-        fused = gpus and recipe.runtime.precision != "fp16"
+        fused = gpus and recipe.runtime.precision != "fp16" and recipe.optim.name in TORCH_OPTIMIZERS
         optimizer = build_optimizer(recipe.optim, method, fused=fused)
         for group in optimizer.param_groups:
-            group["foreach"] = gpus and not fused  # torch's default
+            group["foreach"] = gpus and not fused  # torch's default, and timm's
         batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
         step = _Step(recipe, inputs, method, optimizer, batch, classes)
         step.train()  # the first one makes the optimizer's state

@@ -1,7 +1,7 @@
 """The recipe: a typed description of one run, with a section for each part."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -12,61 +12,14 @@ from dist_vpt.data.tasks import EMBEDDED
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
 from dist_vpt.methods.config_readers import ComboConfig
-from dist_vpt.recipe.fields import Policy, Section, or_null
+from dist_vpt.recipe.fields import Policy, Section
+from dist_vpt.recipe.optim_section import OptimConfig
 from dist_vpt.recipe.sweep_section import SweepConfig
+from dist_vpt.recipe.writer_settings import mistakes_of_writer_settings
 from dist_vpt.recipe.yaml import Dumper
 
 LARGE_ADAMW_LR = 0.1  # at which every number moves by a typical token in a step
 Protocol = Literal["default", "published"]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Section):
-    """Optimizer, learning rate and its schedule."""
-
-    name: Literal["sgd", "adam", "adamw"] = Field(
-        "adamw", description="sgd and adam add weight decay to the gradient (L2), adamw decouples it"
-    )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    scale_lr: bool = Field(
-        False, description="true: lr is for a global batch of 256 images, and multiplied by train.batch_size / 256"
-    )
-    weight_decay: float = Field(
-        1e-4, ge=0, description="weight decay of matrices and prompts; biases and norms have none"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
-    nesterov: bool = Field(False, description="sgd: use Nesterov momentum; needs momentum above 0")
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.999), description="adam, adamw: decay rates of the first and second moment"
-    )
-    eps: float = Field(1e-8, gt=0, description="adam, adamw: added to the denominator")
-    clip_norm: float | None = Field(None, gt=0, description="clip gradients to this global L2 norm; null: no clipping")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="learning rate after warm-up: cosine decay to 0, or constant"
-    )
-    warmup_epochs: float = Field(
-        0.0,
-        ge=0,
-        description="linear warm-up from 0, in epochs; null: a tenth of train.epochs",
-        json_schema_extra=or_null,
-    )
-    schedule_by: Literal["step", "epoch"] = Field(
-        "step",
-        description="how often the learning rate changes; epoch (the published code): a warm-up's first epoch has 0",
-    )
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError(
-                f"nesterov = true: needs name = sgd and momentum above 0, not name = {self.name} and momentum = "
-                f"{self.momentum}; set them, or nesterov=false"
-            )
-        return self
-
-    def peak_lr(self, batch_size: int) -> float:
-        """The highest learning rate of the schedule for this global batch."""
-        return self.lr * batch_size / 256 if self.scale_lr else self.lr
 
 
 class EarlyStopConfig(Section):
@@ -266,6 +219,7 @@ class Recipe(Section):
                 "set backbone.drop_path=0"
             )
         yield from self._mistakes_of_several()
+        yield from mistakes_of_writer_settings(self.method, self.optim)
         if self.method.reader:
             for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
                 if (value := getattr(self.runtime, name)) != unused:

@@ -364,7 +364,7 @@ def _guard(t: TrainState, issued: UnreadStep) -> None:
     the numbers are read here: without a fused kernel only the host can skip a step. Under DeepSpeed it must even hold
     back the backward, which steps by itself.
     """
-    if not steps_are_fused(t.accelerator):
+    if not steps_are_fused(t.accelerator, t.recipe.optim):
         issued.raise_if_diverged()
         return
     t.spoiled = torch.where(issued.finite(), t.spoiled, 1.0)

@@ -16,6 +16,10 @@ CHOICE = "must be one of its choices; valid: "
 INTEGER = "must be a valid integer; use a whole number such as 3, without quotes"
 LIST = "must be a valid array; use a list such as [a, b]"
 NUMBER = "must be a valid number; use a number such as 0.1, without quotes"
+OPTIMIZERS = (
+    "adabelief, adadelta, adafactor, adagrad, adam, adamax, adamw, adan, adopt, lamb, lambc, laprop, larc, lars, lion, "
+    "mars, nadam, nadamw, radam, rmsprop, rmsproptf, sgd, sgdw"
+)
 TEXT = "must be a valid string; use text, in quotes if it looks like a number"
 
 # Each key with a value of a wrong type, a wrong choice or out of bounds: overrides, the value as shown, rule and fix.
@@ -83,7 +87,9 @@ VALUES = [
     ("method.extra_trainable=x", "'x'", LIST),
     ("stream.cache=x", "'x'", CHOICE + "auto, device, disk, memory, none"),
     ("stream.dtype=x", "'x'", CHOICE + "fp8, int8, precision"),
-    ("optim.name=x", "'x'", CHOICE + "adam, adamw, sgd"),
+    ("optim.name=x", "'x'", CHOICE + OPTIMIZERS),
+    ("optim.layer_decay=x", "'x'", NUMBER),
+    ("optim.layer_decay=0", "0", "must be greater than 0; use a value above 0"),
     ("optim.lr=x", "'x'", NUMBER),
     ("optim.lr=-1", "-1", "must be greater than 0; use a value above 0"),
     ("optim.scale_lr=x", "'x'", BOOLEAN),
@@ -230,6 +236,55 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["optim.lr=.inf"],
         ["command line: optim.lr = inf: must be a finite number; give a number other than inf and nan"],
+    ),
+    ({}, ["optim.options=x"], ["command line: optim.options = 'x': must be a valid dictionary; use {KEY: VALUE}"]),
+    (
+        {},
+        ["optim.options={betas: [0.9, 0.99]}"],
+        [
+            (
+                "command line: optim: options = {'betas': [0.9, 0.99]}: are arguments of timm's optimizers, and adamw "
+                "is torch's; use momentum, nesterov, betas and eps, or leave them out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["optim.name=lion", "optim.betas=[0.9, 0.99]", "optim.momentum=0.5", "optim.options.lr=1"],
+        [
+            (
+                "command line: optim: momentum = 0.5: is for sgd, and lion is timm's; put it into options if timm's "
+                "lion has it, or leave it out"
+            ),
+            (
+                "command line: optim: betas = [0.9, 0.99]: is for adam and adamw, and lion is timm's; put it into "
+                "options if timm's lion has it, or leave it out"
+            ),
+            (
+                "command line: optim: options.lr: is set by the recipe; use optim.lr and optim.weight_decay, and leave "
+                "it out"
+            ),
+        ],
+    ),
+    (
+        {},
+        ["method.name=linear", "optim.name=lion"],
+        [
+            (
+                "command line: optim.name = lion: method.name = linear is trained with many trials in one pass, which "
+                "know sgd, adam and adamw; use one of them"
+            )
+        ],
+    ),
+    (
+        {},
+        ["optim.layer_decay=0.7"],
+        [
+            (
+                "command line: optim.layer_decay = 0.7: method.name = vpt trains nothing that belongs to single layers "
+                "of the backbone; leave it out, or choose full, partial, bias, lora, adapter, adaptformer or ssf"
+            )
+        ],
     ),
     ({}, ["optim.betas=[0.9]"], ["command line: optim.betas.1 = [0.9]: field required; give every value of the list"]),
     ({}, ["optim.betas=[1.0, 0.9]"], ["command line: optim.betas.0 = 1.0: must be less than 1; use a value below 1"]),

@@ -1,0 +1,24 @@
+"""Settings of training that are for writers alone, or for some of them."""
+
+from collections.abc import Iterator
+
+from dist_vpt.methods.config_base import MethodSettings
+from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS, OptimConfig
+
+STREAMED = (
+    "reads the frozen stream, which is computed once for each image as it is, and may be cached; leave it out, or "
+    "choose a writer such as lora"
+)
+TOGETHER = "is trained with many trials in one pass"
+
+
+def mistakes_of_writer_settings(method: MethodSettings, optim: OptimConfig) -> Iterator[str]:
+    """What does not go with the recipe's method."""
+    named = f"method.name = {getattr(method, 'name')}"  # noqa: B009 (each method has its own type of it)
+    if method.reader and optim.name not in TORCH_OPTIMIZERS:
+        yield f"optim.name = {optim.name}: {named} {TOGETHER}, which know sgd, adam and adamw; use one of them"
+    if optim.layer_decay is not None and not method.by_layer:
+        yield (
+            f"optim.layer_decay = {optim.layer_decay:g}: {named} trains nothing that belongs to single layers of the "
+            "backbone; leave it out, or choose full, partial, bias, lora, adapter, adaptformer or ssf"
+        )
