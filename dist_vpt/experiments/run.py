@@ -33,6 +33,7 @@ from dist_vpt.training.accelerator import (
     prepare,
     strategy_name,
 )
+from dist_vpt.training.averaging import WeightAverage
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import TrainState, evaluate, fit
@@ -98,7 +99,8 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     parts.init_method(accelerator.device)
     model, optimizer = prepare(recipe.optim, accelerator, parts.method)
     states = States(folder, accelerator)
-    progress, resumed = states.resume(parts.method, optimizer)
+    average = WeightAverage.of(recipe.train, parts.method)
+    progress, resumed = states.resume(parts.method, optimizer, average)
     val = parts.validation(accelerator.process_index, accelerator.num_processes)
     parts.keep_images_on_device(accelerator, train, val)
     stream = parts.use_cached_stream(accelerator, train, val, stop)
@@ -118,6 +120,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         facts={"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)},
         progress=progress,
         parameters={"trained": trained, "total": total},
+        average=average,
         stop=stop,
     )
     if seeded := parts.seeded():
@@ -154,6 +157,11 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
         *launcher_notes(accelerator.launch, recipe),
         *parts.remarks(),
     ]
+    if t.average is not None:
+        lines.append(
+            f"train.model_ema_decay = {recipe.train.model_ema_decay:g}: the moving average of the trained tensors is "
+            "what is scored and saved"
+        )
     if stream:
         lines.append(stream)
     lines += [f"weights: {note}" for note in parts.load_report.notes]
@@ -167,6 +175,8 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
 def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
     t.accelerator.status.set("the end", "writing the result")
+    if t.average is not None:
+        t.average.replace_trained()
     images_per_s = t.monitor.images_per_s(t.progress)
     held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped_now()

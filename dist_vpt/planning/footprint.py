@@ -51,18 +51,19 @@ class MemoryEstimate:
     parameters: int  # numbers, frozen and trained
     trained_parameters: int
     host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
+    average: int = 0  # of the trained tensors (train.model_ema_decay), whole on every process
     temporaries: int = 0  # of DeepSpeed's optimizers on a GPU, which step on all tensors of a process's part at once
 
     def on(self, strategy: str, processes: int) -> "PerDeviceMemory":
         """The memory of each process under a strategy with this many processes."""
-        w = processes
+        w, kept = processes, self.optimizer + self.average
         if strategy == "ddp" and w == 1:
-            return PerDeviceMemory(self.frozen + self.trained, 0, self.optimizer, self.height, self.scoring, self.host)
+            return PerDeviceMemory(self.frozen + self.trained, 0, kept, self.height, self.scoring, self.host)
         if strategy == "ddp":  # its buckets are the gradients, and stay
             weights = self.frozen + self.trained
-            return PerDeviceMemory(weights, self.gradients, self.optimizer, self.working, self.scoring, self.host)
+            return PerDeviceMemory(weights, self.gradients, kept, self.working, self.scoring, self.host)
         bucket = FLOAT32 * min(REDUCE_BUCKET, self.trained // FLOAT32)
-        optimizer = (self.optimizer + self.trained) // w  # DeepSpeed steps on a copy of its part
+        optimizer = (self.optimizer + self.trained) // w + self.average  # DeepSpeed steps on a copy of its part
         gradients = self.gradients if strategy == "zero1" else self.gradients // w
         working = max(self.working, self.temporaries // w)  # there are no activations during the optimizer's step
         if strategy in ("zero1", "zero2"):
@@ -87,7 +88,7 @@ class PerDeviceMemory:
 
     weights: int
     gradients: int  # that stay between steps; a single process allocates them in each step
-    optimizer: int
+    optimizer: int  # its state, and the average of what is trained
     working: int  # the most that a training step holds beyond those
     scoring: int  # and scoring a batch
     host: int = 0  # in host memory, at most
@@ -146,6 +147,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
             parameters=numbers,
             trained_parameters=sum(p.numel() for p in trained),
             host=alive.host_height,
+            average=0 if recipe.train.model_ema_decay is None else of_trained,
             temporaries=of_trained if gpus else 0,
         )
 

@@ -46,6 +46,35 @@ class TrainConfig(Section):
         "none",
         description="weight of a class in the loss: 1, 1/images or 1/sqrt(images), scaled to a mean of 1 over images",
     )
+    mixup_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="mixup (Zhang et al. 2018, arXiv 1710.09412; timm.data.Mixup): pairs of images of a global batch "
+        "are mixed by a share drawn for the batch from Beta(alpha, alpha), and so are their losses; 0: off",
+    )
+    cutmix_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="CutMix (Yun et al. 2019, arXiv 1905.04899; timm.data.Mixup): a box of one image of a pair is "
+        "pasted into the other, as large as a share drawn from Beta(alpha, alpha); 0: off",
+    )
+    mixup_prob: float = Field(
+        1.0, gt=0, le=1, description="mixup, CutMix: share of the global batches whose images are mixed, 0 to 1"
+    )
+    mixup_switch_prob: float = Field(
+        0.5, ge=0, le=1, description="mixup and CutMix both on: share of the mixed batches that CutMix gets, 0 to 1"
+    )
+    model_ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="score and save an exponential moving average of the trained tensors over the steps (timm's "
+        "ModelEmaV3; Polyak and Juditsky 1992): the share of the average that a step keeps, such as 0.999; null: none",
+    )
+    model_ema_warmup: bool = Field(
+        False,
+        description="model_ema_decay: begin with a smaller decay, 1 - (1 + step)^(-2/3), as for short trainings",
+    )
     data_seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed of data order and augmentation; null: the recipe's seed"
     )
@@ -219,7 +248,7 @@ class Recipe(Section):
                 "set backbone.drop_path=0"
             )
         yield from self._mistakes_of_several()
-        yield from mistakes_of_writer_settings(self.method, self.optim)
+        yield from mistakes_of_writer_settings(self.method, self.optim, self.data, self.train)
         if self.method.reader:
             for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
                 if (value := getattr(self.runtime, name)) != unused:

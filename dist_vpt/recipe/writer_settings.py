@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from pydantic import BaseModel
+
 from dist_vpt.methods.config_base import MethodSettings
 from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS, OptimConfig
 
@@ -10,13 +12,26 @@ STREAMED = (
     "choose a writer such as lora"
 )
 TOGETHER = "is trained with many trials in one pass"
+STREAM_KEYS = {  # those that change images, or what is asked of one
+    "train.mixup_alpha": 0.0,
+    "train.cutmix_alpha": 0.0,
+}
 
 
-def mistakes_of_writer_settings(method: MethodSettings, optim: OptimConfig) -> Iterator[str]:
-    """What does not go with the recipe's method."""
+def mistakes_of_writer_settings(
+    method: MethodSettings, optim: OptimConfig, data: BaseModel, train: BaseModel
+) -> Iterator[str]:
+    """What does not go with the recipe's method. ``data`` and ``train``: those sections of the recipe."""
     named = f"method.name = {getattr(method, 'name')}"  # noqa: B009 (each method has its own type of it)
-    if method.reader and optim.name not in TORCH_OPTIMIZERS:
-        yield f"optim.name = {optim.name}: {named} {TOGETHER}, which know sgd, adam and adamw; use one of them"
+    if method.reader:
+        for key, off in STREAM_KEYS.items():
+            section, _, name = key.partition(".")
+            if (value := getattr(data if section == "data" else train, name)) != off:
+                yield f"{key} = {value}: {named} {STREAMED}"
+        if (decay := getattr(train, "model_ema_decay")) is not None:  # noqa: B009 (TrainConfig is above this module)
+            yield f"train.model_ema_decay = {decay:g}: {named} {TOGETHER}, of which no average is kept; leave it out"
+        if optim.name not in TORCH_OPTIMIZERS:
+            yield f"optim.name = {optim.name}: {named} {TOGETHER}, which know sgd, adam and adamw; use one of them"
     if optim.layer_decay is not None and not method.by_layer:
         yield (
             f"optim.layer_decay = {optim.layer_decay:g}: {named} trains nothing that belongs to single layers of the "

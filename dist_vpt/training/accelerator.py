@@ -173,6 +173,9 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         f"optim.name = {recipe.optim.name}: timm's optimizers step on whole tensors, and DeepSpeed gives an optimizer "
         "flat parts of all; use sgd, adam or adamw, or start with the ddp strategy": zero
         and recipe.optim.name not in TORCH_OPTIMIZERS,
+        f"train.model_ema_decay = {recipe.train.model_ema_decay}: ZeRO-3 shards the tensors that would be averaged; "
+        "leave it out, or start with the ddp strategy (or zero1, zero2)": zero3
+        and recipe.train.model_ema_decay is not None,
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
         "a block itself is called; start with the ddp strategy (or zero1, zero2)": zero3 and recipe.method.reads_blocks,
         f"method.name = {recipe.method.name}: computes with its trained layers of all trials at once, which ZeRO-3 "

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
@@ -26,6 +26,7 @@ from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress
 from dist_vpt.training.accelerator import steps_are_fused
+from dist_vpt.training.averaging import WeightAverage, in_place
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.learning import warning_of
 from dist_vpt.training.logger import RunLogger
@@ -33,9 +34,10 @@ from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
     all_reduced,
-    clip_gradients,
+    clip,
     fold_in,
     image_losses,
+    is_deepspeed,
     learning_rate,
     snapshot,
     update_norms,
@@ -150,6 +152,7 @@ class TrainState(Training):
     monitor: RunLogger
     facts: dict[str, Any]  # written into the head of adapter files
     parameters: dict[str, int]  # trained, total
+    average: WeightAverage | None = None  # of the trained tensors, where one is scored and saved in their place
     resume_with = "run.resume=auto"
 
     def __post_init__(self) -> None:
@@ -187,15 +190,18 @@ class TrainState(Training):
         recipe, progress, epoch = self.recipe, self.progress, self.progress.epoch + 1  # counted from 1
         is_scored, scores = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
         if self.val is not None and is_scored:
-            scores = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop).compute()
+            with in_place(self.average):
+                found = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop)
+            scores = found.compute()
         learned = progress.end_epoch()
         self.monitor.scores(epoch, self.step, "train", learned)
-        if found := self.learning_warning(recipe, progress, learned):
-            self.warn(f"warning: {found}")
+        if warning := self.learning_warning(recipe, progress, learned):
+            self.warn(f"warning: {warning}")
         if scores is not None:
             self.monitor.scores(epoch, self.step, "val", scores)
             if progress.scored(scores, recipe.train.early_stop):
-                tensors = collect(self.method)
+                with in_place(self.average):
+                    tensors = collect(self.method)
                 if self.accelerator.is_main_process:
                     self.states.keep_best(tensors, self.facts | {"epoch": epoch})
 
@@ -205,7 +211,8 @@ class TrainState(Training):
 
     def write_state(self) -> str | None:
         self.progress.skipped = sorted(set(self.progress.skipped) | self.skipped_now())
-        return self.states.save(self.method, self.optimizer, self.progress, self.step, self.monitor.flush)
+        flush = self.monitor.flush
+        return self.states.save(self.method, self.optimizer, self.progress, self.step, flush, self.average)
 
     def warn(self, text: str) -> None:
         self.monitor.line(text)
@@ -237,16 +244,18 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
             if last:
                 before = snapshot(_trained(t)) if norms else None
                 issued.numbers |= all_reduced(accelerator, sums) | {"weight": weight}
-            if last and _is_deepspeed(t):  # its backward also steps
+            if last and is_deepspeed(accelerator):  # its backward also steps
                 issued.raise_if_diverged()
             accelerator.backward(loss * scale + t.method.penalty())
             if last:
-                issued.numbers |= _clip(t)
+                issued.numbers |= clip(accelerator, _trained(t), t.recipe.optim.clip_norm)
                 _guard(t, issued)
             t.optimizer.step()
             t.optimizer.zero_grad()
     if before is not None:
         issued.numbers |= update_norms(accelerator, before, _trained(t))
+    if t.average is not None and not t.optimizer.step_was_skipped:
+        t.average.update(t.step)
     return issued.send()
 
 
@@ -369,18 +378,3 @@ def _guard(t: TrainState, issued: UnreadStep) -> None:
         return
     t.spoiled = torch.where(issued.finite(), t.spoiled, 1.0)
     t.optimizer.optimizer.found_inf = t.spoiled
-
-
-def _is_deepspeed(t: TrainState) -> bool:
-    return t.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
-def _clip(t: TrainState) -> dict[str, Tensor]:
-    """Clip the gradients; their norm before that, [], unless DeepSpeed, which has clipped them, does not report it."""
-    if not _is_deepspeed(t):
-        t.accelerator.unscale_gradients()
-        return {"gradient norm": clip_gradients([_trained(t)], t.recipe.optim.clip_norm)[0]}
-    norm = t.accelerator.clip_grad_norm_(_trained(t), t.recipe.optim.clip_norm)
-    return (
-        {} if norm is None else {"gradient norm": torch.as_tensor(norm, dtype=torch.float32, device=t.spoiled.device)}
-    )

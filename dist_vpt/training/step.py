@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -138,3 +139,19 @@ def update_norms(
     if any(hasattr(parameter, "ds_tensor") for parameter in parameters):
         squares = accelerator.reduce(squares, "sum")
     return dict(zip(("parameters", "update"), squares, strict=True))
+
+
+def is_deepspeed(accelerator: RankAccelerator) -> bool:
+    """Whether DeepSpeed steps, clips and reduces."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def clip(
+    accelerator: RankAccelerator, parameters: Sequence[nn.Parameter], clip_norm: float | None
+) -> dict[str, Tensor]:
+    """Clip the gradients; their norm before that, [], unless DeepSpeed, which has clipped them, does not report it."""
+    if not is_deepspeed(accelerator):
+        accelerator.unscale_gradients()
+        return {"gradient norm": clip_gradients([parameters], clip_norm)[0]}
+    norm = accelerator.clip_grad_norm_(parameters, clip_norm)
+    return {} if norm is None else {"gradient norm": torch.as_tensor(norm, dtype=torch.float32).to(accelerator.device)}

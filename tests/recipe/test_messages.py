@@ -237,7 +237,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["optim.lr=.inf"],
         ["command line: optim.lr = inf: must be a finite number; give a number other than inf and nan"],
     ),
-    ({}, ["optim.options=x"], ["command line: optim.options = 'x': must be a valid dictionary; use {KEY: VALUE}"]),
+    ({}, ["optim.options=x"], ["command line: optim.options = 'x': must be an object; use {KEY: VALUE}"]),
     (
         {},
         ["optim.options={betas: [0.9, 0.99]}"],
