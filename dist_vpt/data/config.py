@@ -1,5 +1,6 @@
 """The data section of a recipe: which task, where it is stored, how its images are transformed."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal, Self
@@ -44,6 +45,21 @@ def _color(value: str) -> str:
 
 
 Color = Annotated[str, AfterValidator(_color)]
+
+RAND_AUGMENT = re.compile(r"^rand(-(m\d{1,2}|n[1-9]|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d?|inc[01]))*$")
+
+
+def _policy(value: str) -> str:
+    if not RAND_AUGMENT.match(value):
+        raise ValueError(
+            f"{value!r}: must be rand and timm's settings: mN (magnitude), nN (operations), pP (probability of each), "
+            "mstdS (deviation of the magnitude), mmaxN (its maximum), incI (1: operations that grow with it), joined "
+            "by hyphens; use rand-m9-mstd0.5-inc1"
+        )
+    return value
+
+
+RandAugment = Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"pattern": RAND_AUGMENT.pattern})]
 
 
 class HfConfig(BaseModel):
@@ -139,10 +155,27 @@ class DataConfig(BaseModel):
     augment: Augment | None = Field(
         default=None, description="fgvc: random crop and flip in training; null: the task's"
     )
+    rand_augment: RandAugment | None = Field(
+        default=None,
+        description="RandAugment in training (Cubuk et al. 2020, arXiv 1909.13719), after crop and flip: a policy of "
+        "timm, such as rand-m9-mstd0.5-inc1; null: none",
+    )
+    random_erasing: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="probability, 0 to 1, with which a box of a training image is erased (Zhong et al. 2020, arXiv "
+        "1708.04896; timm's RandomErasing)",
+    )
+    random_erasing_mode: Literal["const", "rand", "pixel"] = Field(
+        default="pixel",
+        description="random_erasing: what fills the box: const: the mean; rand: one normal draw per channel; pixel: "
+        "one per pixel and channel",
+    )
     cache: Cache | None = Field(
         default=None,
         description="memory: decode and resize each image once per process, and augment it in each epoch; null: the "
-        "task's",
+        "task's, but none with rand_augment, for which workers are needed",
     )
     workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     on_decode_error: Literal["fail", "skip"] = Field(

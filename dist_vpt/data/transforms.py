@@ -6,11 +6,13 @@ The ``vpt`` resize is float32. Where nothing is drawn, it never changes either, 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from dist_vpt.data.rand_augment import rand_augmented
 from dist_vpt.data.splits import Picture
 from dist_vpt.data.tasks import Augment, CropMode, Interpolation
 from dist_vpt.errors import DataError
@@ -29,11 +31,23 @@ class ImageTransform:
     interpolation: Interpolation  # kernel
     crop_mode: CropMode = "squash"  # squash: straight to a square; crop: shorter side, then a square of it
     augment: Augment = "none"  # fgvc: random crop and flip in training
+    rand_augment: str | None = None  # timm's policy, in training
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of the channels in [0, 1]: what RandAugment fills with
 
     @property
     def shorter_side(self) -> int:
         """Pixels from which a square of ``image_size`` is cut."""
         return SHORTER_SIDES.get(self.image_size, round(self.image_size * 256 / 224))
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """How an image is shown to a frozen backbone, for files that hold what the backbone makes of it."""
+        return {
+            "image_size": self.image_size,
+            "interpolation": self.interpolation,
+            "crop_mode": self.crop_mode,
+            "augment": self.augment,
+        }
 
     @property
     def dtype(self) -> type[np.generic]:
@@ -52,19 +66,25 @@ class ImageTransform:
             return np.asarray(picture)
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
         pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.interpolation]))
-        return pixels_HW3 if self.draws(train) else _center_crop(pixels_HW3, self.image_size)
+        return pixels_HW3 if self.crops(train) else _center_crop(pixels_HW3, self.image_size)
 
     def varied(self, pixels_HW3: np.ndarray, train: bool, seed: int, epoch: int, index: int) -> np.ndarray:
         """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``."""
         if self.interpolation == "vpt":
             height, width, _ = pixels_HW3.shape
             pixels_HW3 = vpt_resize(pixels_HW3, *self.size_before_cut(height, width, train))
-        if not self.draws(train):
-            return _center_crop(pixels_HW3, self.image_size)
-        height, width, _ = pixels_HW3.shape
-        top, left, flip = self.drawn(height, width, seed, epoch, index)
-        pixels_SS3 = _cut(pixels_HW3, top, left, self.image_size)
-        return pixels_SS3[:, ::-1] if flip else pixels_SS3
+        if self.crops(train):
+            height, width, _ = pixels_HW3.shape
+            top, left, flip = self.drawn(height, width, seed, epoch, index)
+            pixels_SS3 = _cut(pixels_HW3, top, left, self.image_size)
+            pixels_SS3 = pixels_SS3[:, ::-1] if flip else pixels_SS3
+        else:
+            pixels_SS3 = _center_crop(pixels_HW3, self.image_size)
+        if self.rand_augment is None or not train:
+            return pixels_SS3
+        whole = np.rint(pixels_SS3) if self.interpolation == "vpt" else pixels_SS3  # Pillow has 8 bits
+        pixels_SS3 = np.ascontiguousarray(whole, np.uint8)
+        return rand_augmented(pixels_SS3, self.rand_augment, self.mean, seed, epoch, index).astype(self.dtype)
 
     def drawn(self, height: int, width: int, seed: int, epoch: int, index: int) -> tuple[int, int, bool]:
         """Top and left of the square that is cut from [height, width], and whether it is flipped."""
@@ -83,12 +103,16 @@ class ImageTransform:
 
     def draws(self, train: bool) -> bool:
         """Whether a part is drawn anew in each epoch."""
+        return self.crops(train) or (train and self.rand_augment is not None)
+
+    def crops(self, train: bool) -> bool:
+        """Whether a square is drawn in each epoch, and a flip."""
         return train and self.augment == "fgvc"
 
     def size_before_cut(self, height: int, width: int, train: bool) -> tuple[int, int]:
         """Height and width to which a picture of this size is brought."""
         if self.crop_mode == "squash":
-            side = self.shorter_side if self.draws(train) else self.image_size
+            side = self.shorter_side if self.crops(train) else self.image_size
             return side, side
         shorter = min(height, width)
         return self.shorter_side * height // shorter, self.shorter_side * width // shorter

@@ -229,7 +229,9 @@ class WorkerSource:
         self._device, self._budget = device, budget
 
     def _keep(self, filled: CachedImages) -> None:
-        if not 0 < DeviceImages.nbytes(filled.pixels) <= self._budget:
+        reader = self._batches.reader
+        on_host = reader.train and reader.transform.rand_augment is not None  # Pillow's operations
+        if on_host or not 0 < DeviceImages.nbytes(filled.pixels) <= self._budget:
             self._batches.cached = filled
             return
         transform, seed = self._batches.reader.transform, self._batches.seed
@@ -275,7 +277,7 @@ class WorkerPool:
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_initialized(),
-            multiprocessing_context=_forkserver() if workers else None,
+            multiprocessing_context=_forkserver(reader.transform) if workers else None,
             worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # its own, or each pass would draw from the global one
         )
@@ -343,10 +345,10 @@ def _unchanged(answer: Any) -> Any:
     return answer
 
 
-def _forkserver() -> Any:
+def _forkserver(transform: ImageTransform) -> Any:
     """Workers are forked from a server that has imported this module and nothing of the training process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *(["timm.data"] if transform.rand_augment else [])])
     return context
 
 

@@ -37,6 +37,7 @@ from dist_vpt.training.averaging import WeightAverage
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import TrainState, evaluate, fit
+from dist_vpt.training.inputs import augmentation_of
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
@@ -120,6 +121,7 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         facts={"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)},
         progress=progress,
         parameters={"trained": trained, "total": total},
+        augmentation=augmentation_of(recipe, parts.method.backbone),
         average=average,
         stop=stop,
     )

@@ -196,6 +196,7 @@ class _Step:
     ):
         self.recipe, self.method, self.optimizer, self.images, self.classes = recipe, method, optimizer, images, classes
         self.transforms = inputs.transforms
+        self.augmented = recipe.train.mixes or recipe.data.random_erasing > 0  # on the device, to float32
 
     def known(self) -> list[Tensor]:
         """Tensors that exist before and after a step: parameters, buffers and optimizer state."""
@@ -209,7 +210,7 @@ class _Step:
         hooks = [p.register_post_accumulate_grad_hook(alive.is_gradient) for p in trained] if alive else []
         for micro in range(min(2, self.recipe.train.grad_accum_steps)):  # more hold no more
             last = micro == min(2, self.recipe.train.grad_accum_steps) - 1
-            loss = self._losses(self._shown(self.images), self.images).sum()
+            loss = self._losses(self._shown(self.images, augmented=self.augmented), self.images).sum()
             before = snapshot(trained) if last else []
             loss.backward()
         clip_gradients([trained], self.recipe.optim.clip_norm)
@@ -226,10 +227,11 @@ class _Step:
         images = self.recipe.train.eval_batch_size
         self._losses(self._shown(images), images)
 
-    def _shown(self, images: int) -> Tensor | Joined:
+    def _shown(self, images: int, *, augmented: bool = False) -> Tensor | Joined:
         shapes = [(images, 3, each.image_size, each.image_size) for each in self.transforms]
         found = [
-            torch.zeros(shape, dtype=PIXELS[each.dtype]) for shape, each in zip(shapes, self.transforms, strict=True)
+            torch.zeros(shape, dtype=torch.float32 if augmented else PIXELS[each.dtype])
+            for shape, each in zip(shapes, self.transforms, strict=True)
         ]
         return found[0] if len(found) == 1 else Joined(tuple(found))
 

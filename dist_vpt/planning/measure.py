@@ -27,7 +27,7 @@ from dist_vpt.training.accelerator import make_accelerator, prepare
 from dist_vpt.training.averaging import WeightAverage
 from dist_vpt.training.components import build_method
 from dist_vpt.training.engine import TrainState, train_step
-from dist_vpt.training.inputs import Inputs, resolve_inputs
+from dist_vpt.training.inputs import Inputs, augmentation_of, resolve_inputs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a clone
 
@@ -122,6 +122,7 @@ def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
         facts={},
         progress=Progress(),
         parameters=parameters,
+        augmentation=augmentation_of(recipe, method.backbone),
         average=WeightAverage.of(recipe.train, method),
         stop=StopSignal(),  # never entered: signals keep their handlers
     )

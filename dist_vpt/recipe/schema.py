@@ -81,6 +81,11 @@ class TrainConfig(Section):
     early_stop: EarlyStopConfig | None = Field(None, description="early stopping on the validation split; null: none")
     test: bool = Field(True, description="evaluate on the test split once, after training")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
 
 class RuntimeConfig(Section):
     """Device, precision, memory and kernels."""
@@ -178,6 +183,11 @@ class Recipe(Section):
     def members(self) -> tuple[BackboneConfig, ...]:
         """The backbones that are read together; mostly one."""
         return self.backbones or (self.backbone,)
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of data order and augmentation."""
+        return self.seed if self.train.data_seed is None else self.train.data_seed
 
     @property
     def backbone_name(self) -> str:

@@ -13,6 +13,8 @@ STREAMED = (
 )
 TOGETHER = "is trained with many trials in one pass"
 STREAM_KEYS = {  # those that change images, or what is asked of one
+    "data.rand_augment": None,
+    "data.random_erasing": 0.0,
     "train.mixup_alpha": 0.0,
     "train.cutmix_alpha": 0.0,
 }

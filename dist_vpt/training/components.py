@@ -144,9 +144,12 @@ class Components:
         options = self.loader_options(rank, world) | {
             "batch_size": recipe.train.batch_size,
             "accumulate": recipe.train.grad_accum_steps,
-            "seed": recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
+            "seed": recipe.data_seed,
             "same_size": self.method.backbone.compiled,
+            "pairs": recipe.train.mixes,
         }
+        if recipe.data.rand_augment and recipe.data.cache is None:
+            options["cache"] = "none"  # from one in memory no workers augment
         split = self.splits[recipe.data.train_on]
         first, *others = (TrainBatches(split, transform, **options) for transform in self.inputs.transforms)
         return first.join(others)

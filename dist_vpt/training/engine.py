@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
+from dist_vpt.data.augmentation import BatchAugmentation
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.signals import StopSignal
@@ -36,6 +38,7 @@ from dist_vpt.training.step import (
     all_reduced,
     clip,
     fold_in,
+    for_each_label,
     image_losses,
     is_deepspeed,
     learning_rate,
@@ -152,6 +155,7 @@ class TrainState(Training):
     monitor: RunLogger
     facts: dict[str, Any]  # written into the head of adapter files
     parameters: dict[str, int]  # trained, total
+    augmentation: BatchAugmentation | None = None  # of batches on the device
     average: WeightAverage | None = None  # of the trained tensors, where one is scored and saved in their place
     resume_with = "run.resume=auto"
 
@@ -229,14 +233,15 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
     issued, before = UnreadStep(t.path, t.epoch, t.step, lr, _checked(t)), None
     set_lr(t.optimizer, lr)
-    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
+    augment = t.augmentation and partial(t.augmentation, epoch=t.epoch, step=t.progress.step)
+    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop, augment)
     accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums = torch.zeros(3, device=accelerator.device)  # of the micro-batches: loss, correct answers, images
     for micro, (batch, weights_B) in enumerate(micro_batches):
         torch.manual_seed(fold_in(t.recipe.seed, t.step, accelerator.process_index, micro))  # of dropout
         with accelerator.accumulate(t.model):
-            logits_BK, labels_B = t.model(batch["images"]), batch["labels"]
+            logits_BK, labels_B = for_each_label(t.model(batch["images"]), batch["labels"]), batch["labels"]
             loss = (image_losses(logits_BK, labels_B, train.label_smoothing) * weights_B).sum()
             correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
             sums += torch.stack([loss.detach(), correct, batch["weight"].sum()])

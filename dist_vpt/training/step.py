@@ -7,7 +7,7 @@ sums over all micro-batches of all processes, so that a step is the same however
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,17 +46,23 @@ def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:
 
 
 def weigh_global_batch(
-    accelerator: RankAccelerator, fetched: list[Batch] | DataError, class_weights_K: Tensor, stop: StopSignal
+    accelerator: RankAccelerator,
+    fetched: list[Batch] | DataError,
+    class_weights_K: Tensor,
+    stop: StopSignal,
+    augment: Callable[[Batch, Tensor], Batch] | None = None,
 ) -> tuple[list[tuple[Batch, Tensor]], Tensor]:
     """This process's micro-batches on its device with the weight of each image, and the weight of the global batch, [].
 
     A collective call, in which all processes also learn of a DataError, which is raised on all, and of a stop request.
     A single process reads nothing from its device here. To a GPU the micro-batches are copied beside the step before,
-    which the device still computes.
+    which the device still computes. ``augment``: what is done to each there, given its index on the host, too.
     """
     failed, batches = isinstance(fetched, DataError), [] if isinstance(fetched, DataError) else fetched
     copies = [DeviceCopy(batch, accelerator.device, "batches") for batch in batches]
     on_device = [copy.arrived() for copy in copies]
+    if augment is not None:
+        on_device = [augment(batch, host["index"]) for batch, host in zip(on_device, batches, strict=True)]
     weights = [weigh(batch, class_weights_K) for batch in on_device]
     local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else class_weights_K.new_zeros(())
     any_failed, stopped = float(failed), float(stop.requested)
@@ -87,6 +93,11 @@ def image_losses(logits: Tensor, labels_B: Tensor, smoothing: float = 0.0) -> Te
     labels = labels_B.expand(logits.shape[:-1])
     losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=smoothing)
     return losses.view_as(labels)
+
+
+def for_each_label(logits_BK: Tensor, labels: Tensor) -> Tensor:
+    """The logits once for each label: images mixed in pairs have labels of their own, then their partners', [2 B]."""
+    return logits_BK if len(labels) == len(logits_BK) else logits_BK.repeat(2, 1)
 
 
 def learning_rate(optim: OptimConfig, train: TrainConfig, step: int, steps_per_epoch: int) -> float:
