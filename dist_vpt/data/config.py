@@ -172,6 +172,12 @@ class DataConfig(BaseModel):
         description="random_erasing: what fills the box: const: the mean; rand: one normal draw per channel; pixel: "
         "one per pixel and channel",
     )
+    test_crops: Literal[1, 2, 5, 10] = Field(
+        default=1,
+        description="views of an image in evaluation and prediction, whose logits are averaged (Krizhevsky et al. "
+        "2012, section 4.1): 1; 2: with its mirror image; 5: center and corners of the larger picture of crop_mode; "
+        "10: with their mirror images",
+    )
     cache: Cache | None = Field(
         default=None,
         description="memory: decode and resize each image once per process, and augment it in each epoch; null: the "
@@ -234,6 +240,11 @@ class DataConfig(BaseModel):
             return
         yield from self._mistakes_of_storage(storage)
         yield from self._mistakes_of_draws()
+        if self.random_erasing_mode != "pixel" and not self.random_erasing:
+            yield (
+                f"random_erasing_mode = {self.random_erasing_mode}: nothing is erased; set random_erasing, or leave it "
+                "out"
+            )
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
         if self.mean is not None and self.normalize is not None:

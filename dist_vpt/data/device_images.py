@@ -54,9 +54,9 @@ class DeviceImages:
 
     def __call__(self, epoch: int, index_b: np.ndarray) -> Tensor:
         """Images [b, 3, S, S] of the transform's dtype on the device; zeros for padding and what was not read."""
-        size = self._transform.image_size
         dtype = torch.float32 if self._transform.dtype == np.float32 else torch.uint8
-        images_b3SS = torch.zeros((len(index_b), 3, size, size), dtype=dtype, device=self._device)
+        shape = self._final_n3SS.shape[1:] if self._final else self._transform.shape(train=True)
+        images_b3SS = torch.zeros((len(index_b), *shape), dtype=dtype, device=self._device)
         positions = [position for position, i in enumerate(index_b) if int(i) in self._row]
         if not positions:
             return images_b3SS

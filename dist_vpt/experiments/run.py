@@ -215,8 +215,9 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
 
     on_main_process(t.accelerator, finish, "the results", t.path, _then(t))
     if scores is not None:  # last: a figure that cannot be drawn must not cost a finished run its result
+        view = parts.inputs.one_view().transform
         confusion_KK, classes = scores.confusion().cpu().numpy(), parts.splits.classes
-        t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.transform, classes)
+        t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], view, classes)
     t.accelerator.wait_for_everyone()
     return result
 

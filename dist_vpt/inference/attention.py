@@ -6,7 +6,7 @@ S image side.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     files = _files_by_name(images)
     refuse_several(RunFolder(run).load(), "attention")
     loaded = load_run(run, adapters, activation_checkpointing="none", attention="eager", compile=False, offload=False)
+    loaded = replace(loaded, inputs=loaded.inputs.one_view())
     backbone, folder = loaded.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
     for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
         if value is not None and not 0 <= value < count:

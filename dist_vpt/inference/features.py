@@ -49,7 +49,7 @@ def write_features(recipe: Recipe, out: str, split: str | None, what: What, form
     recipe = recipe.model_copy(update={"method": LinearConfig(name="linear", head="standardized")})
     select_device(recipe.runtime.device, LaunchEnv.current())
     recipe, _ = resolve_precision(recipe)
-    recipe = recipe.changed("train", test=False).changed("data", rand_augment=None)
+    recipe = recipe.changed("train", test=False).changed("data", rand_augment=None, test_crops=1)
     parts = build_components(recipe, trains=False)
     device = device_of(recipe)
     backbone = parts.method.to(device).eval().backbone

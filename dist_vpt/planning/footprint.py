@@ -224,7 +224,7 @@ class _Step:
     def score(self) -> None:
         """One batch of an evaluation."""
         self.method.eval()
-        images = self.recipe.train.eval_batch_size
+        images = max(self.recipe.train.eval_batch_size, self.recipe.data.test_crops)  # or views
         self._losses(self._shown(images), images)
 
     def _shown(self, images: int, *, augmented: bool = False) -> Tensor | Joined:

@@ -81,6 +81,24 @@ class TrainConfig(Section):
     early_stop: EarlyStopConfig | None = Field(None, description="early stopping on the validation split; null: none")
     test: bool = Field(True, description="evaluate on the test split once, after training")
 
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        mistakes = []
+        if self.mixup_prob != 1 and not self.mixes:
+            mistakes.append(
+                f"mixup_prob = {self.mixup_prob:g}: nothing is mixed; set mixup_alpha or cutmix_alpha, or leave it out"
+            )
+        if self.mixup_switch_prob != 0.5 and not (self.mixup_alpha and self.cutmix_alpha):
+            mistakes.append(
+                f"mixup_switch_prob = {self.mixup_switch_prob:g}: needs mixup and CutMix; set mixup_alpha and "
+                "cutmix_alpha, or leave it out"
+            )
+        if self.model_ema_warmup and self.model_ema_decay is None:
+            mistakes.append("model_ema_warmup = true: there is no average; set model_ema_decay, or leave it out")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
     @property
     def mixes(self) -> bool:
         """Whether images are mixed in pairs."""

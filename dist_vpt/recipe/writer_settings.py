@@ -15,6 +15,7 @@ TOGETHER = "is trained with many trials in one pass"
 STREAM_KEYS = {  # those that change images, or what is asked of one
     "data.rand_augment": None,
     "data.random_erasing": 0.0,
+    "data.test_crops": 1,
     "train.mixup_alpha": 0.0,
     "train.cutmix_alpha": 0.0,
 }

@@ -40,6 +40,11 @@ class Inputs:
         """The sides of the backbones' images, for messages."""
         return " and ".join(dict.fromkeys(f"{transform.image_size} px" for transform in self.transforms))
 
+    def one_view(self) -> "Inputs":
+        """The same, with one view of each image in evaluation, whatever data.test_crops is."""
+        others = tuple(each.one_view() for each in self.others)
+        return replace(self, transform=replace(self.transform, test_crops=1), others=others)
+
     def without_augmentation(self) -> "Inputs":
         """The same, with each image as evaluation shows it."""
         others = tuple(each.without_augmentation() for each in self.others)
@@ -71,6 +76,7 @@ def _resolved(recipe: Recipe) -> Inputs:
         augment=task.augment,
         rand_augment=data.rand_augment,
         mean=mean,
+        test_crops=data.test_crops,
     )
     return Inputs(task, preprocessing, transform, mean, std)
 

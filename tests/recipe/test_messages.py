@@ -51,6 +51,10 @@ VALUES = [
     ("data.mean=x", "'x'", LIST),
     ("data.std=x", "'x'", LIST),
     ("data.augment=x", "'x'", CHOICE + "fgvc, none"),
+    ("data.random_erasing=x", "'x'", NUMBER),
+    ("data.random_erasing=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("data.random_erasing_mode=x", "'x'", CHOICE + "const, pixel, rand"),
+    ("data.test_crops=3", "3", CHOICE + "1, 10, 2, 5"),
     ("data.cache=x", "'x'", CHOICE + "memory, none"),
     ("data.workers=x", "'x'", INTEGER),
     ("data.workers=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
@@ -120,6 +124,17 @@ VALUES = [
     ("train.label_smoothing=x", "'x'", NUMBER),
     ("train.label_smoothing=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.class_weights=x", "'x'", CHOICE + "inv, inv_sqrt, none"),
+    ("train.mixup_alpha=x", "'x'", NUMBER),
+    ("train.mixup_alpha=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("train.cutmix_alpha=x", "'x'", NUMBER),
+    ("train.cutmix_alpha=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("train.mixup_prob=x", "'x'", NUMBER),
+    ("train.mixup_prob=0", "0", "must be greater than 0; use a value above 0"),
+    ("train.mixup_switch_prob=x", "'x'", NUMBER),
+    ("train.mixup_switch_prob=2", "2", "must be less than or equal to 1; use 1 or less"),
+    ("train.model_ema_decay=x", "'x'", NUMBER),
+    ("train.model_ema_decay=1", "1", "must be less than 1; use a value below 1"),
+    ("train.model_ema_warmup=x", "'x'", BOOLEAN),
     ("train.data_seed=x", "'x'", INTEGER),
     ("train.data_seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.early_stop.patience=x", "'x'", INTEGER),
@@ -275,6 +290,66 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
                 "know sgd, adam and adamw; use one of them"
             )
         ],
+    ),
+    *(
+        (
+            {},
+            ["method.name=vqt", f"{key}={value}"],
+            [
+                (
+                    f"command line: {key} = {value}: method.name = vqt reads the frozen stream, which is computed once "
+                    "for each image as it is, and may be cached; leave it out, or choose a writer such as lora"
+                )
+            ],
+        )
+        for key, value in {
+            "data.rand_augment": "rand-m9-mstd0.5-inc1",
+            "data.random_erasing": 0.25,
+            "data.test_crops": 5,
+            "train.mixup_alpha": 0.8,
+            "train.cutmix_alpha": 1.0,
+        }.items()
+    ),
+    (
+        {},
+        ["method.name=knn", "train.model_ema_decay=0.99"],
+        [
+            (
+                "command line: train.model_ema_decay = 0.99: method.name = knn is trained with many trials in one "
+                "pass, of which no average is kept; leave it out"
+            )
+        ],
+    ),
+    *(
+        (
+            {},
+            [f"data.rand_augment={value}"],
+            [
+                (
+                    f"command line: data.rand_augment: {value!r}: must be rand and timm's settings: mN (magnitude), nN "
+                    "(operations), pP (probability of each), mstdS (deviation of the magnitude), mmaxN (its maximum), "
+                    "incI (1: operations that grow with it), joined by hyphens; use rand-m9-mstd0.5-inc1"
+                )
+            ],
+        )
+        for value in ("augmix-m5", "rand-x3", "rand-m", "rand-m9n2", "rand-p2", "randm9", "rand-n0")
+    ),
+    (
+        {},
+        ["train.mixup_prob=0.5", "train.mixup_switch_prob=0.1", "train.model_ema_warmup=true"],
+        [
+            "command line: train: mixup_prob = 0.5: nothing is mixed; set mixup_alpha or cutmix_alpha, or leave it out",
+            (
+                "command line: train: mixup_switch_prob = 0.1: needs mixup and CutMix; set mixup_alpha and "
+                "cutmix_alpha, or leave it out"
+            ),
+            "command line: train: model_ema_warmup = true: there is no average; set model_ema_decay, or leave it out",
+        ],
+    ),
+    (
+        {},
+        ["data.random_erasing_mode=const"],
+        [("command line: data: random_erasing_mode = const: nothing is erased; set random_erasing, or leave it out")],
     ),
     (
         {},
@@ -741,6 +816,7 @@ def test_the_list_has_every_key() -> None:
         "data.root",
         "data.hf.",
         "data.background",
+        "data.rand_augment",
         "backbone.entry",
         "backbones",
         "run.dir",

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dist_vpt.errors import Interrupted, UserError
+from dist_vpt.inference.evaluate import evaluate_run
+from dist_vpt.inference.load import load_run
+from dist_vpt.inference.predict import predict
 from dist_vpt.planning.footprint import footprint
 from dist_vpt.planning.measure import measure
 from dist_vpt.recipe.loading import load_recipe
@@ -103,3 +107,30 @@ def test_the_planner_counts_augmented_images_and_measures_with_them() -> None:
     more = footprint(augmented, 10).height - footprint(recipe, 10).height
     assert 0 <= more <= 3 * 20 * 3 * 8 * 8 * 4
     assert "measured: " in measure(augmented, 10)
+
+
+@pytest.mark.parametrize("crops", [2, 5])
+def test_logits_of_several_views_are_averaged(crops: int, data: tuple[str, ...], tmp_path: Path) -> None:
+    options = (*data, "train.batch_size=50", "train.epochs=1", "data.crop_mode=crop")
+    result = train(tmp_path / "run", *options, f"data.test_crops={crops}", "train.eval_batch_size=8")
+    plain = train(tmp_path / "plain", *options)
+    assert result["last"]["train"] == plain["last"]["train"]
+    assert result["last"]["test"]["loss"] != plain["last"]["test"]["loss"]
+    assert result["protocol"]["test_crops"] == crops
+    assert "test_crops" not in plain["protocol"]
+    assert evaluate_run(str(tmp_path / "run"), "val", "last") == pytest.approx(result["last"]["val"], abs=1e-4)
+    loaded = load_run(str(tmp_path / "run"), "last")
+    root = Path(next(word for word in data if word.startswith("data.root=")).removeprefix("data.root="))
+    files = [root / f"{i}.png" for i in range(120, 179)]  # test
+    labels = torch.tensor([int(line.split()[1]) for line in (root / "test.txt").read_text().splitlines()])
+    with torch.no_grad():
+        views = loaded.load_images(files)
+        assert views.shape == (59, crops, 3, 8, 8)
+        logits = torch.stack([loaded.method(views[:, v]) for v in range(crops)]).mean(0)
+        assert torch.allclose(loaded.method(views), logits, atol=1e-4)
+    expected = float(F.cross_entropy(logits.double(), labels))
+    assert result["last"]["test"]["loss"] == pytest.approx(expected, abs=1e-4)
+    rows = predict(str(tmp_path / "run"), [str(files[0])], top=1)
+    assert rows[0]["predictions"][0]["probability"] == pytest.approx(float(logits[0].softmax(0).max()), abs=1e-4)
+    later = evaluate_run(str(tmp_path / "plain"), "test", "last", [f"data.test_crops={crops}"])
+    assert later["loss"] != plain["last"]["test"]["loss"]
