@@ -376,8 +376,8 @@ def _check_memory(reader: ImageReader, images: int, processes: int) -> None:
     transform = reader.transform
     # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a random crop
     # and a vpt resize no side is known: assume the same.
-    pixels = math.prod(transform.shape(reader.train)[:-3]) * transform.image_size**2
-    pixels = pixels if reader.final else transform.shorter_side**2 * 1.5
+    final = math.prod(transform.shape(reader.train)) // 3
+    pixels = final if reader.final else transform.shorter_side**2 * 1.5
     per_pixel = 3 * np.dtype(transform.dtype if reader.final else np.uint8).itemsize
     needed, available = images * pixels * per_pixel * processes, psutil.virtual_memory().available
     if needed > available:

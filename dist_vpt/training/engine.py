@@ -233,7 +233,7 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
     issued, before = UnreadStep(t.path, t.epoch, t.step, lr, _checked(t)), None
     set_lr(t.optimizer, lr)
-    augment = t.augmentation and partial(t.augmentation, epoch=t.epoch, step=t.progress.step)
+    augment = None if t.augmentation is None else partial(t.augmentation, epoch=t.epoch, step=t.progress.step)
     micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop, augment)
     accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
