@@ -244,7 +244,8 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
             logits_BK, labels_B = for_each_label(t.model(batch["images"]), batch["labels"]), batch["labels"]
             loss = (image_losses(logits_BK, labels_B, train.label_smoothing) * weights_B).sum()
             correct = ((logits_BK.argmax(1) == labels_B) * batch["weight"]).sum()
-            sums += torch.stack([loss.detach(), correct, batch["weight"].sum()])
+            images = batch["weight"].sum().round()  # to which the shares of mixed ones add up
+            sums += torch.stack([loss.detach(), correct, images])
             last = accelerator.sync_gradients
             if last:
                 before = snapshot(_trained(t)) if norms else None
