@@ -24,7 +24,7 @@ STRANGERS = [{"backbones", "distributed"}]  # neither imports the other
 IMPORTED_IN = {  # the only folders that import a library
     "accelerate": {"distributed", "training", "frozen_stream", "planning", "experiments"},
     "deepspeed": {"distributed", "training"},
-    "timm": {"backbones", "methods"},
+    "timm": {"backbones", "data", "methods", "training"},
 }
 CREATES_MODELS = "backbones"  # the only folder that calls what timm makes models with
 CREATORS = ("timm.create_model", "timm.models")
@@ -177,7 +177,7 @@ MISTAKES = [
     (imports_between_strangers, "distributed/watchdog.py", "import dist_vpt.backbones"),
     (misplaced_libraries, "methods/vqt.py", "from accelerate.utils import send_to_device"),
     (misplaced_libraries, "planning/planner.py", "def plan():\n    import deepspeed.utils as tools"),
-    (misplaced_libraries, "data/transforms.py", "from timm.data import constants"),
+    (misplaced_libraries, "runs/folder.py", "from timm.data import constants"),
     (models_created_elsewhere, "methods/side.py", "import timm\nnet = timm.create_model('resnet18')"),
     (models_created_elsewhere, "methods/side.py", "from timm import create_model as make\nnet = make('resnet18')"),
     (models_created_elsewhere, "methods/side.py", "from timm.models.vision_transformer import Block as B\nb = B(8)"),

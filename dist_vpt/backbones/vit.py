@@ -6,6 +6,7 @@ P prompts, D width, L blocks.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import global_pool_nlc
@@ -33,6 +34,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool):
         super().__init__()
+        self.group_matcher: Any = model.group_matcher(coarse=False)  # type: ignore[operator]  # timm's layers
         self._take_apart(model)
         self.stochastic = stochastic
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)

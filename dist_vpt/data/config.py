@@ -56,6 +56,21 @@ def _extra_name(value: str) -> str:
 
 Color = Annotated[str, AfterValidator(_color)]
 
+RAND_AUGMENT = re.compile(r"^rand(-(m\d{1,2}|n[1-9]|p(0(\.\d+)?|1(\.0+)?)|mstd\d+(\.\d+)?|mmax[1-9]\d?|inc[01]))*$")
+
+
+def _policy(value: str) -> str:
+    if not RAND_AUGMENT.match(value):
+        raise ValueError(
+            f"{value!r}: must be rand and timm's settings: mN (magnitude), nN (operations), pP (probability of each), "
+            "mstdS (deviation of the magnitude), mmaxN (its maximum), incI (1: operations that grow with it), joined "
+            "by hyphens; use rand-m9-mstd0.5-inc1"
+        )
+    return value
+
+
+RandAugment = Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"pattern": RAND_AUGMENT.pattern})]
+
 
 class HfConfig(BaseModel):
     """Settings of Hugging Face datasets."""
@@ -155,10 +170,33 @@ class DataConfig(BaseModel):
     augment: Augment | None = Field(
         default=None, description="fgvc: random crop and flip in training; null: the task's"
     )
+    rand_augment: RandAugment | None = Field(
+        default=None,
+        description="RandAugment in training (Cubuk et al. 2020, arXiv 1909.13719), after crop and flip: a policy of "
+        "timm, such as rand-m9-mstd0.5-inc1; null: none",
+    )
+    random_erasing: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="probability, 0 to 1, with which a box of a training image is erased (Zhong et al. 2020, arXiv "
+        "1708.04896; timm's RandomErasing)",
+    )
+    random_erasing_mode: Literal["const", "rand", "pixel"] = Field(
+        default="pixel",
+        description="random_erasing: what fills the box: const: the mean; rand: one normal draw per channel; pixel: "
+        "one per pixel and channel",
+    )
+    test_crops: Literal[1, 2, 5, 10] = Field(
+        default=1,
+        description="views of an image in evaluation and prediction, whose logits are averaged (Krizhevsky et al. "
+        "2012, section 4.1): 1; 2: with its mirror image; 5: center and corners of the larger picture of crop_mode; "
+        "10: with their mirror images",
+    )
     cache: Cache | None = Field(
         default=None,
         description="memory: decode and resize each image once per process, and augment it in each epoch; null: the "
-        "task's",
+        "task's, but none with rand_augment, for which workers are needed",
     )
     workers: int = Field(default=2, ge=0, description="processes that load images, for each training process")
     on_decode_error: Literal["fail", "skip"] = Field(
@@ -234,6 +272,11 @@ class DataConfig(BaseModel):
             return
         yield from self._mistakes_of_storage(storage)
         yield from self._mistakes_of_draws()
+        if self.random_erasing_mode != "pixel" and not self.random_erasing:
+            yield (
+                f"random_erasing_mode = {self.random_erasing_mode}: nothing is erased; set random_erasing, or leave it "
+                "out"
+            )
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
         if self.mean is not None and self.normalize is not None:

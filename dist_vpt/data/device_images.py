@@ -57,9 +57,9 @@ class DeviceImages:
 
         ``epoch``: or a number in its place for each position.
         """
-        size = self._transform.image_size
         dtype = torch.float32 if self._transform.dtype == np.float32 else torch.uint8
-        images_b3SS = torch.zeros((len(index_b), 3, size, size), dtype=dtype, device=self._device)
+        shape = self._final_n3SS.shape[1:] if self._final else self._transform.shape(train=True)
+        images_b3SS = torch.zeros((len(index_b), *shape), dtype=dtype, device=self._device)
         positions = [position for position, i in enumerate(index_b) if int(i) in self._row]
         if not positions:
             return images_b3SS

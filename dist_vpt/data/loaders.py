@@ -97,24 +97,29 @@ class TrainBatches(_Batches):
         cache: Cache = "none",
         same_size: bool = False,
         sampling: Sampling = "shuffle",
+        pairs: bool = False,
     ):
         """``batch_size`` images per optimizer step: ``world`` processes of ``accumulate`` micro-batches.
 
-        ``same_size``: padding makes the last batch as large as the others, as compiled blocks want it.
+        ``same_size``: padding makes the last batch as large as the others, as compiled blocks want it. ``pairs``: the
+        images at places i and -1 - i of a global batch, which mixup mixes, are at such places of one micro-batch, too.
         """
         parts = world * accumulate
-        if batch_size < 1 or batch_size % parts:
-            lower = batch_size // parts * parts
-            sizes = f"{lower} or {lower + parts}" if lower > 0 else f"{parts}"
+        multiple = 2 * parts if pairs else parts
+        if batch_size < 1 or batch_size % multiple:
+            lower = batch_size // multiple * multiple
+            sizes = f"{lower} or {lower + multiple}" if lower > 0 else f"{multiple}"
+            of_pairs = " x 2 images of a pair (mixup)" if pairs else ""
             raise UserError(
-                f"batch_size {batch_size}: must be a multiple of {parts} = {world} processes x {accumulate} "
-                f"accumulated micro-batches; use {sizes}"
+                f"batch_size {batch_size}: must be a multiple of {multiple} = {world} processes x {accumulate} "
+                f"accumulated micro-batches{of_pairs}; use {sizes}"
             )
         self.batch_size = batch_size
         self.steps_per_epoch = -(-len(split) // batch_size)
         self.images, self._seed, self._split, self._sampling = len(split), seed, split, sampling
         self._accumulate, self._rank, self._world = accumulate, rank, world
-        self._multiple = batch_size if same_size else parts
+        self._multiple = batch_size if same_size else multiple
+        self._pairs = pairs
         reader = ImageReader(split, transform, True, on_decode_error, max_megapixels)
         batches = ImageBatches(reader, seed)
         self._source = WorkerSource(
@@ -136,12 +141,14 @@ class TrainBatches(_Batches):
         requests: list[Request] = []
         for step in range(start_step, self.steps_per_epoch):
             taken = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            indices = _padded(order[taken], self._multiple)
-            of_each = None if epochs is None else _padded(epochs[taken], self._multiple)
+            indices = order[taken]
             # Dealt round-robin, so that padding is spread over processes and micro-batches.
+            deal = _dealt_in_pairs if self._pairs else _dealt
+            places = deal(np.arange(len(indices)), self._multiple, parts)
             for micro in range(self._accumulate):
-                mine = slice(micro * self._world + self._rank, None, parts)
-                requests.append((epoch if of_each is None else of_each[mine], indices[mine]))
+                mine = places[micro * self._world + self._rank]
+                of_each = epoch if epochs is None else np.where(mine == PADDING, PADDING, epochs[taken][mine])
+                requests.append((of_each, np.where(mine == PADDING, PADDING, indices[mine])))
         batches = self._source(requests)
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._accumulate)]
@@ -185,6 +192,19 @@ class EvalBatches(_Batches):
 
     def __iter__(self) -> Iterator[Batch]:
         return self._source([(0, self._indices[start : start + self._batch_size]) for start in self._starts])
+
+
+def _dealt(indices: np.ndarray, multiple: int, parts: int) -> list[np.ndarray]:
+    padded = _padded(indices, multiple)
+    return [padded[part::parts] for part in range(parts)]
+
+
+def _dealt_in_pairs(indices: np.ndarray, multiple: int, parts: int) -> list[np.ndarray]:
+    """Pairs of the first and the last image, the second and the last but one, and so on; an odd one's is padding."""
+    first, second = np.array_split(indices, 2)
+    pairs_2p = np.full((2, len(_padded(first, multiple // 2))), PADDING)
+    pairs_2p[0, : len(first)], pairs_2p[1, : len(second)] = first, second[::-1]
+    return [np.concatenate([one, other[::-1]]) for one, other in (pairs_2p[:, part::parts] for part in range(parts))]
 
 
 def _padded(indices: np.ndarray, multiple: int) -> np.ndarray:

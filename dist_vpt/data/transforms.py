@@ -1,16 +1,19 @@
 """From a picture to pixels of one size: a part that never changes, and a part drawn per epoch.
 
-H, W height and width of what is cut from; S side of the result. The backbone normalizes.
+H, W height and width of what is cut from; S side of the result; V views of an image in evaluation, of which several
+are the mean of logits (``test_crops``). The backbone normalizes.
 
 The ``vpt`` resize is float32. Where nothing is drawn, it never changes either, but its result is four times as large.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from dist_vpt.data.rand_augment import rand_augmented
 from dist_vpt.data.splits import Picture
 from dist_vpt.data.tasks import Augment, CropMode, Interpolation
 from dist_vpt.errors import DataError
@@ -29,6 +32,9 @@ class ImageTransform:
     interpolation: Interpolation  # kernel
     crop_mode: CropMode = "squash"  # squash: straight to a square; crop: shorter side, then a square of it
     augment: Augment = "none"  # fgvc: random crop and flip in training
+    rand_augment: str | None = None  # timm's policy, in training
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of the channels in [0, 1]: what RandAugment fills with
+    test_crops: int = 1  # V: 1; 2: with the mirror image; 5: center and corners; 10: with mirror images
 
     @property
     def shorter_side(self) -> int:
@@ -36,9 +42,24 @@ class ImageTransform:
         return SHORTER_SIDES.get(self.image_size, round(self.image_size * 256 / 224))
 
     @property
+    def shown(self) -> dict[str, Any]:
+        """How an image is shown to a frozen backbone, for files that hold what the backbone makes of it."""
+        return {
+            "image_size": self.image_size,
+            "interpolation": self.interpolation,
+            "crop_mode": self.crop_mode,
+            "augment": self.augment,
+        }
+
+    @property
     def dtype(self) -> type[np.generic]:
         """Of the pixels that the backbone gets, which are in 0..255."""
         return np.float32 if self.interpolation == "vpt" else np.uint8
+
+    def shape(self, train: bool) -> tuple[int, ...]:
+        """Of the pixels of an image: [3, S, S], or of several views [V, 3, S, S]."""
+        views = () if train or self.test_crops == 1 else (self.test_crops,)
+        return (*views, 3, self.image_size, self.image_size)
 
     def fixed(self, picture: Picture, train: bool) -> np.ndarray:
         """The part that never changes, uint8: [S, S, 3], or [H, W, 3] where a vpt resize or random crop follows.
@@ -52,19 +73,27 @@ class ImageTransform:
             return np.asarray(picture)
         image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
         pixels_HW3 = np.asarray(image.resize((width, height), KERNELS[self.interpolation]))
-        return pixels_HW3 if self.draws(train) else _center_crop(pixels_HW3, self.image_size)
+        return pixels_HW3 if self.cuts_later(train) else _center_crop(pixels_HW3, self.image_size)
 
     def varied(self, pixels_HW3: np.ndarray, train: bool, seed: int, epoch: int, index: int) -> np.ndarray:
-        """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``."""
+        """The rest, random as a pure function of (seed, epoch, index): [S, S, 3] of ``dtype``, or [V, S, S, 3]."""
         if self.interpolation == "vpt":
             height, width, _ = pixels_HW3.shape
             pixels_HW3 = vpt_resize(pixels_HW3, *self.size_before_cut(height, width, train))
-        if not self.draws(train):
-            return _center_crop(pixels_HW3, self.image_size)
-        height, width, _ = pixels_HW3.shape
-        top, left, flip = self.drawn(height, width, seed, epoch, index)
-        pixels_SS3 = _cut(pixels_HW3, top, left, self.image_size)
-        return pixels_SS3[:, ::-1] if flip else pixels_SS3
+        if not train and self.test_crops > 1:
+            return np.stack(_views(pixels_HW3, self.image_size, self.test_crops))
+        if self.crops(train):
+            height, width, _ = pixels_HW3.shape
+            top, left, flip = self.drawn(height, width, seed, epoch, index)
+            pixels_SS3 = _cut(pixels_HW3, top, left, self.image_size)
+            pixels_SS3 = pixels_SS3[:, ::-1] if flip else pixels_SS3
+        else:
+            pixels_SS3 = _center_crop(pixels_HW3, self.image_size)
+        if self.rand_augment is None or not train:
+            return pixels_SS3
+        whole = np.rint(pixels_SS3) if self.interpolation == "vpt" else pixels_SS3  # Pillow has 8 bits
+        pixels_SS3 = np.ascontiguousarray(whole, np.uint8)
+        return rand_augmented(pixels_SS3, self.rand_augment, self.mean, seed, epoch, index).astype(self.dtype)
 
     def drawn(self, height: int, width: int, seed: int, epoch: int, index: int) -> tuple[int, int, bool]:
         """Top and left of the square that is cut from [height, width], and whether it is flipped."""
@@ -78,17 +107,25 @@ class ImageTransform:
         return _tensor(self.varied(self.fixed(picture, True), True, seed, epoch, index))
 
     def eval(self, picture: Picture) -> torch.Tensor:
-        """The picture transformed for evaluation: [3, S, S] of ``dtype``."""
+        """The picture transformed for evaluation: [3, S, S] of ``dtype``, or [V, 3, S, S]."""
         return _tensor(self.varied(self.fixed(picture, False), False, 0, 0, 0))
 
     def draws(self, train: bool) -> bool:
         """Whether a part is drawn anew in each epoch."""
+        return self.crops(train) or (train and self.rand_augment is not None)
+
+    def crops(self, train: bool) -> bool:
+        """Whether a square is drawn in each epoch, and a flip."""
         return train and self.augment == "fgvc"
+
+    def cuts_later(self, train: bool) -> bool:
+        """Whether more of the picture is kept than the square in its middle, for what is cut of it."""
+        return self.crops(train) or (not train and self.test_crops > 2)
 
     def size_before_cut(self, height: int, width: int, train: bool) -> tuple[int, int]:
         """Height and width to which a picture of this size is brought."""
         if self.crop_mode == "squash":
-            side = self.shorter_side if self.draws(train) else self.image_size
+            side = self.shorter_side if self.cuts_later(train) else self.image_size
             return side, side
         shorter = min(height, width)
         return self.shorter_side * height // shorter, self.shorter_side * width // shorter
@@ -130,9 +167,23 @@ def _center_crop(pixels_HW3: np.ndarray, size: int) -> np.ndarray:
     return _cut(pixels_HW3, round((height - size) / 2), round((width - size) / 2), size)
 
 
+def _views(pixels_HW3: np.ndarray, size: int, views: int) -> list[np.ndarray]:
+    """The center, with 5 and 10 views the corners, and with 2 and 10 views the mirror images of them."""
+    height, width, _ = pixels_HW3.shape
+    found = [_center_crop(pixels_HW3, size)]
+    if views > 2:
+        found += [_cut(pixels_HW3, top, left, size) for top in (0, height - size) for left in (0, width - size)]
+    return [*found, *(pixels_SS3[:, ::-1] for pixels_SS3 in found if views % 2 == 0)]
+
+
 def _cut(pixels_HW3: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
     return pixels_HW3[top : top + size, left : left + size]
 
 
+def channels_first(pixels_SS3: np.ndarray) -> np.ndarray:
+    """[3, S, S], or of several views [V, 3, S, S]."""
+    return np.moveaxis(pixels_SS3, -1, -3)
+
+
 def _tensor(pixels_SS3: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels_SS3.transpose(2, 0, 1)))
+    return torch.from_numpy(np.ascontiguousarray(channels_first(pixels_SS3)))

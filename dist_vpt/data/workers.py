@@ -6,6 +6,7 @@ Workers write pixels into slots of one shared tensor, each of which is copied ou
 fresh shared memory for each batch would cost a page fault for every 4 KiB.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -25,7 +26,7 @@ from dist_vpt.data.device_images import DeviceImages
 from dist_vpt.data.labels import batch_labels
 from dist_vpt.data.splits import Picture, Split
 from dist_vpt.data.tasks import Cache
-from dist_vpt.data.transforms import ImageTransform
+from dist_vpt.data.transforms import ImageTransform, channels_first
 from dist_vpt.distributed.signals import block_stop_signals
 from dist_vpt.errors import DataError
 
@@ -49,7 +50,7 @@ MIB = 2**20
 class Batch(TypedDict):
     """A micro-batch on one process."""
 
-    images: Any  # of the transform's dtype [b, 3, S, S], or out of a cache what the frozen stream holds of them
+    images: Any  # of the transform's dtype [b, 3, S, S] or [b, V, 3, S, S]; from a cache what the frozen stream holds
     labels: torch.Tensor  # int64 [b], or float32 [b, K] of 0 and 1 where images have several labels
     weight: torch.Tensor  # float32 [b]: 1 for an example, 0 for padding and for a skipped image
     index: torch.Tensor  # int64 [b]: position in the split, -1 for padding
@@ -106,8 +107,7 @@ class ImageReader:
             fixed = self.transform.fixed(picture, self.train)
             if not self.final:
                 return fixed
-            pixels_SS3 = self.transform.varied(fixed, self.train, 0, 0, i)
-            return np.ascontiguousarray(pixels_SS3.transpose(2, 0, 1))
+            return np.ascontiguousarray(channels_first(self.transform.varied(fixed, self.train, 0, 0, i)))
         except DataError as error:
             raise DataError(f"{self.split.where(i)}: {error}") from error
 
@@ -133,9 +133,9 @@ class ImageBatches:
     slots: torch.Tensor | None = None  # [R, b, 3, S, S], shared with the workers
 
     def empty(self, *shape: int) -> torch.Tensor:
-        """Uninitialized images [*shape, 3, S, S]."""
-        size = self.reader.transform.image_size
-        return torch.empty((*shape, 3, size, size), dtype=PIXELS[self.reader.transform.dtype])
+        """Uninitialized images [*shape, 3, S, S], or of several views [*shape, V, 3, S, S]."""
+        transform = self.reader.transform
+        return torch.empty((*shape, *transform.shape(self.reader.train)), dtype=PIXELS[transform.dtype])
 
     def __getitem__(
         self, request: tuple[int | np.ndarray, np.ndarray, int | None]
@@ -167,7 +167,7 @@ class ImageBatches:
 
     def _varied(self, pixels_HW3: np.ndarray, epoch: int, i: int) -> np.ndarray:
         reader = self.reader
-        return reader.transform.varied(pixels_HW3, reader.train, self.seed, epoch, i).transpose(2, 0, 1)
+        return channels_first(reader.transform.varied(pixels_HW3, reader.train, self.seed, epoch, i))
 
     def taken(self, slot: int, images: int) -> torch.Tensor:
         """A copy of a slot's images, in pinned memory where this process computes on a GPU."""
@@ -233,7 +233,9 @@ class WorkerSource:
         self._device, self._budget = device, budget
 
     def _keep(self, filled: CachedImages) -> None:
-        if not 0 < DeviceImages.nbytes(filled.pixels) <= self._budget:
+        reader = self._batches.reader
+        on_host = reader.train and reader.transform.rand_augment is not None  # Pillow's operations
+        if on_host or not 0 < DeviceImages.nbytes(filled.pixels) <= self._budget:
             self._batches.cached = filled
             return
         transform, seed = self._batches.reader.transform, self._batches.seed
@@ -279,7 +281,7 @@ class WorkerPool:
             prefetch_factor=PREFETCH if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_initialized(),
-            multiprocessing_context=_forkserver() if workers else None,
+            multiprocessing_context=_forkserver(reader.transform) if workers else None,
             worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # its own, or each pass would draw from the global one
         )
@@ -347,10 +349,10 @@ def _unchanged(answer: Any) -> Any:
     return answer
 
 
-def _forkserver() -> Any:
+def _forkserver(transform: ImageTransform) -> Any:
     """Workers are forked from a server that has imported this module and nothing of the training process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *(["timm.data"] if transform.rand_augment else [])])
     return context
 
 
@@ -378,7 +380,8 @@ def _check_memory(reader: ImageReader, images: int, processes: int) -> None:
     transform = reader.transform
     # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a random crop
     # and a vpt resize no side is known: assume the same.
-    pixels = transform.image_size**2 if reader.final else transform.shorter_side**2 * 1.5
+    final = math.prod(transform.shape(reader.train)) // 3
+    pixels = final if reader.final else transform.shorter_side**2 * 1.5
     per_pixel = 3 * np.dtype(transform.dtype if reader.final else np.uint8).itemsize
     needed, available = images * pixels * per_pixel * processes, psutil.virtual_memory().available
     if needed > available:

@@ -37,13 +37,16 @@ from dist_vpt.training.accelerator import (
     prepare,
     strategy_name,
 )
+from dist_vpt.training.averaging import WeightAverage
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import TrainState, fit
 from dist_vpt.training.final_scores import FinalScores, score_at_end
+from dist_vpt.training.inputs import augmentation_of
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.multi_label import MultiLabelScores
+from dist_vpt.training.optim import check_optimizer
 
 
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
 
     def make() -> tuple[Components, TrainBatches]:
         refuse_tries(recipe.data)
+        check_optimizer(recipe.optim)
         parts = build_components(recipe, launch, defer=launch.deepspeed)
         train = parts.training(launch.rank, launch.world_size)
         parts.method.train()  # a method that cannot be trained raises before anything is written
@@ -101,7 +105,8 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
     parts.init_method(accelerator.device)
     model, optimizer = prepare(recipe.optim, accelerator, parts.method)
     states = States(folder, accelerator)
-    progress, resumed = states.resume(parts.method, optimizer)
+    average = WeightAverage.of(recipe.train, parts.method)
+    progress, resumed = states.resume(parts.method, optimizer, average)
     val = parts.validation(accelerator.process_index, accelerator.num_processes)
     parts.keep_images_on_device(accelerator, train, val)
     stream = parts.use_cached_stream(accelerator, train, val, stop)
@@ -121,6 +126,8 @@ def _set_up(  # noqa: PLR0917 (what a training is made of)
         facts={"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)},
         progress=progress,
         parameters={"trained": trained, "total": total},
+        augmentation=augmentation_of(recipe, parts.method.backbone),
+        average=average,
         stop=stop,
     )
     if seeded := parts.seeded():
@@ -157,6 +164,11 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
         *launcher_notes(accelerator.launch, recipe),
         *parts.remarks(),
     ]
+    if t.average is not None:
+        lines.append(
+            f"train.model_ema_decay = {recipe.train.model_ema_decay:g}: the moving average of the trained tensors is "
+            "what is scored and saved"
+        )
     if stream:
         lines.append(stream)
     lines += [f"weights: {note}" for note in parts.load_report.notes]
@@ -170,6 +182,8 @@ def _headline(t: TrainState, parts: Components, stream: str) -> list[str]:
 def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     """Adapters, the test split (once for the last epoch's weights, once for the best one's), result.json."""
     t.accelerator.status.set("the end", "writing the result")
+    if t.average is not None:
+        t.average.replace_trained()
     images_per_s = t.monitor.images_per_s(t.progress)
     held, whole = frozen_bytes(t.method)  # between steps
     tensors, skipped = collect(t.method), set(t.progress.skipped) | t.skipped_now()
@@ -251,7 +265,8 @@ def _write_tables(t: TrainState, parts: Components, final: FinalScores) -> None:
         confusion_KK = final.test.confusion().cpu().numpy()
         if t.accelerator.is_main_process and (line := write_all_tables(t.path, final.predictions, parts.splits)):
             t.monitor.line(line)
-        t.monitor.figures(t.step, confusion_KK, final.test.mistakes, parts.splits["test"], parts.transform, classes)
+        view = parts.inputs.one_view().transform
+        t.monitor.figures(t.step, confusion_KK, final.test.mistakes, parts.splits["test"], view, classes)
 
 
 def _summary(result: dict[str, Any], t: TrainState) -> str:

@@ -130,8 +130,7 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
         defaults = type(recipe.method)().model_dump(mode="json")
         data["method"] = {key: value for key, value in data["method"].items() if value != defaults[key]}
     data["sweep"] = SweepConfig().model_dump(mode="json")
-    data_seed = recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed
-    for key, value in {"train.data_seed": data_seed, "data.tries": 1, **values}.items():
+    for key, value in {"train.data_seed": recipe.data_seed, "data.tries": 1, **values}.items():
         into = data
         *path, name = key.split(".")
         for part in path:

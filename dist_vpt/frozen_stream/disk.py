@@ -8,7 +8,6 @@ import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def identity(
         "format": FORMAT,
         "model": model.hexdigest(),
         "weights": weights_hash(backbone),
-        "transform": asdict(transform),
+        "transform": transform.shown,
         "max_megapixels": max_megapixels,  # larger images are not in it
         "split": split.name,
         "count": len(split),

@@ -41,6 +41,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     files = _files_by_name(images)
     refuse_several(RunFolder(run).load(), "attention")
     loaded = load_run(run, adapters, activation_checkpointing="none", attention="eager", compile=False, offload=False)
+    loaded.inputs = loaded.inputs.one_view()
     backbone, folder = loaded.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
     for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
         if value is not None and not 0 <= value < count:

@@ -8,7 +8,6 @@ B images of a batch, N tokens, D width, L blocks.
 
 import hashlib
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +49,7 @@ def write_features(recipe: Recipe, out: str, split: str | None, what: What, form
     recipe = recipe.model_copy(update={"method": LinearConfig(name="linear", head="standardized")})
     select_device(recipe.runtime.device, LaunchEnv.current())
     recipe, _ = resolve_precision(recipe)
-    recipe = recipe.changed("train", test=False)
+    recipe = recipe.changed("train", test=False).changed("data", rand_augment=None, test_crops=1)
     parts = build_components(recipe, trains=False)
     device = device_of(recipe)
     backbone = parts.method.to(device).eval().backbone
@@ -64,7 +63,7 @@ def write_features(recipe: Recipe, out: str, split: str | None, what: What, form
         "backbone": recipe.backbone.model_dump(mode="json"),
         "weights_sha256": weights_hash(backbone),
         "precision": recipe.runtime.precision,
-        "preprocessing": asdict(parts.transform)
+        "preprocessing": parts.transform.shown
         | {"augment": "none", "mean": parts.inputs.mean, "std": parts.inputs.std},
         "task": recipe.data.task,
         "classes": list(parts.splits.classes),

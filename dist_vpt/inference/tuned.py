@@ -140,7 +140,7 @@ class Tuned(nn.Module):
     @torch.no_grad()
     def features(self, images: AnyImage | Sequence[AnyImage]) -> Tensor:
         """What the head reads of pictures (see ``predict``), [B, F] float32 on the CPU: to search or cluster by."""
-        found = [self.method.features(batch).float().cpu() for _, batch in self._batches(images)]
+        found = [self.method.features(batch).float().cpu() for _, batch in self._batches(images, views=False)]
         return torch.cat(found)
 
     def attention(self, images: AnyImage | Sequence[AnyImage]) -> Attention:
@@ -151,11 +151,15 @@ class Tuned(nn.Module):
         if len(self.transforms) > 1:
             raise UserError("attention: works with one backbone, and this run has several")
         with self._eager():
-            return joined([attend(self.method, batch) for _, batch in self._batches(images)])
+            return joined([attend(self.method, batch) for _, batch in self._batches(images, views=False)])
 
-    def load_images(self, images: Sequence[AnyImage]) -> Any:
-        """Pictures as the method's input, [B, 3, S, S] on its device; for several backbones ``Joined`` ones."""
-        pictures = [self._load_image(image) for image in images]
+    def load_images(self, images: Sequence[AnyImage], *, views: bool = True) -> Any:
+        """Pictures as the method's input, [B, 3, S, S] on its device; for several backbones ``Joined`` ones.
+
+        ``views``: as many of each as the run was scored with (``data.test_crops``), [B, V, 3, S, S]; or one.
+        """
+        transforms = (self.inputs if views else self.inputs.one_view()).transforms
+        pictures = [self._load_image(image, transforms) for image in images]
         of_each = [torch.stack(transformed).to(self.device) for transformed in zip(*pictures, strict=True)]
         return of_each[0] if len(of_each) == 1 else Joined(tuple(of_each))
 
@@ -175,27 +179,29 @@ class Tuned(nn.Module):
             for module, fused in zip(choosers, before, strict=True):
                 module.fused_attn = fused
 
-    def _batches(self, images: AnyImage | Sequence[AnyImage]) -> Iterator[tuple[list[str | int], Any]]:
+    def _batches(
+        self, images: AnyImage | Sequence[AnyImage], *, views: bool = True
+    ) -> Iterator[tuple[list[str | int], Any]]:
         """Names and transformed images of batches of ``train.eval_batch_size``, in eval mode."""
         named, size = list(_named(images)), self.recipe.train.eval_batch_size
         self.eval()
         for start in range(0, len(named), size):
             chunk = named[start : start + size]
-            batch = self.load_images([image for _, image in chunk])
+            batch = self.load_images([image for _, image in chunk], views=views)
             yield [name for name, _ in chunk], batch
 
-    def _load_image(self, image: AnyImage) -> list[Tensor]:
+    def _load_image(self, image: AnyImage, transforms: Sequence[ImageTransform]) -> list[Tensor]:
         """A picture as each backbone's input, [3, S, S]."""
         decoding = Decoding.of(self.inputs.task)
         if not isinstance(image, str | Path):
             picture = picture_of(image, decoding)
-            return [transform.eval(picture) for transform in self.inputs.transforms]
+            return [transform.eval(picture) for transform in transforms]
         try:
             picture = decode(image, printable(image), self.recipe.data.max_megapixels, decoding)
         except DataError as error:
             raise DataError(str(error).removesuffix(SKIP_HINT)) from error
         try:
-            return [transform.eval(picture) for transform in self.inputs.transforms]
+            return [transform.eval(picture) for transform in transforms]
         except DataError as error:
             raise DataError(f"{printable(image)}: {error}") from error
 

@@ -77,6 +77,12 @@ class Method(nn.Module):
                         "a ViT, or one of vpt, linear, knn, logistic, mlp, side and full"
                     )
 
+    def __call__(self, images: Any) -> Tensor:
+        """The logits of images; of several views of each, [B, V, 3, S, S], their mean over the views."""
+        if isinstance(images, Tensor) and images.ndim == 5:
+            return super().__call__(images.flatten(0, 1)).unflatten(0, images.shape[:2]).mean(1)
+        return super().__call__(images)
+
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer gets."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)

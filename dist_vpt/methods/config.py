@@ -3,7 +3,7 @@
 No torch is imported, so that recipes load fast.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -115,12 +115,14 @@ class VPTConfig(MethodSettings):
 class FullConfig(MethodSettings):
     """All weights and a linear head."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["full"] = Field("full", description="full fine-tuning")
 
 
 class PartialConfig(MethodSettings):
     """The last blocks, the norms after them, and a linear head."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["partial"] = Field("partial", description="partial fine-tuning: the last blocks")
     blocks: int = Field(1, ge=1, description="number of last blocks that are trained")
 
@@ -128,6 +130,7 @@ class PartialConfig(MethodSettings):
 class BiasConfig(MethodSettings):
     """All biases of the backbone and a linear head."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["bias"] = Field("bias", description="BitFit: only biases")
 
 
@@ -141,6 +144,7 @@ class ClsConfig(MethodSettings):
 class LoRAConfig(MethodSettings):
     """Low-rank updates of linear layers in every block, and a linear head."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["lora"] = Field("lora", description="low-rank adaptation")
     rank: int = Field(8, ge=1, description="r: rank of the updates")
     alpha: float = Field(8.0, gt=0, description="an update is multiplied by alpha / rank")
@@ -161,6 +165,7 @@ class LoRAConfig(MethodSettings):
 class AdapterConfig(MethodSettings):
     """Bottlenecks at the end of a block's branches, and a linear head."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["adapter"] = Field("adapter", description="serial adapters")
     style: Literal["pfeiffer", "houlsby"] = Field(
         "pfeiffer", description="pfeiffer: after each MLP; houlsby: also after each attention"
@@ -171,6 +176,7 @@ class AdapterConfig(MethodSettings):
 class AdaptFormerConfig(MethodSettings):
     """A bottleneck beside each block's MLP, and a linear head."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["adaptformer"] = Field("adaptformer", description="parallel adapters")
     bottleneck: int = Field(64, ge=1, description="r: width inside an adapter")
     scale: float = Field(0.1, gt=0, description="factor of the adapters' outputs")
@@ -179,6 +185,7 @@ class AdaptFormerConfig(MethodSettings):
 class SSFConfig(MethodSettings):
     """A scale and a shift after every operation of the backbone, and a linear head."""
 
+    by_layer: ClassVar[bool] = True
     name: Literal["ssf"] = Field("ssf", description="scaling and shifting features")
 
 

@@ -16,6 +16,7 @@ class MethodSettings(BaseModel):
     stacks_layers: ClassVar[bool] = False  # and computes the layers of all trials at once, apart from their modules
     joins: ClassVar[bool] = False  # a reader of several backbones
     fitted: ClassVar[bool] = False  # a reader that is computed from all features at once, without steps of an optimizer
+    by_layer: ClassVar[bool] = False  # trains tensors that belong to single layers of the backbone
     head: HeadKind = Field(
         "standardized",
         description="standardized: the head reads features minus their mean over their standard deviation in training "

@@ -23,6 +23,7 @@ from dist_vpt.data.joined import Joined
 from dist_vpt.data.workers import PIXELS
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config_readers import LinearConfig
+from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.training.components import build_method
@@ -50,18 +51,19 @@ class MemoryEstimate:
     parameters: int  # numbers, frozen and trained
     trained_parameters: int
     host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
+    average: int = 0  # of the trained tensors (train.model_ema_decay), whole on every process
     temporaries: int = 0  # of DeepSpeed's optimizers on a GPU, which step on all tensors of a process's part at once
 
     def on(self, strategy: str, processes: int) -> "PerDeviceMemory":
         """The memory of each process under a strategy with this many processes."""
-        w = processes
+        w, kept = processes, self.optimizer + self.average
         if strategy == "ddp" and w == 1:
-            return PerDeviceMemory(self.frozen + self.trained, 0, self.optimizer, self.height, self.scoring, self.host)
+            return PerDeviceMemory(self.frozen + self.trained, 0, kept, self.height, self.scoring, self.host)
         if strategy == "ddp":  # its buckets are the gradients, and stay
             weights = self.frozen + self.trained
-            return PerDeviceMemory(weights, self.gradients, self.optimizer, self.working, self.scoring, self.host)
+            return PerDeviceMemory(weights, self.gradients, kept, self.working, self.scoring, self.host)
         bucket = FLOAT32 * min(REDUCE_BUCKET, self.trained // FLOAT32)
-        optimizer = (self.optimizer + self.trained) // w  # DeepSpeed steps on a copy of its part
+        optimizer = (self.optimizer + self.trained) // w + self.average  # DeepSpeed steps on a copy of its part
         gradients = self.gradients if strategy == "zero1" else self.gradients // w
         working = max(self.working, self.temporaries // w)  # there are no activations during the optimizer's step
         if strategy in ("zero1", "zero2"):
@@ -86,7 +88,7 @@ class PerDeviceMemory:
 
     weights: int
     gradients: int  # that stay between steps; a single process allocates them in each step
-    optimizer: int
+    optimizer: int  # its state, and the average of what is trained
     working: int  # the most that a training step holds beyond those
     scoring: int  # and scoring a batch
     host: int = 0  # in host memory, at most
@@ -118,10 +120,10 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
         apply_offload(method.backbone, _PinnedCopy if gpus else _to_host)
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")  # a real device's shapes: autocast wants one
-        fused = gpus and recipe.runtime.precision != "fp16"
+        fused = gpus and recipe.runtime.precision != "fp16" and recipe.optim.name in TORCH_OPTIMIZERS
         optimizer = build_optimizer(recipe.optim, method, fused=fused)
         for group in optimizer.param_groups:
-            group["foreach"] = gpus and not fused  # torch's default
+            group["foreach"] = gpus and not fused  # torch's default, and timm's
         batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
         step = _Step(recipe, inputs, method, optimizer, batch, classes)
         step.train()  # the first one makes the optimizer's state
@@ -145,6 +147,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
             parameters=numbers,
             trained_parameters=sum(p.numel() for p in trained),
             host=alive.host_height,
+            average=0 if recipe.train.model_ema_decay is None else of_trained,
             temporaries=of_trained if gpus else 0,
         )
 
@@ -193,6 +196,7 @@ class _Step:
     ):
         self.recipe, self.method, self.optimizer, self.images, self.classes = recipe, method, optimizer, images, classes
         self.transforms = inputs.transforms
+        self.augmented = recipe.train.mixes or recipe.data.random_erasing > 0  # on the device, to float32
 
     def known(self) -> list[Tensor]:
         """Tensors that exist before and after a step: parameters, buffers and optimizer state."""
@@ -206,7 +210,7 @@ class _Step:
         hooks = [p.register_post_accumulate_grad_hook(alive.is_gradient) for p in trained] if alive else []
         for micro in range(min(2, self.recipe.train.grad_accum_steps)):  # more hold no more
             last = micro == min(2, self.recipe.train.grad_accum_steps) - 1
-            loss = self._losses(self._shown(self.images), self.images).sum()
+            loss = self._losses(self._shown(self.images, augmented=self.augmented), self.images).sum()
             before = snapshot(trained) if last else []
             loss.backward()
         clip_gradients([trained], self.recipe.optim.clip_norm)
@@ -220,13 +224,14 @@ class _Step:
     def score(self) -> None:
         """One batch of an evaluation."""
         self.method.eval()
-        images = self.recipe.train.eval_batch_size
+        images = max(self.recipe.train.eval_batch_size, self.recipe.data.test_crops)  # or views
         self._losses(self._shown(images), images)
 
-    def _shown(self, images: int) -> Tensor | Joined:
+    def _shown(self, images: int, *, augmented: bool = False) -> Tensor | Joined:
         shapes = [(images, 3, each.image_size, each.image_size) for each in self.transforms]
         found = [
-            torch.zeros(shape, dtype=PIXELS[each.dtype]) for shape, each in zip(shapes, self.transforms, strict=True)
+            torch.zeros(shape, dtype=torch.float32 if augmented else PIXELS[each.dtype])
+            for shape, each in zip(shapes, self.transforms, strict=True)
         ]
         return found[0] if len(found) == 1 else Joined(tuple(found))
 

@@ -24,9 +24,10 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress
 from dist_vpt.training.accelerator import make_accelerator, prepare
+from dist_vpt.training.averaging import WeightAverage
 from dist_vpt.training.components import build_method
 from dist_vpt.training.engine import TrainState, train_step
-from dist_vpt.training.inputs import Inputs, resolve_inputs
+from dist_vpt.training.inputs import Inputs, augmentation_of, resolve_inputs
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # in a clone
 
@@ -77,6 +78,7 @@ def measured_bytes(recipe: Recipe, classes: int) -> int:
 def _held(training: TrainState) -> int:
     method, state = training.method, training.optimizer.state.values()
     tensors = [*method.parameters(), *method.buffers(), *(v for s in state for v in s.values() if torch.is_tensor(v))]
+    tensors += training.average.tensors.values() if training.average is not None else ()
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -120,6 +122,8 @@ def make_training(recipe: Recipe, inputs: Inputs, classes: int) -> TrainState:
         facts={},
         progress=Progress(),
         parameters=parameters,
+        augmentation=augmentation_of(recipe, method.backbone),
+        average=WeightAverage.of(recipe.train, method),
         stop=StopSignal(),  # never entered: signals keep their handlers
     )
 

@@ -49,7 +49,8 @@ def explain(error: Any, draft: Draft) -> list[str]:
         names = [*(model.model_fields if model else ()), *(("base", "published") if model is Recipe else ())]
         rule = f"unknown key; {nearest(str(path[-1]), names)}"
     elif kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        expected = str(context.get("expected", ""))
+        choices = re.findall(r"'([^']*)'", expected) or re.findall(r"\d+", expected)
         rule = f"must be one of its choices; {nearest(str(value), choices)}"
     else:
         rule = re.sub("^(Input|String|Tuple|List) should ", "must ", error["msg"]).replace(" after validation", "")

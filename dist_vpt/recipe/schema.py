@@ -1,7 +1,7 @@
 """The recipe: a typed description of one run, with a section for each part."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -12,61 +12,14 @@ from dist_vpt.data.tasks import EMBEDDED
 from dist_vpt.frozen_stream.config import StreamConfig
 from dist_vpt.methods.config import MethodConfig, VPTConfig
 from dist_vpt.methods.config_readers import ComboConfig
-from dist_vpt.recipe.fields import Policy, Section, or_null
+from dist_vpt.recipe.fields import Policy, Section
+from dist_vpt.recipe.optim_section import OptimConfig
 from dist_vpt.recipe.sweep_section import SweepConfig
+from dist_vpt.recipe.writer_settings import mistakes_of_writer_settings
 from dist_vpt.recipe.yaml import Dumper
 
 LARGE_ADAMW_LR = 0.1  # at which every number moves by a typical token in a step
 Protocol = Literal["default", "published"]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Section):
-    """Optimizer, learning rate and its schedule."""
-
-    name: Literal["sgd", "adam", "adamw"] = Field(
-        "adamw", description="sgd and adam add weight decay to the gradient (L2), adamw decouples it"
-    )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    scale_lr: bool = Field(
-        False, description="true: lr is for a global batch of 256 images, and multiplied by train.batch_size / 256"
-    )
-    weight_decay: float = Field(
-        1e-4, ge=0, description="weight decay of matrices and prompts; biases and norms have none"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum")
-    nesterov: bool = Field(False, description="sgd: use Nesterov momentum; needs momentum above 0")
-    betas: tuple[Beta, Beta] = Field(
-        (0.9, 0.999), description="adam, adamw: decay rates of the first and second moment"
-    )
-    eps: float = Field(1e-8, gt=0, description="adam, adamw: added to the denominator")
-    clip_norm: float | None = Field(None, gt=0, description="clip gradients to this global L2 norm; null: no clipping")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="learning rate after warm-up: cosine decay to 0, or constant"
-    )
-    warmup_epochs: float = Field(
-        0.0,
-        ge=0,
-        description="linear warm-up from 0, in epochs; null: a tenth of train.epochs",
-        json_schema_extra=or_null,
-    )
-    schedule_by: Literal["step", "epoch"] = Field(
-        "step",
-        description="how often the learning rate changes; epoch (the published code): a warm-up's first epoch has 0",
-    )
-
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError(
-                f"nesterov = true: needs name = sgd and momentum above 0, not name = {self.name} and momentum = "
-                f"{self.momentum}; set them, or nesterov=false"
-            )
-        return self
-
-    def peak_lr(self, batch_size: int) -> float:
-        """The highest learning rate of the schedule for this global batch."""
-        return self.lr * batch_size / 256 if self.scale_lr else self.lr
 
 
 class EarlyStopConfig(Section):
@@ -103,11 +56,63 @@ class TrainConfig(Section):
         description="images of an epoch: shuffle: each once; balanced: as many draws with replacement, all classes "
         "being equally likely (as torch's WeightedRandomSampler with weights of 1/images)",
     )
+    mixup_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="mixup (Zhang et al. 2018, arXiv 1710.09412; timm.data.Mixup): pairs of images of a global batch "
+        "are mixed by a share drawn for the batch from Beta(alpha, alpha), and so are their losses; 0: off",
+    )
+    cutmix_alpha: float = Field(
+        0.0,
+        ge=0,
+        description="CutMix (Yun et al. 2019, arXiv 1905.04899; timm.data.Mixup): a box of one image of a pair is "
+        "pasted into the other, as large as a share drawn from Beta(alpha, alpha); 0: off",
+    )
+    mixup_prob: float = Field(
+        1.0, gt=0, le=1, description="mixup, CutMix: share of the global batches whose images are mixed, 0 to 1"
+    )
+    mixup_switch_prob: float = Field(
+        0.5, ge=0, le=1, description="mixup and CutMix both on: share of the mixed batches that CutMix gets, 0 to 1"
+    )
+    model_ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="score and save an exponential moving average of the trained tensors over the steps (timm's "
+        "ModelEmaV3; Polyak and Juditsky 1992): the share of the average that a step keeps, such as 0.999; null: none",
+    )
+    model_ema_warmup: bool = Field(
+        False,
+        description="model_ema_decay: begin with a smaller decay, 1 - (1 + step)^(-2/3), as for short trainings",
+    )
     data_seed: int | None = Field(
         None, ge=0, lt=2**63, description="seed of data order and augmentation; null: the recipe's seed"
     )
     early_stop: EarlyStopConfig | None = Field(None, description="early stopping on the validation split; null: none")
     test: bool = Field(True, description="evaluate on the test split once, after training")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        mistakes = []
+        if self.mixup_prob != 1 and not self.mixes:
+            mistakes.append(
+                f"mixup_prob = {self.mixup_prob:g}: nothing is mixed; set mixup_alpha or cutmix_alpha, or leave it out"
+            )
+        if self.mixup_switch_prob != 0.5 and not (self.mixup_alpha and self.cutmix_alpha):
+            mistakes.append(
+                f"mixup_switch_prob = {self.mixup_switch_prob:g}: needs mixup and CutMix; set mixup_alpha and "
+                "cutmix_alpha, or leave it out"
+            )
+        if self.model_ema_warmup and self.model_ema_decay is None:
+            mistakes.append("model_ema_warmup = true: there is no average; set model_ema_decay, or leave it out")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 class RuntimeConfig(Section):
@@ -208,6 +213,11 @@ class Recipe(Section):
         return self.backbones or (self.backbone,)
 
     @property
+    def data_seed(self) -> int:
+        """The seed of data order and augmentation."""
+        return self.seed if self.train.data_seed is None else self.train.data_seed
+
+    @property
     def backbone_name(self) -> str:
         """Of all backbones."""
         return " + ".join(member.name for member in self.members)
@@ -287,6 +297,7 @@ class Recipe(Section):
                 "leave it out"
             )
         yield from self._mistakes_of_several()
+        yield from mistakes_of_writer_settings(self.method, self.optim, self.data, self.train)
         if self.method.reader:
             for name, unused in (("activation_checkpointing", "none"), ("offload", False)):
                 if (value := getattr(self.runtime, name)) != unused:

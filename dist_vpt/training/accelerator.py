@@ -27,6 +27,7 @@ from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
 from dist_vpt.errors import UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.methods.base import Method
+from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS
 from dist_vpt.recipe.schema import OptimConfig, Recipe
 from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
@@ -161,14 +162,16 @@ def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) ->
     )
     for parameter in frozen.values():
         parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed does not broadcast it then
-    model, optimizer = accelerator.prepare(method, build_optimizer(optim, method, fused=steps_are_fused(accelerator)))
+    model, optimizer = accelerator.prepare(
+        method, build_optimizer(optim, method, fused=steps_are_fused(accelerator, optim))
+    )
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
     return model, optimizer
 
 
-def steps_are_fused(accelerator: RankAccelerator) -> bool:
-    """Whether optimizers use torch's fused kernels.
+def steps_are_fused(accelerator: RankAccelerator, optim: OptimConfig) -> bool:
+    """Whether the optimizer uses torch's fused kernels, which timm's have not.
 
     On a GPU, which works on while nobody waits for a number. A CPU would gain nothing, and there a run rounds as a
     trial does (trial_stack.py). Not beside a gradient scale: where the first step of SGD overflows, the fused kernel
@@ -176,7 +179,7 @@ def steps_are_fused(accelerator: RankAccelerator) -> bool:
     optimizers around torch's step by themselves and know no ``found_inf``.
     """
     alone = accelerator.scaler is None and accelerator.state.deepspeed_plugin is None
-    return alone and accelerator.device.type == "cuda"
+    return alone and accelerator.device.type == "cuda" and optim.name in TORCH_OPTIMIZERS
 
 
 def unsupported_reason(recipe: Recipe, name: str) -> str:
@@ -189,6 +192,12 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         NOT_ON_CPU: zero and runtime.device == "cpu",
         "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP": zero
         and runtime.precision == "fp16",
+        f"optim.name = {recipe.optim.name}: timm's optimizers step on whole tensors, and DeepSpeed gives an optimizer "
+        "flat parts of all; use sgd, adam or adamw, or start with the ddp strategy": zero
+        and recipe.optim.name not in TORCH_OPTIMIZERS,
+        f"train.model_ema_decay = {recipe.train.model_ema_decay}: ZeRO-3 shards the tensors that would be averaged; "
+        "leave it out, or start with the ddp strategy (or zero1, zero2)": zero3
+        and recipe.train.model_ema_decay is not None,
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
         "a block itself is called; start with the ddp strategy (or zero1, zero2)": zero3 and recipe.method.reads_blocks,
         f"method.name = {recipe.method.name}: computes with its trained layers of all trials at once, which ZeRO-3 "

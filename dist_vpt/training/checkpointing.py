@@ -18,6 +18,7 @@ from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress
 from dist_vpt.runs.state import newest_whole_state, read_state, restore_best, step_of, write_state
 from dist_vpt.training.accelerator import strategy_name
+from dist_vpt.training.averaging import WeightAverage
 from dist_vpt.training.optimizer_state import gather_optimizer_state, set_optimizer_state
 
 
@@ -44,15 +45,21 @@ class States:
             write_adapters(self.folder.best, *self._best)
             self._best = None
 
-    def save(
-        self, method: Method, optimizer: Any, progress: Progress, step: int, flush: Callable[[], int]
+    def save(  # noqa: PLR0917 (what a state is made of)
+        self,
+        method: Method,
+        optimizer: Any,
+        progress: Progress,
+        step: int,
+        flush: Callable[[], int],
+        average: WeightAverage | None = None,
     ) -> str | None:
         """Save at a step boundary; returns why it failed, if it did, such as a full disk. A collective call.
 
         ``flush`` writes all metrics up to here to the disk, and returns the length of their file.
         """
         accelerator, tensors, failed = self.accelerator, {}, None
-        for name, tensor in _training_tensors(method, optimizer):  # whole ones on the main process alone
+        for name, tensor in _training_tensors(method, optimizer, average):  # whole ones on the main process alone
             if accelerator.is_main_process:
                 tensors[name] = tensor.detach().cpu().contiguous()
         if accelerator.is_main_process:
@@ -71,7 +78,9 @@ class States:
         self.last = self.last if failed else step
         return failed
 
-    def resume(self, method: Method, optimizer: Any) -> tuple[Progress, list[str]]:
+    def resume(
+        self, method: Method, optimizer: Any, average: WeightAverage | None = None
+    ) -> tuple[Progress, list[str]]:
         """Return to the newest whole state, whatever strategy wrote it; with lines for the log. A collective call.
 
         Raises RunFolderError where there are states and none is whole.
@@ -96,6 +105,8 @@ class States:
         trained, moments = (_below(f"{kind}/", tensors) for kind in ("trained", "optimizer"))
         restore(method, trained, path)
         set_optimizer_state(method, optimizer, trained, moments, accelerator.process_index)
+        if average is not None:
+            average.load(_below("average/", tensors))
         if accelerator.scaler is not None and facts["scaler"]:
             accelerator.scaler.load_state_dict(facts["scaler"])
         if accelerator.is_main_process:
@@ -107,11 +118,13 @@ class States:
         return progress, [*lines, line]
 
 
-def _training_tensors(method: Method, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
+def _training_tensors(method: Method, optimizer: Any, average: WeightAverage | None) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in collect(method).items():
         yield f"trained/{name}", tensor
     for name, tensor in gather_optimizer_state(method, optimizer):
         yield f"optimizer/{name}", tensor
+    for name, tensor in average.tensors.items() if average is not None else ():
+        yield f"average/{name}", tensor
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

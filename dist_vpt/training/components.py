@@ -84,6 +84,7 @@ class Components:
             "counts": {name: len(split) if (split := getattr(splits, name)) else None for name in names},
             "notes": list(splits.notes),
             **({"shots": data.shots} if data.shots else {}),
+            **({"test_crops": data.test_crops} if data.test_crops > 1 else {}),
             **self._of_backbones(),
         }
 
@@ -155,10 +156,13 @@ class Components:
         options = self.loader_options(rank, world) | {
             "batch_size": recipe.train.batch_size,
             "accumulate": recipe.train.grad_accum_steps,
-            "seed": recipe.seed if recipe.train.data_seed is None else recipe.train.data_seed,
+            "seed": recipe.data_seed,
             "same_size": self.method.backbone.compiled,
             "sampling": recipe.train.sampling,
+            "pairs": recipe.train.mixes,
         }
+        if recipe.data.rand_augment and recipe.data.cache is None:
+            options["cache"] = "none"  # from one in memory no workers augment
         split = self.splits[recipe.data.train_on]
         first, *others = (TrainBatches(split, transform, **options) for transform in self.inputs.transforms)
         return first.join(others)
@@ -172,7 +176,8 @@ class Components:
         """Those for one backbone."""
         once = split == "test" or split in self.splits.extra
         loader_options = self.loader_options(rank, world) | ({"cache": "none"} if once else {})
-        size, same = self.recipe.train.eval_batch_size, self.method.backbone.compiled
+        size = max(1, self.recipe.train.eval_batch_size // transform.test_crops)  # as many views as otherwise images
+        same = self.method.backbone.compiled
         return EvalBatches(self.splits[split], transform, size, same_size=same, **loader_options)
 
     def validation(self, rank: int, world: int) -> EvalBatches | None:
@@ -206,7 +211,9 @@ class Components:
         split, size = self.splits[self.recipe.data.train_on], self.recipe.train.eval_batch_size
         rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), INIT_IMAGES)).astype(np.int64))
         options, shown = self.loader_options(rank=0, world=1) | {"cache": "none"}, split.subset(split.name, rows)
-        first, *others = (EvalBatches(shown, transform, size, **options) for transform in self.inputs.transforms)
+        first, *others = (
+            EvalBatches(shown, transform, size, **options) for transform in self.inputs.one_view().transforms
+        )
         loader = first.join(others)
         batches = [send_to_device(readable(batch), device) for batch in loader if batch["weight"].any()]
         loader.close()

@@ -9,13 +9,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 
+from dist_vpt.data.augmentation import BatchAugmentation
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.signals import StopSignal
@@ -26,19 +28,23 @@ from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress, epoch_facts
 from dist_vpt.training.accelerator import steps_are_fused
+from dist_vpt.training.averaging import WeightAverage, in_place
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.learning import Guessing, warning_of
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.multi_label import AnyScores, scores_of
 from dist_vpt.training.optim import set_lr
 from dist_vpt.training.step import (
-    clip_gradients,
+    all_reduced,
+    clip,
     fold_in,
+    for_each_label,
     image_losses,
+    is_deepspeed,
     learning_rate,
     right_answers,
     snapshot,
-    squared_norms,
+    update_norms,
     weigh_global_batch,
 )
 from dist_vpt.training.unread import UnreadStep
@@ -148,6 +154,8 @@ class TrainState(Training):
     monitor: RunLogger
     facts: dict[str, Any]  # written into the head of adapter files
     parameters: dict[str, int]  # trained, total
+    augmentation: BatchAugmentation | None = None  # of batches on the device
+    average: WeightAverage | None = None  # of the trained tensors, where one is scored and saved in their place
     resume_with = "run.resume=auto"
 
     def __post_init__(self) -> None:
@@ -185,7 +193,8 @@ class TrainState(Training):
         recipe, progress, epoch = self.recipe, self.progress, self.progress.epoch + 1  # counted from 1
         is_scored, found = epoch == recipe.train.epochs or epoch % recipe.train.eval_every == 0, None
         if self.val is not None and is_scored:
-            found = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop)
+            with in_place(self.average):
+                found = evaluate(self.accelerator, self.model, self.val, len(self.class_weights), stop=self.stop)
             scores = found.compute()
         learned = progress.end_epoch(recipe.data.step_score)
         self.monitor.scores(epoch, self.step, "train", learned)
@@ -194,7 +203,8 @@ class TrainState(Training):
         if found is not None:
             self.monitor.scores(epoch, self.step, "val", scores)
             if progress.scored(scores, recipe.train.early_stop, found.thresholds):
-                tensors = collect(self.method)
+                with in_place(self.average):
+                    tensors = collect(self.method)
                 if self.accelerator.is_main_process:
                     self.states.keep_best(tensors, self.facts | epoch_facts(progress.best))
 
@@ -204,7 +214,8 @@ class TrainState(Training):
 
     def write_state(self) -> str | None:
         self.progress.skipped = sorted(set(self.progress.skipped) | self.skipped_now())
-        return self.states.save(self.method, self.optimizer, self.progress, self.step, self.monitor.flush)
+        flush = self.monitor.flush
+        return self.states.save(self.method, self.optimizer, self.progress, self.step, flush, self.average)
 
     def warn(self, text: str) -> None:
         self.monitor.line(text)
@@ -221,31 +232,35 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
     issued, before = UnreadStep(t.path, t.epoch, t.step, lr, _checked(t)), None
     set_lr(t.optimizer, lr)
-    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop)
+    augment = None if t.augmentation is None else partial(t.augmentation, epoch=t.epoch, step=t.progress.step)
+    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop, augment)
     accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums = torch.zeros(3, device=accelerator.device)  # of the micro-batches: loss, correct answers, images
     for micro, (batch, weights_B) in enumerate(micro_batches):
         torch.manual_seed(fold_in(t.recipe.seed, t.step, accelerator.process_index, micro))  # of dropout
         with accelerator.accumulate(t.model):
-            logits_BK, labels = t.model(batch["images"]), batch["labels"]
+            logits_BK, labels = for_each_label(t.model(batch["images"]), batch["labels"]), batch["labels"]
             loss = (image_losses(logits_BK, labels, train.label_smoothing, t.class_weights) * weights_B).sum()
             correct = (right_answers(logits_BK, labels) * batch["weight"]).sum()
-            sums += torch.stack([loss.detach(), correct, batch["weight"].sum()])
+            images = batch["weight"].sum().round()  # to which the shares of mixed ones add up
+            sums += torch.stack([loss.detach(), correct, images])
             last = accelerator.sync_gradients
             if last:
                 before = snapshot(_trained(t)) if norms else None
-                issued.numbers |= _summed(t, sums) | {"weight": weight}
-            if last and _is_deepspeed(t):  # its backward also steps
+                issued.numbers |= all_reduced(accelerator, sums) | {"weight": weight}
+            if last and is_deepspeed(accelerator):  # its backward also steps
                 issued.raise_if_diverged()
             accelerator.backward(loss * scale + t.method.penalty())
             if last:
-                issued.numbers |= _clip(t)
+                issued.numbers |= clip(accelerator, _trained(t), t.recipe.optim.clip_norm)
                 _guard(t, issued)
             t.optimizer.step()
             t.optimizer.zero_grad()
     if before is not None:
-        issued.numbers |= _norms(t, before)
+        issued.numbers |= update_norms(accelerator, before, _trained(t))
+    if t.average is not None and not t.optimizer.step_was_skipped:
+        t.average.update(t.step)
     return issued.send()
 
 
@@ -356,13 +371,6 @@ def _checked(t: TrainState) -> tuple[str, ...]:
     return ("loss", "gradient norm") if t.accelerator.scaler is None else ("loss",)
 
 
-def _summed(t: TrainState, sums: Tensor) -> dict[str, Tensor]:
-    """Loss, correct answers and images of the global batch, [] each, of their sums here, [3]. A collective call."""
-    with t.accelerator.status.in_collective():
-        summed = t.accelerator.reduce(sums, "sum")
-    return dict(zip(("loss", "correct", "images"), summed, strict=True))
-
-
 def _guard(t: TrainState, issued: UnreadStep) -> None:
     """Let no loss or gradient norm that is not finite change what is trained or what the optimizer remembers.
 
@@ -370,31 +378,8 @@ def _guard(t: TrainState, issued: UnreadStep) -> None:
     the numbers are read here: without a fused kernel only the host can skip a step. Under DeepSpeed it must even hold
     back the backward, which steps by itself.
     """
-    if not steps_are_fused(t.accelerator):
+    if not steps_are_fused(t.accelerator, t.recipe.optim):
         issued.raise_if_diverged()
         return
     t.spoiled = torch.where(issued.finite(), t.spoiled, 1.0)
     t.optimizer.optimizer.found_inf = t.spoiled
-
-
-def _is_deepspeed(t: TrainState) -> bool:
-    return t.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
-def _clip(t: TrainState) -> dict[str, Tensor]:
-    """Clip the gradients; their norm before that, [], unless DeepSpeed, which has clipped them, does not report it."""
-    if not _is_deepspeed(t):
-        t.accelerator.unscale_gradients()
-        return {"gradient norm": clip_gradients([_trained(t)], t.recipe.optim.clip_norm)[0]}
-    norm = t.accelerator.clip_grad_norm_(_trained(t), t.recipe.optim.clip_norm)
-    return (
-        {} if norm is None else {"gradient norm": torch.as_tensor(norm, dtype=torch.float32, device=t.spoiled.device)}
-    )
-
-
-def _norms(t: TrainState, before: list[Tensor]) -> dict[str, Tensor]:
-    """Squared norms of the trained tensors and of their last update, []. A collective call under ZeRO-3."""
-    squares = squared_norms(before, snapshot(_trained(t))).to(t.accelerator.device)
-    if any(hasattr(parameter, "ds_tensor") for parameter in _trained(t)):
-        squares = t.accelerator.reduce(squares, "sum")
-    return dict(zip(("parameters", "update"), squares, strict=True))

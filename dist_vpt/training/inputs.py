@@ -5,7 +5,9 @@ from typing import cast
 
 from dist_vpt.backbones.build import Preprocessing, preprocessing_of
 from dist_vpt.backbones.config import naming_member
+from dist_vpt.backbones.vit import Backbone
 from dist_vpt.backbones.weights.zoo import IMAGENET
+from dist_vpt.data.augmentation import BatchAugmentation
 from dist_vpt.data.config import DataConfig, resolve
 from dist_vpt.data.tasks import Interpolation, Task
 from dist_vpt.data.transforms import ImageTransform
@@ -38,10 +40,15 @@ class Inputs:
         """The sides of the backbones' images, for messages."""
         return " and ".join(dict.fromkeys(f"{transform.image_size} px" for transform in self.transforms))
 
+    def one_view(self) -> "Inputs":
+        """The same, with one view of each image in evaluation, whatever data.test_crops is."""
+        others = tuple(each.one_view() for each in self.others)
+        return replace(self, transform=replace(self.transform, test_crops=1), others=others)
+
     def without_augmentation(self) -> "Inputs":
         """The same, with each image as evaluation shows it."""
         others = tuple(each.without_augmentation() for each in self.others)
-        return replace(self, transform=replace(self.transform, augment="none"), others=others)
+        return replace(self, transform=replace(self.transform, augment="none", rand_augment=None), others=others)
 
 
 def resolve_inputs(recipe: Recipe) -> Inputs:
@@ -61,13 +68,35 @@ def resolve_inputs(recipe: Recipe) -> Inputs:
 def _resolved(recipe: Recipe) -> Inputs:
     data, backbone = recipe.data, recipe.backbone
     task, preprocessing = resolve(data), preprocessing_of(backbone)
+    mean, std = channels(data, task, preprocessing)
     transform = ImageTransform(
         image_size=data.image_size or preprocessing.image_size,
         interpolation=task.interpolation or cast(Interpolation, preprocessing.interpolation),
         crop_mode=task.crop_mode,
         augment=task.augment,
+        rand_augment=data.rand_augment,
+        mean=mean,
+        test_crops=data.test_crops,
     )
-    return Inputs(task, preprocessing, transform, *channels(data, task, preprocessing))
+    return Inputs(task, preprocessing, transform, mean, std)
+
+
+def augmentation_of(recipe: Recipe, backbone: Backbone) -> BatchAugmentation | None:
+    """What is done to training batches on the device, if the recipe wants anything of it."""
+    data, train = recipe.data, recipe.train
+    if not train.mixes and not data.random_erasing:
+        return None
+    return BatchAugmentation(
+        mixup_alpha=train.mixup_alpha,
+        cutmix_alpha=train.cutmix_alpha,
+        prob=train.mixup_prob,
+        switch_prob=train.mixup_switch_prob,
+        erasing=data.random_erasing,
+        erasing_mode=data.random_erasing_mode,
+        seed=recipe.data_seed,
+        mean=backbone.mean,
+        std=backbone.std,
+    )
 
 
 def channels(data: DataConfig, task: Task, preprocessing: Preprocessing) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dist_vpt.methods.base import Method
 
+GROUP = "group "  # and its number, in place of a tensor's name: what an optimizer counts for a group
+NUMBERS = (torch.int64, torch.float64)  # types of counts and rates that are no tensors; tensors of them are float32
+
 
 def gather_optimizer_state(method: Method, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """``NAME/KEY`` and tensor of the whole optimizer state. A collective call under ZeRO."""
@@ -21,7 +24,13 @@ def gather_optimizer_state(method: Method, optimizer: Any) -> Iterator[tuple[str
         for name, parameter in method.trainable():
             for key, value in kept.state.get(parameter, {}).items():
                 if value is not None:  # sgd without momentum
-                    yield f"{name}/{key}", value
+                    yield (
+                        f"{name}/{key}",
+                        value if isinstance(value, Tensor) else torch.tensor(value, dtype=_type(value)),
+                    )
+        for number, group in enumerate(kept.param_groups):
+            if "step" in group:  # timm's adan and lamb count there
+                yield f"{GROUP}{number}/step", torch.as_tensor(group["step"])
         return
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -54,9 +63,12 @@ def set_optimizer_state(
         for name, parameter in method.trainable():
             if name in found:  # without a gradient so far there are no moments
                 kept.state[parameter] = {
-                    key: value.to(_steps_device(kept, parameter) if value.ndim == 0 else parameter.device, copy=True)
+                    key: _restored(value, _steps_device(kept, parameter) if value.ndim == 0 else parameter.device)
                     for key, value in found[name].items()
                 }
+        for number, group in enumerate(kept.param_groups):
+            if counted := found.get(f"{GROUP}{number}"):
+                group["step"] = _restored(counted["step"], group["params"][0].device)
         return
     for partition in _partitions(kept):
         kept.optimizer.state[partition] = {
@@ -73,6 +85,16 @@ def set_optimizer_state(
                 _put(parameter, value, key, rank)
 
 
+def _type(number: float) -> torch.dtype:
+    """The type in which a number that is no tensor is saved: torch keeps none of its own in it (``_restored``)."""
+    return torch.float64 if isinstance(number, float) else torch.int64
+
+
+def _restored(value: Tensor, device: torch.device) -> Tensor | float:
+    """A copy on a device; of a number that was no tensor, the number."""
+    return value.item() if value.ndim == 0 and value.dtype in NUMBERS else value.to(device, copy=True)
+
+
 def _sharded(optimizer: Any) -> bool:
     """Whether this is DeepSpeed's wrapper around torch's optimizer (ZeRO 1 to 3), and not torch's alone."""
     return not isinstance(optimizer, torch.optim.Optimizer)
@@ -80,7 +102,7 @@ def _sharded(optimizer: Any) -> bool:
 
 def _steps_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.device:
     """Where an optimizer counts the steps of a tensor: its fused kernels beside the tensor, all others on the host."""
-    return tensor.device if optimizer.defaults["fused"] else torch.device("cpu")
+    return tensor.device if optimizer.defaults.get("fused") else torch.device("cpu")
 
 
 def _partitions(optimizer: Any) -> list[Tensor]:

@@ -9,11 +9,12 @@ its class weight.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -49,17 +50,23 @@ def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:
 
 
 def weigh_global_batch(
-    accelerator: RankAccelerator, fetched: list[Batch] | DataError, class_weights_K: Tensor, stop: StopSignal
+    accelerator: RankAccelerator,
+    fetched: list[Batch] | DataError,
+    class_weights_K: Tensor,
+    stop: StopSignal,
+    augment: Callable[[Batch, Tensor], Batch] | None = None,
 ) -> tuple[list[tuple[Batch, Tensor]], Tensor]:
     """This process's micro-batches on its device with the weight of each image, and the weight of the global batch, [].
 
     A collective call, in which all processes also learn of a DataError, which is raised on all, and of a stop request.
     A single process reads nothing from its device here. To a GPU the micro-batches are copied beside the step before,
-    which the device still computes.
+    which the device still computes. ``augment``: what is done to each there, given its index on the host, too.
     """
     failed, batches = isinstance(fetched, DataError), [] if isinstance(fetched, DataError) else fetched
     copies = [DeviceCopy(batch, accelerator.device, "batches") for batch in batches]
     on_device = [copy.arrived() for copy in copies]
+    if augment is not None:
+        on_device = [augment(batch, host["index"]) for batch, host in zip(on_device, batches, strict=True)]
     weights = [weigh(batch, class_weights_K) for batch in on_device]
     local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else class_weights_K.new_zeros(())
     any_failed, stopped = float(failed), float(stop.requested)
@@ -113,6 +120,11 @@ def right_answers(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.argmax(-1) == labels
 
 
+def for_each_label(logits_BK: Tensor, labels: Tensor) -> Tensor:
+    """The logits once for each label: images mixed in pairs have labels of their own, then their partners', [2 B]."""
+    return logits_BK if len(labels) == len(logits_BK) else logits_BK.repeat(2, 1)
+
+
 def learning_rate(optim: OptimConfig, train: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """The learning rate of a step, counted from 0 over the whole run."""
     factor = multiplier(optim, step, steps_per_epoch, train.epochs)
@@ -143,3 +155,39 @@ def squared_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     parameters = torch.stack([(a**2).sum() for a in after]).sum()
     updates = torch.stack([((a - b) ** 2).sum() for a, b in zip(after, before, strict=True)]).sum()
     return torch.stack([parameters, updates])
+
+
+def all_reduced(accelerator: RankAccelerator, sums: Tensor) -> dict[str, Tensor]:
+    """Loss, correct answers and images of the global batch, [] each, of their sums here, [3]. A collective call."""
+    with accelerator.status.in_collective():
+        summed = accelerator.reduce(sums, "sum")
+    return dict(zip(("loss", "correct", "images"), summed, strict=True))
+
+
+def update_norms(
+    accelerator: RankAccelerator, before: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
+    """Squared norms of the trained tensors and of their last update, []. A collective call under ZeRO-3.
+
+    ``before``: their snapshot before the step.
+    """
+    squares = squared_norms(before, snapshot(parameters)).to(accelerator.device)
+    if any(hasattr(parameter, "ds_tensor") for parameter in parameters):
+        squares = accelerator.reduce(squares, "sum")
+    return dict(zip(("parameters", "update"), squares, strict=True))
+
+
+def is_deepspeed(accelerator: RankAccelerator) -> bool:
+    """Whether DeepSpeed steps, clips and reduces."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def clip(
+    accelerator: RankAccelerator, parameters: Sequence[nn.Parameter], clip_norm: float | None
+) -> dict[str, Tensor]:
+    """Clip the gradients; their norm before that, [], unless DeepSpeed, which has clipped them, does not report it."""
+    if not is_deepspeed(accelerator):
+        accelerator.unscale_gradients()
+        return {"gradient norm": clip_gradients([parameters], clip_norm)[0]}
+    norm = accelerator.clip_grad_norm_(parameters, clip_norm)
+    return {} if norm is None else {"gradient norm": torch.as_tensor(norm, dtype=torch.float32).to(accelerator.device)}

@@ -16,6 +16,10 @@ CHOICE = "must be one of its choices; valid: "
 INTEGER = "must be a valid integer; use a whole number such as 3, without quotes"
 LIST = "must be a valid array; use a list such as [a, b]"
 NUMBER = "must be a valid number; use a number such as 0.1, without quotes"
+OPTIMIZERS = (
+    "adabelief, adadelta, adafactor, adagrad, adam, adamax, adamw, adan, adopt, lamb, lambc, laprop, larc, lars, lion, "
+    "mars, nadam, nadamw, radam, rmsprop, rmsproptf, sgd, sgdw"
+)
 TEXT = "must be a valid string; use text, in quotes if it looks like a number"
 
 # Each key with a value of a wrong type, a wrong choice or out of bounds: overrides, the value as shown, rule and fix.
@@ -49,6 +53,10 @@ VALUES = [
     ("data.mean=x", "'x'", LIST),
     ("data.std=x", "'x'", LIST),
     ("data.augment=x", "'x'", CHOICE + "fgvc, none"),
+    ("data.random_erasing=x", "'x'", NUMBER),
+    ("data.random_erasing=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("data.random_erasing_mode=x", "'x'", CHOICE + "const, pixel, rand"),
+    ("data.test_crops=3", "3", CHOICE + "1, 10, 2, 5"),
     ("data.cache=x", "'x'", CHOICE + "memory, none"),
     ("data.workers=x", "'x'", INTEGER),
     ("data.workers=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
@@ -87,7 +95,9 @@ VALUES = [
     ("method.extra_trainable=x", "'x'", LIST),
     ("stream.cache=x", "'x'", CHOICE + "auto, device, disk, memory, none"),
     ("stream.dtype=x", "'x'", CHOICE + "fp8, int8, precision"),
-    ("optim.name=x", "'x'", CHOICE + "adam, adamw, sgd"),
+    ("optim.name=x", "'x'", CHOICE + OPTIMIZERS),
+    ("optim.layer_decay=x", "'x'", NUMBER),
+    ("optim.layer_decay=0", "0", "must be greater than 0; use a value above 0"),
     ("optim.lr=x", "'x'", NUMBER),
     ("optim.lr=-1", "-1", "must be greater than 0; use a value above 0"),
     ("optim.scale_lr=x", "'x'", BOOLEAN),
@@ -119,6 +129,17 @@ VALUES = [
     ("train.label_smoothing=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.class_weights=x", "'x'", CHOICE + "inv, inv_sqrt, none"),
     ("train.sampling=x", "'x'", CHOICE + "balanced, shuffle"),
+    ("train.mixup_alpha=x", "'x'", NUMBER),
+    ("train.mixup_alpha=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("train.cutmix_alpha=x", "'x'", NUMBER),
+    ("train.cutmix_alpha=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
+    ("train.mixup_prob=x", "'x'", NUMBER),
+    ("train.mixup_prob=0", "0", "must be greater than 0; use a value above 0"),
+    ("train.mixup_switch_prob=x", "'x'", NUMBER),
+    ("train.mixup_switch_prob=2", "2", "must be less than or equal to 1; use 1 or less"),
+    ("train.model_ema_decay=x", "'x'", NUMBER),
+    ("train.model_ema_decay=1", "1", "must be less than 1; use a value below 1"),
+    ("train.model_ema_warmup=x", "'x'", BOOLEAN),
     ("train.data_seed=x", "'x'", INTEGER),
     ("train.data_seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
     ("train.early_stop.patience=x", "'x'", INTEGER),
@@ -236,6 +257,115 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["optim.lr=.inf"],
         ["command line: optim.lr = inf: must be a finite number; give a number other than inf and nan"],
     ),
+    ({}, ["optim.options=x"], ["command line: optim.options = 'x': must be an object; use {KEY: VALUE}"]),
+    (
+        {},
+        ["optim.options={betas: [0.9, 0.99]}"],
+        [
+            (
+                "command line: optim: options = {'betas': [0.9, 0.99]}: are arguments of timm's optimizers, and adamw "
+                "is torch's; use momentum, nesterov, betas and eps, or leave them out"
+            )
+        ],
+    ),
+    (
+        {},
+        ["optim.name=lion", "optim.betas=[0.9, 0.99]", "optim.momentum=0.5", "optim.options.lr=1"],
+        [
+            (
+                "command line: optim: momentum = 0.5: is for sgd, and lion is timm's; put it into options if timm's "
+                "lion has it, or leave it out"
+            ),
+            (
+                "command line: optim: betas = [0.9, 0.99]: is for adam and adamw, and lion is timm's; put it into "
+                "options if timm's lion has it, or leave it out"
+            ),
+            (
+                "command line: optim: options.lr: is set by the recipe; use optim.lr and optim.weight_decay, and leave "
+                "it out"
+            ),
+        ],
+    ),
+    (
+        {},
+        ["method.name=linear", "optim.name=lion"],
+        [
+            (
+                "command line: optim.name = lion: method.name = linear is trained with many trials in one pass, which "
+                "know sgd, adam and adamw; use one of them"
+            )
+        ],
+    ),
+    *(
+        (
+            {},
+            ["method.name=vqt", f"{key}={value}"],
+            [
+                (
+                    f"command line: {key} = {value}: method.name = vqt reads the frozen stream, which is computed once "
+                    "for each image as it is, and may be cached; leave it out, or choose a writer such as lora"
+                )
+            ],
+        )
+        for key, value in {
+            "data.rand_augment": "rand-m9-mstd0.5-inc1",
+            "data.random_erasing": 0.25,
+            "data.test_crops": 5,
+            "train.mixup_alpha": 0.8,
+            "train.cutmix_alpha": 1.0,
+        }.items()
+    ),
+    (
+        {},
+        ["method.name=knn", "train.model_ema_decay=0.99"],
+        [
+            (
+                "command line: train.model_ema_decay = 0.99: method.name = knn is trained with many trials in one "
+                "pass, of which no average is kept; leave it out"
+            )
+        ],
+    ),
+    *(
+        (
+            {},
+            [f"data.rand_augment={value}"],
+            [
+                (
+                    f"command line: data.rand_augment: {value!r}: must be rand and timm's settings: mN (magnitude), nN "
+                    "(operations), pP (probability of each), mstdS (deviation of the magnitude), mmaxN (its maximum), "
+                    "incI (1: operations that grow with it), joined by hyphens; use rand-m9-mstd0.5-inc1"
+                )
+            ],
+        )
+        for value in ("augmix-m5", "rand-x3", "rand-m", "rand-m9n2", "rand-p2", "randm9", "rand-n0")
+    ),
+    (
+        {},
+        ["train.mixup_prob=0.5", "train.mixup_switch_prob=0.1", "train.model_ema_warmup=true"],
+        [
+            "command line: train: mixup_prob = 0.5: nothing is mixed; set mixup_alpha or cutmix_alpha, or leave it out",
+            (
+                "command line: train: mixup_switch_prob = 0.1: needs mixup and CutMix; set mixup_alpha and "
+                "cutmix_alpha, or leave it out"
+            ),
+            "command line: train: model_ema_warmup = true: there is no average; set model_ema_decay, or leave it out",
+        ],
+    ),
+    (
+        {},
+        ["data.random_erasing_mode=const"],
+        [("command line: data: random_erasing_mode = const: nothing is erased; set random_erasing, or leave it out")],
+    ),
+    (
+        {},
+        ["optim.layer_decay=0.7"],
+        [
+            (
+                "command line: optim.layer_decay = 0.7: method.name = vpt trains nothing that belongs to single layers "
+                "of the backbone; leave it out, or choose full, partial, bias, lora, adapter, adaptformer or ssf"
+            )
+        ],
+    ),
     ({}, ["optim.betas=[0.9]"], ["command line: optim.betas.1 = [0.9]: field required; give every value of the list"]),
     ({}, ["optim.betas=[1.0, 0.9]"], ["command line: optim.betas.0 = 1.0: must be less than 1; use a value below 1"]),
     (
@@ -309,6 +439,11 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["data.background=brwn", "data.format=image_folder", "data.root=x", "data.task=mine"],
         ["command line: data.background: 'brwn': must be none, the name of a color or #rrggbb; use white"],
+    ),
+    (
+        {},
+        ["data.task=x", "data.format=table", "data.root=x.csv", "data.labels=multiple", "train.mixup_alpha=0.5"],
+        ["command line: train.mixup_alpha = 0.5: images with several labels are not mixed; leave it out"],
     ),
     (
         {},
@@ -736,6 +871,7 @@ def test_the_list_has_every_key() -> None:
         "data.hf.",
         *(f"data.table.{name}" for name in ("image", "label", "split", "suffix", "encoding")),  # text
         "data.background",
+        "data.rand_augment",
         "backbone.entry",
         "backbones",
         "run.dir",
