@@ -55,8 +55,13 @@ class OutOfMemory(RunFailed):
 
 
 class Interrupted(UserError):
-    """The run was asked to stop and can be resumed from its newest state (EX_TEMPFAIL of sysexits.h)."""
+    """The run was asked to stop and can be resumed from its newest state.
 
+    ``exit_code`` is EX_TEMPFAIL of sysexits.h after a signal of a cluster, and the shell's 128 + SIGINT after Ctrl-C:
+    what restarts a stopped job by its code must not restart what somebody has stopped by hand.
+    """
+
+    BY_KEYBOARD = 130
     exit_code = 75
 
 

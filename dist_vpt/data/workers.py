@@ -6,6 +6,7 @@ Workers write pixels into slots of one shared tensor, each of which is copied ou
 fresh shared memory for each batch would cost a page fault for every 4 KiB.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
+from weakref import WeakSet
 
 import numpy as np
 import psutil
@@ -263,8 +265,11 @@ class WorkerSource:
 class WorkerPool:
     """A dataset's answers to a list of requests, in order, from ``workers`` persistent processes."""
 
+    every: ClassVar["WeakSet[WorkerPool]"] = WeakSet()
+
     def __init__(self, dataset: Any, reader: ImageReader, workers: int):
         self.workers, self._reader = workers, reader
+        self.every.add(self)
         self._requests: list = []  # read again by the loader for each pass
         self._loader: DataLoader = DataLoader(
             dataset,
@@ -325,6 +330,13 @@ class WorkerPool:
         if iterator is not None:
             self._loader._iterator = None
             iterator._shutdown_workers()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At exit, multiprocessing would wait for workers that an error has left: they do not get its SIGTERM."""
+    for pool in list(WorkerPool.every):
+        pool.close()
 
 
 def _end_with_parent(worker: int) -> None:

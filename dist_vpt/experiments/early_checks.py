@@ -7,6 +7,7 @@ from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.errors import RecipeError
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.trackers import require_trackers
 from dist_vpt.runs.folder import RunFolder
 
 
@@ -19,6 +20,7 @@ def check_early(recipe: Recipe, kind: str = "run") -> None:
         return
     if kind == "run":
         refuse_tries(recipe.data)
+    require_trackers(recipe.run.trackers)
     RunFolder(str(recipe.run.dir)).refuse_other(recipe, kind)
     for number, member in enumerate(recipe.members):
         if member.file is not None:

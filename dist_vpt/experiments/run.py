@@ -1,6 +1,6 @@
 """One run, from a recipe to its result, by all processes that a launcher started."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -219,16 +219,16 @@ def _score_test(
         return last, best, None
     classes = len(parts.splits.classes)
     test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
-    scores = evaluate(t.accelerator, t.model, test, classes, confusion=True, stop=t.stop)
-    last["test"] = scores.compute()
-    t.monitor.scores(last["epoch"], t.step, "test", last["test"])
-    if best and best["epoch"] == last["epoch"]:
-        best["test"] = last["test"]
-    elif best:
-        restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
-        best["test"] = evaluate(t.accelerator, t.model, test, classes, stop=t.stop).compute()
-    skipped |= set(gather_object(sorted(test.skipped)))
-    test.close()
+    with closing(test):
+        scores = evaluate(t.accelerator, t.model, test, classes, confusion=True, stop=t.stop)
+        last["test"] = scores.compute()
+        t.monitor.scores(last["epoch"], t.step, "test", last["test"])
+        if best and best["epoch"] == last["epoch"]:
+            best["test"] = last["test"]
+        elif best:
+            restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
+            best["test"] = evaluate(t.accelerator, t.model, test, classes, stop=t.stop).compute()
+        skipped |= set(gather_object(sorted(test.skipped)))
     return last, best, scores
 
 
