@@ -50,6 +50,10 @@ class Diverged(RunFailed):
     """A loss or a gradient is not finite: the setting's own fault, after which a sweep continues."""
 
 
+class Pruned(RunFailed):
+    """A search has ended this trial early: the settings before it were better after as many epochs."""
+
+
 class OutOfMemory(RunFailed):
     """A device's memory is not enough; the message ends with what would fit."""
 

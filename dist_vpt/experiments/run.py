@@ -1,5 +1,6 @@
 """One run, from a recipe to its result, by all processes that a launcher started."""
 
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -41,8 +42,14 @@ from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
 
 
-def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
-    """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
+def run(
+    recipe: Recipe, status: RankStatus | None = None, on_val: Callable[[int, float], None] | None = None
+) -> dict[str, Any]:
+    """Do one run or resume it; returns the content of result.json.
+
+    ``status``: of the sweep that it belongs to. ``on_val``: gets the epoch and top-1 (%) whenever val is scored, on the
+    main process, and may end the run by raising Pruned.
+    """
     launch, status = LaunchEnv.current(), status or RankStatus()
     if recipe.method.fitted:
         return fit_run(recipe, launch, status)
@@ -74,6 +81,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
             training = _set_up(recipe, parts, train, accelerator, folder, stop)
             leaving.callback(training.close)
             parts.method.backbone.reporters.append(training.warn)
+            training.monitor.on_val = on_val
             if warning:
                 training.monitor.line(warning)
             fit(training)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class RunLogger:
         self.bar: Progress | None = None
         self.started: tuple[float, int] | None = None  # clock and images since when the speed is measured
         self.steps = 0
+        self.on_val: Callable[[int, float], None] | None = None  # gets epoch and top-1 (%); may raise Pruned
         self.unwritten: dict[Path, str] = {}  # lines that a full disk has not taken so far
 
     def start(self, headline: list[str], progress: RunProgress, total_steps: int, done_steps: int) -> None:
@@ -115,6 +117,8 @@ class RunLogger:
             self.noted.add(split)
             self.line(f"note: {', '.join(undefined)} of {split} is not defined: its images are all of one class")
         self.trackers.log({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
+        if split == "val" and self.on_val is not None:
+            self.on_val(epoch, scores["top1"])
 
     def figures(  # noqa: PLR0917 (what is drawn)
         self,
