@@ -50,13 +50,22 @@ class Diverged(RunFailed):
     """A loss or a gradient is not finite: the setting's own fault, after which a sweep continues."""
 
 
+class Pruned(RunFailed):
+    """A search has ended this trial early: the settings before it were better after as many epochs."""
+
+
 class OutOfMemory(RunFailed):
     """A device's memory is not enough; the message ends with what would fit."""
 
 
 class Interrupted(UserError):
-    """The run was asked to stop and can be resumed from its newest state (EX_TEMPFAIL of sysexits.h)."""
+    """The run was asked to stop and can be resumed from its newest state.
 
+    ``exit_code`` is EX_TEMPFAIL of sysexits.h after a signal of a cluster, and the shell's 128 + SIGINT after Ctrl-C:
+    what restarts a stopped job by its code must not restart what somebody has stopped by hand.
+    """
+
+    BY_KEYBOARD = 130
     exit_code = 75
 
 

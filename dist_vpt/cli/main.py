@@ -30,7 +30,7 @@ from dist_vpt.distributed.caches import move_unwritable_caches
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.limits import file_size_advice
 from dist_vpt.distributed.rank_log import quiet_libraries
-from dist_vpt.errors import UserError
+from dist_vpt.errors import Interrupted, UserError
 from dist_vpt.files import printable
 
 # Of paths that a command names and the system refuses, wherever that is noticed.
@@ -81,7 +81,7 @@ def run_with_exit_code(call: Callable[[], Any], *, debug: bool) -> int:
         if debug:
             raise
         print("interrupted", file=sys.stderr)
-        return 130
+        return Interrupted.BY_KEYBOARD
     except BrokenPipeError:  # the reader of our output (head, less) has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         return 141

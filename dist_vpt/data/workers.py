@@ -6,7 +6,7 @@ Workers write pixels into slots of one shared tensor, each of which is copied ou
 fresh shared memory for each batch would cost a page fault for every 4 KiB.
 """
 
-import math
+import atexit
 import multiprocessing
 import os
 import signal
@@ -14,11 +14,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
+from weakref import WeakSet
 
 import numpy as np
-import psutil
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -27,6 +26,7 @@ from dist_vpt.data.labels import batch_labels
 from dist_vpt.data.splits import Picture, Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform, channels_first
+from dist_vpt.data.worker_memory import check_cache_memory, check_shared_memory
 from dist_vpt.distributed.signals import block_stop_signals
 from dist_vpt.errors import DataError
 
@@ -43,8 +43,6 @@ PADDING = -1  # the index of a position in a batch that holds no example
 FILL_CHUNK = 32  # images per request while a cache is filled
 EXIT_SECONDS = 2.0  # at most, from a worker's lost connection to its exit code
 PREFETCH = 2  # requests that a worker has at a time
-SHARED_MEMORY = Path("/dev/shm")
-MIB = 2**20
 
 
 class Batch(TypedDict):
@@ -212,7 +210,8 @@ class WorkerSource:
         count = self.ahead + 1
         if self._pool.workers and self._batches.slots is None:
             slots_Rb3SS = self._batches.empty(count, self._largest)
-            _check_shared_memory(slots_Rb3SS.nbytes // count, self._pool.workers, self._local_world)
+            slot_bytes, workers = slots_Rb3SS.nbytes // count, self._pool.workers
+            check_shared_memory(slot_bytes, workers, PREFETCH * workers + 1, self._local_world)
             self._batches.slots = slots_Rb3SS.share_memory_()
         slots = [number % count if self._pool.workers else None for number in range(len(requests))]
         answers = self._pool([(*request, slot) for request, slot in zip(requests, slots, strict=True)])
@@ -255,7 +254,9 @@ class WorkerSource:
     def _filled(self) -> CachedImages:
         given = self._batches.reader
         reader = replace(given, final=not given.transform.draws(given.train))
-        _check_memory(reader, len(self._needed), self._local_world)
+        check_cache_memory(
+            reader.transform, len(self._needed), self._local_world, train=reader.train, final=reader.final
+        )
         chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
         pixels: dict[int, np.ndarray | None] = {}
         pool = WorkerPool(reader, reader, self._workers)
@@ -269,8 +270,11 @@ class WorkerSource:
 class WorkerPool:
     """A dataset's answers to a list of requests, in order, from ``workers`` persistent processes."""
 
+    every: ClassVar["WeakSet[WorkerPool]"] = WeakSet()
+
     def __init__(self, dataset: Any, reader: ImageReader, workers: int):
         self.workers, self._reader = workers, reader
+        self.every.add(self)
         self._requests: list = []  # read again by the loader for each pass
         self._loader: DataLoader = DataLoader(
             dataset,
@@ -333,6 +337,13 @@ class WorkerPool:
             iterator._shutdown_workers()
 
 
+@atexit.register
+def _close_all() -> None:
+    """At exit, multiprocessing would wait for workers that an error has left: they do not get its SIGTERM."""
+    for pool in list(WorkerPool.every):
+        pool.close()
+
+
 def _end_with_parent(worker: int) -> None:
     """In a worker: exit when the training process ends, however it ends. Torch would wait for the server's end."""
     parent = multiprocessing.parent_process()
@@ -354,39 +365,3 @@ def _forkserver(transform: ImageTransform) -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, *(["timm.data"] if transform.rand_augment else [])])
     return context
-
-
-def _check_shared_memory(slot: int, workers: int, processes: int) -> None:
-    """Raises DataError where the slots of all processes of this machine do not fit into shared memory.
-
-    ``slot``: bytes of one. The system gives memory that is not there, and ends a process with a bus error when it
-    writes into it.
-    """
-    if not SHARED_MEMORY.is_dir():  # not Linux: torch shares memory in another way
-        return
-    of = os.statvfs(SHARED_MEMORY)
-    free, needed = of.f_bavail * of.f_frsize, (PREFETCH * workers + 1) * slot * processes
-    if needed <= free:
-        return
-    fewer = max(0, (free // processes // max(1, slot) - 1) // PREFETCH)
-    raise DataError(
-        f"data.workers = {workers}: the batches of {processes} process{'es' if processes > 1 else ''} need "
-        f"{needed / MIB:,.0f} MiB of shared memory, and {SHARED_MEMORY} has {free / MIB:,.0f} MiB free; set "
-        f"data.workers={fewer}, or give the container more (docker run --shm-size=8g, or --ipc=host)"
-    )
-
-
-def _check_memory(reader: ImageReader, images: int, processes: int) -> None:
-    transform = reader.transform
-    # Before a random crop the shorter side is known and the longer is not: assume images of 3:2. Before a random crop
-    # and a vpt resize no side is known: assume the same.
-    final = math.prod(transform.shape(reader.train)) // 3
-    pixels = final if reader.final else transform.shorter_side**2 * 1.5
-    per_pixel = 3 * np.dtype(transform.dtype if reader.final else np.uint8).itemsize
-    needed, available = images * pixels * per_pixel * processes, psutil.virtual_memory().available
-    if needed > available:
-        raise DataError(
-            f"data.cache: memory needs {needed / 2**30:.1f} GiB for {images} images of {transform.image_size} px "
-            f"on {processes} processes of this machine, and {available / 2**30:.1f} GiB are free; "
-            f"set data.cache=none"
-        )

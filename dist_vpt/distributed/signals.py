@@ -1,21 +1,30 @@
 """The signals that ask for a stop, and processes that must not get them."""
 
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import ClassVar
 
-STOP = (signal.SIGTERM, signal.SIGUSR1)
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.errors import Interrupted
+
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A terminal sends Ctrl-C to all processes of a command, and a launcher among them sends it on: that is one Ctrl-C.
+SAME_SECONDS = 1.0
+NOTICE = b"\nstopping, and saving the state first; press Ctrl-C again to end at once\n"
 
 
 @contextmanager
 def block_stop_signals() -> Iterator[None]:
     """Processes that are started within never get a signal that asks for a stop.
 
-    A cluster sends it to all processes of a job, but loader workers must outlive it for the state to be saved. A signal
-    to this process is delivered at the end.
+    A cluster sends it to all processes of a job, and a terminal to all of a command, but loader workers must outlive it
+    for the state to be saved. A signal to this process is delivered at the end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
@@ -25,9 +34,11 @@ def block_stop_signals() -> Iterator[None]:
 
 
 class StopSignal:
-    """Records SIGTERM and SIGUSR1, which ask for a stop; the run stops once all processes have agreed on it.
+    """Records SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), which ask for a stop once all processes have agreed on it.
 
-    Of nested ones, the inner one takes over a request that the outer one got, and the other way round at its end.
+    A second Ctrl-C raises KeyboardInterrupt, a third one ends the process. Of nested ones, the inner one takes over a
+    request that the outer one got, and the other way round at its end. Threads get no signals: entered in one other
+    than the main thread, it never asks for a stop.
     """
 
     entered: ClassVar[list["StopSignal"]] = []
@@ -35,21 +46,45 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False  # this process got a signal
         self.agreed = False  # all processes are to stop
+        self.pressed: float | None = None  # when Ctrl-C was first pressed, by the monotonic clock
 
     def __enter__(self) -> "StopSignal":
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.requested = True
-
+        self.previous: dict[int, object] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
         with block_stop_signals():
             resource_tracker.ensure_running()  # now: any package might start it later, without blocked signals
-        self.previous = {number: signal.signal(number, ask) for number in STOP}
-        self.requested |= any(outer.requested for outer in self.entered)
+        outer = self.entered[-1] if self.entered else None
+        if outer is not None:
+            self.requested, self.pressed = outer.requested, outer.pressed
         self.entered.append(self)
+        for number in STOP:
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # a job in the background
+                self.previous[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.entered.remove(self)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self in self.entered:
+            self.entered.remove(self)
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if self.requested and self.entered:
-            self.entered[-1].requested = True
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self.entered and self.previous:
+            outer = self.entered[-1]
+            outer.requested, outer.pressed = outer.requested or self.requested, outer.pressed or self.pressed
+        if isinstance(error, Interrupted) and self.pressed is not None:
+            error.exit_code = Interrupted.BY_KEYBOARD
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self.pressed is None:
+            self.pressed = now
+            if LaunchEnv.current().rank == 0:
+                os.write(2, NOTICE)  # print could be in the middle of a line, and is not to be entered again
+        elif now - self.pressed >= SAME_SECONDS:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # for a third one, where this one waits in vain
+            raise KeyboardInterrupt

@@ -6,7 +6,9 @@ from dist_vpt.data.formats import check_root
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.errors import RecipeError
+from dist_vpt.experiments.search_checks import check_search
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.trackers import require_trackers
 from dist_vpt.runs.folder import RunFolder
 
 
@@ -19,6 +21,9 @@ def check_early(recipe: Recipe, kind: str = "run") -> None:
         return
     if kind == "run":
         refuse_tries(recipe.data)
+    elif kind == "sweep":
+        check_search(recipe)
+    require_trackers(recipe.run.trackers)
     RunFolder(str(recipe.run.dir)).refuse_other(recipe, kind)
     for number, member in enumerate(recipe.members):
         if member.file is not None:

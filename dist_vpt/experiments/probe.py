@@ -20,11 +20,13 @@ from rich.table import Table
 from dist_vpt.data.config import resolve
 from dist_vpt.data.formats import open_splits
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Interrupted, RunFailed, RunFolderError, UserError
 from dist_vpt.experiments.probe_plan import METHODS, Probed, plan_probe
 from dist_vpt.experiments.sweep import check_splits, sweep
 from dist_vpt.files import raising_disk_full, read_json, to_json, write_atomically
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.runs.folder import RESUME_HINT
 
 COLUMNS = ("rank", "backbone", "width", "method", "val_top1", "test_top1", "seconds", "chosen", "run", "failed")
 
@@ -44,16 +46,19 @@ def probe(arguments: Sequence[str], backbones: Sequence[str], out: str) -> list[
     splits = open_splits(first.data, resolve(first.data))
     check_splits(splits)
     rows: list[dict[str, Any]] = []
-    for probed in plan:
-        try:
-            rows += [_swept(probed, name, len(splits.train), len(splits.classes), console) for name in METHODS]
-        except (Interrupted, RunFolderError):
-            raise
-        except UserError as error:
-            rows = [row for row in rows if row["backbone"] != probed.backbone]
-            rows.append(_row(probed.backbone, failed=str(error).splitlines()[0]))
-            console.print(f"{probed.backbone}: failed: {rows[-1]['failed']}", markup=False, soft_wrap=True)
-        _write(folder, made_of, _ranked(rows))
+    with StopSignal() as stop:
+        for probed in plan:
+            if stop.requested:  # between two sweeps, each of which stops by itself
+                raise Interrupted(f"{folder}: stopped; {RESUME_HINT}")
+            try:
+                rows += [_swept(probed, name, len(splits.train), len(splits.classes), console) for name in METHODS]
+            except (Interrupted, RunFolderError):
+                raise
+            except UserError as error:
+                rows = [row for row in rows if row["backbone"] != probed.backbone]
+                rows.append(_row(probed.backbone, failed=str(error).splitlines()[0]))
+                console.print(f"{probed.backbone}: failed: {rows[-1]['failed']}", markup=False, soft_wrap=True)
+            _write(folder, made_of, _ranked(rows))
     rows = _ranked(rows)
     _show(rows, folder, console)
     if all(row["failed"] for row in rows):

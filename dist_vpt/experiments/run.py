@@ -1,5 +1,6 @@
 """One run, from a recipe to its result, by all processes that a launcher started."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -49,8 +50,14 @@ from dist_vpt.training.multi_label import MultiLabelScores
 from dist_vpt.training.optim import check_optimizer
 
 
-def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
-    """Do one run or resume it; returns the content of result.json. ``status``: of the sweep that it belongs to."""
+def run(
+    recipe: Recipe, status: RankStatus | None = None, on_val: Callable[[int, float], None] | None = None
+) -> dict[str, Any]:
+    """Do one run or resume it; returns the content of result.json.
+
+    ``status``: of the sweep that it belongs to. ``on_val``: gets the epoch and the main score (%) when val is scored, on
+    the main process, and may end the run by raising Pruned.
+    """
     launch, status = LaunchEnv.current(), status or RankStatus()
     if recipe.method.fitted:
         return fit_run(recipe, launch, status)
@@ -83,6 +90,7 @@ def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
             training = _set_up(recipe, parts, train, accelerator, folder, stop)
             leaving.callback(training.close)
             parts.method.backbone.reporters.append(training.warn)
+            training.monitor.on_val = on_val
             if warning:
                 training.monitor.line(warning)
             fit(training)
@@ -238,21 +246,24 @@ def _score_tests(
     if not t.recipe.train.test:
         return last, best, None
     rank, world = t.accelerator.process_index, t.accelerator.num_processes
-    tests = {name: parts.evaluation(name, rank, world) for name in ("test", *parts.splits.extra)}
-    final = score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, last.get("thresholds"))
-    last |= final.scores
-    if reason := last.get("temperature", {}).get("reason"):
-        t.monitor.line(f"note: no temperature is fitted, and ece_scaled is not defined: {reason}")
-    for name, scores in {"test": last["test"], **last.get("extra_tests", {})}.items():
-        t.monitor.scores(last["epoch"], t.step, name, scores)
-    if best and best["epoch"] == last["epoch"]:
-        best |= final.scores
-    elif best:
-        restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
-        best |= score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, best.get("thresholds")).scores
-    for batches in tests.values():
-        skipped |= set(gather_object(sorted(batches.skipped)))
-        batches.close()
+    with ExitStack() as closing:
+        tests = {name: parts.evaluation(name, rank, world) for name in ("test", *parts.splits.extra)}
+        for batches in tests.values():
+            closing.callback(batches.close)
+        final = score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, last.get("thresholds"))
+        last |= final.scores
+        if reason := last.get("temperature", {}).get("reason"):
+            t.monitor.line(f"note: no temperature is fitted, and ece_scaled is not defined: {reason}")
+        for name, scores in {"test": last["test"], **last.get("extra_tests", {})}.items():
+            t.monitor.scores(last["epoch"], t.step, name, scores)
+        if best and best["epoch"] == last["epoch"]:
+            best |= final.scores
+        elif best:
+            restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
+            thresholds = best.get("thresholds")
+            best |= score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, thresholds).scores
+        for batches in tests.values():
+            skipped |= set(gather_object(sorted(batches.skipped)))
     return last, best, final
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_vpt.distributed.launch_env import PROCESSES_PER_GPU, LaunchEnv, detach_from_launcher, visible_devices
+from dist_vpt.distributed.signals import STOP
 from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.experiments.suite_plan import Experiment, check_roots, record_plan, with_storage
 from dist_vpt.runs.folder import RESUME_HINT
@@ -98,7 +99,7 @@ def _start_workers(count: int, arguments: Sequence[str]) -> None:
         for child in children:
             child.send_signal(number)
 
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {s: signal.signal(s, forward) for s in STOP}
     try:
         codes = [child.wait() for child in children]
     finally:
@@ -107,8 +108,11 @@ def _start_workers(count: int, arguments: Sequence[str]) -> None:
                 child.terminate()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if {Interrupted.exit_code, -signal.SIGTERM, -signal.SIGUSR1} & set(codes):
-        raise Interrupted(f"the workers were stopped; {RESUME_HINT}")
+    if {Interrupted.exit_code, Interrupted.BY_KEYBOARD, *(-number for number in STOP)} & set(codes):
+        stopped = Interrupted(f"the workers were stopped; {RESUME_HINT}")
+        if {Interrupted.BY_KEYBOARD, -signal.SIGINT} & set(codes):
+            stopped.exit_code = Interrupted.BY_KEYBOARD
+        raise stopped
     for number, code in enumerate(codes):
         if code:
             print(f"worker {number} ended with exit code {code}; {RESUME_HINT}", file=sys.stderr)

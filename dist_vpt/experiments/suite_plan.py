@@ -140,6 +140,8 @@ def plan_experiments(
             # The method last: a recipe file of the user's may inherit another one.
             names = [file, *files, _recipe_file("method", method)]
             recipe = _load(names, given, root)
+            if recipe.sweep.search == "optuna":
+                raise RecipeError("sweep.search = optuna: a suite compares grids; use `dist-vpt sweep` for each task")
         except RecipeError as error:
             if root is None and "root is missing" in str(error):
                 raise RecipeError("--root DIR is missing: the folder that contains the datasets") from error

@@ -1,6 +1,7 @@
 """``dist-vpt sweep``: a grid trained on train and chosen on val, then some seeds of the chosen setting on trainval.
 
-With ``sweep.search=halving`` the grid is trained in rungs (``rungs.py``), and chosen among the trials of the last one.
+With ``sweep.search=halving`` the grid is trained in rungs (``rungs.py``), and chosen among the trials of the last one;
+with ``sweep.search=optuna`` the settings are drawn (``search.py``).
 A reader's trials are trained together, in one pass over the frozen stream; a writer's one after the other, each as a
 run of its own. Several processes share the trials (``sweep.parallelize=trials``: each works alone and writes its
 results into the sweep's folder) or the batches (``sweep.parallelize=batch``).
@@ -30,6 +31,7 @@ from dist_vpt.distributed.watchdog import RankWatchdog
 from dist_vpt.errors import Interrupted, RunFolderError, UserError
 from dist_vpt.experiments.acquire import acquire
 from dist_vpt.experiments.rungs import Rungs, plan_text, size_text
+from dist_vpt.experiments.search import Search
 from dist_vpt.experiments.sweep_grid import seed_jobs
 from dist_vpt.experiments.sweep_report import conclude, print_sweep
 from dist_vpt.experiments.sweep_worker import POLL_SECONDS, Worker
@@ -55,7 +57,7 @@ def sweep(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     recipe, why = resolve_precision(recipe, folder.precision)
     notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launched, recipe)
     notes += [f"precision {why}"] if why else []
-    rungs = Rungs(recipe, folder.path)
+    rungs = _planned(recipe, folder)
     first, shared = rungs.grid[0].recipe, recipe.sweep.parallelize == "batch"  # or each process works alone
     remarks, refused = None, None
     if rank == 0 or shared:  # mistakes in data and weights show before anything is written or waited for
@@ -91,7 +93,7 @@ def sweep(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         for line in (*notes, *(remarks or [])):
             worker.show(line)
         started = time.monotonic()
-        _train_rungs(rungs, worker)
+        _train(rungs, worker)
         finals = seed_jobs(recipe, folder.path, rungs.chosen())
         worker.work(finals)
         results = worker.wait_for(finals)
@@ -104,8 +106,15 @@ def sweep(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
             return conclude(folder, recipe, rungs, results, time.monotonic() - started, console)
 
 
-def _train_rungs(rungs: Rungs, worker: Worker) -> None:
+def _planned(recipe: Recipe, folder: RunFolder) -> Rungs | Search:
+    return (Search if recipe.sweep.search == "optuna" else Rungs)(recipe, folder.path)
+
+
+def _train(rungs: Rungs | Search, worker: Worker) -> None:
     """Train the trials; in a grid, which is one rung, all of them to the end."""
+    if isinstance(rungs, Search):
+        rungs.train(worker)
+        return
     sweep = worker.recipe.sweep
     if rungs.halving:
         worker.show(plan_text(rungs.sizes))

@@ -14,6 +14,8 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.sweep_section import SweepConfig, grid_axes
 from dist_vpt.runs.scores import main_score
 
+OF_SEARCH = "of the search"  # in messages about its trials
+
 
 @dataclass(frozen=True)
 class SweepJob:
@@ -36,7 +38,7 @@ def setting_text(setting: dict[str, Any]) -> str:
 def grid_jobs(recipe: Recipe, folder: Path) -> list[SweepJob]:
     """A trial for every point of the grid. Raises RecipeError where a key does not exist or does not take its value."""
     axes = list(grid_axes(recipe.sweep.grid))
-    unknown = [mistake for key, _ in axes if (mistake := _unknown(recipe.model_dump(mode="json"), key))]
+    unknown = [mistake for key, _ in axes if (mistake := unknown_key(recipe.model_dump(mode="json"), key))]
     if unknown:
         raise RecipeError("\n".join(f"sweep.grid.{mistake}" for mistake in unknown))
     jobs, mistakes = [], []
@@ -77,15 +79,16 @@ def seed_jobs(recipe: Recipe, folder: Path, chosen: SweepJob) -> list[SweepJob]:
 
 
 def rank(jobs: Sequence[SweepJob], outcomes: Sequence[dict[str, Any]], which: str = "of the grid") -> list[SweepJob]:
-    """The trials by their main score on val after their last epoch, the best first; diverged ones are left out.
+    """The trials by their main score on val after their last epoch, the best first; without diverged and pruned ones.
 
     Ties go to the smaller learning rate. Raises RunFailed where every trial diverged.
     """
-    finite = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if not outcome["diverged"]]
+    pairs = zip(jobs, outcomes, strict=True)
+    finite = [(job, outcome) for job, outcome in pairs if not outcome["diverged"] and not outcome.get("pruned")]
     if not finite:
         raise RunFailed(
             f"every trial {which} diverged; choose another run.dir (of a suite: another --out), and smaller values "
-            "of sweep.grid.optim.lr or an optim.clip_norm"
+            f"of {'sweep.space' if which == OF_SEARCH else 'sweep.grid'}.optim.lr or an optim.clip_norm"
         )
 
     def order(found: tuple[SweepJob, dict[str, Any]]) -> tuple[float, float, int]:
@@ -139,7 +142,7 @@ def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     return load_recipe_from(data)
 
 
-def _unknown(data: dict[str, Any], key: str) -> str:
+def unknown_key(data: dict[str, Any], key: str) -> str:
     """The mistake in a recipe key, or nothing."""
     into: Any = data
     for part in key.split("."):

@@ -9,9 +9,11 @@ from rich.table import Table
 
 from dist_vpt.errors import RunFailed
 from dist_vpt.experiments.rungs import Rungs, count
+from dist_vpt.experiments.search import Search
 from dist_vpt.experiments.sweep_grid import setting_text
 from dist_vpt.files import to_json, write_atomically
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.search_space import LOG_RATIO
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import versions
 from dist_vpt.runs.results import mean_and_std
@@ -23,7 +25,7 @@ SHOWN_AS = {"top1": "top-1", "mAP": "mAP"}
 def conclude(  # noqa: PLR0917 (all that a sweep found)
     folder: RunFolder,
     recipe: Recipe,
-    rungs: Rungs,
+    rungs: Rungs | Search,
     results: Sequence[dict[str, Any]],
     seconds: float,
     console: Console | None,
@@ -34,7 +36,8 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     content = {"metric": recipe.data.metric} | _summary(rungs, results, seconds)
     if recipe.data.draws:
         content["draws"] = recipe.data.model_dump(include={"shots", "fraction", "tries"})
-    figure = heatmap_figure(content["trials"], content["chosen"], SHOWN_AS[recipe.data.metric])
+    draw = search_figure if recipe.sweep.search == "optuna" else heatmap_figure
+    figure = draw(content["trials"], content["chosen"], SHOWN_AS[recipe.data.metric])
     figure.savefig(folder.path / "heatmap.png", dpi=120)
     if "tensorboard" in recipe.run.trackers:
         with SummaryWriter(str(folder.path / "tb")) as writer:
@@ -52,7 +55,7 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     return content
 
 
-def _summary(rungs: Rungs, results: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _summary(rungs: Rungs | Search, results: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The content of sweep.json. Raises RunFailed where every seed diverged."""
     diverged = {str(r["setting"]["seed"]): r["diverged"] for r in results if r["diverged"]}
     tests = {str(r["setting"]["seed"]): None if r["diverged"] else r["last"]["test"] for r in results}
@@ -93,7 +96,7 @@ def _extra_tests(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]
     return {name: _over_seeds([one[name] for one in found]) for name in names}
 
 
-def _trials(rungs: Rungs) -> list[dict[str, Any]]:
+def _trials(rungs: Rungs | Search) -> list[dict[str, Any]]:
     """A row for each trial of the grid: last and best epoch are of a whole training alone, and empty without one."""
     rows = {
         job.number: {"number": job.number, "setting": job.setting, "last": {}, "best": None, "diverged": None}
@@ -103,9 +106,11 @@ def _trials(rungs: Rungs) -> list[dict[str, Any]]:
     for rung in rungs.done:
         for job, outcome in zip(rung.jobs, rung.outcomes, strict=True):
             row: dict[str, Any] = rows[job.number]
-            score = None if outcome["diverged"] else main_score(outcome["last"]["val"])
+            whole = not outcome["diverged"] and not outcome.get("pruned")
+            score = main_score(outcome["last"]["val"]) if whole else None
             row["rungs"].append({"epochs": job.recipe.train.epochs, job.recipe.data.metric: score})
             row |= {"diverged": outcome["diverged"], "seconds": round(row["seconds"] + outcome["seconds"], 3)}
+            row |= {"pruned": outcome["pruned"]} if "pruned" in outcome else {}
             if rung is rungs.done[-1]:
                 row |= {"last": outcome["last"], "best": outcome["best"]}
     return list(rows.values())
@@ -156,6 +161,28 @@ def heatmap_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any], sco
     return figure
 
 
+def search_figure(trials: Sequence[dict[str, Any]], chosen: dict[str, Any], score: str) -> Any:
+    """The ``score`` on val of each trial by each drawn key; pruned and diverged ones are gray, at the bottom."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.6 + 3.2 * len(chosen), 3.4), layout="constrained")
+    whole = [trial for trial in trials if trial["last"]]
+    bottom = min(main_score(trial["last"]["val"]) for trial in whole)
+    for axes, key in zip(figure.subplots(1, len(chosen), squeeze=False, sharey=True)[0], chosen, strict=True):
+        values = [trial["setting"][key] for trial in trials]
+        numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        for trial, value in zip(trials, values, strict=True):
+            value_on_val = main_score(trial["last"]["val"]) if trial["last"] else bottom
+            color = "red" if trial["setting"] == chosen else "tab:blue" if trial["last"] else "lightgray"
+            axes.scatter([value if numbers else str(value)], [value_on_val], color=color)
+        if numbers and min(values) > 0 and max(values) >= LOG_RATIO * min(values):
+            axes.set_xscale("log")
+        axes.set(xlabel=key)
+    figure.axes[0].set(ylabel=f"val {score}, last epoch (%)")
+    figure.suptitle("Trials (chosen one red; pruned and diverged ones gray)")
+    return figure
+
+
 def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None:
     """Print the table of a sweep, from its sweep.json."""
     metric = content.get("metric", "top1")
@@ -172,8 +199,8 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
         cells += ["diverged" if rung[metric] is None else f"{rung[metric]:.2f}" for rung in trial.get("rungs", [])]
         cells = cells[: len(keys) + len(short)]
         whole = len(trial.get("rungs", [])) > len(short) or not short
-        if whole and trial["diverged"]:
-            cells.append("diverged")
+        if whole and (trial["diverged"] or trial.get("pruned")):
+            cells.append("diverged" if trial["diverged"] else "pruned")
         elif whole:
             last, best = trial["last"]["val"][metric], trial["best"]
             mark = "*" if trial["setting"] == content["chosen"] else ""

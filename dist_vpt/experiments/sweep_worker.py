@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dist_vpt.distributed.collectives import RankAccelerator, on_main_process
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.distributed.rank_status import RankStatus
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.errors import Diverged, Interrupted, RunFolderError, adding_to_data_errors
+from dist_vpt.errors import Diverged, Interrupted, Pruned, RunFolderError, adding_to_data_errors
 from dist_vpt.experiments.run import run
 from dist_vpt.experiments.sweep_grid import SweepJob, group_jobs, read_outcome
 from dist_vpt.experiments.trial_run import write_run
@@ -64,7 +64,7 @@ class Worker:
             return
         for job in mine:
             if not self._as_main_sees(self.done(job)):
-                self._train_alone(job)
+                self.train_alone(job)
 
     def wait_for(self, jobs: Sequence[SweepJob]) -> list[dict[str, Any]]:
         """The outcomes of all jobs, those of other processes included."""
@@ -146,16 +146,22 @@ class Worker:
         name = hashlib.sha256(json.dumps([identity_keys(job.recipe) for job in jobs]).encode()).hexdigest()[:16]
         return self.folder.path / f".pass-{name}.pt"
 
-    def _train_alone(self, job: SweepJob) -> None:
+    def train_alone(self, job: SweepJob, on_val: Callable[[int, float], None] | None = None) -> None:
+        """Train a job as a run of its own, and write its outcome; ``on_val`` as in ``run``."""
+        pruned, started = "", time.monotonic()
         try:
-            result, diverged = run(job.recipe, self.status), ""
+            result, diverged = run(job.recipe, self.status, on_val), ""
+        except Pruned as error:
+            seconds = time.monotonic() - started
+            result, diverged = {"last": {}, "best": {}, "seconds": seconds, "skipped_images": []}, ""
+            pruned = str(error)
         except Diverged as error:  # alone: too little memory or disk is no outcome of the setting
             result, diverged = {"last": {}, "best": {}, "seconds": 0.0, "skipped_images": []}, str(error)
 
         def write() -> None:
             last, best, seconds = result["last"], result["best"] or {}, result["seconds"]
             notes = result.get("warnings", ())
-            self.write_outcome(job, last, best, diverged, seconds, result["skipped_images"], notes)
+            self.write_outcome(job, last, best, diverged, seconds, result["skipped_images"], notes, pruned)
 
         if self.shared:
             assert self.accelerator is not None
@@ -172,6 +178,7 @@ class Worker:
         seconds: float,
         skipped: Sequence[str],
         warnings: Sequence[str],
+        pruned: str = "",
     ) -> None:
         """Write what the grid's choice and the sweep's table need of a trial."""
         outcome = {
@@ -179,6 +186,7 @@ class Worker:
             "last": last,
             "best": best or None,
             "diverged": diverged or None,
+            **({"pruned": pruned} if pruned else {}),
             "seconds": round(seconds, 3),
             "skipped_images": list(skipped),
             "warnings": list(warnings),

@@ -15,6 +15,7 @@ from dist_vpt.methods.config_readers import ComboConfig
 from dist_vpt.recipe.fields import Policy, Section
 from dist_vpt.recipe.optim_section import OptimConfig
 from dist_vpt.recipe.sweep_section import SweepConfig
+from dist_vpt.recipe.trackers import TrackerName
 from dist_vpt.recipe.writer_settings import mistakes_of_writer_settings
 from dist_vpt.recipe.yaml import Dumper
 
@@ -175,7 +176,9 @@ class RunConfig(Section):
         description="steps between saved states; null: every epoch, in a reader's sweep every 30 seconds",
     )
     log_every: int = Field(10, ge=1, description="steps between log lines and TensorBoard scalars")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="where curves are logged")
+    trackers: list[TrackerName] = Field(
+        ["tensorboard"], description="where curves, hyperparameters and scores are logged, by Accelerate's names"
+    )
     timeout_minutes: float = Field(
         30.0, gt=0, description="how long a process waits for the others before it fails, in minutes"
     )

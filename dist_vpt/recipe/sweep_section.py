@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from dist_vpt.recipe.fields import Section
+from dist_vpt.recipe.search_space import range_mistake, space_axes
 
 SET_BY_SWEEP = (
     *("grid.seed", "grid.sweep", "grid.run", "grid.train.test"),
@@ -30,22 +31,36 @@ class SweepConfig(Section):
         description="recipe keys, each with a list of values. Every combination is a trial, trained on train; the one "
         "with the best val accuracy after its last epoch is chosen (default: VQT's published grid)",
     )
-    search: Literal["grid", "halving"] = Field(
+    search: Literal["grid", "halving", "optuna"] = Field(
         "grid",
         description="grid (the published protocol): train every trial for train.epochs; halving: successive halving, "
         "train all trials for a few epochs, the best 1/reduction_factor of them anew for longer, and so on (rungs), "
-        "and choose among those of the last rung, which has train.epochs",
+        "and choose among those of the last rung, which has train.epochs; optuna (writers): n_trials settings, each "
+        "drawn from `space` in view of those before (TPE, Bergstra et al. 2011, arXiv 1907.10902)",
     )
     reduction_factor: int = Field(
         4,
         ge=2,
-        description="halving: one in so many trials is promoted to the next rung, which is so many times longer",
+        description="halving and pruner = asha: one in so many trials is promoted to the next rung, which is so many "
+        "times longer",
     )
     min_epochs: int | None = Field(
         None,
         ge=1,
         description="halving: epochs of the first rung; null: train.epochs divided by reduction_factor as often as the "
-        "number of trials can be, and at least 5",
+        "number of trials can be, and at least 5; pruner = asha: epochs before a trial may be pruned; null: 5",
+    )
+    space: dict[str, Any] | None = Field(
+        None,
+        description="optuna: recipe keys, each with a range {low, high, log} (whole numbers where both ends are; log: "
+        "drawn on a logarithmic scale) or a list of values; null: what the values of `grid` span",
+    )
+    n_trials: int = Field(20, ge=1, description="optuna: settings that are tried")
+    pruner: Literal["none", "asha"] = Field(
+        "asha",
+        description="optuna: asha: end a trial early where its val accuracy is not among the best 1/reduction_factor "
+        "at min_epochs, at reduction_factor times as many, and so on (asynchronous successive halving, "
+        "arXiv 1810.05934); none: train all to the end",
     )
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(
         (42, 44, 82, 100, 800),
@@ -75,13 +90,25 @@ class SweepConfig(Section):
             mistakes.append(f"seeds = {list(self.seeds)}: must differ; give each once")
         if self.search == "halving" and "train.epochs" in dict(grid_axes(self.grid)):
             mistakes.append("grid.train.epochs: is set by search = halving; leave it out, or use search=grid")
+        mistakes += self._mistakes_of_space()
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
 
+    def _mistakes_of_space(self) -> Iterator[str]:
+        if self.space is not None and not self.space:
+            yield "space = {}: has no keys; give ranges, or null for what grid spans"
+        for key, value in space_axes(self.space or {}):
+            if f"grid.{key}" in SET_BY_SWEEP or key == "train.epochs":
+                yield f"space.{key}: is set by the sweep; leave it out"
+            elif mistake := range_mistake(value):
+                yield f"space.{key} = {value!r}: {mistake}"
+
     @property
     def trials(self) -> int:
-        """Settings of the grid."""
+        """Settings of the grid, or of the search."""
+        if self.search == "optuna":
+            return self.n_trials
         return math.prod(len(values) for _, values in grid_axes(self.grid))
 
     def rungs(self, epochs: int) -> list[RungSize]:
@@ -89,7 +116,8 @@ class SweepConfig(Section):
 
         A grid is one rung, and so is halving with fewer trials than reduction_factor or too few epochs.
         """
-        sizes, factor, trials = [], self.reduction_factor, self.trials
+        sizes: list[RungSize] = []
+        factor, trials = self.reduction_factor, self.trials
         if self.search == "halving":
             promotions = 0
             while factor ** (promotions + 1) <= trials:

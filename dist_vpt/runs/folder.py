@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dist_vpt.distributed.limits import file_size_advice
-from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.errors import Interrupted, RunFolderError, UserError
 from dist_vpt.files import LOOK_SECONDS, is_locked, locked, read_json, write_atomically
 from dist_vpt.recipe.differences import RESUMABLE_KEYS, differences
 from dist_vpt.recipe.loading import load_recipe
@@ -35,11 +35,15 @@ RUN_FILES = (
     "predictions.csv",
     "tb",
     "wandb",
+    ".aim",
+    "dvclive",
+    "swanlog",
     "ranks",
     "logs",
     "recipe.yaml",
 )
 RESUME_HINT = "the same command resumes"  # of sweeps and compressions
+STOPPED = (Interrupted.exit_code, Interrupted.BY_KEYBOARD)  # exit codes
 LOGS = ("train.log", "logs")  # a run that is started again appends to them
 SEEN_SECONDS = 90.0  # until a new file appears on other nodes (on NFS at most a minute)
 
@@ -108,7 +112,7 @@ class RunFolder:
             try:
                 yield False
             except BaseException as error:
-                interrupted = getattr(error, "exit_code", 1) == 75 or isinstance(error, KeyboardInterrupt)
+                interrupted = getattr(error, "exit_code", 1) in STOPPED or isinstance(error, KeyboardInterrupt)
                 # A figure that fails after the result changes nothing; another process may have reported first.
                 if self.status().get("status") == "running":
                     with suppress(OSError):  # a full disk must not hide the error

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +28,7 @@ from dist_vpt.files import shipped_folder
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS
 from dist_vpt.recipe.schema import OptimConfig, Recipe
+from dist_vpt.recipe.trackers import require_trackers
 from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
 
@@ -78,7 +78,6 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
             mixed_precision="fp16" if recipe.runtime.precision == "fp16" else "no",
             # As a plugin: a variable of the launcher overrides the number.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.train.grad_accum_steps),
-            log_with=list(recipe.run.trackers) or None,
             project_dir=recipe.run.dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(
@@ -88,8 +87,7 @@ def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | Non
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
-    if "wandb" in recipe.run.trackers and find_spec("wandb") is None:
-        raise UserError("run.trackers: wandb is not installed; pip install 'dist-vpt[wandb]', or leave it out")
+    require_trackers(recipe.run.trackers)
     if accelerator.num_processes != launch.world_size:
         raise _unseen(launch, accelerator.num_processes)
     if accelerator.state.deepspeed_plugin is not None:

@@ -4,19 +4,16 @@ K classes, S image side.
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate.utils import LoggerType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -24,16 +21,16 @@ from dist_vpt.data.splits import Split
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.rank_status import logger
-from dist_vpt.errors import UserError
 from dist_vpt.files import to_json
-from dist_vpt.recipe.differences import flatten
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.class_table import ClassScores
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress as RunProgress
+from dist_vpt.runs.scores import main_score
 from dist_vpt.runtime.peak_memory import peak_memory_mib
 from dist_vpt.training.figures import confusion_figure, mistakes_figure, precision_figure
 from dist_vpt.training.metrics import Mistake
+from dist_vpt.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from dist_vpt.training.step import Step
@@ -48,35 +45,27 @@ class RunLogger:
         self.noted: set[str] = set()  # splits with a score that is not defined
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
+        self.trackers = Trackers(recipe, accelerator, folder, self.line)
         self.console = text_console()
         self.bar: Progress | None = None
         self.started: tuple[float, int] | None = None  # clock and images since when the speed is measured
         self.steps = 0
+        self.on_val: Callable[[int, float], None] | None = None  # gets epoch and top-1 (%); may raise Pruned
         self.unwritten: dict[Path, str] = {}  # lines that a full disk has not taken so far
 
     def start(self, headline: list[str], progress: RunProgress, total_steps: int, done_steps: int) -> None:
         """Open log and trackers; ``headline``: what is about to be trained."""
         self.total_steps = total_steps
         if not self.main:
-            self._start_trackers({})
+            self.trackers.start()
             return
         if self.folder.metrics.exists():  # a resumed run repeats the epochs after its state
             os.truncate(self.folder.metrics, min(progress.metrics_bytes, self.folder.metrics.stat().st_size))
         for line in headline:
             self.line(line)
-        names = self.recipe.run.trackers
-        options: dict[str, dict[str, Any]] = (
-            {"tensorboard": {"purge_step": done_steps + 1}} if "tensorboard" in names else {}
-        )
-        if "wandb" in names:
-            started = f"{self.folder.path.resolve()} {self.folder.status().get('started')}"
-            run_id = hashlib.sha256(started.encode()).hexdigest()[:16]  # a resumed run continues its curves
-            options["wandb"] = {"name": self.folder.path.name, "dir": str(self.folder.path), "id": run_id}
-            options["wandb"]["resume"] = "allow"
-        self._start_trackers(options)
-        writer = self._writer()
-        if writer is not None:
-            writer.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", global_step=done_steps)
+        self.trackers.start(done_steps)
+        if (tracker := self.trackers.tensorboard) is not None:
+            tracker.tracker.add_text("recipe", f"```yaml\n{self.recipe.to_yaml()}```", global_step=done_steps)
         if (console := self._console_of_bar()) is not None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Progress(*columns, console=console)
@@ -89,23 +78,6 @@ class RunLogger:
         if console.is_jupyter:
             return console if find_spec("ipywidgets") else None
         return self.console if self.console.is_terminal else None
-
-    def _start_trackers(self, options: dict[str, dict[str, Any]]) -> None:
-        """One by one: what Accelerate takes as one name is TensorBoard's folder and W&B's project."""
-        trackers: list[Any] = []
-        for name, project in (("tensorboard", "tb"), ("wandb", "dist_vpt")):
-            if name in self.recipe.run.trackers:
-                self.accelerator.log_with = [LoggerType(name)]
-                try:
-                    self.accelerator.init_trackers(project, config=_hparams(self.recipe), init_kwargs=options)
-                except Exception as error:  # trackers raise what they like
-                    self.accelerator.trackers = trackers
-                    reason = str(error).partition("\n")[0] or type(error).__name__
-                    raise UserError(
-                        f"run.trackers: {name} cannot start ({reason}); fix that, or leave it out of run.trackers"
-                    ) from error
-                trackers += self.accelerator.trackers
-        self.accelerator.trackers = trackers
 
     def step(self, number: int, step: "Step", progress: RunProgress, *, logged: bool) -> None:
         """Called after each optimizer step; ``logged`` ones go to the log and the trackers."""
@@ -129,7 +101,7 @@ class RunLogger:
             self.bar.update(self.task, completed=number, text=text, description=f"epoch {progress.epoch + 1}")
         if logged:
             self.line(f"step {number}/{self.total_steps}  epoch {progress.epoch + 1}  {text}", show=self.bar is None)
-            self._track(
+            self.trackers.log(
                 {
                     "train/loss": step.loss,
                     f"train/{self.recipe.data.step_score}": 100 * step.correct / max(step.images, 1),
@@ -154,7 +126,9 @@ class RunLogger:
         if undefined and split not in self.noted:
             self.noted.add(split)
             self.line(f"note: {', '.join(undefined)} of {split} is not defined: its images are all of one class")
-        self._track({f"{split}/epoch_{name}": value for name, value in scores.items() if value is not None}, step)
+        self.trackers.log({f"{split}/epoch_{name}": value for name, value in scores.items()}, step)
+        if split == "val" and self.on_val is not None:
+            self.on_val(epoch, main_score(scores))
 
     def figures(  # noqa: PLR0917 (what is drawn)
         self,
@@ -176,10 +150,11 @@ class RunLogger:
         self._draw(step, {"average_precision": lambda: precision_figure(scores, classes)})
 
     def _draw(self, step: int, drawn: Mapping[str, Callable[[], Any]]) -> None:
-        writer = self._writer() if self.main else None
-        if writer is None:
+        tracker = self.trackers.tensorboard if self.main else None
+        if tracker is None:
             return
-        with self._dropping_tensorboard_if_full(), warnings.catch_warnings():
+        writer = tracker.tracker
+        with self.trackers.dropping_if_it_fails(tracker), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of characters that the font lacks
             try:
                 for name, make in drawn.items():
@@ -211,9 +186,7 @@ class RunLogger:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        with self._dropping_tensorboard_if_full():
-            for tracker in self.accelerator.trackers:  # the processes may continue with another run
-                tracker.finish()
+        self.trackers.finish()
 
     def _append(self, path: Path, text: str) -> None:
         """Append to a file, later where the disk is full: nothing is lost while the process runs."""
@@ -231,15 +204,6 @@ class RunLogger:
                 os.truncate(path, length)  # half a line
             raise
         del self.unwritten[path]
-
-    @contextlib.contextmanager
-    def _dropping_tensorboard_if_full(self) -> Iterator[None]:
-        """A full disk stops TensorBoard, whose writer does not recover, and not the run."""
-        try:
-            yield
-        except OSError as error:
-            self.accelerator.trackers = [t for t in self.accelerator.trackers if t.name != "tensorboard"]
-            self.line(f"warning: TensorBoard stopped writing to {self.folder.path / 'tb'} ({error})")
 
     def images_per_s(self, progress: RunProgress) -> float:
         """Over all processes, since the first steps of this process, evaluations included."""
@@ -260,14 +224,6 @@ class RunLogger:
         speed = self.images_per_s(progress)
         return (self.total_steps - number) * self.recipe.train.batch_size / speed if speed else 0.0
 
-    def _track(self, values: dict[str, float | None], step: int) -> None:
-        with self._dropping_tensorboard_if_full():
-            self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=step)
-
-    def _writer(self) -> Any:
-        found = [tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
-        return found[0].tracker if found else None
-
 
 def text_console() -> Console:
     """For lines of text, in a notebook too: there rich would make a table of HTML of each, and ask for widgets."""
@@ -279,11 +235,3 @@ def _shown(name: str, value: float | None) -> str:
     if value is None:
         return f"{name} -"
     return f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %"
-
-
-def _hparams(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as flat names and plain values, as TensorBoard's hparams want them."""
-    return {
-        key: value if isinstance(value, (int, float, bool, str)) else json.dumps(value)
-        for key, value in flatten(recipe)
-    }

@@ -165,7 +165,10 @@ VALUES = [
     ("run.timeout_minutes=x", "'x'", NUMBER),
     ("run.timeout_minutes=-1", "-1", "must be greater than 0; use a value above 0"),
     ("sweep.seeds=x", "'x'", LIST),
-    ("sweep.search=x", "'x'", CHOICE + "grid, halving"),
+    ("sweep.search=x", "'x'", CHOICE + "grid, halving, optuna"),
+    ("sweep.n_trials=x", "'x'", INTEGER),
+    ("sweep.n_trials=0", "0", "must be greater than or equal to 1; use 1 or more"),
+    ("sweep.pruner=x", "'x'", CHOICE + "asha, none"),
     ("sweep.reduction_factor=x", "'x'", INTEGER),
     ("sweep.reduction_factor=1", "1", "must be greater than or equal to 2; use 2 or more"),
     ("sweep.min_epochs=x", "'x'", INTEGER),
@@ -397,6 +400,61 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["sweep.search=halving", "sweep.grid.train.epochs=[5, 10]"],
         ["command line: sweep: grid.train.epochs: is set by search = halving; leave it out, or use search=grid"],
+    ),
+    ({}, ["sweep.space=3"], ["command line: sweep.space = 3: must be an object; use {KEY: VALUE}"]),
+    (
+        {},
+        ["sweep.space={}"],
+        ["command line: sweep: space = {}: has no keys; give ranges, or null for what grid spans"],
+    ),
+    (
+        {},
+        ["sweep.space={optim: {lr: {low: 0.1, high: 0.01}}}"],
+        [
+            "command line: sweep: space.optim.lr = {'low': 0.1, 'high': 0.01}: low must be below high; swap them",
+        ],
+    ),
+    (
+        {},
+        ["sweep.space.optim.lr={low: 0, high: 0.1, log: true}"],
+        [
+            "command line: sweep: space.optim.lr = {'low': 0, 'high': 0.1, 'log': True}: log needs a low above 0; "
+            "raise low, or leave log out",
+        ],
+    ),
+    (
+        {},
+        ["sweep.space.optim.lr={low: 0.1, step: 2}"],
+        [
+            "command line: sweep: space.optim.lr = {'low': 0.1, 'step': 2}: step: a range has low, high and log alone; "
+            "leave it out",
+        ],
+    ),
+    (
+        {},
+        ["sweep.space.optim.lr={low: 0.1, high: 0.1}"],
+        [
+            "command line: sweep: space.optim.lr = {'low': 0.1, 'high': 0.1}: low must be below high; give a list of "
+            "values instead",
+        ],
+    ),
+    (
+        {},
+        ["sweep.space.optim.lr={low: a, high: 0.1}"],
+        ["command line: sweep: space.optim.lr = {'low': 'a', 'high': 0.1}: low and high must be numbers; give both"],
+    ),
+    (
+        {},
+        ["sweep.space.optim.lr=3"],
+        [
+            "command line: sweep: space.optim.lr = 3: must be a range such as {low: 1e-4, high: 1e-1, log: true}, or a "
+            "list of values",
+        ],
+    ),
+    (
+        {},
+        ["sweep.space.train.epochs=[5, 10]"],
+        ["command line: sweep: space.train.epochs: is set by the sweep; leave it out"],
     ),
     ({}, ["sweep.grid.seed=[1]"], ["command line: sweep: grid.seed: is set by the sweep; leave it out"]),
     ({}, ["method.name=vppt"], ["command line: method.name = 'vppt': not a method; did you mean 'vpt'?"]),
@@ -877,6 +935,7 @@ def test_the_list_has_every_key() -> None:
         "run.dir",
         "stream.dir",
         "sweep.grid.",
+        "sweep.space",
         "method.name",
         "runtime.activation_checkpointing",
     )

@@ -277,7 +277,7 @@ def test_a_narrow_terminal_shows_all(
     for word in ("running", "waiting", "failed", "done"):
         assert any(word in line for line in lines)
     assert any("0:16" in line for line in lines), "seconds left"
-    assert "suite/eurosat/vpt" in "".join(line.split("│")[0].strip() for line in lines)
+    assert "eurosat/vpt" in "".join(line.split("│")[0].strip() for line in lines)
 
 
 def test_a_folder_without_runs_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,8 +29,8 @@ from dist_vpt.training import build_trials
 from dist_vpt.training import logger as logger_module
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.figures import confusion_figure, mistakes_figure
-from dist_vpt.training.logger import _hparams
 from dist_vpt.training.metrics import Mistake
+from dist_vpt.training.trackers import hyperparameters
 from tests.running import metrics, train
 
 EPOCHS, STEPS, SIDE = 2, 5, 16  # steps of 200 images, of 16 pixels a side
@@ -204,7 +204,7 @@ def test_mistakes_figure(count: int, panels: int) -> None:
 
 
 def test_hparams_are_flat_and_plain() -> None:
-    flat = _hparams(load_recipe([], ["train.early_stop={}"]))
+    flat = hyperparameters(load_recipe([], ["train.early_stop={}"]))
     assert flat["optim.lr"] == 0.001
     assert flat["train.early_stop.patience"] == 10
     assert flat["optim.betas"] == "[0.9, 0.999]"
