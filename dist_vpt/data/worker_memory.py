@@ -17,8 +17,8 @@ MIB = 2**20
 def check_shared_memory(slot: int, workers: int, slots: int, processes: int) -> None:
     """Raises DataError where the slots of all processes of this machine do not fit into shared memory.
 
-    ``slot``: bytes of one of a process's ``slots``. The system gives memory that is not there, and ends a process with a
-    bus error when it writes into it.
+    ``slot``: bytes of one of a process's ``slots``. The system gives memory that is not there, and ends a process with
+    a bus error when it writes into it.
     """
     if not SHARED_MEMORY.is_dir():  # not Linux: torch shares memory in another way
         return

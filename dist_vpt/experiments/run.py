@@ -55,8 +55,8 @@ def run(
 ) -> dict[str, Any]:
     """Do one run or resume it; returns the content of result.json.
 
-    ``status``: of the sweep that it belongs to. ``on_val``: gets the epoch and the main score (%) when val is scored, on
-    the main process, and may end the run by raising Pruned.
+    ``status``: of the sweep that it belongs to. ``on_val``: gets the epoch and the main score (%) when val is scored,
+    on the main process, and may end the run by raising Pruned.
     """
     launch, status = LaunchEnv.current(), status or RankStatus()
     if recipe.method.fitted:
