@@ -7,6 +7,7 @@ import torch
 
 from dist_vpt.errors import UserError, WeightsError
 from dist_vpt.files import read_json
+from dist_vpt.inference.named_classes import thresholds_of
 from dist_vpt.inference.tuned import Tuned
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
@@ -51,7 +52,8 @@ def load_run(run: str, adapters: str, **runtime: Any) -> Tuned:
     inputs = resolve_inputs(recipe)
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
-    return Tuned(recipe, method, classes, inputs, facts.get("thresholds")).to(device_of(recipe))
+    tuned = Tuned(recipe, method, classes, inputs, thresholds_of(recipe, facts, classes))
+    return tuned.to(device_of(recipe))
 
 
 def temperature_of(run: str, adapters: str) -> float:

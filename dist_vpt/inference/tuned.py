@@ -22,14 +22,12 @@ from dist_vpt.errors import DataError, UserError
 from dist_vpt.files import printable
 from dist_vpt.inference.attention import Attention, attend, joined
 from dist_vpt.inference.image_files import image_files
+from dist_vpt.inference.named_classes import named_classes, probabilities_of
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.training.inputs import Inputs
-from dist_vpt.training.multi_label import DEFAULT_THRESHOLD
 
 AnyImage = str | Path | Image.Image | np.ndarray | Tensor  # a file, or a picture
-DIGITS = 6  # of a probability
-TOP = 5  # classes of an image
 
 
 class PictureTransform(v2.Transform):
@@ -54,7 +52,7 @@ class Tuned(nn.Module):
     """A run's method with its adapters, in eval mode: transformed images [B, 3, S, S] to logits [B, K].
 
     ``recipe``: of the run. ``classes``: their names, in the order of the logits.
-    ``thresholds``: of each class, where images have several labels; None: 0.5.
+    ``thresholds``: of each class, where images have several labels; None where they have one.
     """
 
     def __init__(
@@ -111,31 +109,11 @@ class Tuned(nn.Module):
             raise UserError(f"top = {top}: must be at least 1")
         rows = []
         for names, batch in self._batches(images):
-            probabilities_BK = self._probabilities(self(batch).float() / temperature).cpu()
+            probabilities_BK = probabilities_of(self(batch) / temperature, self.thresholds)
             for name, row_K in zip(names, probabilities_BK, strict=True):
-                best = [
-                    {"class": self.classes[k], "probability": round(p, DIGITS)} for k, p in self._chosen(row_K, top)
-                ]
+                best = named_classes(row_K, self.classes, top, self.thresholds)
                 rows.append({"image": name, "predictions": best})
         return rows
-
-    @property
-    def multiple(self) -> bool:
-        """Whether images have several labels: each class is a yes or no of its own."""
-        return self.recipe.data.labels == "multiple"
-
-    def _probabilities(self, logits_BK: Tensor) -> Tensor:
-        """Of each class, [B, K]: they sum to 1, or are each class's own."""
-        return logits_BK.sigmoid() if self.multiple else logits_BK.softmax(1)
-
-    def _chosen(self, probabilities_K: Tensor, top: int | None) -> list[tuple[int, float]]:
-        """The classes to name, with their probabilities, the most likely first."""
-        values, order = probabilities_K.sort(descending=True, stable=True)
-        ranked = list(zip(order.tolist(), values.tolist(), strict=True))
-        if top is not None or not self.multiple:
-            return ranked[: top or TOP]
-        thresholds = self.thresholds or [DEFAULT_THRESHOLD] * len(ranked)
-        return [(k, p) for k, p in ranked if p >= thresholds[k]]
 
     @torch.no_grad()
     def features(self, images: AnyImage | Sequence[AnyImage]) -> Tensor:
