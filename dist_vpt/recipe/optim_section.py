@@ -32,7 +32,6 @@ class OptimConfig(Section):
         "larc",
         "lars",
         "lion",
-        "mars",
         "nadam",
         "nadamw",
         "radam",

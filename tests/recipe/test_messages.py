@@ -18,7 +18,7 @@ LIST = "must be a valid array; use a list such as [a, b]"
 NUMBER = "must be a valid number; use a number such as 0.1, without quotes"
 OPTIMIZERS = (
     "adabelief, adadelta, adafactor, adagrad, adam, adamax, adamw, adan, adopt, lamb, lambc, laprop, larc, lars, lion, "
-    "mars, nadam, nadamw, radam, rmsprop, rmsproptf, sgd, sgdw"
+    "nadam, nadamw, radam, rmsprop, rmsproptf, sgd, sgdw"
 )
 TEXT = "must be a valid string; use text, in quotes if it looks like a number"
 
