@@ -79,7 +79,8 @@ def _table(shown: Sequence[RunStatus], found: Sequence[RunStatus], width: int) -
         label = _label(each, found)
         label = shorten(label, width - taken) if width >= NARROW else label
         state = Text(each.status, COLORS.get(each.status, ""))
-        table.add_row(*[Text(label), state, progress, left, speed][: len(names) + 1])
+        row: list[Any] = [Text(label), state, progress, left, speed]
+        table.add_row(*row[: len(names) + 1])
     return table
 
 

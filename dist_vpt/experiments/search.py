@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,14 @@ class Search:
 
     def train(self, worker: "Worker") -> None:
         """Draw and train trials until there are as many as the recipe wants; waits for those of other processes."""
-        study, jobs = self._study(), {}
+        study = self._study()
+        jobs: dict[int, SweepJob] = {}
         worker.show(f"search: {self.recipe.sweep.n_trials} trials of {', '.join(self.space)}")
         while (trial := self._next(study, worker.rank, worker.world)) is not None:
             job = self._job(trial.number, self._setting(trial.params))
             if not worker.done(job):
                 worker.show(f"trial {trial.number + 1}/{self.recipe.sweep.n_trials}: {job.label}")
-                worker.train_alone(job, lambda epoch, score, trial=trial: self._report(trial, epoch, score))
+                worker.train_alone(job, partial(self._report, trial))
             self._tell(study, trial, read_outcome(job))
         for trial in self._drawn(study):
             jobs[trial.number] = self._job(trial.number, self._setting(trial.params))

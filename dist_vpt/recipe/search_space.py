@@ -34,7 +34,9 @@ def range_mistake(value: Any) -> str:  # noqa: PLR0911 (a rule each)
         return "must be a range such as {low: 1e-4, high: 1e-1, log: true}, or a list of values"
     if unknown := [key for key in value if key not in OF_A_RANGE]:
         return f"{unknown[0]}: a range has low, high and log alone; leave it out"
-    low, high, log = value.get("low"), value.get("high"), value.get("log", False)
+    low: Any = value.get("low")
+    high: Any = value.get("high")
+    log = value.get("log", False)
     if not (_is_number(low) and _is_number(high)):
         return "low and high must be numbers; give both"
     if not isinstance(log, bool):

@@ -87,7 +87,7 @@ class Trackers:
         run = self.folder.path
         started = f"{run.resolve()} {self.folder.status().get('started')}"
         own_id = hashlib.sha256(started.encode()).hexdigest()  # a resumed run has the same
-        return {
+        options: dict[str, dict[str, Any]] = {
             "tensorboard": {"purge_step": done_steps + 1},
             "wandb": {"name": run.name, "dir": str(run), "id": own_id[:16], "resume": "allow"},
             "mlflow": {"run_id": known} if known else {"run_name": run.name},
@@ -97,7 +97,8 @@ class Trackers:
             "dvclive": {"dir": str(run / "dvclive"), "resume": (run / "dvclive").exists()},
             "swanlab": {"experiment_name": run.name, "logdir": str(run / "swanlog")},
             "trackio": {"name": f"{run.name}-{own_id[:8]}", "resume": "allow"},
-        }[name]
+        }
+        return options[name]
 
     def _known_ids(self) -> dict[str, str]:
         return self.folder.status().get("trackers", {})
