@@ -137,7 +137,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                tar.members = []  # type: ignore[misc]  # which would hold every header
+                tar.members = []  # type: ignore[attr-defined]  # which would hold every header
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 folder, name = os.path.split(member.name.removeprefix("./"))
                 stem, _, extension = name.partition(".")

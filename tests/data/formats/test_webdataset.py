@@ -13,7 +13,9 @@ from PIL import Image
 
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import check_root, open_splits, tar_index
+from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.data.splits import Split, Splits
+from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError
 
 Members = list[tuple[str, bytes]]
@@ -261,3 +263,24 @@ def test_a_shard_that_is_cut_off_later(three: Path) -> None:
         DataError, match=r"sample 0009: cannot be read \(No such file or directory\); restore the shard"
     ):
         splits.train.read(9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_the_images_as_files(workers: int, three: Path, tmp_path: Path) -> None:
+    """In the same order, from any step on, in this process or in workers."""
+    for value in range(12):
+        file = tmp_path / f"files/train/{value % 2}/{value:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(value))
+    files = open_splits(DataConfig(task="mine", format="image_folder", root=str(tmp_path / "files"))).trainval
+    order = np.argsort([Path(files.where(i)).stem for i in range(12)])
+    transform = ImageTransform(8, "bilinear", "crop", "fgvc")
+    wanted = TrainBatches(files.subset("train", order), transform, batch_size=4, seed=3)
+    shards = TrainBatches(opened(three).train, transform, batch_size=4, seed=3, workers=workers)
+    expected = [batch for (batch,) in wanted.epoch(1)]
+    for start in (0, 2):
+        found = [batch for (batch,) in shards.epoch(1, start)]
+        assert len(found) == 3 - start
+        for one, other in zip(found, expected[start:], strict=True):
+            assert all(one[name].equal(other[name]) for name in ("images", "labels", "weight", "index"))
+    shards.close()
