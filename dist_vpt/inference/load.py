@@ -12,10 +12,11 @@ from dist_vpt.data.images import SKIP_HINT, Decoding, decode
 from dist_vpt.data.joined import Joined
 from dist_vpt.errors import DataError, UserError, WeightsError
 from dist_vpt.files import printable
+from dist_vpt.inference.hub import open_run
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.sharing import with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
-from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training.components import build_method
 from dist_vpt.training.inputs import Inputs, resolve_inputs
 
@@ -48,12 +49,15 @@ class LoadedRun:
             raise DataError(f"{printable(file)}: {error}") from error
 
 
-def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
-    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime to change."""
-    folder = RunFolder(run)
-    folder.refuse_sweep()
+def load_run(run: str, adapters: str, weights: str | None = None, **runtime: Any) -> LoadedRun:
+    """A run by its folder or as ``hub:user/name``.
+
+    ``adapters``: last or best. ``weights``: the file of the backbone's weights, where they are not where the recipe has
+    them. ``runtime``: keys of the recipe's runtime to change.
+    """
+    folder = open_run(run)
     path = folder.best if adapters == "best" else folder.adapters
-    recipe = folder.load().changed("runtime", **runtime)
+    recipe = with_weights(folder.load(), weights, run).changed("runtime", **runtime)
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
     check_backbones(recipe, facts, path)

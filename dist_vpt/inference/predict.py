@@ -21,8 +21,13 @@ from dist_vpt.files import printable, write_atomically
 from dist_vpt.inference.load import load_run
 
 
-def predict(
-    run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
+def predict(  # noqa: PLR0917 (the options of the command)
+    run: str,
+    images: Sequence[str],
+    adapters: str = "last",
+    top: int = 5,
+    out: str | None = None,
+    weights: str | None = None,
 ) -> list[dict[str, Any]]:
     """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON."""
     if top < 1:
@@ -33,7 +38,7 @@ def predict(
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
-    loaded, files = load_run(run, adapters), image_files(images)
+    loaded, files = load_run(run, adapters, weights), image_files(images)
     classes, size = loaded.classes, loaded.recipe.train.eval_batch_size
     rows = []
     for start in range(0, len(files), size):
