@@ -249,6 +249,11 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
+def is_known(name: str) -> bool:
+    """Whether a recipe's ``backbone.name`` can be this: a short name or a timm model."""
+    return name == "demo" or name in ZOO or timm.is_model(name)
+
+
 def _known(name: str) -> str:
     if not timm.is_model(name):
         hint = nearest(name, ["demo", *ZOO, *_models()])

@@ -118,7 +118,7 @@ def peft_files(recipe: Recipe, tensors: Mapping[str, Tensor], classes: Sequence[
     method, _ = build_method(random, resolve_inputs(recipe), len(classes))
     assert isinstance(method, LoRA)
     restore(method, tensors, path)
-    layers = _joint_factors(method, path)
+    layers = _joint_factors(method, f"{path}: {recipe.backbone.name}")
     named = {f"{PREFIX}{name}.lora_A.weight": factors.a_rD for name, factors in layers.items()}
     named |= {f"{PREFIX}{name}.lora_B.weight": factors.b_Or for name, factors in layers.items()}
     named |= {f"{PREFIX}head.{name}": tensor for name, tensor in method.plain_head().items()}
@@ -128,14 +128,14 @@ def peft_files(recipe: Recipe, tensors: Mapping[str, Tensor], classes: Sequence[
 
 
 @torch.no_grad()
-def _joint_factors(method: LoRA, path: Path) -> dict[str, Factors]:
+def _joint_factors(method: LoRA, source: str) -> dict[str, Factors]:
     """The factors of whole layers, by timm's names."""
     found: dict[str, Factors] = {}
     for layer, updates in method.updates_of_layers():
         if isinstance(layer.linear, SplitBiasLinear):
             raise UserError(
-                f"{path}: {layer.name} of backbone {method.backbone.__class__.__name__}: timm reads its weight without "
-                "calling it, so that an adapter of PEFT would have no effect; use `dist-vpt merge`"
+                f"{source}: timm reads the weight of {layer.name} without calling it, so that an adapter of PEFT would "
+                "have no effect; use `dist-vpt merge`"
             )
         a_RD = torch.cat([update.down.weight for update in updates])
         b_OR = a_RD.new_zeros(layer.linear.out_features, len(a_RD))

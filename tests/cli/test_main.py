@@ -44,6 +44,7 @@ COMMANDS = {
         *("--help", "--debug", "RUN", "hub:USER/NAME", "--adapters", "--private", "--revision", "--message"),
         *("--license", "--dry-run", "--out"),
     },
+    "dist-vpt import-peft": {"--help", "--debug", "DIR", "RECIPE|a.b=c *", "--out", "--classes"},
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },
