@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from inspect import getdoc
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
 
 from dist_vpt import __version__
-from dist_vpt.backbones.build import timm_model, weights_source
+from dist_vpt.backbones.build import preprocessing_of, timm_model, weights_source
 from dist_vpt.methods import METHODS
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
@@ -25,6 +26,7 @@ SCORES = {
     "per_class": "mean accuracy of the classes, %",
     "loss": "cross-entropy",
 }
+CODE_WIDTH = 88  # characters of a line of code
 MOST_CLASSES = 100  # whose names the card lists
 LICENSES = (  # that the hub knows by these names; others are given it by license_name
     *("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "openrail"),
@@ -54,10 +56,11 @@ def model_card(run: Shared) -> str:
     environment = Environment(  # Markdown, not HTML: names are escaped for it by `plain`
         autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters |= {"plain": plain, "size": size, "score": score}
+    environment.filters |= {"plain": plain, "size": size, "score": score, "wrapped": wrapped}
     recipe, inputs = run.recipe, resolve_inputs(run.recipe)
-    scores = run.result.get(run.adapters) or {}
+    scores = _scores(run)
     splits = [name for name in ("val", "test") if name in scores]
+    keys = list(dict.fromkeys(key for split in splits for key in scores[split]))
     return environment.from_string(template).render(
         run=run,
         recipe=recipe,
@@ -70,8 +73,9 @@ def model_card(run: Shared) -> str:
         file=WEIGHTS.fullmatch(recipe.backbone.weights),
         scores=scores,
         splits=splits,
-        names={key: SCORES.get(key, key) for split in splits for key in scores[split]},
+        names={key: SCORES.get(key, key) for key in sorted(keys, key=[*SCORES, *keys].index)},
         seeds=_seeds(run.sweep),
+        weights_from=_weights_from(recipe),
         protocol=run.result.get("protocol") or {},
         needs_root=recipe.data.root == NOT_SHARED,
         most_classes=MOST_CLASSES,
@@ -97,6 +101,33 @@ def size(count: int) -> str:
 
 def score(value: float | None, key: str) -> str:
     return "-" if value is None else f"{value:.3f}" if key == "loss" else f"{value:.2f}"
+
+
+def wrapped(code: str) -> str:
+    """Lines of Python with calls broken between their arguments, so that a page shows them whole."""
+    return "\n".join(
+        fill(line, CODE_WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        for line in code.splitlines()
+    )
+
+
+def _weights_from(recipe: Recipe) -> str:
+    """Where the weights of the only backbone come from, for the list at the top."""
+    if recipe.method.name == "full" or recipe.backbones:
+        return ""
+    backbone = recipe.backbone
+    if backbone.weights == "random":
+        return f"; its weights are random, of seed {recipe.seed}"
+    if backbone.weights != "pretrained":
+        return "; its weights are in a file that is not in this repository (below)"
+    source = weights_source(backbone)[0]
+    where = f"from [{source}](https://huggingface.co/{source})" if source else "with dist-vpt"
+    return f"; its weights come {where}"
+
+
+def _scores(run: Shared) -> dict[str, Any]:
+    """Epoch, and scores by split, of the adapters that are shared."""
+    return run.result.get(run.adapters) or {}
 
 
 def _front_matter(run: Shared) -> dict[str, Any]:
@@ -130,7 +161,7 @@ def _license(run: Shared) -> dict[str, str]:
 
 def _model_index(run: Shared, dataset: str | None) -> list[dict[str, Any]]:
     """The scores as the hub's page shows them beside the card, from 0 to 1."""
-    test = (run.result.get(run.adapters) or {}).get("test") or {}
+    test = _scores(run).get("test") or {}
     if test.get("top1") is None:
         return []
     task, data = run.recipe.data.task, {"name": run.recipe.data.task, "type": dataset or run.recipe.data.task}
@@ -148,9 +179,11 @@ def _method(recipe: Recipe) -> str:
 
 def _seeds(sweep: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Test scores over the seeds of a sweep, where it has several."""
-    if sweep is None or len(next(iter(sweep["test"].values()), {}).get("values", ())) < 2:
+    if sweep is None:
         return None
     seeds = [seed for seed in sweep["seeds"] if seed not in sweep["diverged_seeds"]]
+    if len(seeds) < 2:
+        return None
     trials = len(sweep["trials"])
     return {"scores": sweep["test"], "seeds": seeds, "trials": trials, "chosen": sweep["chosen"]}
 
@@ -160,9 +193,11 @@ def _base(run: Shared, image_size: int) -> str:
     backbone = run.recipe.backbone
     made = timm_model(backbone, image_size, len(run.classes))
     if not (source := weights_source(backbone)[0]):
-        return f"{made}  # load the weights of {backbone.name} into it"
-    options = {"pretrained": True, **made.options}
-    return str(replace(made, architecture=source.removeprefix("timm/"), options=options))
+        return f"{made}\n# load the weights of {backbone.name} into model"
+    options, resampled = {"pretrained": True, **made.options}, ""
+    if backbone.positions == "vpt" and image_size != preprocessing_of(backbone).image_size:
+        resampled = "# timm resamples the positions in another way than this run: for equal outputs see In plain timm\n"
+    return resampled + str(replace(made, architecture=source.removeprefix("timm/"), options=options))
 
 
 def _merged(run: Shared, image_size: int) -> str | None:

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dist_vpt.inference.push import push
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.sharing import NOT_SHARED, sha256_of, shared_recipe
 from dist_vpt.runs.adapters import read_adapters
-from tests.inference.hub_server import Hub, serving
+from tests.inference.hub_server import Hub
 from tests.running import few_digits, train
 
 FILES = {"adapters.safetensors", "recipe.yaml", "result.json", "classes.json", "README.md"}
@@ -46,26 +46,6 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("photos") / "0.png"
     Image.fromarray(np.rint(255 - load_digits().images[0] * (255 / 16)).astype(np.uint8)).save(path)
     return str(path)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub that this process takes for the real one, with a token that may write and an empty cache."""
-    from huggingface_hub import constants
-
-    with serving() as served:
-        template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in (
-            ("ENDPOINT", served.endpoint),
-            ("HUGGINGFACE_CO_URL_TEMPLATE", template),
-            ("HF_HUB_OFFLINE", False),
-            ("HF_HUB_DISABLE_XET", True),
-            ("HF_HUB_CACHE", str(tmp_path / "cache")),
-            ("HF_TOKEN_PATH", str(tmp_path / "token")),
-        ):
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", "hf_me")
-        yield served
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
