@@ -19,6 +19,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--split", choices=("train", "val", "trainval", "test"), default="test", help="default: test")
     add_adapters(parser)
+    add_weights(parser)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as data.root=... or runtime.device=cpu")
 
 
@@ -62,7 +63,7 @@ def _add_merge(commands: Any) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     from dist_vpt.inference.evaluate import evaluate_run
 
-    evaluate_run(arguments.run, arguments.split, arguments.adapters, arguments.overrides)
+    evaluate_run(arguments.run, arguments.split, arguments.adapters, arguments.overrides, arguments.weights)
 
 
 def predict(arguments: argparse.Namespace) -> None:

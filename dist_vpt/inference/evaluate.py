@@ -10,7 +10,7 @@ from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 from dist_vpt.files import read_json
-from dist_vpt.inference.hub import open_run
+from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.inference.load import check_backbones, classes_of
 from dist_vpt.recipe.sharing import NOT_SHARED, with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
@@ -21,16 +21,18 @@ from dist_vpt.training.components import build_components
 from dist_vpt.training.engine import evaluate
 
 
-def evaluate_run(run: str, split: str, adapters: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate_run(
+    run: str, split: str, adapters: str, overrides: Sequence[str] = (), weights: str | None = None
+) -> dict[str, Any]:
     """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it."""
     folder = open_run(run)
-    recipe, launch = with_weights(folder.load(overrides), None, run), LaunchEnv.current()
+    recipe, launch = with_weights(folder.load(overrides), weights, run), LaunchEnv.current()
     if recipe.data.root == NOT_SHARED:
         raise UserError(f"{run}: the folder of its dataset is not shared with it; give data.root=FOLDER")
     select_device(recipe.runtime.device, launch)
     recipe, _ = resolve_precision(recipe)
     components = build_components(recipe, launch, trains=False)
-    path = folder.best if adapters == "best" else folder.adapters
+    path = adapters_file(folder, adapters)
     tensors, facts = read_adapters(path)
     check_backbones(recipe, facts, path)
     restore(components.method, tensors, path)

@@ -12,7 +12,7 @@ from dist_vpt.data.images import SKIP_HINT, Decoding, decode
 from dist_vpt.data.joined import Joined
 from dist_vpt.errors import DataError, UserError, WeightsError
 from dist_vpt.files import printable
-from dist_vpt.inference.hub import open_run
+from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.sharing import with_weights
@@ -56,7 +56,7 @@ def load_run(run: str, adapters: str, weights: str | None = None, **runtime: Any
     them. ``runtime``: keys of the recipe's runtime to change.
     """
     folder = open_run(run)
-    path = folder.best if adapters == "best" else folder.adapters
+    path = adapters_file(folder, adapters)
     recipe = with_weights(folder.load(), weights, run).changed("runtime", **runtime)
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
@@ -79,7 +79,7 @@ def refuse_several(recipe: Recipe, command: str) -> None:
 
 def check_backbones(recipe: Recipe, facts: dict[str, Any], path: Path) -> None:
     """Raises WeightsError where adapters were trained on other backbones than a recipe with several has."""
-    trained_with = facts.get("recipe") or {}
+    trained_with = facts.get("recipe") if isinstance(facts.get("recipe"), dict) else {}
     several = trained_with.get("backbones")
     if not several and not recipe.backbones:  # a name may be another of the same model
         return
@@ -98,9 +98,10 @@ def _shown(name: str, size: int | None) -> str:
 
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:
-    if "classes" not in facts:
+    classes = facts.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise WeightsError(f"{path}: lists no classes, so no run wrote it; restore the file of the run")
-    return facts["classes"]
+    return classes
 
 
 def device_of(recipe: Recipe) -> torch.device:

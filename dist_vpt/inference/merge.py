@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_vpt.backbones.build import timm_model
 from dist_vpt.errors import UserError
-from dist_vpt.inference.hub import open_run
+from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.inference.load import classes_of, refuse_several
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.sharing import with_weights
@@ -27,7 +27,7 @@ def merge(run: str, out: str, adapters: str = "last", weights: str | None = None
     if not Path(out).parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
     folder = open_run(run)
-    path = folder.best if adapters == "best" else folder.adapters
+    path = adapters_file(folder, adapters)
     recipe = with_weights(folder.load(["runtime.precision=fp32"]), weights, run)
     refuse_several(recipe, "merge")
     if recipe.runtime.quantize == "int8":

@@ -18,11 +18,12 @@ from dist_vpt.backbones.blocks import LAYERS, PARTS, SplitBiasLinear, Target, ta
 from dist_vpt.backbones.build import build, is_known
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError, WeightsError
+from dist_vpt.files import to_json, write_atomically
 from dist_vpt.inference.hub import PEFT_FILES, download, is_hub_id, parse_id
 from dist_vpt.inference.load import refuse_several
 from dist_vpt.inference.peft_layout import Factors, PeftAdapter, read_peft
 from dist_vpt.methods.config import LoRAConfig
-from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.recipe.loading import load_recipe, sets_method, split_arguments
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.sharing import NOT_SHARED
 from dist_vpt.runs.adapters import write_adapters
@@ -58,7 +59,7 @@ def import_peft(folder: str, out: str, arguments: Sequence[str] = (), classes: s
             raise UserError(f"--out {out}: holds a run already; name a new folder")
         facts = {"recipe": recipe.model_dump(mode="json"), "epoch": 0, "classes": run.classes}
         write_adapters(made.adapters, run.tensors, facts)
-        made.result.write_text(json.dumps({"last": {}, "best": None, "imported_from": "PEFT"}, indent=1) + "\n")
+        write_atomically(made.result, to_json({"last": {}, "best": None, "imported_from": "PEFT"}, indent=1) + "\n")
         made.mark("done")
     print(f"{out}: a run of {recipe.backbone.name} with lora on {', '.join(recipe.method.targets)}")  # type: ignore[union-attr]
     return made.path
@@ -89,6 +90,10 @@ def _recipe(adapter: PeftAdapter, arguments: Sequence[str]) -> Recipe:
     if adapter.base_model and is_known(adapter.base_model):
         first["backbone"] = {"name": adapter.base_model}
     files, overrides = split_arguments(arguments)
+    methods = [file for file in files if sets_method(file)]
+    methods += [override for override in overrides if override.startswith("method.")]
+    if methods:
+        raise UserError(f"import-peft: {methods[0]}: the adapter itself gives the method; leave it out")
     with TemporaryDirectory() as folder:
         file = Path(folder) / "peft.yaml"
         file.write_text(yaml.safe_dump(first))

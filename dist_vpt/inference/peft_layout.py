@@ -28,7 +28,7 @@ from dist_vpt.backbones.blocks import SplitBiasLinear
 from dist_vpt.backbones.build import weights_source
 from dist_vpt.errors import UserError, WeightsError
 from dist_vpt.files import write_atomically
-from dist_vpt.inference.hub import PEFT_FILES, open_run
+from dist_vpt.inference.hub import PEFT_FILES, adapters_file, open_run
 from dist_vpt.inference.load import classes_of, refuse_several
 from dist_vpt.methods.lora import LoRA
 from dist_vpt.recipe.schema import Recipe
@@ -87,7 +87,7 @@ def write_peft(run: str, out: str, adapters: str = "last", weights: str | None =
     PEFT's layers would have no effect.
     """
     folder = open_run(run)
-    path = folder.best if adapters == "best" else folder.adapters
+    path = adapters_file(folder, adapters)
     recipe = folder.load()
     refuse_several(recipe, "PEFT")
     tensors, facts = read_adapters(path)

@@ -1,6 +1,7 @@
 """``dist-vpt push``: a run's adapters, recipe, result, classes and model card, to the Hugging Face hub."""
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import save
 
 from dist_vpt.errors import UserError, WeightsError
 from dist_vpt.files import read_json, to_json, write_atomically
-from dist_vpt.inference.hub import LOGIN, PEFT_FILES, RUN_FILES, HubId, explaining, is_hub_id, parse_id
+from dist_vpt.inference.hub import LOGIN, PEFT_FILES, RUN_FILES, HubId, adapters_file, explaining, is_hub_id, parse_id
 from dist_vpt.inference.load import check_backbones, classes_of
 from dist_vpt.inference.model_card import Shared, model_card
 from dist_vpt.inference.peft_layout import peft_files
@@ -68,16 +69,17 @@ def push(  # noqa: PLR0917 (the options of the command)
 def shared_files(run: str, hub_id: HubId, adapters: str = "last", license: str | None = None) -> dict[str, bytes]:
     """The files of a run as they are on the hub: name -> content. No path of this machine is in them."""
     folder = _finished(run)
-    path = folder.best if adapters == "best" else folder.adapters
+    path = adapters_file(folder, adapters)
     original = folder.load()
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
     check_backbones(original, facts, path)
     recipe = shared_recipe(original)
     _refuse_files_of_several(recipe, run)
-    facts = {**facts, "recipe": recipe.model_dump(mode="json")}
+    paths = _paths_of(original)
+    facts = _without_paths(facts, paths) | {"recipe": recipe.model_dump(mode="json")}
     metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in facts.items()}
-    result = _shared_result(read_json(folder.result), adapters)
+    result = _without_paths(_shared_result(read_json(folder.result), adapters), paths)
     files = {"adapters.safetensors": save(tensors, metadata), "recipe.yaml": recipe.to_yaml().encode()}
     files["result.json"] = (to_json(result, indent=1) + "\n").encode()
     files["classes.json"] = (json.dumps(classes, indent=1, ensure_ascii=False) + "\n").encode()
@@ -145,15 +147,27 @@ def _shared_result(result: dict[str, Any], adapters: str) -> dict[str, Any]:
         result["skipped"] = len(skipped)
     if adapters == "best":
         result["last"] = result["best"]
-    return _without_paths(result)
+    return result
 
 
-def _without_paths(value: Any) -> Any:
+def _paths_of(recipe: Recipe) -> list[str]:
+    """The folders that a run names; longest first, since one may be inside another."""
+    named = [recipe.data.root, recipe.run.dir, recipe.stream.dir, os.path.expanduser("~")]
+    both = {path for name in named if name for path in (name, os.path.abspath(os.path.expanduser(name)))}
+    return sorted((path for path in both if "/" in path.strip("/")), key=len, reverse=True)
+
+
+def _without_paths(value: Any, paths: Sequence[str]) -> Any:
+    """A copy in which no text is, or contains, a path."""
     if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items()}
+        return {key: _without_paths(inner, paths) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_paths(inner) for inner in value]
-    return NOT_SHARED if isinstance(value, str) and Path(value).is_absolute() else value
+        return [_without_paths(inner, paths) for inner in value]
+    if not isinstance(value, str):
+        return value
+    for path in paths:
+        value = value.replace(path, NOT_SHARED)
+    return NOT_SHARED if Path(value).is_absolute() else value
 
 
 def _sweep_of(folder: RunFolder) -> Mapping[str, Any] | None:

@@ -26,7 +26,7 @@ COMMANDS = {
     "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
     "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
     "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
-    "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
+    "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "--weights", "a.b=c *"},
     "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out", "--weights"},
     "dist-vpt attention": {
         "--help",
@@ -250,7 +250,7 @@ def test_overrides_of_eval_may_stand_anywhere(argv: list[str], monkeypatch: pyte
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.inference.evaluate.evaluate_run", lambda *arguments: seen.append(arguments))
     assert main(argv) == 0
-    assert seen == [("run", "val", "last", ["x=1", "y=2"])]
+    assert seen == [("run", "val", "last", ["x=1", "y=2"], None)]
 
 
 @pytest.mark.parametrize(

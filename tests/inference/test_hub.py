@@ -140,20 +140,50 @@ def test_the_best_adapters(hub: Hub, run: Path) -> None:
     assert "after the best epoch on val (7 of 1)" in files["README.md"].decode()
 
 
+def test_a_fetched_run_has_one_file_of_adapters(hub: Hub, run: Path, photo: str) -> None:
+    pushed(hub, run)
+    with pytest.raises(UserError, match=r"--adapters best: .* was shared with one file of adapters; leave it out"):
+        predict(ID, [photo], adapters="best")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"classes": "a,b"}, "damaged adapters"),  # no JSON
+        ({"classes": "3"}, "lists no classes"),
+        ({"classes": '["a", 3]'}, "lists no classes"),
+        ({}, "lists no classes"),
+        ({"classes": '["a", "b"]', "recipe": "[]"}, "head.weight has shape"),
+    ],
+)
+def test_facts_of_adapters_that_others_wrote(
+    facts: dict[str, str], message: str, hub: Hub, run: Path, photo: str
+) -> None:
+    files = pushed(hub, run)
+    other = save(load(files["adapters.safetensors"]), facts)
+    hub.repos["me/digits"].commit("main", {**files, "adapters.safetensors": other}, "by hand")
+    with pytest.raises(WeightsError, match=message):
+        predict(ID, [photo])
+
+
 # What is shared
 
 
 def test_nothing_of_the_machine_is_shared(hub: Hub, run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     copy = Path(shutil.copytree(run, run.parent / "skipping"))
-    (copy / "result.json").write_text(json.dumps(result | {"skipped_images": ["/secret-data/a.png"]}))
+    root = load_recipe([run / "recipe.yaml"]).data.root
+    told = {"skipped_images": ["/secret-data/a.png"], "warnings": [f"{root}/a.png: odd", "/secret-name"]}
+    (copy / "result.json").write_text(json.dumps(result | told))
     for name, content in pushed(hub, copy).items():
         assert b"secret" not in content, name
         assert os.path.expanduser("~").encode() not in content or name == "README.md"
     recipe = yaml.safe_load(hub.files("me/digits")["recipe.yaml"])
     assert recipe["data"]["root"] == NOT_SHARED
     assert recipe["run"]["dir"] is None
-    assert json.loads(hub.files("me/digits")["result.json"])["skipped"] == 1
+    shared = json.loads(hub.files("me/digits")["result.json"])
+    assert shared["skipped"] == 1
+    assert shared["warnings"] == [f"{NOT_SHARED}/a.png: odd", NOT_SHARED]
 
 
 @pytest.mark.parametrize(

@@ -294,6 +294,14 @@ def test_an_imported_run_is_used_like_any(tmp_path: Path, capsys: pytest.Capture
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argument", ["method.rank=4", "vpt_deep"])
+def test_the_method_is_the_adapters(argument: str, tmp_path: Path) -> None:
+    _, model = adapted("vit")
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=f"{argument}: the adapter itself gives the method; leave it out"):
+        load_peft(str(tmp_path), [*arguments_of("vit"), argument])
+
+
 def test_the_backbone_that_an_adapter_names(tmp_path: Path) -> None:
     _, model = adapted("vit")
     model.save_pretrained(str(tmp_path))
