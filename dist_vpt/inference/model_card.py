@@ -22,8 +22,15 @@ from dist_vpt.training.inputs import resolve_inputs
 
 SCORES = {
     "top1": "top-1 accuracy, %",
+    "mAP": "mean average precision, %",
     "top5": "top-5 accuracy, %",
     "per_class": "mean accuracy of the classes, %",
+    "macro_f1": "F1, mean of the classes, %",
+    "f1_macro": "F1, mean of the classes, %",
+    "f1_micro": "F1 of all decisions, %",
+    "auroc": "area under the ROC curve, %",
+    "ece": "expected calibration error, %",
+    "ece_scaled": "the same at the temperature fitted on val, %",
     "loss": "cross-entropy",
 }
 CODE_WIDTH = 88  # characters of a line of code
@@ -59,7 +66,7 @@ def model_card(run: Shared) -> str:
     environment.filters |= {"plain": plain, "size": size, "score": score, "wrapped": wrapped}
     recipe, inputs = run.recipe, resolve_inputs(run.recipe)
     scores = _scores(run)
-    splits = [name for name in ("val", "test") if name in scores]
+    splits = [name for name in ("val", "test", *scores.get("extra_tests", ())) if name in scores]
     keys = list(dict.fromkeys(key for split in splits for key in scores[split]))
     return environment.from_string(template).render(
         run=run,
@@ -73,6 +80,8 @@ def model_card(run: Shared) -> str:
         file=WEIGHTS.fullmatch(recipe.backbone.weights),
         scores=scores,
         splits=splits,
+        headline=next((key for key in ("top1", "mAP") if key in (scores.get("test") or {})), None),
+        several_labels=getattr(recipe.data, "labels", "single") == "multiple",
         names={key: SCORES.get(key, key) for key in sorted(keys, key=[*SCORES, *keys].index)},
         seeds=_seeds(run.sweep),
         weights_from=_weights_from(recipe),
@@ -126,8 +135,9 @@ def _weights_from(recipe: Recipe) -> str:
 
 
 def _scores(run: Shared) -> dict[str, Any]:
-    """Epoch, and scores by split, of the adapters that are shared."""
-    return run.result.get(run.adapters) or {}
+    """Epoch, and scores by split, of the adapters that are shared; extra test sets are splits, too."""
+    found = run.result.get(run.adapters) or {}
+    return {**(found.get("extra_tests") or {}), **found}
 
 
 def _front_matter(run: Shared) -> dict[str, Any]:

@@ -6,7 +6,8 @@ In a shared recipe
 - ``data.root`` is ``not-shared``, unless it is the id of a dataset on the Hugging Face hub;
 - the ``weights`` of a backbone that come from a file are ``not-shared:NAME@sha256:HASH``: the file's name without its
   folder, and the hash of its content. Who loads the run gives the file;
-- any other text that has the form of a path is ``not-shared``.
+- there are no extra test sets, and any other text that is an absolute path, or leaves its folder, is ``not-shared``.
+  Relative paths inside a dataset stay: they are of use with the ``data.root`` of whoever loads the run.
 
 The recipe of another machine is held to the same rules before anything is done with it: it can make this machine read
 no file that its user has not named.
@@ -29,6 +30,8 @@ from dist_vpt.recipe.schema import Recipe, RunConfig
 NOT_SHARED = "not-shared"
 WEIGHTS = re.compile(rf"{NOT_SHARED}:(?P<name>[^/\\@]+)(@sha256:(?P<sha256>[0-9a-f]{{64}}))?")
 DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of the hub
+FOLDERS = (("run", "dir"), ("stream", "dir"), ("data", "extra_tests"))  # keys whose values are always folders
+PLACES = {"weights", "root", "dir"}  # names of keys of files and folders, for grids of a sweep
 HASHED_BYTES = 2**20  # that are read at a time
 KeyPath = tuple[str | int, ...]
 
@@ -44,6 +47,8 @@ def shared_recipe(recipe: Recipe) -> Recipe:
     """The recipe without the paths of this machine. Reads the weights' file, for its hash."""
     content = recipe.model_dump(mode="json")
     content |= {"run": RunConfig().model_dump(mode="json"), "stream": StreamConfig().model_dump(mode="json")}
+    if content["data"].get("extra_tests"):
+        content["data"]["extra_tests"] = {}
     for path, value in list(_local_paths(content, recipe.data)):
         part: Any = content
         for key in path[:-1]:
@@ -125,14 +130,17 @@ def _local_paths(content: dict[str, Any], data: DataConfig) -> Iterator[tuple[Ke
         elif path == ("data", "root"):  # the hf format reads a folder of that name first
             on_hub = data.stored == "hf" and DATASET_ID.fullmatch(value) and not Path(value).exists()
             named = value != NOT_SHARED and not on_hub
+        elif path[0] == "sweep" and PLACES & set(path):
+            named = value not in ("pretrained", "random", NOT_SHARED)
         else:
-            named = path in (("run", "dir"), ("stream", "dir")) or _is_path(value)
+            named = path[:2] in FOLDERS or _is_path(value)
         if named:
             yield path, value
 
 
 def _is_path(value: str) -> bool:
-    return "/" in value or "\\" in value or value.startswith("~")
+    parts = value.replace("\\", "/").split("/")
+    return value.startswith(("/", "\\", "~")) or ".." in parts or re.match(r"[A-Za-z]:[\\/]", value) is not None
 
 
 def _texts(value: Any, at: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:

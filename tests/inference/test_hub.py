@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 
 from dist_vpt.backbones.build import DEMO
 from dist_vpt.cli.main import main
+from dist_vpt.data.config import DataConfig
 from dist_vpt.errors import RecipeError, RunFolderError, UserError, WeightsError
 from dist_vpt.inference.evaluate import evaluate_run
 from dist_vpt.inference.hub import fetch, parse_id
@@ -195,6 +196,17 @@ def test_nothing_of_the_machine_is_shared(hub: Hub, run: Path) -> None:
         (["data.task=a", "data.format=hf", "data.root=~/mnist"], "data.root", NOT_SHARED),
         (["stream.cache=disk", "stream.dir=/scratch", "method.name=linear"], "stream.dir", None),
         (["backbone.weights=/home/me/w.npz"], "backbone.weights", f"{NOT_SHARED}:w.npz"),
+        (
+            ["data.task=a", "data.format=hf", "data.root=a/b", "data.hf.splits={train: ../t}"],
+            "data.hf.splits.train",
+            NOT_SHARED,
+        ),
+        (
+            ["data.task=a", "data.format=hf", "data.root=a/b", "data.hf.splits={train: s/t}"],
+            "data.hf.splits.train",
+            "s/t",
+        ),
+        (["sweep.grid.data.root=[pictures]"], "sweep.grid.data.root", [NOT_SHARED]),
         (["sweep.grid.backbone.weights=[a/b.npz,random]"], "sweep.grid.backbone.weights", [NOT_SHARED, "random"]),
         (["run.dir=/home/me/x"], "run.dir", None),
     ],
@@ -229,6 +241,15 @@ def test_a_backbone_from_a_file(
     other.write_bytes(save({"a": load(files["adapters.safetensors"])["head.bias"]}))
     with pytest.raises(WeightsError, match=r"another file than vit.safetensors, on which hub:me/digits was trained"):
         predict(ID, [photo], weights=str(other))
+
+
+@pytest.mark.skipif("extra_tests" not in DataConfig.model_fields, reason="there are none")
+def test_extra_test_sets_are_not_shared(hub: Hub, run: Path, photo: str) -> None:
+    assert shared_recipe(load_recipe([], ["data.extra_tests={r: sketches}"])) == shared_recipe(load_recipe([]))
+    pushed(hub, run)
+    change_recipe(hub, lambda content: content["data"].update(extra_tests={"r": "sketches"}))
+    with pytest.raises(RecipeError, match=r"data\.extra_tests\.r = 'sketches': names a file or folder"):
+        predict(ID, [photo])
 
 
 # Pushing again, branches, privacy

@@ -107,6 +107,15 @@ def test_scores_of_one_seed_and_of_several() -> None:
     assert "| top-1 accuracy, % | 71.50 | 70.25 | 70.50 ± 0.25 |" in several
     assert "| cross-entropy | 0.500 | 0.512 | - |" in several
     assert "over seeds 1, 2, with the setting that was best on val among\n20 trials: `optim.lr=0.003`," in several
+    more = {
+        "extra_tests": {"sketch": {"top1": 40.0}},
+        "test": LAST["test"] | {"ece": 3.21},
+        "temperature": {"value": 1.5},
+    }
+    extra = card_of(result={"last": LAST | more, "best": None})
+    assert "| score | val | test | sketch |\n" in extra
+    assert "| top-1 accuracy, % | 71.50 | 70.25 | 40.00 |\n" in extra
+    assert "| expected calibration error, % | - | 3.21 | - |\n" in extra
     unscored = card_of(result={"last": {"epoch": 3, "val": {"top1": 71.5}}, "best": None})
     assert "The run was not scored on a test split." in unscored
     assert "model-index" not in front_matter(unscored)
