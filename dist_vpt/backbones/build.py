@@ -157,6 +157,18 @@ def timm_model(recipe: BackboneConfig, image_size: int, classes: int) -> TimmMod
     return TimmModel(name, options, None if pool in (None, model.global_pool) else pool)
 
 
+def weights_source(recipe: BackboneConfig) -> tuple[str | None, str | None]:
+    """The id on the hub of a backbone's pretrained weights, and their license as the hub writes it; None: not known."""
+    if recipe.weights == "random":
+        return None, None
+    if recipe.name == "demo":
+        return None, "apache-2.0" if recipe.file is None else None
+    row = ZOO.get(recipe.name)
+    cfg = timm.get_pretrained_cfg(row.pretrained or row.architecture if row else recipe.name)
+    license = row.project.license if row else cfg and recipe.file is None and cfg.license
+    return cfg.hf_hub_id if cfg and recipe.file is None else None, license.lower() if license else None
+
+
 def _pool(recipe: BackboneConfig) -> str | None:
     """Pooling set by the recipe or by the zoo; None: the timm model's."""
     return recipe.global_pool or (ZOO[recipe.name].pool if recipe.name in ZOO else None)
@@ -246,6 +258,11 @@ def _from_hub(name: str) -> Path:
             f"backbone.name = {name}: its weights could not be downloaded ({reason}); "
             "download them elsewhere and set backbone.weights=FILE"
         ) from error
+
+
+def is_known(name: str) -> bool:
+    """Whether a recipe's ``backbone.name`` can be this: a short name or a timm model."""
+    return name == "demo" or name in ZOO or timm.is_model(name)
 
 
 def _known(name: str) -> str:

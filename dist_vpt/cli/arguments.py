@@ -43,6 +43,16 @@ def add_recipe(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     parser.add_argument("recipe", nargs=nargs, metavar=RECIPE, help=RECIPE_HELP)
 
 
+RUN_HELP = "a run folder, or hub:USER/NAME"
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The file of the backbone's weights, for runs of another machine."""
+    parser.add_argument(
+        "--weights", metavar="FILE", help="the backbone's weights, where they are not where the recipe has them"
+    )
+
+
 def add_adapters(parser: argparse.ArgumentParser) -> None:
     """Which of a run's two adapter files."""
     parser.add_argument(

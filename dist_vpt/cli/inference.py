@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from dist_vpt.cli.arguments import add_adapters, add_command
+from dist_vpt.cli.arguments import RUN_HELP, add_adapters, add_command, add_weights
 
 
 def add_parser(commands: Any) -> None:
@@ -16,10 +16,11 @@ def add_parser(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     example = "dist-vpt eval runs/vpt_deep --split val"
     parser = add_command(commands, "eval", evaluate, "evaluate a run's adapters", rest="overrides", example=example)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("--split", choices=("train", "val", "trainval", "test"), default="test", help="default: test")
     add_adapters(parser)
     parser.add_argument("--out", metavar="DIR", help="folder for confusion.csv, per_class.csv and predictions.csv")
+    add_weights(parser)
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as data.root=... or runtime.device=cpu")
 
 
@@ -28,9 +29,10 @@ def _add_predict(commands: Any) -> None:
     parser = add_command(
         commands, "predict", predict, "classify images with a run's adapters", rest="images", example=example
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_adapters(parser)
+    add_weights(parser)
     parser.add_argument("--calibrated", action="store_true", help="divide logits by the temperature fitted on val")
     parser.add_argument(
         "--top", type=int, metavar="N", help="classes per image (5; of several labels all that reach their thresholds)"
@@ -42,9 +44,10 @@ def _add_attention(commands: Any) -> None:
     help = "draw what a run's class token, prompts or queries attend to"
     example = "dist-vpt attention runs/vpt_deep photos/ --block 11"
     parser = add_command(commands, "attention", attention, help, rest="images", example=example)
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_adapters(parser)
+    add_weights(parser)
     parser.add_argument("--block", type=int, metavar="N", help="only this block, its heads beside their mean")
     parser.add_argument("--head", type=int, metavar="N", help="only this head; default: the mean over heads")
     parser.add_argument("--out", metavar="DIR", help="folder of the PNG files; default: RUN/attention")
@@ -54,31 +57,35 @@ def _add_merge(commands: Any) -> None:
     help = "merge a run's adapters into plain timm weights"
     example = "dist-vpt merge runs/lora --out lora.safetensors"
     parser = add_command(commands, "merge", merge, help, example=example)
-    parser.add_argument("run", metavar="RUN", help="a run folder of linear, full, partial, bias, cls, lora or ssf")
+    methods = "linear, logistic, full, partial, bias, cls, lora or ssf"
+    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP}, of {methods}")
     parser.add_argument("--out", required=True, metavar="FILE", help="a .safetensors file")
     add_adapters(parser)
+    add_weights(parser)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from dist_vpt.inference.evaluate import evaluate_run
 
-    evaluate_run(arguments.run, arguments.split, arguments.adapters, arguments.overrides, arguments.out)
+    a = arguments
+    evaluate_run(a.run, a.split, a.adapters, a.overrides, a.out, a.weights)
 
 
 def predict(arguments: argparse.Namespace) -> None:
     from dist_vpt.inference.predict import predict
 
     given = (arguments.run, arguments.images, arguments.adapters, arguments.top, arguments.out)
-    predict(*given, calibrated=arguments.calibrated)
+    predict(*given, calibrated=arguments.calibrated, weights=arguments.weights)
 
 
 def attention(arguments: argparse.Namespace) -> None:
     from dist_vpt.inference.attention_pictures import show
 
-    show(arguments.run, arguments.images, arguments.adapters, arguments.block, arguments.head, arguments.out)
+    a = arguments
+    show(a.run, a.images, a.adapters, a.block, a.head, a.out, a.weights)
 
 
 def merge(arguments: argparse.Namespace) -> None:
     from dist_vpt.inference.merge import merge
 
-    merge(arguments.run, arguments.out, arguments.adapters)
+    merge(arguments.run, arguments.out, arguments.adapters, arguments.weights)

@@ -19,6 +19,7 @@ from dist_vpt.cli import (
     launch,
     plan,
     probe,
+    push,
     rank_backbones,
     recipe,
     report,
@@ -36,7 +37,7 @@ from dist_vpt.files import printable
 # Of paths that a command names and the system refuses, wherever that is noticed.
 WRONG_NAMES = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 COMMANDS = (
-    *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, compress),
+    *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, push, compress),
     *(report, compare, diagnosis, data, backbones, recipe),
 )
 

@@ -15,10 +15,10 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
 from dist_vpt.inference.attention import ONLY, Attention, attend
+from dist_vpt.inference.hub import is_hub_id, open_run
 from dist_vpt.inference.image_files import image_files
 from dist_vpt.inference.load import load_run, refuse_several
 from dist_vpt.methods.vpt import VPT
-from dist_vpt.runs.folder import RunFolder
 
 CELL = 112  # pixels of an image's side in a grid
 COLUMNS = 4  # of a grid with a map for each block or head, and the least width of all
@@ -33,16 +33,21 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     block: int | None = None,
     head: int | None = None,
     out: str | None = None,
+    weights: str | None = None,
 ) -> list[Path]:
     """Pictures of a run's attention to image files, in a folder and in the run's TensorBoard; returns the files.
 
     All blocks, with the mean over heads or one ``head`` alone; or one ``block``, with the mean and each head.
     """
     files = _files_by_name(images)
-    refuse_several(RunFolder(run).load(), "attention")
-    loaded = load_run(run, adapters, activation_checkpointing="none", attention="eager", compile=False, offload=False)
+    run_folder = open_run(run)
+    refuse_several(run_folder.load(), "attention")
+    runtime = {"activation_checkpointing": "none", "attention": "eager", "compile": False, "offload": False}
+    loaded = load_run(run, adapters, weights, **runtime)
     loaded.inputs = loaded.inputs.one_view()
-    backbone, folder = loaded.method.backbone, Path(out) if out else RunFolder(run).path / "attention"
+    # What is downloaded is for reading: pictures of a run on the hub are written here.
+    default = Path("attention") if is_hub_id(run) else run_folder.path / "attention"
+    backbone, folder = loaded.method.backbone, Path(out) if out else default
     for name, value, count in (("block", block, len(backbone.blocks)), ("head", head, _heads(backbone))):
         if value is not None and not 0 <= value < count:
             raise UserError(f"--{name} {value}: the backbone's {name}s are 0 to {count - 1}")
@@ -65,7 +70,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
             write_atomically(path, _png(drawn))
             print(path)
             written.append(path)
-    events = RunFolder(run).path / "tb"
+    events = run_folder.path / "tb"
     if events.is_dir():
         from torch.utils.tensorboard import SummaryWriter
 

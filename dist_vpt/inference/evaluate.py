@@ -14,7 +14,9 @@ from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 from dist_vpt.files import read_json
+from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.inference.load import check_backbones, classes_of
+from dist_vpt.recipe.sharing import NOT_SHARED, with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.score_files import Predictions, write_tables
@@ -27,21 +29,27 @@ from dist_vpt.training.metrics import Scores
 from dist_vpt.training.multi_label import compute_at
 
 
-def evaluate_run(
-    run: str, split: str, adapters: str, overrides: Sequence[str] = (), out: str | None = None
+def evaluate_run(  # noqa: PLR0917 (the options of the command)
+    run: str,
+    split: str,
+    adapters: str,
+    overrides: Sequence[str] = (),
+    out: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Score a split with a run's adapters, print it beside the number reported at the end of the run, return it.
 
     With test, the extra tests of the recipe and the overrides are scored, too: ``extra_tests`` in what is returned.
     ``out``: a folder for confusion.csv, per_class.csv and predictions.csv. Raises UserError where it cannot be written.
     """
-    folder = RunFolder(run)
-    folder.refuse_sweep()
-    recipe, launch = folder.load(overrides), LaunchEnv.current()
+    folder = open_run(run)
+    recipe, launch = with_weights(folder.load(overrides), weights, run), LaunchEnv.current()
+    if recipe.data.root == NOT_SHARED:
+        raise UserError(f"{run}: the folder of its dataset is not shared with it; give data.root=FOLDER")
     select_device(recipe.runtime.device, launch)
     recipe, _ = resolve_precision(recipe)
     components = build_components(recipe, launch, trains=False)
-    path = folder.best if adapters == "best" else folder.adapters
+    path = adapters_file(folder, adapters)
     tensors, facts = read_adapters(path)
     check_backbones(recipe, facts, path)
     restore(components.method, tensors, path)

@@ -7,22 +7,25 @@ import torch
 
 from dist_vpt.errors import UserError, WeightsError
 from dist_vpt.files import read_json
+from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.inference.named_classes import thresholds_of
 from dist_vpt.inference.tuned import Tuned
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.sharing import with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training.components import build_method
 from dist_vpt.training.inputs import resolve_inputs
 
 
-def load(source: Any, adapters: str = "last", device: Any = None) -> Tuned:
+def load(source: Any, adapters: str = "last", device: Any = None, weights: str | None = None) -> Tuned:
     """What a run has tuned, ready to classify: ``dist_vpt.load("runs/first").predict("photo.jpg")``.
 
     Args:
-        source: a run's folder, one of its two adapter files, or what ``dist_vpt.train`` returned.
+        source: a run's folder, one of its two adapter files, what ``dist_vpt.train`` returned, or ``hub:user/name``.
         adapters: ``last``, those of the last epoch, or ``best``, those of the best one on val.
         device: where it computes; None: the accelerator, if there is one and the run did not ask for the CPU.
+        weights: the file of the backbone's weights, where they are not where the run had them.
 
     Raises:
         UserError: what is no finished run, or does not fit its recipe.
@@ -36,16 +39,19 @@ def load(source: Any, adapters: str = "last", device: Any = None) -> Tuned:
     if adapters not in ("last", "best"):
         raise UserError(f"adapters = {adapters!r}: must be 'last' or 'best'")
     runtime = {} if device is None or torch.device(device).type != "cpu" else {"device": "cpu"}
-    tuned = load_run(str(path), adapters, **runtime)
+    tuned = load_run(str(path), adapters, weights, **runtime)
     return tuned if device is None else tuned.to(device)
 
 
-def load_run(run: str, adapters: str, **runtime: Any) -> Tuned:
-    """``adapters``: last or best; ``runtime``: keys of the recipe's runtime to change."""
-    folder = RunFolder(run)
-    folder.refuse_sweep()
-    path = folder.best if adapters == "best" else folder.adapters
-    recipe = folder.load().changed("runtime", **runtime)
+def load_run(run: str, adapters: str, weights: str | None = None, **runtime: Any) -> Tuned:
+    """A run by its folder or as ``hub:user/name``.
+
+    ``adapters``: last or best. ``weights``: the file of the backbone's weights, where they are not where the recipe has
+    them. ``runtime``: keys of the recipe's runtime to change.
+    """
+    folder = open_run(run)
+    path = adapters_file(folder, adapters)
+    recipe = with_weights(folder.load(), weights, run).changed("runtime", **runtime)
     tensors, facts = read_adapters(path)
     classes = classes_of(facts, path)
     check_backbones(recipe, facts, path)
@@ -58,7 +64,7 @@ def load_run(run: str, adapters: str, **runtime: Any) -> Tuned:
 
 def temperature_of(run: str, adapters: str) -> float:
     """The temperature that the run was given on val. Raises UserError where it has none."""
-    folder = RunFolder(run)
+    folder = open_run(run)
     found = read_json(folder.result).get(adapters) if folder.result.is_file() else None
     fitted = (found or {}).get("temperature") or {}
     if not fitted.get("value"):
@@ -78,7 +84,7 @@ def refuse_several(recipe: Recipe, command: str) -> None:
 
 def check_backbones(recipe: Recipe, facts: dict[str, Any], path: Path) -> None:
     """Raises WeightsError where adapters were trained on other backbones than a recipe with several has."""
-    trained_with = facts.get("recipe") or {}
+    trained_with = facts.get("recipe") if isinstance(facts.get("recipe"), dict) else {}
     several = trained_with.get("backbones")
     if not several and not recipe.backbones:  # a name may be another of the same model
         return
@@ -97,9 +103,10 @@ def _shown(name: str, size: int | None) -> str:
 
 
 def classes_of(facts: dict[str, Any], path: Path) -> list[str]:
-    if "classes" not in facts:
+    classes = facts.get("classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise WeightsError(f"{path}: lists no classes, so no run wrote it; restore the file of the run")
-    return facts["classes"]
+    return classes
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -6,28 +6,29 @@ from torch import Tensor
 
 from dist_vpt.backbones.build import timm_model
 from dist_vpt.errors import UserError
+from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.inference.load import classes_of, refuse_several
 from dist_vpt.methods.base import Method
+from dist_vpt.recipe.sharing import with_weights
 from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
-from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training.components import build_method
 from dist_vpt.training.inputs import resolve_inputs
 
 
-def merge(run: str, out: str, adapters: str = "last") -> None:
+def merge(run: str, out: str, adapters: str = "last", weights: str | None = None) -> None:
     """Write the backbone's float32 weights with a run's adapters folded in, and the head, under timm's names.
 
     The file's metadata and the printed lines say how to create the timm model; the metadata also holds the
-    preprocessing. Raises UserError for a method that no plain timm model can express.
+    preprocessing. ``run``: a folder or ``hub:user/name``; ``weights``: the file of the backbone's weights, where they
+    are not where the recipe has them. Raises UserError for a method that no plain timm model can express.
     """
     if Path(out).suffix != ".safetensors":
         raise UserError(f"--out {out}: must end in .safetensors")
     if not Path(out).parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
-    folder = RunFolder(run)
-    folder.refuse_sweep()
-    path = folder.best if adapters == "best" else folder.adapters
-    recipe = folder.load(["runtime.precision=fp32"])
+    folder = open_run(run)
+    path = adapters_file(folder, adapters)
+    recipe = with_weights(folder.load(["runtime.precision=fp32"]), weights, run)
     refuse_several(recipe, "merge")
     if recipe.runtime.quantize == "int8":
         raise UserError(

@@ -22,6 +22,7 @@ def predict(
     out: str | None = None,
     *,
     calibrated: bool = False,
+    weights: str | None = None,
 ) -> list[dict[str, Any]]:
     """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
 
@@ -37,7 +38,7 @@ def predict(
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
     temperature = temperature_of(run, adapters) if calibrated else 1.0
-    rows = load_run(run, adapters).predict(images, top, temperature)
+    rows = load_run(run, adapters, weights).predict(images, top, temperature)
     try:
         _write(rows, out)
     except BrokenPipeError:

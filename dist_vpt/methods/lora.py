@@ -43,6 +43,15 @@ class LoRA(HookedMethod):
         for target in self.recipe.targets:
             yield from targets_of(block, number, target)
 
+    def updates_of_layers(self) -> Iterator[tuple[Target, list["_LowRank"]]]:
+        """The linear layers that are changed, all their rows, each with the updates of its targets."""
+        for number, (block, updates) in enumerate(zip(self.backbone.blocks, self.lora, strict=True)):
+            found: dict[str, tuple[Target, list[_LowRank]]] = {}
+            for target in self._targets(block, number):
+                whole = target._replace(rows=slice(None))
+                found.setdefault(target.name, (whole, []))[1].append(updates[target.key])  # type: ignore[index]
+            yield from found.values()
+
     def merged(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for number, (block, updates) in enumerate(zip(self.backbone.blocks, self.lora, strict=True)):

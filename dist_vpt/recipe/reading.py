@@ -135,6 +135,11 @@ def _takes_text(keys: list[str]) -> bool:
     return field is not None and field.annotation in (str, str | None)
 
 
+def read_content(file: Path) -> dict[str, Any]:
+    """The content of one file as it is, without the files that it inherits from. Raises RecipeError."""
+    return _parse(_read_text(file), file)[0]
+
+
 def _read_text(file: Path) -> str:
     try:
         with open(file, "rb") as opened:

@@ -26,10 +26,19 @@ COMMANDS = {
     "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
     "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
     "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
-    "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "--out", "a.b=c *"},
-    "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--calibrated", "--top", "--out"},
-    "dist-vpt attention": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--block", "--head", "--out"},
-    "dist-vpt merge": {"--help", "--debug", "RUN", "--out", "--adapters"},
+    "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "--out", "--weights", "a.b=c *"},
+    "dist-vpt predict": {
+        *("--help", "--debug", "RUN", "IMAGE +", "--adapters", "--calibrated", "--top", "--out", "--weights"),
+    },
+    "dist-vpt attention": {
+        *("--help", "--debug", "RUN", "IMAGE +", "--adapters", "--block", "--head", "--out", "--weights"),
+    },
+    "dist-vpt merge": {"--help", "--debug", "RUN", "--out", "--adapters", "--weights"},
+    "dist-vpt push": {
+        *("--help", "--debug", "RUN", "hub:USER/NAME", "--adapters", "--private", "--revision", "--message"),
+        *("--license", "--dry-run", "--out"),
+    },
+    "dist-vpt import-peft": {"--help", "--debug", "DIR", "RECIPE|a.b=c *", "--out", "--classes"},
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },
@@ -126,7 +135,7 @@ import contextlib, sys
 import dist_vpt.cli.main
 commands = (
     *("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor"),
-    *("recipe list", "launch slurm", "eval", "compress", "probe", "features", "rank-backbones"),
+    *("recipe list", "launch slurm", "eval", "compress", "probe", "features", "rank-backbones", "push"),
 )
 for argv in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
@@ -159,6 +168,7 @@ def test_python_m_is_the_command() -> None:
         ["predict", "run"],
         ["predict", "run", "image", "--top", "many"],
         ["merge", "run"],
+        ["push", "run"],
         ["rank-backbones"],
         ["rank-backbones", "combo", "--best", "many"],
         ["compress", "run"],
@@ -236,7 +246,7 @@ def test_overrides_of_eval_may_stand_anywhere(argv: list[str], monkeypatch: pyte
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.inference.evaluate.evaluate_run", lambda *arguments: seen.append(arguments))
     assert main(argv) == 0
-    assert seen == [("run", "val", "last", ["x=1", "y=2"], None)]
+    assert seen == [("run", "val", "last", ["x=1", "y=2"], None, None)]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +265,8 @@ def test_images_of_predict_may_stand_anywhere(argv: list[str], monkeypatch: pyte
     )
     assert main(argv) == 0
     assert main([*argv, "--calibrated"]) == 0
-    assert seen == [("run", ["a.png", "b.png"], "last", 3, None, {"calibrated": used}) for used in (False, True)]
+    named = [{"calibrated": used, "weights": None} for used in (False, True)]
+    assert seen == [("run", ["a.png", "b.png"], "last", 3, None, each) for each in named]
 
 
 @pytest.mark.parametrize(
