@@ -378,7 +378,7 @@ def test_without_val_there_is_no_best_epoch(source: Path, tmp_path: Path) -> Non
     again(source, [0.2], out=str(tmp_path), overrides=["data.train_on=trainval"])
     assert result(tmp_path / "featselect-0.2")["best"] is None
     assert not (tmp_path / "featselect-0.2" / "best.safetensors").exists()
-    assert set(result(tmp_path / "featselect-0.2")["last"]) == {"epoch", "train", "test"}
+    assert set(result(tmp_path / "featselect-0.2")["last"]) == {"epoch", "train", "temperature", "test"}
 
 
 def test_early_stopping_is_obeyed(source: Path, tmp_path: Path) -> None:
