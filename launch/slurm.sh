@@ -93,7 +93,7 @@ _run() {
 _finish() {
   local code=$1
   if [ "$code" -ge 160 ]; then code=$((code - 160)); fi  # of dist_vpt.distributed.launcher
-  case $code in 0 | 2 | 3) exit "$code" ;; 60) exit 0 ;; esac
+  case $code in 0 | 2 | 3 | 130) exit "$code" ;; 60) exit 0 ;; esac  # 130: somebody has stopped it
   if [ "$attempt" -ge "$attempts" ]; then
     echo "slurm: attempt $attempt of $attempts ended with exit code $code; submit it again to continue where it stopped" >&2
     exit "$code"

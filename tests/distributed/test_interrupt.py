@@ -189,3 +189,32 @@ def test_in_python_it_raises_interrupted(
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_probe_between_two_backbones(
+    data: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dist_vpt.cli.main import main
+    from dist_vpt.experiments import probe
+
+    begun: list[str] = []
+
+    def swept(probed: Any, method: str, *_: Any) -> dict[str, Any]:
+        begun.append(f"{probed.backbone} {method}")
+        signal.raise_signal(signal.SIGINT)
+        return dict.fromkeys(probe.COLUMNS) | {"backbone": probed.backbone, "method": method, "val_top1": 1.0}
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(probe, "_swept", swept)
+    monkeypatch.setattr("dist_vpt.distributed.signals.SAME_SECONDS", 60.0)  # all of them are one Ctrl-C
+    try:
+        out = tmp_path / "probe"
+        small = ("data.image_size=24", "data.workers=0")
+        second = tmp_path / "random.yaml"
+        second.write_text("backbone: {name: test_vit, weights: random}\n")
+        code = main(["probe", *data, *small, "--backbones", f"demo,{second}", "--out", str(out)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == Interrupted.BY_KEYBOARD
+    assert f"{out}: stopped; the same command resumes" in capsys.readouterr().err
+    assert {name.split()[0] for name in begun} == {"demo"}

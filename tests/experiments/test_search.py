@@ -60,6 +60,9 @@ def test_it_draws_prunes_and_chooses(whole: Path, data: tuple[str, ...], capsys:
     assert "test top1" in shown
     assert "[I 2" not in shown, "what Optuna logs"
     assert (whole / "heatmap.png").is_file()
+    assert main(["status", str(whole), "--json"]) == 0
+    (status,) = json.loads(capsys.readouterr().out)
+    assert (status["status"], status["done"], status["total"]) == ("done", 7, 7)
 
 
 @pytest.mark.slow

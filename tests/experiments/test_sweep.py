@@ -236,12 +236,13 @@ def test_killed_and_started_again_it_gives_the_same_table(method: str, data: tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, data: tuple[str, ...], tmp_path: Path) -> None:
     grid = [*data, "method.name=vqt", "train.epochs=4", "train.batch_size=10", "run.trackers=[]", *GRID]
     whole, folder = swept(tmp_path / "whole", *grid), tmp_path / "ended"
 
     def before(_: int) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background are deaf to it
         step = trials_module.step_trials
         trials_module.SAVE_SECONDS = -1.0  # a state an epoch
 
@@ -253,8 +254,9 @@ def test_a_pass_that_is_interrupted_resumes(number: signal.Signals, data: tuple[
         trials_module.step_trials = struck
 
     ended = start(folder, *grid, before=before)
-    assert ended.finish() == [75 if number == signal.SIGTERM else -number], ended.output
-    assert read_json(folder / "run.json")["status"] == ("interrupted" if number == signal.SIGTERM else "running")
+    codes = {signal.SIGTERM: 75, signal.SIGINT: 130}
+    assert ended.finish() == [codes.get(number, -number)], ended.output
+    assert read_json(folder / "run.json")["status"] == ("interrupted" if number in codes else "running")
     assert not (folder / "trials").exists()
     again = forked(command(folder, *grid, "data.workers=1"), tmp_path / "again.txt")  # as may be changed
     assert again.finish() == [0], again.output
