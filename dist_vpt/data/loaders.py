@@ -140,15 +140,14 @@ class TrainBatches(_Batches):
         epochs = None if self._sampling == "shuffle" else epoch + AGAIN * earlier_draws(order)
         requests: list[Request] = []
         for step in range(start_step, self.steps_per_epoch):
-            taken = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            indices = order[taken]
+            first, last = step * self.batch_size, min((step + 1) * self.batch_size, self.images)
             # Dealt round-robin, so that padding is spread over processes and micro-batches.
             deal = _dealt_in_pairs if self._pairs else _dealt
-            places = deal(np.arange(len(indices)), self._multiple, parts)
+            places = deal(np.arange(first, last), self._multiple, parts)
             for micro in range(self._accumulate):
                 mine = places[micro * self._world + self._rank]
-                of_each = epoch if epochs is None else np.where(mine == PADDING, PADDING, epochs[taken][mine])
-                requests.append((of_each, np.where(mine == PADDING, PADDING, indices[mine])))
+                indices = np.where(mine == PADDING, PADDING, order[mine])
+                requests.append((epoch if epochs is None else epochs[mine], indices))
         batches = self._source(requests)
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._accumulate)]
