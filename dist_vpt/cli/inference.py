@@ -27,7 +27,7 @@ def _add_predict(commands: Any) -> None:
     parser = add_command(
         commands, "predict", predict, "classify images with a run's adapters", rest="images", example=example
     )
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("run", metavar="RUN", help="a run folder, or a .safetensors file of dist-vpt export")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_adapters(parser)
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per image (5)")
@@ -74,6 +74,6 @@ def attention(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    from dist_vpt.inference.merge import merge
+    from dist_vpt.inference.export import ExportOptions, export
 
-    merge(arguments.run, arguments.out, arguments.adapters)
+    export(arguments.run, arguments.out, ExportOptions("safetensors", merge=True), arguments.adapters)

@@ -14,6 +14,7 @@ from dist_vpt.cli import (
     compress,
     data,
     diagnosis,
+    export,
     inference,
     launch,
     plan,
@@ -35,7 +36,7 @@ from dist_vpt.files import printable
 # Of paths that a command names and the system refuses, wherever that is noticed.
 WRONG_NAMES = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 COMMANDS = (
-    *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, compress),
+    *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, export, compress),
     *(report, diagnosis, data, backbones, recipe),
 )
 

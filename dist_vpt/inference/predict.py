@@ -18,13 +18,17 @@ import torch
 from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable, write_atomically
-from dist_vpt.inference.load import load_run
+from dist_vpt.inference.exported_weights import load_export
+from dist_vpt.inference.load import LoadedRun, load_run
 
 
 def predict(
     run: str, images: Sequence[str], adapters: str = "last", top: int = 5, out: str | None = None
 ) -> list[dict[str, Any]]:
-    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON."""
+    """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
+
+    ``run``: a run folder, or a file of ``dist-vpt export --format safetensors``.
+    """
     if top < 1:
         raise UserError(f"--top {top}: must be at least 1")
     if out and Path(out).suffix not in (".csv", ".json"):
@@ -33,7 +37,7 @@ def predict(
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
-    loaded, files = load_run(run, adapters), image_files(images)
+    loaded, files = _load(run, adapters), image_files(images)
     classes, size = loaded.classes, loaded.recipe.train.eval_batch_size
     rows = []
     for start in range(0, len(files), size):
@@ -58,6 +62,14 @@ def predict(
             f"{f'--out {out}' if out else 'the output'}: cannot be written ({error.strerror}); name another file"
         ) from error
     return rows
+
+
+def _load(run: str, adapters: str) -> LoadedRun:
+    if not Path(run).is_file():
+        return load_run(run, adapters)
+    if adapters != "last":
+        raise UserError(f"--adapters {adapters}: {run} has one set of adapters; leave it out")
+    return load_export(run)
 
 
 def _write(rows: list[dict[str, Any]], out: str | None) -> None:

@@ -30,6 +30,10 @@ COMMANDS = {
     "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
     "dist-vpt attention": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--block", "--head", "--out"},
     "dist-vpt merge": {"--help", "--debug", "RUN", "--out", "--adapters"},
+    "dist-vpt export": {
+        *("--help", "--debug", "RUN", "--out", "--format", "--merge", "--dynamic-batch", "--preprocessing"),
+        *("--quantize", "--adapters"),
+    },
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },
@@ -82,6 +86,9 @@ CHOICES = {
     "--adapters": ("last", "best"),
     "--format": ("array_record", "tfrecord"),
     "dist-vpt features --format": ("safetensors", "parquet"),
+    "dist-vpt export --format": ("torch", "onnx", "safetensors"),
+    "--preprocessing": ("none", "normalize", "resize"),
+    "--quantize": ("none", "int8"),
     "--what": ("pooled", "blocks", "tokens"),
     "--mode": ("compress", "featselect", "finetune"),
 }
@@ -125,6 +132,7 @@ import dist_vpt.cli.main
 commands = (
     *("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor"),
     *("recipe list", "launch slurm", "eval", "compress", "probe", "features", "rank-backbones"),
+    "export",
 )
 for argv in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
@@ -157,6 +165,8 @@ def test_python_m_is_the_command() -> None:
         ["predict", "run"],
         ["predict", "run", "image", "--top", "many"],
         ["merge", "run"],
+        ["export", "run"],
+        ["export", "run", "--out", "run.onnx", "--quantize", "int4"],
         ["rank-backbones"],
         ["rank-backbones", "combo", "--best", "many"],
         ["compress", "run"],

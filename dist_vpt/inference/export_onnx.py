@@ -1,0 +1,87 @@
+"""The ONNX file of a recorded method."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_vpt.errors import UserError
+from dist_vpt.inference.export_check import Arrays, Check
+from dist_vpt.inference.export_torch import Recorded
+
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+LARGEST_FILE = 1_900_000_000  # bytes of weights: protobuf, in which ONNX is written, ends at 2 GiB
+
+
+def check_packages() -> None:
+    """Raises UserError where a package of the extra ``export`` is missing."""
+    from importlib import import_module
+
+    for name in PACKAGES:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(
+                f"--format onnx: {name} is not installed ({error}); pip install 'dist-vpt[export]', or use --format "
+                "torch"
+            ) from error
+
+
+def write(file: Path, recorded: Recorded, facts: dict[str, Any], check: Check, *, quantize: bool) -> str:
+    """Write an ONNX file and run it with onnxruntime; returns a text about it.
+
+    Weights of 2 GB and more are in a second file beside it, FILE.data.
+    """
+    names = recorded.names
+    made: Any = torch.onnx.export(
+        recorded.program, (), dynamo=True, verbose=False, input_names=names, output_names=["logits"],
+        dynamic_shapes=recorded.shapes,
+    )  # fmt: skip
+    model = made.model
+    for part in (*model.graph.all_nodes(), *model.graph.inputs, *model.graph.outputs):
+        part.metadata_props.clear()  # which line of which source it comes from
+    metadata = {key: json.dumps(value) for key, value in facts.items()}
+    model.metadata_props.update(metadata)
+    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_FILE
+    made.save(file, external_data=large)
+    found = check.compare(lambda arrays: _run(file, names, arrays))
+    opset = model.opset_imports[""]
+    text = f"ONNX (opset {opset}), {_mib(file)}"
+    if not quantize:
+        return f"{text}; {found}"
+    _quantize(file, metadata, large=large)
+    found = check.report_quantized(lambda arrays: _run(file, names, arrays))
+    return f"{text} in float32, {_mib(file)} in int8; {found}"
+
+
+def _run(file: Path, names: list[str], arrays: Arrays) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return session.run(None, dict(zip(names, arrays, strict=True)))[0]
+
+
+def _quantize(file: Path, metadata: dict[str, str], *, large: bool) -> None:
+    """Replace a file by one whose matrices are int8, quantized by onnxruntime; activations are as they come."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    before, after = file.with_name("float32.onnx"), file.with_name("int8.onnx")
+    weights = file.with_name(f"{file.name}.data")
+    file.rename(before)
+    quantize_dynamic(before, after, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
+    model = onnx.load(after)
+    onnx.helper.set_model_props(model, metadata)
+    weights.unlink(missing_ok=True)
+    onnx.save(model, file, save_as_external_data=large, location=weights.name)
+    for left in file.parent.glob("*"):
+        if left not in (file, weights):
+            left.unlink()
+
+
+def _mib(file: Path) -> str:
+    weights = file.with_name(f"{file.name}.data")
+    size = sum(path.stat().st_size for path in (file, weights) if path.exists())
+    return f"{size / 2**20:,.1f} MiB"
