@@ -34,7 +34,7 @@ class Recorded:
 
 
 def record(model: ExportedModel, example: Sequence[Tensor], names: list[str], *, dynamic_batch: bool) -> Recorded:
-    """Record what a model computes for inputs such as ``example``, without the places in the source.
+    """Record what a model computes for inputs such as ``example``, without gradients and places in the source.
 
     A batch has any number of images with ``dynamic_batch``, and pictures that the model resizes have any size.
     """
@@ -43,6 +43,8 @@ def record(model: ExportedModel, example: Sequence[Tensor], names: list[str], *,
         of_each |= {2: Dim("height"), 3: Dim("width")}
     shapes = (tuple(dict(of_each) for _ in names),) if of_each else None
     program = torch.export.export(model, tuple(example), dynamic_shapes=shapes, strict=False)
+    for parameter in program.parameters():  # nobody trains what was recorded
+        parameter.requires_grad_(False)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)

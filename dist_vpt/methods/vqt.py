@@ -333,7 +333,8 @@ class _HeadLinear(torch.autograd.Function):
 
 
 def _per_head(x: Tensor, weight_HIO: Tensor) -> Tensor:
-    if x.device.type != "cpu":  # where a launch costs more than a copy
+    # On a GPU a launch costs more than a copy; what is exported would have an operation for each head.
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
         return torch.einsum("...hi,hio->...ho", x, weight_HIO)
     x_YHI = x.flatten(0, -3)
     out_YHO = x.new_empty(*x_YHI.shape[:2], weight_HIO.shape[2])
