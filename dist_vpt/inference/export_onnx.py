@@ -1,6 +1,7 @@
 """The ONNX file of a recorded method."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,28 @@ def _quantize(file: Path, metadata: dict[str, str], *, large: bool) -> None:
     """Replace a file by one whose matrices are int8, quantized by onnxruntime; activations are as they come."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    before, after = file.with_name("float32.onnx"), file.with_name("int8.onnx")
     weights = file.with_name(f"{file.name}.data")
-    file.rename(before)
-    quantize_dynamic(before, after, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large)
-    model = onnx.load(after)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        prepared, made = Path(folder) / "float32.onnx", Path(folder) / "int8.onnx"
+        # Folds constants: weights that two operations share would stay as they are.
+        quant_pre_process(file, prepared, skip_symbolic_shape=True, save_as_external_data=large)
+        quantize_dynamic(
+            prepared, made, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=large,
+            nodes_to_exclude=_stacks_of_matrices(onnx.load(prepared, load_external_data=False)),
+        )  # fmt: skip
+        model = onnx.load(made)
     onnx.helper.set_model_props(model, metadata)
     weights.unlink(missing_ok=True)
     onnx.save(model, file, save_as_external_data=large, location=weights.name)
-    for left in file.parent.glob("*"):
-        if left not in (file, weights):
-            left.unlink()
+
+
+def _stacks_of_matrices(model: Any) -> list[str]:
+    """Names of products with constants of more than two dimensions, which onnxruntime cannot scale row by row."""
+    flat = {each.name for each in model.graph.initializer if len(each.dims) <= 2}
+    constants = {each.name for each in model.graph.initializer} - flat
+    return [node.name for node in model.graph.node if node.op_type == "MatMul" and constants & set(node.input)]
 
 
 def _mib(file: Path) -> str:

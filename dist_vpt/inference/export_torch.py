@@ -43,8 +43,9 @@ def record(model: ExportedModel, example: Sequence[Tensor], names: list[str], *,
         of_each |= {2: Dim("height"), 3: Dim("width")}
     shapes = (tuple(dict(of_each) for _ in names),) if of_each else None
     program = torch.export.export(model, tuple(example), dynamic_shapes=shapes, strict=False)
-    for parameter in program.parameters():  # nobody trains what was recorded
-        parameter.requires_grad_(False)
+    for name, tensor in program.state_dict.items():  # nobody trains what was recorded; the method keeps its own
+        if isinstance(tensor, nn.Parameter):
+            program.state_dict[name] = nn.Parameter(tensor.detach(), requires_grad=False)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)

@@ -144,7 +144,7 @@ def test_a_run_as_a_program(suffix: str, folder: Path, tmp_path: Path, capsys: p
     assert (len(facts["mean"]), len(facts["std"])) == (3, 3)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert str(ROOT).encode() not in out.read_bytes()
-    with pytest.raises(Exception, match=r"(?i)shape|invalid|expected"):
+    with pytest.raises(Exception, match=r"(?i)invalid|guard failed"):
         run(out, noise(2, 16))  # its batch is 1
 
 
@@ -196,7 +196,7 @@ def test_weights_that_need_no_other_file(
     loaded = load_export(out)
     images = torch.stack([loaded.inputs.transform.eval(each) for each in pictures])
     with torch.no_grad():
-        assert torch.equal(loaded.method(images), torch.from_numpy(logits_of_run(folder, *pictures)))
+        assert loaded.method(images).numpy() == pytest.approx(logits_of_run(folder, *pictures), abs=1e-4)
     facts = read_adapters(out)[1]
     assert (facts["method"], facts["contents"], facts["image_size"]) == ("vpt", "backbone and method", 16)
     assert main(["predict", str(out), str(picture), "--top", "2"]) == 0
