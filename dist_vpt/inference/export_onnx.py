@@ -52,7 +52,7 @@ def write(file: Path, recorded: Recorded, facts: dict[str, Any], check: Check, *
     text = f"ONNX (opset {opset}), {_mib(file)}"
     if not quantize:
         return f"{text}; {found}"
-    _quantize(file, metadata, large=large)
+    quantize_onnx(file, metadata, large=large)
     found = check.report_quantized(lambda arrays: _run(file, names, arrays))
     return f"{text} in float32, {_mib(file)} in int8; {found}"
 
@@ -64,7 +64,7 @@ def _run(file: Path, names: list[str], arrays: Arrays) -> np.ndarray:
     return session.run(None, dict(zip(names, arrays, strict=True)))[0]
 
 
-def _quantize(file: Path, metadata: dict[str, str], *, large: bool) -> None:
+def quantize_onnx(file: Path, metadata: dict[str, str], *, large: bool = False) -> None:
     """Replace a file by one whose matrices are int8, quantized by onnxruntime; activations are as they come."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
