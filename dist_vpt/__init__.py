@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_vpt.errors import Interrupted, UserError
     from dist_vpt.experiments.calls import Run, Sweep, load_recipe, sweep, train
-    from dist_vpt.inference.load import load
+    from dist_vpt.inference.saved import load
     from dist_vpt.inference.tuned import Tuned
     from dist_vpt.recipe.schema import Recipe
     from dist_vpt.training.own_loop import attach
@@ -26,7 +26,7 @@ _MODULES = {
     "Tuned": "inference.tuned",
     "UserError": "errors",
     "attach": "training.own_loop",
-    "load": "inference.load",
+    "load": "inference.saved",
     "load_recipe": "experiments.calls",
     "sweep": "experiments.calls",
     "train": "experiments.calls",

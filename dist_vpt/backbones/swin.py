@@ -107,7 +107,7 @@ class _Windows:
         if self.prompts_BPD is None:
             return None
         windows_XMD = inputs[0]  # X = B * W, the windows of an image one after the other
-        prompts_XPD = self.prompts_BPD.repeat_interleave(len(windows_XMD) // len(self.prompts_BPD), dim=0)
+        prompts_XPD = self.prompts_BPD.repeat_interleave(windows_XMD.shape[0] // self.prompts_BPD.shape[0], dim=0)
         mask = named["mask"]
         return (torch.cat([prompts_XPD, windows_XMD], dim=1),), {"mask": mask if mask is None else self._padded(mask)}
 

@@ -28,6 +28,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "flash": ("flash_attn.cute",),  # flash-attn 2 alone has flash_attn too, and torch cannot use it
     "int8": ("torchao",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 FLASH_PACKAGES = ("flash_attn.cute", "flash_attn_interface")  # FlashAttention-4 and 3
 

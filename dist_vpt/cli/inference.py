@@ -29,7 +29,7 @@ def _add_predict(commands: Any) -> None:
     parser = add_command(
         commands, "predict", predict, "classify images with a run's adapters", rest="images", example=example
     )
-    parser.add_argument("run", metavar="RUN", help=RUN_HELP)
+    parser.add_argument("run", metavar="RUN", help=f"{RUN_HELP}, or a .safetensors file of dist-vpt export")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_adapters(parser)
     add_weights(parser)
@@ -86,6 +86,7 @@ def attention(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    from dist_vpt.inference.merge import merge
+    from dist_vpt.inference.export import ExportOptions, export
 
-    merge(arguments.run, arguments.out, arguments.adapters, arguments.weights)
+    options = ExportOptions("safetensors", merge=True)
+    export(arguments.run, arguments.out, options, arguments.adapters, arguments.weights)

@@ -15,6 +15,7 @@ from dist_vpt.cli import (
     compress,
     data,
     diagnosis,
+    export,
     inference,
     launch,
     plan,
@@ -37,7 +38,7 @@ from dist_vpt.files import printable
 # Of paths that a command names and the system refuses, wherever that is noticed.
 WRONG_NAMES = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 COMMANDS = (
-    *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, push, compress),
+    *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, export, push, compress),
     *(report, compare, diagnosis, data, backbones, recipe),
 )
 

@@ -55,7 +55,7 @@ class Run:
 
     def load(self, adapters: str = "last", device: Any = None) -> "Tuned":
         """What it has tuned; see ``dist_vpt.load``."""
-        from dist_vpt.inference.load import load
+        from dist_vpt.inference.saved import load
 
         return load(self, adapters, device)
 

@@ -13,34 +13,8 @@ from dist_vpt.inference.tuned import Tuned
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.recipe.sharing import with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
-from dist_vpt.runs.folder import RunFolder
 from dist_vpt.training.components import build_method
 from dist_vpt.training.inputs import resolve_inputs
-
-
-def load(source: Any, adapters: str = "last", device: Any = None, weights: str | None = None) -> Tuned:
-    """What a run has tuned, ready to classify: ``dist_vpt.load("runs/first").predict("photo.jpg")``.
-
-    Args:
-        source: a run's folder, one of its two adapter files, what ``dist_vpt.train`` returned, or ``hub:user/name``.
-        adapters: ``last``, those of the last epoch, or ``best``, those of the best one on val.
-        device: where it computes; None: the accelerator, if there is one and the run did not ask for the CPU.
-        weights: the file of the backbone's weights, where they are not where the run had them.
-
-    Raises:
-        UserError: what is no finished run, or does not fit its recipe.
-    """
-    path = Path(getattr(source, "path", source)).expanduser()
-    if path.is_file():
-        files = {RunFolder(path.parent).adapters.name: "last", RunFolder(path.parent).best.name: "best"}
-        if path.name not in files:
-            raise UserError(f"{path}: is none of {' and '.join(files)} of a run; name the folder of a run")
-        path, adapters = path.parent, files[path.name]
-    if adapters not in ("last", "best"):
-        raise UserError(f"adapters = {adapters!r}: must be 'last' or 'best'")
-    runtime = {} if device is None or torch.device(device).type != "cpu" else {"device": "cpu"}
-    tuned = load_run(str(path), adapters, weights, **runtime)
-    return tuned if device is None else tuned.to(device)
 
 
 def load_run(run: str, adapters: str, weights: str | None = None, **runtime: Any) -> Tuned:
@@ -65,8 +39,8 @@ def load_run(run: str, adapters: str, weights: str | None = None, **runtime: Any
 def temperature_of(run: str, adapters: str) -> float:
     """The temperature that the run was given on val. Raises UserError where it has none."""
     folder = open_run(run)
-    found = read_json(folder.result).get(adapters) if folder.result.is_file() else None
-    fitted = (found or {}).get("temperature") or {}
+    found: dict[str, Any] = (read_json(folder.result).get(adapters) if folder.result.is_file() else None) or {}
+    fitted: dict[str, Any] = found.get("temperature") or {}
     if not fitted.get("value"):
         reason = fitted.get("reason", "it was not fitted at the end of the run")
         raise UserError(f"--calibrated: {run} has no temperature for its {adapters} adapters: {reason}; leave it out")

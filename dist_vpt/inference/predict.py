@@ -11,7 +11,8 @@ from typing import Any
 
 from dist_vpt.errors import UserError
 from dist_vpt.files import write_atomically
-from dist_vpt.inference.load import load_run, temperature_of
+from dist_vpt.inference.load import temperature_of
+from dist_vpt.inference.saved import load
 
 
 def predict(
@@ -26,8 +27,9 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
 
-    ``top``: so many classes an image; None: 5, or of several labels an image all that reach their thresholds.
-    ``calibrated``: logits are divided by the run's temperature.
+    ``run``: a run folder, ``hub:user/name``, or a file of ``dist-vpt export --format safetensors``. ``top``: so many
+    classes an image; None: 5, or of several labels an image all that reach their thresholds. ``calibrated``: logits are
+    divided by the run's temperature.
     """
     if top is not None and top < 1:
         raise UserError(f"--top {top}: must be at least 1")
@@ -38,7 +40,7 @@ def predict(
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
     temperature = temperature_of(run, adapters) if calibrated else 1.0
-    rows = load_run(run, adapters, weights).predict(images, top, temperature)
+    rows = load(run, adapters, weights=weights).predict(images, top, temperature)
     try:
         _write(rows, out)
     except BrokenPipeError:

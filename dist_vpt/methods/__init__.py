@@ -1,7 +1,7 @@
 """Methods: what is trained. A new one is a file in this folder, its settings, and a row in this table."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_vpt.methods.config import MethodConfig
 
@@ -46,7 +46,12 @@ def attach(recipe: MethodConfig, backbone: "Backbone", classes: int, compute: "t
     """
     import torch
 
-    module, name = VPT_PIXELS.get(getattr(recipe, "location", ""), METHODS[recipe.name]).split(":")
-    method = getattr(import_module(module), name)
+    method = method_class(recipe)
     method.check_backbone(backbone)
     return method(recipe, backbone, classes, compute or torch.float32)
+
+
+def method_class(recipe: MethodConfig) -> Any:
+    """The class of the method that the recipe names."""
+    module, name = VPT_PIXELS.get(getattr(recipe, "location", ""), METHODS[recipe.name]).split(":")
+    return getattr(import_module(module), name)

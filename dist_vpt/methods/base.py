@@ -3,7 +3,8 @@
 B batch, S image side, N tokens, D width, F features, K classes, T trials.
 
 A method has a backbone and trained tensors. It maps images to logits. Which parameters are trainable is decided here
-by structure: the backbone's are frozen, the method's are not.
+by structure: the backbone's are frozen, the method's are not. What it computes is written so that torch.export can
+record it for any number of images: B is ``x.shape[0]``, since ``len(x)`` would be recorded as a constant.
 
 - A **writer** changes what the blocks compute, so gradients flow through them: it overrides ``forward``.
 - A **reader** only reads what the frozen backbone computes anyway: it declares what it reads of the frozen stream
@@ -157,9 +158,14 @@ class Method(nn.Module):
 
         Raises UserError if no plain timm model gives equal outputs.
         """
-        raise UserError(
-            f"a {type(self).__name__} computes what no plain timm model does: only linear, logistic, full, partial, "
-            "bias, cls, lora and ssf can be merged"
+        raise UserError(self.unmergeable())
+
+    @classmethod
+    def unmergeable(cls) -> str:
+        """Why a method that does not override ``merged`` cannot be merged."""
+        return (
+            f"a {cls.__name__} computes what no plain timm model does: only linear, logistic, full, partial, bias, "
+            "cls, lora and ssf can be merged"
         )
 
     def features(self, images: Any) -> Tensor:

@@ -47,4 +47,4 @@ class ClassToken(nn.Module):
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         token_11D = (self.token + self.position).to(tokens_BND.dtype)
-        return torch.cat([token_11D.expand(len(tokens_BND), -1, -1), tokens_BND[:, 1:]], dim=1)
+        return torch.cat([token_11D.expand(tokens_BND.shape[0], -1, -1), tokens_BND[:, 1:]], dim=1)

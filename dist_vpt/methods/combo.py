@@ -169,7 +169,7 @@ class Combo(StackReader):
         dropout = Dropout.of(stack, seeds, x_BMF.device)
         with first.autocast(x_BMF.device):
             tokens_TBMW = shared_linear(x_BMF, weights, "projection")
-            class_T1W = weights["class_token"].view(T, 1, 1, -1).expand(-1, len(x_BMF), -1, -1)
+            class_T1W = weights["class_token"].view(T, 1, 1, -1).expand(-1, x_BMF.shape[0], -1, -1)
             x_TBNW = torch.cat([class_T1W, tokens_TBMW.to(class_T1W.dtype)], dim=2)
             x_TBNW = dropout(x_TBNW + weights["positions"].unsqueeze(1))
             for n in range(first.recipe.depth):

@@ -94,7 +94,7 @@ class KNN(FittedReader):
             weights_Bk = torch.full_like(similar_Bk, 1 / similar_Bk.shape[1])
         else:
             weights_Bk = (similar_Bk / self.temperature).softmax(1)  # exp, over their sum: large ones stay finite
-        shares_BK = similar_Bk.new_zeros(len(similar_Bk), self.classes)
+        shares_BK = similar_Bk.new_zeros(similar_Bk.shape[0], self.classes)
         shares_BK.scatter_add_(1, self.labels[at_Bk], weights_Bk * self.votes[at_Bk])
         return (shares_BK / shares_BK.sum(1, keepdim=True).clamp_min(UNSEEN)).clamp_min(UNSEEN).log()
 

@@ -175,7 +175,7 @@ class VPT(Method):
     def _write(self, tokens_BND: Tensor, prompts_PD: Tensor, present: int) -> Tensor:
         """Put prompts after the prefix tokens, replacing the ``present`` ones that are there, or add them."""
         prefix = self.backbone.prefix
-        prompts_BPD = self._per_image(prompts_PD, len(tokens_BND))
+        prompts_BPD = self._per_image(prompts_PD, tokens_BND.shape[0])
         if self.recipe.location.startswith("add"):
             return tokens_BND + prompts_BPD.to(tokens_BND.dtype)
         return _Replace.apply(tokens_BND, prompts_BPD.to(tokens_BND.dtype), prefix, present)

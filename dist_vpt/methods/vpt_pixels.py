@@ -42,7 +42,7 @@ class FrameVPT(VPT):
     def prompted_images(self, images_B3SS: Tensor) -> Tensor:
         """Images with the frame around them, [B, 3, T, T]."""
         size, width = images_B3SS.shape[-1], self.recipe.prompts
-        frame_B3X = 255 * self._per_image(self.prompts[0], len(images_B3SS))
+        frame_B3X = 255 * self._per_image(self.prompts[0], images_B3SS.shape[0])
         row, column = width * (size + 2 * width), width * size
         top, left, right, bottom = frame_B3X.split([row, column, column, row], dim=2)
         left, right = left.unflatten(2, (size, width)), right.unflatten(2, (size, width))
@@ -68,5 +68,5 @@ class ChannelVPT(VPT):
 
     def _with_channels(self, _: Tensor, patches_BDIJ: Tensor) -> Tensor:
         """Embedded patches, plus the embedding of their further channels."""
-        further_BND = self._per_image(self.projection(self.prompts[0]), len(patches_BDIJ))
+        further_BND = self._per_image(self.projection(self.prompts[0]), patches_BDIJ.shape[0])
         return patches_BDIJ + further_BND.transpose(1, 2).to(patches_BDIJ.dtype).view(patches_BDIJ.shape)

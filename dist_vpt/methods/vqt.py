@@ -149,7 +149,8 @@ class VQT(Reader):
     ) -> list[Tensor]:
         """The features [B, T, F] of each stack's readers, from one pass over the stream."""
         first = cast(VQT, stacks[0].readers[0])
-        runs = [run for stack, own in zip(stacks, seeds, strict=True) for run in _runs(stack, len(stream.pooled), own)]
+        images = stream.pooled.shape[0]
+        runs = [run for stack, own in zip(stacks, seeds, strict=True) for run in _runs(stack, images, own)]
         sizes = [math.prod(stack.trained["queries"].shape[::2]) for stack in stacks]  # T * Q
         outputs = []  # for each block one of each stack, [B, T * Q, D]; one tensor of all blocks would be large
         for i, number in enumerate(first.blocks):
@@ -332,7 +333,8 @@ class _HeadLinear(torch.autograd.Function):
 
 
 def _per_head(x: Tensor, weight_HIO: Tensor) -> Tensor:
-    if x.device.type != "cpu":  # where a launch costs more than a copy
+    # On a GPU a launch costs more than a copy; what is exported would have an operation for each head.
+    if x.device.type != "cpu" or torch.compiler.is_exporting():
         return torch.einsum("...hi,hio->...ho", x, weight_HIO)
     x_YHI = x.flatten(0, -3)
     out_YHO = x.new_empty(*x_YHI.shape[:2], weight_HIO.shape[2])
@@ -343,7 +345,7 @@ def _per_head(x: Tensor, weight_HIO: Tensor) -> Tensor:
 
 def _attend_projected(k_BHNE: Tensor, v_BHNE: Tensor, q_QHE: Tensor) -> Tensor:
     """Fused, as in the backbone: in half precision the scores of forward stay float32, and on a GPU all."""
-    q_BHQE = q_QHE.transpose(-3, -2).expand(len(k_BHNE), -1, -1, -1)
+    q_BHQE = q_QHE.transpose(-3, -2).expand(k_BHNE.shape[0], -1, -1, -1)
     if q_BHQE.device.type != "cpu":
         return nn.functional.scaled_dot_product_attention(q_BHQE, k_BHNE, v_BHNE, scale=1.0).transpose(1, 2)
     return _AttendOnCPU.apply(q_BHQE, k_BHNE, v_BHNE).transpose(1, 2)

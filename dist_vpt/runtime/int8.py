@@ -45,24 +45,29 @@ def apply_int8(backbone: "Backbone") -> None:
 
 
 def _hold_in_int8(linear: nn.Linear) -> None:
-    quantize = _torchao()
-    weight_OD, row = linear.weight.detach(), (1, linear.in_features)
-    scale_O1, zero_O1 = quantize.choose_qparams_affine(
-        weight_OD, quantize.MappingType.SYMMETRIC, row, torch.int8, -127, 127, EPSILON,
-        scale_dtype=torch.float32, zero_point_dtype=torch.int8, keepdim=True,
-    )  # fmt: skip
-    levels_OD = quantize.quantize_affine(weight_OD, row, scale_O1, zero_O1, torch.int8, -127, 127)
+    levels_OD, scale_O1 = quantize_rows(linear.weight.detach())
     linear.weight = nn.Parameter(levels_OD, requires_grad=False)
     linear.register_buffer("scale_O1", scale_O1, persistent=False)
     linear.forward = partial(_forward, linear)  # type: ignore[method-assign]
 
 
-def _torchao() -> Any:
+def quantize_rows(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 levels [O, D] and float32 scales [O, 1], whose product is about the weight."""
+    quantize, row = require_torchao(), (1, weight_OD.shape[1])
+    scale_O1, zero_O1 = quantize.choose_qparams_affine(
+        weight_OD, quantize.MappingType.SYMMETRIC, row, torch.int8, -127, 127, EPSILON,
+        scale_dtype=torch.float32, zero_point_dtype=torch.int8, keepdim=True,
+    )  # fmt: skip
+    return quantize.quantize_affine(weight_OD, row, scale_O1, zero_O1, torch.int8, -127, 127), scale_O1
+
+
+def require_torchao(wanted: str = KEY, instead: str = "set runtime.quantize=none") -> Any:
+    """What quantizes. Raises UserError where it is not installed, about the setting or option that ``wanted`` it."""
     try:
         from torchao.quantization import quant_primitives
     except ImportError as error:
         raise UserError(
-            f"{KEY}: torchao is not installed ({error}); pip install 'dist-vpt[int8]', or set runtime.quantize=none"
+            f"{wanted}: torchao is not installed ({error}); pip install 'dist-vpt[int8]', or {instead}"
         ) from error
     return quant_primitives
 

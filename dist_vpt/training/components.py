@@ -339,6 +339,12 @@ def build_method(
     ``images``: how many this process will train on, over all epochs. ``defer``: leave matrices of the backbone in their
     file, unless they are quantized.
     """
+    backbone, load_report = build_backbone(recipe, inputs, defer=defer)
+    return attach_method(recipe, backbone, classes, images), load_report
+
+
+def build_backbone(recipe: Recipe, inputs: Inputs, *, defer: bool = False) -> tuple[Backbone, LoadReport]:
+    """The recipe's backbone in float32, or the group of its backbones, and the difference from the weight files."""
     defer = defer and recipe.runtime.quantize == "none"
     if defer:
         give_back_freed_memory()  # each matrix is in memory for a moment, and no longer
@@ -357,14 +363,19 @@ def build_method(
         backbones.append(built)
         reports.append(load_report)
     backbone = backbones[0] if len(backbones) == 1 else BackboneGroup(backbones)
+    return backbone, joined_reports(reports, [member.name for member in recipe.members])
+
+
+def attach_method(recipe: Recipe, backbone: Backbone, classes: int, images: int = 0) -> Method:
+    """The recipe's method on a backbone without one, with the runtime settings applied."""
     torch.manual_seed(recipe.seed)  # the same initialization whatever the backbone has drawn
-    method = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
-    dtype, writes = DTYPES[recipe.runtime.precision], not isinstance(method, Reader)
-    for built in backbones:
-        apply_runtime(built, recipe.runtime, dtype, writes=writes, images=images)
+    dtype = DTYPES[recipe.runtime.precision]
+    method = attach(recipe.method, backbone, classes, dtype)
+    for member in backbone.members:
+        apply_runtime(member, recipe.runtime, dtype, writes=not isinstance(method, Reader), images=images)
     if isinstance(backbone, BackboneGroup):
         backbone.collect_chosen()
-    return method, joined_reports(reports, [member.name for member in recipe.members])
+    return method
 
 
 def readable(batch: Batch) -> Any:

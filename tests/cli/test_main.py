@@ -39,6 +39,10 @@ COMMANDS = {
         *("--license", "--dry-run", "--out"),
     },
     "dist-vpt import-peft": {"--help", "--debug", "DIR", "RECIPE|a.b=c *", "--out", "--classes"},
+    "dist-vpt export": {
+        *("--help", "--debug", "RUN", "--out", "--format", "--merge", "--dynamic-batch", "--preprocessing"),
+        *("--quantize", "--adapters", "--weights"),
+    },
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
     },
@@ -93,6 +97,9 @@ CHOICES = {
     "--format": ("array_record", "tfrecord"),
     "dist-vpt features --format": ("safetensors", "parquet"),
     "--sampler": ("grid", "halving", "optuna"),
+    "dist-vpt export --format": ("torch", "onnx", "safetensors", "peft"),
+    "--preprocessing": ("none", "normalize", "resize"),
+    "--quantize": ("none", "int8"),
     "--what": ("pooled", "blocks", "tokens"),
     "--mode": ("compress", "featselect", "finetune"),
 }
@@ -135,7 +142,7 @@ import contextlib, sys
 import dist_vpt.cli.main
 commands = (
     *("train", "plan", "suite", "status", "data check", "backbones check", "report", "recipe show", "doctor"),
-    *("recipe list", "launch slurm", "eval", "compress", "probe", "features", "rank-backbones", "push"),
+    *("recipe list", "launch slurm", "eval", "compress", "probe", "features", "rank-backbones", "push", "export"),
 )
 for argv in (["--help"], *([*command.split(), "--help"] for command in commands), ["--version"], ["nonsense"]):
     with contextlib.suppress(SystemExit):
@@ -169,6 +176,8 @@ def test_python_m_is_the_command() -> None:
         ["predict", "run", "image", "--top", "many"],
         ["merge", "run"],
         ["push", "run"],
+        ["export", "run"],
+        ["export", "run", "--out", "run.onnx", "--quantize", "int4"],
         ["rank-backbones"],
         ["rank-backbones", "combo", "--best", "many"],
         ["compress", "run"],

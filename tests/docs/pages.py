@@ -18,7 +18,7 @@ PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)$")
 NOT_RUN = re.compile(r"<!-- not run: (?P<reason>.+) -->")
 RUN_WITH = re.compile(r"<!-- run with: (?P<shown>.+) -> (?P<instead>.+) -->")
-FILE = re.compile(r"# (?P<name>[\w.-]+\.yaml)$")
+FILE = re.compile(r"# (?P<name>[\w.-]+\.(?:yaml|py))$")
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """The name of the file that a YAML block is written to."""
+        """The name of the file that a block of YAML or Python is written to."""
         first = FILE.match(self.text.split("\n", 1)[0])
-        return first["name"] if self.language == "yaml" and first else None
+        return first["name"] if self.language in ("yaml", "python") and first else None
 
 
 def blocks(page: Path) -> list[Block]:

@@ -13,9 +13,10 @@ from torchvision.datasets import ImageFolder
 import dist_vpt
 from dist_vpt.cli.main import main
 from dist_vpt.data.formats import open_splits
-from dist_vpt.errors import DataError, RunFolderError, UserError
+from dist_vpt.errors import DataError, RunFolderError, UserError, WeightsError
 from dist_vpt.inference.attention import attend
-from dist_vpt.inference.load import load, load_run
+from dist_vpt.inference.load import load_run
+from dist_vpt.inference.saved import load
 from dist_vpt.runs.adapters import read_adapters
 from dist_vpt.training.inputs import resolve_inputs
 from tests.running import pictures as write_pictures
@@ -170,7 +171,8 @@ def test_it_is_a_module(runs: dict[str, Path]) -> None:
 
 BAD = [
     (lambda run, tmp: load(tmp / "none"), RunFolderError, "not a run folder"),
-    (lambda run, tmp: load(run / "result.json"), UserError, r"adapters\.safetensors"),
+    (lambda run, tmp: load(run / "result.json"), WeightsError, "damaged, or no .safetensors file"),
+    (lambda run, tmp: load(run / "recipe.yaml", adapters="best"), UserError, "leave it out"),
     (lambda run, tmp: load(run, adapters="worst"), UserError, "must be 'last' or 'best'"),
     (lambda run, tmp: load(run).predict(tmp / "none.png"), UserError, "no such file or folder"),
     (lambda run, tmp: load(run).predict([]), None, ""),
