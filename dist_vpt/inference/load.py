@@ -58,7 +58,8 @@ def refuse_several(recipe: Recipe, command: str) -> None:
 
 def check_backbones(recipe: Recipe, facts: dict[str, Any], path: Path) -> None:
     """Raises WeightsError where adapters were trained on other backbones than a recipe with several has."""
-    trained_with = facts.get("recipe") if isinstance(facts.get("recipe"), dict) else {}
+    recorded = facts.get("recipe")
+    trained_with: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     several = trained_with.get("backbones")
     if not several and not recipe.backbones:  # a name may be another of the same model
         return

@@ -134,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(403, {"error": f"You don't have the rights to create a model under {owner}"})
         if repo in self.hub.repos:
             return self._send(409, {"error": "You already created this model repo", **url})
-        self.hub.create(repo, {".gitattributes": b""}, private=asked.get("visibility") == "private")
+        private = asked.get("visibility") == "private" or asked.get("private", False)  # now, and before 2.0
+        self.hub.create(repo, {".gitattributes": b""}, private=private)
         return self._send(200, url)
 
     def validate_yaml(self) -> None:

@@ -22,6 +22,7 @@ from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.adapters import collect, restore
 from dist_vpt.training.components import build_method
 from dist_vpt.training.inputs import resolve_inputs
+from tests.inference.hub_server import Hub
 from tests.running import train
 
 peft = pytest.importorskip("peft")
@@ -406,3 +407,22 @@ def test_names_of_classes_that_do_not_fit(text: str, tmp_path: Path) -> None:
         UserError, match=r"--classes .*names: (has . different names, and the head 4 classes|cannot be)"
     ):
         load_peft(str(tmp_path), arguments_of("vit"), str(tmp_path / "names"))
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """Of the repository only the two files are downloaded."""
+    backbone, model = adapted("vit")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    hub.create("me/adapter", files | {"pytorch_model.bin": b"\x80"})
+    run = load_peft("hub:me/adapter", arguments_of("vit"))
+    method, _ = build_method(run.recipe, resolve_inputs(run.recipe), len(CLASSES))
+    restore(method, run.tensors, tmp_path)
+    images = images_of(method)
+    close(method.eval()(images), model(backbone.normalized(images)))
+    resolved = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
+    assert resolved == {"adapter_config.json", "adapter_model.safetensors"}
+    hub.create("me/pickled", {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": b"\x80"})
+    with pytest.raises(WeightsError, match=r"adapter_model\.safetensors is missing; save the adapter as safetensors"):
+        load_peft("hub:me/pickled", arguments_of("vit"))
