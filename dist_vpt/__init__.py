@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dist_vpt.errors import Interrupted, UserError
     from dist_vpt.experiments.calls import Run, Sweep, load_recipe, sweep, train
+    from dist_vpt.inference.export_call import export
+    from dist_vpt.inference.push import push
     from dist_vpt.inference.saved import load
     from dist_vpt.inference.tuned import Tuned
     from dist_vpt.recipe.schema import Recipe
@@ -26,14 +28,16 @@ _MODULES = {
     "Tuned": "inference.tuned",
     "UserError": "errors",
     "attach": "training.own_loop",
+    "export": "inference.export_call",
     "load": "inference.saved",
     "load_recipe": "experiments.calls",
+    "push": "inference.push",
     "sweep": "experiments.calls",
     "train": "experiments.calls",
 }
 __all__ = [
-    "Interrupted", "Recipe", "Run", "Sweep", "Tuned", "UserError", "__version__", "attach", "load",
-    "load_recipe", "sweep", "train",
+    "Interrupted", "Recipe", "Run", "Sweep", "Tuned", "UserError", "__version__", "attach", "export",
+    "load", "load_recipe", "push", "sweep", "train",
 ]  # fmt: skip
 
 

@@ -35,34 +35,16 @@ def add_parser(commands: Any) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    if arguments.format == "peft":
-        _export_peft(arguments)
-        return
-    from dist_vpt.inference.export import ExportOptions, export, format_of
+    from dist_vpt.inference.export_call import export
 
-    options = ExportOptions(
-        format_of(arguments.out, arguments.format),
+    export(
+        arguments.run,
+        arguments.out,
+        format=arguments.format,
         merge=arguments.merge,
         dynamic_batch=arguments.dynamic_batch,
-        quantize=arguments.quantize,
         preprocessing=arguments.preprocessing,
+        quantize=arguments.quantize,
+        adapters=arguments.adapters,
+        weights=arguments.weights,
     )
-    export(arguments.run, arguments.out, options, arguments.adapters, arguments.weights)
-
-
-def _export_peft(arguments: argparse.Namespace) -> None:
-    """Raises UserError for options of programs and plain weights."""
-    from dist_vpt.errors import UserError
-
-    given = {
-        "--merge": arguments.merge,
-        "--dynamic-batch": arguments.dynamic_batch,
-        f"--preprocessing {arguments.preprocessing}": arguments.preprocessing != "normalize",
-        "--quantize int8": arguments.quantize != "none",
-        "--weights": arguments.weights is not None,
-    }
-    for option in (name for name, is_given in given.items() if is_given):
-        raise UserError(f"{option}: PEFT's files hold the adapters alone; leave it out")
-    from dist_vpt.inference.peft_layout import write_peft
-
-    print(write_peft(arguments.run, arguments.out, arguments.adapters))

@@ -165,11 +165,11 @@ def _write_weights(
         again = load_export(file)
         found = check.compare(lambda arrays: logits_of(again.method, arrays))
         return f"backbone, adapters and recipe, {_mib(file)}; {found}; dist-vpt predict takes it in place of a run"
-    recipe, size = loaded.recipe, loaded.inputs.transform.image_size
+    size = loaded.inputs.transform.image_size
     tensors = timm_tensors(loaded.method)
     plain = plain_method(loaded, tensors)
     check.compare(lambda arrays: logits_of(plain, arrays))
-    model = timm_model(recipe.backbone, size, len(loaded.classes))
+    model = timm_model(loaded.recipe.backbone, size, len(loaded.classes))
     made = {"architecture": model.architecture, "options": model.options, "pool": model.pool}
     write_adapters(file, tensors, facts | {"contents": "timm weights", **made})
     return f"weights for\n{model}"

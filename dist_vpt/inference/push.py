@@ -25,7 +25,7 @@ SENDABLE = (*RUN_FILES, *PEFT_FILES)
 
 
 def push(  # noqa: PLR0917 (the options of the command)
-    run: str,
+    run: Any,
     to: str,
     private: bool = False,
     dry_run: bool = False,
@@ -37,6 +37,7 @@ def push(  # noqa: PLR0917 (the options of the command)
 ) -> str:
     """Upload a run as one commit; returns the address of its page.
 
+    ``run``: its folder, or what ``dist_vpt.train`` returned.
     ``to``: ``hub:user/name``, which is created if it does not exist. ``adapters``: last or best. ``revision``: a
     branch, made if it does not exist. ``license``: as the hub writes it; None: that of the backbone's weights.
     ``dry_run``: nothing is sent; the files are listed, or written to ``out``, a new folder that loads as the run on the
@@ -44,7 +45,7 @@ def push(  # noqa: PLR0917 (the options of the command)
 
     Raises UserError before anything is sent: for a folder without a finished run, a name that is none, a missing token.
     """
-    hub_id = _target(to, revision)
+    run, hub_id = str(getattr(run, "path", run)), _target(to, revision)
     if license is not None and not LICENSE.fullmatch(license):
         raise UserError(f"--license {license!r}: must be a license as the hub writes it, such as apache-2.0 or mit")
     if out is not None and not dry_run:
