@@ -71,7 +71,9 @@ def export(run: str, out: str, options: ExportOptions, adapters: str = "last", w
     file = Path(out)
     _check_options(file, options)
     loaded, of_backbone = _load(run, adapters, weights, options)
-    facts = describe(loaded, options.preprocessing, options.quantize, adapters)
+    timm_weights = options.format == "safetensors" and options.merge
+    inside = "none" if timm_weights else options.preprocessing  # a timm model takes normalized images
+    facts = describe(loaded, inside, options.quantize, adapters)
     with raising_disk_full("the export", file.parent, "start again"), _renamed_at_the_end(file) as temporary:
         if options.format == "safetensors":
             text = _write_weights(temporary, loaded, of_backbone, facts, merge=options.merge)
@@ -159,9 +161,9 @@ def _write_weights(
     """Write a .safetensors file; returns a text about it."""
     check = make_check(loaded, "normalize", (1,))
     if not merge:
-        recipe = loaded.recipe.model_dump(mode="json")
+        recipe = loaded.recipe.changed("runtime", device="auto", attention="auto", compile=None)  # of who loads it
         tensors = own_tensors(loaded.method, of_backbone)
-        write_adapters(file, tensors, facts | {"contents": CONTENTS, "recipe": recipe})
+        write_adapters(file, tensors, facts | {"contents": CONTENTS, "recipe": recipe.model_dump(mode="json")})
         again = load_export(file)
         found = check.compare(lambda arrays: logits_of(again.method, arrays))
         return f"backbone, adapters and recipe, {_mib(file)}; {found}; dist-vpt predict takes it in place of a run"
@@ -223,6 +225,7 @@ def _quiet() -> Iterator[None]:
 def _renamed_at_the_end(file: Path) -> Iterator[Path]:
     """A temporary file beside ``file`` that gets its name, with what was written beside it, where nothing is raised."""
     folder = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed process
     folder.mkdir()
     try:
         yield folder / file.name
