@@ -119,7 +119,13 @@ def test_a_second_time_ends_at_once(data: tuple[str, ...], tmp_path: Path) -> No
 def test_a_suite_of_two_workers(tmp_path: Path) -> None:
     """The command and its workers each get it, and the command sends it on to them."""
     folder = tmp_path / "suite"
-    grid = ("sweep.grid={optim: {lr: [0.1, 0.05]}}", "sweep.seeds=[1]", "train.epochs=2", "run.trackers=[]")
+    grid = (
+        "sweep.grid={optim: {lr: [0.1, 0.05]}}",
+        "sweep.seeds=[1]",
+        "train.epochs=2",
+        "run.trackers=[]",
+        "data.fraction=0.2",
+    )
     argv = (
         "suite",
         "backbone.name=demo",
