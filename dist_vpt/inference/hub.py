@@ -91,14 +91,16 @@ def fetch(run: str, revision: str | None = None) -> Path:
 def download(hub_id: HubId, names: Sequence[str]) -> Path:
     """The folder in the cache with those of the named files that a repository has."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    shown = not are_progress_bars_disabled()
+    shown, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()  # for files this small a bar would be all that is seen
+    logging.set_verbosity_error()  # that a repository has none of these files is said below, with the fix
     try:
         with explaining(hub_id, "cannot be downloaded"):
             return Path(snapshot_download(hub_id.repo, revision=hub_id.revision, allow_patterns=list(names)))
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             enable_progress_bars()
 

@@ -444,13 +444,14 @@ def test_a_pickle_is_refused_by_name_and_not_downloaded(hub: Hub, run: Path, tmp
     assert not (tmp_path / "harm").exists()
 
 
-def test_repositories_that_hold_no_run(hub: Hub) -> None:
+def test_repositories_that_hold_no_run(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     hub.create("me/empty", {})
     with pytest.raises(WeightsError, match=r"holds no run .adapters.safetensors and recipe.yaml missing.; name a repo"):
         fetch("hub:me/empty")
     hub.create("me/peft", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
     with pytest.raises(WeightsError, match="an adapter of PEFT, and no run; make a run of it with `dist-vpt import-pe"):
         fetch("hub:me/peft")
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
