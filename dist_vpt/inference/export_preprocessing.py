@@ -64,8 +64,8 @@ class Resize(nn.Module):
         along_x_WS = self._weights(pictures_B3HW.shape[3], width, columns).T
         shrinks = height - rows  # Pillow begins with the axis that leaves the other less to do
         y_first = (shrinks > 0) & (shrinks > 2 * (width - columns))
-        given = (pictures_B3HW.double(), along_y_SH, along_x_WS.contiguous())
-        return torch.cond(y_first, _along_y_first, _along_x_first, given).float()
+        operands = (pictures_B3HW.double(), along_y_SH, along_x_WS.contiguous())
+        return torch.cond(y_first, _along_y_first, _along_x_first, operands).float()
 
     def _size_before_cut(self, height: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
         """``ImageTransform.size_before_cut`` of evaluation, [] each."""
