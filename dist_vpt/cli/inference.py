@@ -19,6 +19,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("--split", choices=("train", "val", "trainval", "test"), default="test", help="default: test")
     add_adapters(parser)
+    parser.add_argument("--out", metavar="DIR", help="folder for confusion.csv, per_class.csv and predictions.csv")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="such as data.root=... or runtime.device=cpu")
 
 
@@ -30,6 +31,7 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders of them")
     add_adapters(parser)
+    parser.add_argument("--calibrated", action="store_true", help="divide logits by the temperature fitted on val")
     parser.add_argument(
         "--top", type=int, metavar="N", help="classes per image (5; of several labels all that reach their thresholds)"
     )
@@ -60,13 +62,14 @@ def _add_merge(commands: Any) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     from dist_vpt.inference.evaluate import evaluate_run
 
-    evaluate_run(arguments.run, arguments.split, arguments.adapters, arguments.overrides)
+    evaluate_run(arguments.run, arguments.split, arguments.adapters, arguments.overrides, arguments.out)
 
 
 def predict(arguments: argparse.Namespace) -> None:
     from dist_vpt.inference.predict import predict
 
-    predict(arguments.run, arguments.images, arguments.adapters, arguments.top, arguments.out)
+    given = (arguments.run, arguments.images, arguments.adapters, arguments.top, arguments.out)
+    predict(*given, calibrated=arguments.calibrated)
 
 
 def attention(arguments: argparse.Namespace) -> None:

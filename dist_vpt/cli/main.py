@@ -11,6 +11,7 @@ from typing import Any
 from dist_vpt import __version__
 from dist_vpt.cli import (
     backbones,
+    compare,
     compress,
     data,
     diagnosis,
@@ -36,7 +37,7 @@ from dist_vpt.files import printable
 WRONG_NAMES = (errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 COMMANDS = (
     *(train, sweep, probe, rank_backbones, plan, suite, launch, inference, compress),
-    *(report, diagnosis, data, backbones, recipe),
+    *(report, compare, diagnosis, data, backbones, recipe),
 )
 
 

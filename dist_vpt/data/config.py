@@ -1,5 +1,6 @@
 """The data section of a recipe: which task, where it is stored, how its images are transformed."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal, Self
@@ -44,6 +45,12 @@ def _color(value: str) -> str:
         known = False
     if not known:
         raise ValueError(f"{value!r}: must be none, the name of a color or #rrggbb; use white")
+    return value
+
+
+def _extra_name(value: str) -> str:
+    if value in ("train", "val", "trainval", "test") or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", value):
+        raise ValueError(f"{value!r}: must be letters, digits and . + - _, and not the name of a split; use imagenet-r")
     return value
 
 
@@ -180,6 +187,12 @@ class DataConfig(BaseModel):
         default=True,
         description="of your own data: warn of files in test that are in train or val too, byte for byte",
     )
+    extra_tests: dict[Annotated[str, AfterValidator(_extra_name)], str] = Field(
+        default_factory=dict,
+        description="name -> folder of class folders, some or all of the task's classes, as of ImageNet-R, -A or "
+        "-Sketch (of ImageNet-C: CORRUPTION/SEVERITY/CLASS): extra test sets, scored once where test is, among the "
+        "classes that they have",
+    )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
     table: TableConfig = Field(default=TableConfig(), description="settings of tables of image paths and labels")
@@ -253,6 +266,8 @@ class DataConfig(BaseModel):
     def _mistakes_of_labels(self, storage: Format) -> Iterator[str]:
         if self.labels == "multiple" and storage != "table":
             yield f"labels 'multiple': format {storage!r} has one label an image; use format table, or labels single"
+        if self.labels == "multiple" and self.extra_tests:
+            yield "extra_tests: are folders of classes, with one label an image; remove them, or use labels single"
         for name in ("labels", "separator") if self.labels == "single" else ():
             if getattr(self.table, name) is not None:
                 yield f"table.{name}: is of several labels an image; set data.labels=multiple, or remove table.{name}"

@@ -95,8 +95,11 @@ class Splits:
     remarks: tuple[str, ...] = ()  # about what was found and not read, for the log
     fixed: str = ""  # the file that says which fraction of train is used, where a dataset has one
     drawn: tuple[str, ...] = ()  # splits of which only some images are used (data.shots, data.fraction)
+    extra: Mapping[str, Split] = field(default_factory=dict)  # extra tests (data.extra_tests)
 
     def __getitem__(self, name: str) -> Split:
+        if name in self.extra:
+            return self.extra[name]
         names = ("train", "val", "trainval", "test")
         if name not in names:
             raise DataError(f"split {name!r}: there is no such split; {nearest(name, names)}")

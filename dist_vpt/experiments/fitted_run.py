@@ -21,7 +21,8 @@ from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import capture_user_error, init_accelerator, launcher_notes
 from dist_vpt.training.build_trials import build_trial_group
 from dist_vpt.training.components import build_components
-from dist_vpt.training.trials import fit_trials, score_trials
+from dist_vpt.training.final_scores import FinalScores, score_trials_at_end
+from dist_vpt.training.trials import fit_trials
 
 
 def fit_run(recipe: Recipe, launch: LaunchEnv, status: RankStatus) -> dict[str, Any]:
@@ -65,19 +66,18 @@ def _fit(recipe: Recipe, folder: RunFolder, accelerator: RankAccelerator, stop: 
         group = build_trial_group([recipe], accelerator, stop, folder.state, show, check_memory=check_memory)
         try:
             fit_trials(group)
-            if recipe.train.test:
-                [scores] = score_trials(group, group.trials, "test")
-                group.trials[0].progress.last["test"] = scores.compute()
+            finals = score_trials_at_end(group, group.trials) if recipe.train.test else [FinalScores()]
         finally:
             group.close()
     [trial], skipped = group.trials, sorted(group.skipped)
 
     def write() -> None:
-        write_run(recipe, trial, group.parts, accelerator, group.seconds, skipped)
+        show(write_run(recipe, trial, group.parts, accelerator, group.seconds, skipped, finals[0].predictions))
 
     on_main_process(accelerator, write, "the results", folder.path, "the same command with run.resume=auto fits again")
-    for name in ("train", "val", "test"):
-        if scored := trial.progress.last.get(name):
+    last = trial.progress.last
+    for name, scored in {**last, **last.get("extra_tests", {})}.items():
+        if isinstance(scored, dict) and "top1" in scored:
             show(f"{name:5} top1 {scored['top1']:.2f} %  loss {scored['loss']:.4f}")
     show(f"done in {group.seconds:.1f} s\n{folder.result}")
     accelerator.wait_for_everyone()

@@ -20,11 +20,11 @@ from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
-from dist_vpt.runs.class_table import write_class_table
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
+from dist_vpt.runs.score_files import write_all_tables
 from dist_vpt.runs.scores import main_score, metric_of
 from dist_vpt.runtime.peak_memory import MIB, free_and_reset_peak
 from dist_vpt.runtime.precision import resolve_precision
@@ -38,11 +38,11 @@ from dist_vpt.training.accelerator import (
 )
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.components import Components, build_components
-from dist_vpt.training.engine import TrainState, evaluate, fit
+from dist_vpt.training.engine import TrainState, fit
+from dist_vpt.training.final_scores import FinalScores, score_at_end
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
 from dist_vpt.training.metrics import Scores
-from dist_vpt.training.multi_label import AnyScores, MultiLabelScores, compute_at
 
 
 def run(recipe: Recipe, status: RankStatus | None = None) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
 
     on_main_process(t.accelerator, write_tensors, "the results", t.path, _then(t))
     with adding_to_data_errors(f"the training is done and kept in {t.path}: {t.resume_with} scores test alone"):
-        last, best, scores = _score_test(t, parts, skipped)
+        last, best, final = _score_tests(t, parts, skipped)
     result = run_result(
         t.recipe,
         last=last,
@@ -200,45 +200,51 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     def finish() -> None:
         t.monitor.flush()
         write_result(t.folder, result)
-        if isinstance(scores, MultiLabelScores):
-            write_class_table(t.folder.path / "per_class.csv", parts.splits.classes, scores.of_classes)
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
 
     on_main_process(t.accelerator, finish, "the results", t.path, _then(t))
-    if isinstance(scores, Scores):  # last: a figure that cannot be drawn must not cost a finished run its result
-        confusion_KK, classes = scores.confusion().cpu().numpy(), parts.splits.classes
-        t.monitor.figures(t.step, confusion_KK, scores.mistakes, parts.splits["test"], parts.transform, classes)
-    elif scores is not None:
-        t.monitor.class_figure(t.step, scores.of_classes, parts.splits.classes)
+    if final is not None and final.test is not None:  # last: what fails here must not cost a finished run its result
+        classes = parts.splits.classes
+        if t.accelerator.is_main_process and (line := write_all_tables(t.path, final.predictions, parts.splits)):
+            t.monitor.line(line)
+        if isinstance(final.test, Scores):
+            confusion_KK, mistakes = final.test.confusion().cpu().numpy(), final.test.mistakes
+            t.monitor.figures(t.step, confusion_KK, mistakes, parts.splits["test"], parts.transform, classes)
+        else:
+            t.monitor.class_figure(t.step, final.test.of_classes, classes)
     t.accelerator.wait_for_everyone()
     return result
 
 
-def _score_test(
+def _score_tests(
     t: TrainState, parts: Components, skipped: set[str]
-) -> tuple[dict[str, Any], dict[str, Any] | None, AnyScores | None]:
-    """The last and the best epoch, with test scores if the recipe wants them, and those of the last one in whole.
+) -> tuple[dict[str, Any], dict[str, Any] | None, FinalScores | None]:
+    """The last and the best epoch, with test and extra tests if the recipe wants them; those of the last one in whole.
 
     Files that cannot be read are added to ``skipped``.
     """
     last, best = dict(t.progress.last), dict(t.progress.best) or None
     if not t.recipe.train.test:
         return last, best, None
-    classes = len(parts.splits.classes)
-    test = parts.evaluation("test", t.accelerator.process_index, t.accelerator.num_processes)
-    scores = evaluate(t.accelerator, t.model, test, classes, confusion=True, stop=t.stop)
-    last["test"] = compute_at(scores, last.get("thresholds"))
-    t.monitor.scores(last["epoch"], t.step, "test", last["test"])
+    rank, world = t.accelerator.process_index, t.accelerator.num_processes
+    tests = {name: parts.evaluation(name, rank, world) for name in ("test", *parts.splits.extra)}
+    final = score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, last.get("thresholds"))
+    last |= final.scores
+    if reason := last.get("temperature", {}).get("reason"):
+        t.monitor.line(f"note: no temperature is fitted, and ece_scaled is not defined: {reason}")
+    for name, scores in {"test": last["test"], **last.get("extra_tests", {})}.items():
+        t.monitor.scores(last["epoch"], t.step, name, scores)
     if best and best["epoch"] == last["epoch"]:
-        best["test"] = last["test"]
+        best |= final.scores
     elif best:
         restore(t.method, read_adapters(t.folder.best)[0], t.folder.best)
-        found = evaluate(t.accelerator, t.model, test, classes, stop=t.stop)
-        best["test"] = compute_at(found, best.get("thresholds"))
-    skipped |= set(gather_object(sorted(test.skipped)))
-    test.close()
-    return last, best, scores
+        thresholds = best.get("thresholds")
+        best |= score_at_end(t.accelerator, t.model, parts.splits, t.val, tests, t.stop, thresholds).scores
+    for batches in tests.values():
+        skipped |= set(gather_object(sorted(batches.skipped)))
+        batches.close()
+    return last, best, final
 
 
 def _summary(result: dict[str, Any], t: TrainState) -> str:

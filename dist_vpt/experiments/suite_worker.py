@@ -215,6 +215,10 @@ def _result(
         val={"last": main_score(chosen["last"]["val"]), "best": main_score(chosen["best"]["val"])},
         epochs={"last": chosen["last"]["epoch"], "best": chosen["best"]["epoch"]},
         test={name: Spread.model_validate(score) for name, score in content["test"].items()},
+        extra_tests={
+            extra: {name: Spread.model_validate(score) for name, score in scores.items()}
+            for extra, scores in content.get("extra_tests", {}).items()
+        },
         seconds=content["seconds"]["training"],
         peak_memory_mib=max(run["peak_memory_mib"] for run in runs),
         parameters=Parameters.model_validate(runs[0]["parameters"]),

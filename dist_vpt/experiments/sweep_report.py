@@ -63,13 +63,12 @@ def _summary(rungs: Rungs, results: Sequence[dict[str, Any]], seconds: float) ->
             "choose another run.dir (of a suite: another --out), and smaller values of sweep.grid.optim.lr or an "
             "optim.clip_norm"
         )
-    defined = [name for name in scores[0] if all(score[name] is not None for score in scores)]
-    by_score = {name: [score[name] for score in scores] for name in defined}
     outcomes = [*(outcome for rung in rungs.done for outcome in rung.outcomes), *results]
     trained = sum(outcome["seconds"] for outcome in outcomes)
     return {
         "chosen": chosen.setting,
-        "test": {name: {**mean_and_std(values), "values": values} for name, values in by_score.items()},
+        "test": _over_seeds(scores),
+        **({"extra_tests": extra} if (extra := _extra_tests(results)) else {}),
         "seeds": tests,
         "diverged_seeds": diverged,
         "rungs": [rung.epochs for rung in rungs.done],
@@ -78,6 +77,20 @@ def _summary(rungs: Rungs, results: Sequence[dict[str, Any]], seconds: float) ->
         "seconds": {"of this session": round(seconds, 1), "training": round(trained, 1)},
         "versions": versions(),
     }
+
+
+def _over_seeds(scores: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and spread of each score that is defined for all seeds."""
+    defined = [name for name in scores[0] if all(score.get(name) is not None for score in scores)]
+    by_score = {name: [score[name] for score in scores] for name in defined}
+    return {name: {**mean_and_std(values), "values": values} for name, values in by_score.items()}
+
+
+def _extra_tests(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same for each extra test that all seeds have; a seed that diverged is left out."""
+    found = [result["last"].get("extra_tests") or {} for result in results if not result["diverged"]]
+    names = [name for name in found[0] if all(name in one for one in found)]
+    return {name: _over_seeds([one[name] for one in found]) for name in names}
 
 
 def _trials(rungs: Rungs) -> list[dict[str, Any]]:
@@ -174,6 +187,9 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
             f"({setting_text(content['chosen'])})",
             markup=False,
         )
+    for name, score in content.get("extra_tests", {}).items():
+        if mean := score.get("top1"):
+            console.print(f"{name} top1 {mean['mean']:.2f} ± {mean['std']:.2f} %", markup=False)
     for seed, reason in content["diverged_seeds"].items():
         console.print(f"left out of that mean: seed {seed} diverged ({reason})", markup=False, soft_wrap=True)
     if skipped := content.get("skipped_images"):

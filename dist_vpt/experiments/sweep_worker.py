@@ -27,8 +27,8 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.build_trials import PER_TRIAL_KEYS, build_trial_group
-from dist_vpt.training.multi_label import compute_at
-from dist_vpt.training.trials import fit_trials, score_trials
+from dist_vpt.training.final_scores import score_trials_at_end
+from dist_vpt.training.trials import fit_trials
 
 POLL_SECONDS = 0.5
 
@@ -116,18 +116,15 @@ class Worker:
                 fit_trials(group)
                 scored = [t for t in group.trials if not t.diverged] if recipes[0].train.test else []
                 with adding_to_data_errors("these trials are trained and kept: the same command scores test alone"):
-                    found = score_trials(group, scored, "test") if scored else []
-                    chosen = [trial.progress.last.get("thresholds") for trial in scored]
-                    tests = [compute_at(*each) for each in zip(found, chosen, strict=True)]
+                    finals = dict(zip(map(id, scored), score_trials_at_end(group, scored), strict=True))
             finally:
                 group.close()
         skipped, seconds = sorted(group.skipped), group.seconds / len(jobs)
         if skipped:
             self.show(f"{len(skipped)} unreadable images skipped")
-        for trial, test in zip(scored, tests, strict=True):
-            trial.progress.last["test"] = test
-            if not math.isfinite(test["loss"]):
-                trial.diverged = f"the loss on test was {test['loss']}"
+        for trial in scored:
+            if not math.isfinite(loss := trial.progress.last["test"]["loss"]):
+                trial.diverged = f"the loss on test was {loss}"
 
         def write() -> None:
             for job, trial in zip(jobs, group.trials, strict=True):
@@ -135,7 +132,8 @@ class Worker:
                     continue
                 if recipes[0].train.test and not trial.diverged:
                     assert self.accelerator is not None
-                    write_run(job.recipe, trial, group.parts, self.accelerator, seconds, skipped)
+                    found = finals[id(trial)].predictions
+                    self.show(write_run(job.recipe, trial, group.parts, self.accelerator, seconds, skipped, found))
                 progress = trial.progress
                 notes = progress.warnings
                 self.write_outcome(job, progress.last, progress.best, trial.diverged, seconds, skipped, notes)

@@ -1,15 +1,17 @@
 """A trial that was trained with others, as a run folder of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.files import write_atomically
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, write_adapters
+from dist_vpt.runs.class_table import ClassTable
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
+from dist_vpt.runs.score_files import Predictions, write_all_tables
 from dist_vpt.training.accelerator import strategy_name
 from dist_vpt.training.components import Components
 from dist_vpt.training.trial_state import Trial
@@ -22,8 +24,12 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
     accelerator: RankAccelerator,
     seconds: float,
     skipped: Sequence[str],
-) -> None:
-    """Write a trial as a run folder, for eval, predict and compress."""
+    predictions: Mapping[str, Predictions | ClassTable],
+) -> str:
+    """Write a trial as a run folder, for eval, predict and compress; returns a line for the log, or "".
+
+    ``predictions``: by split, those on test and extra tests.
+    """
     folder, tensors = RunFolder(str(recipe.run.dir)), collect(trial.reader)
     folder.path.mkdir(parents=True, exist_ok=True)
     facts = {"recipe": recipe.model_dump(mode="json"), "classes": list(parts.splits.classes)}
@@ -51,3 +57,4 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
         folder.write_splits(seeded)
     write_atomically(folder.recipe, recipe.to_yaml())
     folder.mark("done")
+    return write_all_tables(folder.path, predictions, parts.splits)

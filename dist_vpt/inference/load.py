@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_vpt.data.images import SKIP_HINT, Decoding, decode
 from dist_vpt.data.joined import Joined
 from dist_vpt.errors import DataError, UserError, WeightsError
-from dist_vpt.files import printable
+from dist_vpt.files import printable, read_json
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
@@ -36,10 +36,10 @@ class LoadedRun:
         """Whether each class is a yes or no of its own."""
         return self.recipe.data.labels == "multiple"
 
-    def probabilities(self, images: Any) -> Tensor:
+    def probabilities(self, images: Any, temperature: float = 1.0) -> Tensor:
         """Of each class, [B, K], float32 on the CPU: they sum to 1, or are each class's own of several labels."""
         with torch.no_grad():
-            logits_BK = self.method(images).float()
+            logits_BK = self.method(images).float() / temperature
         return (logits_BK.sigmoid() if self.multiple else logits_BK.softmax(1)).cpu()
 
     def load_images(self, files: Sequence[Path]) -> Any:
@@ -74,6 +74,19 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     restore(method, tensors, path)
     device = device_of(recipe)
     return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs, facts.get("thresholds"))
+
+
+def temperature_of(run: str, adapters: str) -> float:
+    """The temperature that the run was given on val. Raises UserError where it has none."""
+    folder = RunFolder(run)
+    if folder.load().data.labels == "multiple":
+        raise UserError("--calibrated: no temperature is fitted with data.labels = multiple; leave it out")
+    found = read_json(folder.result).get(adapters) if folder.result.is_file() else None
+    fitted = (found or {}).get("temperature") or {}
+    if not fitted.get("value"):
+        reason = fitted.get("reason", "it was not fitted at the end of the run")
+        raise UserError(f"--calibrated: {run} has no temperature for its {adapters} adapters: {reason}; leave it out")
+    return float(fitted["value"])
 
 
 def refuse_several(recipe: Recipe, command: str) -> None:

@@ -18,16 +18,23 @@ from torch import Tensor
 from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable, write_atomically
-from dist_vpt.inference.load import LoadedRun, load_run
+from dist_vpt.inference.load import LoadedRun, load_run, temperature_of
 from dist_vpt.training.multi_label import DEFAULT_THRESHOLD
 
 
 def predict(
-    run: str, images: Sequence[str], adapters: str = "last", top: int | None = None, out: str | None = None
+    run: str,
+    images: Sequence[str],
+    adapters: str = "last",
+    top: int | None = None,
+    out: str | None = None,
+    *,
+    calibrated: bool = False,
 ) -> list[dict[str, Any]]:
     """Classify image files: for each, class names and probabilities, the most likely first; as CSV or JSON.
 
     ``top``: so many classes an image; None: 5, or of several labels an image all that reach their thresholds.
+    ``calibrated``: logits are divided by the run's temperature.
     """
     if top is not None and top < 1:
         raise UserError(f"--top {top}: must be at least 1")
@@ -37,12 +44,13 @@ def predict(
         raise UserError(f"--out {out}: there is no folder {Path(out).parent}; create it first")
     if out and (Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK)):
         raise UserError(f"--out {out}: cannot be written; name another file")
+    temperature = temperature_of(run, adapters) if calibrated else 1.0
     loaded, files = load_run(run, adapters), image_files(images)
     classes, size = loaded.classes, loaded.recipe.train.eval_batch_size
     rows = []
     for start in range(0, len(files), size):
         chunk = files[start : start + size]
-        for file, row in zip(chunk, loaded.probabilities(loaded.load_images(chunk)), strict=True):
+        for file, row in zip(chunk, loaded.probabilities(loaded.load_images(chunk), temperature), strict=True):
             best = [(classes[i], v) for i, v in _chosen(loaded, row, top)]
             rows.append(
                 {

@@ -35,6 +35,7 @@ RESUMABLE_KEYS = (
     "data.table.images",
     "data.workers",
     "data.cache",
+    "data.extra_tests",  # scored after all others
     "data.on_decode_error",  # an image that stopped the run may be skipped from there on
     "stream.",
     "train.eval_batch_size",

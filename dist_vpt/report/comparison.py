@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from dist_vpt.data.tasks import TASKS
-from dist_vpt.report.local import ABSENT, LocalResult, local_rows, newest, notes
+from dist_vpt.report.local import ABSENT, LocalResult, extra_results, local_rows, newest, notes
 from dist_vpt.report.published import Published
 
 LOCAL = "local"  # source of the rows of the user's runs
@@ -106,13 +106,13 @@ class Table:
 
 
 def compare(results: Sequence[LocalResult], published: Sequence[Published]) -> list[Table]:
-    """A table for VTAB-1k, FGVC and other tasks, each if it has results.
+    """A table for VTAB-1k, FGVC and other tasks, each if it has results; extra tests are among the other tasks.
 
     Published rows are those of the table's methods; one of group means alone appears if a local row has one of these
     means. A local row has one protocol: results under another protocol
     fill tasks that the row lacks, with a note, or else get a row for themselves.
     """
-    tables = []
+    tables, results = [], [*results, *chain.from_iterable(map(extra_results, results))]
     for title in (*SECTIONS, OTHER):
         here = [local for local in results if _section(local.result.task) == title]
         if here:

@@ -19,6 +19,16 @@ class LocalResult(NamedTuple):
     result: Result
 
 
+def extra_results(local: LocalResult) -> list[LocalResult]:
+    """A result for each of its extra tests, as if that were a task; of several sets under one name, their mean."""
+    result, found = local.result, []
+    for name, scores in result.extra_tests.items():
+        if "/" not in name:
+            changed = {"task": f"{result.task}: {name}", "group": None, "test": scores, "extra_tests": {}}
+            found.append(LocalResult(local.folder, result.model_copy(update=changed)))
+    return found
+
+
 def newest(results: Sequence[LocalResult]) -> tuple[list[LocalResult], list[str]]:
     """Keep the newest result per cell and file, scores before failures; return remarks on the others.
 

@@ -84,7 +84,9 @@ class Result(_Line):
     chosen: dict[str, Any] = {}  # recipe keys of the trial that was best on val
     val: dict[str, float] = {}  # main score (%) of the chosen trial on val: after the last epoch, and of the best one
     epochs: dict[str, int] = {}  # the chosen trial's last and best epoch
-    test: dict[str, Spread] = {}  # by score (top1, top5, per_class, mAP: %, loss) after the last epoch on trainval
+    # By score (loss, and in percent top1, top5, per_class, macro_f1, ece, mAP, ...) after the last epoch on trainval.
+    test: dict[str, Spread] = {}
+    extra_tests: dict[str, dict[str, Spread]] = {}  # the same by extra test (data.extra_tests)
     seconds: float = Field(0.0, ge=0)  # of training, all trials and seeds
     peak_memory_mib: float = Field(0.0, ge=0)  # largest of the seeds' runs
     parameters: Parameters | None = None

@@ -170,7 +170,8 @@ class Components:
 
     def _scored(self, split: str, transform: ImageTransform, rank: int, world: int) -> EvalBatches:
         """Those for one backbone."""
-        loader_options = self.loader_options(rank, world) | ({"cache": "none"} if split == "test" else {})
+        once = split == "test" or split in self.splits.extra
+        loader_options = self.loader_options(rank, world) | ({"cache": "none"} if once else {})
         size, same = self.recipe.train.eval_batch_size, self.method.backbone.compiled
         return EvalBatches(self.splits[split], transform, size, same_size=same, **loader_options)
 

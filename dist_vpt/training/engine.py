@@ -309,20 +309,20 @@ def save(t: Training) -> str:
 
 
 @torch.no_grad()
-def evaluate(  # noqa: PLR0917 (a split, how to score it, when to stop)
+def evaluate(
     accelerator: RankAccelerator,
     model: nn.Module,
     batches: EvalBatches,
     classes: int,
-    confusion: bool = False,
     stop: StopSignal | None = None,
+    **options: Any,
 ) -> AnyScores:
-    """Score a split, every example once over all processes. A collective call.
+    """Score a split, every example once over all processes; ``options``: as of ``scores_of``. A collective call.
 
     Raises a process's DataError on all of them, and Interrupted after a stop request to ``stop``.
     """
     model.eval()
-    scores = scores_of(batches, classes, accelerator.device, confusion=confusion)
+    scores = scores_of(batches, classes, accelerator.device, **options)
     unread = iter(batches)
     for number in range(len(batches)):
         accelerator.status.set(f"batch {number} of a split to score", "reading images")

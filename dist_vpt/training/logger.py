@@ -142,7 +142,7 @@ class RunLogger:
         self._append(self.folder.metrics, to_json({"epoch": epoch, "step": step, "split": split, **scores}) + "\n")
         shown = "  ".join(_shown(name, value) for name, value in scores.items())
         self.line(f"epoch {epoch}/{self.recipe.train.epochs}  {split:5}  {shown}")
-        undefined = [name for name, value in scores.items() if value is None]
+        undefined = [name for name, value in scores.items() if value is None and name != "ece_scaled"]
         if undefined and split not in self.noted:
             self.noted.add(split)
             self.line(f"note: {', '.join(undefined)} of {split} is not defined: its images are all of one class")

@@ -8,10 +8,10 @@ one's gradient is exactly its own. Trials of equal shapes are computed and updat
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
@@ -212,17 +212,34 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     group.unread.append(UnreadTrials(group.step, running, numbers, scales=stacks[0].scales))
 
 
-@torch.no_grad()
-def score_trials(group: TrialGroup, trials: Sequence[Trial], split: str) -> list[AnyScores]:
-    """Stream a split once through the backbone and score it with all trials. A collective call."""
+def score_trials(
+    group: TrialGroup, trials: Sequence[Trial], split: str, options: Sequence[Mapping[str, Any]] = ()
+) -> list[AnyScores]:
+    """Stream a split once through the backbone and score it with all trials. A collective call.
+
+    ``options``: those of each trial, as of ``scores_of``.
+    """
     group.accelerator.status.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)
     group.parts.use_stream_files(group.accelerator, batches, group.stop)
+    classes, device = len(group.parts.splits.classes), group.accelerator.device
+    scores = [scores_of(batches, classes, device, **each) for each in options or [{}] * len(trials)]
     try:
-        scores = _scored(group, trials, batches)
+        score_batches(group, trials, batches, scores)
     finally:
         batches.close()
     group.skipped |= set(gather_object(sorted(batches.skipped)))
+    return scores
+
+
+@torch.no_grad()
+def score_batches(
+    group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches, scores: Sequence[AnyScores]
+) -> Sequence[AnyScores]:
+    """Add the images of a split to the scores of each trial. A collective call."""
+    for batch, logits in _read_split(group, trials, batches):
+        for score, logits_BK in zip(scores, logits, strict=True):
+            score.update(logits_BK, batch["labels"], batch["weight"], batch["index"])
     return scores
 
 
@@ -293,21 +310,13 @@ def _sum_over_processes(group: TrialGroup, sums: Tensor) -> Tensor:
     return sums
 
 
-def _scored(group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches) -> list[AnyScores]:
-    """All scores of a split, for each trial."""
-    classes, device = len(group.parts.splits.classes), group.accelerator.device
-    scores = [scores_of(batches, classes, device) for _ in trials]
-    for batch, logits in _read_split(group, trials, batches):
-        for score, logits_BK in zip(scores, logits, strict=True):
-            score.update(logits_BK, batch["labels"], batch["weight"], batch["index"])
-    return scores
-
-
 @torch.no_grad()
 def quick_scores(group: TrialGroup, trials: Sequence[Trial], batches: EvalBatches) -> list[QuickScores]:
     """The loss and the score that decides, of each trial, and its thresholds; all other scores are for the end."""
     if batches.multiple:  # mAP is no sum over batches
-        return [QuickScores(score.compute(), score.thresholds) for score in _scored(group, trials, batches)]
+        classes, device = len(group.parts.splits.classes), group.accelerator.device
+        every = score_batches(group, trials, batches, [scores_of(batches, classes, device) for _ in trials])
+        return [QuickScores(score.compute(), score.thresholds) for score in every]
     sums_3T = torch.zeros(3, len(trials), device=group.accelerator.device)
     for batch, logits in _read_split(group, trials, batches):
         logits_TBK, counts_B = torch.stack(logits), batch["weight"]

@@ -26,8 +26,8 @@ COMMANDS = {
     "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
     "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
     "dist-vpt plan": {"--help", "--debug", "RECIPE|a.b=c +", "--gpus", "--nodes", "--gpu-memory", "--measure"},
-    "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "a.b=c *"},
-    "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--top", "--out"},
+    "dist-vpt eval": {"--help", "--debug", "RUN", "--split", "--adapters", "--out", "a.b=c *"},
+    "dist-vpt predict": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--calibrated", "--top", "--out"},
     "dist-vpt attention": {"--help", "--debug", "RUN", "IMAGE +", "--adapters", "--block", "--head", "--out"},
     "dist-vpt merge": {"--help", "--debug", "RUN", "--out", "--adapters"},
     "dist-vpt compress": {
@@ -69,6 +69,7 @@ COMMANDS = {
         "--dry-run",
     },
     "dist-vpt doctor": {"--help", "--debug", "--run-dir", "--json"},
+    "dist-vpt compare": {"--help", "--debug", "RUN +", "--split", "--adapters", "--json"},
     "dist-vpt report": {"--help", "--debug", "DIR +", "--out", "--no-published"},
     "dist-vpt recipe": {"--help"},
     "dist-vpt recipe list": {"--help", "--debug"},

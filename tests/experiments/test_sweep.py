@@ -11,11 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dist_vpt.cli.main import main
 from dist_vpt.distributed.signals import StopSignal
@@ -473,13 +473,15 @@ def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_diverged_seed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    score = sweep_worker.score_trials
+    score = sweep_worker.score_trials_at_end
 
-    def spoiled(*args: Any) -> list[Any]:
-        _, *others = score(*args)
-        return [SimpleNamespace(compute=lambda: {"loss": float("inf"), "top1": 99.0}), *others]
+    def spoiled(group: Any, trials: Any) -> list[Any]:
+        found = score(group, trials)
+        if trials:
+            trials[0].progress.last["test"]["loss"] = float("inf")
+        return found
 
-    monkeypatch.setattr(sweep_worker, "score_trials", spoiled)
+    monkeypatch.setattr(sweep_worker, "score_trials_at_end", spoiled)
     content = swept(tmp_path / "sweep", *READER)
     assert content["diverged_seeds"] == {"42": "the loss on test was inf"}
     assert content["seeds"]["42"] is None
@@ -553,3 +555,25 @@ def test_a_chosen_setting_that_learns_nothing_is_warned_of(
     [warning] = outcome["warnings"]
     shown = capsys.readouterr().out
     assert len(re.findall(r"^warning: .*42.*: " + re.escape(warning), shown, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("options", [READER, ["method.name=bias", *GRID, "sweep.grid.optim.lr=[0.1]"]])
+def test_extra_tests_and_tables_of_the_seeds(options: list[str], tmp_path: Path, capsys: Any) -> None:
+    """A writer's seeds are runs of their own, and a reader's share their passes."""
+    for label in (3, 5):
+        image = tmp_path / "few" / str(label) / "0.png"
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (40 * label, 0, 0)).save(image)
+    content = swept(tmp_path / "sweep", *options, f"data.extra_tests.few={tmp_path / 'few'}")
+    shown = capsys.readouterr().out
+    runs = [read_json(tmp_path / "sweep" / "seeds" / str(seed) / "result.json")["last"] for seed in (42, 44)]
+    for name in ("ece", "macro_f1"):
+        assert content["test"][name]["values"] == [run["test"][name] for run in runs]
+    assert "ece_scaled" not in content["test"]  # trained on trainval
+    assert all(run["temperature"]["value"] is None for run in runs)
+    found = content["extra_tests"]["few"]["top1"]
+    assert found["values"] == [run["extra_tests"]["few"]["top1"] for run in runs]
+    assert f"few top1 {found['mean']:.2f}" in shown
+    folders = [str(tmp_path / "sweep" / "seeds" / str(seed)) for seed in (42, 44)]
+    assert main(["compare", *folders]) == 0
+    assert main(["compare", *folders, "--split", "few"]) == 0

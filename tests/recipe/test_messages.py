@@ -310,6 +310,17 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["data.background=brwn", "data.format=image_folder", "data.root=x", "data.task=mine"],
         ["command line: data.background: 'brwn': must be none, the name of a color or #rrggbb; use white"],
     ),
+    ({}, ["data.extra_tests=x"], ["command line: data.extra_tests = 'x': must be an object; use {KEY: VALUE}"]),
+    (
+        {},
+        ["data.extra_tests.val=x"],
+        [
+            (
+                "command line: data.extra_tests.val: 'val': must be letters, digits and . + - _, and not the name of a "
+                "split; use imagenet-r"
+            )
+        ],
+    ),
     (
         {},
         ["data.table.encoding=utf9", "data.format=table", "data.root=x", "data.task=mine"],

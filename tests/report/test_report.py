@@ -867,3 +867,20 @@ def test_figures_take_the_pages_colors_and_have_a_text() -> None:
     assert "#123456" not in picture.svg
     assert "<metadata>" not in picture.svg
     assert picture.text in picture.svg
+
+
+def test_extra_tests_are_other_tasks() -> None:
+    extra = {
+        name: {"top1": spread(values)} for name, values in (("r", (20.0, 24.0)), ("c", (30.0,)), ("c/fog/1", (9.0,)))
+    }
+    found = compare(local(result("dtd", 50.0, extra_tests=extra), result("dtd", 51.0, method="lora")), [])
+    vtab, other = found
+    assert vtab.title == "VTAB-1k"
+    assert [column.task for column in other.columns] == ["dtd: r", "dtd: c"]
+    [row] = other.rows
+    assert [(row.cells[0].mean, row.cells[0].spread), row.cells[1].mean] == [(22.0, "2.8"), 30.0]
+    lines = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert {line["task"]: line["top1_mean"] for line in lines if line["table"] == "Other tasks"} == {
+        "dtd: r": "22.0",
+        "dtd: c": "30.0",
+    }

@@ -1,15 +1,17 @@
 """Scores against plain counting in NumPy."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, roc_auc_score
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from dist_vpt.errors import DataError
-from dist_vpt.training.metrics import MISTAKES_KEPT, Scores
+from dist_vpt.training.metrics import BINS, MISTAKES_KEPT, CalibrationError, Scores
 
 CPU = torch.device("cpu")
 
@@ -22,13 +24,25 @@ def draw(examples: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return logits_NK, labels_N
 
 
-def scored(logits_NK: Tensor, labels_N: Tensor, batch: int = 7, **options: bool) -> Scores:
+def scored(logits_NK: Tensor, labels_N: Tensor, batch: int = 7, **options: Any) -> Scores:
     """Scores over batches of uneven length."""
     scores = Scores(logits_NK.shape[1], CPU, "val", **options)
     index_N = torch.arange(len(labels_N))
     for some in index_N.split(batch):
         scores.update(logits_NK[some], labels_N[some], torch.ones(len(some)), some)
     return scores
+
+
+def calibration_by_hand(logits_NK: Tensor, labels_N: Tensor) -> float:
+    """In percent: bin by bin, and in each image by image."""
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    for logits_K, label in zip(logits_NK.double().numpy(), labels_N.tolist(), strict=True):
+        probabilities_K = np.exp(logits_K - logits_K.max()) / np.exp(logits_K - logits_K.max()).sum()
+        sure = float(probabilities_K.max())
+        [number] = [m for m in range(BINS) if m / BINS < sure <= (m + 1) / BINS]
+        bins[number].append((sure, int(probabilities_K.argmax()) == label))
+    distances = [abs(sum(sure for sure, _ in one) - sum(right for _, right in one)) for one in bins]
+    return 100 * sum(distances) / len(labels_N)
 
 
 def by_hand(logits_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
@@ -41,27 +55,30 @@ def by_hand(logits_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
         "top1": 100 * float(right.mean()),
         "top5": 100 * float((order[:, :5] == labels[:, None]).any(1).mean()),
         "per_class": 100 * float(np.mean([right[labels == k].mean() for k in np.unique(labels)])),
+        "macro_f1": 100 * float(f1_score(labels, order[:, 0], average="macro")),
+        "ece": calibration_by_hand(logits_NK, labels_N),
     }
 
 
 def test_many_classes() -> None:
     logits_NK, labels_N = draw(100, 9)
     expected = by_hand(logits_NK, labels_N)
-    assert len({round(value, 3) for value in expected.values()}) == 4
+    assert len({round(value, 3) for value in expected.values()}) == 6
     assert scored(logits_NK, labels_N).compute() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("classes", "names"),
     [
-        (2, {"loss", "top1", "per_class", "auroc"}),
-        (3, {"loss", "top1", "per_class"}),
-        (5, {"loss", "top1", "per_class"}),
-        (6, {"loss", "top1", "per_class", "top5"}),
+        (2, {"auroc"}),
+        (3, set()),
+        (5, set()),
+        (6, {"top5"}),
     ],
 )
 def test_which_scores_there_are(classes: int, names: set[str]) -> None:
-    assert set(scored(*draw(30, classes), confusion=True).compute()) == names
+    always = {"loss", "top1", "per_class", "macro_f1", "ece"}
+    assert set(scored(*draw(30, classes), confusion=True).compute()) == always | names
 
 
 def test_two_classes_have_the_area_under_the_curve() -> None:
@@ -139,5 +156,70 @@ def test_auroc_of_one_class_is_not_defined_and_warns_of_nothing() -> None:
         warnings.simplefilter("error")
         found = scored(logits_NK, torch.ones_like(labels_N)).compute()
     assert found["auroc"] is None
-    assert set(found) == {"loss", "top1", "per_class", "auroc"}
+    assert set(found) == {"loss", "top1", "per_class", "macro_f1", "ece", "auroc"}
     assert all(np.isfinite(value) for name, value in found.items() if name != "auroc")
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+def test_calibration_error_is_that_of_torchmetrics(classes: int) -> None:
+    logits_NK, labels_N = draw(500, classes)
+    theirs = 100 * float(multiclass_calibration_error(logits_NK.softmax(1), labels_N, classes, n_bins=BINS))
+    assert theirs > 2
+    assert scored(logits_NK, labels_N).compute()["ece"] == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_probability_on_an_edge_is_in_the_bin_below_it() -> None:
+    """With 15 bins 3 / 5 is an edge: both images are in one bin, where their mean is right."""
+    error = CalibrationError(CPU)
+    error.update(torch.tensor([[0.6, 0.4], [0.55, 0.45]], dtype=torch.float64), torch.tensor([0, 1]))
+    assert float(error.compute()) == pytest.approx(abs(0.6 + 0.55 - 1) / 2)
+
+
+def test_calibration_of_certain_and_right_answers() -> None:
+    labels_N = torch.arange(30) % 3
+    assert scored(100 * torch.eye(3)[labels_N], labels_N).compute()["ece"] == 0
+
+
+def test_macro_f1_counts_a_class_that_is_only_predicted() -> None:
+    logits_NK = torch.eye(4)[[0, 0, 1, 2]]
+    labels_N = torch.tensor([0, 0, 1, 1])  # class 2 is predicted once and has no image, class 3 is not met
+    expected = f1_score(labels_N, logits_NK.argmax(1), average="macro")
+    assert scored(logits_NK, labels_N).compute()["macro_f1"] == pytest.approx(100 * expected) == pytest.approx(500 / 9)
+
+
+def test_calibration_error_of_divided_logits() -> None:
+    logits_NK, labels_N = draw(90, 7)
+    found = scored(logits_NK, labels_N, temperature=2.5).compute()
+    assert found["ece_scaled"] == pytest.approx(calibration_by_hand(logits_NK / 2.5, labels_N), rel=1e-5)
+    assert {name: value for name, value in found.items() if name != "ece_scaled"} == pytest.approx(
+        by_hand(logits_NK, labels_N), rel=1e-5
+    )
+
+
+def test_among_some_classes_the_others_are_as_if_they_were_not_there() -> None:
+    logits_NK, labels_N = draw(200, 12)
+    few = torch.tensor([1, 2, 5, 6, 7, 9, 11])
+    kept = torch.isin(labels_N, few)
+    among = torch.zeros(12, dtype=torch.bool).index_fill(0, few, True)
+    found = scored(logits_NK[kept], labels_N[kept], among=among).compute()
+    assert found == pytest.approx(by_hand(logits_NK[kept][:, few], torch.searchsorted(few, labels_N[kept])), rel=1e-5)
+    assert found["top1"] > scored(logits_NK[kept], labels_N[kept]).compute()["top1"]
+    three = torch.zeros(12, dtype=torch.bool).index_fill(0, few[:3], True)
+    assert "top5" not in scored(logits_NK[:1], few[:1], among=three).compute()
+
+
+def test_predictions_in_the_order_of_the_split() -> None:
+    logits_NK, labels_N = draw(50, 5)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    scores = Scores(5, CPU, "test", keep="predictions")
+    for some in order.split(8):
+        counts = (some != 3).float()  # image 3 could not be read
+        scores.update(logits_NK[some], labels_N[some], counts, some)
+    found = scores.predictions()
+    rows = [i for i in range(50) if i != 3]
+    assert found.index_n.tolist() == rows
+    assert found.label_n.tolist() == labels_N[rows].tolist()
+    assert found.predicted_n.tolist() == logits_NK[rows].argmax(1).tolist()
+    expected = logits_NK.double().softmax(1)[rows, labels_N[rows]].numpy()
+    assert found.probability_n == pytest.approx(expected, rel=1e-5)
+    assert np.array_equal(found.confusion(5), confusion_matrix(labels_N[rows], logits_NK[rows].argmax(1)))

@@ -50,7 +50,13 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     if not task.allow_missing_classes:
         _check_absent(location, recipe.train_on, splits)
     _check_labeled(location, splits)
-    return draw(splits, recipe)
+    splits = draw(splits, recipe)
+    if not recipe.extra_tests:
+        return splits
+    from dist_vpt.data.formats.extra_tests import open_extra_tests
+
+    extra, lines = open_extra_tests(recipe, task, splits.classes)
+    return replace(splits, extra=extra, remarks=(*splits.remarks, *lines))
 
 
 def check_root(recipe: DataConfig, *, test: bool) -> None:
@@ -58,6 +64,10 @@ def check_root(recipe: DataConfig, *, test: bool) -> None:
 
     ``test``: whether the test split is needed.
     """
+    if recipe.extra_tests:
+        from dist_vpt.data.formats.extra_tests import check_extra_roots
+
+        check_extra_roots(recipe)
     task = resolve(recipe)
     if recipe.root is None or stored_as(recipe, task) == "hf":
         return

@@ -46,7 +46,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     classes = tuple(map(printable, names))
     mistakes, others = Mistakes(), Counter[str]()
     source = FileSource(root, (), Decoding.of(task))
-    found = {name: _read(name, folder, source, names, mistakes, others) for name, folder in folders.items()}
+    found = {name: read_split(name, folder, source, names, mistakes, others) for name, folder in folders.items()}
     mistakes.check()
     has_folders = folders["train"] != root
     splits = with_missing_splits(recipe, classes, found, holdout_test=not has_folders, missing=missing)
@@ -91,7 +91,7 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], dict[str, str]]:
     if "train" not in folders:
         there = ", ".join(map(str, folders.values()))
         raise DataError(f"{root}: has {there} but no folder {root / 'train'} of class folders; add it")
-    others = [name for name in top if name not in names["train"] and _holds_images(root / name)]
+    others = [name for name in top if name not in names["train"] and holds_images(root / name)]
     if len(folders) == 1 and others:  # a split, or a class whose images lie a folder deeper
         raise DataError(
             f"{folders['train']}: is named like a split, and {root / others[0]} beside it holds images; move the class "
@@ -132,7 +132,7 @@ def _loose_images(folder: Path) -> str:
     return f"{folder}: {count} images beside the class folders are not read" if count else ""
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Whether images lie in a folder itself."""
     return any(os.path.splitext(name)[1].lower() in image_extensions() for name in os.listdir(folder))
 
@@ -145,9 +145,16 @@ def _without_classes(folder: Path) -> str:
     return f"{folder}: is named like a split and holds {held}, or rename the folder"
 
 
-def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
-    name: str, folder: Path, source: FileSource, names: tuple[str, ...], mistakes: Mistakes, others: Counter[str]
+def read_split(  # noqa: PLR0917 (a split, and what is counted on the way)
+    name: str,
+    folder: Path,
+    source: FileSource,
+    names: tuple[str, ...],
+    mistakes: Mistakes,
+    others: Counter[str],
+    unknown: str = "has no folder in train",
 ) -> Split:
+    """The images of the class folders in a folder; ``unknown``: what is wrong with one that is none of ``names``."""
     label_of = {k: label for label, k in enumerate(names)}
     elsewhere = [folder_id(path) for path in (source.root, folder, *(folder / name for name in subfolders(folder)))]
     files: list[str] = []
@@ -156,7 +163,7 @@ def _read(  # noqa: PLR0917 (a split, and what is counted on the way)
         meant = label_of.get(class_name, label_of.get(_alike(class_name, names)))
         if meant is None:
             hint = nearest(class_name, names)
-            mistakes.add(folder / class_name, f"class {class_name!r} has no folder in train; {hint}")
+            mistakes.add(folder / class_name, f"class {class_name!r} {unknown}; {hint}")
             continue
         images, more = find_images(folder / class_name, elsewhere)
         others += more
