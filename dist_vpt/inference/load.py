@@ -12,6 +12,7 @@ from dist_vpt.data.images import SKIP_HINT, Decoding, decode
 from dist_vpt.data.joined import Joined
 from dist_vpt.errors import DataError, UserError, WeightsError
 from dist_vpt.files import printable, read_json
+from dist_vpt.inference.named_classes import probabilities_of, thresholds_of
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import read_adapters, restore
@@ -29,18 +30,12 @@ class LoadedRun:
     classes: list[str]
     device: torch.device
     inputs: Inputs
-    thresholds: list[float] | None = None  # of each class, where images have several labels; None: 0.5
+    thresholds: list[float] | None = None  # of each class, where images have several labels
 
-    @property
-    def multiple(self) -> bool:
-        """Whether each class is a yes or no of its own."""
-        return self.recipe.data.labels == "multiple"
-
+    @torch.no_grad()
     def probabilities(self, images: Any, temperature: float = 1.0) -> Tensor:
-        """Of each class, [B, K], float32 on the CPU: they sum to 1, or are each class's own of several labels."""
-        with torch.no_grad():
-            logits_BK = self.method(images).float() / temperature
-        return (logits_BK.sigmoid() if self.multiple else logits_BK.softmax(1)).cpu()
+        """Of each class, [B, K], of transformed images."""
+        return probabilities_of(self.method(images).float() / temperature, self.thresholds)
 
     def load_images(self, files: Sequence[Path]) -> Any:
         """Image files as the method's input, [B, 3, S, S] on its device; for several backbones ``Joined`` ones."""
@@ -73,7 +68,7 @@ def load_run(run: str, adapters: str, **runtime: Any) -> LoadedRun:
     method, _ = build_method(recipe, inputs, len(classes))
     restore(method, tensors, path)
     device = device_of(recipe)
-    return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs, facts.get("thresholds"))
+    return LoadedRun(recipe, method.to(device).eval(), classes, device, inputs, thresholds_of(recipe, facts, classes))
 
 
 def temperature_of(run: str, adapters: str) -> float:

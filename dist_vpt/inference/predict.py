@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dist_vpt.data.formats.files import find_images, passed_over
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable, write_atomically
-from dist_vpt.inference.load import LoadedRun, load_run, temperature_of
-from dist_vpt.training.multi_label import DEFAULT_THRESHOLD
+from dist_vpt.inference.load import load_run, temperature_of
+from dist_vpt.inference.named_classes import named_classes
 
 
 def predict(
@@ -51,13 +49,7 @@ def predict(
     for start in range(0, len(files), size):
         chunk = files[start : start + size]
         for file, row in zip(chunk, loaded.probabilities(loaded.load_images(chunk), temperature), strict=True):
-            best = [(classes[i], v) for i, v in _chosen(loaded, row, top)]
-            rows.append(
-                {
-                    "image": printable(file),
-                    "predictions": [{"class": c, "probability": round(p, 6)} for c, p in best],
-                }
-            )
+            rows.append({"image": printable(file), "predictions": named_classes(row, classes, top, loaded.thresholds)})
     try:
         _write(rows, out)
     except BrokenPipeError:
@@ -67,15 +59,6 @@ def predict(
             f"{f'--out {out}' if out else 'the output'}: cannot be written ({error.strerror}); name another file"
         ) from error
     return rows
-
-
-def _chosen(loaded: LoadedRun, probabilities_K: Tensor, top: int | None) -> list[tuple[int, float]]:
-    """The classes to name, with their probabilities, the most likely first."""
-    values, order = probabilities_K.sort(descending=True, stable=True)
-    ranked = list(zip(order.tolist(), values.tolist(), strict=True))
-    if top is not None or not loaded.multiple:
-        return ranked[: top or 5]
-    return [(k, p) for k, p in ranked if p >= (loaded.thresholds[k] if loaded.thresholds else DEFAULT_THRESHOLD)]
 
 
 def _write(rows: list[dict[str, Any]], out: str | None) -> None:
