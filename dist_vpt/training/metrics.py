@@ -156,7 +156,7 @@ class Scores:
         probabilities_BK = logits_BK.softmax(1)
         self.scores.update(probabilities_BK, labels_B)
         self.loss.update(F.cross_entropy(logits_BK, labels_B, reduction="none"))
-        if self.scaled is not None:
+        if self.scaled is not None and self._temperature is not None:
             self.scaled.update((logits_BK / self._temperature).softmax(1), labels_B)
         if self.keep == "logits":
             self._kept.append((index_B, labels_B, logits_BK))

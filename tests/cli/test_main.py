@@ -235,7 +235,7 @@ def test_overrides_of_eval_may_stand_anywhere(argv: list[str], monkeypatch: pyte
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.inference.evaluate.evaluate_run", lambda *arguments: seen.append(arguments))
     assert main(argv) == 0
-    assert seen == [("run", "val", "last", ["x=1", "y=2"])]
+    assert seen == [("run", "val", "last", ["x=1", "y=2"], None)]
 
 
 @pytest.mark.parametrize(
@@ -249,9 +249,12 @@ def test_overrides_of_eval_may_stand_anywhere(argv: list[str], monkeypatch: pyte
 )
 def test_images_of_predict_may_stand_anywhere(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[object, ...]] = []
-    monkeypatch.setattr("dist_vpt.inference.predict.predict", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(
+        "dist_vpt.inference.predict.predict", lambda *arguments, **named: seen.append((*arguments, named))
+    )
     assert main(argv) == 0
-    assert seen == [("run", ["a.png", "b.png"], "last", 3, None)]
+    assert main([*argv, "--calibrated"]) == 0
+    assert seen == [("run", ["a.png", "b.png"], "last", 3, None, {"calibrated": used}) for used in (False, True)]
 
 
 @pytest.mark.parametrize(
