@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--storage",
-        choices=("image_folder", "vtab_folder", "fgvc_json", "hf", "table"),
+        choices=("image_folder", "vtab_folder", "fgvc_json", "hf", "table", "webdataset"),
         help="how your own dataset is stored",
     )
 

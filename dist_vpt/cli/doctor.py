@@ -22,6 +22,7 @@ GPU_DEVICE = Path("/dev/nvidia0")  # the first GPU, as its driver shows it
 SHARED_MEMORY = Path("/dev/shm")
 EXTRAS = {
     "hf": ("datasets",),
+    "parquet": ("pyarrow",),
     "tfds": ("tensorflow_datasets", "array_record", "simplejpeg", "crc32c"),
     "prepare": ("tensorflow",),
     "wandb": ("wandb",),

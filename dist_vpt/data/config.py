@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dist_vpt.data.config_table import TableConfig
+from dist_vpt.data.config_webdataset import WebDatasetConfig
 from dist_vpt.data.tasks import (
     EMBEDDED,
     FORMAT_TASKS,
@@ -27,8 +28,8 @@ from dist_vpt.data.tasks import (
 from dist_vpt.errors import nearest
 
 # Formats that split off a fraction: the others have fixed splits.
-READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf", "table")
-READS_TEST_FRACTION = ("image_folder", "hf", "table")
+READS_VAL_FRACTION = ("fgvc_json", "image_folder", "hf", "table", "webdataset")
+READS_TEST_FRACTION = ("image_folder", "hf", "table", "webdataset")
 
 VAL_SHOTS = 4  # images of a class of val that are used with data.shots, at most
 
@@ -196,6 +197,7 @@ class DataConfig(BaseModel):
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
     table: TableConfig = Field(default=TableConfig(), description="settings of tables of image paths and labels")
+    webdataset: WebDatasetConfig = Field(default=WebDatasetConfig(), description="settings of WebDataset shards")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
@@ -295,6 +297,11 @@ class DataConfig(BaseModel):
         yield from self._mistakes_of_labels(storage)
         if storage != "table" and self.table != TableConfig():
             yield f"table: only format 'table' uses it and the format is {storage!r}; remove table or set format: table"
+        if storage != "webdataset" and self.webdataset != WebDatasetConfig():
+            yield (
+                f"webdataset: only format 'webdataset' uses it and the format is {storage!r}; remove webdataset or set "
+                "format: webdataset"
+            )
 
 
 def resolve(recipe: DataConfig) -> Task:

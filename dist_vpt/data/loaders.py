@@ -135,13 +135,13 @@ class TrainBatches(_Batches):
         epochs = None if self._sampling == "shuffle" else epoch + AGAIN * earlier_draws(order)
         requests: list[Request] = []
         for step in range(start_step, self.steps_per_epoch):
-            taken = slice(step * self.batch_size, (step + 1) * self.batch_size)
-            indices = _padded(order[taken], self._multiple)
-            of_each = None if epochs is None else _padded(epochs[taken], self._multiple)
+            first, last = step * self.batch_size, min((step + 1) * self.batch_size, self.images)
+            places = _padded(np.arange(first, last), self._multiple)
             # Dealt round-robin, so that padding is spread over processes and micro-batches.
             for micro in range(self._accumulate):
-                mine = slice(micro * self._world + self._rank, None, parts)
-                requests.append((epoch if of_each is None else of_each[mine], indices[mine]))
+                mine = places[micro * self._world + self._rank :: parts]
+                indices = np.where(mine == PADDING, PADDING, order[mine])
+                requests.append((epoch if epochs is None else epochs[mine], indices))
         batches = self._source(requests)
         for _ in range(start_step, self.steps_per_epoch):
             yield [next(batches) for _ in range(self._accumulate)]

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from dist_vpt.errors import UserError, nearest
 
-Format = Literal["digits", "shapes", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf", "table"]
+Format = Literal["digits", "shapes", "tfds", "vtab_folder", "fgvc_json", "image_folder", "hf", "table", "webdataset"]
 Interpolation = Literal["vpt", "bilinear", "bicubic"]
 CropMode = Literal["squash", "crop"]
 Normalize = Literal["vpt", "weights", "none"]
@@ -216,6 +216,7 @@ FORMAT_TASKS: dict[Format, Task] = {
     "fgvc_json": Task(name="", format="fgvc_json", augment="fgvc", exif="transpose", background="white"),
     "image_folder": Task(name="", format="image_folder", exif="transpose", background="white"),
     "hf": Task(name="", format="hf", exif="transpose", background="white"),
+    "webdataset": Task(name="", format="webdataset", exif="transpose", background="white"),
     "table": Task(name="", format="table", exif="transpose", background="white"),
 }
 

@@ -78,7 +78,7 @@ COMMANDS = {
     "dist-vpt recipe schema": {"--help", "--debug"},
 }
 CHOICES = {
-    "--storage": ("image_folder", "vtab_folder", "fgvc_json", "hf", "table"),
+    "--storage": ("image_folder", "vtab_folder", "fgvc_json", "hf", "table", "webdataset"),
     "--split": ("train", "val", "trainval", "test"),
     "--adapters": ("last", "best"),
     "--format": ("array_record", "tfrecord"),

@@ -55,6 +55,7 @@ OWN = {"task": "mine", "root": "somewhere"}
         ),
         ({"hf": {"image": "x"}}, "hf: only format 'hf' uses it and the format is 'digits'"),
         ({"table": {"label": "x"}}, "table: only format 'table' uses it and the format is 'digits'"),
+        ({"webdataset": {"label": "x"}}, "webdataset: only format 'webdataset' uses it and the format is 'digits'"),
         ({"task": "mine", "format": "table"}, "root is missing: format 'table' needs the file of the table, or its fo"),
         ({"hf": {"color": "x"}}, "hf.color\n.*not permitted"),
         ({"batch": 3}, "batch\n.*not permitted"),
@@ -111,7 +112,7 @@ def test_format_gives_it_for_a_free_name():
 
     assert of("vtab_folder") == ("squash", "none", "none")
     assert of("fgvc_json") == ("crop", "fgvc", "none")
-    assert of("image_folder") == of("hf") == of("table") == ("crop", "none", "none")
+    assert of("image_folder") == of("hf") == of("table") == of("webdataset") == ("crop", "none", "none")
 
 
 def test_every_format_can_be_opened_and_has_defaults():

@@ -1,6 +1,7 @@
 """Few shots and fractions: the same draw from every storage format, seeded, nested, stratified; test stays whole."""
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,7 +66,25 @@ def table(root: Path, save: Callable[..., Path]) -> None:
     (root / "labels.csv").write_text("\n".join(lines))
 
 
-FORMATS = {"image_folder": image_folder, "fgvc_json": fgvc_json, "vtab_folder": vtab_folder, "hf": hf, "table": table}
+def webdataset(root: Path, save: Callable[..., Path]) -> None:
+    for split, count in EACH.items():
+        root.mkdir(exist_ok=True)
+        with tarfile.open(root / f"{split}-0.tar", "w") as tar:
+            for k, i in ((k, i) for i in range(count) for k in range(CLASSES)):
+                image = save(root / f"{k}-{i}.png")
+                tar.add(image, image.name)
+                image.with_suffix(".cls").write_text(str(k))
+                tar.add(image.with_suffix(".cls"), f"{k}-{i}.cls")
+
+
+FORMATS = {
+    "image_folder": image_folder,
+    "fgvc_json": fgvc_json,
+    "vtab_folder": vtab_folder,
+    "hf": hf,
+    "table": table,
+    "webdataset": webdataset,
+}
 TASKS = {"digits": 10, "shapes_ori": 16, "shapes_loc": 16}
 
 

@@ -1,6 +1,7 @@
 """Images of one's own, with transparency and EXIF tags: the same in every storage format, and in prediction."""
 
 import json
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.inference.load import LoadedRun
 
 TURNED = 3  # the EXIF orientation of a picture that is upside down
-FORMATS = ["image_folder", "vtab_folder", "fgvc_json", "hf", "table"]
+FORMATS = ["image_folder", "vtab_folder", "fgvc_json", "hf", "table", "webdataset"]
 
 
 def write(root: Path, storage: str) -> None:
@@ -44,6 +45,13 @@ def write(root: Path, storage: str) -> None:
         for split, rows in of.items():
             lines = (f"{path},{label}\n" for path, label in rows)
             (root / f"{split}.csv").write_text("".join(["path,label\n", *lines]))
+    if storage == "webdataset":
+        for split, rows in of.items():
+            with tarfile.open(root / f"{split}.tar", "w") as tar:
+                for number, (path, label) in enumerate(rows):
+                    (root / "cls").write_text(str(label))
+                    tar.add(root / "cls", f"{number}.cls")
+                    tar.add(root / "images" / path, f"{number}{Path(path).suffix}")
     if storage == "fgvc_json":
         for file, split in (("train", "train"), ("val", "train"), ("test", "test")):
             (root / f"{file}.json").write_text(json.dumps(dict(of[split])))
@@ -75,8 +83,8 @@ def test_black_ink_on_a_transparent_ground_is_seen_and_pictures_stand_upright(st
 def test_keys_bring_back_the_published_loaders(storage: str, tmp_path: Path) -> None:
     write(tmp_path, storage)
     _, splits = opened(tmp_path, storage, exif="ignore", background="none")
-    found = {Path(splits["test"].where(i).rstrip(")")).suffix: top_and_bottom(splits["test"].read(i)) for i in range(4)}
-    assert found == {".png": (0, 0), ".jpg": (255, 0)}
+    found = sorted(top_and_bottom(splits["test"].read(i)) for i in range(4))
+    assert found == [(0, 0), (0, 0), (255, 0), (255, 0)]  # the PNGs, the JPEGs
 
 
 def test_the_background_is_a_key(tmp_path: Path) -> None:

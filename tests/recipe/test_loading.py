@@ -18,7 +18,7 @@ from dist_vpt.recipe.loading import load_recipe, split_arguments
 from dist_vpt.recipe.schema import Recipe, json_schema
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPE_FILES = 69
+RECIPE_FILES = 70
 Write = Callable[[str, str], Path]
 
 

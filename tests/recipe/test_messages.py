@@ -23,7 +23,11 @@ VALUES = [
     ("protocol=x", "'x'", CHOICE + "default, published"),
     ("seed=x", "'x'", INTEGER),
     ("seed=-1", "-1", "must be greater than or equal to 0; use 0 or more"),
-    ("data.format=x", "'x'", CHOICE + "digits, fgvc_json, hf, image_folder, shapes, table, tfds, vtab_folder"),
+    (
+        "data.format=x",
+        "'x'",
+        CHOICE + "digits, fgvc_json, hf, image_folder, shapes, table, tfds, vtab_folder, webdataset",
+    ),
     ("data.labels=x", "'x'", CHOICE + "multiple, single"),
     ("data.table.separator=x", "'x'", CHOICE + "comma, pipe, semicolon, space"),
     ("data.train_on=x", "'x'", CHOICE + "train, trainval"),
@@ -57,6 +61,7 @@ VALUES = [
     ("data.check_counts=x", "'x'", BOOLEAN),
     ("data.check_leaks=x", "'x'", BOOLEAN),
     ("data.table.classes=x", "'x'", LIST),
+    ("data.webdataset.classes=x", "'x'", LIST),
     ("data.table.delimiter=x", "'x'", CHOICE + "comma, pipe, semicolon, tab"),
     ("data.exif=x", "'x'", CHOICE + "ignore, transpose"),
     ("data.max_megapixels=x", "'x'", NUMBER),
@@ -726,6 +731,8 @@ def test_the_list_has_every_key() -> None:
         "data.task",
         "data.root",
         "data.hf.",
+        "data.webdataset.image",  # text
+        "data.webdataset.label",
         *(f"data.table.{name}" for name in ("image", "label", "split", "suffix", "encoding")),  # text
         "data.background",
         "backbone.entry",

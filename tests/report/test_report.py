@@ -687,6 +687,18 @@ def test_markdown_rows_have_as_many_cells_as_the_head() -> None:
     assert "- VQT paper: Tu et al. 2023, arXiv 2212.03220. Status: unverified, " in text
 
 
+def test_several_labels_an_image_are_told_by_their_mean_average_precision() -> None:
+    scores = {"mAP": spread((70.0, 72.0)), "f1_micro": spread((60.0, 61.0))}
+    results = local(result("mine", test=scores, storage="table"), result("digits", 90.0, 92.0, storage="digits"))
+    table = one_table(results)
+    assert [column.label for column in table.columns] == ["mine (mAP)", "digits"]
+    assert [cell.mean for cell in table.rows[0].cells] == [71.0, 91.0]
+    lines = list(csv.DictReader(io.StringIO(csv_text([table]))))
+    assert [(line["mAP_mean"], line["top1_mean"]) for line in lines] == [("71.0", ""), ("", "91.0")]
+    assert lines[0]["mAP_values"] == "70.0 72.0"
+    assert "top-1 or mAP" in figures(table, "mine")[0].svg
+
+
 def test_csv_holds_everything_in_full() -> None:
     third = 100 / 3
     results = local(

@@ -23,6 +23,7 @@ FORMATS: dict[Format, str] = {
     "fgvc_json": "dist_vpt.data.formats.fgvc_json:open_splits",
     "image_folder": "dist_vpt.data.formats.image_folder:open_splits",
     "hf": "dist_vpt.data.formats.hf:open_splits",
+    "webdataset": "dist_vpt.data.formats.webdataset:open_splits",
     "table": "dist_vpt.data.formats.table:open_splits",
 }
 
@@ -79,6 +80,10 @@ def check_root(recipe: DataConfig, *, test: bool) -> None:
             raise DataError(f"split 'test' is missing: {missing['test']}")
         return
     root = open_root(recipe)
+    if stored_as(recipe, task) == "webdataset":
+        from dist_vpt.data.formats.webdataset import find_shards
+
+        find_shards(recipe)
     if stored_as(recipe, task) == "image_folder":
         from dist_vpt.data.formats.image_folder import find_folders
 

@@ -19,6 +19,7 @@ from dist_vpt.errors import DataError
 from dist_vpt.files import printable
 
 MAX_LISTED = 10  # mistakes in a message; the others are counted
+UNUSUAL = re.compile(r"\\|(^|/)\.{0,2}(/|$)")  # backslashes, or parts of a path that are empty, . or ..
 TOOL_FOLDERS = frozenset({"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"})
 
 
@@ -89,6 +90,11 @@ class Folder:
         A path that another system wrote (with backslashes, in other case, with composed or decomposed accents) is that
         of the only file that it can mean.
         """
+        if not UNUSUAL.search(path):  # as nearly all are: taking them apart would take most of the time
+            for start in self.below:
+                folder, _, name = (inner := f"{start}/{path}" if start else path).rpartition("/")
+                if name in self._listing(folder):
+                    return inner
         parts = PurePosixPath(path).parts
         foreign = PurePosixPath(path.replace("\\", "/")).parts
         if path.startswith(("/", "\\")) or ".." in foreign or re.match(r"[A-Za-z]:[\\/]", path):

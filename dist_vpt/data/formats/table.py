@@ -261,7 +261,7 @@ def _checked_path(path: Any) -> str:
         raise ValueError("the image's path is empty; write it, or remove the row")
     if not isinstance(path, str):
         path = str(path)  # a column of numbers, with data.table.suffix
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
+    if "://" in path and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path):
         raise ValueError(f"{path!r} is an address; download the images, and write the paths of their files")
     return path
 
@@ -290,7 +290,7 @@ def _name_classes(recipe: DataConfig, rows: Rows) -> None:
                 f"{recipe.root}: has one class only, {rows.classes[0]!r}, in all {len(rows.of['train']):,} rows "
                 "of train; add images of another one, or choose the column of the labels with data.table.label"
             )
-        _check_known(rows, {*rows.classes}, "has no image in train", "")
+        _check_known(rows, {*rows.classes}, "has no image in train")
         return
     twice = sorted({name for name in given if given.count(name) > 1})
     if twice or not given:
@@ -300,17 +300,17 @@ def _name_classes(recipe: DataConfig, rows: Rows) -> None:
     if not labels <= {*given} and all(re.fullmatch(r"\d{1,9}", label) for label in labels):
         outside = {label for label in labels if int(label) >= len(given)}
         rule = f"is out of range: {source} names {len(given)} classes, with the numbers 0 to {len(given) - 1}"
-        _check_known(rows, labels - outside, rule, "; name all of them, or fix the label")
+        _check_known(rows, labels - outside, rule, "name all of them, or fix the label")
         named = {label: given[int(label)] for label in labels}
         rows.of = {split: [_renamed(row, named) for row in entries] for split, entries in rows.of.items()}
-    _check_known(rows, {*given}, f"is none of the classes of {source}", "")
+    _check_known(rows, {*given}, f"is none of the classes of {source}")
 
 
 def _renamed(row: Row, named: Mapping[str, str]) -> Row:
     return row._replace(label=tuple(named[k] for k in row.labels) if isinstance(row.label, tuple) else named[row.label])
 
 
-def _check_known(rows: Rows, known: set[str], rule: str, fix: str) -> None:
+def _check_known(rows: Rows, known: set[str], rule: str, fix: str = "") -> None:
     """Raise a DataError that names each label that is not known, with its first row."""
     mistakes = Mistakes()
     for split, entries in rows.of.items():
@@ -320,8 +320,10 @@ def _check_known(rows: Rows, known: set[str], rule: str, fix: str) -> None:
                 unknown.setdefault(label, []).append(row)
         for label, some in unknown.items():
             more = f", as in {len(some) - 1} more rows of {split}" if len(some) > 1 else ""
-            hint = fix or f"; {nearest(label, known)}" if len(known) < 100 or fix else "; fix the label"
-            mistakes.add(some[0].where, f"label {label!r} {rule}{more}{hint}")
+            hint = fix or nearest(label, known)
+            if not fix and not hint.startswith("did you mean"):
+                hint = "remove its rows, or add it"
+            mistakes.add(some[0].where, f"label {label!r} {rule}{more}; {hint}")
     mistakes.check()
 
 

@@ -1,0 +1,199 @@
+"""WebDataset shards: tar files in which members of one name are a sample, such as 0001.jpg and 0001.cls.
+
+The shards of a split have it in their name or in that of their folder (train-0000.tar, val/0000.tar), or match a
+pattern of ``data.webdataset.splits``. n samples of a split.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.formats.files import Mistakes, open_root, read_text
+from dist_vpt.data.formats.image_folder import SPLIT_NAMES, split_of
+from dist_vpt.data.formats.tar_index import Fields, TarIndex, label_field, read_index, read_member
+from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
+from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
+from dist_vpt.data.tasks import Task
+from dist_vpt.errors import DataError, nearest
+from dist_vpt.files import printable
+
+NO_TEST = "set train.test=false to train without it"
+
+
+@dataclass(frozen=True, eq=False)
+class TarSource:
+    """Images in tar files, each read at its place."""
+
+    shards: tuple[Path, ...]
+    shard_n: np.ndarray  # int32: which of the shards
+    key_n: np.ndarray  # bytes
+    offset_n: np.ndarray  # int64
+    size_n: np.ndarray  # int64
+    decoding: Decoding = AS_PUBLISHED
+
+    def read(self, i: int, max_megapixels: float) -> Image.Image:
+        shard, size = self.shards[self.shard_n[i]], int(self.size_n[i])
+        try:
+            encoded = read_member(shard, int(self.offset_n[i]), size)
+        except OSError as error:
+            raise DataError(f"{self.where(i)}: cannot be read ({error.strerror}); restore the shard") from None
+        if len(encoded) < size:
+            raise DataError(f"{self.where(i)}: the shard ends before its end; copy it again")
+        return decode(encoded, self.where(i), max_megapixels, self.decoding)
+
+    def where(self, i: int) -> str:
+        return f"{printable(self.shards[self.shard_n[i]])} sample {printable(os.fsdecode(bytes(self.key_n[i])))}"
+
+    def identity(self, i: int) -> str:
+        shard = self.shards[self.shard_n[i]]
+        try:
+            found = shard.stat()
+        except OSError:  # reported where the image is read
+            return f"{shard.name} missing"
+        return f"{shard.name} {found.st_size} {found.st_mtime_ns} {self.offset_n[i]} {self.decoding}"
+
+
+def open_splits(recipe: DataConfig, task: Task) -> Splits:
+    root = open_root(recipe)
+    shards, whole, remarks = find_shards(recipe)
+    settings = recipe.webdataset
+    fields = Fields(settings.image, settings.label or label_field(shards["train"][0]))
+    sources, texts = {}, {}
+    for name, files in shards.items():
+        indexes = [read_index(file, fields) for file in files]
+        sources[name] = _source(files, indexes, Decoding.of(task))
+        texts[name] = np.concatenate([index.label_n for index in indexes])
+        if not len(texts[name]):
+            raise DataError(f"{printable(files[0])} and the other shards of {name}: hold no sample; write them again")
+    missing = {}
+    if not whole and "test" not in shards:
+        missing["test"] = f"{printable(root)} has no shards of test; add them, or {NO_TEST}"
+    elif "test" in texts and not np.any(texts["test"] != b""):
+        del texts["test"]
+        missing["test"] = (
+            f"{printable(shards['test'][0])}: samples of test have no {fields.label}; add it, or {NO_TEST}"
+        )
+    classes, labels = _labels(recipe, root, fields, texts, sources)
+    found = {name: Split(name, labels[name], sources[name]) for name in texts}
+    splits = with_missing_splits(recipe, classes, found, holdout_test=whole, missing=missing)
+    return replace(splits, remarks=tuple(remarks))
+
+
+def find_shards(recipe: DataConfig) -> tuple[dict[str, list[Path]], bool, list[str]]:
+    """The shards of each split; whether all are train, as none says its split; lines about what is not read.
+
+    Raises DataError; opens no shard.
+    """
+    root = open_root(recipe)
+    if recipe.webdataset.splits:
+        return _matching(root, {str(name): pattern for name, pattern in recipe.webdataset.splits.items()}), False, []
+    every = sorted(path for path in (*root.glob("*.tar"), *root.glob("*/*.tar")) if not path.name.startswith("."))
+    if not every:
+        others = Counter("".join(path.suffixes[-2:]) for path in root.iterdir() if path.is_file())
+        held = f" but {', '.join(f'{count} {name}' for name, count in others.most_common(3))}" if others else ""
+        raise DataError(
+            f"data.root {recipe.root!r}: has no .tar in it or in its folders{held}; give the folder of the shards, and "
+            "decompress those that are compressed"
+        )
+    by_split: dict[str | None, list[Path]] = {}
+    for path in every:
+        by_split.setdefault(_split_in(path.relative_to(root)), []).append(path)
+    unnamed = by_split.pop(None, [])
+    if not by_split:
+        return {"train": unnamed}, True, []
+    if "train" not in by_split:
+        raise DataError(
+            f"{printable(root)}: has shards of {' and '.join(map(str, by_split))} but none of train; name them: "
+            "'data.webdataset.splits={train: ...}'"
+        )
+    lines = [f"{printable(root)}: shards of no split, which are not read: {len(unnamed)}"] if unnamed else []
+    return {name: by_split[name] for name in SPLIT_NAMES if name in by_split}, False, lines
+
+
+def _matching(root: Path, patterns: Mapping[str, str]) -> dict[str, list[Path]]:
+    found = {}
+    for name, pattern in patterns.items():
+        if "{" in pattern or pattern.startswith(("/", "~")) or "://" in pattern:
+            raise DataError(
+                f"data.webdataset.splits.{name} {pattern!r}: must be a pattern of files below data.root with * and ?, "
+                "such as train-*.tar"
+            )
+        found[name] = sorted(path for path in root.glob(pattern) if path.is_file())
+        if not found[name]:
+            raise DataError(f"data.webdataset.splits.{name} {pattern!r}: matches no file in {printable(root)}")
+    if "train" not in found:
+        raise DataError("data.webdataset.splits: has no train; name its shards: {train: 'train-*.tar'}")
+    return found
+
+
+def _split_in(path: Path) -> str | None:
+    """The only split that the names of a shard and its folder hold."""
+    words = {split_of(word) for word in re.split(r"[^A-Za-z]+", str(path.with_suffix("")))} - {None}
+    return words.pop() if len(words) == 1 else None
+
+
+def _source(files: Sequence[Path], indexes: Sequence[TarIndex], decoding: Decoding) -> TarSource:
+    sizes = [len(index.offset_n) for index in indexes]
+    return TarSource(
+        tuple(files),
+        np.repeat(np.arange(len(files), dtype=np.int32), sizes),
+        np.concatenate([index.key_n for index in indexes]),
+        np.concatenate([index.offset_n for index in indexes]),
+        np.concatenate([index.size_n for index in indexes]),
+        decoding,
+    )
+
+
+def _labels(
+    recipe: DataConfig, root: Path, fields: Fields, texts: Mapping[str, np.ndarray], sources: Mapping[str, TarSource]
+) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """The classes, and the labels int64 [n] of each split."""
+    written = {name: np.unique(text_n, return_inverse=True) for name, text_n in texts.items()}
+    names = {name: [bytes(text).decode() for text in unique_n] for name, (unique_n, _) in written.items()}
+    given = _given_classes(recipe, root)
+    classes = given or class_order(text for text in names["train"] if text)
+    every = {text for some in names.values() for text in some}
+    numbered = given is not None and not every <= {*given} and all(re.fullmatch(r"\d{1,9}", text) for text in every)
+    label_of = {name: k for k, name in enumerate(classes)}
+    mistakes, labels = Mistakes(), {}
+    for name, (_, inverse_n) in written.items():
+        of_each = [int(text) if numbered else label_of.get(text, -1) for text in names[name]]
+        labels[name] = np.array(of_each, np.int64)[inverse_n]
+        for k, label in enumerate(of_each):
+            if not 0 <= label < len(classes):
+                rows = np.flatnonzero(inverse_n == k)
+                rule = _rule(names[name][k], classes, fields, given=given is not None, numbered=numbered)
+                more = f" (and {len(rows) - 1} more samples)" if len(rows) > 1 else ""
+                mistakes.add(f"{sources[name].where(int(rows[0]))}{more}", rule)
+    mistakes.check()
+    return classes, labels
+
+
+def _given_classes(recipe: DataConfig, root: Path) -> tuple[str, ...] | None:
+    """The classes that the recipe or classes.txt names, or None."""
+    given, source = recipe.webdataset.classes, "data.webdataset.classes"
+    if given is None and (root / "classes.txt").is_file():
+        source = printable(root / "classes.txt")
+        lines = (line.strip() for line in read_text(root / "classes.txt").splitlines())
+        given = tuple(line for line in lines if line)
+    if given is not None and (len({*given}) < len(given) or not given):
+        raise DataError(f"{source}: {'a class occurs twice' if given else 'names no class'}; name each class once")
+    return given
+
+
+def _rule(text: str, classes: Sequence[str], fields: Fields, *, given: bool, numbered: bool) -> str:
+    """What is wrong with a label, and the fix."""
+    if not text:
+        return f"has no label ({fields.label}); add it, or remove the sample"
+    if numbered:
+        return f"label {text} is out of range: {len(classes)} classes have the numbers 0 to {len(classes) - 1}; fix it"
+    rule = "is none of the classes that are given" if given else "has no image in train"
+    hint = nearest(text, classes)
+    return f"label {text!r} {rule}; {hint if len(classes) < 100 or hint.startswith('did') else 'fix it'}"
