@@ -19,6 +19,7 @@ from dist_vpt.experiments.fixed_features import (
     fresh_head,
     head_weight,
     score,
+    score_at_end,
     train_head,
 )
 from dist_vpt.planning.planner import advice_on_memory, check_memory
@@ -26,7 +27,8 @@ from dist_vpt.runs.adapters import collect, restore, write_adapters
 from dist_vpt.runs.provenance import device_name
 from dist_vpt.runs.result import run_result, write_result
 from dist_vpt.training.build_trials import build_trial_group
-from dist_vpt.training.trials import fit_trials, score_trials
+from dist_vpt.training.final_scores import score_trials_at_end
+from dist_vpt.training.trials import fit_trials
 
 Mode = Literal["compress", "featselect", "finetune"]
 
@@ -101,7 +103,7 @@ def train_on_features(
         else:
             trained = train_head(f, reader)
         # A copy, since last may be the best epoch's dict, too.
-        last = {**trained.last, f.source.scored: score(f, reader, f.scored)}
+        last = {**trained.last, **score_at_end(f, reader)}
         yield fraction, replace(trained, last=last)
 
 
@@ -128,9 +130,9 @@ def finetune(  # noqa: PLR0917 (what a trial group is made of)
             pairs = list(zip(fractions, group.trials, strict=True))
             finite = [(fraction, trial) for fraction, trial in pairs if not trial.diverged]
             if about.source.scored == "test" and finite:
-                tests = score_trials(group, [trial for _, trial in finite], "test")
-                for (_, trial), scores in zip(finite, tests, strict=True):
-                    trial.progress.last = {**trial.progress.last, "test": scores.compute()}
+                for _, trial in finite:
+                    trial.progress.last = dict(trial.progress.last)  # which may be the best epoch's dict, too
+                score_trials_at_end(group, [trial for _, trial in finite])
         finally:
             group.close()
     about.skipped.update(group.skipped)

@@ -31,6 +31,7 @@ from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, restore
 from dist_vpt.runs.folder import RESUME_HINT
 from dist_vpt.runs.progress import Progress
+from dist_vpt.training.calibration import NO_VAL, temperature_on_val
 from dist_vpt.training.components import Components, build_reader
 from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import build_optimizer, set_lr
@@ -217,15 +218,31 @@ def train_head(f: Features, reader: VQT, lasso: float = 0.0) -> Trained:
     return Trained(collect(reader), progress.last, progress.best, best_tensors, seconds, progress.images)
 
 
-@torch.no_grad()
 def score(f: Features, reader: VQT, batches: EvalBatches) -> dict[str, float]:
     """Scores of a reader's head on the features of a split."""
-    scores = Scores(len(f.source.classes), f.device, batches.split)
+    return _scored(f, reader, batches).compute()
+
+
+def score_at_end(f: Features, reader: VQT) -> dict[str, Any]:
+    """The scores of test with a temperature fitted on val, as those of a run; where there is no test, those of val."""
+    if f.source.scored != "test":
+        return {f.source.scored: score(f, reader, f.scored)}
+    temperature: dict[str, Any] = {"value": None, "reason": NO_VAL}
+    if f.val is not None:
+        temperature = temperature_on_val(_scored(f, reader, f.val, keep="logits"))
+    value = temperature["value"]
+    scores = _scored(f, reader, f.scored, temperature=value).compute()
+    return {"temperature": temperature, "test": scores | ({"ece_scaled": None} if value is None else {})}
+
+
+@torch.no_grad()
+def _scored(f: Features, reader: VQT, batches: EvalBatches, **options: Any) -> Scores:
+    scores = Scores(len(f.source.classes), f.device, batches.split, **options)
     for fetched in batches:
         batch = send_to_device(fetched, f.device)
         logits_BK = reader.classify(batch["images"].pooled)
         scores.update(logits_BK, batch["labels"], batch["weight"], batch["index"])
-    return scores.compute()
+    return scores
 
 
 def head_weight(reader: VQT) -> Tensor:

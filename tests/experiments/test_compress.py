@@ -189,7 +189,7 @@ def test_each_fraction_is_a_run_folder(source: Path, selected: tuple[Path, dict[
         assert found["compression"]["bytes"] == (folder / "adapters.safetensors").stat().st_size
         assert found["compression"]["bytes"] < (source / "adapters.safetensors").stat().st_size
         assert found["parameters"]["trained"] == sum(tensors[name].numel() for name in TRAINED)
-        assert set(found["last"]) == {"epoch", "train", "val", "test"}
+        assert set(found["last"]) == {"epoch", "train", "val", "temperature", "test"}
         assert not list(folder.glob("*.tmp"))
     half, tenth = (adapters(out / f"featselect-{share}")["kept"].tolist() for share in ("0.5", "0.1"))
     assert set(tenth) < set(half)
@@ -376,7 +376,7 @@ def test_without_val_there_is_no_best_epoch(source: Path, tmp_path: Path) -> Non
     again(source, [0.2], out=str(tmp_path), overrides=["data.train_on=trainval"])
     assert result(tmp_path / "featselect-0.2")["best"] is None
     assert not (tmp_path / "featselect-0.2" / "best.safetensors").exists()
-    assert set(result(tmp_path / "featselect-0.2")["last"]) == {"epoch", "train", "test"}
+    assert set(result(tmp_path / "featselect-0.2")["last"]) == {"epoch", "train", "temperature", "test"}
 
 
 def test_early_stopping_is_obeyed(source: Path, tmp_path: Path) -> None:
