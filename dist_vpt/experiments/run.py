@@ -21,7 +21,6 @@ from dist_vpt.files import raising_disk_full, read_json
 from dist_vpt.planning.planner import advice_on_memory, check_memory
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, read_adapters, restore, write_adapters
-from dist_vpt.runs.class_table import write_class_table
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
@@ -46,7 +45,7 @@ from dist_vpt.training.final_scores import FinalScores, score_at_end
 from dist_vpt.training.inputs import augmentation_of
 from dist_vpt.training.load_backbone import load_backbone
 from dist_vpt.training.logger import RunLogger
-from dist_vpt.training.multi_label import MultiLabelScores
+from dist_vpt.training.metrics import Scores
 from dist_vpt.training.optim import check_optimizer
 
 
@@ -223,8 +222,6 @@ def _conclude(t: TrainState, parts: Components) -> dict[str, Any]:
     def finish() -> None:
         t.monitor.flush()
         write_result(t.folder, result)
-        if final is not None and isinstance(final.test, MultiLabelScores):
-            write_class_table(t.folder.path / "per_class.csv", parts.splits.classes, final.test.of_classes)
         t.folder.mark("done")
         t.monitor.line(_summary(result, t))
 
@@ -270,14 +267,13 @@ def _score_tests(
 def _write_tables(t: TrainState, parts: Components, final: FinalScores) -> None:
     """Tables and figures of what each image and class of test was taken for. A collective call."""
     classes = parts.splits.classes
-    if isinstance(final.test, MultiLabelScores):
-        t.monitor.class_figure(t.step, final.test.of_classes, classes)
-    elif final.test is not None:
-        confusion_KK = final.test.confusion().cpu().numpy()
-        if t.accelerator.is_main_process and (line := write_all_tables(t.path, final.predictions, parts.splits)):
-            t.monitor.line(line)
-        view = parts.inputs.one_view().transform
+    if t.accelerator.is_main_process and (line := write_all_tables(t.path, final.predictions, parts.splits)):
+        t.monitor.line(line)
+    if isinstance(final.test, Scores):
+        confusion_KK, view = final.test.confusion().cpu().numpy(), parts.inputs.one_view().transform
         t.monitor.figures(t.step, confusion_KK, final.test.mistakes, parts.splits["test"], view, classes)
+    elif final.test is not None:
+        t.monitor.class_figure(t.step, final.test.of_classes, classes)
 
 
 def _summary(result: dict[str, Any], t: TrainState) -> str:

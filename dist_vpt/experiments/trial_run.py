@@ -6,6 +6,7 @@ from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.files import write_atomically
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect, write_adapters
+from dist_vpt.runs.class_table import ClassTable
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import epoch_facts
 from dist_vpt.runs.provenance import device_name
@@ -23,7 +24,7 @@ def write_run(  # noqa: PLR0917 (what a run folder holds)
     accelerator: RankAccelerator,
     seconds: float,
     skipped: Sequence[str],
-    predictions: Mapping[str, Predictions],
+    predictions: Mapping[str, Predictions | ClassTable],
 ) -> str:
     """Write a trial as a run folder, for eval, predict and compress; returns a line for the log, or "".
 

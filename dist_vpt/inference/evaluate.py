@@ -18,6 +18,7 @@ from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.inference.load import check_backbones, classes_of
 from dist_vpt.recipe.sharing import NOT_SHARED, with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
+from dist_vpt.runs.class_table import ClassTable
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.score_files import Predictions, write_tables
 from dist_vpt.runtime.precision import resolve_precision
@@ -25,8 +26,6 @@ from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import evaluate
 from dist_vpt.training.final_scores import options_of
-from dist_vpt.training.metrics import Scores
-from dist_vpt.training.multi_label import compute_at
 
 
 def evaluate_run(  # noqa: PLR0917 (the options of the command)
@@ -83,7 +82,7 @@ def _score(
     split: str,
     temperature: float | None,
     thresholds: Sequence[float] | None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Predictions | ClassTable]]:
     """Scores and predictions of a split, and with test of the extra tests. A collective call.
 
     Of test and extra tests alone with the score ``ece_scaled``: the others were trained on, or gave the temperature.
@@ -92,13 +91,11 @@ def _score(
     found, predictions = {}, {}
     for name in ("test", *parts.splits.extra) if split == "test" else (split,):
         batches = parts.evaluation(name, accelerator.process_index, accelerator.num_processes)
-        options = options_of(name, parts.splits, temperature if split == "test" else None)
+        options = options_of(name, parts.splits, temperature if split == "test" else None, thresholds)
         scores = evaluate(accelerator, model, batches, len(parts.splits.classes), **options)
         batches.close()
-        found[name] = compute_at(scores, thresholds)
-        if not isinstance(scores, Scores):
-            continue
-        if split == "test" and temperature is None:
+        found[name] = scores.compute()
+        if split == "test" and temperature is None and not parts.splits.train.multiple:
             found[name]["ece_scaled"] = None
         if scores.keep:
             predictions[name] = scores.predictions()
@@ -121,7 +118,7 @@ def _make_folder(out: Path) -> None:
         raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from error
 
 
-def _write(out: Path, predictions: dict[str, Predictions], splits: Splits, adapters: str) -> None:
+def _write(out: Path, predictions: dict[str, Predictions | ClassTable], splits: Splits, adapters: str) -> None:
     try:
         for name, found in predictions.items():
             for file in write_tables(out, found, splits[name], splits.classes, name, adapters):

@@ -39,6 +39,8 @@ def load_run(run: str, adapters: str, weights: str | None = None, **runtime: Any
 def temperature_of(run: str, adapters: str) -> float:
     """The temperature that the run was given on val. Raises UserError where it has none."""
     folder = open_run(run)
+    if folder.load().data.labels == "multiple":
+        raise UserError("--calibrated: no temperature is fitted with data.labels = multiple; leave it out")
     found: dict[str, Any] = (read_json(folder.result).get(adapters) if folder.result.is_file() else None) or {}
     fitted: dict[str, Any] = found.get("temperature") or {}
     if not fitted.get("value"):

@@ -81,6 +81,11 @@ def predicted(run: str, split: str, adapters: str) -> Predicted:
     status = folder.status().get("status")
     if status != "done":
         raise RunFolderError(f"{run}: the run is not finished (status: {status}); run.resume=auto ends it")
+    if folder.load().data.labels == "multiple":
+        raise UserError(
+            f"{run}: data.labels = multiple: runs are compared by which images are right, and an image has several "
+            "labels; compare their mAP and per_class.csv"
+        )
     file = table_file(Path(run), "predictions", split, adapters)
     if not file.is_file():
         raise UserError(f"{file}: no predictions here; {_how_to_write(folder, split, adapters)}")

@@ -3,13 +3,8 @@
 K classes.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from dist_vpt.files import printable, write_atomically
 
 COLUMNS = ("class", "images", "average_precision", "threshold", "predicted", "correct", "recall", "precision", "f1")
 
@@ -37,10 +32,12 @@ class ClassScores:
         return [str(self.images), known, f"{self.threshold:.6g}", str(self.predicted), str(self.correct), *parts]
 
 
-def write_class_table(file: Path, classes: Sequence[str], scores: Sequence[ClassScores]) -> None:
-    """Write the table, a line a class. Raises OSError where it cannot be written."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([printable(name), *each.row] for name, each in zip(classes, scores, strict=True))
-    write_atomically(file, text.getvalue())
+@dataclass(frozen=True)
+class ClassTable:
+    """Of all classes of a split."""
+
+    of_classes: tuple[ClassScores, ...]
+
+    def rows(self, classes: Sequence[str]) -> list[Sequence[str]]:
+        """The lines of the table: names of columns, then one a class."""
+        return [COLUMNS, *([name, *each.row] for name, each in zip(classes, self.of_classes, strict=True))]

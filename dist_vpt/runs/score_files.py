@@ -15,6 +15,7 @@ import numpy as np
 from dist_vpt.data.splits import Split, Splits, path_of
 from dist_vpt.errors import UserError
 from dist_vpt.files import printable, write_atomically
+from dist_vpt.runs.class_table import ClassTable
 
 COLUMNS = ("image", "label", "predicted", "probability")
 
@@ -41,16 +42,25 @@ def table_file(folder: Path, table: str, split: str = "test", adapters: str = "l
 
 
 def write_tables(  # noqa: PLR0917 (where, what, and its names)
-    folder: Path, predictions: Predictions, split: Split, classes: Sequence[str], name: str, adapters: str = "last"
+    folder: Path,
+    predictions: Predictions | ClassTable,
+    split: Split,
+    classes: Sequence[str],
+    name: str,
+    adapters: str = "last",
 ) -> list[Path]:
-    """Write the three tables of a split; returns their files. Raises OSError where one cannot be written."""
-    shown = [printable(each) for each in classes]
-    confusion_KK = predictions.confusion(len(classes))
-    rows = {
-        "confusion": _confusion_rows(confusion_KK, shown),
-        "per_class": _class_rows(confusion_KK, shown),
-        "predictions": _prediction_rows(predictions, split, shown),
-    }
+    """Write the three tables of a split, or that of classes where images have several labels; returns their files.
+
+    Raises OSError where one cannot be written.
+    """
+    shown, rows = [printable(each) for each in classes], dict[str, Iterable[Sequence[Any]]]()
+    if isinstance(predictions, ClassTable):
+        rows["per_class"] = predictions.rows(shown)
+    else:
+        confusion_KK = predictions.confusion(len(classes))
+        rows["confusion"] = _confusion_rows(confusion_KK, shown)
+        rows["per_class"] = _class_rows(confusion_KK, shown)
+        rows["predictions"] = _prediction_rows(predictions, split, shown)
     files = []
     for table, lines in rows.items():
         text = io.StringIO()
@@ -61,7 +71,7 @@ def write_tables(  # noqa: PLR0917 (where, what, and its names)
 
 
 def write_all_tables(
-    folder: Path, predictions: Mapping[str, Predictions], splits: Splits, adapters: str = "last"
+    folder: Path, predictions: Mapping[str, Predictions | ClassTable], splits: Splits, adapters: str = "last"
 ) -> str:
     """Write the tables of several splits, by name; returns a warning where the disk is full, which fails no run."""
     try:

@@ -332,7 +332,7 @@ def evaluate(
     stop: StopSignal | None = None,
     **options: Any,
 ) -> AnyScores:
-    """Score a split, every example once over all processes; ``options``: those of Scores. A collective call.
+    """Score a split, every example once over all processes; ``options``: as of ``scores_of``. A collective call.
 
     Raises a process's DataError on all of them, and Interrupted after a stop request to ``stop``.
     """

@@ -15,11 +15,12 @@ from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.data.splits import Splits
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.runs.class_table import ClassTable
 from dist_vpt.runs.score_files import Predictions
 from dist_vpt.training.calibration import NO_VAL, temperature_on_val
 from dist_vpt.training.engine import evaluate
 from dist_vpt.training.metrics import Scores
-from dist_vpt.training.multi_label import AnyScores, compute_at
+from dist_vpt.training.multi_label import DEFAULT_THRESHOLD, AnyScores
 from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, score_batches, score_trials
 
@@ -29,15 +30,13 @@ class FinalScores:
     """Of what is trained, after the last epoch or the best one."""
 
     scores: dict[str, Any] = field(default_factory=dict)  # temperature, test, extra_tests: for result.json
-    predictions: dict[str, Predictions] = field(default_factory=dict)  # by split: of test and the extra tests
+    predictions: dict[str, Predictions | ClassTable] = field(default_factory=dict)  # by split
     test: AnyScores | None = None
 
-    def add(
-        self, split: str, found: AnyScores, temperature: float | None, thresholds: Sequence[float] | None = None
-    ) -> None:
-        """Add the scores of a split that has been read, at ``thresholds`` if images have several labels; collective."""
-        scores = compute_at(found, thresholds)
-        if isinstance(found, Scores) and temperature is None:
+    def add(self, split: str, found: AnyScores, temperature: float | None) -> None:
+        """Add the scores of a split that has been read; a collective call."""
+        scores = found.compute()
+        if temperature is None and isinstance(found, Scores):
             scores["ece_scaled"] = None
         if split == "test":
             self.scores["test"], self.test = scores, found
@@ -53,11 +52,16 @@ class FinalScores:
         return self
 
 
-def options_of(split: str, splits: Splits, temperature: float | None = None) -> dict[str, Any]:
-    """How a split is scored: those of ``Scores``. Of an extra test only the classes that it has are predicted.
+def options_of(
+    split: str, splits: Splits, temperature: float | None = None, thresholds: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """How a split is scored, as of ``scores_of``. Of an extra test only the classes that it has are predicted.
 
+    ``thresholds``: where images have several labels; None: 0.5 for all classes.
     The sets of an extra test that has several are not kept image by image: ImageNet-C has 95 of 50,000 images.
     """
+    if splits.train.multiple:
+        return {"given": thresholds or [DEFAULT_THRESHOLD] * len(splits.classes), "keep": "predictions"}
     options: dict[str, Any] = {"temperature": temperature, "keep": "" if "/" in split else "predictions"}
     if split in splits.extra:
         options["among"] = torch.from_numpy(classes_in(splits.extra[split], len(splits.classes)))
@@ -75,21 +79,20 @@ def score_at_end(  # noqa: PLR0917 (a model, and what it is scored on)
 ) -> FinalScores:
     """Fit a temperature on ``val``, where there is one, and score ``tests``, by split. A collective call.
 
-    Where images have several labels there are ``thresholds``, and no temperature.
+    Where images have several labels there is no temperature, and classes are predicted from ``thresholds`` on.
     """
-    classes, final = len(splits.classes), FinalScores()
+    classes, final, several = len(splits.classes), FinalScores(), splits.train.multiple
     temperature: dict[str, Any] = {"value": None, "reason": NO_VAL}
-    if val is not None and not val.multiple:
+    if val is not None and not several:
         kept = evaluate(accelerator, model, val, classes, stop, keep="logits")
         assert isinstance(kept, Scores)
         temperature = temperature_on_val(kept)
-    if not splits.train.multiple:
+    if not several:
         final.scores["temperature"] = temperature
     for split, batches in tests.items():
-        options = options_of(split, splits, temperature["value"])
-        options |= {"confusion": True} if split == "test" else {}
-        found = evaluate(accelerator, model, batches, classes, stop, **options)
-        final.add(split, found, temperature["value"], thresholds)
+        options = options_of(split, splits, temperature["value"], thresholds)
+        options |= {"confusion": True} if split == "test" and not several else {}
+        final.add(split, evaluate(accelerator, model, batches, classes, stop, **options), temperature["value"])
     return final.end()
 
 
@@ -105,10 +108,13 @@ def score_trials_at_end(group: TrialGroup, trials: Sequence[Trial]) -> list[Fina
         kept = score_batches(group, trials, group.val, [{"keep": "logits"}] * len(trials))
         temperatures = [temperature_on_val(cast(Scores, scores)) for scores in kept]
     for split in ("test", *splits.extra):
-        options = [options_of(split, splits, temperature["value"]) for temperature in temperatures]
+        options = [
+            options_of(split, splits, temperature["value"], trial.progress.last.get("thresholds"))
+            for trial, temperature in zip(trials, temperatures, strict=True)
+        ]
         found = score_trials(group, trials, split, options)
-        for trial, final, scores, temperature in zip(trials, finals, found, temperatures, strict=True):
-            final.add(split, scores, temperature["value"], trial.progress.last.get("thresholds"))
+        for final, scores, temperature in zip(finals, found, temperatures, strict=True):
+            final.add(split, scores, temperature["value"])
     for trial, final, temperature in zip(trials, finals, temperatures, strict=True):
         trial.progress.last |= ({} if several else {"temperature": temperature}) | final.end().scores
     return finals

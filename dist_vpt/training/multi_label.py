@@ -18,8 +18,8 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from dist_vpt.data.loaders import EvalBatches
 from dist_vpt.errors import DataError
-from dist_vpt.runs.class_table import ClassScores
-from dist_vpt.training.metrics import Mistake, Scores, no_readable_image
+from dist_vpt.runs.class_table import ClassScores, ClassTable
+from dist_vpt.training.metrics import Scores, no_readable_image
 
 DEFAULT_THRESHOLD = 0.5  # of a class that has no positive among the images on which thresholds are chosen
 
@@ -67,9 +67,14 @@ class MultiLabelScores:
     no positive, as in scikit-learn.
     """
 
-    def __init__(self, classes: int, device: torch.device, split: str):
-        """``split``: its name, for messages."""
-        self.split, self.classes, self.mistakes = split, classes, list[Mistake]()
+    def __init__(
+        self, classes: int, device: torch.device, split: str, *, keep: str = "", given: Sequence[float] | None = None
+    ):
+        """``split``: its name, for messages. ``keep``: whether ``predictions`` will be asked for.
+
+        ``given``: a threshold for each class; None: those with the highest F1 on these images.
+        """
+        self.split, self.classes, self.keep, self.given = split, classes, keep, given
         # Nothing is cached, since other thresholds may follow.
         self.scored = _Scored(classes, average="none", thresholds=None, compute_with_cache=False).to(device)
         # torchmetrics cannot gather from a process without examples.
@@ -88,13 +93,9 @@ class MultiLabelScores:
         self.scored.update(logits_BK.sigmoid(), labels_BK.long())
         self.loss.update(F.binary_cross_entropy_with_logits(logits_BK, labels_BK, reduction="none").mean(1))
 
-    def compute(self, thresholds: Sequence[float] | None = None) -> dict[str, Any]:
-        """The scores over all processes; a collective call.
-
-        ``thresholds``: of each class; None: those with the highest F1 on these images. Raises DataError where no image
-        has a label.
-        """
-        self.scored.thresholds_K = None if thresholds is None else torch.tensor(thresholds, dtype=torch.float64)
+    def compute(self) -> dict[str, Any]:
+        """The scores over all processes; a collective call. Raises DataError where no image has a label."""
+        self.scored.thresholds_K = None if self.given is None else torch.tensor(self.given, dtype=torch.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of classes without a positive, and a process without images
             precision_K, thresholds_K, f1, counts_K3 = self.scored.compute()
@@ -115,19 +116,15 @@ class MultiLabelScores:
         micro, macro = (100 * f1).tolist()
         return {"loss": loss, "mAP": float(percent_K[there_K].mean()), "f1_micro": micro, "f1_macro": macro}
 
+    def predictions(self) -> ClassTable:
+        """How well each class is found, for the tables of a run; after ``compute``."""
+        return ClassTable(tuple(self.of_classes))
+
 
 AnyScores = Scores | MultiLabelScores
 
 
 def scores_of(batches: EvalBatches, classes: int, device: torch.device, **options: Any) -> AnyScores:
-    """The scores of a split, as its images have one label or several; ``options``: those of Scores."""
-    if batches.multiple:
-        return MultiLabelScores(classes, device, batches.split)
-    return Scores(classes, device, batches.split, **options)
-
-
-def compute_at(scores: AnyScores, thresholds: Sequence[float] | None) -> dict[str, Any]:
-    """The scores; of several labels an image with these thresholds, or 0.5 for all classes. A collective call."""
-    if isinstance(scores, MultiLabelScores):
-        return scores.compute(thresholds or [DEFAULT_THRESHOLD] * scores.classes)
-    return scores.compute()
+    """The scores of a split, with the options of ``Scores``, or of ``MultiLabelScores`` for several labels an image."""
+    kind = MultiLabelScores if batches.multiple else Scores
+    return kind(classes, device, batches.split, **options)

@@ -217,7 +217,7 @@ def score_trials(
 ) -> list[AnyScores]:
     """Stream a split once through the backbone and score it with all trials. A collective call.
 
-    ``options``: those of each trial's Scores.
+    ``options``: those of each trial, as of ``scores_of``.
     """
     group.accelerator.status.set("the end", f"scoring {split}")
     batches = group.parts.evaluation(split, group.accelerator.process_index, group.accelerator.num_processes)

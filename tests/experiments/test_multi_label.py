@@ -229,6 +229,13 @@ def test_a_probe_and_a_compression_are_for_one_label_an_image(shapes: tuple[str,
     assert main(["compress", str(tmp_path / "run"), "--keep", "0.5"]) == 2
 
 
+def test_runs_are_not_compared_by_images_that_are_right(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(trained), str(trained)]) == 2
+    assert "compare their mAP and per_class.csv" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--calibrated: no temperature is fitted with data.labels = multiple"):
+        predict(str(trained), [str(trained)], calibrated=True)
+
+
 def test_data_check_counts_the_images_of_each_class(
     shapes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

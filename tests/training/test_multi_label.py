@@ -20,7 +20,7 @@ from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import class_weights
 from dist_vpt.training.learning import Guessing, warning_of
 from dist_vpt.training.metrics import Scores
-from dist_vpt.training.multi_label import MultiLabelScores, best_thresholds, compute_at, scores_of
+from dist_vpt.training.multi_label import MultiLabelScores, best_thresholds, scores_of
 from dist_vpt.training.step import image_losses, right_answers, weigh
 from tests.forks import launched
 from tests.reference import multi_label as reference
@@ -99,9 +99,9 @@ def test_scores_against_scikit_learn(batch: int) -> None:
     found = scores.compute()
     assert found == pytest.approx(by_scikit_learn(logits_nK, labels_nK, list(scores.thresholds)), rel=1e-6)
     given = [0.5, 0.3, 0.7, 0.1, 0.9, 0.2]
-    assert scores.compute(given) == pytest.approx(by_scikit_learn(logits_nK, labels_nK, given), rel=1e-6)
+    scores.given = given
+    assert scores.compute() == pytest.approx(by_scikit_learn(logits_nK, labels_nK, given), rel=1e-6)
     assert list(scores.thresholds) == given
-    assert compute_at(scores, None) == pytest.approx(by_scikit_learn(logits_nK, labels_nK, [0.5] * 6), rel=1e-6)
     own = [100 * average_precision_score(labels_nK[:, k], logits_nK[:, k]) for k in range(6)]
     assert [each.average_precision for each in scores.of_classes] == pytest.approx(own, rel=1e-6)
 
