@@ -54,11 +54,13 @@ def imported_names(module: str, path: Path) -> Iterator[tuple[str, int]]:
 
 
 def import_graph(modules: Mapping[str, Path]) -> dict[str, set[str]]:
-    """For each module, the modules of the package that it imports."""
+    """For each module, the modules of the package that it imports; the package's version is for everybody."""
     graph: dict[str, set[str]] = {module: set() for module in modules}
     for module, path in modules.items():
         for name, _ in imported_names(module, path):
             parts = name.split(".")
+            if parts[1:] == ["__version__"]:
+                continue
             prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
             graph[module].update([prefix for prefix in prefixes if prefix in modules][:1])
     return graph

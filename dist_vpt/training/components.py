@@ -21,7 +21,6 @@ from dist_vpt.data.duplicates import leak_warning, repeats
 from dist_vpt.data.formats import open_splits
 from dist_vpt.data.joined import Joined
 from dist_vpt.data.label_notes import label_notes
-from dist_vpt.data.labels import are_multiple, class_counts
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.data.orientation import orientation_note
 from dist_vpt.data.splits import Splits
@@ -39,6 +38,7 @@ from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runtime.allocator import give_back_freed_memory
 from dist_vpt.runtime.apply import apply_runtime
+from dist_vpt.training.class_weights import class_weights
 from dist_vpt.training.inputs import Inputs, resolve_inputs
 from dist_vpt.training.learning import Guessing
 from dist_vpt.training.metrics import no_readable_image
@@ -390,19 +390,3 @@ def build_reader(recipe: Recipe, backbone: Backbone, classes: int) -> Reader:
     reader = attach(recipe.method, backbone, classes, DTYPES[recipe.runtime.precision])
     assert isinstance(reader, Reader)
     return reader
-
-
-def class_weights(kind: str, labels: np.ndarray, classes: int) -> Tensor:
-    """Weight of each class in the loss from the counts of ``labels``, float32 [K]; the mean over images is 1.
-
-    Of several labels an image, the weight of a class's positives: with ``inv`` its negatives / its positives, so that
-    both weigh the same.
-    """
-    counts = class_counts(labels, classes).astype(np.float64)
-    if are_multiple(labels):
-        weights = (len(labels) - counts) / np.maximum(counts, 1)
-        balanced = (kind == "inv") & (counts > 0) & (weights > 0)
-        return torch.from_numpy(np.where(balanced, weights, 1.0)).float()
-    power = {"none": 0.0, "inv": 1.0, "inv_sqrt": 0.5}[kind]
-    weights = np.where(counts > 0, np.maximum(counts, 1) ** -power, 0.0)
-    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()

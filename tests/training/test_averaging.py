@@ -119,7 +119,7 @@ def test_a_finished_training_whose_test_could_not_be_scored_scores_the_average(
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_score_test", fails)
+        patch.setattr(run_module, "_score_tests", fails)
         with pytest.raises(Interrupted):
             train(tmp_path / "parts", *data, *AVERAGED)
     parts = train(tmp_path / "parts", *data, *AVERAGED, "run.resume=auto")

@@ -62,7 +62,7 @@ def test_what_is_said_of_it(unbalanced: Path, tmp_path: Path) -> None:
         "train.sampling = balanced: an epoch draws 7 images of each class on average, from 1 to 19 that it has"
         in parts.remarks()
     )
-    assert parts.majority() == pytest.approx(1 / 3)
+    assert parts.guessing().majority == pytest.approx(1 / 3)
     recipe = load_recipe([], words(tmp_path, "train.sampling=balanced", "train.class_weights=inv"))
     assert [line for line in recipe.warnings if "sampling" in line] == [
         "train.sampling = balanced and train.class_weights = inv both make up for the numbers of images, so that small "

@@ -15,7 +15,7 @@ from dist_vpt.errors import Interrupted, RunFailed, UserError
 from dist_vpt.experiments.run import run
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.training import engine
-from dist_vpt.training.components import class_weights
+from dist_vpt.training.class_weights import class_weights
 from tests.running import TINY, metrics, train
 
 ONE_BATCH = ("train.batch_size=60", "train.label_smoothing=0.1", "train.class_weights=inv", "train.epochs=2")

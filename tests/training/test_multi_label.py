@@ -17,7 +17,7 @@ from dist_vpt.errors import DataError
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.schema import OptimConfig, TrainConfig
 from dist_vpt.training.accelerator import make_accelerator
-from dist_vpt.training.components import class_weights
+from dist_vpt.training.class_weights import class_weights
 from dist_vpt.training.learning import Guessing, warning_of
 from dist_vpt.training.metrics import Scores
 from dist_vpt.training.multi_label import MultiLabelScores, best_thresholds, scores_of

@@ -127,7 +127,7 @@ def test_a_trial_that_diverged_takes_no_step_until_that_is_read(monkeypatch: pyt
 def set_fused(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
     """Let optimizers use torch's fused kernels as on a GPU, or not."""
     for module in (accelerator_module, engine):
-        monkeypatch.setattr(module, "steps_are_fused", lambda _: fused)
+        monkeypatch.setattr(module, "steps_are_fused", lambda *_: fused)
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
