@@ -17,6 +17,7 @@ SECONDS = 600  # of one cell, on a busy machine
 
 def execute(file: Path, folder: Path | None = None) -> nbformat.NotebookNode:
     """The notebook with the outputs of a new kernel, which works in ``folder``. Raises CellExecutionError."""
+    os.environ.pop("MPLBACKEND", None)  # the kernel has its own, which shows figures
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     notebook = nbformat.read(file, as_version=4)
     where = {} if folder is None else {"metadata": {"path": str(folder)}}

@@ -29,6 +29,9 @@ EXTRAS = {
     "flash": ("flash_attn.cute",),  # flash-attn 2 alone has flash_attn too, and torch cannot use it
     "int8": ("torchao",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "mlflow": ("mlflow",),
+    "optuna": ("optuna",),
+    "peft": ("peft",),
 }
 FLASH_PACKAGES = ("flash_attn.cute", "flash_attn_interface")  # FlashAttention-4 and 3
 

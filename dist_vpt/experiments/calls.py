@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.errors import UserError
 from dist_vpt.experiments.early_checks import check_early
 from dist_vpt.files import read_json
 from dist_vpt.recipe.loading import recipe_of
@@ -105,6 +106,11 @@ def train(recipe: AnyRecipe, **overrides: Any) -> Run:
 
 def sweep(recipe: AnyRecipe, **overrides: Any) -> Sweep:
     """Try a grid on val and test the best setting, as ``dist-vpt sweep`` does, or resume that; see ``train``."""
+    if LaunchEnv.current().world_size > 1:
+        raise UserError(
+            "dist_vpt.sweep: a Python program sweeps on one process; for several start "
+            "`accelerate launch -m dist_vpt sweep ...`"
+        )
     return Sweep(_done(recipe, overrides, "sweep"))
 
 

@@ -40,7 +40,12 @@ from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runtime.precision import resolve_precision
-from dist_vpt.training.accelerator import capture_user_error, init_accelerator, launcher_notes
+from dist_vpt.training.accelerator import (
+    capture_user_error,
+    init_accelerator,
+    launcher_notes,
+    leave_accelerate_as_it_is,
+)
 from dist_vpt.training.components import build_components
 
 
@@ -72,6 +77,7 @@ def sweep(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
 
         remarks, refused = capture_user_error(launch, check)
     with StopSignal() as stop, ExitStack() as stack:
+        leave_accelerate_as_it_is(stack)
         accelerator, done = None, False
         if shared:
             accelerator = init_accelerator(first, launch, status, refused, stack)

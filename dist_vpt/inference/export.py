@@ -80,6 +80,8 @@ def export(run: str, out: str, options: ExportOptions, adapters: str = "last", w
         else:
             text = _write_program(run, temporary, loaded, facts, options)
     print(f"{out}: {text}")
+    if (views := loaded.recipe.data.test_crops) > 1:
+        print(f"note: the run averages {views} views of each image (data.test_crops), and this file takes one of them")
 
 
 def format_of(out: str, format: Format | None) -> Format:

@@ -26,6 +26,8 @@ def describe(loaded: Tuned, inside: str, quantize: str, adapters: str) -> dict[s
         "exif": task.exif,
         "background": task.background,
     }
+    if recipe.data.test_crops > 1:  # the file takes one view of an image, and the run's scores are of several
+        facts["test_crops"] = recipe.data.test_crops
     if loaded.thresholds is not None:  # each class is a yes or no of its own: its sigmoid reaches this, or not
         facts["thresholds"] = list(loaded.thresholds)
     each = [_input(inputs, inside) for inputs in loaded.inputs.of_each]

@@ -38,6 +38,8 @@ def load_run(run: str, adapters: str, weights: str | None = None, **runtime: Any
 
 def temperature_of(run: str, adapters: str) -> float:
     """The temperature that the run was given on val. Raises UserError where it has none."""
+    if Path(run).is_file():
+        raise UserError(f"--calibrated: {run} is one file, and the temperature is in the run's folder; name that")
     folder = open_run(run)
     if folder.load().data.labels == "multiple":
         raise UserError("--calibrated: no temperature is fitted with data.labels = multiple; leave it out")

@@ -25,7 +25,6 @@ SCORES = {
     "mAP": "mean average precision, %",
     "top5": "top-5 accuracy, %",
     "per_class": "mean accuracy of the classes, %",
-    "macro_f1": "F1, mean of the classes, %",
     "f1_macro": "F1, mean of the classes, %",
     "f1_micro": "F1 of all decisions, %",
     "auroc": "area under the ROC curve, %",

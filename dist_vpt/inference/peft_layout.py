@@ -80,7 +80,7 @@ class PeftAdapter:
         return str(name).removeprefix("timm/") if name else None
 
 
-def write_peft(run: str, out: str, adapters: str = "last", weights: str | None = None) -> Path:
+def write_peft(run: str, out: str, adapters: str = "last") -> Path:
     """Write a run of ``lora`` as PEFT's files into a new folder; ``run``: a folder or ``hub:user/name``.
 
     Neither PEFT nor the backbone's weights are needed. Raises UserError for other methods, and for backbones on which

@@ -33,6 +33,8 @@ AnyImage = str | Path | Image.Image | np.ndarray | Tensor  # a file, or a pictur
 class PictureTransform(v2.Transform):
     """Pictures as the run was scored with: PIL images, or uint8 tensors [3, H, W], to [3, S, S] in 0..255.
 
+    With ``data.test_crops`` to all views of a picture, [V, 3, S, S], of which the model averages the logits.
+
     What normalizes them is part of the model. Transparent pictures and EXIF orientation are treated as in the run's
     data. uint8, or float32 after the kernel ``vpt``.
     """
@@ -109,11 +111,15 @@ class Tuned(nn.Module):
             raise UserError(f"top = {top}: must be at least 1")
         rows = []
         for names, batch in self._batches(images):
-            probabilities_BK = probabilities_of(self(batch) / temperature, self.thresholds)
-            for name, row_K in zip(names, probabilities_BK, strict=True):
+            for name, row_K in zip(names, self.probabilities(batch, temperature), strict=True):
                 best = named_classes(row_K, self.classes, top, self.thresholds)
                 rows.append({"image": name, "predictions": best})
         return rows
+
+    @torch.no_grad()
+    def probabilities(self, images: Any, temperature: float = 1.0) -> Tensor:
+        """Of each class, [B, K] float32 on the CPU, of transformed images: they sum to 1, or are each class's own."""
+        return probabilities_of(self(images) / temperature, self.thresholds)
 
     @torch.no_grad()
     def features(self, images: AnyImage | Sequence[AnyImage]) -> Tensor:

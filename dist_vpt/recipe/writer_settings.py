@@ -1,6 +1,7 @@
 """Settings of training that are for writers alone, or for some of them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -44,3 +45,22 @@ def mistakes_of_writer_settings(
             f"optim.layer_decay = {optim.layer_decay:g}: {named} trains nothing that belongs to single layers of the "
             "backbone; leave it out, or choose full, partial, bias, lora, adapter, adaptformer or ssf"
         )
+
+
+def training_extras(recipe: Any) -> list[str]:
+    """The settings of training that are on and that no published protocol has, as ``key=value``."""
+    off = {
+        "data.rand_augment": None,
+        "data.random_erasing": 0.0,
+        "train.mixup_alpha": 0.0,
+        "train.cutmix_alpha": 0.0,
+        "train.model_ema_decay": None,
+        "train.sampling": "shuffle",
+        "optim.layer_decay": None,
+    }
+    found = []
+    for key, default in off.items():
+        section, _, name = key.partition(".")
+        if (value := getattr(getattr(recipe, section), name)) != default:
+            found.append(f"{key}={value}")
+    return found + ([] if recipe.optim.name in TORCH_OPTIMIZERS else [f"optim.name={recipe.optim.name}"])

@@ -146,6 +146,8 @@ def _expected(task: str) -> dict[str, str | int | None]:
         "normalize": row.normalize,
         "exif": row.exif,
         "background": row.background,
+        "test_crops": 1,
+        "extras": "none",
         "fraction": "1.0",
         "shots": "all images",
         "carved": "none",
@@ -185,6 +187,6 @@ def _value(protocol: Protocol | None, name: str) -> str:
     value = str(getattr(protocol, name, ABSENT))
     if name == "shots" and value == "None":
         return "all images"
-    if name == "carved":
+    if name in ("carved", "extras"):
         return ", ".join(getattr(protocol, name, ())) or "none"
     return value.partition(" ")[0] if name == "storage" else value  # without its version

@@ -78,7 +78,7 @@ def predicted(run: str, split: str, adapters: str) -> Predicted:
     folder.refuse_sweep()
     if not folder.recipe.is_file():
         raise RunFolderError(f"{run}: not a run folder (no recipe.yaml); name a folder that `train` wrote")
-    status = folder.status().get("status")
+    status = folder.status().get("status", "done")  # a run that was shared has no run.json
     if status != "done":
         raise RunFolderError(f"{run}: the run is not finished (status: {status}); run.resume=auto ends it")
     if folder.load().data.labels == "multiple":

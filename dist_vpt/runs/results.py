@@ -46,6 +46,8 @@ class Protocol(_Line):
     counts: dict[str, int | None]  # images of train, val, trainval and test
     exif: str = "ignore"  # orientation
     background: str = "none"  # under transparent images
+    test_crops: int = 1  # views of an image in evaluation
+    extras: tuple[str, ...] = ()  # keys of training that no published protocol has, such as train.mixup_alpha
     fraction: float = 1.0  # of train that is used
     shots: int | None = None  # images of each class of train that are used, which the seeds are trained on; None: all
     tries: int = 1  # draws of these images, of which each seed has one; 1: all seeds have the same
@@ -84,7 +86,7 @@ class Result(_Line):
     chosen: dict[str, Any] = {}  # recipe keys of the trial that was best on val
     val: dict[str, float] = {}  # main score (%) of the chosen trial on val: after the last epoch, and of the best one
     epochs: dict[str, int] = {}  # the chosen trial's last and best epoch
-    # By score (loss, and in percent top1, top5, per_class, mAP, macro_f1, ece, ...) after the last epoch on trainval.
+    # By score (loss, and in percent top1, top5, per_class, mAP, f1_macro, ece, ...) after the last epoch on trainval.
     test: dict[str, Spread] = {}
     extra_tests: dict[str, dict[str, Spread]] = {}  # the same by extra test (data.extra_tests)
     seconds: float = Field(0.0, ge=0)  # of training, all trials and seeds

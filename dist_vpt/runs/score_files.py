@@ -123,11 +123,10 @@ def _prediction_rows(predictions: Predictions, split: Split, classes: Sequence[s
 
 
 def _image_names(split: Split, rows: Sequence[int]) -> list[str]:
-    """Paths below the folder that all share, since a dataset may be moved; without files, records counted from 0."""
-    paths = [path_of(split.source, i) for i in range(len(split))]
-    if not paths or any(path is None for path in paths):
-        return list(map(str, rows))
-    texts = [printable(str(path)) for path in paths]
+    """Files, or records of files, below the folder that all share, since a dataset may be moved."""
+    texts = [printable(str(path_of(split.source, i) or split.where(i))) for i in range(len(split))]
+    if not texts:
+        return []
     first, last = min(texts), max(texts)  # all others share what these do
     same = next((i for i, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
     below = first.rfind("/", 0, same) + 1

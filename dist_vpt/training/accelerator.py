@@ -60,6 +60,20 @@ def reset_accelerate() -> None:
         PartialState._reset_state()
 
 
+def leave_accelerate_as_it_is(leaving: ExitStack) -> None:
+    """At the end, forget the state of this run; keep that of a program that has an Accelerator of its own."""
+    if not AcceleratorState._shared_state:
+        leaving.callback(reset_accelerate)
+        return
+    kept = dict(GradientState._shared_state)
+    leaving.callback(GradientState._shared_state.update, kept)
+
+
+def _destroy_process_group() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def make_accelerator(recipe: Recipe, launch: LaunchEnv, status: RankStatus | None = None) -> RankAccelerator:
     """An Accelerator for this process, its DeepSpeed configuration filled in from the recipe."""
     cpu = recipe.runtime.device == "cpu" or not torch.accelerator.is_available()
@@ -266,12 +280,11 @@ def init_accelerator(
     # For the next run of this process, such as a suite's.
     leaving.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
     within = distributed.is_initialized()  # a sweep keeps its process group for its next run
-    if not AcceleratorState._shared_state:  # or it is that of a program that has an Accelerator of its own
-        leaving.callback(reset_accelerate)
+    leave_accelerate_as_it_is(leaving)
     try:
         accelerator = make_accelerator(recipe, launch, status)
         if not within and _keeps_process_group:
-            atexit.register(distributed.destroy_process_group)
+            atexit.register(_destroy_process_group)
         elif not within:
             leaving.callback(accelerator.end_training)
         raise_on_any_rank(accelerator, error)

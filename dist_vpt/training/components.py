@@ -36,6 +36,7 @@ from dist_vpt.frozen_stream.placement import Sharing, open_streams, step_bytes
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method, Reader
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.writer_settings import training_extras
 from dist_vpt.runtime.allocator import give_back_freed_memory
 from dist_vpt.runtime.apply import apply_runtime
 from dist_vpt.training.class_weights import class_weights
@@ -85,6 +86,7 @@ class Components:
             "notes": list(splits.notes),
             **({"shots": data.shots} if data.shots else {}),
             **({"test_crops": data.test_crops} if data.test_crops > 1 else {}),
+            **({"extras": extras} if (extras := training_extras(self.recipe)) else {}),
             **self._of_backbones(),
         }
 

@@ -50,7 +50,7 @@ class RunLogger:
         self.bar: Progress | None = None
         self.started: tuple[float, int] | None = None  # clock and images since when the speed is measured
         self.steps = 0
-        self.on_val: Callable[[int, float], None] | None = None  # gets epoch and top-1 (%); may raise Pruned
+        self.on_val: Callable[[int, float], None] | None = None  # gets epoch and main score (%); may raise Pruned
         self.unwritten: dict[Path, str] = {}  # lines that a full disk has not taken so far
 
     def start(self, headline: list[str], progress: RunProgress, total_steps: int, done_steps: int) -> None:

@@ -187,7 +187,7 @@ class Scores:
         values["per_class"] = (right_K / images_K)[images_K > 0].mean()
         # Over the classes that the split has or that are predicted, as scikit-learn does.
         met_K = 2 * right_K + wrongly_K + missed_K
-        values["macro_f1"] = (2 * right_K / met_K)[met_K > 0].mean()
+        values["f1_macro"] = (2 * right_K / met_K)[met_K > 0].mean()
         if self.scaled is not None and self._temperature is not None:
             values["ece_scaled"] = self.scaled.compute()
         scores = {k: 100 * float(v) for k, v in values.items()} | dict.fromkeys(undefined & {*self.scores})

@@ -569,7 +569,7 @@ def test_extra_tests_and_tables_of_the_seeds(options: list[str], tmp_path: Path,
     content = swept(tmp_path / "sweep", *options, f"data.extra_tests.few={tmp_path / 'few'}")
     shown = capsys.readouterr().out
     runs = [read_json(tmp_path / "sweep" / "seeds" / str(seed) / "result.json")["last"] for seed in (42, 44)]
-    for name in ("ece", "macro_f1"):
+    for name in ("ece", "f1_macro"):
         assert content["test"][name]["values"] == [run["test"][name] for run in runs]
     assert "ece_scaled" not in content["test"]  # trained on trainval
     assert all(run["temperature"]["value"] is None for run in runs)

@@ -68,7 +68,7 @@ def test_metrics_has_a_line_for_each_epoch_and_split(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     scores = {k: v for k, v in lines[-1].items() if k not in ("epoch", "step", "split")}
     assert scores == result["last"]["test"]
-    assert set(scores) == {"loss", "top1", "top5", "per_class", "macro_f1", "ece", "ece_scaled"}
+    assert set(scores) == {"loss", "top1", "top5", "per_class", "f1_macro", "ece", "ece_scaled"}
     assert set(lines[0]) == {"epoch", "step", "split", "loss", "top1"}
 
 

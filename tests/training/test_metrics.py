@@ -55,7 +55,7 @@ def by_hand(logits_NK: Tensor, labels_N: Tensor) -> dict[str, float]:
         "top1": 100 * float(right.mean()),
         "top5": 100 * float((order[:, :5] == labels[:, None]).any(1).mean()),
         "per_class": 100 * float(np.mean([right[labels == k].mean() for k in np.unique(labels)])),
-        "macro_f1": 100 * float(f1_score(labels, order[:, 0], average="macro")),
+        "f1_macro": 100 * float(f1_score(labels, order[:, 0], average="macro")),
         "ece": calibration_by_hand(logits_NK, labels_N),
     }
 
@@ -77,7 +77,7 @@ def test_many_classes() -> None:
     ],
 )
 def test_which_scores_there_are(classes: int, names: set[str]) -> None:
-    always = {"loss", "top1", "per_class", "macro_f1", "ece"}
+    always = {"loss", "top1", "per_class", "f1_macro", "ece"}
     assert set(scored(*draw(30, classes), confusion=True).compute()) == always | names
 
 
@@ -156,7 +156,7 @@ def test_auroc_of_one_class_is_not_defined_and_warns_of_nothing() -> None:
         warnings.simplefilter("error")
         found = scored(logits_NK, torch.ones_like(labels_N)).compute()
     assert found["auroc"] is None
-    assert set(found) == {"loss", "top1", "per_class", "macro_f1", "ece", "auroc"}
+    assert set(found) == {"loss", "top1", "per_class", "f1_macro", "ece", "auroc"}
     assert all(np.isfinite(value) for name, value in found.items() if name != "auroc")
 
 
@@ -180,11 +180,11 @@ def test_calibration_of_certain_and_right_answers() -> None:
     assert scored(100 * torch.eye(3)[labels_N], labels_N).compute()["ece"] == 0
 
 
-def test_macro_f1_counts_a_class_that_is_only_predicted() -> None:
+def test_f1_macro_counts_a_class_that_is_only_predicted() -> None:
     logits_NK = torch.eye(4)[[0, 0, 1, 2]]
     labels_N = torch.tensor([0, 0, 1, 1])  # class 2 is predicted once and has no image, class 3 is not met
     expected = f1_score(labels_N, logits_NK.argmax(1), average="macro")
-    assert scored(logits_NK, labels_N).compute()["macro_f1"] == pytest.approx(100 * expected) == pytest.approx(500 / 9)
+    assert scored(logits_NK, labels_N).compute()["f1_macro"] == pytest.approx(100 * expected) == pytest.approx(500 / 9)
 
 
 def test_calibration_error_of_divided_logits() -> None:
