@@ -60,11 +60,10 @@ def sweep(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         launch = detach_from_launcher(launch)
     select_device(recipe.runtime.device, launch)
     recipe, why = resolve_precision(recipe, folder.precision)
-    notes = [f"note: {warning}" for warning in recipe.warnings] + launcher_notes(launched, recipe)
+    notes = [*(f"note: {warning}" for warning in recipe.warnings), *launcher_notes(launched, recipe)]
     notes += [f"precision {why}"] if why else []
-    rungs = _planned(recipe, folder)
+    rungs, remarks, refused = _planned(recipe, folder), None, None
     first, shared = rungs.grid[0].recipe, recipe.sweep.parallelize == "batch"  # or each process works alone
-    remarks, refused = None, None
     if rank == 0 or shared:  # mistakes in data and weights show before anything is written or waited for
 
         def check() -> list[str]:

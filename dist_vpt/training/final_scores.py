@@ -42,7 +42,7 @@ class FinalScores:
             self.scores["test"], self.test = scores, found
         else:
             self.scores.setdefault("extra_tests", {})[split] = scores
-        if isinstance(found, Scores) and found.keep == "predictions":
+        if found.keep == "predictions":
             self.predictions[split] = found.predictions()
 
     def end(self) -> "FinalScores":

@@ -161,7 +161,7 @@ def test_features_that_are_not_finite_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(FittedReader, "features", lambda _, stream: stream.pooled.float() / 0.0)
+    monkeypatch.setattr(FittedReader, "stream_features", lambda _, stream: stream.pooled.float() / 0.0)
     assert main(["train", *data, *SMALL, f"method.name={method}", f"run.dir={tmp_path / 'a'}"]) == 2
     assert f"method.name = {method}: features of training images are not finite" in capsys.readouterr().err
 

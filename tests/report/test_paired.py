@@ -146,13 +146,14 @@ def test_what_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
     table = other / "predictions.csv"
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:-1]))
-    refused(other, "image '596' is scored in the first one alone; compare runs that were")
-    table.write_text("".join([*lines, lines[-1].replace("596", "597")]))
+    refused(other, "image 'digits record 1796' is scored in the first one alone; compare runs that were")
+    table.write_text("".join([*lines, lines[-1].replace("1796", "1797")]))
     refused(other, "the second one has 1 images more")
     table.write_text("".join([lines[0], *lines[:0:-1]]))
     refused(other, "in another order")
-    table.write_text(lines[0] + "".join(f"{i},9,9,1\n" for i in range(597)))
-    refused(other, "image '0' is '.' in the first one, and '9' in the second one")
+    names = [line.partition(",")[0] for line in lines[1:]]
+    table.write_text(lines[0] + "".join(f"{name},9,9,1\n" for name in names))
+    refused(other, f"image {names[0]!r} is '.' in the first one, and '9' in the second one")
     table.write_text("".join(lines[1:]))
     refused(other, "damaged .its columns must be image, label, predicted, probability")
     table.unlink()

@@ -115,8 +115,9 @@ def test_scores_are_logged_and_shown(folder: Path) -> None:
 
 def test_tables(folder: Path) -> None:
     rows = table(folder / "predictions.csv")
-    assert [row["image"] for row in rows] == [str(i) for i in range(597)]
-    assert [int(row["label"]) for row in rows] == open_splits(DataConfig())["test"].labels.tolist()
+    test = open_splits(DataConfig())["test"]
+    assert [row["image"] for row in rows] == [test.where(i) for i in range(597)]
+    assert [int(row["label"]) for row in rows] == test.labels.tolist()
     labels, predicted = ([int(row[key]) for row in rows] for key in ("label", "predicted"))
     right = sum(a == b for a, b in zip(labels, predicted, strict=True))
     assert 100 * right / 597 == pytest.approx(result(folder)["last"]["test"]["top1"], abs=1e-4)
@@ -244,6 +245,6 @@ def test_names_are_escaped(write: Callable[[str, str], Path], tmp_path: Path) ->
     split = score_files.Split("test", np.array([0]), Records())  # type: ignore[arg-type]
     score_files.write_tables(tmp_path, predictions, split, names, "test")
     assert table(tmp_path / "predictions.csv") == [
-        {"image": "0", "label": "a,\\n", "predicted": 'b"\\x1b[1m', "probability": "0.25"}
+        {"image": "record 0", "label": "a,\\n", "predicted": 'b"\\x1b[1m', "probability": "0.25"}
     ]
     assert (tmp_path / "confusion.csv").read_text() == 'label,"a,\\n","b""\\x1b[1m"\n"a,\\n",0,1\n"b""\\x1b[1m",0,0\n'
