@@ -1,6 +1,7 @@
 """The model card of a shared run: README.md with the front matter of the Hugging Face hub."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -62,7 +63,7 @@ def model_card(run: Shared) -> str:
     environment = Environment(  # Markdown, not HTML: names are escaped for it by `plain`
         autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters |= {"plain": plain, "size": size, "score": score, "wrapped": wrapped}
+    environment.filters |= {"plain": plain, "size": size, "score": score, "wrapped": wrapped, "quoted": shlex.quote}
     recipe, inputs = run.recipe, resolve_inputs(run.recipe)
     scores = _scores(run)
     splits = [name for name in ("val", "test", *scores.get("extra_tests", ())) if name in scores]
@@ -80,8 +81,9 @@ def model_card(run: Shared) -> str:
         scores=scores,
         splits=splits,
         headline=next((key for key in ("top1", "mAP") if key in (scores.get("test") or {})), None),
-        several_labels=getattr(recipe.data, "labels", "single") == "multiple",
-        names={key: SCORES.get(key, key) for key in sorted(keys, key=[*SCORES, *keys].index)},
+        several_labels=recipe.data.labels == "multiple",
+        thresholds="thresholds" in scores,
+        names={key: _shown(recipe, key) for key in sorted(keys, key=[*SCORES, *keys].index)},
         seeds=_seeds(run.sweep),
         weights_from=_weights_from(recipe),
         protocol=run.result.get("protocol") or {},
@@ -91,6 +93,13 @@ def model_card(run: Shared) -> str:
         base=_base(run, inputs.transform.image_size) if run.peft else "",
         version=__version__,
     )
+
+
+def _shown(recipe: Recipe, key: str) -> str:
+    """A score in words."""
+    if key == "loss" and recipe.data.labels == "multiple":
+        return "binary cross-entropy"
+    return SCORES.get(key, key)
 
 
 def plain(text: object) -> str:
@@ -151,7 +160,7 @@ def _front_matter(run: Shared) -> dict[str, Any]:
         "base_model": sources[0] if len(sources) == 1 else sources,
         "base_model_relation": "finetune" if recipe.method.name in ("full", "partial") else "adapter",
         "datasets": [dataset] if dataset else None,
-        "metrics": ["accuracy"],
+        "metrics": ["mean_average_precision" if recipe.data.labels == "multiple" else "accuracy"],
         "model-index": _model_index(run, dataset),
     }
     if not sources:

@@ -88,6 +88,18 @@ def test_front_matter() -> None:
     assert "In plain timm" not in several
 
 
+def test_several_labels_an_image() -> None:
+    """Thresholds are those of the run, or 0.5 where it had no val, as the seeds of a sweep."""
+    table = ("data.task=x", "data.format=table", "data.root=x.csv", "data.labels=multiple")
+    test = {"mAP": 97.5, "f1_macro": 91.0, "loss": 0.2}
+    for last, said in (({"thresholds": [0.3, 0.6]}, "the threshold that was chosen on val"), ({}, "0.5")):
+        card = card_of(*table, result={"last": {"epoch": 3, "test": test} | last})
+        assert f"whose probability reaches {said}, and may get none" in " ".join(card.split())
+        assert front_matter(card)["metrics"] == ["mean_average_precision"]
+        assert "| binary cross-entropy | 0.200 |" in card
+        assert 'model.predict(["photo.jpg"])' in card
+
+
 def test_scores_of_one_seed_and_of_several() -> None:
     one = card_of()
     assert "| score | val | test |\n|---|--:|--:|\n| top-1 accuracy, % | 71.50 | 70.25 |\n" in one
