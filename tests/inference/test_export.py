@@ -211,12 +211,12 @@ def test_weights_that_need_no_other_file(
     "method",
     ["full", "cls", "bias", "knn", "lora", "vpt method.location=pad method.deep=false", "combo method.width=8"],
 )
-def test_weights_of_every_kind_of_method_load_again(method: str, tmp_path: Path) -> None:
+def test_weights_of_every_kind_of_method_load_again(method: str, tmp_path: Path, data: tuple[str, ...]) -> None:
     """A method may take over tensors of the backbone, start from them, or have sizes that no recipe tells."""
     name, *more = method.split()
     run, out = tmp_path / "run", tmp_path / "run.safetensors"
     prompts = ["method.prompts=2"] if name == "vpt" else []
-    train(run, f"method.name={name}", *more, *prompts, "train.batch_size=400", "data.image_size=16", "train.test=false")
+    train(run, f"method.name={name}", *more, *prompts, *data, "data.image_size=16", "train.test=false")
     assert main(["export", str(run), "--out", str(out)]) == 0
     shutil.rmtree(run / "state", ignore_errors=True)
     pictures = noise(2, 16, channels_last=True)
@@ -228,10 +228,10 @@ def test_weights_of_every_kind_of_method_load_again(method: str, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "ssf"])
-def test_merged_programs(method: str, tmp_path: Path) -> None:
+def test_merged_programs(method: str, tmp_path: Path, data: tuple[str, ...]) -> None:
     """Adapters leave no operation behind."""
     run, pictures = tmp_path / "run", noise(1, 16, channels_last=True)
-    train(run, f"method.name={method}", "train.batch_size=400", "data.image_size=16", "train.test=false")
+    train(run, f"method.name={method}", *data, "data.image_size=16", "train.test=false")
     nodes = []
     for more in ([], ["--merge"]):
         out = tmp_path / f"run{len(more)}.onnx"
@@ -248,11 +248,11 @@ def count_nodes(file: Path) -> int:
 
 
 @pytest.mark.slow
-def test_several_backbones(tmp_path: Path) -> None:
+def test_several_backbones(tmp_path: Path, data: tuple[str, ...]) -> None:
     """An input for each, and one for all where resizing is inside."""
     run = tmp_path / "run"
     members = "backbones=[{name: demo, image_size: 16}, {name: demo, image_size: 24}]"
-    train(run, members, "method.name=combo", "method.width=8", "train.batch_size=400", "train.test=false")
+    train(run, members, "method.name=combo", "method.width=8", *data, "train.test=false")
     pictures = np.random.default_rng(0).integers(0, 256, (2, 30, 41, 3), np.uint8)
     loaded = load_run(str(run), "last")
     arrays = [np.stack([t.eval(each).numpy() for each in pictures]) for t in loaded.inputs.transforms]
@@ -283,10 +283,10 @@ def script(name: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_guides_script_needs_neither_torch_nor_this_package(
-    interpolation: str, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    interpolation: str, picture: Path, tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "run.onnx"
-    train(run, "train.batch_size=400", "data.image_size=16", "train.test=false", f"data.interpolation={interpolation}")
+    train(run, *data, "data.image_size=16", "train.test=false", f"data.interpolation={interpolation}")
     assert main(["export", str(run), "--out", str(out)]) == 0
     text = script("classify.py")
     assert len([line for line in text.splitlines() if line.strip()]) <= 13
