@@ -55,7 +55,7 @@ def shorten(text: str, width: int, *, at_end: bool = False) -> str:
         return text
     if at_end:
         return f"{text[: width - 1]}…"
-    end = (width - 1) // 2 + (width - 1) // 6  # the end of a name tells more
+    end = (width - 1) // 2 + (width - 1) // 6  # the end of a name says more
     return f"{text[: width - 1 - end]}…{text[-end:]}"
 
 

@@ -36,7 +36,7 @@ from dist_vpt.methods.vqt import VQT
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RESUME_HINT, RunFolder
 from dist_vpt.runtime.precision import resolve_precision
-from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.accelerator import leave_accelerate_as_it_is, make_accelerator
 from dist_vpt.training.components import Components, build_components
 
 
@@ -70,6 +70,7 @@ def compress(  # noqa: PLR0917 (the options of the command)
     if pending:
         show = partial(console.print, markup=False, soft_wrap=True)
         with StopSignal() as stop, ExitStack() as stack:
+            leave_accelerate_as_it_is(stack)
             accelerator = make_accelerator(source.recipe, launch)
             stack.callback(accelerator.end_training)
             for fraction in pending:

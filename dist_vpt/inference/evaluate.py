@@ -1,6 +1,7 @@
 """Scoring a split again with a run's adapters."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dist_vpt.runs.class_table import ClassTable
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.score_files import Predictions, write_tables
 from dist_vpt.runtime.precision import resolve_precision
-from dist_vpt.training.accelerator import make_accelerator
+from dist_vpt.training.accelerator import leave_accelerate_as_it_is, make_accelerator
 from dist_vpt.training.components import Components, build_components
 from dist_vpt.training.engine import evaluate
 from dist_vpt.training.final_scores import options_of
@@ -59,20 +60,22 @@ def evaluate_run(  # noqa: PLR0917 (the options of the command)
         )
     if out is not None:
         _make_folder(Path(out))
-    accelerator = make_accelerator(recipe, launch)
-    reported = _reported(folder, adapters)
-    temperature = (reported.get("temperature") or {}).get("value")
-    found, predictions = _score(components, accelerator, split, temperature, facts.get("thresholds"))
-    extra = mean_scores({name: scores for name, scores in found.items() if name != split})
-    if accelerator.is_main_process:
-        before = {split: reported.get(split), **(reported.get("extra_tests") or {})}
-        for name, scores in {split: found[split], **extra}.items():
-            images = f"{len(splits[name]):,} images" if name in found else "mean over its sets"
-            kind = "split" if name == split else "extra test"
-            _show(f"{run}: {name} {kind}, {adapters} adapters, {images}", scores, before.get(name) or {})
-        if out is not None:
-            _write(Path(out), predictions, splits, adapters)
-    accelerator.end_training()
+    with ExitStack() as leaving:
+        leave_accelerate_as_it_is(leaving)
+        accelerator = make_accelerator(recipe, launch)
+        leaving.callback(accelerator.end_training)
+        reported = _reported(folder, adapters)
+        temperature = (reported.get("temperature") or {}).get("value")
+        found, predictions = _score(components, accelerator, split, temperature, facts.get("thresholds"))
+        extra = mean_scores({name: scores for name, scores in found.items() if name != split})
+        if accelerator.is_main_process:
+            before = {split: reported.get(split), **(reported.get("extra_tests") or {})}
+            for name, scores in {split: found[split], **extra}.items():
+                images = f"{len(splits[name]):,} images" if name in found else "mean over its sets"
+                kind = "split" if name == split else "extra test"
+                _show(f"{run}: {name} {kind}, {adapters} adapters, {images}", scores, before.get(name) or {})
+            if out is not None:
+                _write(Path(out), predictions, splits, adapters)
     return found[split] | ({"extra_tests": extra} if extra else {})
 
 

@@ -293,4 +293,11 @@ def init_accelerator(
         if error is None or (isinstance(failure, UserError) and failure.shared):
             raise
         raise error from failure
+    except ValueError as clash:
+        if "already been initialized" not in str(clash):
+            raise
+        raise UserError(
+            "this program has an Accelerator of another device or precision than the run: make it after the run, or "
+            "give it the run's device and mixed_precision='no'"
+        ) from clash
     return accelerator

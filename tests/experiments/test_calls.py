@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 import dist_vpt
 from dist_vpt.errors import DataError, RecipeError, RunFolderError
+from dist_vpt.training.accelerator import reset_accelerate
 from tests.running import ROOT, TINY
 
 SETTINGS: dict[str, Any] = dict(override.split("=", 1) for override in TINY)  # dotted keys
@@ -109,6 +112,34 @@ def test_mistakes_show_before_torch_is_imported(tmp_path: Path) -> None:
         "1 mistake in the recipe:",
         "  recipe: linar: neither a file nor the name of a recipe; did you mean 'linear'?",
     ]
+
+
+@pytest.fixture
+def no_accelerator() -> Iterator[None]:
+    """Accelerate's state is global in a process."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
+
+
+def test_an_accelerator_of_the_program_stays_as_it_was(no_accelerator: None, tmp_path: Path) -> None:
+    own = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    dist_vpt.train("linear", run={"dir": str(tmp_path / "run")}, **SETTINGS)
+    assert own.gradient_accumulation_steps == 4
+    assert own.state.mixed_precision == "no"
+
+
+def test_an_accelerator_of_another_precision_is_named(no_accelerator: None, tmp_path: Path) -> None:
+    Accelerator(cpu=True, mixed_precision="bf16")
+    with pytest.raises(dist_vpt.UserError, match="this program has an Accelerator of another device or precision"):
+        dist_vpt.train("linear", run={"dir": str(tmp_path / "run")}, **SETTINGS)
+
+
+@pytest.mark.parametrize("method", ["linear", "vpt_shallow"])
+def test_a_sweep_leaves_no_accelerator(method: str, no_accelerator: None, tmp_path: Path) -> None:
+    sweep = {"grid": {"optim": {"lr": [0.1]}}, "seeds": [0]}
+    dist_vpt.sweep(method, sweep=sweep, run={"dir": str(tmp_path / "run")}, **SETTINGS)
+    assert Accelerator(cpu=True, mixed_precision="bf16").state.mixed_precision == "bf16"
 
 
 def test_every_public_name_is_there() -> None:

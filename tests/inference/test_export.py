@@ -212,7 +212,7 @@ def test_weights_that_need_no_other_file(
     ["full", "cls", "bias", "knn", "lora", "vpt method.location=pad method.deep=false", "combo method.width=8"],
 )
 def test_weights_of_every_kind_of_method_load_again(method: str, tmp_path: Path, data: tuple[str, ...]) -> None:
-    """A method may take over tensors of the backbone, start from them, or have sizes that no recipe tells."""
+    """A method may take over tensors of the backbone, start from them, or have sizes that no recipe gives."""
     name, *more = method.split()
     run, out = tmp_path / "run", tmp_path / "run.safetensors"
     prompts = ["method.prompts=2"] if name == "vpt" else []

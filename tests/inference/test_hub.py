@@ -174,8 +174,8 @@ def test_nothing_of_the_machine_is_shared(hub: Hub, run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     copy = Path(shutil.copytree(run, run.parent / "skipping"))
     root = load_recipe([run / "recipe.yaml"]).data.root
-    told = {"skipped_images": ["/secret-data/a.png"], "warnings": [f"{root}/a.png: odd", "/secret-name"]}
-    (copy / "result.json").write_text(json.dumps(result | told))
+    reported = {"skipped_images": ["/secret-data/a.png"], "warnings": [f"{root}/a.png: odd", "/secret-name"]}
+    (copy / "result.json").write_text(json.dumps(result | reported))
     for name, content in pushed(hub, copy).items():
         assert b"secret" not in content, name
         assert os.path.expanduser("~").encode() not in content or name == "README.md"
