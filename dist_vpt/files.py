@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout, lock_descriptor
 
-from dist_vpt.errors import RunFailed, RunFolderError
+from dist_vpt.errors import RunFailed, RunFolderError, UserError
 
 POLL_SECONDS = 0.05  # between two attempts at a lock
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without locks answers
@@ -26,6 +26,19 @@ def shipped_folder(name: str) -> Path:
     """``configs`` or ``launch``: inside an installed package, beside the package in a clone."""
     package = Path(__file__).parent
     return package / name if (package / name).is_dir() else package.parent / name
+
+
+def new_folder(out: str | Path) -> Path:
+    """The folder that ``--out`` names, made where it is missing. Raises UserError where it holds files."""
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be used ({error.strerror}); name another folder") from error
+    if found:
+        raise UserError(f"--out {folder}: holds files ({', '.join(found[:3])}); name a new or an empty folder")
+    return folder
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:

@@ -21,7 +21,7 @@ from dist_vpt.data.workers import PADDING
 from dist_vpt.distributed.devices import select_device
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
-from dist_vpt.files import raising_disk_full, to_json, write_atomically
+from dist_vpt.files import new_folder, raising_disk_full, to_json, write_atomically
 from dist_vpt.frozen_stream.disk import weights_hash
 from dist_vpt.inference.feature_files import Format, Shard, check_format, join, write_shard
 from dist_vpt.inference.load import device_of, refuse_several
@@ -45,7 +45,7 @@ def write_features(recipe: Recipe, out: str, split: str | None, what: What, form
         raise UserError("features: works on one process; start it without accelerate launch")
     refuse_several(recipe, "features")
     check_format(format)
-    folder = _new_folder(out)
+    folder = new_folder(out)
     recipe = recipe.model_copy(update={"method": LinearConfig(name="linear", head="standardized")})
     select_device(recipe.runtime.device, LaunchEnv.current())
     recipe, _ = resolve_precision(recipe)
@@ -127,15 +127,3 @@ def compute(backbone: Backbone, images_B3SS: Tensor, what: What) -> Tensor:
         if what == "blocks" or number == len(backbone.blocks):
             found.append(backbone.pool(backbone.norm(tokens_BND)))
     return torch.stack(found, 1) if what == "blocks" else found[0]
-
-
-def _new_folder(out: str) -> Path:
-    folder = Path(out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be used ({error.strerror}); name another folder") from error
-    if found:
-        raise UserError(f"--out {folder}: holds files ({', '.join(found[:3])}); name a new or an empty folder")
-    return folder

@@ -27,7 +27,7 @@ from torch import Tensor
 from dist_vpt.backbones.blocks import SplitBiasLinear
 from dist_vpt.backbones.build import weights_source
 from dist_vpt.errors import UserError, WeightsError
-from dist_vpt.files import write_atomically
+from dist_vpt.files import new_folder, raising_disk_full, write_atomically
 from dist_vpt.inference.hub import PEFT_FILES, adapters_file, open_run
 from dist_vpt.inference.load import classes_of, refuse_several
 from dist_vpt.methods.lora import LoRA
@@ -91,16 +91,10 @@ def write_peft(run: str, out: str, adapters: str = "last") -> Path:
     recipe = folder.load()
     refuse_several(recipe, "PEFT")
     tensors, facts = read_adapters(path)
-    files, target = peft_files(recipe, tensors, classes_of(facts, path), path), Path(out).expanduser()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        found = sorted(target.iterdir())
-    except OSError as error:
-        raise UserError(f"--out {target}: cannot be used ({error.strerror}); name another folder") from error
-    if found:
-        raise UserError(f"--out {target}: holds files ({found[0].name}); name a new or an empty folder")
-    for name, content in files.items():
-        write_atomically(target / name, content)
+    files, target = peft_files(recipe, tensors, classes_of(facts, path), path), new_folder(out)
+    with raising_disk_full("the adapter", target, "empty the folder and start again"):
+        for name, content in files.items():
+            write_atomically(target / name, content)
     return target
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 
 from dist_vpt.errors import UserError, WeightsError
-from dist_vpt.files import read_json, to_json, write_atomically
+from dist_vpt.files import new_folder, raising_disk_full, read_json, to_json, write_atomically
 from dist_vpt.inference.hub import LOGIN, PEFT_FILES, RUN_FILES, HubId, adapters_file, explaining, is_hub_id, parse_id
 from dist_vpt.inference.load import check_backbones, classes_of
 from dist_vpt.inference.model_card import Shared, model_card
@@ -146,6 +146,8 @@ def _shared_result(result: dict[str, Any], adapters: str) -> dict[str, Any]:
     skipped = result.pop("skipped_images", [])
     if skipped:
         result["skipped"] = len(skipped)
+    if "compression" in result:
+        result["compression"]["source"] = NOT_SHARED  # may be relative to the folder that compress was started in
     if adapters == "best":
         result["last"] = result["best"]
     return result
@@ -208,14 +210,8 @@ def _upload(files: Mapping[str, bytes], hub_id: HubId, private: bool, message: s
 
 
 def _write(files: Mapping[str, bytes], out: str) -> None:
-    folder = Path(out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found: Sequence[Path] = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be used ({error.strerror}); name another folder") from error
-    if found:
-        raise UserError(f"--out {folder}: holds files ({found[0].name}); name a new or an empty folder")
-    for name, content in files.items():
-        write_atomically(folder / name, content)
+    folder = new_folder(out)
+    with raising_disk_full("what would be uploaded", folder, "empty the folder and start again"):
+        for name, content in files.items():
+            write_atomically(folder / name, content)
     print(folder)

@@ -1,5 +1,6 @@
 """Runs on a hub: pushed to a stand-in of it, fetched, used like run folders; nothing of the machine goes with them."""
 
+import errno
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from sklearn.datasets import load_digits
 from dist_vpt.backbones.build import DEMO
 from dist_vpt.cli.main import main
 from dist_vpt.data.config import DataConfig
-from dist_vpt.errors import RecipeError, RunFolderError, UserError, WeightsError
+from dist_vpt.errors import RecipeError, RunFailed, RunFolderError, UserError, WeightsError
 from dist_vpt.inference.evaluate import evaluate_run
 from dist_vpt.inference.hub import fetch, parse_id
 from dist_vpt.inference.predict import predict
@@ -174,7 +175,9 @@ def test_nothing_of_the_machine_is_shared(hub: Hub, run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     copy = Path(shutil.copytree(run, run.parent / "skipping"))
     root = load_recipe([run / "recipe.yaml"]).data.root
-    reported = {"skipped_images": ["/secret-data/a.png"], "warnings": [f"{root}/a.png: odd", "/secret-name"]}
+    reported: dict[str, Any] = {"skipped_images": ["/secret-data/a.png"]}
+    reported["warnings"] = [f"{root}/a.png: odd", "/secret-name"]
+    reported["compression"] = {"source": "../secret-runs/adapters.safetensors", "keep": 0.5}
     (copy / "result.json").write_text(json.dumps(result | reported))
     for name, content in pushed(hub, copy).items():
         assert b"secret" not in content, name
@@ -185,6 +188,7 @@ def test_nothing_of_the_machine_is_shared(hub: Hub, run: Path) -> None:
     shared = json.loads(hub.files("me/digits")["result.json"])
     assert shared["skipped"] == 1
     assert shared["warnings"] == [f"{NOT_SHARED}/a.png: odd", NOT_SHARED]
+    assert shared["compression"] == {"source": NOT_SHARED, "keep": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -307,8 +311,18 @@ def test_a_dry_run_sends_nothing(  # noqa: PLR0917 (fixtures)
     capsys.readouterr()
     assert predict(str(out), [photo]) == predict(str(run), [photo])
     assert main(["push", str(run), ID, "--dry-run", "--out", str(out)]) == 2
-    assert "holds files (README.md); name a new or an empty folder" in capsys.readouterr().err
+    held = "holds files (README.md, adapters.safetensors, classes.json); name a new or an empty folder"
+    assert held in capsys.readouterr().err
     assert hub.requests == []
+
+
+def test_a_full_disk(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunFailed, match=r"No space left on device.*free space there, then empty the folder"):
+        push(str(run), ID, dry_run=True, out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

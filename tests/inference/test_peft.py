@@ -178,7 +178,10 @@ def test_a_run_in_pefts_layout(tmp_path: Path) -> None:
         expected = loaded.method(images)
         found = model(loaded.method.backbone.normalized(images))
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    with pytest.raises(UserError, match=r"holds files \(adapter_config.json\); name a new or an empty folder"):
+    with pytest.raises(
+        UserError,
+        match=r"holds files \(adapter_config.json, adapter_model.safetensors\); name a new or an empty folder",
+    ):
         write_peft(str(run), str(out))
 
 
