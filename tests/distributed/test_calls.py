@@ -12,7 +12,7 @@ from tests.running import ROOT, finish
 
 pytestmark = pytest.mark.distributed
 
-SCRIPT = """
+SCRIPT = r"""
 import dist_vpt
 
 run = dist_vpt.train(
@@ -26,7 +26,9 @@ print(f"{run.status}: {run.result['last']['test']['top1']:.6f}")
 try:
     dist_vpt.train("linear", run={"dir": FOLDER})
 except dist_vpt.UserError as error:
-    print("refused:", error)
+    # One write: torchrun's python is unbuffered, and print writes each of its arguments by itself, so that the lines
+    # of two processes can mix.
+    print(f"refused: {error}\n", end="")
 """
 
 
