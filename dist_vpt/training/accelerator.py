@@ -26,11 +26,12 @@ from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
 from dist_vpt.errors import UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.methods.base import Method
-from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS
+from dist_vpt.recipe.optim_section import ELEMENTWISE, NOT_ELEMENTWISE_OPTIONS, TORCH_OPTIMIZERS
 from dist_vpt.recipe.schema import OptimConfig, Recipe
 from dist_vpt.recipe.trackers import require_trackers
 from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
+from dist_vpt.training.zero_optimizer import fit_into_zero
 
 # Set by the recipe, so a DeepSpeed configuration must not have them.
 SET_BY_RECIPE = ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast")
@@ -38,7 +39,10 @@ NOT_ON_CPU = (
     "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto (without a GPU that is "
     "the CPU), or start with the ddp strategy"
 )
-
+# The fix where ZeRO's flat parts of tensors are not enough for an optimizer.
+WITHOUT_WHOLE_TENSORS = (
+    f"use one that steps number by number ({', '.join(ELEMENTWISE)}) without {' and '.join(NOT_ELEMENTWISE_OPTIONS)}"
+)
 
 _keeps_process_group = False
 
@@ -174,9 +178,9 @@ def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) ->
     )
     for parameter in frozen.values():
         parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed does not broadcast it then
-    model, optimizer = accelerator.prepare(
-        method, build_optimizer(optim, method, fused=steps_are_fused(accelerator, optim))
-    )
+    own = build_optimizer(optim, method, fused=steps_are_fused(accelerator, optim))
+    model, optimizer = accelerator.prepare(method, own)
+    fit_into_zero(optimizer.optimizer, own)
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
     return model, optimizer
@@ -204,12 +208,10 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         NOT_ON_CPU: zero and runtime.device == "cpu",
         "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP": zero
         and runtime.precision == "fp16",
-        f"optim.name = {recipe.optim.name}: timm's optimizers step on whole tensors, and DeepSpeed gives an optimizer "
-        "flat parts of all; use sgd, adam or adamw, or start with the ddp strategy": zero
-        and recipe.optim.name not in TORCH_OPTIMIZERS,
-        f"train.model_ema_decay = {recipe.train.model_ema_decay}: ZeRO-3 shards the tensors that would be averaged; "
-        "leave it out, or start with the ddp strategy (or zero1, zero2)": zero3
-        and recipe.train.model_ema_decay is not None,
+        f"{recipe.optim.whole_tensor_setting}: a step needs norms or means of whole tensors, and ZeRO gives an "
+        f"optimizer flat parts of them; {WITHOUT_WHOLE_TENSORS}, or start with the ddp strategy": zero
+        and name != "zero0"
+        and recipe.optim.whole_tensor_setting != "",
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
         "a block itself is called; start with the ddp strategy (or zero1, zero2)": zero3 and recipe.method.reads_blocks,
         f"method.name = {recipe.method.name}: computes with its trained layers of all trials at once, which ZeRO-3 "

@@ -19,6 +19,11 @@ LEG = 20  # steps under one strategy
 JOURNEYS = {  # single is one process, all others are two
     "optim.name=adamw": ("single", "ddp", "zero3", "ddp", "zero2", "ddp", "single"),
     "optim.name=sgd": ("zero3_in_pieces", "single", "zero1", "zero3_in_pieces", "zero0", "zero3_offload"),
+    # timm's: counts of a group, numbers that are no tensors, others for each group, state from before the first step
+    "optim.name=adan": ("zero3_in_pieces", "single", "zero2", "zero3"),
+    "optim.name=adabelief": ("single", "zero3_in_pieces", "zero2"),
+    "optim.name=laprop": ("single", "zero3", "zero2"),
+    "optim.name=adagrad": ("zero3_in_pieces", "zero2", "ddp"),
 }
 
 
