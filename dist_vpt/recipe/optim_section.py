@@ -8,26 +8,6 @@ from pydantic import Field, model_validator
 from dist_vpt.recipe.fields import Section, or_null
 
 TORCH_OPTIMIZERS = ("sgd", "adam", "adamw")  # all others are timm's
-# What they do to a number depends on its own gradients alone, not on the shape or a norm of the tensor that it is in.
-ELEMENTWISE = (
-    *TORCH_OPTIMIZERS,
-    "adabelief",
-    "adadelta",
-    "adagrad",
-    "adamax",
-    "adan",
-    "adopt",
-    "laprop",
-    "lion",
-    "nadam",
-    "nadamw",
-    "radam",
-    "rmsprop",
-    "rmsproptf",
-    "sgdw",
-)
-# Of timm's: the first scales by a mean over each tensor, the second clips by the root mean square of each tensor.
-NOT_ELEMENTWISE_OPTIONS = ("caution", "clipping_threshold")
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -135,14 +115,6 @@ class OptimConfig(Section):
                 )
         if taken := sorted({"lr", "weight_decay", "params"} & self.options.keys()):
             yield f"options.{taken[0]}: is set by the recipe; use optim.lr and optim.weight_decay, and leave it out"
-
-    @property
-    def whole_tensor_setting(self) -> str:
-        """The setting by which a step needs whole tensors and not parts of them, as in a message, or ""."""
-        if self.name not in ELEMENTWISE:
-            return f"optim.name = {self.name}"
-        found = [key for key in NOT_ELEMENTWISE_OPTIONS if self.options.get(key)]
-        return f"optim.options.{found[0]} = {self.options[found[0]]}" if found else ""
 
     def peak_lr(self, batch_size: int) -> float:
         """The highest learning rate of the schedule for this global batch."""

@@ -26,22 +26,18 @@ from dist_vpt.distributed.rendezvous import MARGIN_SECONDS, rendezvous
 from dist_vpt.errors import UserError
 from dist_vpt.files import shipped_folder
 from dist_vpt.methods.base import Method
-from dist_vpt.recipe.optim_section import ELEMENTWISE, NOT_ELEMENTWISE_OPTIONS, TORCH_OPTIMIZERS
+from dist_vpt.recipe.optim_section import TORCH_OPTIMIZERS
 from dist_vpt.recipe.schema import OptimConfig, Recipe
 from dist_vpt.recipe.trackers import require_trackers
 from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
-from dist_vpt.training.zero_optimizer import fit_into_zero
+from dist_vpt.training.zero_optimizer import fit_into_zero3, unsupported_optimizer, unsupported_sharding
 
 # Set by the recipe, so a DeepSpeed configuration must not have them.
 SET_BY_RECIPE = ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast")
 NOT_ON_CPU = (
     "runtime.device = cpu: Accelerate switches DeepSpeed off with it; set runtime.device=auto (without a GPU that is "
     "the CPU), or start with the ddp strategy"
-)
-# The fix where ZeRO's flat parts of tensors are not enough for an optimizer.
-WITHOUT_WHOLE_TENSORS = (
-    f"use one that steps number by number ({', '.join(ELEMENTWISE)}) without {' and '.join(NOT_ELEMENTWISE_OPTIONS)}"
 )
 
 _keeps_process_group = False
@@ -178,9 +174,10 @@ def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) ->
     )
     for parameter in frozen.values():
         parameter.ds_optim_param = True  # type: ignore[attr-defined]  # DeepSpeed does not broadcast it then
-    own = build_optimizer(optim, method, fused=steps_are_fused(accelerator, optim))
-    model, optimizer = accelerator.prepare(method, own)
-    fit_into_zero(optimizer.optimizer, own)
+    model, optimizer = accelerator.prepare(
+        method, build_optimizer(optim, method, fused=steps_are_fused(accelerator, optim))
+    )
+    fit_into_zero3(optimizer.optimizer, optim)
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
     return model, optimizer
@@ -208,10 +205,7 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         NOT_ON_CPU: zero and runtime.device == "cpu",
         "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP": zero
         and runtime.precision == "fp16",
-        f"{recipe.optim.whole_tensor_setting}: a step needs norms or means of whole tensors, and ZeRO gives an "
-        f"optimizer flat parts of them; {WITHOUT_WHOLE_TENSORS}, or start with the ddp strategy": zero
-        and name != "zero0"
-        and recipe.optim.whole_tensor_setting != "",
+        unsupported_optimizer(recipe.optim): zero and name != "zero0",
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
         "a block itself is called; start with the ddp strategy (or zero1, zero2)": zero3 and recipe.method.reads_blocks,
         f"method.name = {recipe.method.name}: computes with its trained layers of all trials at once, which ZeRO-3 "
@@ -224,7 +218,7 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
         "follow; use compile=false, or start with the ddp strategy": zero3 and runtime.compile,
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return next((reason for reason, holds in reasons.items() if holds and reason), "")
 
 
 def frozen_bytes(method: Method) -> tuple[int, int]:
@@ -240,11 +234,12 @@ def frozen_bytes(method: Method) -> tuple[int, int]:
 
 def _fill_deepspeed(accelerator: RankAccelerator, recipe: Recipe) -> None:
     """Fill DeepSpeed's configuration in from the recipe. Raises UserError for an entry that contradicts it."""
-    if reason := unsupported_reason(recipe, strategy_name(accelerator)):
-        error = UserError(reason)
-        error.shared = True  # the recipe is the same on every process
-        raise error
     config = accelerator.state.deepspeed_plugin.deepspeed_config
+    sharding = unsupported_sharding(recipe, config.get("zero_optimization", {}))
+    if reason := unsupported_reason(recipe, strategy_name(accelerator)) or sharding:
+        error = UserError(reason)
+        error.shared = True  # recipe and configuration are the same on every process
+        raise error
     for key in SET_BY_RECIPE:
         value = config.get(key)
         if value and not (isinstance(value, dict) and value.get("enabled") in (False, "auto")):
