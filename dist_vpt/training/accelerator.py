@@ -40,6 +40,7 @@ NOT_ON_CPU = (
     "the CPU), or start with the ddp strategy"
 )
 
+
 _keeps_process_group = False
 
 

@@ -40,12 +40,10 @@ def unsupported_optimizer(optim: OptimConfig) -> str:
         return f"optim.name = {optim.name}: {whole}; {another}"
     if optim.name not in SUPPORTED:
         return f"optim.name = adagrad: DeepSpeed makes it anew without the recipe's optim.weight_decay; {another}"
-    found = next((key for key in NOT_ELEMENTWISE_OPTIONS if optim.options.get(key)), "")
-    return (
-        f"optim.options.{found} = {optim.options[found]}: {whole}; leave it out, or start with the ddp strategy"
-        if found
-        else ""
-    )
+    for key in NOT_ELEMENTWISE_OPTIONS:
+        if value := optim.options.get(key):
+            return f"optim.options.{key} = {value}: {whole}; leave it out, or start with the ddp strategy"
+    return ""
 
 
 def unsupported_sharding(recipe: Recipe, sharding: Mapping[str, Any]) -> str:
