@@ -51,7 +51,7 @@ class MemoryEstimate:
     parameters: int  # numbers, frozen and trained
     trained_parameters: int
     host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
-    average: int = 0  # of the trained tensors (train.model_ema_decay), whole on every process
+    average: int = 0  # of the trained tensors (train.model_ema_decay), which ZeRO-3 alone shards
     temporaries: int = 0  # of DeepSpeed's optimizers on a GPU, which step on all tensors of a process's part at once
 
     def on(self, strategy: str, processes: int) -> "PerDeviceMemory":
@@ -63,7 +63,8 @@ class MemoryEstimate:
             weights = self.frozen + self.trained
             return PerDeviceMemory(weights, self.gradients, kept, self.working, self.scoring, self.host)
         bucket = FLOAT32 * min(REDUCE_BUCKET, self.trained // FLOAT32)
-        optimizer = (self.optimizer + self.trained) // w + self.average  # DeepSpeed steps on a copy of its part
+        average = self.average // w if strategy.startswith("zero3") else self.average
+        optimizer = (self.optimizer + self.trained) // w + average  # DeepSpeed steps on a copy of its part
         gradients = self.gradients if strategy == "zero1" else self.gradients // w
         working = max(self.working, self.temporaries // w)  # there are no activations during the optimizer's step
         if strategy in ("zero1", "zero2"):

@@ -21,6 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dist_vpt.data.loaders import Batch
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.distributed.zero import held
 from dist_vpt.errors import DataError
 from dist_vpt.frozen_stream.prefetch import DeviceCopy
 from dist_vpt.recipe.schema import OptimConfig, TrainConfig
@@ -147,7 +148,7 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], clip_norm: float | 
 
 def snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """float32 copies of what this process holds of the parameters (under ZeRO-3, its shards)."""
-    return [getattr(p, "ds_tensor", p).detach().float().clone() for p in parameters]
+    return [held(p).detach().float().clone() for p in parameters]
 
 
 def squared_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
