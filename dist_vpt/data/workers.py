@@ -28,7 +28,7 @@ from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform, channels_first
 from dist_vpt.data.worker_memory import check_cache_memory, check_shared_memory
 from dist_vpt.distributed.signals import block_stop_signals
-from dist_vpt.errors import DataError
+from dist_vpt.errors import DataError, SourceUnavailable
 
 BadImages = Literal["fail", "skip"]
 
@@ -94,7 +94,7 @@ class ImageReader:
                 picture = self.split.read(int(i), self.max_megapixels)
                 pixels.append(self._fixed(picture, int(i)))
             except DataError as error:
-                if self.on_decode_error == "fail":
+                if self.on_decode_error == "fail" or isinstance(error, SourceUnavailable):
                     return error
                 unreadable.append(self.split.where(int(i)))
                 pixels.append(None)

@@ -1,0 +1,43 @@
+"""What is checked and said of streamed data before training: how much is fetched, and whether the disk has room."""
+
+from collections.abc import Iterator
+
+from dist_vpt.data.config import DataConfig
+from dist_vpt.data.pieces import GIB, Pieces, pieces_of
+from dist_vpt.data.splits import Splits
+from dist_vpt.data.spool import cache_subfolder
+from dist_vpt.errors import UserError
+
+
+def check_disk(recipe: DataConfig, splits: Splits) -> None:
+    """Raises UserError where the images that are shuffled with each other do not fit into the spool."""
+    pieces = pieces_of(splits[recipe.train_on].source)
+    assert pieces is not None  # of a format that is streamed
+    if pieces.at_once > recipe.streaming_disk_gib * GIB:
+        window = min(recipe.streaming_shuffle, len(pieces.piece_n))
+        raise UserError(
+            f"data.streaming_disk_gib {recipe.streaming_disk_gib:g}: the {window:,} images that are shuffled with each "
+            f"other are in pieces of {pieces.at_once / GIB:.2g} GiB, which would be fetched again and again; raise it "
+            f"to {1.1 * pieces.at_once / GIB:.2g} or more, or lower data.streaming_shuffle"
+        )
+
+
+def streaming_remarks(recipe: DataConfig, splits: Splits) -> Iterator[str]:
+    """Lines for the log."""
+    found = {name: pieces_of(split.source) for name in ("train", "val", "test") if (split := getattr(splits, name))}
+    pieces = {name: some for name, some in found.items() if some is not None}
+    sizes = ", ".join(f"{name} {_size(some)}" for name, some in pieces.items())
+    yield (
+        f"streamed: {sizes}; at most {recipe.streaming_disk_gib:g} GiB of them at a time in {cache_subfolder('pieces')}"
+    )
+    for name in (*splits.held_out, *splits.drawn):
+        # Where everything fits, it is fetched once.
+        if name in pieces and sum(some.total for some in pieces.values()) > recipe.streaming_disk_gib * GIB:
+            yield (
+                f"images of {name} were chosen one by one, so each pass over it fetches the pieces that hold them: "
+                f"{_size(pieces[name])}; shards or files of its own would hold nothing else"
+            )
+
+
+def _size(pieces: Pieces) -> str:
+    return f"{pieces.total / GIB:.3g} GiB"
