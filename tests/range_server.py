@@ -21,6 +21,7 @@ class Server:
     ranges: bool = True
     failures: int = 0  # requests that are answered by status
     status: int = 503
+    gone: bool = False
     cut: int = 0  # answers that end in the middle
 
     def put(self, name: str, content: bytes) -> str:
@@ -33,12 +34,16 @@ class Server:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server_state: Server
 
     def log_message(self, *_: Any) -> None: ...
 
     def do_GET(self) -> None:
         state = self.server_state
+        if state.gone:
+            self.close_connection = True
+            return None
         if state.failures:
             state.failures -= 1
             return self._answer(state.status, b"")
@@ -88,5 +93,6 @@ def serving() -> Iterator[Server]:
         try:
             yield state
         finally:
+            state.gone = True  # for connections that stay open
             server.shutdown()
             thread.join()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 GIB = 2**30
+AHEAD = 6  # pieces, at most, that are fetched before they are needed
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +46,10 @@ class Pieces:
 
     @property
     def at_once(self) -> int:
-        """The bytes of the pieces that an epoch reads at the same time, about: those of a window and some more."""
+        """The bytes of the pieces that an epoch needs at a time, about: a window of them, and those fetched ahead."""
         found_G = self.bytes_G[np.unique(self.piece_n)]
         window = self.window * found_G.sum() / max(len(self.piece_n), 1)
-        return int(min(found_G.sum(), window + 4 * found_G.max(initial=0)))
+        return int(min(found_G.sum(), window + (AHEAD + 2) * found_G.max(initial=0)))
 
 
 def pieces_of(source: Any) -> Pieces | None:

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from dist_vpt.distributed.caches import cache_folder
 from dist_vpt.errors import SourceUnavailable, UserError
-from dist_vpt.files import is_locked, locked
+from dist_vpt.files import is_locked, locked, write_atomically
 
 LOCKS = 256  # files of locks, which pieces share by their names: one for each piece would fill the folder
 FIX = "set XDG_CACHE_HOME to a folder on a local disk"
@@ -109,6 +109,15 @@ def cache_subfolder(name: str) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{folder}: cannot be written; {FIX}")
     return folder
+
+
+def keep(folder: Path, name: str, content: Callable[[], bytes]) -> Path:
+    """A file of the cache folder, which the processes of a run make once. The first word of ``name`` is its kind."""
+    file = folder / hashlib.sha256(os.fsencode(name)).hexdigest()
+    with locked(folder / f"{name.partition(' ')[0]}-{file.name[:2]}.lock", FIX, timeout=-1):
+        if not file.is_file():
+            write_atomically(file, content())
+    return file
 
 
 def _opened(file: Path) -> BinaryIO | None:

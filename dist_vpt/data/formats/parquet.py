@@ -3,11 +3,9 @@
 n records of a split, G row groups.
 """
 
-import hashlib
 import io
 import mmap
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,9 +17,9 @@ from PIL import Image
 from dist_vpt.data.addresses import RangeReader, RemoteFile, check_unchanged, find_file, in_parallel, read_range
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
 from dist_vpt.data.pieces import Pieces
-from dist_vpt.data.spool import FIX, Spool, cache_subfolder
+from dist_vpt.data.spool import Spool, cache_subfolder, keep
 from dist_vpt.errors import DataError
-from dist_vpt.files import locked, looks_like, write_atomically
+from dist_vpt.files import looks_like
 
 LAYOUT = 1  # of index files
 TAIL = 64 * 2**10  # bytes at the end of a file that are read first: most footers are shorter
@@ -165,7 +163,7 @@ def keep_footer(file: RemoteFile, folder: Path) -> Path:
         _footer_of(file).write_metadata_file(kept)
         return kept.getvalue()
 
-    return _kept(folder, f"footer {_key(file)}", content)
+    return keep(folder, f"footer {LAYOUT} {_key(file)}", content)
 
 
 def keep_column(file: RemoteFile, column: str, folder: Path) -> Path:
@@ -187,7 +185,7 @@ def keep_column(file: RemoteFile, column: str, folder: Path) -> Path:
             sink.write_table(table.replace_schema_metadata())
         return kept.getvalue()
 
-    return _kept(folder, f"column {column} {_key(file)}", content)
+    return keep(folder, f"column {LAYOUT} {column} {_key(file)}", content)
 
 
 @lru_cache(maxsize=64)
@@ -246,15 +244,6 @@ class _Part(io.RawIOBase):
         found = self._content[begin:] if count < 0 else self._content[begin : begin + count]
         self._at += len(found)
         return found
-
-
-def _kept(folder: Path, name: str, content: Callable[[], bytes]) -> Path:
-    """A file of the cache folder, which is made once by the processes of a run."""
-    file = folder / hashlib.sha256(os.fsencode(f"{LAYOUT} {name}")).hexdigest()
-    with locked(folder / f"{file.name[:2]}.{name.partition(' ')[0] == 'footer':d}.lock", FIX, timeout=-1):
-        if not file.is_file():
-            write_atomically(file, content())
-    return file
 
 
 def _key(file: RemoteFile) -> str:

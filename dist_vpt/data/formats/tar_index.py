@@ -20,6 +20,7 @@ import numpy as np
 from dist_vpt.data.addresses import RangeReader, RemoteFile, check_unchanged
 from dist_vpt.data.formats.files import Mistakes
 from dist_vpt.data.images import image_extensions
+from dist_vpt.data.spool import cache_subfolder, keep
 from dist_vpt.distributed.caches import cache_folder
 from dist_vpt.errors import DataError, nearest
 from dist_vpt.files import first_bytes, locked, looks_like, printable, write_atomically
@@ -99,6 +100,13 @@ def shown_shard(shard: Shard) -> str:
 
 def label_field(shard: Shard) -> str:
     """Where the labels of a shard are: cls, or the only field of json with a usual name. Raises DataError."""
+    if isinstance(shard, Path):
+        return _found_label_field(shard)
+    name = f"label {LAYOUT} {identity_of(shard)}"
+    return keep(cache_subfolder("webdataset"), name, lambda: _found_label_field(shard).encode()).read_text()
+
+
+def _found_label_field(shard: Shard) -> str:
     sample = next(_samples(shard, "json"), None)
     if sample is None:
         raise DataError(f"{shown_shard(shard)}: holds no sample; remove it, or write it again")
