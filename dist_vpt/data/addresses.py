@@ -5,6 +5,7 @@ Every request is tried again a few times, and fails with one message that names 
 
 import io
 import itertools
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -230,9 +231,13 @@ def _is_s3(system: Any) -> bool:
     return "s3" in system.protocol
 
 
-@lru_cache(maxsize=1024)
 def _open(address: str) -> tuple[Any, str]:
     """The file system of an address, and the path in it."""
+    return _opened(address, os.getpid())
+
+
+@lru_cache(maxsize=1024)
+def _opened(address: str, process: int) -> tuple[Any, str]:  # a file system's connections do not outlive a fork
     try:
         import fsspec
     except ImportError:
