@@ -80,12 +80,18 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
+class QuietServer(ThreadingHTTPServer):
+    """Says nothing of clients that are gone."""
+
+    def handle_error(self, *_: Any) -> None: ...
+
+
 @contextmanager
 def serving() -> Iterator[Server]:
     """A server on a free port of this machine."""
     state = Server()
     handler = type("HandlerOfThisServer", (Handler,), {"server_state": state})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with QuietServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         state.address = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

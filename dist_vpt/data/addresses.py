@@ -7,21 +7,24 @@ import io
 import itertools
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import DataError, SourceUnavailable, UserError
 from dist_vpt.files import printable
 
 READERS = 16  # requests of one process at a time while files are indexed
-BLOCK = 4 * 2**20  # bytes of a request where a file is read from its beginning to its end
+BLOCK = 8 * 2**20  # bytes of a request where a file is read from its beginning to its end
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a request is tried again
+REPORT_SECONDS = 30.0
 SILENCE = 60.0  # seconds without a byte, after which a request has failed
 VERSIONS = (
     "ETag",
@@ -68,11 +71,22 @@ def shown(address: str) -> str:
     return f"{parts.scheme}://{host}{parts.path}"
 
 
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """The function's results for all items, in their order; the first error ends it."""
+def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], doing: str = "") -> list[Result]:
+    """The function's results for all items, in their order; the first error ends it.
+
+    ``doing``: what takes long, for a line on stderr every half minute.
+    """
     with ThreadPoolExecutor(READERS) as pool:
+        futures = [pool.submit(function, item) for item in items]
         try:
-            return list(pool.map(function, items))
+            waiting: set[Future[Result]] = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, REPORT_SECONDS, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # raises
+                if waiting and doing and not LaunchEnv.current().local_rank:
+                    print(f"{doing}: {len(futures) - len(waiting)} of {len(futures)}", file=sys.stderr, flush=True)
+            return [future.result() for future in futures]
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -263,13 +277,13 @@ def _opened(address: str, process: int) -> tuple[Any, str]:  # a file system's c
 
 def _request(address: str, ask: Callable[[], Result]) -> Result:
     """The answer, after several attempts where that may help. Raises SourceUnavailable."""
-    for wait in (*WAITS, None):
+    for pause in (*WAITS, None):
         try:
             return ask()
         except Exception as error:  # of many families: sockets, aiohttp, httpx, botocore, the hub
-            if wait is None or _is_final(error):
+            if pause is None or _is_final(error):
                 _fail(address, error)
-            time.sleep(wait)
+            time.sleep(pause)
     raise AssertionError
 
 

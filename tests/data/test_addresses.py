@@ -2,6 +2,7 @@
 
 import io
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +145,20 @@ def test_patterns_that_mean_nothing(tmp_path: Path) -> None:
 def test_messages_hold_no_password() -> None:
     assert shown("https://me:secret@host:8/a/b.tar?signature=secret") == "https://host:8/a/b.tar"
     assert shown("s3://bucket/a.tar") == "s3://bucket/a.tar"
+
+
+def test_many_files_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(addresses, "REPORT_SECONDS", 0.05)
+    assert addresses.in_parallel(lambda i: time.sleep(i / 100) or -i, range(20), "reading files") == [
+        -i for i in range(20)
+    ]
+    assert "reading files: " in capsys.readouterr().err
+    with pytest.raises(DataError, match="the third"):
+        addresses.in_parallel(_third, range(8))
+    assert capsys.readouterr().err == ""
+
+
+def _third(i: int) -> int:
+    if i == 2:
+        raise DataError("the third")
+    return i

@@ -120,7 +120,9 @@ class ParquetPart:
 
         values: list[Any] = []
         folder = cache_subfolder("parquet")
-        for kept in in_parallel(lambda file: keep_column(file, column, folder), self.files):
+        for kept in in_parallel(
+            lambda file: keep_column(file, column, folder), self.files, f"{self.location}: reading labels of files"
+        ):
             with pa.memory_map(str(kept)) as mapped:
                 values += pa.ipc.open_file(mapped).read_all().column(0).to_pylist()
         return values

@@ -187,7 +187,7 @@ def _split_in(path: PurePath) -> str | None:
 
 def _indexes(files: Sequence[Shard], fields: Fields, *, streamed: bool) -> list[TarIndex]:
     if streamed:
-        return in_parallel(lambda file: read_index(file, fields), files)
+        return in_parallel(lambda file: read_index(file, fields), files, "reading shards for the index, which is kept")
     return [read_index(file, fields) for file in files]
 
 
