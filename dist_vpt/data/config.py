@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from dist_vpt.data.addresses import is_address
+from dist_vpt.data.addresses import is_address, shown
 from dist_vpt.data.config_hf import HfConfig
 from dist_vpt.data.config_table import TableConfig
 from dist_vpt.data.config_webdataset import WebDatasetConfig
@@ -330,8 +330,8 @@ class DataConfig(BaseModel):
             yield f"streaming: only format 'hf' uses it and the format is {storage!r}; remove streaming ({other})"
         if storage == "hf" and is_address(self.root) and not (self.streaming and self.hf.splits):
             yield (
-                f"root {self.root!r}: Parquet files behind an address are streamed, and named for each split; set "
-                "streaming=true and 'hf.splits={train: \"train-{00..09}.parquet\", ...}'"
+                f"root {shown(str(self.root))!r}: Parquet files behind an address are streamed, and named for each split; "
+                "set streaming=true and 'hf.splits={train: \"train-{00..09}.parquet\", ...}'"
             )
         for name in ("streaming_disk_gib", "streaming_shuffle"):
             value = getattr(self, name)
