@@ -330,7 +330,7 @@ class DataConfig(BaseModel):
             yield f"streaming: only format 'hf' uses it and the format is {storage!r}; remove streaming ({other})"
         if storage == "hf" and is_address(self.root) and not (self.streaming and self.hf.splits):
             yield (
-                f"root {shown(str(self.root))!r}: Parquet files behind an address are streamed, and named for each split; "
+                f"root {shown(str(self.root))!r}: Parquet files behind an address are streamed, named for each split; "
                 "set streaming=true and 'hf.splits={train: \"train-{00..09}.parquet\", ...}'"
             )
         for name in ("streaming_disk_gib", "streaming_shuffle"):

@@ -67,7 +67,7 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"streaming_disk_gib": 5}, "streaming_disk_gib 5.0: nothing is streamed; set streaming=true"),
         (
             {"format": "hf", "root": "https://me:secret@h/d"},
-            "root 'https://h/d': Parquet files behind an address are streamed, and named for each split; set streaming",
+            "root 'https://h/d': Parquet files behind an address are streamed, named for each split; set streaming",
         ),
         ({"webdataset": {"label": "x"}}, "webdataset: only format 'webdataset' uses it and the format is 'digits'"),
         ({"task": "mine", "format": "table"}, "root is missing: format 'table' needs the file of the table, or its fo"),
