@@ -277,12 +277,12 @@ def _opened(address: str, process: int) -> tuple[Any, str]:  # a file system's c
 
 def _request(address: str, ask: Callable[[], Result]) -> Result:
     """The answer, after several attempts where that may help. Raises SourceUnavailable."""
-    for pause in (*WAITS, None):
+    for attempt, pause in enumerate((*WAITS, None), 1):
         try:
             return ask()
         except Exception as error:  # of many families: sockets, aiohttp, httpx, botocore, the hub
             if pause is None or _is_final(error):
-                _fail(address, error)
+                _fail(address, error, attempt)
             time.sleep(pause)
     raise AssertionError
 
@@ -306,7 +306,7 @@ def _status(error: BaseException) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _fail(address: str, error: Exception) -> NoReturn:
+def _fail(address: str, error: Exception, attempts: int) -> NoReturn:
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
     status, name = _status(cause), shown(address)
     if status in REFUSED or isinstance(cause, PermissionError):
@@ -318,13 +318,12 @@ def _fail(address: str, error: Exception) -> NoReturn:
         reason = "the server sends whole files alone, and files are read by ranges of bytes; download the file, or use "
         reason += "a server that answers range requests"
     else:
-        text = " ".join(line for line in _lines(cause)) or "no answer"
-        reason = f"cannot be fetched after {len(WAITS) + 1} attempts ({text[:300]}); check network and server, then "
-        reason += "repeat the command (run.resume=auto goes on from the newest state)"
+        text, tried = " ".join(_lines(cause)), f" after {attempts} attempts" if attempts > 1 else ""
+        reason = f"cannot be fetched{tried} ({text[:300]}); check network and server, then repeat the command "
+        reason += "(run.resume=auto goes on from the newest state)"
     raise SourceUnavailable(f"{name}: {reason}") from None
 
 
 def _lines(error: BaseException) -> Iterator[str]:
     yield type(error).__name__
-    if not isinstance(error, TimeoutError):
-        yield from (line.strip() for line in str(error).splitlines())
+    yield from filter(None, map(str.strip, str(error).splitlines()))

@@ -259,7 +259,7 @@ def _check_column(file: RemoteFile, footer: Any, column: str) -> None:
 
 def _chunks(group: Any, column: str) -> list[Any]:
     chunks = (group.column(number) for number in range(group.num_columns))
-    return [chunk for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column]
+    return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
 
 
 def _footer_of(file: RemoteFile) -> Any:

@@ -18,8 +18,9 @@ from dist_vpt.data import addresses
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import check_root, open_splits, tar_spans
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
-from dist_vpt.data.pieces import GIB
+from dist_vpt.data.pieces import GIB, Pieces
 from dist_vpt.data.splits import Split, Splits
+from dist_vpt.data.streaming import mixed_share
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError, SourceUnavailable, UserError
 from tests.data.formats.test_webdataset import pack, samples
@@ -222,7 +223,7 @@ def test_splits_that_are_split_off_and_drawn(opened: Callable[..., Splits], stor
     ]
     assert sorted(i for i in shown if i >= 0) == list(range(len(splits.trainval)))
     assert re.match(
-        r"streamed: train .* GiB, val .* GiB.*; at most 20 GiB of them at a time in .*/pieces", splits.remarks[0]
+        r"streamed: train .* MiB, val .* MiB.*; at most 20 GiB of them at a time in .*/pieces", splits.remarks[0]
     )
 
 
@@ -386,3 +387,29 @@ def test_a_package_that_is_missing() -> None:
         open_splits(DataConfig(task="mine", format="webdataset", root="s3://bucket/d"))
     with pytest.raises(DataError, match=r"nowhere://bucket/d.*: .*use https://, s3://, gs:// or hf://"):
         open_splits(DataConfig(task="mine", format="webdataset", root="nowhere://bucket/d"))
+
+
+def test_files_in_the_order_of_their_classes() -> None:
+    """Well mixed, sorted, and sorted in a window that holds half of all."""
+    rows = np.arange(1000)
+
+    def share(labels: np.ndarray, window: int) -> float:
+        return mixed_share(Pieces((rows // 20).astype(np.int32), np.ones(50), window, lambda _: None), labels)
+
+    assert share(rows % 10, 100) > 0.99
+    assert share(np.random.default_rng(0).integers(0, 100, 1000), 200) > 0.95
+    assert share(rows // 100, 100) < 0.5  # 5 pieces of 10 classes: 4.1 of 10
+    assert share(rows // 100, 500) > 0.95
+    assert share(rows // 100, 5000) == 1
+
+
+def test_sorted_files_give_a_warning(server: Server) -> None:
+    members = [m for k in range(48) for m in ((f"{k}.png", encoded(k)), (f"{k}.cls", str(k // 12).encode()))]
+    mixed = [m for k in range(48) for m in ((f"{k}.png", encoded(k)), (f"{k}.cls", str(k % 4).encode()))]
+    for name, found in (("sorted", members), ("mixed", mixed)):
+        server.put(f"d/{name}.tar", _packed(found))
+    for name in ("sorted", "mixed"):
+        own = {"splits": {"train": f"{name}.tar", "val": "mixed.tar"}}
+        splits = open_splits(DataConfig(**keys("webdataset", server, webdataset=own, streaming_shuffle=6)))
+        warned = any("images of a class are stored next to each other: the 6 images" in line for line in splits.remarks)
+        assert warned == (name == "sorted")
