@@ -53,6 +53,9 @@ class Spool:
             with open(temporary, "r+b") as opened:
                 write(opened)
                 opened.truncate()
+            if temporary.stat().st_size > size:  # repeated images are stored once in Parquet
+                with locked(self.folder / "room.lock", FIX, timeout=-1):
+                    self._make_room(0)
             found = open(temporary, "rb")  # noqa: SIM115 (which keeps it, if it is the next to make room)
             os.replace(temporary, file)
             return found

@@ -54,6 +54,15 @@ def test_a_piece_that_is_open_stays_readable(tmp_path: Path) -> None:
         assert opened.read() == b"a" * 400
 
 
+def test_a_piece_that_is_larger_than_was_thought(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 1000)
+    for name in "abc":
+        spool.open(name, 10, writing(name.encode() * 400)).close()
+        time.sleep(0.01)
+        assert taken(tmp_path) <= 1000
+    spool.open("b", 10, lambda sink: pytest.fail("it is there")).close()
+
+
 def test_an_interrupted_fetch_leaves_nothing(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 1000)
 

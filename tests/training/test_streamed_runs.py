@@ -60,26 +60,33 @@ def kill_at(step: int) -> Callable[[int], None]:
 def test_a_killed_run_and_one_on_two_processes(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [
         *SMALLEST, "data.format=webdataset", f"data.root={server.address}/d", "data.streaming_shuffle=8",
-        f"data.streaming_disk_gib={130_000 / 2**30}", "train.epochs=3", "run.save_every=1", "optim.lr=0.01",
+        "train.epochs=3", "run.save_every=1", "optim.lr=0.01",
         'data.webdataset.splits={train: "train-{0..1}.tar", val: val.tar, test: test.tar}', "run.resume=auto",
     ]  # fmt: skip
 
     def trained(
-        name: str, cache: str, strategy: str = "single", before: Any = lambda rank: None, code: int = 0
+        name: str,
+        cache: str,
+        *,
+        strategy: str = "single",
+        before: Any = lambda rank: None,
+        code: int = 0,
+        room: int = 130_000,
     ) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
-        forks = command(["train", *options, f"run.dir={tmp_path / name}"], tmp_path / "log.txt", strategy, before)
+        own = [f"run.dir={tmp_path / name}", f"data.streaming_disk_gib={room / 2**30}"]
+        forks = command(["train", *options, *own], tmp_path / "log.txt", strategy, before)
         assert set(forks.finish(120)) == {code}, forks.output[-3000:]
 
     trained("alone", "cache")
     trained("run", "cache", before=kill_at(KILLED_AT), code=-signal.SIGKILL)
-    trained("run", "another")  # a disk on which nothing has been fetched
+    trained("run", "another", room=150_000)  # another disk, on which nothing has been fetched
     assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
     found, expected = (step_losses(tmp_path / name) for name in ("run", "alone"))
     assert len(expected) == 30
     assert found == expected
     server.sent.clear()
-    trained("two", "shared", "ddp")
+    trained("two", "shared", strategy="ddp")
     assert step_losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
     spans = len({sent for sent in server.sent if sent[2] - sent[1] < 20_000})
     assert len(server.sent) < 3 * spans + 20  # both processes share what one of them has fetched
