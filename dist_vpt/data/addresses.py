@@ -95,8 +95,11 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], doing
 def find_file(address: str) -> RemoteFile:
     """Ask for a file's size and version."""
     system, path = _open(address)
-    info = _request(address, lambda: system.info(path, **({"refresh": True} if _is_s3(system) else {})))
-    if info.get("size") is None or info["type"] != "file":
+    listed = {"refresh": True} if address.startswith(("s3://", "s3a://")) else {}  # or it answers from a listing
+    info = _request(address, lambda: system.info(path, **listed))
+    if info["type"] == "directory":
+        raise DataError(f"{shown(address)}: is a folder; name its files")
+    if info.get("size") is None:
         raise SourceUnavailable(
             f"{shown(address)}: the server does not say how large the file is, and files are read by ranges of bytes; "
             "download it, or use a server that does"
@@ -117,9 +120,10 @@ def check_unchanged(file: RemoteFile) -> None:
 def read_range(file: RemoteFile, start: int, end: int) -> bytes:
     """The bytes from ``start`` up to ``end``."""
     system, path = _open(file.address)
+    scheme = urlsplit(file.address).scheme if is_address(file.address) else ""
 
     def read() -> bytes:
-        if not {system.protocol} & {"hf"} and "http" not in system.protocol:
+        if scheme not in ("hf", "http", "https"):
             found: bytes = system.cat_file(path, start=start, end=end)
         else:  # whose cat_file would read more
             with system.open(path, "rb", size=file.size, cache_type="none") as opened:
@@ -239,10 +243,6 @@ def pinned(root: str) -> str:
 
 def _is_pinned(address: str) -> bool:
     return re.match(r"hf://[^@]*@[0-9a-f]{40}(/|$)", address) is not None
-
-
-def _is_s3(system: Any) -> bool:
-    return "s3" in system.protocol
 
 
 def _open(address: str) -> tuple[Any, str]:

@@ -1,5 +1,6 @@
 """What is checked and said of streamed data before training: how much is fetched, and whether the disk has room."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,10 +20,11 @@ def check_disk(recipe: DataConfig, splits: Splits) -> None:
     assert pieces is not None  # of a format that is streamed
     if pieces.at_once > recipe.streaming_disk_gib * GIB:
         window = min(recipe.streaming_shuffle, len(pieces.piece_n))
+        enough = math.ceil(110 * pieces.at_once / GIB) / 100
         raise UserError(
             f"data.streaming_disk_gib {recipe.streaming_disk_gib:g}: the {window:,} images that are shuffled with each "
-            f"other are in pieces of {pieces.at_once / GIB:.2g} GiB, which would be fetched again and again; raise it "
-            f"to {1.1 * pieces.at_once / GIB:.2g} or more, or lower data.streaming_shuffle"
+            f"other are in pieces of {_size(pieces.at_once)}, which would be fetched again and again; raise it to "
+            f"{enough:g} or more, or lower data.streaming_shuffle"
         )
 
 
@@ -30,7 +32,7 @@ def streaming_remarks(recipe: DataConfig, splits: Splits) -> Iterator[str]:
     """Lines for the log."""
     found = {name: pieces_of(split.source) for name in ("train", "val", "test") if (split := getattr(splits, name))}
     pieces = {name: some for name, some in found.items() if some is not None}
-    sizes = ", ".join(f"{name} {_size(some)}" for name, some in pieces.items())
+    sizes = ", ".join(f"{name} {_size(some.total)}" for name, some in pieces.items())
     yield (
         f"streamed: {sizes}; at most {recipe.streaming_disk_gib:g} GiB of them at a time in {cache_subfolder('pieces')}"
     )
@@ -41,12 +43,12 @@ def streaming_remarks(recipe: DataConfig, splits: Splits) -> Iterator[str]:
             f"each other (data.streaming_shuffle) have {100 * share:.0f} % of the classes that a random order gives, "
             "from which training suffers; write the files in a random order, or raise data.streaming_shuffle"
         )
-    for name in (*splits.held_out, *splits.drawn):
+    for name in dict.fromkeys((*splits.held_out, *splits.drawn)):
         # Where everything fits, it is fetched once.
         if name in pieces and sum(some.total for some in pieces.values()) > recipe.streaming_disk_gib * GIB:
             yield (
                 f"images of {name} were chosen one by one, so each pass over it fetches the pieces that hold them: "
-                f"{_size(pieces[name])}; shards or files of its own would hold nothing else"
+                f"{_size(pieces[name].total)}; shards or files of its own would hold nothing else"
             )
 
 
@@ -61,5 +63,5 @@ def mixed_share(pieces: Pieces, labels_n: np.ndarray) -> float:
     return float((1 - rest**pieces_K).sum() / (1 - rest**images_K).sum())
 
 
-def _size(pieces: Pieces) -> str:
-    return f"{pieces.total / GIB:.1f} GiB" if pieces.total >= GIB else f"{pieces.total / 2**20:.1f} MiB"
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.1f} MiB"

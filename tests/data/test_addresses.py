@@ -55,6 +55,8 @@ def test_a_local_file_is_read_the_same_way(tmp_path: Path) -> None:
     file = find_file(str(tmp_path / "a.bin"))
     assert read_range(file, 100, 300) == CONTENT[100:300]
     check_unchanged(file)
+    with pytest.raises(DataError, match="is a folder; name its files"):
+        find_file(str(tmp_path))
     (tmp_path / "a.bin").write_bytes(CONTENT + b"more")
     with pytest.raises(SourceUnavailable, match="has changed"):
         check_unchanged(file)
