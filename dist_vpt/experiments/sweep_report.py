@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.errors import RunFailed
+from dist_vpt.errors import RunFailed, UserError
 from dist_vpt.experiments.rungs import Rungs, count
 from dist_vpt.experiments.search import Search
 from dist_vpt.experiments.sweep_grid import setting_text
@@ -18,6 +18,7 @@ from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import versions
 from dist_vpt.runs.results import mean_and_std
 from dist_vpt.runs.scores import main_score
+from dist_vpt.training.trackers import Trackers
 
 SHOWN_AS = {"top1": "top-1", "mAP": "mAP"}
 
@@ -30,22 +31,15 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     seconds: float,
     console: Console | None,
 ) -> dict[str, Any]:
-    """Write sweep.json, the heat map and the curves from all outcomes, and print the table. Can be repeated."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    """Write sweep.json and the heat map from all outcomes, log them, and print the table. Can be repeated."""
     content = {"metric": recipe.data.metric} | _summary(rungs, results, seconds)
     if recipe.data.draws:
         content["draws"] = recipe.data.model_dump(include={"shots", "fraction", "tries"})
     draw = search_figure if recipe.sweep.search == "optuna" else heatmap_figure
     figure = draw(content["trials"], content["chosen"], SHOWN_AS[recipe.data.metric])
     figure.savefig(folder.path / "heatmap.png", dpi=120)
-    if "tensorboard" in recipe.run.trackers:
-        with SummaryWriter(str(folder.path / "tb")) as writer:
-            writer.add_figure(f"sweep/val_{recipe.data.metric}", figure)
-            for name, score in content["test"].items():
-                writer.add_scalar(f"test/{name}_mean", score["mean"], 0)
-                writer.add_scalar(f"test/{name}_std", score["std"], 0)
     write_atomically(folder.path / "sweep.json", to_json(content, indent=1) + "\n")
+    _log(folder, recipe, content, figure, console or Console(highlight=False))
     # Of groups that were divided among another number of processes, and of their writes that were killed.
     for left in (*folder.path.glob(".pass-*.pt"), *folder.path.glob("..pass-*.tmp")):
         left.unlink(missing_ok=True)  # where trials are split, the process with the last outcome removes its own
@@ -53,6 +47,27 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     if console is not None:
         print_sweep(content, folder.path, console)
     return content
+
+
+def _log(folder: RunFolder, recipe: Recipe, content: dict[str, Any], figure: Any, console: Console) -> None:
+    """Send means, standard deviations and the heat map to the trackers; none that fails costs the sweep."""
+    trackers = Trackers(recipe, folder, lambda text: console.print(text, markup=False, soft_wrap=True))
+    trackers.kept_in = "sweep.json"
+    tests = {"test": content["test"], **content.get("extra_tests", {})}
+    values = {
+        f"{split}/{name}_{what}": score[what]
+        for split, scores in tests.items()
+        for name, score in scores.items()
+        for what in ("mean", "std")
+    }
+    try:
+        trackers.start(settings=content["chosen"])
+    except UserError as error:
+        trackers.report(f"warning: {error}; sweep.json has all values")
+        return
+    trackers.log(values, 0)
+    trackers.picture(f"sweep/val_{recipe.data.metric}", figure, 0)
+    trackers.finish()
 
 
 def _summary(rungs: Rungs | Search, results: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
