@@ -34,7 +34,7 @@ from dist_vpt.files import raising_disk_full
 from dist_vpt.inference.hub import adapters_file, is_hub_id, open_run
 from dist_vpt.methods.config_readers import VQTConfig
 from dist_vpt.methods.vqt import VQT
-from dist_vpt.recipe.sharing import NOT_SHARED, with_weights
+from dist_vpt.recipe.sharing import require_dataset, with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.folder import RESUME_HINT
 from dist_vpt.runtime.precision import resolve_precision
@@ -114,8 +114,6 @@ def open_source(
     """A VQT run with its adapters loaded. Raises UserError where it is none, or is not of this data."""
     folder = open_run(run)
     recipe = with_weights(folder.load(overrides), weights, run)
-    if recipe.data.root == NOT_SHARED:
-        raise UserError(f"{run}: the folder of its dataset is not shared with it; give data.root=FOLDER")
     recipe, _ = resolve_precision(recipe)
     if folder.load().method.name != "vqt" or not isinstance(recipe.method, VQTConfig):
         name = folder.load().method.name
@@ -132,6 +130,7 @@ def open_source(
             f"{run}: data.labels = multiple: heads are compressed for one label an image; keep the run as it is, or "
             "train a smaller one (method.queries)"
         )
+    require_dataset(recipe, run)
     path = adapters_file(folder, adapters)
     tensors, facts = read_adapters(path)
     parts = build_components(recipe)

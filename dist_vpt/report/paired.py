@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.recipe.sharing import NOT_SHARED
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.score_files import read_predictions, table_file
 
@@ -111,7 +112,8 @@ def _how_to_write(folder: RunFolder, split: str, adapters: str) -> str:
         return "those on the sets of an extra test are not kept: give the set a name of its own in data.extra_tests"
     elif split not in ("test", *folder.load().data.extra_tests):
         options += f" data.extra_tests.{split}=FOLDER"
-    return f"`dist-vpt eval {folder.path}{options} --out {folder.path}` writes them"
+    root = " data.root=FOLDER" if folder.load().data.root == NOT_SHARED else ""
+    return f"`dist-vpt eval {folder.path}{options}{root} --out {folder.path}` writes them"
 
 
 def refuse_other_images(first: Predicted, second: Predicted) -> None:
