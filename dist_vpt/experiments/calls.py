@@ -106,7 +106,10 @@ def train(recipe: AnyRecipe, **overrides: Any) -> Run:
 
 
 def sweep(recipe: AnyRecipe, **overrides: Any) -> Sweep:
-    """Try a grid on val and test the best setting, as ``dist-vpt sweep`` does, or resume that; see ``train``."""
+    """Try a grid on val and test the best setting, as ``dist-vpt sweep`` does, or resume that; see ``train``.
+
+    It works on one process: for several, start ``accelerate launch -m dist_vpt sweep``.
+    """
     if LaunchEnv.current().world_size > 1:
         raise UserError(
             "dist_vpt.sweep: a Python program sweeps on one process; for several start "
