@@ -241,10 +241,10 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
 
 def _over(content: dict[str, Any]) -> str:
     """What the mean on test is over."""
-    draws = content.get("draws")
+    draws, plural = content.get("draws"), len(content["seeds"]) > len(content["diverged_seeds"]) + 1
     if draws is None:
-        return "seeds on trainval"
-    what = "tries" if draws["tries"] > 1 else "seeds"
+        return "seeds on trainval" if plural else "seed on trainval"
+    what = ("tries" if plural else "try") if draws["tries"] > 1 else "seeds" if plural else "seed"
     if draws["shots"] is None:
         return f"{what} with {draws['fraction']:g} of train, on trainval"
     return f"{what} of {draws['shots']} shots, on train"

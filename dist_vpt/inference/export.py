@@ -89,7 +89,9 @@ def format_of(out: str, format: Format | None) -> Format:
     suffix = Path(out).suffix
     if format is None:
         if suffix not in SUFFIXES:
-            raise UserError(f"--out {out}: must end in {', '.join(SUFFIXES)}; rename it")
+            raise UserError(
+                f"--out {out}: must end in {', '.join(SUFFIXES)}; rename it, or add --format peft for a folder of PEFT"
+            )
         return SUFFIXES[suffix]
     wanted = next(known for known, of in SUFFIXES.items() if of == format)
     if suffix != wanted:

@@ -62,7 +62,7 @@ COMMANDS = {
         ),
         *("--slurm", "--dry-run"),
     },
-    "dist-vpt status": {"--help", "--debug", "DIR +", "--json", "--watch"},
+    "dist-vpt status": {"--help", "--debug", "DIR *", "--json", "--watch"},
     "dist-vpt data": {"--help"},
     "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
     "dist-vpt data check": {"--help", "--debug", "TASK|a.b=c *", "--root", "--storage"},
