@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_vpt.errors import RunFailed, UserError
+from dist_vpt.errors import RunFailed
 from dist_vpt.experiments.rungs import Rungs, count
 from dist_vpt.experiments.search import Search
 from dist_vpt.experiments.sweep_grid import setting_text
@@ -60,11 +60,7 @@ def _log(folder: RunFolder, recipe: Recipe, content: dict[str, Any], figure: Any
         for name, score in scores.items()
         for what in ("mean", "std")
     }
-    try:
-        trackers.start(settings=content["chosen"])
-    except UserError as error:
-        trackers.report(f"warning: {error}; sweep.json has all values")
-        return
+    trackers.start(settings=content["chosen"], required=False)
     trackers.log(values, 0)
     trackers.picture(f"sweep/val_{recipe.data.metric}", figure, 0)
     trackers.finish()

@@ -32,10 +32,11 @@ class Trackers:
         self.leaving = contextlib.ExitStack()
         self.kept_in = "metrics.jsonl"  # the file of the folder that has all values
 
-    def start(self, done_steps: int = 0, settings: Mapping[str, Any] | None = None) -> None:
-        """Start all, or continue a resumed run's. Raises UserError for one that cannot start.
+    def start(self, done_steps: int = 0, settings: Mapping[str, Any] | None = None, *, required: bool = True) -> None:
+        """Start all, or continue a resumed run's.
 
-        ``settings``: hyperparameters other than the recipe's, by the recipe's keys.
+        ``settings``: hyperparameters other than the recipe's, by the recipe's keys. ``required``: raise UserError for
+        one that cannot start; or it is left out, with a warning.
         """
         if not self.main:
             return
@@ -52,11 +53,12 @@ class Trackers:
                     self._keep_id(tracker)
                 self.active.append(tracker)
             except Exception as error:  # trackers raise what they like
-                self.finish()
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                raise UserError(
-                    f"run.trackers: {name} cannot start ({reason}); fix that, or leave it out of run.trackers"
-                ) from error
+                text = f"run.trackers: {name} cannot start ({reason})"
+                if required:
+                    self.finish()
+                    raise UserError(f"{text}; fix that, or leave it out of run.trackers") from error
+                self.report(f"warning: {text}; {self.kept_in} has all values")
 
     def log(self, values: Mapping[str, float | None], step: int) -> None:
         """Send values to all; those that are not defined (None) are left out."""

@@ -45,16 +45,20 @@ def test_mlflow_has_them_too(tmp_path: Path, data: tuple[str, ...], monkeypatch:
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
 
 
-def test_a_tracker_that_cannot_start_costs_no_sweep(
+def test_a_tracker_that_cannot_start_costs_neither_the_sweep_nor_the_others(
     tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("no folder for events\nand more")
+    pytest.importorskip("mlflow")
 
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", broken)
-    swept(tmp_path / "sweep", *data)
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such server\nand more")
+
+    monkeypatch.setattr("accelerate.tracking.MLflowTracker.start", broken)
+    swept(tmp_path / "sweep", *data, "run.trackers=[mlflow,tensorboard]")
     assert (
-        "warning: run.trackers: tensorboard cannot start (no folder for events); fix that, or leave it out of "
-        "run.trackers; sweep.json has all values" in capsys.readouterr().out
+        "warning: run.trackers: mlflow cannot start (no such server); sweep.json has all values\n"
+        in capsys.readouterr().out
     )
     assert json.loads((tmp_path / "sweep" / "run.json").read_text())["status"] == "done"
+    events = EventAccumulator(str(tmp_path / "sweep" / "tb")).Reload()
+    assert "test/top1_mean" in events.Tags()["scalars"]
