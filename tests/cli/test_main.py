@@ -21,7 +21,7 @@ from dist_vpt.recipe.schema import json_schema
 COMMANDS = {
     "dist-vpt": {"--help", "--version"},
     "dist-vpt train": {"--help", "--debug", "RECIPE|a.b=c +"},
-    "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +", "--search"},
+    "dist-vpt sweep": {"--help", "--debug", "RECIPE|a.b=c +", "--sampler"},
     "dist-vpt rank-backbones": {"--help", "--debug", "RECIPE|a.b=c +", "--best"},
     "dist-vpt probe": {"--help", "--debug", "RECIPE|a.b=c *", "--backbones", "--out"},
     "dist-vpt features": {"--help", "--debug", "RECIPE|a.b=c +", "--out", "--split", "--what", "--format"},
@@ -97,7 +97,7 @@ CHOICES = {
     "--adapters": ("last", "best"),
     "--format": ("array_record", "tfrecord"),
     "dist-vpt features --format": ("safetensors", "parquet"),
-    "--search": ("grid", "halving", "optuna"),
+    "--sampler": ("grid", "halving", "optuna"),
     "dist-vpt export --format": ("torch", "onnx", "safetensors", "peft"),
     "--preprocessing": ("none", "normalize", "resize"),
     "--quantize": ("none", "int8"),

@@ -138,7 +138,7 @@ def test_without_optuna_there_is_a_hint(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["sweep", "digits/vpt_shallow", "--search", "optuna", f"run.dir={tmp_path / 'sweep'}"]
+    argv = ["sweep", "digits/vpt_shallow", "--sampler", "optuna", f"run.dir={tmp_path / 'sweep'}"]
     assert main([*argv, "protocol=published"]) == 2
     assert "sweep.search = optuna: protocol = published is a grid" in capsys.readouterr().err
     assert main([*argv, "sweep.space.optim.lrr=[1]"]) == 2  # and so protocol=default is what it takes by itself
