@@ -25,7 +25,7 @@ class DeviceCopy:
         if device.type != "cuda":
             self._made = send_to_device(made, device, non_blocking=True)
             return
-        side = _side_stream(device, use)
+        side = side_stream(device, use)
         with torch.cuda.stream(side):
             self._made = send_to_device(made, device, non_blocking=True)
             self._copied = side.record_event()
@@ -41,7 +41,7 @@ class DeviceCopy:
 
 
 @cache
-def _side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
     """One for the whole process: the allocator keeps memory for each stream that has ever been used."""
     return torch.cuda.Stream(device)
 
