@@ -35,8 +35,9 @@ class DeviceCopy:
         if self._copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._copied)
-            for tensor in tree_iter(self._made):  # memory of the side stream, which must not be used again too early
-                tensor.record_stream(current)
+            for leaf in tree_iter(self._made):  # memory of the side stream, which must not be used again too early
+                if not isinstance(leaf, torch.dtype):
+                    leaf.record_stream(current)
         return self._made
 
 

@@ -37,8 +37,11 @@ class Recorder(Protocol):
         """Run a step; its result, and whether it has waited for the device."""
         ...
 
-    def capture(self, step: Callable[[], Tensor], sources: Sequence[torch.Generator]) -> Capture:
-        """Capture a step, without computing it. Raises RuntimeError where that is not possible."""
+    def capture(self, step: Callable[[], Tensor], sources: Sequence[torch.Generator], beside: Any = None) -> Capture:
+        """Capture a step, without computing it. Raises RuntimeError where that is not possible.
+
+        ``beside``: a capture of before whose memory may be used, too: their replays alternate.
+        """
         ...
 
 
@@ -84,7 +87,8 @@ class StepGraph:
             return made
         own = tree_map(torch.clone, inputs)
         try:
-            capture = recorder.capture(lambda: step(own), sources)
+            _, beside = next(iter(self._captures.values()), (None, None))
+            capture = recorder.capture(lambda: step(own), sources, beside)
         except RuntimeError as error:  # torch's errors, and those of CUDA
             self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
             return step(inputs)
@@ -118,10 +122,16 @@ class CudaRecorder:
             finally:
                 torch.cuda.set_sync_debug_mode(before)
         current.wait_stream(self._stream)
-        return made, any("called a synchronizing" in str(warning.message) for warning in caught)
+        waits = [w for w in caught if "synchroniz" in str(w.message).lower()]  # and that not all of them are noticed
+        for other in caught:
+            if other not in waits:
+                warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
+        return made, any("called a synchronizing" in str(wait.message) for wait in waits)
 
-    def capture(self, step: Callable[[], Tensor], sources: Sequence[torch.Generator]) -> "CudaCapture":
-        graph = torch.cuda.CUDAGraph()
+    def capture(
+        self, step: Callable[[], Tensor], sources: Sequence[torch.Generator], beside: "CudaCapture | None" = None
+    ) -> "CudaCapture":
+        graph, pool = torch.cuda.CUDAGraph(), None if beside is None else beside.graph.pool()
         for source in sources:
             graph.register_generator_state(source)
         try:
@@ -129,7 +139,7 @@ class CudaRecorder:
             # meanwhile: what it does is no error ("thread_local").
             with (
                 torch.cuda.stream(self._stream),
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 made = step()
         except RuntimeError:
@@ -142,10 +152,10 @@ class CudaCapture:
     """A CUDA graph and what it computes."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, made: Tensor):
-        self._graph, self.made = graph, made
+        self.graph, self.made = graph, made
 
     def replay(self) -> None:
-        self._graph.replay()
+        self.graph.replay()
 
 
 def recorder_of(device: torch.device) -> Recorder | None:

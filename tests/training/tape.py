@@ -102,7 +102,9 @@ class TapeRecorder:
             made = step()
         return made, mode.waited
 
-    def capture(self, step: Callable[[], Tensor], sources: Sequence[torch.Generator]) -> TapeCapture:
+    def capture(
+        self, step: Callable[[], Tensor], sources: Sequence[torch.Generator], beside: Any = None
+    ) -> TapeCapture:
         states = [source.get_state() for source in sources]
         tape = Tape()
         try:

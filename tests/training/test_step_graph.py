@@ -168,7 +168,7 @@ def test_what_waits_or_fails_is_not_captured() -> None:
     calls: list[str] = []
 
     class Failing(TapeRecorder):
-        def capture(self, step: Any, sources: Any) -> Any:
+        def capture(self, step: Any, sources: Any, beside: Any = None) -> Any:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
 
     def waiting(x: Tensor) -> Tensor:
