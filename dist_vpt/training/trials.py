@@ -9,6 +9,7 @@ one's gradient is exactly its own. Trials of equal shapes are computed and updat
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ class UnreadTrials:
     trials: list[Trial]  # whose step it was
     numbers: HostCopy  # gradient norm of each, loss of each, correct answers of each; images, and their weight
     scales: bool  # gradients, as in fp16
+    late: bool  # the numbers end with FLAGS
 
 
 class StepInputs(NamedTuple):
@@ -123,7 +125,12 @@ class TrialGroup(Training):
 
     def count_step(self, unread: UnreadTrials) -> None:
         """Read a step, count it in each trial that has not diverged, and report the progress (``dist-vpt status``)."""
-        *found, images, weight = unread.numbers.read()
+        with self.accelerator.status.in_collective() if unread.late else nullcontext():
+            numbers = unread.numbers.read()
+        if unread.late:
+            *numbers, failed, stopped = numbers
+            self.agreement.reached(self.accelerator, self.stop, failed, stopped)
+        *found, images, weight = numbers
         for t, trial in enumerate(unread.trials):
             norm, loss, correct = found[t :: len(unread.trials)]
             _check_finite(trial, "loss", loss, unread.step)
@@ -202,7 +209,9 @@ def fit_trials(group: TrialGroup) -> None:
 def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     """Issue one optimizer step of every running trial on one global batch. A collective call."""
     stacks = group.restack()
-    micro_batches, weight = weigh_global_batch(group.accelerator, fetched, group.class_weights, group.stop)
+    micro_batches, weight = weigh_global_batch(
+        group.accelerator, fetched, group.class_weights, group.stop, agreement=group.agreement
+    )
     group.accelerator.status.set(f"step {group.step}", "training", limited=True)
     batches, weights = [batch for batch, _ in micro_batches], [weights_B for _, weights_B in micro_batches]
     inputs = StepInputs(batches, weights, weight, stacks[0].rate_factor(group.step, group.train.steps_per_epoch))
@@ -210,9 +219,10 @@ def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     sources = [[stack.seeded(group.step, rank, micro) for stack in stacks] for micro in range(len(batches))]
     used = [source.generator for of_stacks in sources for own in of_stacks for source in own or ()]
     graph = group.graph = group.graph or _graph_of(group, batches[0])
-    numbers = HostCopy(graph(partial(compute_step, group, sources), inputs, used))
+    numbers, flags = graph(partial(compute_step, group, sources), inputs, used), group.agreement.flags
+    copy = HostCopy(numbers if flags is None else torch.cat([numbers, flags]))
     running = [trial for stack in stacks for trial in stack.trials]
-    group.unread.append(UnreadTrials(group.step, running, numbers, scales=stacks[0].scales))
+    group.unread.append(UnreadTrials(group.step, running, copy, scales=stacks[0].scales, late=flags is not None))
 
 
 def compute_step(group: TrialGroup, all_sources: Sequence[Sequence[Sources]], inputs: StepInputs) -> Tensor:
