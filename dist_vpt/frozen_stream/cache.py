@@ -38,7 +38,9 @@ class StreamCache:
 
     def rows(self, index_B: Tensor) -> StreamOutput:
         """The same as they are kept, in 8 bits Packed ones; to be copied to a GPU, in pinned memory."""
-        index_B = index_B.to(self.kept.pooled.device)
+        device = self.kept.pooled.device
+        # From pinned memory: a copy from any other would be waited for, and with it the step that the GPU computes.
+        index_B = index_B.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index_B.to(device)
 
         def pinned(found: Tensor) -> Tensor:
             return found.pin_memory() if found.device.type == "cpu" and torch.cuda.is_initialized() else found

@@ -10,6 +10,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,10 @@ from dist_vpt.frozen_stream.prefetch import side_stream
 
 # Steps of a shape before it is captured, as make_graphed_callables takes: libraries set themselves up in the first.
 WARM_UP = 3
+
+
+# The allocator may ask a graph whose capture could not be ended which memory it has, as long as the process lives.
+NOT_ENDED: list[torch.cuda.CUDAGraph] = []
 
 
 class Capture(Protocol):
@@ -81,22 +86,31 @@ class StepGraph:
             return capture.made
         count = self._rehearsed[shapes] = self._rehearsed.get(shapes, 0) + 1
         if count <= WARM_UP:
-            made, waited = recorder.rehearse(lambda: step(inputs))
+            made, waited = recorder.rehearse(partial(step, inputs))
             if waited and count == WARM_UP:  # what is set up in the first ones may have to
                 self._give_up("it waits for the GPU")
             return made
         own = tree_map(torch.clone, inputs)
+        if not self._capture(recorder, partial(step, own), sources, shapes, own):
+            return step(inputs)
+        _, capture = self._captures[shapes]
+        capture.replay()
+        return capture.made
+
+    def _capture(
+        self, recorder: Recorder, step: Callable[[], Tensor], sources: Sequence[torch.Generator], shapes: Any, own: Any
+    ) -> bool:
+        """Whether that was possible."""
+        _, beside = next(iter(self._captures.values()), (None, None))
         try:
-            _, beside = next(iter(self._captures.values()), (None, None))
-            capture = recorder.capture(lambda: step(own), sources, beside)
+            capture = recorder.capture(step, sources, beside)
         except RuntimeError as error:  # torch's errors, and those of CUDA
             self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
-            return step(inputs)
+            return False
         if not self._captures:
             self._report("")
         self._captures[shapes] = own, capture
-        capture.replay()
-        return capture.made
+        return True
 
     def _give_up(self, reason: str) -> None:
         self._recorder = None
@@ -109,7 +123,6 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self._stream = side_stream(device, "steps")
-        self._failed: list[torch.cuda.CUDAGraph] = []  # the allocator may still ask them for memory
 
     def rehearse(self, step: Callable[[], Tensor]) -> tuple[Tensor, bool]:
         current, before = torch.cuda.current_stream(self._stream.device), torch.cuda.get_sync_debug_mode()
@@ -134,6 +147,7 @@ class CudaRecorder:
         graph, pool = torch.cuda.CUDAGraph(), None if beside is None else beside.graph.pool()
         for source in sources:
             graph.register_generator_state(source)
+        inside = False
         try:
             # The outer context restores the stream where the inner one fails. Another thread copies the next rows
             # meanwhile: what it does is no error ("thread_local").
@@ -141,9 +155,12 @@ class CudaRecorder:
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
+                inside = True
                 made = step()
-        except RuntimeError:
-            self._failed.append(graph)
+                inside = False
+        except RuntimeError as error:
+            if not inside or error.__context__ is not None:  # raised as the capture was ended
+                NOT_ENDED.append(graph)
             raise
         return CudaCapture(graph, made)
 

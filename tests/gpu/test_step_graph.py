@@ -159,10 +159,9 @@ def test_a_replayed_step_is_one_launch(tmp_path: Path) -> None:
         for _ in range(WARM_UP + 2):
             group.take_step(next(batches))
             group.read_steps(but=1)
-        fetched = next(batches)
         torch.cuda.synchronize()
         with launches() as found:
-            group.take_step(fetched)
+            group.take_step(next(batches))
         counted[captured] = found
         group.read_steps()
         group.close()
