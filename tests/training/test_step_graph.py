@@ -1,6 +1,8 @@
 """Steps of trials that are captured and replayed are the steps that are not; with a tape in place of a CUDA graph."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from dist_vpt.methods.linear import Linear
 from dist_vpt.methods.mlp import MLP
 from dist_vpt.runs.adapters import collect
 from dist_vpt.training import step_graph, trials
-from dist_vpt.training.step_graph import WARM_UP, StepGraph
+from dist_vpt.training.step_graph import WARM_UP, CudaRecorder, StepGraph
 from dist_vpt.training.trials import TrialGroup, fit_trials
 from tests.training.tape import TapeRecorder
 from tests.training.test_reads import make_group
@@ -194,3 +196,111 @@ def test_a_number_that_python_computes_is_a_constant_of_the_capture() -> None:
     graph, numbers = StepGraph(TapeRecorder(), lambda _: None), iter(range(10))
     found = [float(graph(lambda x: x + next(numbers), torch.ones(()), [])) for _ in range(WARM_UP + 3)]
     assert found == [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
+
+
+class FakeCuda:
+    """The calls of torch.cuda that a recorder makes, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls: list[str] = []
+        self.stream, self.ends = "main", True
+        outer = self
+
+        class Stream:
+            device = torch.device("cuda", 0)
+
+            def __init__(self, name: str):
+                self.name = name
+
+            def wait_stream(self, other: "Stream") -> None:
+                outer.calls.append(f"{self.name} waits for {other.name}")
+
+        class Graph:
+            def register_generator_state(self, source: torch.Generator) -> None:
+                outer.calls.append("register")
+
+            def pool(self) -> str:
+                return "its pool"
+
+            def replay(self) -> None:
+                outer.calls.append("replay")
+
+        @contextmanager
+        def use(stream: Stream) -> Iterator[None]:
+            outer.stream, before = stream.name, outer.stream
+            try:
+                yield
+            finally:
+                outer.stream = before
+
+        @contextmanager
+        def graph(graph: Graph, *, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+            outer.calls.append(f"capture on {stream.name} in {pool}, {capture_error_mode}")
+            try:
+                yield
+            finally:
+                if not outer.ends:
+                    raise RuntimeError("capture invalidated")
+
+        monkeypatch.setattr(step_graph, "side_stream", lambda device, use: Stream(use))
+        monkeypatch.setattr(step_graph, "NOT_ENDED", [])
+        for name, fake in {
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "stream": use,
+            "current_stream": lambda device: Stream("main"),
+            "get_sync_debug_mode": lambda: 0,
+            "set_sync_debug_mode": lambda mode: self.calls.append(f"sync debug {mode}"),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step(self) -> Tensor:
+        self.calls.append(f"step on {self.stream}")
+        return torch.ones(())
+
+
+def test_the_calls_that_make_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearsed between waits of the streams for each other; random sources are known before a capture begins."""
+    cuda = FakeCuda(monkeypatch)
+    recorder = CudaRecorder(torch.device("cuda", 0))
+    made, waited = recorder.rehearse(cuda.step)
+    assert (float(made), waited) == (1.0, False)
+    rehearsed = ["steps waits for main", "sync debug warn", "step on steps", "sync debug 0", "main waits for steps"]
+    assert cuda.calls == rehearsed
+    cuda.calls.clear()
+    first = recorder.capture(cuda.step, [torch.Generator()])
+    first.replay()
+    assert cuda.calls == ["register", "capture on steps in None, thread_local", "step on steps", "replay"]
+    cuda.calls.clear()
+    recorder.capture(cuda.step, [], first)
+    assert cuda.calls == ["capture on steps in its pool, thread_local", "step on steps"]
+
+
+def test_what_a_rehearsed_step_warns_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it waits is noted, and its other warnings reach the user."""
+    FakeCuda(monkeypatch)
+    recorder = CudaRecorder(torch.device("cuda", 0))
+
+    def step() -> Tensor:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        warnings.warn("a method of one's own warns", stacklevel=2)
+        return torch.ones(())
+
+    with pytest.warns(UserWarning, match="of one's own") as caught:
+        assert recorder.rehearse(step)[1]
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_graph_whose_capture_could_not_be_ended_is_kept(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's allocator still has its address then; another one gives its memory back."""
+    cuda = FakeCuda(monkeypatch)
+    cuda.ends = ends
+
+    def step() -> Tensor:
+        raise RuntimeError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory" if ends else "invalidated"):
+        CudaRecorder(torch.device("cuda", 0)).capture(step, [])
+    assert len(step_graph.NOT_ENDED) == (0 if ends else 1)
+    assert cuda.stream == "main"
