@@ -197,7 +197,6 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_is() -> None:
         for _ in range(WARM_UP + 3):
             assert graph(step, x, []).tolist() == [4.0] * 4
     assert lines[0] == "it waits for the GPU"
-    assert "out of memory" in lines[1]
     assert len(lines) == 2
     torch.cuda.synchronize()
     assert torch.randn(3, device="cuda").isfinite().all()
