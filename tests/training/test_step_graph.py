@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from dist_vpt.errors import Interrupted
+from dist_vpt.methods.base import Reader
 from dist_vpt.methods.linear import Linear
 from dist_vpt.methods.mlp import MLP
 from dist_vpt.runs.adapters import collect
 from dist_vpt.training import step_graph, trials
 from dist_vpt.training.step_graph import WARM_UP, CudaRecorder, StepGraph
+from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, fit_trials
 from tests.training.tape import TapeRecorder
 from tests.training.test_reads import make_group
@@ -162,6 +164,32 @@ def test_why_steps_are_not_captured(tmp_path: Path, data: tuple[str, ...], recor
     assert not recorder.captures
     assert MLP.one_by_one()
     assert not Linear.one_by_one()
+
+
+class OfOnesOwn(Reader):
+    """Whose dropout has no rate in the recipe."""
+
+    def __init__(self, backbone: Any):
+        super().__init__(backbone, 4, torch.float32, head="standardized")
+        self.before = torch.nn.Dropout(0.5)
+
+    def read(self, stream: Any) -> Tensor:
+        return self.classify(self.before(stream.pooled))
+
+
+def test_dropout_layers_are_seeded_whatever_their_rate_is_called(recorder: TapeRecorder) -> None:
+    """A trial draws the same in whatever state torch's own source is, as after resuming; so that none is replayed."""
+    losses = []
+    for state in (1, 2):
+        torch.manual_seed(0)
+        group, batch = make_group()
+        group.trials = [Trial(each.recipe, OfOnesOwn(each.reader.backbone).train()) for each in group.trials]
+        torch.manual_seed(state)
+        for _ in range(WARM_UP + 2):
+            group.take_step([batch])
+        losses.append([unread.numbers.read() for unread in group.unread])
+    assert losses[0] == losses[1]
+    assert not recorder.captures
 
 
 def test_what_waits_or_fails_is_not_captured() -> None:
