@@ -27,8 +27,10 @@ class Packed(NamedTuple):
 
     def unpack(self) -> Tensor:
         """The tensor, [n, X, D], on the device of its parts."""
-        values = self.values if self.values.dtype == torch.int8 else self.values.view(torch.float8_e4m3fn)
-        return (values.float() * self.scale).to(self.dtype)
+        values, device = self.values, self.values.device
+        if values.dtype != torch.int8:  # MPS has no float8
+            values = (values.cpu() if device.type == "mps" else values).view(torch.float8_e4m3fn)
+        return (values.float().to(device) * self.scale).to(self.dtype)
 
 
 def pack(rows: Tensor, dtype: StreamDtype) -> tuple[Tensor, Tensor]:

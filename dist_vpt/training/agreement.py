@@ -39,10 +39,11 @@ class Agreement:
         """Whether the flags of the next step are read after it has been issued: all but those of the first one."""
         return self._like is not None and reads_late(accelerator)
 
-    def batches(self, fetched: list[Batch] | DataError) -> list[Batch]:
-        """This process's micro-batches: in place of an error images of no weight, where the shapes are known."""
+    def batches(self, accelerator: RankAccelerator, fetched: list[Batch] | DataError) -> list[Batch]:
+        """This process's micro-batches; in place of an error none, or late images of no weight, of shapes of before."""
         if not isinstance(fetched, DataError):
-            self._like = tree_map(lambda tensor: torch.empty_like(tensor, device="meta"), fetched)
+            if reads_late(accelerator):
+                self._like = tree_map(lambda tensor: torch.empty_like(tensor, device="meta"), fetched)
             return fetched
         self.error = fetched
         empty = tree_map(lambda tensor: torch.zeros_like(tensor, device="cpu"), self._like or [])

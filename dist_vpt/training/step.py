@@ -68,9 +68,10 @@ def weigh_global_batch(
     which the device still computes. ``augment``: what is done to each there, given its index on the host, too.
     """
     failed, late = isinstance(fetched, DataError), agreement is not None and agreement.is_late(accelerator)
-    batches = [] if isinstance(fetched, DataError) else fetched
-    if agreement is not None and accelerator.num_processes > 1:
-        batches = agreement.batches(fetched)
+    if agreement is not None:
+        batches = agreement.batches(accelerator, fetched)
+    else:
+        batches = [] if isinstance(fetched, DataError) else fetched
     copies = [DeviceCopy(batch, accelerator.device, "batches") for batch in batches]
     on_device = [copy.arrived() for copy in copies]
     if augment is not None:

@@ -23,7 +23,7 @@ from dist_vpt.frozen_stream.prefetch import side_stream
 WARM_UP = 3
 
 
-# The allocator may ask a graph whose capture could not be ended which memory it has, as long as the process lives.
+# Torch may ask a graph whose capture could not be ended what it captures, as long as the process lives.
 NOT_ENDED: list[torch.cuda.CUDAGraph] = []
 
 
@@ -144,10 +144,9 @@ class CudaRecorder:
     def capture(
         self, step: Callable[[], Tensor], sources: Sequence[torch.Generator], beside: "CudaCapture | None" = None
     ) -> "CudaCapture":
-        graph, pool = torch.cuda.CUDAGraph(), None if beside is None else beside.graph.pool()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle() if beside is None else beside.pool
         for source in sources:
             graph.register_generator_state(source)
-        inside = False
         try:
             # The outer context restores the stream where the inner one fails. Another thread copies the next rows
             # meanwhile: what it does is no error ("thread_local").
@@ -155,21 +154,35 @@ class CudaRecorder:
                 torch.cuda.stream(self._stream),
                 torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
             ):
-                inside = True
                 made = step()
-                inside = False
         except RuntimeError as error:
-            if not inside or error.__context__ is not None:  # raised as the capture was ended
+            if _end_allocation(self._stream.device, pool):
                 NOT_ENDED.append(graph)
+                if error.__context__ is not None:  # what the step raised says more than that its capture has failed
+                    raise error.__context__ from None
             raise
-        return CudaCapture(graph, made)
+        return CudaCapture(graph, pool, made)
+
+
+def _end_allocation(device: torch.device, pool: Any) -> bool:
+    """Tell torch's allocator that a failed capture into this pool is over; whether it did not know that.
+
+    As long as a capture goes on it gives back no memory that several streams have used, as copied batches are.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # the capture was ended, or never begun
+        return False
+    torch._C._cuda_releasePool(device.index, pool)
+    return True
 
 
 class CudaCapture:
     """A CUDA graph and what it computes."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, made: Tensor):
-        self.graph, self.made = graph, made
+    def __init__(self, graph: torch.cuda.CUDAGraph, pool: Any, made: Tensor):
+        """``pool``: of the memory that it works on."""
+        self.graph, self.pool, self.made = graph, pool, made
 
     def replay(self) -> None:
         self.graph.replay()

@@ -54,6 +54,7 @@ class TrialStack:
         self.peak_lr_T = exact_numbers([each.optim.peak_lr(each.train.batch_size) for each in recipes], device)
         self.decay_T = exact_numbers([each.optim.weight_decay for each in recipes], device)
         self.sound_T = torch.ones(len(trials), dtype=torch.bool, device=device)  # false once a trial has diverged
+        self._draws = any(trial.draws for trial in trials)
         self._sources: dict[int, list[RandomSource]] = {}  # by micro-batch, the same in all steps
         self.decays = any(each.optim.weight_decay for each in recipes)
 
@@ -64,7 +65,7 @@ class TrialStack:
 
     def seeded(self, step: int, rank: int, micro: int) -> Sources:
         """The sources of the trials' random numbers for one micro-batch of a process; None where none draws any."""
-        if not any(trial.draws for trial in self.trials):
+        if not self._draws:
             return None
         if micro not in self._sources:
             device = self.state["steps"].device

@@ -6,11 +6,13 @@ Written by process 0 alone, whole or not at all.
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from dist_vpt.errors import RunFolderError
 from dist_vpt.files import write_atomically
@@ -40,8 +42,11 @@ class Trial:
 
     @property
     def draws(self) -> bool:
-        """Whether its reader draws random numbers in training."""
-        return getattr(self.recipe.method, "dropout", 0.0) > 0
+        """Whether its reader draws random numbers in training: by ``method.dropout`` or in torch's dropout layers."""
+        if getattr(self.recipe.method, "dropout", 0.0) > 0:
+            return True
+        own = [child.modules() for name, child in self.reader.named_children() if name != "backbone"]
+        return any(isinstance(module, _DropoutNd) and module.p > 0 for module in chain(*own))
 
     def __post_init__(self) -> None:
         self.state = self.state or _started(self.recipe, self.reader)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from dist_vpt.errors import Interrupted
+from dist_vpt.methods.base import Reader
 from dist_vpt.methods.linear import Linear
 from dist_vpt.methods.mlp import MLP
 from dist_vpt.runs.adapters import collect
 from dist_vpt.training import step_graph, trials
 from dist_vpt.training.step_graph import WARM_UP, CudaRecorder, StepGraph
+from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, fit_trials
 from tests.training.tape import TapeRecorder
 from tests.training.test_reads import make_group
@@ -164,6 +166,32 @@ def test_why_steps_are_not_captured(tmp_path: Path, data: tuple[str, ...], recor
     assert not Linear.one_by_one()
 
 
+class OfOnesOwn(Reader):
+    """Whose dropout has no rate in the recipe."""
+
+    def __init__(self, backbone: Any):
+        super().__init__(backbone, 4, torch.float32, head="standardized")
+        self.before = torch.nn.Dropout(0.5)
+
+    def read(self, stream: Any) -> Tensor:
+        return self.classify(self.before(stream.pooled))
+
+
+def test_dropout_layers_are_seeded_whatever_their_rate_is_called(recorder: TapeRecorder) -> None:
+    """A trial draws the same in whatever state torch's own source is, as after resuming; so that none is replayed."""
+    losses = []
+    for state in (1, 2):
+        torch.manual_seed(0)
+        group, batch = make_group()
+        group.trials = [Trial(each.recipe, OfOnesOwn(each.reader.backbone).train()) for each in group.trials]
+        torch.manual_seed(state)
+        for _ in range(WARM_UP + 2):
+            group.take_step([batch])
+        losses.append([unread.numbers.read() for unread in group.unread])
+    assert losses[0] == losses[1]
+    assert not recorder.captures
+
+
 def test_what_waits_or_fails_is_not_captured() -> None:
     """Later steps are called as they are; what was wrong is reported once."""
     lines: list[str] = []
@@ -204,6 +232,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.calls: list[str] = []
         self.stream, self.ends = "main", True
+        self.underway: list[str] = []  # pools that the allocator takes for those of a capture
         outer = self
 
         class Stream:
@@ -219,9 +248,6 @@ class FakeCuda:
             def register_generator_state(self, source: torch.Generator) -> None:
                 outer.calls.append("register")
 
-            def pool(self) -> str:
-                return "its pool"
-
             def replay(self) -> None:
                 outer.calls.append("replay")
 
@@ -236,23 +262,33 @@ class FakeCuda:
         @contextmanager
         def graph(graph: Graph, *, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
             outer.calls.append(f"capture on {stream.name} in {pool}, {capture_error_mode}")
+            outer.underway.append(pool)
             try:
                 yield
             finally:
                 if not outer.ends:
                     raise RuntimeError("capture invalidated")
+                outer.underway.remove(pool)
+
+        def end(device: int, pool: str) -> None:
+            if pool not in outer.underway:
+                raise RuntimeError("not currently recording")
+            outer.underway.remove(pool)
 
         monkeypatch.setattr(step_graph, "side_stream", lambda device, use: Stream(use))
         monkeypatch.setattr(step_graph, "NOT_ENDED", [])
         for name, fake in {
             "CUDAGraph": Graph,
             "graph": graph,
+            "graph_pool_handle": lambda: "a new pool",
             "stream": use,
             "current_stream": lambda device: Stream("main"),
             "get_sync_debug_mode": lambda: 0,
             "set_sync_debug_mode": lambda mode: self.calls.append(f"sync debug {mode}"),
         }.items():
             monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda _, pool: self.calls.append(f"release {pool}"))
 
     def step(self) -> Tensor:
         self.calls.append(f"step on {self.stream}")
@@ -270,10 +306,10 @@ def test_the_calls_that_make_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> No
     cuda.calls.clear()
     first = recorder.capture(cuda.step, [torch.Generator()])
     first.replay()
-    assert cuda.calls == ["register", "capture on steps in None, thread_local", "step on steps", "replay"]
+    assert cuda.calls == ["register", "capture on steps in a new pool, thread_local", "step on steps", "replay"]
     cuda.calls.clear()
     recorder.capture(cuda.step, [], first)
-    assert cuda.calls == ["capture on steps in its pool, thread_local", "step on steps"]
+    assert cuda.calls == ["capture on steps in a new pool, thread_local", "step on steps"]
 
 
 def test_what_a_rehearsed_step_warns_of(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,15 +328,17 @@ def test_what_a_rehearsed_step_warns_of(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_a_graph_whose_capture_could_not_be_ended_is_kept(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's allocator still has its address then; another one gives its memory back."""
+def test_a_capture_that_could_not_be_ended(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch still has its graph's address, and would take it for underway; another one it gives back itself."""
     cuda = FakeCuda(monkeypatch)
     cuda.ends = ends
 
     def step() -> Tensor:
         raise RuntimeError("CUDA out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory" if ends else "invalidated"):
+    with pytest.raises(RuntimeError, match="out of memory"):
         CudaRecorder(torch.device("cuda", 0)).capture(step, [])
     assert len(step_graph.NOT_ENDED) == (0 if ends else 1)
+    assert cuda.calls[1:] == ([] if ends else ["release a new pool"])
+    assert not cuda.underway
     assert cuda.stream == "main"
