@@ -1,33 +1,45 @@
-"""Each method's default settings beside the learning rates of its published grid, scored on val after the last epoch.
+"""Each method's default settings beside the best of its published grid, scored on val after the last epoch.
 
-    python benchmarks/defaults.py OUT --methods linear vpt_deep lora --rates 2.5 0.5 0.05 -- dinov2_s14 vtab_folder ...
+    python benchmarks/defaults.py OUT --methods linear vqt vpt_deep -- base data.task=digits               # whole grids
+    python benchmarks/defaults.py OUT --methods lora --weight-decays 1e-4 -- dinov2_s14 vtab_folder ...    # all rates
     python benchmarks/defaults.py OUT --methods linear --scale 10 -- base data.task=digits   # ten times the features
     python benchmarks/defaults.py OUT --counting -- dinov2_s14 data.image_size=56            # a task made by formula
 
-Every run is a folder below OUT; a second call with the same OUT trains only what is missing. --rates are taken instead
-of the whole published grid where time is short, always with weight decay 1e-4. --scale trains on a copy of the backbone
-whose tokens and features are larger by this factor, and which computes the same otherwise. --counting is a task:
-count 1 to 6 discs.
+The trials of a grid are a sweep's: a reader's are trained together, a writer's one after the other, with
+sweep.search=halving in rungs. A second call with the same OUT trains only what is missing. Where time is short, --rates
+and --weight-decays are taken alone out of those of the grid. --scale trains on a copy of the backbone whose tokens and
+features are larger by this factor, and which computes the same otherwise. --counting is a task: count 1 to 6 discs.
 """
 
 import argparse
 import io
 import json
 import platform
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from rich.console import Console
 from safetensors.torch import save_file
 
 from dist_vpt.backbones.build import build
+from dist_vpt.distributed.launch_env import LaunchEnv
+from dist_vpt.distributed.rank_status import RankStatus
+from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.errors import Diverged
 from dist_vpt.experiments.run import run
+from dist_vpt.experiments.rungs import Rungs
+from dist_vpt.experiments.sweep_grid import SweepJob, setting_text
+from dist_vpt.experiments.sweep_worker import Worker
 from dist_vpt.recipe.loading import load_recipe, split_arguments
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.runtime.precision import resolve_precision
+from dist_vpt.training.accelerator import leave_accelerate_as_it_is
 from dist_vpt.training.inputs import resolve_inputs
 
 TRAIN, VAL, SIDE = 800, 400, 96
@@ -38,9 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--methods", nargs="+", default=["linear"], help="names of method recipes")
-    parser.add_argument(
-        "--rates", nargs="+", type=float, help="learning rates of the published grid to try; default: all"
-    )
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to try; default: all of the grid")
+    parser.add_argument("--weight-decays", nargs="+", type=float, help="likewise")
     parser.add_argument("--defaults-only", action="store_true", help="train no published setting")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the backbone's tokens and features")
     parser.add_argument("--counting", action="store_true", help="the task made by formula, written to OUT/counting")
@@ -54,25 +65,58 @@ def main() -> None:
     if arguments.scale != 1:
         shared.append(f"backbone.weights={write_scaled(arguments.out, shared, arguments.scale)}")
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    narrow = {"lr": arguments.rates, "weight_decay": arguments.weight_decays}
     for method in arguments.methods:
-        print(line_of(arguments.out, method, shared, arguments.rates, only=arguments.defaults_only), flush=True)
+        line = default_line(arguments.out / method, method, shared)
+        if not arguments.defaults_only:
+            line += grid_line(arguments.out / method, method, shared, narrow)
+        print(f"{method:12} {line}", flush=True)
 
 
-def line_of(out: Path, method: str, shared: Sequence[str], rates: Sequence[float] | None, *, only: bool) -> str:
-    """The scores of one method: its default, and (unless ``only``) the best of its published learning rates."""
-    default = score(out / method / "default", [*shared, method])
-    line = f"{method:12} default {default['top1']:.1f} (loss {default['loss']:.2f})"
-    if only:
-        return line
-    published = load_recipe(*split_arguments([*shared, method, "protocol=published"]))
-    scores = {
-        lr: score(out / method / f"published-{lr:g}", [*shared, method, "protocol=published", f"optim.lr={lr}"])
-        for lr in (rates or published.sweep.grid["optim"]["lr"])
-    }
-    best = max(scores, key=lambda lr: scores[lr]["top1"])
-    found = ", ".join(f"{lr:g}: {each['top1']:.1f}" for lr, each in scores.items())
-    difference = default["top1"] - scores[best]["top1"]
-    return f"{line}, published best {scores[best]['top1']:.1f} at lr {best:g}, difference {difference:+.1f}  [{found}]"
+def default_line(out: Path, method: str, shared: Sequence[str]) -> str:
+    """The scores of a method's default."""
+    default = score(out / "default", [*shared, method])
+    return f"default {default['top1']:.1f} (loss {default['loss']:.2f})"
+
+
+def grid_line(out: Path, method: str, shared: Sequence[str], narrow: Mapping[str, Sequence[float] | None]) -> str:
+    """The best of a method's published grid and, for each learning rate, the best of its weight decays."""
+    outcomes = train_grid(out / "published", [*shared, method, "protocol=published"], narrow)
+    found = [(0.0 if each["diverged"] else each["last"]["val"]["top1"], each["setting"]) for each in outcomes]
+    best, setting = max(found, key=itemgetter(0))  # of equal ones the first
+    by_rate: dict[float, float] = {}
+    for top1, each in found:
+        by_rate[each["optim.lr"]] = max(top1, by_rate.get(each["optim.lr"], 0.0))
+    default = json.loads((out / "default/scores.json").read_text())["top1"]
+    return (
+        f", published best {best:.1f} of {len(found)} at {setting_text(setting)}, difference {default - best:+.1f}  "
+        f"[{', '.join(f'{lr:g}: {top1:.1f}' for lr, top1 in by_rate.items())}]"
+    )
+
+
+def train_grid(
+    folder: Path, recipe: Sequence[str], narrow: Mapping[str, Sequence[float] | None]
+) -> list[dict[str, Any]]:
+    """Train what is missing of a recipe's grid, as a sweep does; what a sweep keeps of each trial of the last rung.
+
+    ``narrow``: keys of ``optim`` and the values to try alone; None: all. A trial keeps its place in the whole grid.
+    """
+    names, overrides = split_arguments([*recipe, *KEPT, f"run.dir={folder}"])
+    resolved, _ = resolve_precision(load_recipe(names, overrides))
+    rungs, launch = Rungs(resolved, folder), LaunchEnv.current()
+    folder.mkdir(parents=True, exist_ok=True)
+    with StopSignal() as stop, ExitStack() as stack, redirect_stdout(io.StringIO()):
+        leave_accelerate_as_it_is(stack)
+        worker = Worker(resolved, RunFolder(folder), 0, 1, stop, Console(file=io.StringIO()), launch, RankStatus())
+        while jobs := rungs.next():
+            kept = [job for job in jobs if is_of(job, narrow)]
+            worker.work(kept)
+            rungs.add(kept, worker.wait_for(kept))
+        return rungs.done[-1].outcomes
+
+
+def is_of(job: SweepJob, narrow: Mapping[str, Sequence[float] | None]) -> bool:
+    return all(not values or job.setting[f"optim.{key}"] in values for key, values in narrow.items())
 
 
 def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """benchmarks/defaults.py: the larger copy of a backbone, the task made by formula, and a line of the table."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -47,12 +48,32 @@ def test_discs_are_counted(benchmark: ModuleType, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
-def test_a_line_compares_and_trains_nothing_twice(benchmark: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["linear", "cls"])
+def test_a_line_compares_and_trains_nothing_twice(benchmark: ModuleType, tmp_path: Path, method: str) -> None:
     small = [word for word in TINY if not word.startswith(("protocol", "optim"))]
     shared = ["base", *few_digits(tmp_path / "data"), *small]
-    line = benchmark.line_of(tmp_path, "linear", shared, [0.5], only=False)
-    assert line.startswith("linear       default ")
-    assert "published best" in line
-    written = (tmp_path / "linear/default/result.json").stat().st_mtime_ns
-    assert benchmark.line_of(tmp_path, "linear", shared, [0.5], only=True) == line.partition(", published")[0]
-    assert (tmp_path / "linear/default/result.json").stat().st_mtime_ns == written
+    default = benchmark.default_line(tmp_path, method, shared)
+    narrow = {"lr": [0.5, 1.0], "weight_decay": [0.0]}
+    line = benchmark.grid_line(tmp_path, method, shared, narrow)
+    assert "of 2 at optim.lr=" in line
+    assert line.count(", difference ") == 1
+    outcomes = sorted((tmp_path / "published/trials").glob("*.json"))
+    settings = [json.loads(path.read_text())["setting"] for path in outcomes]
+    assert sorted(setting["optim.lr"] for setting in settings) == [0.5, 1.0]
+    assert {setting["optim.weight_decay"] for setting in settings} == {0.0}
+
+    written = [path.stat().st_mtime_ns for path in (tmp_path / "default/result.json", *outcomes)]
+    assert benchmark.default_line(tmp_path, method, shared) == default
+    assert benchmark.grid_line(tmp_path, method, shared, narrow) == line
+    wider = benchmark.grid_line(tmp_path, method, shared, {"lr": [0.5, 1.0], "weight_decay": [0.0, 0.01]})
+    assert "of 4 at" in wider
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "default/result.json", *outcomes)] == written
+
+
+@pytest.mark.slow
+def test_halving_scores_the_last_rung(benchmark: ModuleType, tmp_path: Path) -> None:
+    small = [word for word in TINY if not word.startswith(("protocol", "optim"))]
+    halving = ["train.epochs=4", "sweep.search=halving", "sweep.min_epochs=1"]
+    shared = ["base", *few_digits(tmp_path / "data"), *small, *halving]
+    benchmark.default_line(tmp_path, "linear", shared)
+    assert "of 5 at optim.lr=" in benchmark.grid_line(tmp_path, "linear", shared, {})  # of 20
