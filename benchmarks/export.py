@@ -17,7 +17,7 @@ on the CPU with as many threads as torch has. A row has:
 - ``difference``: of a logit in float32, at most, and ``difference_int8``.
 
 Each backbone has one JSON file in ``--out``, which grows row by row: what it has already is not measured again. The
-last lines of the output are the table of docs/deploy.md.
+last lines of the output are a table of all rows that the file has.
 """
 
 import argparse

@@ -75,6 +75,7 @@ from dist_vpt.training.accelerator import make_accelerator
 from dist_vpt.training.components import DTYPES, build_method, build_reader
 from dist_vpt.training.inputs import resolve_inputs
 from dist_vpt.training.optim import build_optimizer, set_lr
+from dist_vpt.training.step_graph import WARM_UP
 from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, step_trials
 
@@ -223,7 +224,7 @@ class Bench:
             class_weights=torch.ones(cast(nn.Linear, readers[0].head).out_features, device=self.accelerator.device),
             stop=StopSignal(),  # never entered: signals keep their meaning
             state=nowhere,
-            show=nowhere,
+            show=print,
         )
         draw = random_batches(kept, batch)
 
@@ -234,6 +235,8 @@ class Bench:
 
         step()  # puts the trials' tensors into stacks
         saved = saved_for_backward(nn.ModuleList(readers), step)
+        for _ in range(WARM_UP if self.accelerator.device.type == "cuda" else 0):
+            step()  # from then on it is replayed, where it can be
         return Way(step, batch * len(trials), saved / MIB / batch / len(trials), read_bytes)
 
 

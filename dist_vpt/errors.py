@@ -23,6 +23,13 @@ class DataError(UserError):
     """A file, label, split or image that breaks the rules of its storage format."""
 
 
+class SourceUnavailable(DataError):
+    """Data that cannot be fetched, or a file under an address that has changed: the fault of no single image.
+
+    So ``data.on_decode_error: skip`` does not pass over it.
+    """
+
+
 class WeightsError(UserError):
     """Weights that are missing, unreadable or of another architecture."""
 

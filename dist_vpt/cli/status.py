@@ -21,11 +21,7 @@ def status(folders: Sequence[str], *, as_json: bool = False, watch: float | None
         raise UserError(f"--watch {watch:g}: must be above 0 seconds")
     wrong = [folder for folder in folders if not Path(folder).is_dir()]
     if wrong:
-        raise UserError(
-            "\n  ".join(
-                f"{folder}: there is no such folder; name one that train, sweep or suite writes to" for folder in wrong
-            )
-        )
+        raise UserError("\n  ".join(f"{folder}: {_reason(folder)}" for folder in wrong))
     if watch is None:
         _show(folders, as_json)
         return
@@ -33,6 +29,13 @@ def status(folders: Sequence[str], *, as_json: bool = False, watch: float | None
         _watch(folders, as_json, watch)
     except KeyboardInterrupt:
         return
+
+
+def _reason(folder: str) -> str:
+    """Why a folder has no status, with the fix."""
+    if folder.startswith("hub:"):
+        return "is a run on the hub, which is finished; name a folder that train, sweep or suite writes to"
+    return "there is no such folder; name one that train, sweep or suite writes to"
 
 
 def _all(folders: Sequence[str]) -> list[RunStatus]:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from dist_vpt.data.addresses import is_address, shown
+from dist_vpt.data.config_hf import HfConfig
 from dist_vpt.data.config_table import TableConfig
 from dist_vpt.data.config_webdataset import WebDatasetConfig
 from dist_vpt.data.tasks import (
@@ -73,24 +75,6 @@ def _policy(value: str) -> str:
 RandAugment = Annotated[str, AfterValidator(_policy), Field(json_schema_extra={"pattern": RAND_AUGMENT.pattern})]
 
 
-class HfConfig(BaseModel):
-    """Settings of Hugging Face datasets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    config: str | None = Field(default=None, description="configuration (subset) of a hub dataset; null: its default")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub dataset; null: its newest")
-    image: str | None = Field(
-        default=None, description="column of the images; null: the only Image column, or the only one of encoded images"
-    )
-    label: str | None = Field(default=None, description="column of the labels; null: the only ClassLabel column")
-    splits: dict[Literal["train", "val", "test"], str] = Field(
-        default_factory=dict,
-        description="split -> split of the dataset, e.g. {train: 'train[:90%]', val: 'train[90%:]'}; null: "
-        "train, validation and test",
-    )
-
-
 class DataConfig(BaseModel):
     """A task, its storage and the transform of its images."""
 
@@ -106,7 +90,8 @@ class DataConfig(BaseModel):
     root: str | None = Field(
         default=None,
         description="folder of the dataset, or the folder with the datasets of known tasks, relative to the working "
-        "directory; hf: a folder or a hub id; table: the file, or the folder with one or with one for each split",
+        "directory; hf: a folder or a hub id; table: the file, or the folder with one or with one for each split; "
+        "webdataset, and hf with streaming: also an address (https://, hf://, s3://, ...)",
     )
     train_on: Literal["train", "trainval"] = Field(default="train", description="the split that is trained on")
     fraction: float = Field(
@@ -232,6 +217,20 @@ class DataConfig(BaseModel):
         "-Sketch (of ImageNet-C: CORRUPTION/SEVERITY/CLASS): extra test sets, scored once where test is, among the "
         "classes that they have",
     )
+    streaming: bool = Field(
+        default=False,
+        description="hf: read Parquet files where they are, a row group at a time, in place of downloading the "
+        "dataset; WebDataset shards behind addresses are streamed without it",
+    )
+    streaming_disk_gib: float = Field(
+        default=20.0,
+        gt=0,
+        description="streamed data: GiB of the cache folder's disk that fetched pieces take at most, for all processes "
+        "of a machine together",
+    )
+    streaming_shuffle: int = Field(
+        default=10_000, ge=1, description="streamed data: images of train that are shuffled with each other"
+    )
     max_megapixels: float = Field(default=178.0, gt=0, description="largest image that is decoded, in million pixels")
     hf: HfConfig = Field(default=HfConfig(), description="settings of Hugging Face datasets")
     table: TableConfig = Field(default=TableConfig(), description="settings of tables of image paths and labels")
@@ -258,6 +257,11 @@ class DataConfig(BaseModel):
     def step_score(self) -> str:
         """The score of a training step: of several labels an image the share of all yes and no that are right."""
         return STEP_SCORES[self.labels]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether images are fetched a piece at a time while they are trained on."""
+        return self.streaming or (self.stored == "webdataset" and is_address(self.root))
 
     @property
     def draws(self) -> bool:
@@ -320,6 +324,20 @@ class DataConfig(BaseModel):
             other = "label" if self.table.label else "separator"
             yield f"table.labels and table.{other}: a column for each class, or one for all labels; set either"
 
+    def _mistakes_of_streaming(self, storage: Format) -> Iterator[str]:
+        if self.streaming and storage != "hf":
+            other = "shards behind addresses are streamed without it" if storage == "webdataset" else "use hf"
+            yield f"streaming: only format 'hf' uses it and the format is {storage!r}; remove streaming ({other})"
+        if storage == "hf" and is_address(self.root) and not (self.streaming and self.hf.splits):
+            yield (
+                f"root {shown(str(self.root))!r}: Parquet files behind an address are streamed, named for each split; "
+                "set streaming=true and 'hf.splits={train: \"train-{00..09}.parquet\", ...}'"
+            )
+        for name in ("streaming_disk_gib", "streaming_shuffle"):
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and not self.streamed:
+                yield f"{name} {value}: nothing is streamed; set streaming=true (format hf), or remove {name}"
+
     def _mistakes_of_storage(self, storage: Format) -> Iterator[str]:
         if storage in EMBEDDED and self.root is not None:
             yield f"root {self.root!r}: {EMBEDDED[storage]}; remove root or set format"
@@ -338,6 +356,7 @@ class DataConfig(BaseModel):
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
         yield from self._mistakes_of_labels(storage)
+        yield from self._mistakes_of_streaming(storage)
         if storage != "table" and self.table != TableConfig():
             yield f"table: only format 'table' uses it and the format is {storage!r}; remove table or set format: table"
         if storage != "webdataset" and self.webdataset != WebDatasetConfig():

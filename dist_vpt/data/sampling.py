@@ -7,14 +7,24 @@ from typing import Literal
 
 import numpy as np
 
+from dist_vpt.data.pieces import in_windows, pieces_of
 from dist_vpt.data.splits import Split, shuffled
 
 Sampling = Literal["shuffle", "balanced"]
 
 
 def epoch_order(sampling: Sampling, split: Split, seed: int, epoch: int) -> np.ndarray:
-    """Positions in the split in the order of an epoch, int64 [n]: a pure function of labels, seed and epoch."""
-    return shuffled(len(split), seed, epoch) if sampling == "shuffle" else balanced(split.labels, seed, epoch)
+    """Positions in the split in the order of an epoch, int64 [n]: a pure function of labels, seed and epoch.
+
+    And of the pieces, where records are fetched together.
+    """
+    pieces = pieces_of(split.source)
+    if sampling == "balanced":
+        drawn = balanced(split.labels, seed, epoch)
+        return drawn if pieces is None else in_windows(pieces, drawn, seed, epoch, 1)  # another key than the draws'
+    if pieces is None:
+        return shuffled(len(split), seed, epoch)
+    return in_windows(pieces, np.arange(len(split)), seed, epoch)
 
 
 def balanced(labels: np.ndarray, *key: int) -> np.ndarray:

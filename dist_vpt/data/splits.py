@@ -14,6 +14,7 @@ from PIL import Image
 
 from dist_vpt.data.config import VAL_SHOTS, DataConfig
 from dist_vpt.data.labels import are_multiple, class_counts
+from dist_vpt.data.pieces import Pieces, pieces_of
 from dist_vpt.data.stratify import stratified_rows
 from dist_vpt.errors import DataError, nearest
 
@@ -143,6 +144,11 @@ class _Subset:
     def path(self, i: int) -> Path | None:
         return path_of(self.source, int(self.rows[i]))
 
+    @property
+    def pieces(self) -> Pieces | None:
+        found = pieces_of(self.source)
+        return None if found is None else found.subset(self.rows)
+
 
 @dataclass(frozen=True, eq=False)
 class _Concatenated:
@@ -167,6 +173,11 @@ class _Concatenated:
     def path(self, i: int) -> Path | None:
         split, i = self._at(i)
         return path_of(split.source, i)
+
+    @property
+    def pieces(self) -> Pieces | None:
+        first, second = pieces_of(self.first.source), pieces_of(self.second.source)
+        return None if first is None or second is None else first.join(second)
 
 
 def path_of(source: Source, i: int) -> Path | None:

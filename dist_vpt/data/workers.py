@@ -23,12 +23,14 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from dist_vpt.data.device_images import DeviceImages
 from dist_vpt.data.labels import batch_labels
+from dist_vpt.data.pieces import pieces_of
+from dist_vpt.data.read_ahead import reading_ahead
 from dist_vpt.data.splits import Picture, Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform, channels_first
 from dist_vpt.data.worker_memory import check_cache_memory, check_shared_memory
 from dist_vpt.distributed.signals import block_stop_signals
-from dist_vpt.errors import DataError
+from dist_vpt.errors import DataError, SourceUnavailable
 
 BadImages = Literal["fail", "skip"]
 
@@ -94,7 +96,7 @@ class ImageReader:
                 picture = self.split.read(int(i), self.max_megapixels)
                 pixels.append(self._fixed(picture, int(i)))
             except DataError as error:
-                if self.on_decode_error == "fail":
+                if self.on_decode_error == "fail" or isinstance(error, SourceUnavailable):
                     return error
                 unreadable.append(self.split.where(int(i)))
                 pixels.append(None)
@@ -187,6 +189,7 @@ class WorkerSource:
         self.skipped: set[str] = set()
         self._batches, self._largest, self._workers, self._cache = batches, largest, workers, cache
         self._needed, self._local_world = needed, local_world
+        self._pieces = pieces_of(batches.reader.split.source)
         self._pool = WorkerPool(batches, batches.reader, 0 if cache == "memory" else workers)
         self._pass = 0
         self._device, self._budget = torch.device("cpu"), 0.0
@@ -215,13 +218,16 @@ class WorkerSource:
             self._batches.slots = slots_Rb3SS.share_memory_()
         slots = [number % count if self._pool.workers else None for number in range(len(requests))]
         answers = self._pool([(*request, slot) for request, slot in zip(requests, slots, strict=True)])
-        for slot, (batch, unreadable) in zip(slots, answers, strict=False):
-            self.skipped.update(unreadable)
-            if slot is not None:
-                batch["images"] = self._batches.taken(slot, len(batch["index"]))
-            yield batch
-            if self._pass != this_pass:
-                raise RuntimeError("a later pass over these batches was started, which ended this one")
+        with reading_ahead(self._pieces, [index_b for _, index_b in requests]) as ahead:
+            for number, (slot, (batch, unreadable)) in enumerate(zip(slots, answers, strict=False)):
+                if ahead is not None:
+                    ahead.advance(number)
+                self.skipped.update(unreadable)
+                if slot is not None:
+                    batch["images"] = self._batches.taken(slot, len(batch["index"]))
+                yield batch
+                if self._pass != this_pass:
+                    raise RuntimeError("a later pass over these batches was started, which ended this one")
 
     def close(self) -> None:
         self._pool.close()
@@ -260,9 +266,12 @@ class WorkerSource:
         chunks = [self._needed[k : k + FILL_CHUNK] for k in range(0, len(self._needed), FILL_CHUNK)]
         pixels: dict[int, np.ndarray | None] = {}
         pool = WorkerPool(reader, reader, self._workers)
-        for chunk, (found, unreadable) in zip(chunks, pool(chunks), strict=True):
-            pixels.update(zip(chunk, found, strict=True))
-            self.skipped.update(unreadable)
+        with reading_ahead(self._pieces, [np.array(chunk) for chunk in chunks]) as ahead:
+            for number, (chunk, (found, unreadable)) in enumerate(zip(chunks, pool(chunks), strict=True)):
+                if ahead is not None:
+                    ahead.advance(number)
+                pixels.update(zip(chunk, found, strict=True))
+                self.skipped.update(unreadable)
         pool.close()
         return CachedImages(pixels, reader.final)
 

@@ -1,10 +1,38 @@
-"""Parameters that DeepSpeed has sharded, gathered for a moment."""
+"""Parameters that DeepSpeed has sharded: their shards, and how they are gathered for a moment."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def held(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: under ZeRO-3 its shard [ceil(numbers / processes)], or all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def held_part(parameter: Any, whole: Tensor, rank: int) -> Tensor:
+    """The part of a tensor as large as the whole parameter that process ``rank`` holds, shaped as ``held`` is.
+
+    All shards of a parameter have one length; what the last ones have more than the parameter is filled with zeros.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        return whole
+    size = parameter.ds_tensor.numel()
+    flat = F.pad(whole.flatten(), (0, max(0, size * (rank + 1) - whole.numel())))
+    return flat[size * rank : size * (rank + 1)]
+
+
+def release_gathered(parameters: Iterable[Any]) -> None:
+    """Let go of all weights that ZeRO-3 has gathered, so that what is written into shards is what is gathered next.
+
+    To be called once ZeRO-3 trains the parameters. Not a collective call: each is gathered when it is needed again.
+    """
+    owner = next((parameter._z3_optimizer for parameter in parameters if hasattr(parameter, "_z3_optimizer")), None)
+    if owner is not None:
+        owner.checkpoint_event_prologue()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import UserError
 from dist_vpt.experiments.early_checks import check_early
 from dist_vpt.files import read_json
+from dist_vpt.inference.hub import fetch, is_hub_id
 from dist_vpt.recipe.loading import recipe_of
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.folder import RunFolder
@@ -23,11 +24,11 @@ AnyRecipe = Recipe | str | Path | Mapping[str, Any] | Sequence[Any]
 
 
 class Run:
-    """A run's folder, finished or not."""
+    """A run's folder, finished or not; of ``hub:user/name`` a copy in the hub's cache, for reading."""
 
     def __init__(self, path: str | Path):
-        """Raises RunFolderError where the folder holds no run."""
-        folder = RunFolder(path)
+        """Raises RunFolderError where the folder holds no run, and UserError where the hub does not give one."""
+        folder = RunFolder(fetch(path) if isinstance(path, str) and is_hub_id(path) else path)
         self.path = folder.path
         self.recipe: Recipe = folder.load()
         folder.refuse_sweep()
@@ -39,7 +40,7 @@ class Run:
     @property
     def status(self) -> str:
         """``running``, ``done``, ``failed`` or ``interrupted``."""
-        return str(self._folder.status().get("status"))
+        return str(self._folder.status().get("status", "done"))  # a run that was shared has no run.json
 
     @property
     def result(self) -> dict[str, Any]:
@@ -54,11 +55,11 @@ class Run:
         lines = self._folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # another process may be writing the last
 
-    def load(self, adapters: str = "last", device: Any = None) -> "Tuned":
+    def load(self, adapters: str = "last", device: Any = None, weights: str | None = None) -> "Tuned":
         """What it has tuned; see ``dist_vpt.load``."""
         from dist_vpt.inference.saved import load
 
-        return load(self, adapters, device)
+        return load(self, adapters, device, weights)
 
 
 class Sweep:
@@ -105,7 +106,10 @@ def train(recipe: AnyRecipe, **overrides: Any) -> Run:
 
 
 def sweep(recipe: AnyRecipe, **overrides: Any) -> Sweep:
-    """Try a grid on val and test the best setting, as ``dist-vpt sweep`` does, or resume that; see ``train``."""
+    """Try a grid on val and test the best setting, as ``dist-vpt sweep`` does, or resume that; see ``train``.
+
+    It works on one process: for several, start ``accelerate launch -m dist_vpt sweep``.
+    """
     if LaunchEnv.current().world_size > 1:
         raise UserError(
             "dist_vpt.sweep: a Python program sweeps on one process; for several start "

@@ -31,10 +31,12 @@ from dist_vpt.experiments.compress_report import conclude
 from dist_vpt.experiments.compress_training import Mode, describe_source, train_fractions, write_run
 from dist_vpt.experiments.fixed_features import Source, fix_features
 from dist_vpt.files import raising_disk_full
+from dist_vpt.inference.hub import adapters_file, is_hub_id, open_run
 from dist_vpt.methods.config_readers import VQTConfig
 from dist_vpt.methods.vqt import VQT
+from dist_vpt.recipe.sharing import require_dataset, with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
-from dist_vpt.runs.folder import RESUME_HINT, RunFolder
+from dist_vpt.runs.folder import RESUME_HINT
 from dist_vpt.runtime.precision import resolve_precision
 from dist_vpt.training.accelerator import leave_accelerate_as_it_is, make_accelerator
 from dist_vpt.training.components import Components, build_components
@@ -48,8 +50,12 @@ def compress(  # noqa: PLR0917 (the options of the command)
     lasso: float = 1e-4,
     out: str | None = None,
     overrides: Sequence[str] = (),
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Compress a run to each fraction of ``keep`` that is not done yet; returns the content of MODE-curve.json.
+
+    ``run``: its folder, or ``hub:user/name``, whose smaller runs are written to ``compressed/`` here unless ``out``
+    names a folder. ``weights``: the file of the backbone's weights, where they are not where the recipe has them.
 
     Raises UserError for a run that is not VQT's, for adapters, data or fractions that do not fit, and where a folder
     holds another compression; RunFailed for a loss that is not finite and for a full disk; Interrupted after SIGTERM or
@@ -61,7 +67,7 @@ def compress(  # noqa: PLR0917 (the options of the command)
     launch = LaunchEnv.current()
     if launch.world_size > 1:
         raise UserError("compress: works on one process; start it without accelerate launch")
-    source, parts, method = open_source(run, adapters, overrides)
+    source, parts, method = open_source(run, adapters, overrides, weights)
     folder = _output_folder(run, out)
     made_of = {"mode": mode, "lasso": lasso, "sha256": hashlib.sha256(source.adapters.read_bytes()).hexdigest()}
     fraction_of = partial(make_fraction, source.recipe, method.all_features, folder, made_of)
@@ -94,18 +100,21 @@ def compress(  # noqa: PLR0917 (the options of the command)
 
 
 def _output_folder(run: str, out: str | None) -> Path:
-    folder = Path(out) if out is not None else Path(run) / "compressed"
+    default = Path("compressed") if is_hub_id(run) else Path(run) / "compressed"
+    folder = Path(out) if out is not None else default
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"--out {folder}: {existing} is a file; name a folder")
     return folder
 
 
-def open_source(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Source, Components, VQT]:
+def open_source(
+    run: str, adapters: str, overrides: Sequence[str], weights: str | None = None
+) -> tuple[Source, Components, VQT]:
     """A VQT run with its adapters loaded. Raises UserError where it is none, or is not of this data."""
-    folder = RunFolder(run)
-    folder.refuse_sweep()
-    recipe, _ = resolve_precision(folder.load(overrides))
+    folder = open_run(run)
+    recipe = with_weights(folder.load(overrides), weights, run)
+    recipe, _ = resolve_precision(recipe)
     if folder.load().method.name != "vqt" or not isinstance(recipe.method, VQTConfig):
         name = folder.load().method.name
         raise UserError(
@@ -121,7 +130,8 @@ def open_source(run: str, adapters: str, overrides: Sequence[str]) -> tuple[Sour
             f"{run}: data.labels = multiple: heads are compressed for one label an image; keep the run as it is, or "
             "train a smaller one (method.queries)"
         )
-    path = folder.best if adapters == "best" else folder.adapters
+    require_dataset(recipe, run)
+    path = adapters_file(folder, adapters)
     tensors, facts = read_adapters(path)
     parts = build_components(recipe)
     assert isinstance(parts.method, VQT)

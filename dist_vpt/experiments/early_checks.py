@@ -8,6 +8,7 @@ from dist_vpt.distributed.limits import check_open_files
 from dist_vpt.errors import RecipeError
 from dist_vpt.experiments.search_checks import check_search
 from dist_vpt.recipe.schema import Recipe
+from dist_vpt.recipe.sharing import require_dataset
 from dist_vpt.recipe.trackers import require_trackers
 from dist_vpt.runs.folder import RunFolder
 
@@ -30,6 +31,7 @@ def check_early(recipe: Recipe, kind: str = "run") -> None:
             with naming_member(recipe.members, number):
                 require_file(member.file)
     check_open_files(recipe.data.workers)
+    require_dataset(recipe, "this recipe")
     check_root(recipe.data, test=recipe.train.test or kind == "sweep")
 
 

@@ -236,7 +236,8 @@ def slurm_array(experiments: Sequence[Experiment], arguments: Sequence[str], fil
 def check_roots(experiments: Sequence[Experiment]) -> None:
     """Raise UserError where data.root is no folder, or is one task's folder while several tasks need it."""
     data = [experiment.recipe.data for experiment in experiments]
-    for root in map(Path, sorted({each.root for each in data if each.format not in ("hf", "table") and each.root})):
+    on_disk = (each for each in data if each.format not in ("hf", "table") and not each.streamed)
+    for root in map(Path, sorted({each.root for each in on_disk if each.root})):
         if not root.expanduser().is_dir():
             raise UserError(f"--root {root}: is not a folder; name the one that contains the datasets")
         tasks = {one.task for one in experiments if one.recipe.data.root == str(root) and one.task in TASKS}

@@ -18,6 +18,7 @@ from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.provenance import versions
 from dist_vpt.runs.results import mean_and_std
 from dist_vpt.runs.scores import main_score
+from dist_vpt.training.trackers import Trackers
 
 SHOWN_AS = {"top1": "top-1", "mAP": "mAP"}
 
@@ -30,22 +31,15 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     seconds: float,
     console: Console | None,
 ) -> dict[str, Any]:
-    """Write sweep.json, the heat map and the curves from all outcomes, and print the table. Can be repeated."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    """Write sweep.json and the heat map from all outcomes, log them, and print the table. Can be repeated."""
     content = {"metric": recipe.data.metric} | _summary(rungs, results, seconds)
     if recipe.data.draws:
         content["draws"] = recipe.data.model_dump(include={"shots", "fraction", "tries"})
     draw = search_figure if recipe.sweep.search == "optuna" else heatmap_figure
     figure = draw(content["trials"], content["chosen"], SHOWN_AS[recipe.data.metric])
     figure.savefig(folder.path / "heatmap.png", dpi=120)
-    if "tensorboard" in recipe.run.trackers:
-        with SummaryWriter(str(folder.path / "tb")) as writer:
-            writer.add_figure(f"sweep/val_{recipe.data.metric}", figure)
-            for name, score in content["test"].items():
-                writer.add_scalar(f"test/{name}_mean", score["mean"], 0)
-                writer.add_scalar(f"test/{name}_std", score["std"], 0)
     write_atomically(folder.path / "sweep.json", to_json(content, indent=1) + "\n")
+    _log(folder, recipe, content, figure, console or Console(highlight=False))
     # Of groups that were divided among another number of processes, and of their writes that were killed.
     for left in (*folder.path.glob(".pass-*.pt"), *folder.path.glob("..pass-*.tmp")):
         left.unlink(missing_ok=True)  # where trials are split, the process with the last outcome removes its own
@@ -53,6 +47,23 @@ def conclude(  # noqa: PLR0917 (all that a sweep found)
     if console is not None:
         print_sweep(content, folder.path, console)
     return content
+
+
+def _log(folder: RunFolder, recipe: Recipe, content: dict[str, Any], figure: Any, console: Console) -> None:
+    """Send means, standard deviations and the heat map to the trackers; none that fails costs the sweep."""
+    trackers = Trackers(recipe, folder, lambda text: console.print(text, markup=False, soft_wrap=True))
+    trackers.kept_in = "sweep.json"
+    tests = {"test": content["test"], **content.get("extra_tests", {})}
+    values = {
+        f"{split}/{name}_{what}": score[what]
+        for split, scores in tests.items()
+        for name, score in scores.items()
+        for what in ("mean", "std")
+    }
+    trackers.start(settings=content["chosen"], required=False)
+    trackers.log(values, 0)
+    trackers.picture(f"sweep/val_{recipe.data.metric}", figure, 0)
+    trackers.finish()
 
 
 def _summary(rungs: Rungs | Search, results: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
@@ -226,10 +237,10 @@ def print_sweep(content: dict[str, Any], folder: Path, console: Console) -> None
 
 def _over(content: dict[str, Any]) -> str:
     """What the mean on test is over."""
-    draws = content.get("draws")
+    draws, plural = content.get("draws"), len(content["seeds"]) > len(content["diverged_seeds"]) + 1
     if draws is None:
-        return "seeds on trainval"
-    what = "tries" if draws["tries"] > 1 else "seeds"
+        return "seeds on trainval" if plural else "seed on trainval"
+    what = ("tries" if plural else "try") if draws["tries"] > 1 else "seeds" if plural else "seed"
     if draws["shots"] is None:
         return f"{what} with {draws['fraction']:g} of train, on trainval"
     return f"{what} of {draws['shots']} shots, on train"

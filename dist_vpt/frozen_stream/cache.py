@@ -34,20 +34,40 @@ class StreamCache:
 
     def __getitem__(self, index_B: Tensor) -> StreamOutput:
         """The rows of some images, in the order of the indices."""
-        index_B = index_B.to(self.kept.pooled.device)
+        return unpacked(self.rows(index_B))
 
-        def rows(kept: Tensor | Packed) -> Tensor:
-            found = kept.rows(index_B) if isinstance(kept, Packed) else kept.index_select(0, index_B)
+    def rows(self, index_B: Tensor) -> StreamOutput:
+        """The same as they are kept, in 8 bits Packed ones; to be copied to a GPU, in pinned memory."""
+        device = self.kept.pooled.device
+        # From pinned memory: a copy from any other would be waited for, and with it the step that the GPU computes.
+        index_B = index_B.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index_B.to(device)
+
+        def pinned(found: Tensor) -> Tensor:
             return found.pin_memory() if found.device.type == "cpu" and torch.cuda.is_initialized() else found
+
+        def rows(kept: Tensor | Packed) -> Any:
+            if isinstance(kept, Packed):
+                values, scale, dtype = kept.rows(index_B)
+                return Packed(pinned(values), pinned(scale), dtype)
+            return pinned(kept.index_select(0, index_B))
 
         pooled_nD, *blocks = self.kept
         return StreamOutput(rows(pooled_nD), *(tuple(map(rows, each)) for each in blocks))
 
 
+def unpacked(rows: StreamOutput) -> StreamOutput:
+    """Tensors alone, on the device of the rows."""
+    pooled_BD, *blocks = rows
+    return StreamOutput(
+        pooled_BD, *(tuple(each.unpack() if isinstance(each, Packed) else each for each in block) for block in blocks)
+    )
+
+
 class CachedBatches:
     """Makes batches from a cache, where a loader would decode images.
 
-    ``device``: on which rows from host memory are wanted; other than the CPU, they are copied there one batch ahead.
+    ``device``: on which rows from host memory are wanted; other than the CPU, they are copied there one batch ahead, in
+    8 bits where they are kept so.
     """
 
     def __init__(self, cache: StreamCache, labels: np.ndarray, skipped: set[str], device: torch.device | None = None):
@@ -62,14 +82,14 @@ class CachedBatches:
                 real_b = index_b != PADDING
                 rows_b = np.where(real_b, index_b, 0)
                 yield Batch(
-                    images=images,
+                    images=unpacked(images),
                     labels=torch.from_numpy(batch_labels(self.labels, index_b)),
                     weight=torch.from_numpy((real_b & self.cache.readable_n[rows_b]).astype(np.float32)),
                     index=torch.from_numpy(index_b.astype(np.int64)),
                 )
 
     def _rows(self, index_b: np.ndarray) -> StreamOutput:
-        return self.cache[torch.from_numpy(np.where(index_b != PADDING, index_b, 0).astype(np.int64))]
+        return self.cache.rows(torch.from_numpy(np.where(index_b != PADDING, index_b, 0).astype(np.int64)))
 
     def close(self) -> None:
         """A cache has no workers to stop."""

@@ -21,11 +21,14 @@ class Packed(NamedTuple):
     scale: Tensor  # [n, X, 1] float32
     dtype: torch.dtype
 
-    def rows(self, index_B: Tensor) -> Tensor:
-        """The rows of some images, [B, X, D]."""
-        values = self.values.index_select(0, index_B)
-        values = values if values.dtype == torch.int8 else values.view(torch.float8_e4m3fn)
-        return (values.float() * self.scale.index_select(0, index_B)).to(self.dtype)
+    def rows(self, index_B: Tensor) -> "Packed":
+        """Those of some images."""
+        return Packed(self.values.index_select(0, index_B), self.scale.index_select(0, index_B), self.dtype)
+
+    def unpack(self) -> Tensor:
+        """The tensor, [n, X, D], on the device of its parts."""
+        values = self.values if self.values.dtype == torch.int8 else self.values.view(torch.float8_e4m3fn)
+        return (values.float() * self.scale).to(self.dtype)
 
 
 def pack(rows: Tensor, dtype: StreamDtype) -> tuple[Tensor, Tensor]:

@@ -162,12 +162,13 @@ class Sharing(NamedTuple):
 def step_bytes(backbone: Backbone, spec: StreamSpec, batch: int) -> int:
     """What a step needs on its device beside a cache, bytes; an upper bound.
 
-    The rows of two batches (one of them copied ahead) and as much again for their gradients, and inside the largest
-    block of a live pass the activations of a fused attention and an MLP: 16 widths a token. With a sum, as with what
-    is summed, which leaves as much for the reader itself.
+    The rows of two batches (one of them copied ahead) and as much again for their gradients, those that the captures
+    of a step and of an epoch's last one work on (step_graph.py), and inside the largest block of a live pass the
+    activations of a fused attention and an MLP: 16 widths a token. With a sum, as with what is summed, which leaves as
+    much for the reader itself.
     """
     live = batch * backbone.tokens * max(backbone.widths) * 16 * backbone.dtype.itemsize
-    return 4 * nbytes(backbone, replace(spec, dtype="precision", summed=False), batch) + live
+    return 6 * nbytes(backbone, replace(spec, dtype="precision", summed=False), batch) + live
 
 
 def choose(

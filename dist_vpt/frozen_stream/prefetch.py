@@ -25,7 +25,7 @@ class DeviceCopy:
         if device.type != "cuda":
             self._made = send_to_device(made, device, non_blocking=True)
             return
-        side = _side_stream(device, use)
+        side = side_stream(device, use)
         with torch.cuda.stream(side):
             self._made = send_to_device(made, device, non_blocking=True)
             self._copied = side.record_event()
@@ -35,13 +35,14 @@ class DeviceCopy:
         if self._copied is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._copied)
-            for tensor in tree_iter(self._made):  # memory of the side stream, which must not be used again too early
-                tensor.record_stream(current)
+            for leaf in tree_iter(self._made):  # memory of the side stream, which must not be used again too early
+                if not isinstance(leaf, torch.dtype):
+                    leaf.record_stream(current)
         return self._made
 
 
 @cache
-def _side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+def side_stream(device: torch.device, use: str) -> torch.cuda.Stream:
     """One for the whole process: the allocator keeps memory for each stream that has ever been used."""
     return torch.cuda.Stream(device)
 

@@ -14,7 +14,7 @@ from accelerate.utils import send_to_device
 
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.data.loaders import Batch, EvalBatches
-from dist_vpt.frozen_stream.cache import StreamCache
+from dist_vpt.frozen_stream.cache import assemble, layout, unpacked, write_rows
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 
 BATCHES = 4  # that are timed, or as many as workers make at a time: they finish theirs at about the same moment
@@ -39,7 +39,7 @@ def measure(backbone: Backbone, spec: StreamSpec, batches: EvalBatches, device: 
     reading = iter(batches)
     # The first batch prepares: workers start, kernels are chosen, memory is allocated.
     output = compute_stream(backbone, next(reading)["images"].to(device), spec)
-    host = _time_host(output, device)
+    host = _time_host(backbone, spec, output, device)
     images, timed = 0, _steady(batches, reading)
     started = time.perf_counter()
     for batch in timed:
@@ -63,23 +63,20 @@ def _steady(batches: EvalBatches, reading: Iterator[Batch]) -> Iterator[Batch]:
     return islice(reading, count) if skipped < len(batches) else iter(batches)
 
 
-def _time_host(output: StreamOutput, device: torch.device) -> float:
-    """Milliseconds an image to gather rows in another order and to copy them."""
+def _time_host(backbone: Backbone, spec: StreamSpec, output: StreamOutput, device: torch.device) -> float:
+    """Milliseconds an image to gather rows in another order, to copy them, and to unpack what is kept in 8 bits."""
     images = len(output.pooled)
-    kept = StreamCache(_on_host(output), np.ones(images, bool))
+    arrays = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout(backbone, spec, images).items()}
+    write_rows(arrays, spec, output, torch.arange(images))
+    kept = assemble(arrays, np.ones(images, bool), spec, backbone.dtype)
     order = torch.randperm(images, generator=torch.Generator().manual_seed(0))
-    send_to_device(kept[order], device)  # allocates pinned memory
+    unpacked(send_to_device(kept.rows(order), device))  # allocates pinned memory
     _finish(device)
     started = time.perf_counter()
     for _ in range(BATCHES):
-        send_to_device(kept[order], device)
+        unpacked(send_to_device(kept.rows(order), device))
     _finish(device)
     return 1000 * (time.perf_counter() - started) / (BATCHES * images)
-
-
-def _on_host(output: StreamOutput) -> StreamOutput:
-    pooled_BD, *blocks = output
-    return StreamOutput(pooled_BD.cpu(), *(tuple(each.cpu() for each in block) for block in blocks))
 
 
 def _finish(device: torch.device) -> None:

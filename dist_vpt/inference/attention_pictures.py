@@ -19,6 +19,7 @@ from dist_vpt.inference.hub import is_hub_id, open_run
 from dist_vpt.inference.image_files import image_files
 from dist_vpt.inference.load import load_run, refuse_several
 from dist_vpt.methods.vpt import VPT
+from dist_vpt.training.event_files import no_traceback_of_event_writer
 
 CELL = 112  # pixels of an image's side in a grid
 COLUMNS = 4  # of a grid with a map for each block or head, and the least width of all
@@ -74,7 +75,7 @@ def show(  # noqa: PLR0917 (a run, images, which maps, where to)
     if events.is_dir():
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(events)) as writer:
+        with no_traceback_of_event_writer(), SummaryWriter(str(events)) as writer:
             for name, drawn in pictures.items():
                 writer.add_image(name, drawn, dataformats="HWC")
     return written

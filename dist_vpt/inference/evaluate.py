@@ -17,7 +17,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.files import read_json
 from dist_vpt.inference.hub import adapters_file, open_run
 from dist_vpt.inference.load import check_backbones, classes_of
-from dist_vpt.recipe.sharing import NOT_SHARED, with_weights
+from dist_vpt.recipe.sharing import require_dataset, with_weights
 from dist_vpt.runs.adapters import read_adapters, restore
 from dist_vpt.runs.class_table import ClassTable
 from dist_vpt.runs.folder import RunFolder
@@ -44,20 +44,20 @@ def evaluate_run(  # noqa: PLR0917 (the options of the command)
     """
     folder = open_run(run)
     recipe, launch = with_weights(folder.load(overrides), weights, run), LaunchEnv.current()
-    if recipe.data.root == NOT_SHARED:
-        raise UserError(f"{run}: the folder of its dataset is not shared with it; give data.root=FOLDER")
+    require_dataset(recipe, run, folder.imported_from())
     select_device(recipe.runtime.device, launch)
     recipe, _ = resolve_precision(recipe)
     components = build_components(recipe, launch, trains=False)
     path = adapters_file(folder, adapters)
     tensors, facts = read_adapters(path)
     check_backbones(recipe, facts, path)
-    restore(components.method, tensors, path)
     splits = components.splits
     if list(splits.classes) != classes_of(facts, path):
-        raise UserError(
-            f"{run}: was trained on other classes than {recipe.data.task} has here; use the data.root of the run"
-        )
+        fix = "use the data.root of the run"
+        if folder.imported_from():
+            fix = "use its own data, or import it with --classes FILE: the dataset's classes in the order of the head"
+        raise UserError(f"{run}: was trained on other classes than {recipe.data.task} has here; {fix}")
+    restore(components.method, tensors, path)
     if out is not None:
         _make_folder(Path(out))
     with ExitStack() as leaving:

@@ -37,7 +37,7 @@ from dist_vpt.inference.merge import plain_method, refuse_unmergeable, timm_tens
 from dist_vpt.inference.named_classes import thresholds_of
 from dist_vpt.inference.tuned import Tuned
 from dist_vpt.recipe.schema import Recipe
-from dist_vpt.recipe.sharing import with_weights
+from dist_vpt.recipe.sharing import shared_recipe, with_weights
 from dist_vpt.runs.adapters import read_adapters, restore, write_adapters
 from dist_vpt.runtime.int8 import require_torchao
 from dist_vpt.training.components import attach_method, build_backbone
@@ -89,7 +89,9 @@ def format_of(out: str, format: Format | None) -> Format:
     suffix = Path(out).suffix
     if format is None:
         if suffix not in SUFFIXES:
-            raise UserError(f"--out {out}: must end in {', '.join(SUFFIXES)}; rename it")
+            raise UserError(
+                f"--out {out}: must end in {', '.join(SUFFIXES)}; rename it, or add --format peft for a folder of PEFT"
+            )
         return SUFFIXES[suffix]
     wanted = next(known for known, of in SUFFIXES.items() if of == format)
     if suffix != wanted:
@@ -164,8 +166,9 @@ def _write_weights(
     check = make_check(loaded, "normalize", (1,))
     if not merge:
         recipe = loaded.recipe.changed("runtime", device="auto", attention="auto", compile=None)  # of who loads it
+        content = shared_recipe(recipe).model_dump(mode="json")  # without the paths of this machine
         tensors = own_tensors(loaded.method, of_backbone)
-        write_adapters(file, tensors, facts | {"contents": CONTENTS, "recipe": recipe.model_dump(mode="json")})
+        write_adapters(file, tensors, facts | {"contents": CONTENTS, "recipe": content})
         again = load_export(file)
         found = check.compare(lambda arrays: logits_of(again.method, arrays))
         return f"backbone, adapters and recipe, {_mib(file)}; {found}; dist-vpt predict takes it in place of a run"

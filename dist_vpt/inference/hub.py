@@ -42,9 +42,12 @@ def open_run(run: str) -> RunFolder:
 
 
 def adapters_file(folder: RunFolder, adapters: str) -> Path:
-    """The run's file of its last or best adapters. Raises UserError for the best of a run that was shared with one."""
-    if adapters == "best" and not folder.best.is_file() and not folder.info.is_file() and folder.result.is_file():
-        raise UserError(f"--adapters best: {folder.path} was shared with one file of adapters; leave it out")
+    """The run's file of its last or best adapters. Raises UserError for the best of a run that came with one."""
+    if adapters == "best" and not folder.best.is_file() and folder.result.is_file():
+        if origin := folder.imported_from():
+            raise UserError(f"--adapters best: {folder.path} was imported from {origin} with one adapter; leave it out")
+        if not folder.info.is_file():
+            raise UserError(f"--adapters best: {folder.path} was shared with one file of adapters; leave it out")
     return folder.best if adapters == "best" else folder.adapters
 
 

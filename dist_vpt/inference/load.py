@@ -46,7 +46,9 @@ def temperature_of(run: str, adapters: str) -> float:
     found: dict[str, Any] = (read_json(folder.result).get(adapters) if folder.result.is_file() else None) or {}
     fitted: dict[str, Any] = found.get("temperature") or {}
     if not fitted.get("value"):
-        reason = fitted.get("reason", "it was not fitted at the end of the run")
+        origin = folder.imported_from()
+        reason = f"it was imported from {origin}" if origin else "it was not fitted at the end of the run"
+        reason = fitted.get("reason", reason)
         raise UserError(f"--calibrated: {run} has no temperature for its {adapters} adapters: {reason}; leave it out")
     return float(fitted["value"])
 

@@ -28,7 +28,7 @@ from dist_vpt.frozen_stream.joined import stream_of
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.config_base import HeadKind
 from dist_vpt.methods.head import FeatureNorm, classification_head
-from dist_vpt.methods.stack import ReaderStack, by_shape
+from dist_vpt.methods.stack import RandomSource, ReaderStack, Sources, by_shape
 
 
 class Method(nn.Module):
@@ -245,20 +245,30 @@ class Reader(Method):
         groups = by_shape(readers)
         stacks = [ReaderStack.of([readers[n] for n in group]) for group in groups]
         logits = dict[int, Tensor]()
-        of_stacks = [None if seeds is None else [seeds[n] for n in group] for group in groups]
+        device = stream.pooled.device
+        of_stacks: list[Sources] = [
+            None if seeds is None else [RandomSource.seeded(seeds[n], device) for n in group] for group in groups
+        ]
         for group, logits_TBK in zip(groups, cls.read_stacks(stacks, stream, of_stacks), strict=True):
             logits |= dict(zip(group, logits_TBK.unbind(), strict=True))
         return [logits[n] for n in range(len(readers))]
 
     @classmethod
     def read_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         """Logits [T, B, K] of each stack's readers from one pass over the stream, each as if computed alone.
 
-        ``seeds``: of the random draws (dropout) of each reader of each stack, or None for a stack.
+        ``sources``: of the random numbers (dropout) of each reader of each stack, seeded.
+
+        Readers that are computed one by one (``one_by_one``) draw from torch's default source, with the same seeds.
         """
-        return [torch.stack(list(_one_by_one(stack, stream, own))) for stack, own in zip(stacks, seeds, strict=True)]
+        return [torch.stack(list(_one_by_one(stack, stream, own))) for stack, own in zip(stacks, sources, strict=True)]
+
+    @classmethod
+    def one_by_one(cls) -> bool:
+        """Whether ``read_stacks`` computes one reader after the other, as it does unless a method has its own."""
+        return cls.read_stacks.__func__ is Reader.read_stacks.__func__  # type: ignore[attr-defined]
 
     @classmethod
     def penalties(cls, stack: ReaderStack) -> Tensor | None:
@@ -274,16 +284,16 @@ class StackReader(Reader):
 
     @classmethod
     def features_of_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         """What the heads of each stack's readers read, [T, B, F], from one pass; see ``read_stacks``."""
         raise NotImplementedError
 
     @classmethod
     def read_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
-        features = cls.features_of_stacks(stacks, stream, seeds)
+        features = cls.features_of_stacks(stacks, stream, sources)
         return [stack_heads(stack, features_TBF) for stack, features_TBF in zip(stacks, features, strict=True)]
 
     def read(self, stream: StreamOutput) -> Tensor:
@@ -322,8 +332,8 @@ def stack_heads(stack: ReaderStack, features_TBF: Tensor) -> Tensor:
     return torch.baddbmm(bias_TK.unsqueeze(2), weight_TKF, features_TBF.transpose(1, 2)).transpose(1, 2)
 
 
-def _one_by_one(stack: ReaderStack, stream: StreamOutput, seeds: Sequence[int] | None) -> Iterator[Tensor]:
+def _one_by_one(stack: ReaderStack, stream: StreamOutput, sources: Sources) -> Iterator[Tensor]:
     for t, (reader, tensors) in enumerate(zip(stack.readers, stack.of_each(), strict=True)):
-        if seeds is not None:
-            torch.manual_seed(seeds[t])
+        if sources is not None:
+            torch.manual_seed(sources[t].seed)
         yield functional_call(cast(Reader, reader), tensors, (stream,))

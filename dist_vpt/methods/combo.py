@@ -34,7 +34,7 @@ from dist_vpt.methods.base import StackReader, chosen_blocks, standardize_stack
 from dist_vpt.methods.block_features import block_features, count_block_features
 from dist_vpt.methods.config_readers import ComboConfig
 from dist_vpt.methods.head import FeatureNorm, classification_head
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import ReaderStack, Sources
 from dist_vpt.methods.stacked_layers import (
     Dropout,
     Layer,
@@ -142,19 +142,20 @@ class Combo(StackReader):
         readers = cast(Sequence[Combo], stack.readers)
         if not any(reader.recipe.group_penalty for reader in readers):
             return None
-        norms_TK = readers[0].group_norms(stack.trained["projection.weight"])
-        return norms_TK.sum(1) * norms_TK.new_tensor([reader.recipe.group_penalty for reader in readers])
+        norm_T = readers[0].group_norms(stack.trained["projection.weight"]).sum(1)
+        # Rates go to a GPU with the kernels: a tensor made of them would be waited for.
+        return torch.stack([norm * reader.recipe.group_penalty for norm, reader in zip(norm_T, readers, strict=True)])
 
     @classmethod
     def features_of_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         first = cast(Combo, stacks[0].readers[0])
         # The norms of all readers were measured from the same training images, so that one reader's serve all.
         x_BMF = first.inputs(stream)
         direct_BF = None if first.recipe.head_reads == "token" else first.direct(stream)
         features = []
-        for stack, own in zip(stacks, seeds, strict=True):
+        for stack, own in zip(stacks, sources, strict=True):
             features_TBX = cls._transformed(stack, x_BMF, own)
             if direct_BF is not None:
                 direct_TBF = standardize_stack(stack, direct_BF.expand(len(stack.readers), -1, -1))
@@ -163,10 +164,10 @@ class Combo(StackReader):
         return features
 
     @staticmethod
-    def _transformed(stack: ReaderStack, x_BMF: Tensor, seeds: Sequence[int] | None) -> Tensor:
+    def _transformed(stack: ReaderStack, x_BMF: Tensor, sources: Sources) -> Tensor:
         """The transformers' class tokens [T, B, W]."""
         first, weights, T = cast(Combo, stack.readers[0]), stack.trained, len(stack.readers)
-        dropout = Dropout.of(stack, seeds, x_BMF.device)
+        dropout = Dropout.of(stack, sources)
         with first.autocast(x_BMF.device):
             tokens_TBMW = shared_linear(x_BMF, weights, "projection")
             class_T1W = weights["class_token"].view(T, 1, 1, -1).expand(-1, x_BMF.shape[0], -1, -1)

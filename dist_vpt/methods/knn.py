@@ -21,7 +21,7 @@ from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.config_readers import KNNConfig
 from dist_vpt.methods.fitted import FittedReader, Observed, scores
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import ReaderStack, Sources
 
 UNSEEN = 1e-6  # share of the votes that a class without any has: a loss is finite
 CHUNK = 2**26  # similarities at once: 256 MiB
@@ -60,7 +60,7 @@ class KNN(FittedReader):
 
     @classmethod
     def read_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         return [torch.stack(cls._read_together(cast(Sequence[KNN], stack.readers), stream)) for stack in stacks]
 

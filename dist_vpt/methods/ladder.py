@@ -28,7 +28,7 @@ from dist_vpt.backbones.vit import Backbone
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import StackReader, standardize_stack
 from dist_vpt.methods.config_readers import LadderConfig
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import ReaderStack, Sources
 from dist_vpt.methods.stacked_layers import (
     Dropout,
     Layer,
@@ -72,15 +72,15 @@ class Ladder(StackReader):
 
     @classmethod
     def features_of_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         with torch.no_grad():  # the same for all readers
             states = [standardize_tokens(state_BND) for state_BND in stream.states]
         features = []
-        for stack, own in zip(stacks, seeds, strict=True):
+        for stack, own in zip(stacks, sources, strict=True):
             first = cast(Ladder, stack.readers[0])
             climb = first._climb_last if first.recipe.kind == "last" else first._climb_lst
-            dropout = Dropout.of(stack, own, stream.pooled.device)
+            dropout = Dropout.of(stack, own)
             with first.autocast(stream.pooled.device):
                 correction_TBD = climb(stack, states, dropout)
             pooled_TBD = standardize_stack(stack, stream.pooled.expand(len(stack.readers), -1, -1))

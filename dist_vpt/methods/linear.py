@@ -17,7 +17,7 @@ from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader, classify_stack
 from dist_vpt.methods.block_features import block_features, count_block_features
 from dist_vpt.methods.config_readers import LinearConfig
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import ReaderStack, Sources
 
 
 class Linear(Reader):
@@ -61,7 +61,7 @@ class Linear(Reader):
 
     @classmethod
     def read_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         features_BF = cast(Linear, stacks[0].readers[0]).stream_features(stream)
         return [classify_stack(stack, features_BF.expand(len(stack.readers), -1, -1)) for stack in stacks]

@@ -20,7 +20,7 @@ from dist_vpt.methods.base import Reader, classify_stack
 from dist_vpt.methods.config_readers import LogisticConfig
 from dist_vpt.methods.fitted import FittedReader, Observed, scores
 from dist_vpt.methods.softmax_regression import MAX_ITERATIONS, solve_path
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import ReaderStack, Sources
 
 
 class Logistic(FittedReader):
@@ -38,7 +38,7 @@ class Logistic(FittedReader):
 
     @classmethod
     def read_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         return [classify_stack(stack, stream.pooled.expand(len(stack.readers), -1, -1)) for stack in stacks]
 

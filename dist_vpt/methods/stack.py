@@ -18,6 +18,26 @@ class Stackable(Protocol):
     def adapter_tensors(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
+@dataclass
+class RandomSource:
+    """A reader's own random numbers (dropout). They depend on the seed alone, in whatever order readers draw."""
+
+    generator: torch.Generator
+    seed: int = 0
+
+    @classmethod
+    def seeded(cls, seed: int, device: torch.device) -> "RandomSource":
+        return cls(torch.Generator(device)).restart(seed)
+
+    def restart(self, seed: int) -> "RandomSource":
+        self.seed = seed
+        self.generator.manual_seed(seed)
+        return self
+
+
+Sources = Sequence[RandomSource] | None  # of the readers of a stack; None: torch's default one
+
+
 @dataclass(frozen=True)
 class ReaderStack:
     """``trained`` tensors, and ``fixed`` ones, which were measured or selected: both have a leading dimension of T."""

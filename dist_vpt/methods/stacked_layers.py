@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vpt.backbones.blocks import widened
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import ReaderStack, Sources
 
 Weights = Mapping[str, Tensor]
 
@@ -57,23 +57,22 @@ class Dropout:
     sources: Sequence[torch.Generator | None]
 
     @classmethod
-    def of(cls, stack: ReaderStack, seeds: Sequence[int] | None, device: torch.device) -> "Dropout":
-        """At the readers' own ``method.dropout``. ``seeds``: as ``Reader.read_stacks`` gets them for a stack."""
+    def of(cls, stack: ReaderStack, sources: Sources) -> "Dropout":
+        """At the readers' own ``method.dropout``. ``sources``: as ``Reader.read_stacks`` gets them for a stack."""
         readers: Sequence[Any] = stack.readers
         rates = [reader.recipe.dropout if reader.training else 0.0 for reader in readers]
-        if seeds is None:
-            return cls(rates, [None] * len(rates))
-        return cls(rates, [torch.Generator(device).manual_seed(seed) for seed in seeds])
+        return cls(rates, [None] * len(rates) if sources is None else [source.generator for source in sources])
 
     def __call__(self, x_TX: Tensor) -> Tensor:
         if not any(self.rates):
             return x_TX
         factors = []
         for row_X, rate, source in zip(x_TX, self.rates, self.sources, strict=True):
-            kept_X = torch.rand(row_X.shape, generator=source, device=row_X.device) >= rate if rate else 1.0
-            factors.append(
-                torch.as_tensor(kept_X, dtype=row_X.dtype, device=row_X.device).expand_as(row_X) / (1 - rate)
-            )
+            if not rate:
+                factors.append(row_X.new_ones(()).expand_as(row_X))
+                continue
+            kept_X = torch.rand(row_X.shape, generator=source, device=row_X.device) >= rate
+            factors.append(kept_X.to(row_X.dtype) / (1 - rate))
         return x_TX * torch.stack(factors)
 
 

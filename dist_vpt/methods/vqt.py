@@ -37,7 +37,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
 from dist_vpt.methods.base import Reader, chosen_blocks, classify_stack
 from dist_vpt.methods.config_readers import VQTConfig
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import ReaderStack, Sources
 from dist_vpt.methods.token_scale import init_scaled, token_scales
 
 
@@ -134,10 +134,10 @@ class VQT(Reader):
 
     @classmethod
     def read_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         logits = []
-        for stack, features_BTF in zip(stacks, cls.stream_features_of_stacks(stacks, stream, seeds), strict=True):
+        for stack, features_BTF in zip(stacks, cls.stream_features_of_stacks(stacks, stream, sources), strict=True):
             if "kept" in stack.fixed:
                 features_BTF = torch.take_along_dim(features_BTF, stack.fixed["kept"].unsqueeze(0), 2)  # noqa: PLW2901
             logits.append(classify_stack(stack, features_BTF.transpose(0, 1)))
@@ -145,12 +145,12 @@ class VQT(Reader):
 
     @classmethod
     def stream_features_of_stacks(
-        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, seeds: Sequence[Sequence[int] | None]
+        cls, stacks: Sequence[ReaderStack], stream: StreamOutput, sources: Sequence[Sources]
     ) -> list[Tensor]:
         """The features [B, T, F] of each stack's readers, from one pass over the stream."""
         first = cast(VQT, stacks[0].readers[0])
         images = stream.pooled.shape[0]
-        runs = [run for stack, own in zip(stacks, seeds, strict=True) for run in _runs(stack, images, own)]
+        runs = [run for stack, own in zip(stacks, sources, strict=True) for run in _runs(stack, images, own)]
         sizes = [math.prod(stack.trained["queries"].shape[::2]) for stack in stacks]  # T * Q
         outputs = []  # for each block one of each stack, [B, T * Q, D]; one tensor of all blocks would be large
         for i, number in enumerate(first.blocks):
@@ -167,11 +167,12 @@ class VQT(Reader):
     def _dropout(self) -> float:
         return self.recipe.dropout if self.training else 0.0
 
-    def mask(self, images: int) -> Tensor | None:
+    def mask(self, images: int, source: torch.Generator | None = None) -> Tensor | None:
         """Factors of the queries [B, L, Q, D], 0 or 1 / (1 - dropout), newly drawn; None: no dropout."""
         if not self._dropout:
             return None
-        kept_BLQD = torch.rand(images, *self.queries.shape, device=self.queries.device) >= self._dropout
+        shape, device = (images, *self.queries.shape), self.queries.device
+        kept_BLQD = torch.rand(shape, generator=source, device=device) >= self._dropout
         return kept_BLQD.to(self.queries.dtype) / (1 - self._dropout)
 
     def _attention(self, parts: BlockParts, stream: StreamOutput, i: int, queries: int) -> "Attention":
@@ -249,21 +250,21 @@ def _group_sums(x_BC: Tensor, groups: int) -> Tensor:
     return torch.cat([x_BC[:, :1], sums_BLP.flatten(1)], dim=1)
 
 
-def _runs(stack: ReaderStack, images: int, seeds: Sequence[int] | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _runs(stack: ReaderStack, images: int, sources: Sources) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Queries [T', L, Q, D] and mask [B, L, Q, D], or None, of adjacent readers that share a mask.
 
-    They are equal in seed and dropout, also without ``seeds``.
+    They are equal in seed and dropout, also without ``sources``.
     """
     queries_TLQD = stack.trained["queries"]
     if "token_scale" in stack.fixed:
         queries_TLQD = queries_TLQD * stack.fixed["token_scale"]
     readers = cast(Sequence[VQT], stack.readers)
-    keys = [(seeds[t] if seeds and reader._dropout else None, reader._dropout) for t, reader in enumerate(readers)]
+    used = [sources[t] if sources and reader._dropout else None for t, reader in enumerate(readers)]
+    keys = [(source and source.seed, reader._dropout) for source, reader in zip(used, readers, strict=True)]
     lengths = [len(list(run)) for _, run in groupby(keys)]
     for run_TLQD, last in zip(queries_TLQD.split(lengths), accumulate(lengths), strict=True):
-        if keys[last - 1][0] is not None:
-            torch.manual_seed(keys[last - 1][0])
-        yield run_TLQD, readers[last - 1].mask(images)
+        source = used[last - 1]
+        yield run_TLQD, readers[last - 1].mask(images, None if source is None else source.generator)
 
 
 def _queries_of(runs: Sequence[tuple[Tensor, Tensor | None]], i: int) -> Tensor:

@@ -51,7 +51,7 @@ class MemoryEstimate:
     parameters: int  # numbers, frozen and trained
     trained_parameters: int
     host: int = 0  # what waits in host memory at the height of a step (runtime.offload)
-    average: int = 0  # of the trained tensors (train.model_ema_decay), whole on every process
+    average: int = 0  # of the trained tensors (train.model_ema_decay), which ZeRO-3 alone shards
     temporaries: int = 0  # of DeepSpeed's optimizers on a GPU, which step on all tensors of a process's part at once
 
     def on(self, strategy: str, processes: int) -> "PerDeviceMemory":
@@ -63,7 +63,8 @@ class MemoryEstimate:
             weights = self.frozen + self.trained
             return PerDeviceMemory(weights, self.gradients, kept, self.working, self.scoring, self.host)
         bucket = FLOAT32 * min(REDUCE_BUCKET, self.trained // FLOAT32)
-        optimizer = (self.optimizer + self.trained) // w + self.average  # DeepSpeed steps on a copy of its part
+        average = self.average // w if strategy.startswith("zero3") else self.average
+        optimizer = (self.optimizer + self.trained) // w + average  # DeepSpeed steps on a copy of its part
         gradients = self.gradients if strategy == "zero1" else self.gradients // w
         working = max(self.working, self.temporaries // w)  # there are no activations during the optimizer's step
         if strategy in ("zero1", "zero2"):
@@ -106,9 +107,9 @@ class PerDeviceMemory:
 def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: bool = False) -> MemoryEstimate:
     """Count a recipe's bytes with ``images`` of a micro-batch, as the recipe has them unless given.
 
-    ``gpus``: as on a GPU, where what is offloaded comes back a block early, pinned host memory comes in powers of two,
-    and in fp16, or under DeepSpeed, torch's optimizers step on all tensors at once, with temporaries as large as they
-    are. All others are fused and have none.
+    ``gpus``: as on a GPU, to which batches are copied, where what is offloaded comes back a block early, pinned host
+    memory comes in powers of two, and in fp16, or under DeepSpeed, torch's optimizers step on all tensors at once, with
+    temporaries as large as they are. All others are fused and have none.
 
     Takes a second or so, and no memory of the device.
     """
@@ -125,7 +126,7 @@ def footprint(recipe: Recipe, classes: int, images: int | None = None, *, gpus: 
         for group in optimizer.param_groups:
             group["foreach"] = gpus and not fused  # torch's default, and timm's
         batch = images or recipe.train.batch_size // recipe.train.grad_accum_steps
-        step = _Step(recipe, inputs, method, optimizer, batch, classes)
+        step = _Step(recipe, inputs, method, optimizer, batch, classes, copies=gpus)
         step.train()  # the first one makes the optimizer's state
         state = sum(_nbytes(t) for t in tree_leaves([dict(s) for s in optimizer.state.values()]))
         with _Alive(step.known(), pinned=gpus) as alive:
@@ -192,16 +193,19 @@ class _Step:
     """The engine's training step and scoring, with the tensors that these hold."""
 
     def __init__(  # noqa: PLR0917 (what a step is made of)
-        self, recipe: Recipe, inputs: Inputs, method: Method, optimizer: Any, images: int, classes: int
+        self, recipe: Recipe, inputs: Inputs, method: Method, optimizer: Any, images: int, classes: int, *, copies: bool
     ):
+        """``copies``: batches are copied to the device; else a step takes them as loaders give them."""
         self.recipe, self.method, self.optimizer, self.images, self.classes = recipe, method, optimizer, images, classes
         self.transforms = inputs.transforms
         self.augmented = recipe.train.mixes or recipe.data.random_erasing > 0  # on the device, to float32
+        self.scored_images = max(recipe.train.eval_batch_size, recipe.data.test_crops)  # or views
+        self.given = {} if copies else {n: self._batch(n) for n in (images, self.scored_images)}
 
     def known(self) -> list[Tensor]:
-        """Tensors that exist before and after a step: parameters, buffers and optimizer state."""
-        state = [t for t in tree_leaves([dict(s) for s in self.optimizer.state.values()]) if isinstance(t, Tensor)]
-        return [*self.method.parameters(), *self.method.buffers(), *state]
+        """Tensors that exist before and after a step: parameters, buffers, optimizer state, and batches as given."""
+        others = ([dict(s) for s in self.optimizer.state.values()], list(self.given.values()))
+        return [*self.method.parameters(), *self.method.buffers(), *filter(torch.is_tensor, tree_leaves(others))]
 
     def train(self, alive: "_Alive | None" = None) -> None:
         """One optimizer step with the parts of the engine's, as on a step that is logged: the largest."""
@@ -210,7 +214,7 @@ class _Step:
         hooks = [p.register_post_accumulate_grad_hook(alive.is_gradient) for p in trained] if alive else []
         for micro in range(min(2, self.recipe.train.grad_accum_steps)):  # more hold no more
             last = micro == min(2, self.recipe.train.grad_accum_steps) - 1
-            loss = self._losses(self._shown(self.images, augmented=self.augmented), self.images).sum()
+            loss = self._losses(self.images, augmented=self.augmented).sum()
             before = snapshot(trained) if last else []
             loss.backward()
         clip_gradients([trained], self.recipe.optim.clip_norm)
@@ -224,21 +228,22 @@ class _Step:
     def score(self) -> None:
         """One batch of an evaluation."""
         self.method.eval()
-        images = max(self.recipe.train.eval_batch_size, self.recipe.data.test_crops)  # or views
-        self._losses(self._shown(images), images)
+        self._losses(self.scored_images)
 
-    def _shown(self, images: int, *, augmented: bool = False) -> Tensor | Joined:
+    def _batch(self, images: int, *, augmented: bool = False) -> tuple[Tensor | Joined, Tensor]:
+        """What is shown to the method, and labels."""
         shapes = [(images, 3, each.image_size, each.image_size) for each in self.transforms]
         found = [
             torch.zeros(shape, dtype=torch.float32 if augmented else PIXELS[each.dtype])
             for shape, each in zip(shapes, self.transforms, strict=True)
         ]
-        return found[0] if len(found) == 1 else Joined(tuple(found))
+        multiple = self.recipe.data.labels == "multiple"
+        labels = torch.zeros(images, self.classes) if multiple else torch.zeros(images, dtype=torch.long)
+        return found[0] if len(found) == 1 else Joined(tuple(found)), labels
 
-    def _losses(self, shown: Tensor | Joined, images: int) -> Tensor:
-        labels = torch.zeros(images, dtype=torch.long)
-        if self.recipe.data.labels == "multiple":
-            labels = torch.zeros(images, self.classes)
+    def _losses(self, images: int, *, augmented: bool = False) -> Tensor:
+        given = None if augmented else self.given.get(images)
+        shown, labels = self._batch(images, augmented=augmented) if given is None else given
         return image_losses(self.method(shown), labels, self.recipe.train.label_smoothing, torch.ones(self.classes))
 
 

@@ -35,6 +35,7 @@ RESUMABLE_KEYS = (
     "data.table.images",
     "data.workers",
     "data.cache",
+    "data.streaming_disk_gib",
     "data.extra_tests",  # scored after all others
     "data.on_decode_error",  # an image that stopped the run may be skipped from there on
     "stream.",

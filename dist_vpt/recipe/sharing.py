@@ -72,6 +72,17 @@ def check_shared(file: Path, source: str) -> None:
         )
 
 
+def require_dataset(recipe: Recipe, source: str, imported_from: str | None = None) -> None:
+    """Raises UserError where a run came without its dataset. ``imported_from``: the program that trained it, if any."""
+    if recipe.data.root == NOT_SHARED:
+        if imported_from:
+            raise UserError(
+                f"{source}: was imported from {imported_from}, which names no dataset; give data.root=FOLDER, and "
+                "data.format where that is no folder of class folders"
+            )
+        raise UserError(f"{source}: the folder of its dataset is not shared with it; give data.root=FOLDER")
+
+
 def missing_weights(recipe: Recipe) -> WeightsFile | None:
     """The weights' file that a shared recipe needs, None: none."""
     found = WEIGHTS.fullmatch(recipe.backbone.weights)

@@ -11,6 +11,7 @@ import yaml
 
 from dist_vpt.errors import RecipeError, UserError
 from dist_vpt.files import shipped_folder
+from dist_vpt.recipe.values_as_names import overrides_for
 from dist_vpt.recipe.yaml import Loader
 
 KINDS = ("base", "complete", "backbone", "data", "task", "method")  # in the order in which they are merged
@@ -68,7 +69,7 @@ def find_recipe(name: str, folder: Path = Path()) -> Path:
         return matches[0].file
     if file.exists() or file.suffix in (".yaml", ".yml"):
         return file
-    raise RecipeError(f"{name}: neither a file nor the name of a recipe; {nearest_names(name)}")
+    raise RecipeError(f"{name}: neither a file nor the name of a recipe; {_meant(name)}")
 
 
 def is_shipped(name: str) -> bool:
@@ -82,8 +83,20 @@ def is_shipped(name: str) -> bool:
 
 def nearest_names(name: str) -> str:
     """A hint that ends a message about an unknown name."""
-    close = difflib.get_close_matches(name, [recipe.name for recipe in shipped_recipes()], n=3, cutoff=0.6)
+    close = _close_names(name)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "`dist-vpt recipe list` shows all names"
+
+
+def _close_names(name: str) -> list[str]:
+    return difflib.get_close_matches(name, [recipe.name for recipe in shipped_recipes()], n=3, cutoff=0.6)
+
+
+def _meant(name: str) -> str:
+    """A hint for what is neither: the overrides that it may stand for, and the nearest names of recipes."""
+    overrides, close = " or ".join(overrides_for(name)), _close_names(name)
+    if not overrides:
+        return nearest_names(name)
+    return f"write {overrides}" + (f", or name {' or '.join(map(repr, close))}" if close else "")
 
 
 def merge_order(names: Sequence[str]) -> list[str]:

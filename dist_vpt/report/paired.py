@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_vpt.errors import RunFolderError, UserError
+from dist_vpt.recipe.sharing import NOT_SHARED
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.score_files import read_predictions, table_file
 
@@ -73,11 +74,25 @@ def compare_runs(
 
 
 def predicted(run: str, split: str, adapters: str) -> Predicted:
-    """What a finished run took the images of a split for."""
-    folder = RunFolder(run)
+    """What a finished run, or ``eval --out``, took the images of a split for."""
+    folder, file = RunFolder(run), table_file(Path(run), "predictions", split, adapters)
     folder.refuse_sweep()
-    if not folder.recipe.is_file():
-        raise RunFolderError(f"{run}: not a run folder (no recipe.yaml); name a folder that `train` wrote")
+    if folder.recipe.is_file():
+        _refuse_run(run, folder)
+    elif not file.is_file():
+        raise RunFolderError(
+            f"{run}: neither a run folder (no recipe.yaml) nor one of `dist-vpt eval --out` (no {file.name}); name a "
+            "folder that `train` wrote"
+        )
+    if not file.is_file():
+        raise UserError(f"{file}: no predictions here; {_how_to_write(folder, split, adapters)}")
+    rows = read_predictions(file)
+    images = tuple((row["image"], row["label"]) for row in rows)
+    return Predicted(run, images, tuple(row["label"] == row["predicted"] for row in rows))
+
+
+def _refuse_run(run: str, folder: RunFolder) -> None:
+    """Raises RunFolderError or UserError for a run that cannot be compared."""
     status = folder.status().get("status", "done")  # a run that was shared has no run.json
     if status != "done":
         raise RunFolderError(f"{run}: the run is not finished (status: {status}); run.resume=auto ends it")
@@ -86,12 +101,6 @@ def predicted(run: str, split: str, adapters: str) -> Predicted:
             f"{run}: data.labels = multiple: runs are compared by which images are right, and an image has several "
             "labels; compare their mAP and per_class.csv"
         )
-    file = table_file(Path(run), "predictions", split, adapters)
-    if not file.is_file():
-        raise UserError(f"{file}: no predictions here; {_how_to_write(folder, split, adapters)}")
-    rows = read_predictions(file)
-    images = tuple((row["image"], row["label"]) for row in rows)
-    return Predicted(run, images, tuple(row["label"] == row["predicted"] for row in rows))
 
 
 def _how_to_write(folder: RunFolder, split: str, adapters: str) -> str:
@@ -103,7 +112,8 @@ def _how_to_write(folder: RunFolder, split: str, adapters: str) -> str:
         return "those on the sets of an extra test are not kept: give the set a name of its own in data.extra_tests"
     elif split not in ("test", *folder.load().data.extra_tests):
         options += f" data.extra_tests.{split}=FOLDER"
-    return f"`dist-vpt eval {folder.path}{options} --out {folder.path}` writes them"
+    root = " data.root=FOLDER" if folder.load().data.root == NOT_SHARED else ""
+    return f"`dist-vpt eval {folder.path}{options}{root} --out {folder.path}` writes them"
 
 
 def refuse_other_images(first: Predicted, second: Predicted) -> None:

@@ -187,6 +187,10 @@ class RunFolder:
                 )
         write_atomically(self.splits, json.dumps(images, indent=1) + "\n")
 
+    def imported_from(self) -> str | None:
+        """The program that trained the run's adapters, PEFT; None where it was not imported."""
+        return read_json(self.result).get("imported_from") if self.result.is_file() else None
+
     def refuse_sweep(self) -> None:
         """Raises RunFolderError where the folder holds a sweep, and a run is expected."""
         if self.status().get("kind") == "sweep":

@@ -31,6 +31,7 @@ from dist_vpt.recipe.schema import OptimConfig, Recipe
 from dist_vpt.recipe.trackers import require_trackers
 from dist_vpt.runtime.allocator import keep_freed_memory
 from dist_vpt.training.optim import build_optimizer
+from dist_vpt.training.zero_optimizer import fit_into_zero3, unsupported_optimizer, unsupported_sharding
 
 # Set by the recipe, so a DeepSpeed configuration must not have them.
 SET_BY_RECIPE = ("optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast")
@@ -177,6 +178,7 @@ def prepare(optim: OptimConfig, accelerator: RankAccelerator, method: Method) ->
     model, optimizer = accelerator.prepare(
         method, build_optimizer(optim, method, fused=steps_are_fused(accelerator, optim))
     )
+    fit_into_zero3(optimizer.optimizer, optim)
     for parameter in frozen.values():
         del parameter.ds_optim_param  # type: ignore[attr-defined]
     return model, optimizer
@@ -204,12 +206,7 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         NOT_ON_CPU: zero and runtime.device == "cpu",
         "runtime.precision = fp16: DeepSpeed would hold what is trained in fp16 too; use bf16 or fp32, or DDP": zero
         and runtime.precision == "fp16",
-        f"optim.name = {recipe.optim.name}: timm's optimizers step on whole tensors, and DeepSpeed gives an optimizer "
-        "flat parts of all; use sgd, adam or adamw, or start with the ddp strategy": zero
-        and recipe.optim.name not in TORCH_OPTIMIZERS,
-        f"train.model_ema_decay = {recipe.train.model_ema_decay}: ZeRO-3 shards the tensors that would be averaged; "
-        "leave it out, or start with the ddp strategy (or zero1, zero2)": zero3
-        and recipe.train.model_ema_decay is not None,
+        unsupported_optimizer(recipe.optim): zero and name != "zero0",
         f"method.name = {recipe.method.name}: reads the weights inside the blocks, which ZeRO-3 gathers only while "
         "a block itself is called; start with the ddp strategy (or zero1, zero2)": zero3 and recipe.method.reads_blocks,
         f"method.name = {recipe.method.name}: computes with its trained layers of all trials at once, which ZeRO-3 "
@@ -222,7 +219,7 @@ def unsupported_reason(recipe: Recipe, name: str) -> str:
         "runtime.compile = true: ZeRO-3 gathers weights from hooks inside the blocks, which a compiler cannot "
         "follow; use compile=false, or start with the ddp strategy": zero3 and runtime.compile,
     }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return next((reason for reason, holds in reasons.items() if holds and reason), "")
 
 
 def frozen_bytes(method: Method) -> tuple[int, int]:
@@ -238,11 +235,12 @@ def frozen_bytes(method: Method) -> tuple[int, int]:
 
 def _fill_deepspeed(accelerator: RankAccelerator, recipe: Recipe) -> None:
     """Fill DeepSpeed's configuration in from the recipe. Raises UserError for an entry that contradicts it."""
-    if reason := unsupported_reason(recipe, strategy_name(accelerator)):
-        error = UserError(reason)
-        error.shared = True  # the recipe is the same on every process
-        raise error
     config = accelerator.state.deepspeed_plugin.deepspeed_config
+    sharding = unsupported_sharding(recipe, config.get("zero_optimization", {}))
+    if reason := unsupported_reason(recipe, strategy_name(accelerator)) or sharding:
+        error = UserError(reason)
+        error.shared = True  # recipe and configuration are the same on every process
+        raise error
     for key in SET_BY_RECIPE:
         value = config.get(key)
         if value and not (isinstance(value, dict) and value.get("enabled") in (False, "auto")):

@@ -106,7 +106,7 @@ class States:
         restore(method, trained, path)
         set_optimizer_state(method, optimizer, trained, moments, accelerator.process_index)
         if average is not None:
-            average.load(_below("average/", tensors))
+            average.load(_below("average/", tensors), accelerator.process_index)
         if accelerator.scaler is not None and facts["scaler"]:
             accelerator.scaler.load_state_dict(facts["scaler"])
         if accelerator.is_main_process:
@@ -123,7 +123,7 @@ def _training_tensors(method: Method, optimizer: Any, average: WeightAverage | N
         yield f"trained/{name}", tensor
     for name, tensor in gather_optimizer_state(method, optimizer):
         yield f"optimizer/{name}", tensor
-    for name, tensor in average.tensors.items() if average is not None else ():
+    for name, tensor in average.whole() if average is not None else ():
         yield f"average/{name}", tensor
 
 

@@ -23,6 +23,7 @@ from dist_vpt.data.joined import Joined
 from dist_vpt.data.label_notes import label_notes
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.data.orientation import orientation_note
+from dist_vpt.data.pieces import spread_rows
 from dist_vpt.data.splits import Splits
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.distributed.collectives import RankAccelerator
@@ -211,7 +212,7 @@ class Components:
         if not methods:
             return
         split, size = self.splits[self.recipe.data.train_on], self.recipe.train.eval_batch_size
-        rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), INIT_IMAGES)).astype(np.int64))
+        rows = spread_rows(split, INIT_IMAGES)
         options, shown = self.loader_options(rank=0, world=1) | {"cache": "none"}, split.subset(split.name, rows)
         first, *others = (
             EvalBatches(shown, transform, size, **options) for transform in self.inputs.one_view().transforms

@@ -8,6 +8,7 @@ A global batch of ``train.batch_size`` images is split over the processes x ``tr
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress, epoch_facts
 from dist_vpt.training.accelerator import steps_are_fused
+from dist_vpt.training.agreement import Agreement
 from dist_vpt.training.averaging import WeightAverage, in_place
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.learning import Guessing, warning_of
@@ -64,6 +66,7 @@ class Training(ABC):
     guessing: Guessing = field(default_factory=Guessing)  # what guessing would score on the images that are trained on
     stop: StopSignal
     progress: Progress = field(default_factory=Progress)
+    agreement: Agreement = field(default_factory=Agreement)  # of its processes
     failed_saves: int = 0  # in a row
     unread: list[Any] = field(default_factory=list)  # steps that have been issued, the oldest first
     resume_with: ClassVar[str]  # what the user does to resume
@@ -119,7 +122,7 @@ class Training(ABC):
     def warn(self, text: str) -> None: ...
 
     def read_steps(self, but: int = 0) -> None:
-        """Count and report the steps that have been issued, but for the last ``but``; Diverged is raised here."""
+        """Count and report steps that were issued, but for the last ``but``; raises Diverged, and as ``agreement``."""
         while len(self.unread) > but:
             self.count_step(self.unread.pop(0))
 
@@ -184,7 +187,10 @@ class TrainState(Training):
 
     def count_step(self, unread: UnreadStep) -> None:
         """Read a step, count it and report it. Raises Diverged."""
-        step, number = unread.read(), unread.step + 1
+        with self.accelerator.status.in_collective() if unread.late else nullcontext():
+            step, number = unread.read(), unread.step + 1
+        if unread.late:
+            self.agreement.reached(self.accelerator, self.stop, *unread.flags)
         self.progress.count(step.loss, step.correct, step.images)
         self.monitor.step(number, step, self.progress, logged=number % self.recipe.run.log_every == 0)
 
@@ -233,7 +239,9 @@ def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) 
     issued, before = UnreadStep(t.path, t.epoch, t.step, lr, _checked(t)), None
     set_lr(t.optimizer, lr)
     augment = None if t.augmentation is None else partial(t.augmentation, epoch=t.epoch, step=t.progress.step)
-    micro_batches, weight = weigh_global_batch(accelerator, fetched, t.class_weights, t.stop, augment)
+    global_batch = accelerator, fetched, t.class_weights, t.stop
+    micro_batches, weight = weigh_global_batch(*global_batch, augment=augment, agreement=t.agreement)
+    issued.numbers |= t.agreement.numbers
     accelerator.status.set(f"step {t.step}", "training", limited=True)
     scale = accelerator.num_processes * train.grad_accum_steps / weight
     sums = torch.zeros(3, device=accelerator.device)  # of the micro-batches: loss, correct answers, images
@@ -276,14 +284,14 @@ def fit(t: Training) -> None:
         batches = t.train.epoch(t.epoch, t.progress.step)
         while t.progress.step < t.train.steps_per_epoch and not t.ended:
             t.accelerator.status.set(f"step {t.step}", "reading images")
-            t.take_step(next_or_error(batches))
+            t.take_step(t.agreement.error or next_or_error(batches))
             t.progress.seconds = time.monotonic() - started
             t.read_steps(but=1)  # while the device computes the one that was just issued
-            if t.stop.agreed:
-                stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step} {save(t)}")
+            _stop_if_agreed(t)
             if every and t.step % every == 0 and t.progress.step < t.train.steps_per_epoch:
                 save(t)
         t.read_steps()
+        _stop_if_agreed(t)
         try:
             t.end_epoch()
         except (DataError, Interrupted) as error:  # saved as of the epoch's last step: a resumed run scores val
@@ -298,10 +306,16 @@ def fit(t: Training) -> None:
             save(t)
 
 
+def _stop_if_agreed(t: Training) -> None:
+    """Save the state and raise Interrupted, once all processes have agreed on a stop."""
+    if t.stop.agreed:
+        stop_all_ranks(t.accelerator, f"{t.path}: stopped at step {t.step} {save(t)}")
+
+
 def save(t: Training) -> str:
     """Save the state, or warn that it failed; returns what that means for a training that stops. A collective call.
 
-    Raises Diverged where an unread step is not finite, and RunFailed after MAX_FAILED_SAVES failures in a row.
+    Raises what ``read_steps`` does, and RunFailed after MAX_FAILED_SAVES failures in a row.
     """
     t.read_steps()  # nothing that was computed from a loss that is not finite is saved
     t.accelerator.status.set(f"step {t.step}", "saving the state")

@@ -45,7 +45,7 @@ class RunLogger:
         self.noted: set[str] = set()  # splits with a score that is not defined
         self.recipe, self.accelerator, self.folder = recipe, accelerator, folder
         self.main = accelerator.is_main_process
-        self.trackers = Trackers(recipe, accelerator, folder, self.line)
+        self.trackers = Trackers(recipe, folder, self.line, main=self.main)
         self.console = text_console()
         self.bar: Progress | None = None
         self.started: tuple[float, int] | None = None  # clock and images since when the speed is measured
@@ -57,7 +57,6 @@ class RunLogger:
         """Open log and trackers; ``headline``: what is about to be trained."""
         self.total_steps = total_steps
         if not self.main:
-            self.trackers.start()
             return
         if self.folder.metrics.exists():  # a resumed run repeats the epochs after its state
             os.truncate(self.folder.metrics, min(progress.metrics_bytes, self.folder.metrics.stat().st_size))

@@ -117,7 +117,7 @@ class Scores:
         if classes == 2:  # torchmetrics cannot gather from a process without examples
             self.scores["auroc"].preds.append(torch.empty(0, 2, device=device))
             self.scores["auroc"].target.append(torch.empty(0, dtype=torch.long, device=device))
-        self.loss = MeanMetric().to(device)
+        self.loss = MeanMetric(nan_strategy="disable").to(device)  # one that is not finite shows
         self.scaled = None if temperature is None else CalibrationError(device)
         self._temperature, self.keep = temperature, keep
         self._others = None if among is None else ~among.to(device)

@@ -80,7 +80,7 @@ class MultiLabelScores:
         # torchmetrics cannot gather from a process without examples.
         self.scored.preds.append(torch.empty(0, classes, device=device))
         self.scored.target.append(torch.empty(0, classes, dtype=torch.long, device=device))
-        self.loss = MeanMetric().to(device)
+        self.loss = MeanMetric(nan_strategy="disable").to(device)  # one that is not finite shows
         self.thresholds: Sequence[float] = ()  # those that ``compute`` used, one a class
         self.of_classes: Sequence[ClassScores] = ()  # after ``compute``
 

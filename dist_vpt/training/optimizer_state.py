@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from dist_vpt.distributed.zero import held_part, release_gathered
 from dist_vpt.methods.base import Method
 
 GROUP = "group "  # and its number, in place of a tensor's name: what an optimizer counts for a group
@@ -20,30 +20,30 @@ NUMBERS = (torch.int64, torch.float64)  # types of counts and rates that are no 
 def gather_optimizer_state(method: Method, optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     """``NAME/KEY`` and tensor of the whole optimizer state. A collective call under ZeRO."""
     kept = optimizer.optimizer  # below Accelerate's wrapper
+    for number, group in enumerate(_stepping(kept).param_groups):
+        if "step" in group:  # timm's adan and lamb count there
+            yield f"{GROUP}{number}/step", torch.as_tensor(group["step"])
     if not _sharded(kept):
         for name, parameter in method.trainable():
             for key, value in kept.state.get(parameter, {}).items():
                 if value is not None:  # sgd without momentum
-                    yield (
-                        f"{name}/{key}",
-                        value if isinstance(value, Tensor) else torch.tensor(value, dtype=_type(value)),
-                    )
-        for number, group in enumerate(kept.param_groups):
-            if "step" in group:  # timm's adan and lamb count there
-                yield f"{GROUP}{number}/step", torch.as_tensor(group["step"])
+                    yield f"{name}/{key}", value if isinstance(value, Tensor) else _number(value)
         return
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    if hasattr(kept, "checkpoint_event_prologue"):  # ZeRO-3 releases the weights that an evaluation gathered
-        kept.checkpoint_event_prologue()
-        kept.checkpoint_event_epilogue()
+    release_gathered(parameter for _, parameter in method.trainable())  # by an evaluation
     partitions = _partitions(kept)
     _link(kept)
     for name, parameter in method.trainable():
-        for key, value in kept.optimizer.state[partitions[0]].items():
-            if value is not None:
-                is_count = value.ndim == 0  # steps, the same in all partitions
-                yield f"{name}/{key}", value.clone() if is_count else safe_get_full_optimizer_state(parameter, key)
+        for key, value in kept.optimizer.state[partitions[parameter]].items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                yield f"{name}/{key}", _number(value)
+            elif value.ndim == 0:  # steps, the same for all of a group
+                yield f"{name}/{key}", value.clone()
+            else:
+                yield f"{name}/{key}", safe_get_full_optimizer_state(parameter, key)
 
 
 def set_optimizer_state(
@@ -55,10 +55,14 @@ def set_optimizer_state(
     optimizer has no state to write into: it is made here, as the first step would make it.
     """
     kept = optimizer.optimizer
+    stepping = _stepping(kept)
     found: dict[str, dict[str, Tensor]] = {}
     for path, value in moments.items():
         name, key = path.rsplit("/", 1)
         found.setdefault(name, {})[key] = value
+    for number, group in enumerate(stepping.param_groups):
+        if counted := found.get(f"{GROUP}{number}"):
+            group["step"] = _restored(counted["step"], torch.device("cpu"))
     if not _sharded(kept):
         for name, parameter in method.trainable():
             if name in found:  # without a gradient so far there are no moments
@@ -66,16 +70,14 @@ def set_optimizer_state(
                     key: _restored(value, _steps_device(kept, parameter) if value.ndim == 0 else parameter.device)
                     for key, value in found[name].items()
                 }
-        for number, group in enumerate(kept.param_groups):
-            if counted := found.get(f"{GROUP}{number}"):
-                group["step"] = _restored(counted["step"], group["params"][0].device)
         return
-    for partition in _partitions(kept):
-        kept.optimizer.state[partition] = {
-            key: value.to(_steps_device(kept.optimizer, partition), copy=True)
+    partitions = _partitions(kept)
+    for partition, saved in {partitions[p]: found[name] for name, p in method.trainable() if name in found}.items():
+        stepping.state[partition] = {
+            key: _restored(value, _steps_device(stepping, partition))
             if value.ndim == 0
             else torch.zeros_like(partition)
-            for key, value in next(iter(found.values()), {}).items()
+            for key, value in saved.items()
         }
     _link(kept)
     for name, parameter in method.trainable():
@@ -85,9 +87,9 @@ def set_optimizer_state(
                 _put(parameter, value, key, rank)
 
 
-def _type(number: float) -> torch.dtype:
-    """The type in which a number that is no tensor is saved: torch keeps none of its own in it (``_restored``)."""
-    return torch.float64 if isinstance(number, float) else torch.int64
+def _number(number: float) -> Tensor:
+    """A number that is no tensor, in a type that says so: torch keeps none of its own in it (``_restored``)."""
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else torch.int64)
 
 
 def _restored(value: Tensor, device: torch.device) -> Tensor | float:
@@ -105,11 +107,19 @@ def _steps_device(optimizer: torch.optim.Optimizer, tensor: Tensor) -> torch.dev
     return tensor.device if optimizer.defaults.get("fused") else torch.device("cpu")
 
 
-def _partitions(optimizer: Any) -> list[Tensor]:
-    """The flat tensors that torch's optimizer inside DeepSpeed's updates on this process."""
+def _stepping(optimizer: Any) -> torch.optim.Optimizer:
+    """torch's optimizer, inside DeepSpeed's wrapper if there is one."""
+    return optimizer.optimizer if _sharded(optimizer) else optimizer
+
+
+def _partitions(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """For each parameter the flat tensor with its part that torch's optimizer updates on this process."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
-        return optimizer.fp32_partitioned_groups_flat
-    return optimizer.single_partition_of_fp32_groups
+        groups, partitions = optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat
+    else:
+        groups, partitions = optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups
+    pairs = zip(groups, partitions, strict=True)
+    return {parameter: partition for group, partition in pairs for parameter in group}
 
 
 def _link(optimizer: Any) -> None:
@@ -134,10 +144,8 @@ def _put(parameter: Any, value: Tensor, key: str | None, rank: int) -> None:
         safe_set_local_optimizer_state,
     )
 
-    if hasattr(parameter, "ds_id"):  # shards are padded to one length, which DeepSpeed's setter ignores
-        shard_size = parameter.ds_tensor.numel()
-        value = F.pad(value.flatten(), (0, max(0, shard_size * (rank + 1) - value.numel())))
-        value = value[shard_size * rank : shard_size * (rank + 1)]
+    if hasattr(parameter, "ds_id"):
+        value = held_part(parameter, value, rank)  # DeepSpeed's setter does not know that shards are padded
         if key is None:
             safe_set_local_fp32_param(parameter, value)
         else:

@@ -21,9 +21,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dist_vpt.data.loaders import Batch
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
+from dist_vpt.distributed.zero import held
 from dist_vpt.errors import DataError
 from dist_vpt.frozen_stream.prefetch import DeviceCopy
 from dist_vpt.recipe.schema import OptimConfig, TrainConfig
+from dist_vpt.training.agreement import Agreement
 from dist_vpt.training.optim import multiplier
 
 DIVERGED_FIX = "lower optim.lr, lengthen optim.warmup_epochs or set optim.clip_norm"
@@ -54,15 +56,21 @@ def weigh_global_batch(
     fetched: list[Batch] | DataError,
     class_weights_K: Tensor,
     stop: StopSignal,
+    *,
     augment: Callable[[Batch, Tensor], Batch] | None = None,
+    agreement: Agreement | None = None,
 ) -> tuple[list[tuple[Batch, Tensor]], Tensor]:
     """This process's micro-batches on its device with the weight of each image, and the weight of the global batch, [].
 
     A collective call, in which all processes also learn of a DataError, which is raised on all, and of a stop request.
-    A single process reads nothing from its device here. To a GPU the micro-batches are copied beside the step before,
+    Several on GPUs learn of these when they read the flags that ``agreement`` gets. They and a single process read
+    nothing from their devices here. To a GPU the micro-batches are copied beside the step before,
     which the device still computes. ``augment``: what is done to each there, given its index on the host, too.
     """
-    failed, batches = isinstance(fetched, DataError), [] if isinstance(fetched, DataError) else fetched
+    failed, late = isinstance(fetched, DataError), agreement is not None and agreement.is_late(accelerator)
+    batches = [] if isinstance(fetched, DataError) else fetched
+    if agreement is not None and accelerator.num_processes > 1:
+        batches = agreement.batches(fetched)
     copies = [DeviceCopy(batch, accelerator.device, "batches") for batch in batches]
     on_device = [copy.arrived() for copy in copies]
     if augment is not None:
@@ -71,11 +79,12 @@ def weigh_global_batch(
     local = torch.stack([weights_B.sum() for weights_B in weights]).sum() if weights else class_weights_K.new_zeros(())
     any_failed, stopped = float(failed), float(stop.requested)
     if accelerator.num_processes > 1:
-        flags = torch.tensor([any_failed, stopped], device=local.device)
+        flags = [local.new_full((), flag) for flag in (any_failed, stopped)]  # a copy from the host would be waited for
         with accelerator.status.in_collective():
-            summed = accelerator.reduce(torch.cat([local[None], flags]), "sum")
-            any_failed, stopped = summed[1:].tolist()
-        local = summed[0]
+            local, *flags = accelerator.reduce(torch.stack([local, *flags]), "sum")
+            any_failed, stopped = (0.0, float(stop.agreed)) if late else torch.stack(flags).tolist()
+        if agreement is not None:
+            agreement.flags = torch.stack(flags) if late else None
     if any_failed:
         raise_on_all_ranks(accelerator, fetched if isinstance(fetched, DataError) else None)
     stop.agreed = stopped > 0
@@ -147,7 +156,7 @@ def clip_gradients(groups: Sequence[Sequence[nn.Parameter]], clip_norm: float | 
 
 def snapshot(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """float32 copies of what this process holds of the parameters (under ZeRO-3, its shards)."""
-    return [getattr(p, "ds_tensor", p).detach().float().clone() for p in parameters]
+    return [held(p).detach().float().clone() for p in parameters]
 
 
 def squared_norms(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:

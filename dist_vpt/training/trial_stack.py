@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_vpt.methods.stack import ReaderStack, by_shape
+from dist_vpt.methods.stack import RandomSource, ReaderStack, Sources, by_shape
 from dist_vpt.recipe.schema import OptimConfig
 from dist_vpt.training.optim import multiplier
+from dist_vpt.training.step import fold_in
 from dist_vpt.training.trial_state import Trial, exact_numbers
 
 # Of the gradient scale in fp16, as torch.amp.GradScaler's.
@@ -53,6 +54,7 @@ class TrialStack:
         self.peak_lr_T = exact_numbers([each.optim.peak_lr(each.train.batch_size) for each in recipes], device)
         self.decay_T = exact_numbers([each.optim.weight_decay for each in recipes], device)
         self.sound_T = torch.ones(len(trials), dtype=torch.bool, device=device)  # false once a trial has diverged
+        self._sources: dict[int, list[RandomSource]] = {}  # by micro-batch, the same in all steps
         self.decays = any(each.optim.weight_decay for each in recipes)
 
     @property
@@ -60,16 +62,37 @@ class TrialStack:
         """What losses are multiplied by before backward, in fp16 alone."""
         return self.state["scale"].float() if self.scales else None
 
+    def seeded(self, step: int, rank: int, micro: int) -> Sources:
+        """The sources of the trials' random numbers for one micro-batch of a process; None where none draws any."""
+        if not any(trial.draws for trial in self.trials):
+            return None
+        if micro not in self._sources:
+            device = self.state["steps"].device
+            self._sources[micro] = [RandomSource(torch.Generator(device)) for _ in self.trials]
+        for trial, source in zip(self.trials, self._sources[micro], strict=True):
+            source.restart(fold_in(trial.recipe.seed, step, rank, micro))
+        return self._sources[micro]
+
+    def rate_factor(self, step: int, steps_per_epoch: int) -> Tensor:
+        """What the schedule multiplies peak learning rates by in a step, counted from 0; [], on the device."""
+        factor = multiplier(self.optim, step, steps_per_epoch, self.trials[0].recipe.train.epochs)
+        return self.peak_lr_T.new_full((), factor)  # the number goes there with a kernel, which nobody waits for
+
     @property
     def gradients(self) -> list[Tensor]:
         return [tensor.grad for tensor in self.trained.values() if tensor.grad is not None]
 
+    def forget_gradients(self) -> None:
+        for tensor in self.trained.values():
+            tensor.grad = None
+
     @torch.no_grad()
-    def update(self, step: int, steps_per_epoch: int, finite_T: Tensor) -> Tensor:
+    def update(self, factor: Tensor, finite_T: Tensor) -> Tensor:
         """Clip and step every trial as it would be alone, and forget the gradients; returns the norms [T] before that.
 
-        ``finite_T`` [T] (bool): trials with a finite loss. The others are left as they are from now on, as are those
-        whose norm is not finite; in fp16 these miss one step, and their gradient scale is lowered.
+        ``factor`` []: of the peak learning rates (``rate_factor``). ``finite_T`` [T] (bool): trials with a finite loss.
+        The others are left as they are from now on, as are those whose norm is not finite; in fp16 these miss one
+        step, and their gradient scale is lowered.
         """
         gradients = {name: tensor.grad for name, tensor in self.trained.items() if tensor.grad is not None}
         norm_T = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()]).norm(dim=0)
@@ -83,8 +106,7 @@ class TrialStack:
             self._rescale(norm_T)
         if self.optim.clip_norm is not None:
             factor_T = factor_T * (self.optim.clip_norm / (norm_T + 1e-6)).clamp_max(1.0)
-        recipe = self.trials[0].recipe
-        lr_T = self.peak_lr_T * multiplier(self.optim, step, steps_per_epoch, recipe.train.epochs) * alive_T
+        lr_T = self.peak_lr_T * factor * alive_T
         self.state["steps"] += alive_T
         for name, gradient in gradients.items():
             for row in _rows(gradient):
@@ -94,7 +116,7 @@ class TrialStack:
                     own.mul_(factor_T[row].view(ones))
                 own.masked_fill_(~alive, 0.0)  # 0 times a number that is not finite is none either
                 self._step(name, row, own, lr_T[row].view(ones), alive)
-            self.trained[name].grad = None
+            self.trained[name].grad = None  # freed at once: it may be large
         return norm_T
 
     def _step(self, name: str, row: slice, gradient: Tensor, lr: Tensor, alive: Tensor) -> None:

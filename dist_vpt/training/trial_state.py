@@ -38,6 +38,11 @@ class Trial:
     def running(self) -> bool:
         return not self.diverged and not self.progress.ended
 
+    @property
+    def draws(self) -> bool:
+        """Whether its reader draws random numbers in training."""
+        return getattr(self.recipe.method, "dropout", 0.0) > 0
+
     def __post_init__(self) -> None:
         self.state = self.state or _started(self.recipe, self.reader)
 

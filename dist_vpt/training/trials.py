@@ -9,7 +9,9 @@ one's gradient is exactly its own. Trials of equal shapes are computed and updat
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,19 +19,21 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from torch import Tensor
 
+from dist_vpt.data.joined import Joined
 from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
 from dist_vpt.errors import DataError
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
-from dist_vpt.methods.stack import ReaderStack, by_shape
+from dist_vpt.methods.stack import ReaderStack, Sources, by_shape
 from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.scores import main_score
 from dist_vpt.training.components import Components
 from dist_vpt.training.engine import Training, fit, next_or_error
 from dist_vpt.training.metrics import no_readable_image
 from dist_vpt.training.multi_label import AnyScores, scores_of
-from dist_vpt.training.step import fold_in, image_losses, not_finite, right_answers, weigh_global_batch
+from dist_vpt.training.step import image_losses, not_finite, right_answers, weigh_global_batch
+from dist_vpt.training.step_graph import StepGraph, recorder_of
 from dist_vpt.training.trial_stack import TrialStack, stack_running
 from dist_vpt.training.trial_state import Trial, write_trials
 from dist_vpt.training.unread import HostCopy
@@ -45,6 +49,16 @@ class UnreadTrials:
     trials: list[Trial]  # whose step it was
     numbers: HostCopy  # gradient norm of each, loss of each, correct answers of each; images, and their weight
     scales: bool  # gradients, as in fp16
+    late: bool  # the numbers end with FLAGS
+
+
+class StepInputs(NamedTuple):
+    """All in which one step of trials differs from the next, on the device, but for random numbers."""
+
+    batches: list[Batch]
+    weights: list[Tensor]  # of each image of each batch in the loss, [B]
+    weight: Tensor  # of the global batch, []
+    factor: Tensor  # of the peak learning rates, []
 
 
 class QuickScores(NamedTuple):
@@ -67,6 +81,7 @@ class TrialGroup(Training):
     show: Callable[[str], None]
     keeps_best: bool = False
     stacks: list[TrialStack] = field(default_factory=list)  # of the running trials, made by the first step
+    graph: StepGraph | None = None  # made by the first step
     skipped: set[str] = field(default_factory=set)  # files that no process could read
     saved_at: float = field(default_factory=time.monotonic)
     resume_with = "the same command"
@@ -83,6 +98,8 @@ class TrialGroup(Training):
         """The stacks of the running trials, made anew where one of them has ended."""
         if not self.stacks or not all(trial.running for stack in self.stacks for trial in stack.trials):
             self.stacks = []  # whose tensors are freed while the new ones are made
+            if self.graph is not None:
+                self.graph.forget()
             self.stacks = stack_running(self.trials)
         return self.stacks
 
@@ -108,7 +125,12 @@ class TrialGroup(Training):
 
     def count_step(self, unread: UnreadTrials) -> None:
         """Read a step, count it in each trial that has not diverged, and report the progress (``dist-vpt status``)."""
-        *found, images, weight = unread.numbers.read()
+        with self.accelerator.status.in_collective() if unread.late else nullcontext():
+            numbers = unread.numbers.read()
+        if unread.late:
+            *numbers, failed, stopped = numbers
+            self.agreement.reached(self.accelerator, self.stop, failed, stopped)
+        *found, images, weight = numbers
         for t, trial in enumerate(unread.trials):
             norm, loss, correct = found[t :: len(unread.trials)]
             _check_finite(trial, "loss", loss, unread.step)
@@ -186,30 +208,79 @@ def fit_trials(group: TrialGroup) -> None:
 
 def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
     """Issue one optimizer step of every running trial on one global batch. A collective call."""
-    accelerator, stacks = group.accelerator, group.restack()
-    running, smoothing = [trial for stack in stacks for trial in stack.trials], group.recipe.train.label_smoothing
-    micro_batches, weight = weigh_global_batch(accelerator, fetched, group.class_weights, group.stop)
-    accelerator.status.set(f"step {group.step}", "training", limited=True)
+    stacks = group.restack()
+    micro_batches, weight = weigh_global_batch(
+        group.accelerator, fetched, group.class_weights, group.stop, agreement=group.agreement
+    )
+    group.accelerator.status.set(f"step {group.step}", "training", limited=True)
+    batches, weights = [batch for batch, _ in micro_batches], [weights_B for _, weights_B in micro_batches]
+    inputs = StepInputs(batches, weights, weight, stacks[0].rate_factor(group.step, group.train.steps_per_epoch))
+    rank = group.accelerator.process_index
+    sources = [[stack.seeded(group.step, rank, micro) for stack in stacks] for micro in range(len(batches))]
+    used = [source.generator for of_stacks in sources for own in of_stacks for source in own or ()]
+    graph = group.graph = group.graph or _graph_of(group, batches[0])
+    numbers, flags = graph(partial(compute_step, group, sources), inputs, used), group.agreement.flags
+    copy = HostCopy(numbers if flags is None else torch.cat([numbers, flags]))
+    running = [trial for stack in stacks for trial in stack.trials]
+    group.unread.append(UnreadTrials(group.step, running, copy, scales=stacks[0].scales, late=flags is not None))
+
+
+def compute_step(group: TrialGroup, all_sources: Sequence[Sequence[Sources]], inputs: StepInputs) -> Tensor:
+    """The gradient norms of all running trials, their losses and correct answers, the images, and the batch's weight.
+
+    It may be captured in a CUDA graph: nothing here depends on a step but what is in ``inputs`` and random numbers.
+    """
+    accelerator, stacks, smoothing = group.accelerator, group.stacks, group.recipe.train.label_smoothing
+    running, weight = [trial for stack in stacks for trial in stack.trials], inputs.weight
+    for stack in stacks:
+        stack.forget_gradients()  # of a step that was not ended
     sums = torch.zeros(2 * len(running) + 1, device=accelerator.device)  # loss, correct answers; images
-    for micro, (batch, weights_B) in enumerate(micro_batches):
-        seeds = [[_seed(group, trial, micro) for trial in stack.trials] for stack in stacks]
+    for batch, weights_B, sources in zip(inputs.batches, inputs.weights, all_sources, strict=True):
         readers = [stack.readers for stack in stacks]
-        logits_TBK = torch.cat(type(running[0].reader).read_stacks(readers, observed_stream(group, batch), seeds))
+        logits_TBK = torch.cat(type(running[0].reader).read_stacks(readers, observed_stream(group, batch), sources))
         losses_TB = image_losses(logits_TBK, batch["labels"], smoothing, group.class_weights)
         losses_T = (losses_TB * weights_B).sum(1)
         correct_T = (right_answers(logits_TBK, batch["labels"]) * batch["weight"]).sum(1)
         sums += torch.cat([losses_T.detach(), correct_T, batch["weight"].sum()[None]])
-        losses_T = _penalized(readers, losses_T, weight / (accelerator.num_processes * len(micro_batches)))
+        losses_T = _penalized(readers, losses_T, weight / (accelerator.num_processes * len(inputs.batches)))
         if stacks[0].scale_T is not None:
             losses_T = losses_T * torch.cat([stack.scale_T for stack in stacks])  # type: ignore[misc]
         # One that is not finite stays in its own trial, whose gradient is not used.
         (losses_T.sum() / weight).backward()
     sums = _sum_over_processes(group, sums)
     finite = sums[: len(running)].isfinite().split([len(stack.trials) for stack in stacks])
-    steps_per_epoch = group.train.steps_per_epoch
-    norms = [stack.update(group.step, steps_per_epoch, own) for stack, own in zip(stacks, finite, strict=True)]
-    numbers = HostCopy(torch.cat([*norms, sums, weight[None]]))
-    group.unread.append(UnreadTrials(group.step, running, numbers, scales=stacks[0].scales))
+    norms = [stack.update(inputs.factor, own) for stack, own in zip(stacks, finite, strict=True)]
+    return torch.cat([*norms, sums, weight[None]])
+
+
+def _graph_of(group: TrialGroup, batch: Batch) -> StepGraph:
+    """What issues the group's steps, on CUDA as one launch where it can."""
+    chosen = group.trials[0].reader.backbone.chosen
+
+    def report(reason: str) -> None:
+        chosen["training step"] = "captured in a CUDA graph" if not reason else f"not in a CUDA graph: {reason}"
+        if reason:
+            group.show(f"the training step is not captured in a CUDA graph: {reason}")
+
+    recorder = recorder_of(group.accelerator.device)
+    reason = _not_captured_reason(group, batch) if recorder is not None else ""
+    return StepGraph(None if reason else recorder, report, reason)
+
+
+def _not_captured_reason(group: TrialGroup, batch: Batch) -> str:
+    """Why the steps cannot be replayed, or ""."""
+    if group.accelerator.num_processes > 1:
+        return f"{group.accelerator.num_processes} processes share each batch"
+    if not _is_cached(batch["images"]):
+        return "the frozen stream is computed anew for each batch"
+    if any(trial.draws for trial in group.trials) and type(group.trials[0].reader).one_by_one():
+        return f"dropout of {group.recipe.method.name} draws from torch's default random numbers"
+    return ""
+
+
+def _is_cached(images: Any) -> bool:
+    parts = images.parts if isinstance(images, Joined) else (images,)
+    return all(isinstance(part, StreamOutput) for part in parts)
 
 
 def score_trials(
@@ -292,11 +363,6 @@ def _read_split(
 
 def _check_finite(trial: Trial, name: str, value: float, step: int) -> None:
     trial.diverged = trial.diverged or not_finite(name, value, step)
-
-
-def _seed(group: TrialGroup, trial: Trial, micro: int) -> int:
-    """Of a trial's random draws for one micro-batch."""
-    return fold_in(trial.recipe.seed, group.step, group.accelerator.process_index, micro)
 
 
 def _sum_over_processes(group: TrialGroup, sums: Tensor) -> Tensor:

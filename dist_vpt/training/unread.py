@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_vpt.errors import Diverged
+from dist_vpt.training.agreement import FLAGS
 from dist_vpt.training.step import DIVERGED_FIX, Step, not_finite
 
 
@@ -43,8 +44,14 @@ class UnreadStep:
     # On the device, [] each: loss, correct, images and weight of the global batch, gradient norm if it is known, and on
     # logged steps the squares of the parameters' norm and of their update's.
     numbers: dict[str, Tensor] = field(default_factory=dict)
+    flags: tuple[float, ...] = ()  # FLAGS, once they are read, where they are among the numbers
     _copy: HostCopy | None = None
     _read: Step | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether its numbers tell what other processes report (training/agreement.py)."""
+        return FLAGS[0] in self.numbers
 
     def send(self) -> "UnreadStep":
         """Start the copy of all numbers, in one."""
@@ -66,6 +73,7 @@ class UnreadStep:
             assert self._copy is not None
             found = dict(zip(self.numbers, self._copy.read(), strict=True))
             self._raise_if_diverged(found)
+            self.flags = tuple(found[name] for name in FLAGS if name in found)
             self._read = Step(
                 loss=found["loss"] / found["weight"],
                 correct=found["correct"],

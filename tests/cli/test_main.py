@@ -45,6 +45,7 @@ COMMANDS = {
     },
     "dist-vpt compress": {
         *("--help", "--debug", "RUN", "--keep", "--mode", "--adapters", "--lasso", "--out", "a.b=c *"),
+        "--weights",
     },
     "dist-vpt suite": {
         *(
@@ -61,7 +62,7 @@ COMMANDS = {
         ),
         *("--slurm", "--dry-run"),
     },
-    "dist-vpt status": {"--help", "--debug", "DIR +", "--json", "--watch"},
+    "dist-vpt status": {"--help", "--debug", "DIR *", "--json", "--watch"},
     "dist-vpt data": {"--help"},
     "dist-vpt data prepare": {"--help", "--debug", "TASK +", "--root", "--format"},
     "dist-vpt data check": {"--help", "--debug", "TASK|a.b=c *", "--root", "--storage"},
@@ -291,7 +292,7 @@ def test_overrides_of_compress_may_stand_anywhere(argv: list[str], monkeypatch: 
     seen: list[tuple[object, ...]] = []
     monkeypatch.setattr("dist_vpt.experiments.compress.compress", lambda *arguments: seen.append(arguments))
     assert main(argv) == 0
-    assert seen == [("run", ["0.7", "0.5"], "featselect", "last", 1e-4, None, ["x=1", "y=2"])]
+    assert seen == [("run", ["0.7", "0.5"], "featselect", "last", 1e-4, None, ["x=1", "y=2"], None)]
 
 
 @pytest.mark.parametrize("argv", [["report", "a", "b", "--out", "c"], ["report", "a", "--out", "c", "b"]], ids=" ".join)

@@ -55,6 +55,20 @@ OWN = {"task": "mine", "root": "somewhere"}
         ),
         ({"hf": {"image": "x"}}, "hf: only format 'hf' uses it and the format is 'digits'"),
         ({"table": {"label": "x"}}, "table: only format 'table' uses it and the format is 'digits'"),
+        (
+            {"streaming": True},
+            r"streaming: only format 'hf' uses it and the format is 'digits'; remove streaming \(use hf\)",
+        ),
+        (
+            {"format": "webdataset", "root": "https://h/d", "streaming": True},
+            r"the format is 'webdataset'; remove streaming \(shards behind addresses are streamed without it\)",
+        ),
+        ({"streaming_shuffle": 5}, r"streaming_shuffle 5: nothing is streamed; set streaming=true \(format hf\), or"),
+        ({"streaming_disk_gib": 5}, "streaming_disk_gib 5.0: nothing is streamed; set streaming=true"),
+        (
+            {"format": "hf", "root": "https://me:secret@h/d"},
+            "root 'https://h/d': Parquet files behind an address are streamed, named for each split; set streaming",
+        ),
         ({"webdataset": {"label": "x"}}, "webdataset: only format 'webdataset' uses it and the format is 'digits'"),
         ({"task": "mine", "format": "table"}, "root is missing: format 'table' needs the file of the table, or its fo"),
         ({"hf": {"color": "x"}}, "hf.color\n.*not permitted"),

@@ -19,7 +19,8 @@ from dist_vpt.cli.main import main
 from dist_vpt.errors import RecipeError, RunFailed, UserError
 from dist_vpt.experiments import sweep_worker
 from dist_vpt.experiments.suite import suite
-from dist_vpt.experiments.suite_plan import Experiment, plan_experiments, task_recipes
+from dist_vpt.experiments.suite_plan import Experiment, check_roots, plan_experiments, task_recipes
+from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.runs.results import Result, read
 from tests.data.tfds_copies import elsewhere
 from tests.forks import Forks, command
@@ -504,3 +505,8 @@ def test_what_the_key_is_of_depends_on_the_storage(root: Path, tmp_path: Path) -
     kept = results(tmp_path)["svhn/reader"]
     assert kept.run != planned()[0].key
     assert kept.run == planned("data.format=tfds")[0].key
+
+
+def test_an_address_is_not_looked_for_on_this_machine() -> None:
+    keys = ["data.task=mine", "data.format=webdataset", "data.root=https://host/shards"]
+    check_roots([Experiment("mine", "linear", load_recipe([], keys))])  # raises nothing

@@ -458,6 +458,7 @@ def test_a_full_disk_ends_a_sweep_in_words(
     assert main(line) == 0
 
 
+@pytest.mark.filterwarnings("error:Encountered `nan` values")  # torchmetrics'
 def test_what_is_not_finite_on_val_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = trials_module.read
 

@@ -3,18 +3,21 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from dist_vpt.distributed.collectives import RankAccelerator
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.frozen_stream.cache import StreamCache, fill, layout, nbytes
+from dist_vpt.frozen_stream import prefetch
+from dist_vpt.frozen_stream.cache import CachedBatches, StreamCache, assemble, fill, layout, nbytes, write_rows
 from dist_vpt.frozen_stream.compact import Packed, pack
 from dist_vpt.frozen_stream.config import StreamDtype
 from dist_vpt.frozen_stream.disk import cache_folder, identity, on_disk
-from dist_vpt.frozen_stream.observe import StreamSpec, compute_stream
+from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec, compute_stream
 from tests.frozen_stream.test_cache import FAST, READERS, parts_of, run
 from tests.methods.conftest import make_backbone
 
@@ -35,7 +38,7 @@ def test_a_token_is_kept_to_its_own_scale(dtype: StreamDtype) -> None:
     rows[2, 3] = 0
     rows[4, 1, 7] *= 100  # one number far above the others of its token
     packed = Packed(*pack(rows, dtype), torch.float32)
-    found = packed.rows(torch.tensor([4, 0, 2]))
+    found = packed.rows(torch.tensor([4, 0, 2])).unpack()
     wanted = rows[[4, 0, 2]].double()
     largest = wanted.abs().amax(-1, keepdim=True)
     allowed = ERROR[dtype] * (largest if dtype == "int8" else wanted.abs().maximum(largest / 448 * 2**-6))
@@ -76,6 +79,37 @@ def test_memory_and_disk_hold_the_same(kind: str, dtype: StreamDtype, tmp_path: 
                 assert error < (1e-6 if name in ("pooled", "pixels", "key_scales") else 0.04), name
     plain = identity(split, parts.transform, 178.0, backbone, SPECS[kind])
     assert cache_folder(str(tmp_path), plain) != target
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_rows_cross_to_a_device_in_8_bits(dtype: StreamDtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied is what is kept; what comes out is the same to the bit."""
+    backbone, spec, images = make_backbone(), replace(SPECS["keys"], dtype=dtype), torch.arange(7)
+    output = compute_stream(backbone, torch.randint(0, 256, (7, 3, 16, 16), dtype=torch.uint8), spec)
+    arrays = {name: torch.empty(shape, dtype=kind) for name, (shape, kind) in layout(backbone, spec, 7).items()}
+    write_rows(arrays, spec, output, images)
+    cache, device = assemble(arrays, np.ones(7, bool), spec, backbone.dtype), torch.device("cpu")
+    sent: list[StreamOutput] = []
+
+    def send(made: StreamOutput, *args: Any, **named: Any) -> StreamOutput:
+        sent.append(made)
+        return send_to_device(made, *args, **named)
+
+    monkeypatch.setattr(prefetch, "send_to_device", send)
+    ahead = CachedBatches(cache, np.zeros(7, np.int64), set(), device)
+    monkeypatch.setattr(ahead, "_ahead", device)
+    [batch] = ahead([(0, np.array([4, 0, 2]))])
+    [packed] = sent
+    for kept, name in ((packed.keys[0], "keys-01"), (packed.values[0], "values-01")):
+        assert isinstance(kept, Packed)
+        assert kept.values.dtype == (torch.int8 if dtype == "int8" else torch.uint8)
+        assert torch.equal(kept.values, arrays[name][[4, 0, 2]])
+        assert torch.equal(kept.scale, arrays[f"{name}-scale"][[4, 0, 2]])
+    wanted = cache[torch.tensor([4, 0, 2])]
+    for found, right in zip(batch["images"].keys + batch["images"].values, wanted.keys + wanted.values, strict=True):
+        assert found.dtype == backbone.dtype
+        assert torch.equal(found, right)
+    assert torch.equal(batch["images"].pixels[0], output.pixels[0][[4, 0, 2]])
 
 
 def bytes_of(cache: StreamCache) -> int:

@@ -172,7 +172,7 @@ class FakeCuda:
         self.calls: list[str] = []
         self.current = FakeStream(self, "main")
         self.made = 0
-        prefetch._side_stream.cache_clear()
+        prefetch.side_stream.cache_clear()
         for name, fake in (("Stream", self.new), ("stream", self.within), ("current_stream", lambda _: self.current)):
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(prefetch, "send_to_device", self.send)
@@ -227,7 +227,7 @@ def test_copies_to_a_gpu_go_through_one_stream_a_use(monkeypatch: pytest.MonkeyP
     second.arrived()
     assert cuda.calls[:3] == ["main waits for side 1", "images is used by main", "copy on side 1"]
     assert cuda.made == 2, "the allocator keeps memory for each stream"
-    prefetch._side_stream.cache_clear()
+    prefetch.side_stream.cache_clear()
 
 
 def test_rows_from_host_memory_are_the_same_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

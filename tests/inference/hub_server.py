@@ -1,7 +1,7 @@
 """A stand-in of the Hugging Face hub on this machine: the HTTP interface that huggingface_hub uses, in memory.
 
-Repositories of models with branches and commits; files go up as text in a commit (regular), or by Git LFS first; tokens
-name their user, and whether they may write.
+Repositories of models with branches and commits, and of data sets to read; files go up as text in a commit (regular),
+or by Git LFS first; tokens name their user, and whether they may write.
 """
 
 import base64
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -49,6 +49,7 @@ class Hub:
     repos: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # of Git LFS, by SHA-256
     requests: list[str] = field(default_factory=list)
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)  # file, first byte, end
     upload_mode: str = "regular"  # that preupload answers for safetensors
     fails_with: int | None = None  # status of every answer
 
@@ -85,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(401, {"error": "Invalid credentials in Authorization header"})
         for method, pattern, answer in ROUTES:
             if self.command in method.split() and (found := re.fullmatch(pattern, path)):
-                return answer(self, **{key: unquote(value) for key, value in found.groupdict().items()})
+                return answer(self, **{key: unquote(value) for key, value in found.groupdict().items() if value})
         return self._send(404, {"error": f"no such page: {self.command} {path}"})
 
     def _send(self, status: int, content: Any = None, **headers: str) -> None:
@@ -159,16 +160,19 @@ class Handler(BaseHTTPRequestHandler):
             facts = {"id": repo, "modelId": repo, "sha": sha, "private": found.private, "siblings": files, "tags": []}
             self._send(200, facts)
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, below: str = "") -> None:
         if (found := self._readable(repo)) and (sha := self._commit_of(found, revision)):
-            listed = []
-            for name, content in found.commits[sha].items():
-                entry = {"type": "file", "path": name, "oid": _oid(content), "size": len(content)}
-                if name in found.lfs:
-                    sha256 = hashlib.sha256(content).hexdigest()
-                    entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
-                listed.append(entry)
-            self._send(200, listed)
+            folder = f"{below}/" if below else ""
+            inside = [name for name in found.commits[sha] if name.startswith(folder)]
+            recursive = "recursive=true" in self.path.lower()
+            listed = [_entry(found, sha, name) for name in inside if recursive or "/" not in name.removeprefix(folder)]
+            deeper = {folder + name.removeprefix(folder).split("/")[0] for name in inside if "/" in name[len(folder) :]}
+            self._send(200, [*listed, *({"type": "directory", "path": name, "oid": "0"} for name in sorted(deeper))])
+
+    def paths_info(self, repo: str, revision: str) -> None:
+        if (found := self._readable(repo)) and (sha := self._commit_of(found, revision)):
+            asked = parse_qs(self.body.decode()).get("paths") or json.loads(self.body)["paths"]
+            self._send(200, [_entry(found, sha, name) for name in asked if name in found.commits[sha]])
 
     def branch(self, repo: str, revision: str) -> None:
         if found := self._writable(repo):
@@ -231,8 +235,24 @@ class Handler(BaseHTTPRequestHandler):
             if name in found.lfs:
                 headers["X_Linked_Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
                 headers["X_Linked_Size"] = str(len(content))
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if asked and self.command == "GET":
+                first, end = int(asked[1]), min(int(asked[2]) + 1, len(content))
+                self.hub.ranges.append((name, first, end))
+                headers["Content_Range"] = f"bytes {first}-{end - 1}/{len(content)}"
+                return self._send(206, content[first:end], **headers)
             self._send(200, content, **headers)
         return None
+
+
+def _entry(repository: Repository, sha: str, name: str) -> dict[str, Any]:
+    """What a listing says of a file."""
+    content = repository.commits[sha][name]
+    entry = {"type": "file", "path": name, "oid": _oid(content), "size": len(content)}
+    if name in repository.lfs:
+        sha256 = hashlib.sha256(content).hexdigest()
+        entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
+    return entry
 
 
 def _oid(content: bytes) -> str:
@@ -246,6 +266,11 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("GET", f"/api/models/{REPO}", Handler.info),
     ("GET", f"/api/models/{REPO}/revision/(?P<revision>[^/]+)", Handler.info),
     ("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)", Handler.tree),
+    ("GET", f"/api/datasets/{REPO}", Handler.info),
+    ("GET", f"/api/datasets/{REPO}/revision/(?P<revision>[^/]+)", Handler.info),
+    ("GET", f"/api/datasets/{REPO}/tree/(?P<revision>[^/]+)(/(?P<below>.+))?", Handler.tree),
+    ("POST", f"/api/datasets/{REPO}/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
+    ("HEAD GET", f"/datasets/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", Handler.resolve),
     ("POST", f"/api/models/{REPO}/branch/(?P<revision>[^/]+)", Handler.branch),
     ("POST", f"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", Handler.preupload),
     ("POST", f"/api/models/{REPO}/commit/(?P<revision>[^/]+)", Handler.commit),

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from dist_vpt import __version__
+from dist_vpt.backbones.build import DEMO
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.cli.main import main
 from dist_vpt.data.transforms import ImageTransform
@@ -31,7 +33,7 @@ from tests.docs.pages import blocks
 from tests.inference.exported import fitted_or_random, metadata_of, run_onnx, run_torch
 from tests.methods.conftest import make_backbone
 from tests.methods.test_structure import SETTINGS
-from tests.running import ROOT, train
+from tests.running import ROOT, few_digits, train
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 BATCHES = (1, 7)
@@ -204,6 +206,27 @@ def test_weights_that_need_no_other_file(
     assert len(lines) == 3
     assert main(["predict", str(out), str(picture), "--adapters", "best"]) == 2
     assert "--adapters best: " in capsys.readouterr().err
+
+
+def test_no_file_names_a_path_of_the_machine(tmp_path: Path, picture: Path) -> None:
+    """The recipe is in the file as `push` shares it; what loads the file needs nothing that it leaves out."""
+    weights = tmp_path / "secret" / "weights.safetensors"
+    weights.parent.mkdir()
+    shutil.copyfile(DEMO, weights)
+    run, out = tmp_path / "run", tmp_path / "run.safetensors"
+    data = few_digits(tmp_path / "pictures")
+    train(run, f"backbone.weights={weights}", "backbone.name=demo", *data, "data.image_size=16", "train.test=false")
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    with safe_open(out, "pt") as file:
+        metadata = json.dumps(file.metadata())
+    assert str(tmp_path) not in metadata
+    assert "not-shared:weights.safetensors@sha256:" in metadata
+    expected = predict(str(run), [str(picture)], top=10)
+    shutil.rmtree(weights.parent)
+    shutil.rmtree(run)
+    found = predict(str(out), [str(picture)], top=10)
+    for row, other in zip(found[0]["predictions"], expected[0]["predictions"], strict=True):
+        assert row == {"class": other["class"], "probability": pytest.approx(other["probability"], abs=1e-5)}
 
 
 @pytest.mark.slow

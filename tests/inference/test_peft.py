@@ -298,6 +298,34 @@ def test_an_imported_run_is_used_like_any(tmp_path: Path, capsys: pytest.Capture
     assert "holds a run already" in capsys.readouterr().err
 
 
+def test_what_an_imported_run_has_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: tuple[str, ...]
+) -> None:
+    _, model = adapted("vit")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    run, image, other = str(tmp_path / "run"), str(tmp_path / "a.png"), str(tmp_path / "other")
+    assert main(["import-peft", str(tmp_path / "adapter"), *arguments_of("vit"), "--out", run]) == 0
+    one_adapter = "was imported from PEFT with one adapter; leave it out"
+    no_dataset = "was imported from PEFT, which names no dataset; give data.root=FOLDER, and data.format where"
+    for command, message in (
+        (["predict", run, image, "--adapters", "best"], f"--adapters best: {run} {one_adapter}"),
+        (["push", run, "hub:me/x", "--dry-run", "--adapters", "best"], f"--adapters best: {run} {one_adapter}"),
+        (
+            ["predict", run, image, "--calibrated"],
+            "has no temperature for its last adapters: it was imported from PEFT",
+        ),
+        (["eval", run], f"{run}: {no_dataset} that is no folder of class folders"),
+        (["eval", run, *data], "or import it with --classes FILE: the dataset's classes in the order of the head"),
+        (["compare", run, run], f"`dist-vpt eval {run} data.root=FOLDER --out {run}` writes them"),
+        (["compress", run, "--keep", "0.5"], "only a vqt run has features to choose among"),
+        (["train", f"{run}/recipe.yaml", f"run.dir={other}"], "error: this recipe: the folder of its dataset is not"),
+    ):
+        assert main(command) == 2, command
+        found = capsys.readouterr().err
+        assert message in found, found
+        assert found.count("\n") == 1
+
+
 @pytest.mark.parametrize("argument", ["method.rank=4", "vpt_deep"])
 def test_the_method_is_the_adapters(argument: str, tmp_path: Path) -> None:
     _, model = adapted("vit")

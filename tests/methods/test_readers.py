@@ -14,7 +14,7 @@ from dist_vpt.frozen_stream.observe import compute_stream
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.config import MethodConfig
-from dist_vpt.methods.stack import ReaderStack
+from dist_vpt.methods.stack import RandomSource, ReaderStack
 from tests.methods.conftest import KINDS, ROTARY, config_of, make_backbone, make_vit, reference_config
 from tests.reference import readers, vit
 
@@ -184,7 +184,9 @@ def test_readers_together_equal_each_alone(variant: str, images: torch.Tensor) -
     """Also with dropout, which each draws as it would alone."""
     each, seeds = with_dropout(VARIANTS[variant], (0.0, 0.5, 0.2), images), [7, 8, 9]
     stack = ReaderStack.of(each)
-    logits_TBK = type(each[0]).read_stacks([stack], compute_stream(each[0].backbone, images, each[0].spec), [seeds])[0]
+    stream = compute_stream(each[0].backbone, images, each[0].spec)
+    sources = [RandomSource.seeded(seed, torch.device("cpu")) for seed in seeds]
+    logits_TBK = type(each[0]).read_stacks([stack], stream, [sources])[0]
     sum(loss_of(logits_BK) for logits_BK in logits_TBK).backward()  # type: ignore[union-attr]
     together = [{name: p.grad.clone() for name, p in reader.trainable() if p.grad is not None} for reader in each]
     for reader, seed, logits_BK, grads in zip(each, seeds, logits_TBK, together, strict=True):

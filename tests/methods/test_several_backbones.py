@@ -19,6 +19,7 @@ from dist_vpt.methods.stack import ReaderStack
 from tests.methods.conftest import config_of, make_backbone, make_vit, reference_config
 from tests.methods.test_readers import LABELS, WEIGHT, assert_close, loss_of
 from tests.reference import readers, vit
+from tests.training.tape import Waits
 
 # Of different widths, depths, grids and numbers of prefix tokens; and a pair with as many of them.
 SMALL: tuple[str, dict[str, Any]] = ("class_token", {})
@@ -134,7 +135,9 @@ def test_each_reader_of_a_stack_has_its_own_penalty() -> None:
     with torch.no_grad():
         for t, reader in enumerate(stacked):
             dict(reader.trainable())["projection.weight"].mul_(1 + t)
-    penalties_T = Combo.penalties(ReaderStack.of(stacked))
+    with Waits() as waits:
+        penalties_T = Combo.penalties(ReaderStack.of(stacked))
+    assert not waits.waited
     assert penalties_T is not None
     alone = [reader.penalty() for reader in stacked]
     torch.testing.assert_close(penalties_T, torch.stack([torch.as_tensor(each) for each in alone]))

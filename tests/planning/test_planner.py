@@ -488,6 +488,16 @@ def test_a_gpu_s_optimizer_steps_on_all_tensors_at_once(optimizer: str, precisio
         assert on_gpu.height < 2.5 * on_gpu.trained
 
 
+@pytest.mark.parametrize("labels", ["single", "multiple"])
+def test_a_batch_is_copied_to_a_gpu_alone(labels: str) -> None:
+    """A CPU takes images and labels as loaders give them, but for augmented ones, which are made there."""
+    of = recipe("method.name=linear", "train.eval_batch_size=40").changed("data", labels=labels)
+    on_cpu, on_gpu = footprint(of, 10), footprint(of, 10, gpus=True)
+    batch = 3 * 24 * 24 + (8 if labels == "single" else 10 * 4)  # bytes of an image
+    assert on_gpu.scoring - on_cpu.scoring == 40 * batch
+    assert on_gpu.height - on_cpu.height == 16 * batch
+
+
 def test_pinned_memory_comes_in_powers_of_two() -> None:
     assert [pinned_bytes(size) for size in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
     of = recipe("method.prompts=20", "runtime.offload=true")

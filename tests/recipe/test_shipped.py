@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -189,3 +191,38 @@ def test_copies_that_are_refused(arguments: list[str], message: str, capsys: pyt
     Path("mine.yaml").write_text("seed: 1")
     assert main(["recipe", "copy", *arguments]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("demo", "write backbone.name=demo"),
+        ("vit_small_patch16_224.augreg_in1k", "write backbone.name=vit_small_patch16_224.augreg_in1k"),
+        ("dinov2_b14", "write backbone.name=dinov2_b14, or name 'dinov2_s14' or 'dinov3_b16' or 'dinov3_s16'"),
+        ("digits", "write data.task=digits, or name 'digits/vqt' or 'digits/full' or 'digits/linear'"),
+        ("vpt", "write method.name=vpt, or name 'vqt' or 'vpt_cls'"),
+        ("tfds", "write data.format=tfds"),
+        ("BF16", "write runtime.precision=bf16"),
+        ("published", "write protocol=published"),
+        ("optuna", "write sweep.search=optuna"),
+        ("wandb", "write run.trackers=[wandb]"),
+        ("int8", "write stream.dtype=int8 or runtime.quantize=int8"),
+        ("train.epochs", "write train.epochs=..."),
+        ("method.prompts", "write method.prompts=..."),
+        ("auto", "`dist-vpt recipe list` shows all names"),  # of too many keys
+    ],
+)
+def test_a_value_in_place_of_a_recipe_gets_its_key(typed: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(["linear", typed], [])
+    (line,) = str(refused.value).splitlines()[1:]
+    assert line.strip() == f"command line: {typed}: neither a file nor the name of a recipe; {hint}"
+
+
+def test_the_key_of_a_value_is_found_without_timm() -> None:
+    code = (
+        "import sys; from dist_vpt.recipe.values_as_names import overrides_for; overrides_for('vit_tiny_patch16_224')"
+    )
+    done = subprocess.run([sys.executable, "-c", f"{code}; print({{'timm', 'torch'}} & {{*sys.modules}})"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    assert done.stdout == "set()\n"

@@ -141,7 +141,7 @@ def test_what_cannot_be_compared(folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="nothing to compare with one run"):
         compare_runs([str(folder / "short")])
-    refused(tmp_path, "not a run folder", RunFolderError)
+    refused(tmp_path, r"neither a run folder \(no recipe\.yaml\) nor one of `dist-vpt eval --out`", RunFolderError)
     other = Path(shutil.copytree(folder / "long", tmp_path / "other"))
     table = other / "predictions.csv"
     lines = table.read_text().splitlines(keepends=True)

@@ -292,6 +292,14 @@ def test_a_folder_without_runs_and_none(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"--watch {wrong}: {said}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [[], ["--watch"], ["--watch", "runs"], ["--watch", "5"], ["runs", "--watch"]])
+def test_folders_are_those_in_runs_and_may_follow_watch(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], float | None]] = []
+    monkeypatch.setattr(status_module, "status", lambda folders, *, as_json, watch: seen.append((folders, watch)))
+    assert main(["status", *argv]) == 0
+    assert seen == [(["runs"], 5.0 if argv else None)]
+
+
 @pytest.mark.parametrize("json_too", [(), ("--json",)])
 def test_watching_ends_with_control_c(
     json_too: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -136,9 +136,12 @@ def test_its_memory_is_counted() -> None:
         assert held == without.trained
 
 
-def test_zero3_has_none() -> None:
-    recipe = load_recipe([], [*TINY, "train.model_ema_decay=0.9"])
-    assert "ZeRO-3 shards the tensors that would be averaged" in unsupported_reason(recipe, "zero3")
-    assert not unsupported_reason(recipe, "zero2")
-    lion = load_recipe([], [*TINY, "optim.name=lion", "optim.scale_lr=false"])
-    assert "optim.name = lion: timm's optimizers step on whole tensors" in unsupported_reason(lion, "zero1")
+@pytest.mark.parametrize("strategy", ["zero3", "zero3_offload"])
+def test_zero3_shards_it(strategy: str) -> None:
+    without, with_it = (
+        footprint(load_recipe([], [*TINY, "method.name=full", *more]), 10)
+        for more in ([], ["train.model_ema_decay=0.9"])
+    )
+    ours, theirs = with_it.on(strategy, 4), without.on(strategy, 4)
+    assert ours.held + ours.host - theirs.held - theirs.host == pytest.approx(without.trained / 4, abs=1)
+    assert not unsupported_reason(load_recipe([], [*TINY, "train.model_ema_decay=0.9"]), strategy)

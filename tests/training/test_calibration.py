@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import optimize
 from torch import Tensor
 
 from dist_vpt.training.calibration import fit_temperature
@@ -44,6 +45,42 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_temperature(logits_NK, labels_N)["value"]
     monkeypatch.setattr("dist_vpt.training.calibration.CHUNK", 70)
     assert fit_temperature(logits_NK, labels_N)["value"] == pytest.approx(whole, rel=1e-10)
+
+
+def least(logits_NK: Tensor, labels_N: Tensor) -> float:
+    """The temperature by SciPy's bounded minimisation of the cross entropy in float64, to about 1e-7."""
+    found = optimize.minimize_scalar(
+        lambda log: cross_entropy(logits_NK, labels_N, float(np.exp(log))), bounds=(-4.5, 4.5), method="bounded",
+        options={"xatol": 1e-9, "maxiter": 1000},
+    )  # fmt: skip
+    return float(np.exp(found.x))
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.3, 4.0, 10.0])
+@pytest.mark.parametrize("sample", [7, 200, 10**9])  # logits: 1 image, 28 of 400, all
+def test_an_estimate_on_some_images_leads_to_the_optimum_of_all(
+    scale: float, sample: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_NK, labels_N = draw(400, 7)
+    logits_NK = scale * logits_NK
+    monkeypatch.setattr("dist_vpt.training.calibration.SAMPLE", sample)
+    found = fit_temperature(logits_NK, labels_N)["value"]
+    assert found == pytest.approx(least(logits_NK, labels_N), rel=1e-6)
+    monkeypatch.setattr("dist_vpt.training.calibration.SAMPLE", 10**9)
+    assert found == pytest.approx(fit_temperature(logits_NK, labels_N)["value"], rel=1e-10)
+
+
+def test_some_images_without_a_mistake_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tenth image is right by far; of the others every second one is wrong."""
+    labels_N = torch.arange(100) % 3
+    logits_NK = 20 * torch.eye(3)[labels_N]
+    wrong = torch.arange(1, 100, 2)
+    logits_NK[wrong] = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("dist_vpt.training.calibration.SAMPLE", 30)
+    assert fit_temperature(logits_NK, labels_N)["value"] == pytest.approx(least(logits_NK, labels_N), rel=1e-6)
+    monkeypatch.setattr("dist_vpt.training.calibration.NEWTON_STEPS", 0)
+    assert fit_temperature(logits_NK, labels_N)["value"] == pytest.approx(least(logits_NK, labels_N), rel=1e-6)
+    assert "no mistake" in fit_temperature(20 * torch.eye(3)[labels_N], labels_N)["reason"]
 
 
 def test_it_is_invariant_to_shifts_and_follows_the_scale() -> None:

@@ -48,7 +48,10 @@ def full_between(first: int, last: int, disk: Path, patch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_a_while_and_at_the_end(disk: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's: no traceback
+def test_a_disk_that_is_full_for_a_while_and_at_the_end(
+    disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, folder = train(tmp_path / "whole", *OPTIONS), disk / "run"
     with pytest.MonkeyPatch.context() as patch:
         full_between(6, 8, disk, patch)  # over the end of an epoch: its metrics, its best adapters, two states
@@ -66,6 +69,7 @@ def test_a_disk_that_is_full_for_a_while_and_at_the_end(disk: Path, tmp_path: Pa
         with pytest.raises(RunFailed, match=r"results cannot be written \(.*No space left.* resumes from step 10"):
             train(folder, *OPTIONS)
     assert not (folder / "result.json").exists()
+    assert capsys.readouterr().out.count("warning: TensorBoard stopped writing to") == 1
     (disk / "filler").unlink()
     found = train(folder, *OPTIONS, "run.resume=auto")
     assert (found["last"], found["best"]) == (whole["last"], whole["best"])

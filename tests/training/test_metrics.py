@@ -223,3 +223,13 @@ def test_predictions_in_the_order_of_the_split() -> None:
     expected = logits_NK.double().softmax(1)[rows, labels_N[rows]].numpy()
     assert found.probability_n == pytest.approx(expected, rel=1e-5)
     assert np.array_equal(found.confusion(5), confusion_matrix(labels_N[rows], logits_NK[rows].argmax(1)))
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_one_image_that_is_not_finite_shows_in_the_loss(classes: int) -> None:
+    """torchmetrics would leave it out of the mean, and warn on the terminal."""
+    logits_NK, labels_N = draw(50, classes)
+    logits_NK[3] = torch.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(scored(logits_NK, labels_N).compute()["loss"])

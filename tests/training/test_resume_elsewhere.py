@@ -16,9 +16,27 @@ from tests.running import ROOT, SMALLEST, few_images, step_losses
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("on_the_cpu")]
 LEG = 20  # steps under one strategy
-JOURNEYS = {  # single is one process, all others are two
-    "optim.name=adamw": ("single", "ddp", "zero3", "ddp", "zero2", "ddp", "single"),
-    "optim.name=sgd": ("zero3_in_pieces", "single", "zero1", "zero3_in_pieces", "zero0", "zero3_offload"),
+# Settings, and the strategies one after the other: single is one process, all others are two.
+JOURNEYS = {
+    "adamw": (
+        ("optim.name=adamw", "protocol=default"),
+        ("single", "ddp", "zero3", "ddp", "zero2", "ddp", "single"),
+    ),
+    "sgd": (
+        ("optim.name=sgd", "protocol=published"),
+        ("zero3_in_pieces", "single", "zero1", "zero3_in_pieces", "zero0", "zero3_offload"),
+    ),
+    # timm's count by groups (adan), and keep numbers that are no tensors and differ between groups (laprop).
+    "adan": (("optim.name=adan", "train.model_ema_decay=0.9"), ("zero3_in_pieces", "single", "zero3")),
+    "laprop": (
+        ("optim.name=laprop", "method.name=lora", "method.rank=2", "optim.layer_decay=0.5"),
+        ("zero2", "zero3_in_pieces", "ddp"),
+    ),
+    # All that ZeRO-3 shards is averaged.
+    "sgdw": (
+        ("optim.name=sgdw", "method.name=full", "optim.layer_decay=0.5", "train.model_ema_decay=0.9"),
+        ("zero3", "zero2", "zero3_offload"),
+    ),
 }
 
 
@@ -57,11 +75,11 @@ def stop_at(step: int) -> Callable[[int], None]:
 @pytest.mark.parametrize("optimizer", JOURNEYS)
 def test_another_strategy_and_number_of_processes(optimizer: str, tmp_path: Path) -> None:
     """One loss a step, all moments in the end, and three classes, which two processes do not share evenly."""
-    journey = JOURNEYS[optimizer]
+    settings, journey = JOURNEYS[optimizer]
     (tmp_path / "data").mkdir()
+    smallest = SMALLEST if "method.name" not in "".join(settings) else [w for w in SMALLEST if "prompts" not in w]
     options = [
-        *SMALLEST, optimizer, "optim.lr=0.01", f"protocol={'default' if 'adamw' in optimizer else 'published'}",
-        f"data.root={few_images(tmp_path / 'data')}", "run.resume=auto",
+        *smallest, "optim.lr=0.01", *settings, f"data.root={few_images(tmp_path / 'data')}", "run.resume=auto",
         f"train.epochs={LEG * len(journey) // 6}", "run.save_every=1000",
     ]  # fmt: skip
     alone = command(["train", *options, f"run.dir={tmp_path / 'alone'}"], tmp_path / "alone.txt")
@@ -79,11 +97,13 @@ def test_another_strategy_and_number_of_processes(optimizer: str, tmp_path: Path
     found, expected = (step_losses(tmp_path / name) for name in ("run", "alone"))
     assert len(found) == len(expected) == LEG * len(journey) // 6 * 6
     assert found == pytest.approx(expected, abs=1e-4)
-    found, expected = (
-        load_file(max((tmp_path / name / "state").glob("step-*")) / "tensors.safetensors") for name in ("run", "alone")
+    for file in ("state/step-*/tensors.safetensors", "adapters.safetensors"):
+        found, expected = (load_file(max((tmp_path / name).glob(file))) for name in ("run", "alone"))
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert float((tensor - expected[name]).abs().max()) < 1e-4, name
+    reported, alone_s = (
+        json.loads((tmp_path / name / "result.json").read_text())["last"]["test"]["loss"] for name in ("run", "alone")
     )
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert float((tensor - expected[name]).abs().max()) < 1e-4, name
-    reported = json.loads((tmp_path / "run" / "result.json").read_text())["last"]["test"]["loss"]
     assert evaluate_run(str(tmp_path / "run"), "test", "last")["loss"] == pytest.approx(reported, abs=1e-5)
+    assert reported == pytest.approx(alone_s, abs=1e-4)

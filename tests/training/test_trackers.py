@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate.utils import LoggerType
 
@@ -14,6 +15,8 @@ from dist_vpt.errors import RecipeError, UserError
 from dist_vpt.experiments.early_checks import check_early
 from dist_vpt.recipe.loading import load_recipe
 from dist_vpt.recipe.trackers import TRACKERS, require_trackers
+from dist_vpt.runs.folder import RunFolder
+from dist_vpt.training.trackers import Trackers
 from tests.running import train, words
 
 RECORD = """
@@ -141,6 +144,29 @@ def test_one_that_fails_later_is_dropped_and_the_others_go_on(
     log = (tmp_path / "run" / "train.log").read_text()
     assert log.count("warning: mlflow gets no more values (ConnectionError: the server is gone); metrics.jsonl") == 1
     assert list((tmp_path / "run" / "tb").glob("events*"))
+
+
+def test_a_picture_goes_where_accelerate_has_a_call_for_it(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    got: dict[str, Any] = {}
+
+    class Tracker:
+        def __init__(self, name: str):
+            self.name = name
+
+        def log_images(self, values: dict[str, Any], step: int) -> None:
+            got[self.name] = values["sweep/val_top1"]
+
+    trackers = Trackers(load_recipe([], words(tmp_path)), RunFolder(str(tmp_path)), print)
+    trackers.active = [Tracker(name) for name in ("wandb", "swanlab", "aim", "clearml", "dvclive")]
+    trackers.picture("sweep/val_top1", Figure(figsize=(2, 1), dpi=100), 0)
+    assert len(trackers.active) == 5
+    assert {name: type(picture) for name, picture in got.items()} == {
+        "wandb": list, "swanlab": list, "aim": np.ndarray, "clearml": np.ndarray,
+    }  # fmt: skip
+    assert got["wandb"][0].shape == got["aim"].shape == (100, 200, 3)
+    assert got["aim"].dtype == np.uint8
 
 
 @pytest.mark.slow

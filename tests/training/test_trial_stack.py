@@ -94,7 +94,10 @@ def test_updates_are_torch_s(name: str, clip: str) -> None:
                 own.reader.get_parameter(parameter_name).grad = gradient
             wanted.append(float(clip_gradients([list(own.reader.parameters())], own.recipe.optim.clip_norm)[0]))
             optimizer.step()
-        norms = [stack.update(step, EPOCH, torch.ones(len(stack.trials), dtype=torch.bool)) for stack in stacks]
+        norms = [
+            stack.update(stack.rate_factor(step, EPOCH), torch.ones(len(stack.trials), dtype=torch.bool))
+            for stack in stacks
+        ]
         assert torch.cat(norms).tolist() == pytest.approx(wanted, rel=1e-5)
     for trial, own in zip(together, alone, strict=True):
         for (_, found), (_, right) in zip(trial.reader.trainable(), own.reader.trainable(), strict=True):
@@ -117,8 +120,8 @@ def test_what_is_not_finite_touches_nothing(name: str, spoiled: str) -> None:
                 assert tensor.grad is not None
                 tensor.grad[1] = float("nan") if spoiled == "loss" else float("inf")
             finite_T[1] = spoiled != "loss"
-        norm_T = mixed[0].update(step, EPOCH, finite_T)
-        calm[0].update(step, EPOCH, torch.ones(3, dtype=torch.bool))
+        norm_T = mixed[0].update(mixed[0].rate_factor(step, EPOCH), finite_T)
+        calm[0].update(calm[0].rate_factor(step, EPOCH), torch.ones(3, dtype=torch.bool))
         if step == 5:
             assert not norm_T[1].isfinite()
             after = {key: t[1] for key, t in (mixed[0].trained | mixed[0].state).items()}
@@ -147,7 +150,7 @@ def test_the_gradient_scale_is_torch_s() -> None:
             optimizer.param_groups[0]["params"][0].grad = torch.tensor([float("inf") if overflow else 0.0])
             scaler.step(optimizer)
             scaler.update()
-        stack.update(step % EPOCH, EPOCH, torch.ones(2, dtype=torch.bool))
+        stack.update(stack.rate_factor(step % EPOCH, EPOCH), torch.ones(2, dtype=torch.bool))
         assert stack.state["scale"].tolist() == [scaler.get_scale() for scaler in scalers]
     assert stack.state["scale"].tolist() == [INIT_SCALE, INIT_SCALE]  # halved once, then doubled once
     assert stack.state["steps"].tolist() == [GROWTH_INTERVAL + 4] * 2
@@ -161,9 +164,9 @@ def test_a_trial_that_has_ended_keeps_its_tensors() -> None:
     assert smaller.trials == [some[0], some[2]]
     kept = [tensor.clone() for _, tensor in some[1].reader.trainable()]
     random_gradients([smaller], 0)
-    smaller.update(EPOCH, EPOCH, torch.ones(2, dtype=torch.bool))
+    smaller.update(smaller.rate_factor(EPOCH, EPOCH), torch.ones(2, dtype=torch.bool))
     random_gradients([stack], 1)
-    stack.update(EPOCH, EPOCH, torch.ones(3, dtype=torch.bool))
+    stack.update(stack.rate_factor(EPOCH, EPOCH), torch.ones(3, dtype=torch.bool))
     assert all(torch.equal(a, b) for a, (_, b) in zip(kept, some[1].reader.trainable(), strict=True))
     for trial, t in ((some[0], 0), (some[2], 1)):  # what its reader holds is what is trained
         for name, tensor in trial.reader.trainable():

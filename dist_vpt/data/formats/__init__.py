@@ -52,6 +52,11 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
         _check_absent(location, recipe.train_on, splits)
     _check_labeled(location, splits)
     splits = draw(splits, recipe)
+    if recipe.streamed:
+        from dist_vpt.data.streaming import check_disk, streaming_remarks
+
+        check_disk(recipe, splits)
+        splits = replace(splits, remarks=(*splits.remarks, *streaming_remarks(recipe, splits)))
     if not recipe.extra_tests:
         return splits
     from dist_vpt.data.formats.extra_tests import open_extra_tests
@@ -78,6 +83,11 @@ def check_root(recipe: DataConfig, *, test: bool) -> None:
         missing = read_rows(recipe).missing
         if test and missing:
             raise DataError(f"split 'test' is missing: {missing['test']}")
+        return
+    if recipe.streamed:  # shards behind addresses
+        from dist_vpt.data.formats.tar_spans import check_addresses
+
+        check_addresses(recipe)
         return
     root = open_root(recipe)
     if stored_as(recipe, task) == "webdataset":

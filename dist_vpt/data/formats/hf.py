@@ -1,5 +1,10 @@
-"""Hugging Face datasets: from the hub, saved to disk, or a folder that the library can read as a dataset."""
+"""Hugging Face datasets: from the hub, saved to disk, or a folder that the library can read as a dataset.
 
+With ``data.streaming`` their Parquet files are read where they are.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dist_vpt.data.addresses import expand, is_address, shown
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.image_folder import SPLIT_NAMES, split_of
+from dist_vpt.data.formats.parquet import ParquetPart
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
-from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
+from dist_vpt.data.splits import Source, Split, Splits, class_order, with_missing_splits
+from dist_vpt.data.spool import open_spool
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, UserError, nearest
 
@@ -62,8 +70,14 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
             continue
         if not _holds_images(part.features.get(image)):
             raise DataError(f"{location}: column {image!r} is not an Image column; fix the dataset")
-        column = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        found[name] = Split(name, labels[name], HfSource(column, image, location, Decoding.of(task)))
+        source: Source
+        if isinstance(part, ParquetPart):
+            spool = open_spool(recipe.streaming_disk_gib)
+            source = part.source(image, recipe.streaming_shuffle, spool, Decoding.of(task))
+        else:
+            column = part.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+            source = HfSource(column, image, location, Decoding.of(task))
+        found[name] = Split(name, labels[name], source)
     for name in ("train", "val"):
         if name in missing:
             named = ", ".join(f"{each}: ..." for each in dict.fromkeys(("train", name)))
@@ -73,7 +87,7 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
 
 def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
     """Splits by this package's names: chosen by the recipe, or by the dataset's names."""
-    available = _open(recipe, datasets)
+    available = _streamed(recipe, datasets) if recipe.streaming else _open(recipe, datasets)
     chosen = {str(split): name for split, name in recipe.hf.splits.items()}
     if not chosen:
         for split, names in SPLIT_NAMES.items():
@@ -87,6 +101,11 @@ def _parts(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
             if exact or alike:
                 chosen[split] = (exact or alike)[0]
     for split, name in chosen.items():
+        if recipe.streaming and "[" in name:
+            raise DataError(
+                f"data.hf.splits.{split} {name!r}: whole splits alone are streamed; leave the slice out, and use "
+                "data.fraction or data.val_fraction"
+            )
         if name not in available:
             raise DataError(f"data.hf.splits.{split} {name!r}: no such saved split; {nearest(name, available)}")
     if "train" not in chosen:
@@ -102,18 +121,61 @@ def _open(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
     assert recipe.root is not None  # DataConfig requires it
     folder = Path(recipe.root).expanduser()
     root = str(folder) if folder.is_dir() else recipe.root
-    try:
-        if any((folder / file).is_file() for file in SAVED):
-            stored = datasets.load_from_disk(root)
-            return stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
-        where = {"path": root, "name": recipe.hf.config, "revision": recipe.hf.revision}
-        if recipe.hf.splits:
-            return {name: datasets.load_dataset(**where, split=name) for name in recipe.hf.splits.values()}
-        return datasets.load_dataset(**where)
-    except IndexError as error:  # of a split that was saved without a file
+    with _opening(recipe, folder):
+        try:
+            if any((folder / file).is_file() for file in SAVED):
+                stored = datasets.load_from_disk(root)
+                return stored if isinstance(stored, datasets.DatasetDict) else {"train": stored}
+            where = {"path": root, "name": recipe.hf.config, "revision": recipe.hf.revision}
+            if recipe.hf.splits:
+                return {name: datasets.load_dataset(**where, split=name) for name in recipe.hf.splits.values()}
+            found: dict[str, Any] = datasets.load_dataset(**where)
+            return found
+        except IndexError as error:  # of a split that was saved without a file
+            raise DataError(
+                f"data.root {recipe.root!r}: one of its splits has no record; save the dataset without this split"
+            ) from error
+
+
+def _streamed(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
+    """The dataset's splits as Parquet files, none of which is read yet."""
+    assert recipe.root is not None  # DataConfig requires it
+    if is_address(recipe.root):
+        patterns = {str(name): pattern for name, pattern in recipe.hf.splits.items()}
+        addresses = {
+            pattern: expand(f"data.hf.splits.{name}", recipe.root, pattern) for name, pattern in patterns.items()
+        }
+        return {name: ParquetPart(f"{shown(recipe.root)} {name}", some, None) for name, some in addresses.items()}
+    folder = Path(recipe.root).expanduser()
+    if any((folder / file).is_file() for file in SAVED):
         raise DataError(
-            f"data.root {recipe.root!r}: one of its splits has no record; save the dataset without this split"
-        ) from error
+            f"data.root {recipe.root!r}: was saved by save_to_disk, so it is read in place; remove data.streaming"
+        )
+    with _opening(recipe, folder):
+        root = str(folder) if folder.is_dir() else recipe.root
+        builder = datasets.load_dataset_builder(root, name=recipe.hf.config, revision=recipe.hf.revision)
+    files = builder.config.data_files or {}
+    other = next((str(file) for some in files.values() for file in some if not str(file).endswith(".parquet")), None)
+    if other is not None or not files:
+        held = f"holds {other.rpartition('/')[2]!r}" if other else "has no data files"
+        raise DataError(
+            f"data.root {recipe.root!r}: {held}, and Parquet files alone are streamed; use the copy in Parquet that "
+            "the hub makes of most datasets (data.hf.revision=refs/convert/parquet), data.format=webdataset for shards "
+            "(hf://datasets/NAME), or remove data.streaming"
+        )
+    features = builder.info.features
+    return {
+        str(name): ParquetPart(f"{recipe.root} {name}", list(map(str, some)), features) for name, some in files.items()
+    }
+
+
+@contextmanager
+def _opening(recipe: DataConfig, folder: Path) -> Iterator[None]:
+    """Say what to do where the library cannot open a dataset."""
+    try:
+        yield
+    except DataError:
+        raise
     except Exception as error:  # the library and its network clients raise errors of many families
         kind = "" if folder.is_dir() else "is not a folder, and as a dataset of the hub it "
         raise DataError(

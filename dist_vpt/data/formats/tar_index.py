@@ -1,6 +1,7 @@
 """Where the samples of a tar file are: found once by reading its headers, and kept in the cache folder.
 
-With it any sample is read on its own, so that shards are shuffled and resumed as exactly as a folder of images.
+With it any sample is read on its own, so that shards are shuffled and resumed as exactly as a folder of images. A shard
+behind an address is read once for it, from its beginning to its end, and only the index is kept.
 """
 
 import contextlib
@@ -12,12 +13,14 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from dist_vpt.data.addresses import RangeReader, RemoteFile, check_unchanged
 from dist_vpt.data.formats.files import Mistakes
 from dist_vpt.data.images import image_extensions
+from dist_vpt.data.spool import cache_subfolder, keep
 from dist_vpt.distributed.caches import cache_folder
 from dist_vpt.errors import DataError, nearest
 from dist_vpt.files import first_bytes, locked, looks_like, printable, write_atomically
@@ -25,6 +28,8 @@ from dist_vpt.files import first_bytes, locked, looks_like, printable, write_ato
 LAYOUT = 1  # of index files
 MAX_LABEL_BYTES = 2**20
 USUAL_FIELDS = ("label", "class", "cls", "category", "target", "class_name", "label_name")
+Shard = Path | RemoteFile
+
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
@@ -49,7 +54,7 @@ class TarIndex:
 ARRAYS = ("key_n", "offset_n", "size_n", "label_n")
 
 
-def read_index(shard: Path, fields: Fields) -> TarIndex:
+def read_index(shard: Shard, fields: Fields) -> TarIndex:
     """The index of a shard, from the cache folder if it is there for this file as it is. Raises DataError."""
     kept = _kept(shard, fields)
     if kept is None:
@@ -66,12 +71,20 @@ def read_index(shard: Path, fields: Fields) -> TarIndex:
         return index
 
 
-def _kept(shard: Path, fields: Fields) -> Path | None:
+def identity_of(shard: Shard) -> str:
+    """A text that changes when a shard changes."""
+    if isinstance(shard, RemoteFile):
+        return f"{shard.address} {shard.size} {shard.version}"
+    found = shard.stat()
+    return f"{shard} {found.st_size} {found.st_mtime_ns}"
+
+
+def _kept(shard: Shard, fields: Fields) -> Path | None:
     """The file of a shard's index; None where the cache folder cannot be written."""
-    found, folder = shard.stat(), cache_folder()
+    folder = cache_folder()
     if folder is None:
         return None
-    name = f"{LAYOUT} {shard} {found.st_size} {found.st_mtime_ns} {fields}"
+    name = f"{LAYOUT} {identity_of(shard)} {fields}"
     file = folder / "webdataset" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()}.npz"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,25 +93,37 @@ def _kept(shard: Path, fields: Fields) -> Path | None:
     return file if os.access(file.parent, os.W_OK | os.X_OK) else None
 
 
-def label_field(shard: Path) -> str:
+def shown_shard(shard: Shard) -> str:
+    """A shard's name for messages."""
+    return str(shard) if isinstance(shard, RemoteFile) else printable(shard)
+
+
+def label_field(shard: Shard) -> str:
     """Where the labels of a shard are: cls, or the only field of json with a usual name. Raises DataError."""
-    sample = next(_samples(shard), None)
+    if isinstance(shard, Path):
+        return _found_label_field(shard)
+    name = f"label {LAYOUT} {identity_of(shard)}"
+    return keep(cache_subfolder("webdataset"), name, lambda: _found_label_field(shard).encode()).read_text()
+
+
+def _found_label_field(shard: Shard) -> str:
+    sample = next(_samples(shard, "json"), None)
     if sample is None:
-        raise DataError(f"{printable(shard)}: holds no sample; remove it, or write it again")
-    key, members = sample
-    where = f"{printable(shard)} sample {printable(key)}"
+        raise DataError(f"{shown_shard(shard)}: holds no sample; remove it, or write it again")
+    key, members, content = sample
+    where = f"{shown_shard(shard)} sample {printable(key)}"
     if "cls" in members:
         return "cls"
     there = ", ".join(sorted(members))
     if "json" in members:
         try:
-            content = _json(_content(shard, members["json"]))
+            found = _json(content)
         except ValueError as error:
             raise DataError(f"{where}: {error}") from None
-        usual = [field for field in USUAL_FIELDS if field in content]
+        usual = [field for field in USUAL_FIELDS if field in found]
         if len(usual) == 1:
             return f"json.{usual[0]}"
-        there += f"; json has {', '.join(sorted(content)) or 'no field'}"
+        there += f"; json has {', '.join(sorted(found)) or 'no field'}"
     raise DataError(
         f"{where}: has no .cls, and no field of .json with a usual name of labels ({there}); "
         "set data.webdataset.label, such as json.FIELD"
@@ -111,31 +136,37 @@ def read_member(shard: str | Path, offset: int, size: int) -> bytes:
         return os.pread(file.fileno(), size, offset)
 
 
-def _scanned(shard: Path, fields: Fields) -> TarIndex:
+def _scanned(shard: Shard, fields: Fields) -> TarIndex:
     keys, offsets, sizes, labels = list[bytes](), list[int](), list[int](), list[bytes]()
     mistakes = Mistakes()
-    for key, members in _samples(shard):
+    extension = "json" if fields.label.startswith("json.") else fields.label.lower()
+    for key, members, content in _samples(shard, extension):
         try:
             image = members[_image_of(members, fields.image)]
-            labels.append(_label_of(shard, members, fields.label).encode())
+            labels.append(_label_in(content, fields.label).encode() if extension in members else b"")
         except ValueError as error:
-            mistakes.add(f"{printable(shard)} sample {printable(key)}", str(error))
+            mistakes.add(f"{shown_shard(shard)} sample {printable(key)}", str(error))
             continue
         keys.append(key.encode(errors="surrogateescape"))
         offsets.append(image.offset_data)
         sizes.append(image.size)
     mistakes.check()
+    if isinstance(shard, RemoteFile):
+        check_unchanged(shard)
     return TarIndex(
         np.array(keys, np.bytes_), np.array(offsets, np.int64), np.array(sizes, np.int64), np.array(labels, np.bytes_)
     )
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The key of each sample, and its members by extension. Raises DataError for a file that is no whole tar."""
-    key, end = "", 0
+def _samples(shard: Shard, wanted: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bytes]]:
+    """The key of each sample, its members by extension, and the beginning of the one with the extension ``wanted``.
+
+    Reads forward alone. Raises DataError for a file that is no whole tar.
+    """
+    key, end, content = "", 0, b""
     members: dict[str, tarfile.TarInfo] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with _opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # which would hold every header
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -144,22 +175,30 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
                 if not member.isfile() or not stem or not extension:
                     continue
                 if os.path.join(folder, stem) != key and members:
-                    yield key, members
-                    members = {}
+                    yield key, members, content
+                    members, content = {}, b""
                 key = os.path.join(folder, stem)
                 members[extension.lower()] = member
+                if extension.lower() == wanted:
+                    opened = tar.extractfile(member)
+                    content = opened.read(MAX_LABEL_BYTES) if opened else b""
+            size = file.seek(0, os.SEEK_END)
     except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{printable(shard)}: {_no_tar(shard, error)}") from None
+        raise DataError(f"{shown_shard(shard)}: {_no_tar(shard, error)}") from None
     except OSError as error:
-        raise DataError(f"{printable(shard)}: cannot be read ({error.strerror}); fix its permissions") from None
-    if len(read_member(shard, end, tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
-        raise DataError(f"{printable(shard)}: ends without the mark of its end, so it was cut off; copy it again")
+        raise DataError(f"{shown_shard(shard)}: cannot be read ({error.strerror}); fix its permissions") from None
+    if size < end + tarfile.BLOCKSIZE:
+        raise DataError(f"{shown_shard(shard)}: ends without the mark of its end, so it was cut off; copy it again")
     if members:
-        yield key, members
+        yield key, members, content
 
 
-def _no_tar(shard: Path, error: Exception) -> str:
-    head = first_bytes(shard)
+def _opened(shard: Shard) -> BinaryIO:
+    return io.BufferedReader(RangeReader(shard)) if isinstance(shard, RemoteFile) else open(shard, "rb")
+
+
+def _no_tar(shard: Shard, error: Exception) -> str:
+    head = RangeReader(shard, 256).read(256) if isinstance(shard, RemoteFile) else first_bytes(shard)
     if kind := COMPRESSED.get(head[:2]):
         return f"is compressed ({kind}), and samples are read at their place in the file; decompress it"
     return looks_like(head) or f"is no whole tar file ({error}); copy it again"
@@ -179,12 +218,9 @@ def _image_of(members: dict[str, tarfile.TarInfo], asked: str | None) -> str:
     raise ValueError(f"has no image but {', '.join(members)}; remove the sample, or set data.webdataset.image")
 
 
-def _label_of(shard: Path, members: dict[str, tarfile.TarInfo], field: str) -> str:
+def _label_in(content: bytes, field: str) -> str:
     """What a sample's label says, or "" where it has none. Raises ValueError."""
     extension, _, name = field.partition(".") if field.startswith("json.") else (field.lower(), "", "")
-    if extension not in members:
-        return ""
-    content = _content(shard, members[extension])
     if not name:
         try:
             return content.decode().strip()
@@ -209,7 +245,3 @@ def _json(content: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("its .json is no object; write {FIELD: VALUE}")
     return found
-
-
-def _content(shard: Path, member: tarfile.TarInfo) -> bytes:
-    return read_member(shard, member.offset_data, min(member.size, MAX_LABEL_BYTES))

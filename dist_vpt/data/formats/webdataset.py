@@ -1,7 +1,7 @@
 """WebDataset shards: tar files in which members of one name are a sample, such as 0001.jpg and 0001.cls.
 
 The shards of a split have it in their name or in that of their folder (train-0000.tar, val/0000.tar), or match a
-pattern of ``data.webdataset.splits``. n samples of a split.
+pattern of ``data.webdataset.splits``. They are on this machine, or below an address. n samples of a split.
 """
 
 import os
@@ -9,20 +9,34 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
+from dist_vpt.data.addresses import RemoteFile, in_parallel, is_address, read_text_of, shown
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import Mistakes, open_root, read_text
 from dist_vpt.data.formats.image_folder import SPLIT_NAMES, split_of
-from dist_vpt.data.formats.tar_index import Fields, TarIndex, label_field, read_index, read_member
+from dist_vpt.data.formats.tar_index import (
+    Fields,
+    Shard,
+    TarIndex,
+    label_field,
+    read_index,
+    read_member,
+    shown_shard,
+)
+from dist_vpt.data.formats.tar_spans import TarSpans, find_addresses, find_files, find_spans
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
+from dist_vpt.data.pieces import Pieces
 from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
+from dist_vpt.data.spool import open_spool
 from dist_vpt.data.tasks import Task
 from dist_vpt.errors import DataError, nearest
 from dist_vpt.files import printable
+
+Found = tuple[dict[str, list[Shard]], bool, list[str]]
 
 NO_TEST = "set train.test=false to train without it"
 
@@ -31,17 +45,18 @@ NO_TEST = "set train.test=false to train without it"
 class TarSource:
     """Images in tar files, each read at its place."""
 
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     shard_n: np.ndarray  # int32: which of the shards
     key_n: np.ndarray  # bytes
     offset_n: np.ndarray  # int64
     size_n: np.ndarray  # int64
     decoding: Decoding = AS_PUBLISHED
+    spans: TarSpans | None = None  # of shards behind addresses
 
     def read(self, i: int, max_megapixels: float) -> Image.Image:
-        shard, size = self.shards[self.shard_n[i]], int(self.size_n[i])
+        size = int(self.size_n[i])
         try:
-            encoded = read_member(shard, int(self.offset_n[i]), size)
+            encoded = self._bytes(i, int(self.offset_n[i]), size)
         except OSError as error:
             raise DataError(f"{self.where(i)}: cannot be read ({error.strerror}); restore the shard") from None
         if len(encoded) < size:
@@ -49,44 +64,60 @@ class TarSource:
         return decode(encoded, self.where(i), max_megapixels, self.decoding)
 
     def where(self, i: int) -> str:
-        return f"{printable(self.shards[self.shard_n[i]])} sample {printable(os.fsdecode(bytes(self.key_n[i])))}"
+        return f"{shown_shard(self.shards[self.shard_n[i]])} sample {printable(os.fsdecode(bytes(self.key_n[i])))}"
 
     def identity(self, i: int) -> str:
         shard = self.shards[self.shard_n[i]]
+        if isinstance(shard, RemoteFile):
+            return f"{shard.address} {shard.size} {shard.version} {self.offset_n[i]} {self.decoding}"
         try:
             found = shard.stat()
         except OSError:  # reported where the image is read
             return f"{shard.name} missing"
         return f"{shard.name} {found.st_size} {found.st_mtime_ns} {self.offset_n[i]} {self.decoding}"
 
+    @property
+    def pieces(self) -> Pieces | None:
+        return None if self.spans is None else self.spans.pieces
+
+    def _bytes(self, i: int, offset: int, size: int) -> bytes:
+        if self.spans is not None:
+            return self.spans.read(i, offset, size)
+        shard = self.shards[self.shard_n[i]]
+        assert isinstance(shard, Path)
+        return read_member(shard, offset, size)
+
 
 def open_splits(recipe: DataConfig, task: Task) -> Splits:
-    root = open_root(recipe)
-    shards, whole, remarks = find_shards(recipe)
+    streamed = is_address(recipe.root)
+    root = shown(str(recipe.root)) if streamed else printable(open_root(recipe))
+    shards, whole, remarks = _find_remote_shards(recipe) if streamed else find_shards(recipe)
     settings = recipe.webdataset
     fields = Fields(settings.image, settings.label or label_field(shards["train"][0]))
     sources, texts = {}, {}
     for name, files in shards.items():
-        indexes = [read_index(file, fields) for file in files]
+        indexes = _indexes(files, fields, streamed=streamed)
         sources[name] = _source(files, indexes, Decoding.of(task))
+        if streamed:
+            sources[name] = _in_spans(sources[name], recipe)
         texts[name] = np.concatenate([index.label_n for index in indexes])
         if not len(texts[name]):
-            raise DataError(f"{printable(files[0])} and the other shards of {name}: hold no sample; write them again")
+            raise DataError(f"{shown_shard(files[0])} and the other shards of {name}: hold no sample; write them again")
     missing = {}
     if not whole and "test" not in shards:
-        missing["test"] = f"{printable(root)} has no shards of test; add them, or {NO_TEST}"
+        missing["test"] = f"{root} has no shards of test; add them, or {NO_TEST}"
     elif "test" in texts and not np.any(texts["test"] != b""):
         del texts["test"]
         missing["test"] = (
-            f"{printable(shards['test'][0])}: samples of test have no {fields.label}; add it, or {NO_TEST}"
+            f"{shown_shard(shards['test'][0])}: samples of test have no {fields.label}; add it, or {NO_TEST}"
         )
-    classes, labels = _labels(recipe, root, fields, texts, sources)
+    classes, labels = _labels(recipe, fields, texts, sources)
     found = {name: Split(name, labels[name], sources[name]) for name in texts}
     splits = with_missing_splits(recipe, classes, found, holdout_test=whole, missing=missing)
     return replace(splits, remarks=tuple(remarks))
 
 
-def find_shards(recipe: DataConfig) -> tuple[dict[str, list[Path]], bool, list[str]]:
+def find_shards(recipe: DataConfig) -> Found:
     """The shards of each split; whether all are train, as none says its split; lines about what is not read.
 
     Raises DataError; opens no shard.
@@ -102,44 +133,75 @@ def find_shards(recipe: DataConfig) -> tuple[dict[str, list[Path]], bool, list[s
             f"data.root {recipe.root!r}: has no .tar in it or in its folders{held}; give the folder of the shards, and "
             "decompress those that are compressed"
         )
-    by_split: dict[str | None, list[Path]] = {}
-    for path in every:
-        by_split.setdefault(_split_in(path.relative_to(root)), []).append(path)
+    return _by_split(printable(root), [(path, path.relative_to(root)) for path in every])
+
+
+def _find_remote_shards(recipe: DataConfig) -> Found:
+    addresses = find_addresses(recipe)
+    files = find_files(addresses)
+    if "" not in files:
+        return {name: list(some) for name, some in files.items()}, False, []
+    below = [PurePosixPath(*PurePosixPath(each).parts[-2:]) for each in addresses[""]]
+    return _by_split(shown(str(recipe.root)), list(zip(files[""], below, strict=True)))
+
+
+def _by_split(root: str, shards: Sequence[tuple[Shard, PurePath]]) -> Found:
+    """Shards by the split in their names below the root."""
+    by_split: dict[str | None, list[Shard]] = {}
+    for shard, name in shards:
+        by_split.setdefault(_split_in(name), []).append(shard)
     unnamed = by_split.pop(None, [])
     if not by_split:
         return {"train": unnamed}, True, []
     if "train" not in by_split:
         raise DataError(
-            f"{printable(root)}: has shards of {' and '.join(map(str, by_split))} but none of train; name them: "
+            f"{root}: has shards of {' and '.join(map(str, by_split))} but none of train; name them: "
             "'data.webdataset.splits={train: ...}'"
         )
-    lines = [f"{printable(root)}: shards of no split, which are not read: {len(unnamed)}"] if unnamed else []
+    lines = [f"{root}: shards of no split, which are not read: {len(unnamed)}"] if unnamed else []
     return {name: by_split[name] for name in SPLIT_NAMES if name in by_split}, False, lines
 
 
-def _matching(root: Path, patterns: Mapping[str, str]) -> dict[str, list[Path]]:
-    found = {}
+def _matching(root: Path, patterns: Mapping[str, str]) -> dict[str, list[Shard]]:
+    found: dict[str, list[Shard]] = {}
     for name, pattern in patterns.items():
         if "{" in pattern or pattern.startswith(("/", "~")) or "://" in pattern:
             raise DataError(
                 f"data.webdataset.splits.{name} {pattern!r}: must be a pattern of files below data.root with * and ?, "
                 "such as train-*.tar"
             )
-        found[name] = sorted(path for path in root.glob(pattern) if path.is_file())
-        if not found[name]:
+        files = sorted(path for path in root.glob(pattern) if path.is_file())
+        found[name] = [*files]
+        if not files:
             raise DataError(f"data.webdataset.splits.{name} {pattern!r}: matches no file in {printable(root)}")
     if "train" not in found:
         raise DataError("data.webdataset.splits: has no train; name its shards: {train: 'train-*.tar'}")
     return found
 
 
-def _split_in(path: Path) -> str | None:
+def _split_in(path: PurePath) -> str | None:
     """The only split that the names of a shard and its folder hold."""
     words = {split_of(word) for word in re.split(r"[^A-Za-z]+", str(path.with_suffix("")))} - {None}
     return words.pop() if len(words) == 1 else None
 
 
-def _source(files: Sequence[Path], indexes: Sequence[TarIndex], decoding: Decoding) -> TarSource:
+def _indexes(files: Sequence[Shard], fields: Fields, *, streamed: bool) -> list[TarIndex]:
+    if streamed:
+        return in_parallel(lambda file: read_index(file, fields), files, "reading shards for the index, which is kept")
+    return [read_index(file, fields) for file in files]
+
+
+def _in_spans(source: TarSource, recipe: DataConfig) -> TarSource:
+    """The source with its images fetched by spans."""
+    spool, files = (
+        open_spool(recipe.streaming_disk_gib),
+        [file for file in source.shards if isinstance(file, RemoteFile)],
+    )
+    spans = find_spans(files, source.shard_n, source.offset_n, source.size_n, recipe.streaming_shuffle, spool)
+    return replace(source, spans=spans)
+
+
+def _source(files: Sequence[Shard], indexes: Sequence[TarIndex], decoding: Decoding) -> TarSource:
     sizes = [len(index.offset_n) for index in indexes]
     return TarSource(
         tuple(files),
@@ -152,12 +214,12 @@ def _source(files: Sequence[Path], indexes: Sequence[TarIndex], decoding: Decodi
 
 
 def _labels(
-    recipe: DataConfig, root: Path, fields: Fields, texts: Mapping[str, np.ndarray], sources: Mapping[str, TarSource]
+    recipe: DataConfig, fields: Fields, texts: Mapping[str, np.ndarray], sources: Mapping[str, TarSource]
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     """The classes, and the labels int64 [n] of each split."""
     written = {name: np.unique(text_n, return_inverse=True) for name, text_n in texts.items()}
     names = {name: [bytes(text).decode() for text in unique_n] for name, (unique_n, _) in written.items()}
-    given = _given_classes(recipe, root)
+    given = _given_classes(recipe)
     classes = given or class_order(text for text in names["train"] if text)
     every = {text for some in names.values() for text in some}
     numbered = given is not None and not every <= {*given} and all(re.fullmatch(r"\d{1,9}", text) for text in every)
@@ -176,16 +238,24 @@ def _labels(
     return classes, labels
 
 
-def _given_classes(recipe: DataConfig, root: Path) -> tuple[str, ...] | None:
+def _given_classes(recipe: DataConfig) -> tuple[str, ...] | None:
     """The classes that the recipe or classes.txt names, or None."""
     given, source = recipe.webdataset.classes, "data.webdataset.classes"
-    if given is None and (root / "classes.txt").is_file():
-        source = printable(root / "classes.txt")
-        lines = (line.strip() for line in read_text(root / "classes.txt").splitlines())
-        given = tuple(line for line in lines if line)
+    if given is None:
+        source, text = _classes_file(recipe)
+        given = None if text is None else tuple(line for line in map(str.strip, text.splitlines()) if line)
     if given is not None and (len({*given}) < len(given) or not given):
         raise DataError(f"{source}: {'a class occurs twice' if given else 'names no class'}; name each class once")
     return given
+
+
+def _classes_file(recipe: DataConfig) -> tuple[str, str | None]:
+    """The name of classes.txt below the root, and its text if it is there."""
+    if is_address(recipe.root):
+        address = f"{str(recipe.root).rstrip('/')}/classes.txt"
+        return shown(address), read_text_of(address)
+    file = open_root(recipe) / "classes.txt"
+    return printable(file), read_text(file) if file.is_file() else None
 
 
 def _rule(text: str, classes: Sequence[str], fields: Fields, *, given: bool, numbered: bool) -> str:
