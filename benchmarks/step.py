@@ -11,6 +11,7 @@ single process. The last line of the output is one JSON object, which also goes 
 - ``saved_for_backward_mib``: what autograd holds between forward and backward of one micro-batch, as seen by
   ``torch.autograd.graph.saved_tensors_hooks``. A storage counts once and whole, however many views of it are saved;
   the storages of parameters and buffers do not count (casts that autocast makes of them do). The same on every run.
+  Torch 2.10 shows those hooks nothing of what ``runtime.activation_checkpointing=budget-F`` keeps.
 - ``peak_mib``: on a GPU the most memory allocated during the timed steps; on a CPU the largest resident set of the
   process, libraries and the building of the model included.
 - ``model_flops``: floating-point operations per image of one training step: 2 x m x n x k for every matrix product

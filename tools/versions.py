@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PINNED = ("torch", "torchvision", "timm", "accelerate", "transformers")
 MARKS = "not (gpu or distributed or slurm or slow)"
 RANGE = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<low>\d[\w.]*)(?P<rest>[^;]*)")
+CLOSING = re.compile(r".*\b(\d+ [a-z]+|no tests ran)\b.* in \d+\.\d+s\b.*")  # pytest's, which it need not end with
 SHOW = (
     "import platform, sys; from importlib.metadata import version; "
     "print('python', platform.python_version(), end=''); print(*(f', {n} {version(n)}' for n in sys.argv[1:]), sep='')"
@@ -90,7 +91,7 @@ def make_environment(which: str, folder: Path) -> str:
 
 def run_tests(folder: Path, arguments: Sequence[str]) -> tuple[int, str]:
     """Run pytest, its output shown as it comes; returns its exit code and its closing line."""
-    closing = "no output"
+    closing, last = "", "no output"
     # Programs that tests start, and those that packages look for (ninja), are the environment's.
     environment = os.environ | {"PATH": f"{python_of(folder).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
     with subprocess.Popen(
@@ -103,10 +104,12 @@ def run_tests(folder: Path, arguments: Sequence[str]) -> tuple[int, str]:
     ) as tests:
         for line in tests.stdout or ():
             print(line, end="", flush=True)
-            closing = line.strip() or closing
+            last = line.strip() or last
+            # Libraries may print more while Python ends, such as Triton 3.9 what it never freed.
+            closing = last if CLOSING.fullmatch(last) else closing
     if tests.returncode < 0:  # killed, most often for memory
         raise Failed(f"pytest was ended by signal {-tests.returncode} ({signal.strsignal(-tests.returncode)})")
-    return tests.returncode, closing
+    return tests.returncode, closing or last
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -96,16 +96,23 @@ def test_an_installation_that_fails_is_one_line(
     assert "timm==1.0.21\n" in (tmp_path / "build" / "versions" / "lowest" / "constraints.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    "closing", ["1 failed, 1 passed in 0.13s", "== 3 passed, 1 warning in 75.20s (0:01:15) ==", "no tests ran in 0.02s"]
+)
 def test_versions_and_pytests_closing_line_end_the_output(
-    versions: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    versions: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    closing: str,
 ) -> None:
     code = (
         "import sys\nif '-c' in sys.argv: print('timm 1.0.21')\n"
-        "if 'pytest' in sys.argv: print('F.', '', '1 failed, 1 passed in 0.1s', sep='\\n'); sys.exit(3)"
+        f"if 'pytest' in sys.argv: print('F.', '', '{closing}', 'leaked 2 types!', '', sep='\\n'); sys.exit(3)"
     )
     replace_python(versions, monkeypatch, tmp_path, code)
     assert versions.main(["lowest", "-x", "-m", "slow"]) == 3
-    assert capsys.readouterr().out.endswith("lowest: timm 1.0.21\nlowest: 1 failed, 1 passed in 0.1s\n")
+    assert capsys.readouterr().out.endswith(f"lowest: timm 1.0.21\nlowest: {closing}\n")
 
 
 def test_the_versions_that_are_named_are_those_of_the_environment(versions: ModuleType) -> None:
