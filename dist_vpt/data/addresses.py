@@ -3,17 +3,20 @@
 Every request is tried again a few times, and fails with one message that names the address. Nothing here writes.
 """
 
+import contextlib
 import io
 import itertools
 import os
 import re
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -66,9 +69,35 @@ def shown(address: str) -> str:
     """An address for people, without the passwords and signatures that it may hold."""
     if not is_address(address):
         return printable(address)
-    parts = urlsplit(address)
-    host = parts.netloc.rpartition("@")[2] if parts.scheme in ("http", "https") else parts.netloc
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # an address of nothing
+        return f"{address.partition('://')[0]}://..."
+    secret = parts.scheme in ("http", "https") or parts.password is not None
+    host = parts.netloc.rpartition("@")[2] if secret else parts.netloc
     return f"{parts.scheme}://{host}{parts.path}"
+
+
+def mistake_in_root(root: str | None) -> str:
+    """What is wrong with ``data.root`` if it is an address, and the fix, or "".
+
+    It is saved in run folders and adapter files, so it must hold no secrets.
+    """
+    if root is None or not is_address(root):
+        return ""
+    try:
+        parts = urlsplit(root)
+        parts.port  # noqa: B018 (raises)
+    except ValueError:
+        return "its host or port cannot be read; correct the address"
+    if parts.password is not None or (parts.scheme in ("http", "https") and parts.username is not None):
+        return (
+            "holds a login, which would be saved with the run; leave it out, and give it to the library that logs in "
+            "(https: a line of ~/.netrc)"
+        )
+    if parts.scheme in ("http", "https") and (parts.query or parts.fragment):
+        return "goes on after its path (? or #), and names of files are put behind it; give the address of a folder"
+    return ""
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], doing: str = "") -> list[Result]:
@@ -76,20 +105,31 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], doing
 
     ``doing``: what takes long, for a line on stderr every half minute.
     """
-    with ThreadPoolExecutor(READERS) as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            waiting: set[Future[Result]] = set(futures)
-            while waiting:
-                done, waiting = wait(waiting, REPORT_SECONDS, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()  # raises
-                if waiting and doing and not LaunchEnv.current().local_rank:
-                    print(f"{doing}: {len(futures) - len(waiting)} of {len(futures)}", file=sys.stderr, flush=True)
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    asked: list[tuple[Item, Future[Result]]] = [(item, Future()) for item in items]
+    futures, left = [future for _, future in asked], deque(asked)
+    for _ in range(min(READERS, len(asked))):  # daemons: Ctrl-C does not wait for a server that is silent
+        threading.Thread(target=_answer_all, args=(function, left), daemon=True).start()
+    try:
+        waiting: set[Future[Result]] = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, REPORT_SECONDS, FIRST_EXCEPTION)
+            for future in done:
+                future.result()  # raises
+            if waiting and doing and not LaunchEnv.current().local_rank:
+                print(f"{doing}: {len(futures) - len(waiting)} of {len(futures)}", file=sys.stderr, flush=True)
+        return [future.result() for future in futures]
+    finally:
+        left.clear()
+
+
+def _answer_all(function: Callable[[Item], Result], left: "deque[tuple[Item, Future[Result]]]") -> None:
+    with contextlib.suppress(IndexError):  # nothing is left
+        while True:
+            item, future = left.popleft()
+            try:
+                future.set_result(function(item))
+            except BaseException as error:  # raised by whoever waits
+                future.set_exception(error)
 
 
 def find_file(address: str) -> RemoteFile:
@@ -194,7 +234,7 @@ def expand(key: str, root: str, pattern: str) -> list[str]:
     if urlsplit(root).scheme in ("http", "https"):
         raise DataError(
             f"{key} {pattern!r}: {shown(root)} does not list its files, so * and ? match nothing; number them, such as "
-            "train-{0000..0009}.tar"
+            f"train-{{0000..0009}}{PurePosixPath(pattern).suffix}"
         )
     found = [each for address in addresses for each in list_files(address)]
     if not found:
@@ -216,6 +256,8 @@ def expand_braces(key: str, pattern: str) -> list[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if numbers is None and "," not in found[1]:
         raise DataError(f"{key} {pattern!r}: {found[0]} is neither {{FIRST..LAST}} nor {{ONE,OTHER}}; fix the pattern")
+    if numbers is not None and int(numbers[2]) < int(numbers[1]):
+        raise DataError(f"{key} {pattern!r}: {found[0]} ends before it begins; write the smaller number first")
     if numbers is None:
         choices = found[1].split(",")
     else:
@@ -310,8 +352,10 @@ def _fail(address: str, error: Exception, attempts: int) -> NoReturn:
     cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ is not None else error
     status, name = _status(cause), shown(address)
     if status in REFUSED or isinstance(cause, PermissionError):
-        reason = f"may not be read ({status or cause}); log in (hf auth login, the variables of your cloud), or use an "
-        reason += "address that needs no login"
+        reason = (
+            f"may not be read ({status or cause}); log in (hf auth login, the variables of your cloud, ~/.netrc), or "
+        )
+        reason += "use an address that needs no login"
     elif status == 404 or isinstance(cause, FileNotFoundError):
         reason = "does not exist; correct the address"
     elif "range request" in str(cause):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from dist_vpt.data.addresses import is_address, shown
+from dist_vpt.data.addresses import is_address, mistake_in_root, shown
 from dist_vpt.data.config_hf import HfConfig
 from dist_vpt.data.config_table import TableConfig
 from dist_vpt.data.config_webdataset import WebDatasetConfig
@@ -328,7 +328,9 @@ class DataConfig(BaseModel):
         if self.streaming and storage != "hf":
             other = "shards behind addresses are streamed without it" if storage == "webdataset" else "use hf"
             yield f"streaming: only format 'hf' uses it and the format is {storage!r}; remove streaming ({other})"
-        if storage == "hf" and is_address(self.root) and not (self.streaming and self.hf.splits):
+        if mistake := mistake_in_root(self.root):
+            yield f"root {shown(str(self.root))!r}: {mistake}"
+        elif storage == "hf" and is_address(self.root) and not (self.streaming and self.hf.splits):
             yield (
                 f"root {shown(str(self.root))!r}: Parquet files behind an address are streamed, named for each split; "
                 "set streaming=true and 'hf.splits={train: \"train-{00..09}.parquet\", ...}'"

@@ -2,6 +2,9 @@
 
 import io
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,8 +138,12 @@ def test_braces(pattern: str, wanted: list[str]) -> None:
 def test_patterns_that_mean_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"key 'a-\{x\}': \{x\} is neither \{FIRST..LAST\} nor \{ONE,OTHER\}; fix"):
         expand_braces("key", "a-{x}")
-    with pytest.raises(DataError, match=r"does not list its files, so \* and \? match nothing; number them"):
-        expand("key", "https://host/data", "a-*.tar")
+    with pytest.raises(DataError, match=r"key 'a-\{9..2\}': \{9..2\} ends before it begins; write the smaller number"):
+        expand_braces("key", "a-{9..2}")
+    with pytest.raises(
+        DataError, match=r"so \* and \? match nothing; number them, such as train-\{0000..0009\}.parquet"
+    ):
+        expand("key", "https://host/data", "a-*.parquet")
     with pytest.raises(DataError, match=r"key '\*.tar': matches no file in file://"):
         expand("key", f"file://{tmp_path}", "*.tar")
     (tmp_path / "b.tar").touch()
@@ -147,6 +154,8 @@ def test_patterns_that_mean_nothing(tmp_path: Path) -> None:
 def test_messages_hold_no_password() -> None:
     assert shown("https://me:secret@host:8/a/b.tar?signature=secret") == "https://host:8/a/b.tar"
     assert shown("s3://bucket/a.tar") == "s3://bucket/a.tar"
+    assert shown("ftp://me:secret@host/a.tar") == "ftp://host/a.tar"
+    assert shown("https://[me:secret/a.tar") == "https://..."
 
 
 def test_many_files_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +167,20 @@ def test_many_files_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with pytest.raises(DataError, match="the third"):
         addresses.in_parallel(_third, range(8))
     assert capsys.readouterr().err == ""
+
+
+def test_an_interruption_waits_for_no_server() -> None:
+    """Ctrl-C while files are indexed, and the end of the program after it, though requests get no answer."""
+    program = (
+        "import signal, threading, time\n"
+        "from dist_vpt.data.addresses import in_parallel\n"
+        "threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "in_parallel(time.sleep, [600] * 3)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in ended.stderr
 
 
 def _third(i: int) -> int:

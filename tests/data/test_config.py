@@ -66,7 +66,7 @@ OWN = {"task": "mine", "root": "somewhere"}
         ({"streaming_shuffle": 5}, r"streaming_shuffle 5: nothing is streamed; set streaming=true \(format hf\), or"),
         ({"streaming_disk_gib": 5}, "streaming_disk_gib 5.0: nothing is streamed; set streaming=true"),
         (
-            {"format": "hf", "root": "https://me:secret@h/d"},
+            {"format": "hf", "root": "https://h/d"},
             "root 'https://h/d': Parquet files behind an address are streamed, named for each split; set streaming",
         ),
         ({"webdataset": {"label": "x"}}, "webdataset: only format 'webdataset' uses it and the format is 'digits'"),

@@ -11,6 +11,10 @@ from dist_vpt.errors import RecipeError
 from dist_vpt.recipe.differences import flatten
 from dist_vpt.recipe.loading import load_recipe, split_arguments
 
+LOGIN = (
+    "holds a login, which would be saved with the run; leave it out, and give it to the library that logs in (https: a "
+    "line of ~/.netrc)"
+)
 BOOLEAN = "must be a valid boolean; use true or false, without quotes"
 CHOICE = "must be one of its choices; valid: "
 INTEGER = "must be a valid integer; use a whole number such as 3, without quotes"
@@ -520,6 +524,24 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
             "command line: data: extra_tests: class folders have one label an image, and labels is 'multiple'; remove "
             "extra_tests"
         ],
+    ),
+    *(
+        (
+            {},
+            ["data.task=x", "data.format=webdataset", f"data.root={root}"],
+            [f"command line: data: root {shown!r}: {message}"],
+        )
+        for root, shown, message in (
+            ("https://me:secret@host/a", "https://host/a", LOGIN),
+            ("https://secret@host/a", "https://host/a", LOGIN),
+            ("ftp://me:secret@host/a", "ftp://host/a", LOGIN),
+            (
+                "https://host/a?token=secret",
+                "https://host/a",
+                "goes on after its path (? or #), and names of files are put behind it; give the address of a folder",
+            ),
+            ("https://host:port/a", "https://host:port/a", "its host or port cannot be read; correct the address"),
+        )
     ),
     ({}, ["data.extra_tests=x"], ["command line: data.extra_tests = 'x': must be an object; use {KEY: VALUE}"]),
     (

@@ -63,6 +63,8 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     labels, classes = _labels(recipe, parts, label)
     found, missing = {}, {}
     for name, part in parts.items():
+        if not len(labels[name]):
+            raise DataError(f"{recipe.root} split {name!r}: has no record; add some, or leave it out of data.hf.splits")
         hidden = np.flatnonzero(labels[name] < 0)
         location = f"{recipe.root} split {name!r}"
         if len(hidden):
@@ -261,7 +263,7 @@ def _values(location: str, part: Any, column: str) -> list[int | str]:
     for i, value in enumerate(values):
         if not isinstance(value, int | str):
             raise DataError(
-                f"{location} record {i}: {column} {value!r} is not a class; fix the record, or choose the column "
+                f"{location} record {i}: {column} {value!r:.40} is not a class; fix the record, or choose the column "
                 f"of the labels with data.hf.label"
             )
     return values

@@ -161,7 +161,7 @@ def _scanned(shard: Shard, fields: Fields) -> TarIndex:
 def _samples(shard: Shard, wanted: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bytes]]:
     """The key of each sample, its members by extension, and the beginning of the one with the extension ``wanted``.
 
-    Reads forward alone. Raises DataError for a file that is no whole tar.
+    Reads forward alone. Raises DataError for a file that is no whole tar, and for a member that comes twice.
     """
     key, end, content = "", 0, b""
     members: dict[str, tarfile.TarInfo] = {}
@@ -178,6 +178,11 @@ def _samples(shard: Shard, wanted: str) -> Iterator[tuple[str, dict[str, tarfile
                     yield key, members, content
                     members, content = {}, b""
                 key = os.path.join(folder, stem)
+                if extension.lower() in members:
+                    raise DataError(
+                        f"{shown_shard(shard)} sample {printable(key)}: has two members .{extension}, so two samples "
+                        "may have one name; write each sample under a name of its own"
+                    )
                 members[extension.lower()] = member
                 if extension.lower() == wanted:
                     opened = tar.extractfile(member)

@@ -321,6 +321,15 @@ def test_datasets_that_are_not_parquet(tmp_path: Path, caplog: pytest.LogCapture
         open_splits(DataConfig(task="mine", format="hf", root=str(tmp_path / "images"), streaming=True))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_record(split: str, server: Server) -> None:
+    """It would be an error without a message in train, and another val than the recipe's."""
+    for name, content in files("hf").items():
+        server.put(f"d/{name}", parquet(table(0, 0)) if split in name else content)
+    with pytest.raises(DataError, match=rf"split '{split}': has no record; add some, or leave it out of data.hf.spl"):
+        open_splits(DataConfig(**keys("hf", server)))
+
+
 def _stored(values: list[Any], kind: Any) -> bytes:
     import pyarrow as pa
 

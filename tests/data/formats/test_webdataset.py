@@ -211,6 +211,8 @@ MISTAKES: list[tuple[Any, dict[str, Any], str]] = [
     ([*samples([0, 1]), ("b.cls", b"1")], {}, r"train-0000.tar sample b: has no image but cls; remove the sample, o"),
     ([("b.png", png(1)), ("b.jpg", png(1)), ("b.cls", b"1")], {}, r"sample b: has 2 images, png, jpg; choose one: d"),
     (samples([0, 1]), {"image": "jpg"}, r"sample 0000: has no .jpg but png, cls; fix data.webdataset.image"),
+    ([("a.png", png(1)), ("a.cls", b"0"), ("a.png", png(2)), ("a.cls", b"1")], {}, r"train-0000.tar sample a: has two m"
+     r"embers .png, so two samples may have one name; write each sample under a name of its own"),
     ([], {}, r"train-0000.tar: holds no sample; remove it, or write it again"),
     (samples([0, 2]), {}, r"val-0000.tar sample 0021: label '1' has no image in train; valid: 0"),
     (samples([0, 1]), {"classes": ["a", "b"], "label": "cls", "image": None, "more": 2}, r"label 2 is out of range:"),
