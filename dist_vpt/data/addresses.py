@@ -28,7 +28,7 @@ READERS = 16  # requests of one process at a time while files are indexed
 BLOCK = 8 * 2**20  # bytes of a request where a file is read from its beginning to its end
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a request is tried again
 REPORT_SECONDS = 30.0
-SILENCE = 60.0  # seconds without a byte, after which a request has failed
+SILENCE = 20.0  # seconds without a byte, after which a request has failed
 VERSIONS = (
     "ETag",
     "etag",

@@ -53,12 +53,12 @@ class Spool:
             with open(temporary, "r+b") as opened:
                 write(opened)
                 opened.truncate()
-            if temporary.stat().st_size > size:  # repeated images are stored once in Parquet
-                with locked(self.folder / "room.lock", FIX, timeout=-1):
+            with locked(self.folder / "room.lock", FIX, timeout=-1):  # or who makes room could count it under no name
+                if temporary.stat().st_size > size:  # repeated images are stored once in Parquet
                     self._make_room(0)
-            found = open(temporary, "rb")  # noqa: SIM115 (which keeps it, if it is the next to make room)
-            os.replace(temporary, file)
-            return found
+                found = open(temporary, "rb")  # noqa: SIM115 (which keeps it, if it is the next to make room)
+                os.replace(temporary, file)
+                return found
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -114,7 +114,25 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     classes, labels = _labels(recipe, fields, texts, sources)
     found = {name: Split(name, labels[name], sources[name]) for name in texts}
     splits = with_missing_splits(recipe, classes, found, holdout_test=whole, missing=missing)
-    return replace(splits, remarks=tuple(remarks))
+    return replace(splits, remarks=(*remarks, *_given_twice(shards)))
+
+
+def _given_twice(shards: Mapping[str, Sequence[Shard]]) -> list[str]:
+    """Lines about shards that train has more than once, or has in common with another split."""
+    train, lines = Counter(shards["train"]), []
+    if twice := [shard for shard, count in train.items() if count > 1]:
+        lines.append(f"train has {shown_shard(twice[0])} more than once{_and_others(twice)}: name each shard once")
+    for name in sorted(shards.keys() - {"train"}):
+        if shared := [shard for shard in shards[name] if shard in train]:
+            lines.append(
+                f"{name} has {shown_shard(shared[0])}{_and_others(shared)}, which train has, too: its scores are too "
+                "good; give each shard to one split"
+            )
+    return lines
+
+
+def _and_others(shards: Sequence[Shard]) -> str:
+    return f" and {len(shards) - 1} more" if len(shards) > 1 else ""
 
 
 def find_shards(recipe: DataConfig) -> Found:

@@ -23,6 +23,7 @@ from dist_vpt.data.splits import Split, Splits
 from dist_vpt.data.streaming import mixed_share
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError, SourceUnavailable, UserError
+from dist_vpt.files import locked
 from tests.data.formats.test_webdataset import pack, samples
 from tests.range_server import Server, serving
 
@@ -129,10 +130,11 @@ def pieces_folder(tmp_path: Path) -> Path:
 
 
 def taken(tmp_path: Path) -> int:
-    sizes = []
-    for file in pieces_folder(tmp_path).iterdir():
-        with contextlib.suppress(FileNotFoundError):  # one that was fetched, or removed, meanwhile
-            sizes.append(file.stat().st_size if file.suffix != ".lock" else 0)
+    folder, sizes = pieces_folder(tmp_path), []
+    with locked(folder / "room.lock", "", timeout=-1):  # or a piece that gets its name meanwhile counts twice
+        for file in folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # one that could not be fetched
+                sizes.append(file.stat().st_size if file.suffix != ".lock" else 0)
     return sum(sizes)
 
 

@@ -15,6 +15,7 @@ from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import check_root, open_splits, tar_index
 from dist_vpt.data.loaders import TrainBatches
 from dist_vpt.data.splits import Split, Splits
+from dist_vpt.data.tasks import Task
 from dist_vpt.data.transforms import ImageTransform
 from dist_vpt.errors import DataError
 
@@ -127,6 +128,24 @@ def test_names_of_splits(names: tuple[str, str, str], tmp_path: Path) -> None:
     chosen = opened(tmp_path / "data", splits={"train": "*.tar", "val": names[1]})
     assert {90, 91} <= set(grays(chosen.train))
     assert "test" in chosen.missing
+
+
+def test_a_shard_of_two_splits_is_told(tmp_path: Path) -> None:
+    for number in range(3):
+        pack(tmp_path / f"data/{number}.tar", samples(range(10 * number, 10 * number + 2)))
+    first = tmp_path / "data/0.tar"
+    splits = opened(tmp_path / "data", splits={"train": "*.tar", "val": "[01].tar", "test": "2.tar"})
+    assert splits.remarks == (
+        f"test has {tmp_path / 'data/2.tar'}, which train has, too: its scores are too good; give each shard to one "
+        "split",
+        f"val has {first} and 1 more, which train has, too: its scores are too good; give each shard to one split",
+    )
+    where = first.as_uri().removesuffix("/0.tar")
+    streamed = open_splits(
+        DataConfig(task="mine", format="webdataset", root=where, webdataset={"splits": {"train": "{0,0,1}.tar"}}),
+        Task(name="mine", format="webdataset"),
+    )
+    assert streamed.remarks[0] == f"train has {first.as_uri()} more than once: name each shard once"
 
 
 @pytest.mark.parametrize(
