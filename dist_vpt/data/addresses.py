@@ -214,10 +214,17 @@ class RangeReader(io.RawIOBase):
 def read_text_of(address: str) -> str | None:
     """The text of a small file, or None where there is none."""
     system, path = _open(address)
-    try:
-        if not system.exists(path):
-            return None
-    except Exception:  # a server that fails is reported where a file is needed
+
+    def is_there() -> bool:
+        try:
+            system.info(path)
+        except Exception as error:
+            if _is_final(error):
+                return False
+            raise
+        return True
+
+    if not _request(address, is_there):
         return None
     file = find_file(address)
     return read_range(file, 0, file.size).decode(errors="replace")
@@ -307,7 +314,8 @@ def _opened(address: str, process: int) -> tuple[Any, str]:  # a file system's c
             # Of a piece any time may be taken, but not without a byte. trust_env: proxies.
             patience = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
             options = {"client_kwargs": {"timeout": patience, "trust_env": True}}
-        system, path = fsspec.core.url_to_fs(address if scheme != "file" else str(Path(address)), **options)
+        lower = f"{scheme}{address[len(scheme) :]}" if is_address(address) else address  # HTTPS:// is https://
+        system, path = fsspec.core.url_to_fs(lower if scheme != "file" else str(Path(lower)), **options)
     except ImportError:
         package = PACKAGES.get(scheme, f"that fsspec names for {scheme}")
         wanted = "'dist-vpt[hf]'" if scheme in ("http", "https") else package

@@ -120,6 +120,16 @@ def test_a_file_that_changes(server: Server) -> None:
 def test_a_text_that_may_be_missing(server: Server) -> None:
     assert read_text_of(server.put("classes.txt", b"cat\ndog\n")) == "cat\ndog\n"
     assert read_text_of(f"{server.address}/none.txt") is None
+    server.failures, server.status = 2, 503  # a server that is busy says nothing about the file
+    assert read_text_of(f"{server.address}/classes.txt") == "cat\ndog\n"
+    server.failures = 100
+    with pytest.raises(SourceUnavailable, match=r"cannot be fetched after 3 attempts"):
+        read_text_of(f"{server.address}/none.txt")
+
+
+def test_a_scheme_in_capitals(server: Server) -> None:
+    address = server.put("a.bin", CONTENT).replace("http", "HTTP")
+    assert find_file(address).size == len(CONTENT)
 
 
 @pytest.mark.parametrize(

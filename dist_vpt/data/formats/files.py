@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
+from dist_vpt.data.addresses import is_address, shown
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode, image_extensions
 from dist_vpt.errors import DataError
@@ -228,6 +229,11 @@ def passed_over(others: Counter[str], folder: Path) -> str:
 def open_root(recipe: DataConfig) -> Path:
     """The recipe's root as an absolute path, or a DataError if it is no folder."""
     assert recipe.root is not None  # DataConfig requires it
+    if is_address(recipe.root):
+        raise DataError(
+            f"data.root {shown(recipe.root)!r}: is an address, which only data.format=webdataset and, with "
+            "data.streaming=true, hf read; download the data and give its folder"
+        )
     try:
         root = Path(recipe.root).expanduser().absolute()
         there = root.is_dir()

@@ -319,3 +319,9 @@ def test_class_folders_of_a_split_may_differ_in_case_or_in_how_accents_are_store
     splits = opened("image_folder")
     assert splits.val.labels.tolist() == [splits.classes.index("dog")]
     assert splits.test.labels.tolist().count(splits.classes.index("caf\u00e9")) == 1
+
+
+def test_a_root_that_is_an_address():
+    config = DataConfig(task="mine", format="image_folder", root="https://host/pictures")
+    with pytest.raises(DataError, match=r"data.root 'https://host/pictures': is an address, which only data.format="):
+        open_splits(config, resolve(config))
