@@ -179,9 +179,10 @@ def read_range(file: RemoteFile, start: int, end: int) -> bytes:
 class RangeReader(io.RawIOBase):
     """A file as an object of Python, which keeps the block that was read last."""
 
-    def __init__(self, file: RemoteFile, block: int = BLOCK):
+    def __init__(self, file: RemoteFile, block: int = BLOCK, *, kept: bytes = b"", first: int = 0):
+        """``kept``: a block that has been read already, which begins at byte ``first``."""
         self._file, self._block = file, block
-        self._at, self._first, self._kept = 0, 0, b""
+        self._at, self._first, self._kept = 0, first, kept
 
     def readable(self) -> bool:
         return True

@@ -21,7 +21,7 @@ from dist_vpt.training.trials import TrialGroup, fit_trials
 from tests.gpu.device import DRY, KEY, accepts, cuda_only
 from tests.running import few_digits
 from tests.training.tape import TapeRecorder
-from tests.training.test_trials import few, make, settings
+from tests.training.test_trials import ask_to_stop, few, make, settings
 
 pytestmark = accepts
 SAME = ("runtime.deterministic=true", "runtime.tf32=false", "runtime.precision=fp32", KEY)
@@ -111,14 +111,7 @@ def test_a_trial_that_diverges_touches_no_other(tmp_path: Path) -> None:
 def test_a_resumed_pass_is_the_undisturbed_one(tmp_path: Path) -> None:
     each = each_of("vqt", "adam", tmp_path)
     interrupted = make(tmp_path / "b", each)
-    next_batches = interrupted.train.epoch
-
-    def asks_to_stop(epoch: int, step: int = 0) -> Any:
-        for number, batches in enumerate(next_batches(epoch, step)):
-            interrupted.stop.requested = epoch == 2 and number == 4
-            yield batches
-
-    interrupted.train.epoch = asks_to_stop  # type: ignore[method-assign]
+    ask_to_stop(interrupted)
     with pytest.raises(Interrupted, match="stopped at step 25"):
         fit_trials(interrupted)
     interrupted.close()

@@ -21,7 +21,7 @@ from dist_vpt.training.trial_state import Trial
 from dist_vpt.training.trials import TrialGroup, fit_trials
 from tests.training.tape import TapeRecorder
 from tests.training.test_reads import make_group
-from tests.training.test_trials import few, fitted, make, settings
+from tests.training.test_trials import ask_to_stop, few, fitted, make, settings
 
 CACHED = ["stream.cache=memory"]
 
@@ -125,14 +125,7 @@ def test_a_trial_that_diverges_touches_no_other(at: int, recorder: TapeRecorder)
 def test_a_resumed_pass_is_the_undisturbed_one(tmp_path: Path, recorder: TapeRecorder) -> None:
     each = [[*some, *CACHED] for some in settings("vqt", "adam", 3)]
     interrupted = make(tmp_path / "b", each)
-    next_batches = interrupted.train.epoch
-
-    def asks_to_stop(epoch: int, step: int = 0) -> Any:
-        for number, batches in enumerate(next_batches(epoch, step)):
-            interrupted.stop.requested = epoch == 2 and number == 4
-            yield batches
-
-    interrupted.train.epoch = asks_to_stop  # type: ignore[method-assign]
+    ask_to_stop(interrupted)
     with pytest.raises(Interrupted, match="stopped at step 25"):
         fit_trials(interrupted)
     interrupted.close()

@@ -269,19 +269,24 @@ def test_a_pass_that_was_stopped_after_its_end_computes_no_stream(tmp_path: Path
     assert not any("frozen stream" in line for line in lines)
 
 
+def ask_to_stop(group: TrialGroup) -> None:
+    """Let a stop be asked for with the fifth step of the third epoch."""
+    next_batches = group.train.epoch
+
+    def epoch_of(epoch: int, step: int = 0) -> Any:
+        for number, batches in enumerate(next_batches(epoch, step)):
+            group.stop.requested = epoch == 2 and number == 4
+            yield batches
+
+    group.train.epoch = epoch_of  # type: ignore[method-assign]
+
+
 def test_a_stopped_pass_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     each = settings("vqt", "adam", 3)
     whole = fitted(tmp_path / "a", each)
 
     interrupted = make(tmp_path / "b", each)
-    next_batches = interrupted.train.epoch
-
-    def asks_to_stop(epoch: int, step: int = 0) -> Any:
-        for number, batches in enumerate(next_batches(epoch, step)):
-            interrupted.stop.requested = epoch == 2 and number == 4
-            yield batches
-
-    interrupted.train.epoch = asks_to_stop  # type: ignore[method-assign]
+    ask_to_stop(interrupted)
     with pytest.raises(Interrupted, match="stopped at step 25 with its state saved; the same command resumes it"):
         fit_trials(interrupted)
     interrupted.close()

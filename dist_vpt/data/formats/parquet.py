@@ -212,40 +212,13 @@ def fetch_group(file: RemoteFile, kept: Path, number: int, column: str, sink: Bi
     chunks = _chunks(footer.row_group(number), column)
     starts = [min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset))) for chunk in chunks]
     ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
-    part = _Part(read_range(file, min(starts), max(ends)), min(starts), file.size)
+    part = RangeReader(file, block=0, kept=read_range(file, min(starts), max(ends)), first=min(starts))
     try:
         table = pq.ParquetFile(pa.PythonFile(part, mode="r"), metadata=footer).read_row_group(number, [column])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} row group {number}: {_damage(error)}") from None
     with pa.ipc.new_file(sink, table.schema.remove_metadata()) as writer:
         writer.write_table(table.replace_schema_metadata())
-
-
-class _Part(io.RawIOBase):
-    """A file of which a part is in memory, and nothing else is read."""
-
-    def __init__(self, content: bytes, first: int, size: int):
-        self._content, self._first, self._size, self._at = content, first, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, count: int = -1) -> bytes:
-        begin = self._at - self._first
-        assert begin >= 0, "a part of the file that was not fetched"
-        found = self._content[begin:] if count < 0 else self._content[begin : begin + count]
-        self._at += len(found)
-        return found
 
 
 def _key(file: RemoteFile) -> str:
@@ -275,7 +248,8 @@ def _footer_of(file: RemoteFile) -> Any:
     if length > tail:
         ending = read_range(file, file.size - min(length, file.size), file.size)
     try:
-        return pq.read_metadata(pa.PythonFile(_Part(ending, file.size - len(ending), file.size), mode="r"))
+        part = RangeReader(file, block=0, kept=ending, first=file.size - len(ending))
+        return pq.read_metadata(pa.PythonFile(part, mode="r"))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: {_damage(error)}") from None
 
