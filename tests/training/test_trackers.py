@@ -59,12 +59,19 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         if name == "dvclive":
             (package / "plots.py").write_text("class Metric:\n    could_log = staticmethod(lambda v: True)\n")
         monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        for module in loaded(name):  # the package itself, if another test has used it
+            monkeypatch.delitem(sys.modules, module)
         made.append(name)
         return importlib.import_module(name)
 
     yield make
     for name in made:
-        sys.modules.pop(name, None)
+        for module in loaded(name):
+            del sys.modules[module]
+
+
+def loaded(package: str) -> list[str]:
+    return [module for module in sys.modules if module.partition(".")[0] == package]
 
 
 def test_the_names_are_accelerate_s() -> None:
