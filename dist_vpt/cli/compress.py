@@ -41,5 +41,13 @@ def compress(arguments: argparse.Namespace) -> None:
     # argparse gives all arguments that follow --keep to it, overrides too.
     fractions, overrides = split_overrides(arguments.keep)
     overrides += arguments.overrides
-    given = arguments
-    compress(given.run, fractions, given.mode, given.adapters, given.lasso, given.out, overrides, given.weights)
+    compress(
+        arguments.run,
+        fractions,
+        arguments.mode,
+        arguments.adapters,
+        arguments.lasso,
+        arguments.out,
+        overrides,
+        arguments.weights,
+    )

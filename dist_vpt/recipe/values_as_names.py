@@ -14,9 +14,8 @@ from dist_vpt.methods import METHODS
 SCHEMA = "recipe.schema.json"  # in configs/
 NOT_SEARCHED = ("base", "published", "backbones")  # sections whose keys stand elsewhere, too
 KEYS_SHOWN = 3  # a value of more keys, such as auto, says nothing
-TIMM = re.compile(
-    r"(vit|deit3?|eva02|eva|swin)_\w+(\.\w+)?", re.ASCII
-)  # is not looked up: timm takes seconds to import
+# A name of timm's, by its shape: timm takes seconds to import.
+TIMM = re.compile(r"(vit|deit3?|eva02|eva|swin)_\w+(\.\w+)?", re.ASCII)
 
 
 def overrides_for(name: str) -> list[str]:
