@@ -304,13 +304,20 @@ def script(name: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_the_guides_script_needs_neither_torch_nor_this_package(
-    interpolation: str, picture: Path, tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("interpolation", "crop_mode"), [("bilinear", "crop"), ("bicubic", "squash")])
+def test_the_guides_script_needs_neither_torch_nor_this_package(  # noqa: PLR0917 (fixtures)
+    interpolation: str,
+    crop_mode: str,
+    picture: Path,
+    tmp_path: Path,
+    data: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Of a picture that is no square."""
     run, out = tmp_path / "run", tmp_path / "run.onnx"
-    train(run, *data, "data.image_size=16", "train.test=false", f"data.interpolation={interpolation}")
-    assert main(["export", str(run), "--out", str(out)]) == 0
+    resizing = (f"data.interpolation={interpolation}", f"data.crop_mode={crop_mode}")
+    train(run, *data, "data.image_size=16", "train.test=false", *resizing)
+    assert main(["export", str(run), "--out", str(out), "--preprocessing", "resize"]) == 0
     text = script("classify.py")
     assert len([line for line in text.splitlines() if line.strip()]) <= 13
     code = BLOCKED.format(names=["dist_vpt", "torch", "torchvision", "timm"], argv=["", str(out), str(picture)]) + text
