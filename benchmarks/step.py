@@ -27,6 +27,7 @@ single process. The last line of the output is one JSON object, which also goes 
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -44,6 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from dist_vpt.backbones.products import ONEDNN_LINEAR, apply_linear
 from dist_vpt.cli.main import run_with_exit_code
 from dist_vpt.data.loaders import Batch
 from dist_vpt.errors import UserError
@@ -61,7 +63,9 @@ from dist_vpt.training.inputs import Inputs, resolve_inputs
 
 RESULTS = Path(__file__).parent / "results"
 MATMUL_SIDE = {"cpu": 2048}  # elsewhere 8192
-IN_PLACE_FLOPS = {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # torch counts none in them
+FLOPS = {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # of operations in which torch counts none
+if ONEDNN_LINEAR is not None:
+    FLOPS[ONEDNN_LINEAR] = lambda x_XI, weight_OI, *_, **__: 2 * math.prod(x_XI) * weight_OI[0]  # of shapes
 LR = 1e-8  # so small that no number of steps on random labels diverges; it costs as much as any other
 
 
@@ -170,7 +174,7 @@ def model_flops(recipe: Recipe, inputs: Inputs, classes: int) -> int:
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         method.to_empty(device="cpu")  # fake tensors: shapes of a real device (autocast wants one), and no numbers
         batch = synthetic_batches(plain, inputs, classes)[0]
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE_FLOPS) as counter:
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             micro_batch_loss(method, plain, batch).backward()
     return round(counter.get_total_flops() / len(batch["labels"]))
 
@@ -202,7 +206,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
     for _ in range(1 + repeats):
         synchronize(device)
         began = time.perf_counter()
-        torch.mm(left, right)
+        apply_linear(left, right)
         synchronize(device)
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * side**3 / fastest

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from step import matmul_rate, rounded, synchronize
+from step import FLOPS, matmul_rate, rounded, synchronize
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_vpt.training.components import DTYPES
@@ -66,7 +66,7 @@ def floor(ways: dict[str, dict[str, Way]], seconds: Numbers, device: torch.devic
     for name in ("cached", "cached_trials"):
         floors[name] = {}
         for precision, way in ways[name].items():
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
                 way.step()
             least = way.reads / bandwidth + counter.get_total_flops() / rates[precision]
             floors[name][precision] = least / way.divisor

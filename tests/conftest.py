@@ -68,6 +68,15 @@ def on_the_cpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All float32 products of linear layers on the CPU are oneDNN's, small ones too."""
+    from dist_vpt.backbones import products
+
+    monkeypatch.setattr(products, "_switch", {"onednn": True})
+    monkeypatch.setattr(products, "LEAST", 0)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Overrides for a tenth of the digits: 100 images to train on, 20 of val and 59 of test."""

@@ -15,13 +15,14 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dist_vpt.backbones.products import Linear, apply_linear
 from dist_vpt.errors import UserError
 
 if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
 
-class SplitBiasLinear(nn.Linear):
+class SplitBiasLinear(Linear):
     """Queries, keys and values in one layer, whose bias has no part for keys, or none at all.
 
     timm's EvaAttention holds the two biases itself and reads the weight of its layer without calling it, so that no
@@ -34,7 +35,7 @@ class SplitBiasLinear(nn.Linear):
         self.q_bias, self.v_bias = q_bias, v_bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, bias_of(self))
+        return apply_linear(x, self.weight, bias_of(self))
 
 
 def bias_of(linear: nn.Linear) -> Tensor | None:
@@ -72,7 +73,7 @@ class BlockParts:
     def project(self, part: int, tokens_XD: Tensor) -> Tensor:
         """Queries (part 0), keys (1) or values (2) of tokens [..., D], by heads: [..., H, E]."""
         weight_ED, bias_E = self.weights(part)
-        return nn.functional.linear(tokens_XD, weight_ED, bias_E).unflatten(-1, (self.heads, -1))
+        return apply_linear(tokens_XD, weight_ED, bias_E).unflatten(-1, (self.heads, -1))
 
     def weights(self, part: int) -> tuple[Tensor, Tensor | None]:
         """Weight [H * E, D] and bias [H * E] of queries (0), keys (1) or values (2)."""

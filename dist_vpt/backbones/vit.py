@@ -13,6 +13,8 @@ from timm.layers import global_pool_nlc
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dist_vpt.backbones.products import take_over_linears
+
 Pooling = str  # "original" | "img_pool" | "prompt_pool" | "imgprompt_pool"
 
 
@@ -35,6 +37,7 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], stochastic: bool):
         super().__init__()
         self.group_matcher: Any = model.group_matcher(coarse=False)  # type: ignore[operator]  # timm's layers
+        take_over_linears(model)
         self._take_apart(model)
         self.stochastic = stochastic
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils import parametrize
 
-from dist_vpt.backbones.blocks import SplitBiasLinear
+from dist_vpt.backbones.products import Linear
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.inference.export_check import Arrays, Check
 from dist_vpt.inference.export_preprocessing import ExportedModel
@@ -70,7 +70,7 @@ def hold_in_int8(backbone: Backbone) -> None:
     Everything else stays float32, and so does what is computed.
     """
     for linear in list(backbone.modules()):
-        if type(linear) in (nn.Linear, SplitBiasLinear) and _in_block(linear, backbone):
+        if isinstance(linear, Linear) and _in_block(linear, backbone):
             linear.requires_grad_(False)  # levels have no gradient
             parametrize.register_parametrization(linear, "weight", _Levels())
 

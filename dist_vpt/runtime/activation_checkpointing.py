@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from dist_vpt.backbones.products import ONEDNN_LINEAR
 from dist_vpt.errors import UserError
 from dist_vpt.runtime.run_block import RunBlock, is_block_weight
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from dist_vpt.backbones.vit import Backbone
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm}
+PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, ONEDNN_LINEAR}
 FUSED_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention,
@@ -136,6 +137,7 @@ class _SavedTensors(TorchDispatchMode):
         self.saved: dict[int, int] = {}  # storage -> bytes
         self.held: list[Tensor] = []  # so that no storage's address is reused
         self.products: list[tuple[float, int]] = []  # multiplications per number of the output, and its bytes
+        self.factors: set[int] = set()  # storages of the last one's inputs
         self.needed = 0  # how many of them come before the last tensor that is kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,11 +145,14 @@ class _SavedTensors(TorchDispatchMode):
         if func.overloadpacket in FUSED_ATTENTION:
             self.products.append((float("inf"), sum(t.nbytes for t in out if isinstance(t, Tensor))))
         elif func.overloadpacket in PRODUCTS:
-            self.products.append((args[-2].shape[-1], out.nbytes))
+            factor = args[0] if func.overloadpacket is ONEDNN_LINEAR else args[-2]
+            self.products.append((factor.shape[-1], out.nbytes))
+            self.factors = {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}
         return out
 
     def pack(self, tensor: Tensor) -> Tensor:
-        self.needed = len(self.products)
+        # What was there before the last product does not need it: oneDNN's keep their factors after they are computed.
+        self.needed = max(self.needed, len(self.products) - (tensor.untyped_storage()._cdata in self.factors))
         if not is_block_weight(tensor, self.block):
             self.saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
             self.held.append(tensor)

@@ -14,6 +14,7 @@ from dist_vpt.errors import UserError
 from dist_vpt.runtime.activation_checkpointing import apply_checkpointing
 from dist_vpt.runtime.attention import apply_attention
 from dist_vpt.runtime.compile import apply_compile, is_worth_compiling
+from dist_vpt.runtime.cpu_speed import use_faster_products
 from dist_vpt.runtime.offload import apply_offload
 from dist_vpt.runtime.tf32 import apply_tf32
 
@@ -32,6 +33,8 @@ def apply_runtime(
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
     if not cpu:
         apply_tf32(backbone, runtime)
+    elif (products := use_faster_products()) and compute == torch.float32:
+        backbone.chosen["float32 products"] = products
     if runtime.quantize == "int8":
         from dist_vpt.runtime.int8 import apply_int8
 

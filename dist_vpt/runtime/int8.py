@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_vpt.backbones.blocks import SplitBiasLinear, bias_of, unpack_block
+from dist_vpt.backbones.blocks import bias_of, unpack_block
+from dist_vpt.backbones.products import Linear
 from dist_vpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def apply_int8(backbone: "Backbone") -> None:
                     f"{KEY}: only for timm's pre-norm ViT, EVA and Swin blocks; set runtime.quantize=none ({error})"
                 ) from error
     for module in backbone.blocks.modules():
-        if type(module) in (nn.Linear, SplitBiasLinear):
+        if isinstance(module, Linear):
             _hold_in_int8(module)
     backbone.chosen["frozen weights"] = "int8"
 

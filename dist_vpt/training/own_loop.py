@@ -16,6 +16,7 @@ from dist_vpt.methods import attach as attach_to_backbone
 from dist_vpt.methods.base import Method
 from dist_vpt.methods.config import MethodConfig
 from dist_vpt.recipe.loading import recipe_of
+from dist_vpt.runtime.cpu_speed import use_faster_products
 
 AS_GIVEN = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}  # images are normalized by whoever gives them
 
@@ -61,6 +62,7 @@ def attach(
     count = classes if isinstance(classes, int) else len(classes)
     if count < 2:
         raise UserError(f"classes = {classes!r}: a classifier needs two or more; give their number or their names")
+    use_faster_products()
     stochastic = any(getattr(module, "drop_prob", 0) for module in model.modules())
     attached = attach_to_backbone(section, wrap(model, **AS_GIVEN, stochastic=stochastic), count, dtype)
     batches = [images] if isinstance(images, Tensor) else list(images)

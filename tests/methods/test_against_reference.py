@@ -327,6 +327,13 @@ def test_in_float32(variant: str, kind: str, images: torch.Tensor) -> None:
     check(method, expected(method, kind, images, settings), images, torch.float32)
 
 
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("kind", ["class_token", "dinov3"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_float32_by_onednn(variant: str, kind: str, images: torch.Tensor) -> None:
+    test_in_float32(variant, kind, images)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "block"])
 @pytest.mark.parametrize("kind", ["class_token", "dinov3"])
 @pytest.mark.parametrize("variant", IN_BF16)

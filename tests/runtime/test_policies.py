@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from dist_vpt.backbones import products
 from dist_vpt.errors import RecipeError, UserError
 from dist_vpt.methods import attach
 from dist_vpt.methods.base import Method
@@ -146,6 +147,18 @@ def test_a_budget_holds_where_the_first_block_needs_no_input(name: str) -> None:
     none, kept = (saved(make(policy, settings=settings, embed_dim=64)) for policy in ("none", "budget-0.5"))
     assert kept <= 0.5 * none + 10 * B * 64 * FLOAT  # the head's few numbers
     assert kept > 0.3 * none
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("settings", [VPT, {"name": "full"}, {"name": "lora"}], ids=["vpt", "full", "lora"])
+@pytest.mark.parametrize("policy", ["mlp", "block", "every-2", "budget-0.9", "budget-0.5", "budget-0.3"])
+def test_with_onednn_as_much_is_kept_and_the_numbers_stay(policy: str, settings: dict[str, Any]) -> None:
+    plain, policied = make(settings=settings, embed_dim=64), make(policy, settings=settings, embed_dim=64)
+    assert all(map(torch.equal, numbers(plain), numbers(policied)))
+    kept = saved(make(policy, settings=settings, embed_dim=64))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_switch", {"onednn": False})
+        assert kept == saved(make(policy, settings=settings, embed_dim=64))
 
 
 @pytest.mark.parametrize(("policy", "times"), [("none", 1), ("block", 2), ("budget-0.5", 1), ("every-2", 1.5)])
@@ -374,6 +387,8 @@ def test_compiled_blocks_give_the_same() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_the_cpu")
 def test_without_a_compiler_blocks_run_uncompiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("dist_vpt.runtime.apply.use_faster_products", str)  # a line of its own on some CPUs
+
     def no_compiler(device: str) -> None:
         raise RuntimeError(f"no compiler for {device}\nand a page of advice")
 
