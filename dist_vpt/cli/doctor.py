@@ -138,13 +138,17 @@ def check_gpu() -> CheckResult:
 
 def check_precision() -> CheckResult:
     """What runtime.precision=auto comes to here."""
+    import torch
+
+    from dist_vpt.runtime.cpu_speed import use_faster_products
     from dist_vpt.runtime.precision import choose_precision
 
     try:
         name, reason = choose_precision(cpu=False)
     except UserError as error:  # a launcher's variables, which the next check names
         return CheckResult("warning", str(error), "fix the launcher's variables")
-    return CheckResult("ok", f"auto is {name}, {reason}")
+    products = "" if torch.accelerator.is_available() else use_faster_products()
+    return CheckResult("ok", f"auto is {name}, {reason}" + (products and f"; float32 products are {products}"))
 
 
 def check_launcher() -> CheckResult:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from dist_vpt.backbones import products
 from dist_vpt.cli import doctor
 from dist_vpt.distributed.launch_env import LEFTOVERS
+from dist_vpt.runtime import cpu_speed
 from tests.running import ROOT
 
 pytestmark = pytest.mark.slow
@@ -81,6 +83,19 @@ def test_a_machine_that_is_fit(tmp_path: Path) -> None:
     has(found["extras"], "ok", "installed: ")
     assert error == ""
     assert not list(tmp_path.iterdir()), "nothing is left, and nothing was made"
+
+
+@pytest.mark.parametrize(("times", "more"), [(1.1, ""), (2.0, "; float32 products are by oneDNN, 2.0 times as fast")])
+@pytest.mark.usefixtures("on_the_cpu")
+def test_what_multiplies_fastest(times: float, more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_switch", {"onednn": False})
+    monkeypatch.setattr(cpu_speed, "cpu_speed", lambda: cpu_speed.CPUSpeed(4, times))
+    monkeypatch.setattr("dist_vpt.runtime.precision.cpu_speed", cpu_speed.cpu_speed)
+    found = doctor.check_precision()
+    assert found.level == "ok"
+    start = f"auto is bf16, since this CPU multiplies {4 / times:.1f} times as fast in bf16 as in fp32{more}"
+    assert found.found.startswith(start)
+    assert bool(more) == ("oneDNN" in found.found)
 
 
 def test_faults_of_an_environment(tmp_path: Path) -> None:
