@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_vpt.data import addresses
+from dist_vpt.data import addresses, waiting
 from dist_vpt.data.addresses import (
     RangeReader,
     check_unchanged,
@@ -169,13 +169,13 @@ def test_messages_hold_no_password() -> None:
 
 
 def test_many_files_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(addresses, "REPORT_SECONDS", 0.05)
-    assert addresses.in_parallel(lambda i: time.sleep(i / 100) or -i, range(20), "reading files") == [
+    monkeypatch.setattr(waiting, "REPORT_SECONDS", 0.05)
+    assert waiting.in_parallel(lambda i: time.sleep(i / 100) or -i, range(20), "reading files") == [
         -i for i in range(20)
     ]
     assert "reading files: " in capsys.readouterr().err
     with pytest.raises(DataError, match="the third"):
-        addresses.in_parallel(_third, range(8))
+        waiting.in_parallel(_third, range(8))
     assert capsys.readouterr().err == ""
 
 
@@ -183,7 +183,7 @@ def test_an_interruption_waits_for_no_server() -> None:
     """Ctrl-C while files are indexed, and the end of the program after it, though requests get no answer."""
     program = (
         "import signal, threading, time\n"
-        "from dist_vpt.data.addresses import in_parallel\n"
+        "from dist_vpt.data.waiting import in_parallel\n"
         "threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "in_parallel(time.sleep, [600] * 3)\n"

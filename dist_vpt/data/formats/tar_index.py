@@ -21,9 +21,10 @@ from dist_vpt.data.addresses import RangeReader, RemoteFile, check_unchanged
 from dist_vpt.data.formats.files import Mistakes
 from dist_vpt.data.images import image_extensions
 from dist_vpt.data.spool import cache_subfolder, keep
+from dist_vpt.data.waiting import locked_or_stopped
 from dist_vpt.distributed.caches import cache_folder
 from dist_vpt.errors import DataError, nearest
-from dist_vpt.files import first_bytes, locked, looks_like, printable, write_atomically
+from dist_vpt.files import first_bytes, looks_like, printable, write_atomically
 
 LAYOUT = 1  # of index files
 MAX_LABEL_BYTES = 2**20
@@ -60,7 +61,7 @@ def read_index(shard: Shard, fields: Fields) -> TarIndex:
     if kept is None:
         return _scanned(shard, fields)
     # Processes of one run find out about a shard once.
-    with locked(kept.with_suffix(".lock"), "set XDG_CACHE_HOME to another folder", timeout=-1):
+    with locked_or_stopped(kept.with_suffix(".lock"), "set XDG_CACHE_HOME to another folder", shown_shard(shard)):
         if kept.is_file():
             with contextlib.suppress(Exception), np.load(kept, allow_pickle=False) as arrays:  # damaged: made anew
                 return TarIndex(**{field: arrays[field] for field in ARRAYS})

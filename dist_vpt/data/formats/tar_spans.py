@@ -14,7 +14,6 @@ from dist_vpt.data.addresses import (
     check_unchanged,
     expand,
     find_file,
-    in_parallel,
     is_address,
     list_files,
     pinned,
@@ -24,6 +23,7 @@ from dist_vpt.data.addresses import (
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.pieces import Pieces
 from dist_vpt.data.spool import Spool
+from dist_vpt.data.waiting import in_parallel
 from dist_vpt.errors import DataError
 
 SPAN = 32 * 2**20  # bytes of a shard that are fetched together, about

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from dist_vpt.data.addresses import RemoteFile, in_parallel, is_address, read_text_of, shown
+from dist_vpt.data.addresses import RemoteFile, is_address, read_text_of, shown
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import Mistakes, open_root, read_text
 from dist_vpt.data.formats.image_folder import SPLIT_NAMES, split_of
@@ -33,6 +33,7 @@ from dist_vpt.data.pieces import Pieces
 from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
 from dist_vpt.data.spool import open_spool
 from dist_vpt.data.tasks import Task
+from dist_vpt.data.waiting import in_parallel
 from dist_vpt.errors import DataError, nearest
 from dist_vpt.files import printable
 
