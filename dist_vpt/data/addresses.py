@@ -137,12 +137,12 @@ def read_range(file: RemoteFile, start: int, end: int) -> bytes:
 
 
 class RangeReader(io.RawIOBase):
-    """A file as an object of Python, which keeps the block that was read last."""
+    """A file as an object of Python, which keeps the block that was fetched last."""
 
     def __init__(self, file: RemoteFile, block: int = BLOCK, *, kept: bytes = b"", first: int = 0):
         """``kept``: a block that has been read already, which begins at byte ``first``."""
         self._file, self._block = file, block
-        self._at, self._first, self._kept = 0, first, kept
+        self._at, self._first, self._kept = 0, first, bytearray(kept)
 
     def readable(self) -> bool:
         return True
@@ -162,14 +162,18 @@ class RangeReader(io.RawIOBase):
         if wanted <= 0:
             return 0
         if not self._first <= self._at < self._first + len(self._kept):
-            self._first = self._at
-            end = min(self._at + max(self._block, wanted), self._file.size)
-            self._kept = read_range(self._file, self._at, end)
+            self._fetch(wanted)
         begin = self._at - self._first
         part = self._kept[begin : begin + wanted]
         buffer[: len(part)] = part
         self._at += len(part)
         return len(part)
+
+    def _fetch(self, wanted: int) -> None:
+        """Replace what is kept by a block from the current place on, of at least so many bytes."""
+        self._first = self._at
+        end = min(self._at + max(self._block, wanted), self._file.size)
+        self._kept = bytearray(read_range(self._file, self._at, end))
 
 
 def read_text_of(address: str) -> str | None:

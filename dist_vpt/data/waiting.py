@@ -24,7 +24,11 @@ Result = TypeVar("Result")
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Iterable[Item], doing: str = "", what: str = DATA
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    doing: str = "",
+    what: str = DATA,
+    readers: int = READERS,
 ) -> list[Result]:
     """The function's results for all items, in their order; the first error ends it.
 
@@ -46,7 +50,7 @@ def in_parallel(
                 errors.append(error)
 
     # Daemons: a stop waits for no server that is silent.
-    threads = [threading.Thread(target=answer, daemon=True) for _ in range(min(READERS, count))]
+    threads = [threading.Thread(target=answer, daemon=True) for _ in range(min(readers, count))]
     reported = time.monotonic()
     try:
         for thread in threads:
