@@ -111,5 +111,5 @@ def stoppable() -> Iterator[None]:
 
 def _stopped(what: str) -> Interrupted:
     return Interrupted(
-        f"{what}: stopped while the server was waited for; start again, a run that has a state with run.resume=auto"
+        f"{what}: stopped while it was waited for; start again, a run that has a state with run.resume=auto"
     )

@@ -65,7 +65,7 @@ def test_a_stop_ends_it(
             stop_soon()
             wait(tmp_path)
 
-    with pytest.raises(Interrupted, match="the shards: stopped while the server was waited for") as caught:
+    with pytest.raises(Interrupted, match="the shards: stopped while it was waited for") as caught:
         waits()
     assert caught.value.exit_code == 75
     raise_on_stop()  # it is over with the context

@@ -125,7 +125,7 @@ def test_a_stop_while_the_server_is_silent(start: Trained, server: Server, tmp_p
     server.silent_after = len(server.sent) + 1
     forks = start("indexed", "another")
     stopped(forks, server, 0)
-    assert "stopped while the server was waited for" in forks.output
+    assert "stopped while it was waited for" in forks.output
     assert not (tmp_path / "indexed").exists()
     trained(start("indexed", "another"))
     assert step_losses(tmp_path / "indexed") == expected
