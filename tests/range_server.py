@@ -3,6 +3,7 @@
 import hashlib
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +24,16 @@ class Server:
     status: int = 503
     gone: bool = False
     cut: int = 0  # answers that end in the middle
+    silent_after: int | None = None  # ranges, after which no request is answered
+    unanswered: int = 0  # requests since then
 
     def put(self, name: str, content: bytes) -> str:
         self.files[name] = content
         return f"{self.address}/{name}"
+
+    @property
+    def silent(self) -> bool:
+        return self.silent_after is not None and len(self.sent) >= self.silent_after
 
     def bytes_sent(self, name: str | None = None) -> int:
         return sum(end - first for path, first, end in self.sent if name in (None, path))
@@ -41,6 +48,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         state = self.server_state
+        if state.silent:
+            state.unanswered += 1
+        while state.silent and not state.gone:
+            time.sleep(0.02)
         if state.gone:
             self.close_connection = True
             return None

@@ -61,7 +61,7 @@ class BackboneConfig(BaseModel):
     @model_validator(mode="after")
     def _rules(self) -> Self:
         if self.entry is not None and self.file is None:
-            raise ValueError(f"entry {self.entry!r}: weights {self.weights!r} are one model; remove entry")
+            raise ValueError(f"entry = {self.entry}: weights = {self.weights} are one model; remove entry")
         if self.position_resize is not None and not has_learned_positions(self.name):
             raise ValueError(
                 f"position_resize = {self.position_resize}: name = {self.name} has no learned positions, so none are "

@@ -1,33 +1,26 @@
 """Files that are read in place, by ranges of bytes: behind addresses (https, hf, s3, gs, ...), or on this machine.
 
-Every request is tried again a few times, and fails with one message that names the address. Nothing here writes.
+Every request is tried again a few times, and fails with one message that names the address. A stop signal ends it, with
+Interrupted. Nothing here writes.
 """
 
-import contextlib
 import io
 import itertools
 import os
 import re
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
-from dist_vpt.distributed.launch_env import LaunchEnv
-from dist_vpt.errors import DataError, SourceUnavailable, UserError
+from dist_vpt.data.waiting import answer_to, pause
+from dist_vpt.errors import DataError, Interrupted, SourceUnavailable, UserError
 from dist_vpt.files import printable
 
-READERS = 16  # requests of one process at a time while files are indexed
 BLOCK = 8 * 2**20  # bytes of a request where a file is read from its beginning to its end
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before a request is tried again
-REPORT_SECONDS = 30.0
 SILENCE = 20.0  # seconds without a byte, after which a request has failed
 VERSIONS = (
     "ETag",
@@ -44,7 +37,6 @@ REFUSED = (401, 403)  # statuses of HTTP
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 BRACES = re.compile(r"\{([^{}]*)\}")
 
-Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -100,38 +92,6 @@ def mistake_in_root(root: str | None) -> str:
     return ""
 
 
-def in_parallel(function: Callable[[Item], Result], items: Iterable[Item], doing: str = "") -> list[Result]:
-    """The function's results for all items, in their order; the first error ends it.
-
-    ``doing``: what takes long, for a line on stderr every half minute.
-    """
-    asked: list[tuple[Item, Future[Result]]] = [(item, Future()) for item in items]
-    futures, left = [future for _, future in asked], deque(asked)
-    for _ in range(min(READERS, len(asked))):  # daemons: Ctrl-C does not wait for a server that is silent
-        threading.Thread(target=_answer_all, args=(function, left), daemon=True).start()
-    try:
-        waiting: set[Future[Result]] = set(futures)
-        while waiting:
-            done, waiting = wait(waiting, REPORT_SECONDS, FIRST_EXCEPTION)
-            for future in done:
-                future.result()  # raises
-            if waiting and doing and not LaunchEnv.current().local_rank:
-                print(f"{doing}: {len(futures) - len(waiting)} of {len(futures)}", file=sys.stderr, flush=True)
-        return [future.result() for future in futures]
-    finally:
-        left.clear()
-
-
-def _answer_all(function: Callable[[Item], Result], left: "deque[tuple[Item, Future[Result]]]") -> None:
-    with contextlib.suppress(IndexError):  # nothing is left
-        while True:
-            item, future = left.popleft()
-            try:
-                future.set_result(function(item))
-            except BaseException as error:  # raised by whoever waits
-                future.set_exception(error)
-
-
 def find_file(address: str) -> RemoteFile:
     """Ask for a file's size and version."""
     system, path = _open(address)
@@ -177,12 +137,12 @@ def read_range(file: RemoteFile, start: int, end: int) -> bytes:
 
 
 class RangeReader(io.RawIOBase):
-    """A file as an object of Python, which keeps the block that was read last."""
+    """A file as an object of Python, which keeps the block that was fetched last."""
 
     def __init__(self, file: RemoteFile, block: int = BLOCK, *, kept: bytes = b"", first: int = 0):
         """``kept``: a block that has been read already, which begins at byte ``first``."""
         self._file, self._block = file, block
-        self._at, self._first, self._kept = 0, first, kept
+        self._at, self._first, self._kept = 0, first, bytearray(kept)
 
     def readable(self) -> bool:
         return True
@@ -202,14 +162,18 @@ class RangeReader(io.RawIOBase):
         if wanted <= 0:
             return 0
         if not self._first <= self._at < self._first + len(self._kept):
-            self._first = self._at
-            end = min(self._at + max(self._block, wanted), self._file.size)
-            self._kept = read_range(self._file, self._at, end)
+            self._fetch(wanted)
         begin = self._at - self._first
         part = self._kept[begin : begin + wanted]
         buffer[: len(part)] = part
         self._at += len(part)
         return len(part)
+
+    def _fetch(self, wanted: int) -> None:
+        """Replace what is kept by a block from the current place on, of at least so many bytes."""
+        self._first = self._at
+        end = min(self._at + max(self._block, wanted), self._file.size)
+        self._kept = bytearray(read_range(self._file, self._at, end))
 
 
 def read_text_of(address: str) -> str | None:
@@ -328,13 +292,15 @@ def _opened(address: str, process: int) -> tuple[Any, str]:  # a file system's c
 
 def _request(address: str, ask: Callable[[], Result]) -> Result:
     """The answer, after several attempts where that may help. Raises SourceUnavailable."""
-    for attempt, pause in enumerate((*WAITS, None), 1):
+    for attempt, seconds in enumerate((*WAITS, None), 1):
         try:
-            return ask()
+            return answer_to(ask, shown(address))
+        except Interrupted:
+            raise
         except Exception as error:  # of many families: sockets, aiohttp, httpx, botocore, the hub
-            if pause is None or _is_final(error):
+            if seconds is None or _is_final(error):
                 _fail(address, error, attempt)
-            time.sleep(pause)
+        pause(seconds, shown(address))
     raise AssertionError
 
 

@@ -240,7 +240,7 @@ class DataConfig(BaseModel):
     def _rules(self) -> Self:
         mistakes = list(self._mistakes())
         if mistakes:
-            raise ValueError("; ".join(mistakes))
+            raise ValueError("\n".join(mistakes))
         return self
 
     @property
@@ -272,8 +272,8 @@ class DataConfig(BaseModel):
         storage = self.stored
         if storage is None:
             yield (
-                f"task {self.task!r} is not a known task ({nearest(self.task, TASKS)}); "
-                f"for your own dataset, set format and root as well"
+                f"task = {self.task!r}: is not a known task ({nearest(self.task, TASKS)}); for your own dataset, set "
+                "format and root as well"
             )
             return
         yield from self._mistakes_of_storage(storage)
@@ -286,7 +286,7 @@ class DataConfig(BaseModel):
         if (self.mean is None) != (self.std is None):
             yield "mean and std go together: set both or neither"
         if self.mean is not None and self.normalize is not None:
-            yield f"normalize {self.normalize!r}: mean and std replace it; set either"
+            yield f"normalize = {self.normalize!r}: mean and std replace it; set either"
         fields = type(self).model_fields
         for name, readers in (
             ("val_fraction", READS_VAL_FRACTION),
@@ -294,29 +294,29 @@ class DataConfig(BaseModel):
         ):
             value = getattr(self, name)
             if storage not in readers and value != fields[name].default:
-                yield f"{name} {value}: format {storage!r} has fixed splits; remove {name}"
+                yield f"{name} = {value}: format {storage!r} has fixed splits; remove {name}"
         if storage in READS_TEST_FRACTION and self.val_fraction + self.test_fraction >= 1:
             yield (
-                f"val_fraction {self.val_fraction} + test_fraction {self.test_fraction}: "
-                f"their sum must be below 1 to leave images for train; lower one"
+                f"val_fraction = {self.val_fraction}, test_fraction = {self.test_fraction}: their sum must be below 1 "
+                "to leave images for train; lower one"
             )
 
     def _mistakes_of_draws(self) -> Iterator[str]:
         if self.shots is not None and self.labels == "multiple":
-            yield f"shots {self.shots}: an image with several labels is of several classes at once; use data.fraction"
+            yield f"shots = {self.shots}: an image with several labels is of several classes at once; use data.fraction"
         if self.shots is not None and self.fraction < 1:
-            yield f"shots {self.shots} and fraction {self.fraction}: both say how much of train is used; set either"
+            yield f"shots = {self.shots}, fraction = {self.fraction}: both say how much of train is used; set either"
         for name, unused in (("tries", 1), ("try_index", 0)):
             if (value := getattr(self, name)) != unused and not self.draws:
-                yield f"{name} {value}: without shots or fraction nothing is drawn; set one of them, or remove {name}"
+                yield f"{name} = {value}: without shots or fraction nothing is drawn; set one of them, or remove {name}"
         if self.tries > 1 and self.try_index > 0:
-            yield f"tries {self.tries} and try_index {self.try_index}: several draws, or one of them; set either"
+            yield f"tries = {self.tries}, try_index = {self.try_index}: several draws, or one of them; set either"
 
     def _mistakes_of_labels(self, storage: Format) -> Iterator[str]:
         if self.labels == "multiple" and storage != "table":
-            yield f"labels 'multiple': format {storage!r} has one label an image; use format table, or labels single"
+            yield f"labels = multiple: format {storage!r} has one label an image; use format table, or labels single"
         if self.labels == "multiple" and self.extra_tests:
-            yield "extra_tests: class folders have one label an image, and labels is 'multiple'; remove extra_tests"
+            yield "extra_tests: class folders have one label an image, and labels = multiple; remove extra_tests"
         for name in ("labels", "separator") if self.labels == "single" else ():
             if getattr(self.table, name) is not None:
                 yield f"table.{name}: is of several labels an image; set data.labels=multiple, or remove table.{name}"
@@ -327,34 +327,34 @@ class DataConfig(BaseModel):
     def _mistakes_of_streaming(self, storage: Format) -> Iterator[str]:
         if self.streaming and storage != "hf":
             other = "shards behind addresses are streamed without it" if storage == "webdataset" else "use hf"
-            yield f"streaming: only format 'hf' uses it and the format is {storage!r}; remove streaming ({other})"
+            yield f"streaming = true: only format hf uses it and the format is {storage!r}; remove streaming ({other})"
         if mistake := mistake_in_root(self.root):
-            yield f"root {shown(str(self.root))!r}: {mistake}"
+            yield f"root = {shown(str(self.root))!r}: {mistake}"
         elif storage == "hf" and is_address(self.root) and not (self.streaming and self.hf.splits):
             yield (
-                f"root {shown(str(self.root))!r}: Parquet files behind an address are streamed, named for each split; "
-                "set streaming=true and 'hf.splits={train: \"train-{00..09}.parquet\", ...}'"
+                f"root = {shown(str(self.root))!r}: Parquet files behind an address are streamed, named for each "
+                "split; set streaming=true and 'hf.splits={train: \"train-{00..09}.parquet\", ...}'"
             )
         for name in ("streaming_disk_gib", "streaming_shuffle"):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and not self.streamed:
-                yield f"{name} {value}: nothing is streamed; set streaming=true (format hf), or remove {name}"
+                yield f"{name} = {value}: nothing is streamed; set streaming=true (format hf), or remove {name}"
 
     def _mistakes_of_storage(self, storage: Format) -> Iterator[str]:
         if storage in EMBEDDED and self.root is not None:
-            yield f"root {self.root!r}: {EMBEDDED[storage]}; remove root or set format"
+            yield f"root = {self.root!r}: {EMBEDDED[storage]}; remove root or set format"
         if storage not in EMBEDDED and not self.root:
             what = "file of the table, or its folder" if storage == "table" else "folder of the dataset"
             yield f"root is missing: format {storage!r} needs the {what}; set root"
         for name in ("exif", "background") if storage in (*EMBEDDED, "tfds") else ():
             if getattr(self, name) is not None:
-                yield f"{name} {getattr(self, name)!r}: format {storage!r} has its images as published; remove {name}"
+                yield f"{name} = {getattr(self, name)}: format {storage!r} has its images as published; remove {name}"
         if storage == "tfds" and (self.task not in TASKS or TASKS[self.task].tfds is None):
             known = [name for name, row in TASKS.items() if row.tfds]
-            yield f"format 'tfds': task {self.task!r} is not in TensorFlow Datasets; {nearest(self.task, known)}"
+            yield f"task = {self.task!r}: is not in TensorFlow Datasets; {nearest(self.task, known)}"
         if storage == "shapes" and (self.task not in TASKS or TASKS[self.task].format != "shapes"):
             known = [name for name, row in TASKS.items() if row.format == "shapes"]
-            yield f"format 'shapes': task {self.task!r} is none of {' and '.join(known)}; use one of them"
+            yield f"task = {self.task!r}: format shapes has {' and '.join(known)} alone; use one of them"
         if storage != "hf" and self.hf != HfConfig():
             yield f"hf: only format 'hf' uses it and the format is {storage!r}; remove hf or set format: hf"
         yield from self._mistakes_of_labels(storage)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from dist_vpt.data.waiting import locked_or_stopped
 from dist_vpt.distributed.caches import cache_folder
 from dist_vpt.errors import SourceUnavailable, UserError
 from dist_vpt.files import is_locked, locked, write_atomically
@@ -31,13 +32,13 @@ class Spool:
     def open(self, name: str, size: int, write: Callable[[BinaryIO], None]) -> BinaryIO:
         """The file of a piece, which stays readable while it is open; ``write`` fetches it where it is not there.
 
-        ``size``: the bytes that it will have, about. Raises what ``write`` raises, and SourceUnavailable where the
-        disk is full.
+        ``size``: the bytes that it will have, about. Raises what ``write`` raises, SourceUnavailable where the disk
+        is full, and Interrupted for a stop signal while another fetches it.
         """
         file = self.folder / hashlib.sha256(os.fsencode(name)).hexdigest()
         if (found := _opened(file)) is not None:
             return found
-        with locked(self._lock(file.name), FIX, timeout=-1):
+        with locked_or_stopped(self._lock(file.name), FIX):
             if (found := _opened(file)) is not None:  # another process has fetched it
                 return found
             return self._fetched(file, size, write)
@@ -117,7 +118,7 @@ def cache_subfolder(name: str) -> Path:
 def keep(folder: Path, name: str, content: Callable[[], bytes]) -> Path:
     """A file of the cache folder, which the processes of a run make once. The first word of ``name`` is its kind."""
     file = folder / hashlib.sha256(os.fsencode(name)).hexdigest()
-    with locked(folder / f"{name.partition(' ')[0]}-{file.name[:2]}.lock", FIX, timeout=-1):
+    with locked_or_stopped(folder / f"{name.partition(' ')[0]}-{file.name[:2]}.lock", FIX):
         if not file.is_file():
             write_atomically(file, content())
     return file

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import connection
 from typing import Any, ClassVar, Literal, Protocol, TypedDict
 from weakref import WeakSet
@@ -29,8 +30,8 @@ from dist_vpt.data.splits import Picture, Split
 from dist_vpt.data.tasks import Cache
 from dist_vpt.data.transforms import ImageTransform, channels_first
 from dist_vpt.data.worker_memory import check_cache_memory, check_shared_memory
-from dist_vpt.distributed.signals import block_stop_signals
-from dist_vpt.errors import DataError, SourceUnavailable
+from dist_vpt.distributed.signals import block_stop_signals, follow_stop_flag, share_stop_flag
+from dist_vpt.errors import DataError, Interrupted, SourceUnavailable
 
 BadImages = Literal["fail", "skip"]
 
@@ -39,6 +40,8 @@ Request = tuple[int | np.ndarray, np.ndarray]
 
 # Pixels by image, None for one that is skipped, and the names of those newly found unreadable.
 Found = tuple[list[np.ndarray | None], list[str]]
+
+Failed = DataError | Interrupted
 
 PIXELS: dict[Any, torch.dtype] = {np.uint8: torch.uint8, np.float32: torch.float32}
 PADDING = -1  # the index of a position in a batch that holds no example
@@ -83,9 +86,10 @@ class ImageReader:
     max_megapixels: float
     final: bool = False
     reading: torch.Tensor | None = None  # int64 [W], shared with the workers: the image that each one reads
+    stopping: torch.Tensor | None = None  # uint8 [1], shared with the workers: whether a stop was asked for
 
-    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found | DataError:
-        """A DataError is returned, not raised: torch would turn it into a traceback in a string."""
+    def __getitem__(self, indices: Sequence[int] | np.ndarray) -> Found | Failed:
+        """An error is returned, not raised: torch would turn it into a traceback in a string."""
         pixels: list[np.ndarray | None] = []
         unreadable = []
         worker = get_worker_info()
@@ -100,6 +104,8 @@ class ImageReader:
                     return error
                 unreadable.append(self.split.where(int(i)))
                 pixels.append(None)
+            except Interrupted as stopped:  # while its piece was waited for
+                return stopped
         return pixels, unreadable
 
     def _fixed(self, picture: Picture, i: int) -> np.ndarray:
@@ -137,9 +143,7 @@ class ImageBatches:
         transform = self.reader.transform
         return torch.empty((*shape, *transform.shape(self.reader.train)), dtype=PIXELS[transform.dtype])
 
-    def __getitem__(
-        self, request: tuple[int | np.ndarray, np.ndarray, int | None]
-    ) -> tuple[Batch, list[str]] | DataError:
+    def __getitem__(self, request: tuple[int | np.ndarray, np.ndarray, int | None]) -> tuple[Batch, list[str]] | Failed:
         epoch, index_b, slot = request
         epoch_b = np.broadcast_to(epoch, len(index_b))
         images = self.empty(len(index_b)) if slot is None else self._in_slot(slot, len(index_b))
@@ -147,7 +151,7 @@ class ImageBatches:
         weight_b = np.zeros(len(index_b), np.float32)
         positions = np.flatnonzero(index_b != PADDING)
         found = (self.cached or self.reader)[index_b[positions]]
-        if isinstance(found, DataError):
+        if isinstance(found, Failed):
             return found
         pixels, unreadable = found
         final = self.cached is not None and self.cached.final
@@ -295,7 +299,7 @@ class WorkerPool:
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_initialized(),
             multiprocessing_context=_forkserver(reader.transform) if workers else None,
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=partial(_start_worker, reader),
             generator=torch.Generator(),  # its own, or each pass would draw from the global one
         )
 
@@ -303,11 +307,12 @@ class WorkerPool:
         self._requests[:] = requests
         if self.workers and self._loader._iterator is None:
             self._reader.reading = torch.full((self.workers,), PADDING).share_memory_()
+            self._reader.stopping = share_stop_flag()
         try:
             with block_stop_signals():
                 answers = iter(self._loader)
             for answer in answers:
-                if isinstance(answer, DataError):
+                if isinstance(answer, Failed):
                     raise answer
                 yield answer
         except Exception as error:
@@ -315,7 +320,7 @@ class WorkerPool:
             died = self._died() if lost else ""
             self.close()
             if not lost or "in DataLoader worker process" in str(error):
-                raise  # a DataError, or an error in this package: a bug, with its traceback
+                raise  # one of Failed, or an error in this package: a bug, with its traceback
             raise DataError(
                 f"a process that loads images died {died or f'({type(error).__name__}: {str(error).strip()})'}; mostly "
                 f"memory or shared memory (/dev/shm) ran out: lower data.workers, or enlarge /dev/shm"
@@ -353,8 +358,12 @@ def _close_all() -> None:
         pool.close()
 
 
-def _end_with_parent(worker: int) -> None:
-    """In a worker: exit when the training process ends, however it ends. Torch would wait for the server's end."""
+def _start_worker(reader: ImageReader, worker: int) -> None:
+    """In a worker: exit when the training process ends, however it ends; torch would wait for the server's end.
+
+    Where that process is asked to stop, the worker waits no longer for data.
+    """
+    follow_stop_flag(reader.stopping)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

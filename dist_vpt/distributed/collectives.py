@@ -33,6 +33,8 @@ def all_reduce_sum(accelerator: RankAccelerator, *numbers: float | torch.Tensor)
 
 def raise_on_any_rank(accelerator: RankAccelerator, error: UserError | None, stop: StopSignal | None = None) -> None:
     """Raise the first process's error on all processes, if any has one; agree on a stop. A collective call."""
+    if stop is not None and isinstance(error, Interrupted):  # this process was stopped while it waited for images
+        stop.requested, error = True, None
     failed, stopped = float(error is not None), float(stop is not None and stop.requested)
     if accelerator.num_processes > 1:  # else nothing is to be read from a device
         failed, stopped = all_reduce_sum(accelerator, failed, stopped)

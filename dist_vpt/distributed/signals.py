@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import Interrupted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A terminal sends Ctrl-C to all processes of a command, and a launcher among them sends it on: that is one Ctrl-C.
 SAME_SECONDS = 1.0
 NOTICE = b"\nstopping, and saving the state first; press Ctrl-C again to end at once\n"
+
+_flag: "Tensor | None" = None  # uint8 [1] in shared memory: whether stop_requested
 
 
 @contextmanager
@@ -33,6 +38,28 @@ def block_stop_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def stop_requested() -> bool:
+    """Whether to wait no longer for a server, since a stop was asked for; in a worker, of its training process."""
+    return any(stop.requested and stop.ends_waiting for stop in StopSignal.entered) or bool(_flag)
+
+
+def share_stop_flag() -> "Tensor":
+    """``stop_requested`` as uint8 [1] in shared memory, for worker processes: they get no signals."""
+    global _flag  # noqa: PLW0603 (signals are the program's, too)
+    if _flag is None:
+        import torch
+
+        _flag = torch.zeros(1, dtype=torch.uint8).share_memory_()
+    _flag[0] = stop_requested()
+    return _flag
+
+
+def follow_stop_flag(flag: "Tensor | None") -> None:
+    """In a worker process: have ``stop_requested`` tell what the training process shares."""
+    global _flag  # noqa: PLW0603
+    _flag = flag
+
+
 class StopSignal:
     """Records SIGTERM, SIGUSR1 and SIGINT (Ctrl-C), which ask for a stop once all processes have agreed on it.
 
@@ -43,7 +70,10 @@ class StopSignal:
 
     entered: ClassVar[list["StopSignal"]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, *, keyboard: bool = True) -> None:
+        """``keyboard``: whether Ctrl-C asks for a stop, too; else it does what it does outside."""
+        self._numbers = STOP if keyboard else tuple(number for number in STOP if number != signal.SIGINT)
+        self.ends_waiting = True  # whether a request ends the waiting for a server at once
         self.requested = False  # this process got a signal
         self.agreed = False  # all processes are to stop
         self.pressed: float | None = None  # when Ctrl-C was first pressed, by the monotonic clock
@@ -58,7 +88,7 @@ class StopSignal:
         if outer is not None:
             self.requested, self.pressed = outer.requested, outer.pressed
         self.entered.append(self)
-        for number in STOP:
+        for number in self._numbers:
             if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # a job in the background
                 self.previous[number] = signal.signal(number, self._ask)
         return self
@@ -68,6 +98,8 @@ class StopSignal:
     ) -> None:
         if self in self.entered:
             self.entered.remove(self)
+            if not self.entered and _flag is not None:
+                _flag[0] = 0
         for number, handler in self.previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self.entered and self.previous:
@@ -78,6 +110,8 @@ class StopSignal:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if _flag is not None:
+            _flag[0] = stop_requested()
         if number != signal.SIGINT:
             return
         now = time.monotonic()

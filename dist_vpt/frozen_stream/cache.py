@@ -246,7 +246,7 @@ def _next_or_error(batches: Iterator[Batch], accelerator: RankAccelerator, stop:
     """The next batch, or on all processes the error of the one that failed, or Interrupted after a stop signal."""
     try:
         batch, error = next(batches), None
-    except DataError as failed:
+    except (DataError, Interrupted) as failed:
         batch, error = None, failed
     raise_on_any_rank(accelerator, error, stop)
     if stop.agreed:

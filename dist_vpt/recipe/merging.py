@@ -37,7 +37,7 @@ class Draft:
     def location(self, path: KeyPath) -> str:
         """Where a key, or else the innermost section around it, was set."""
         above = (path[:length] for length in range(len(path), 0, -1))
-        return next((self.locations[key] for key in above if key in self.locations), "recipe")
+        return next((found for key in above if (found := self.locations.get(key))), "recipe")
 
     def _mapping(self, at: KeyPath) -> dict[str, Any]:
         target = self.data

@@ -42,9 +42,12 @@ def explain(error: Any, draft: Draft) -> list[str]:
         return [_unknown_method(path, value, context, draft)]
     if kind == "value_error":  # from a validator of the schema, whose message names keys and fix
         messages = str(context.get("error", error["msg"])).split("\n")
-        if key:
-            return [f"{location}: {key}: {message}" for message in messages]
-        return [f"{_locations_of_keys_in(message, draft)}: {message}" for message in messages]
+        if not key:
+            return [f"{_locations_of_keys_in(message, draft)}: {message}" for message in messages]
+        if isinstance(value, dict):  # of a section, whose messages begin with a key in it
+            return [f"{_location_of_first_key(path, message, draft)}: {key}.{message}" for message in messages]
+        joined = ": " if path[-1] == value else " = "  # of a name that the user gave, or of a value
+        return [f"{location}: {key}{joined}{message}" for message in messages]
     if kind == "extra_forbidden":
         names = [*(model.model_fields if model else ()), *(("base", "published") if model is Recipe else ())]
         rule = f"unknown key; {nearest(str(path[-1]), names)}"
@@ -96,6 +99,11 @@ def _locations_of_keys_in(message: str, draft: Draft) -> str:
     mentioned = [path for path in draft.locations if len(path) > 1 and ".".join(map(str, path)) in message]
     mentioned.sort(key=lambda path: message.index(".".join(map(str, path))))
     return ", ".join(dict.fromkeys(draft.locations[path] for path in mentioned)) or draft.location((section,))
+
+
+def _location_of_first_key(section: KeyPath, message: str, draft: Draft) -> str:
+    """Where the key with which a section's message begins was set."""
+    return draft.location((*section, *re.split(r"[^\w.]", message)[0].split(".")))
 
 
 def _union_members(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -92,7 +92,7 @@ class SweepConfig(Section):
             mistakes.append("grid.train.epochs: is set by search = halving; leave it out, or use search=grid")
         mistakes += self._mistakes_of_space()
         if mistakes:
-            raise ValueError("; ".join(mistakes))
+            raise ValueError("\n".join(mistakes))
         return self
 
     def _mistakes_of_space(self) -> Iterator[str]:

@@ -6,8 +6,9 @@ then, a process that could not read its images takes part with others that have 
 saved, since whatever is saved is read before.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 from dist_vpt.data.loaders import PADDING, Batch
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.errors import DataError
+from dist_vpt.errors import DataError, Interrupted, UserError
 
 FLAGS = ("failed", "stopped")  # processes: that could not read their images, and that got a stop request
 
@@ -26,7 +27,7 @@ FLAGS = ("failed", "stopped")  # processes: that could not read their images, an
 class Agreement:
     """Of the processes of a training."""
 
-    error: DataError | None = None  # of this process, until all know of it
+    error: UserError | None = None  # of this process, until all know of it
     flags: Tensor | None = None  # FLAGS of the step that was issued last, [2] on the device, where they are read late
     _like: list[Batch] | None = None  # shapes of a step's micro-batches
 
@@ -39,9 +40,9 @@ class Agreement:
         """Whether the flags of the next step are read after it has been issued: all but those of the first one."""
         return self._like is not None and reads_late(accelerator)
 
-    def batches(self, accelerator: RankAccelerator, fetched: list[Batch] | DataError) -> list[Batch]:
+    def batches(self, accelerator: RankAccelerator, fetched: list[Batch] | UserError) -> list[Batch]:
         """This process's micro-batches; in place of an error none, or late images of no weight, of shapes of before."""
-        if not isinstance(fetched, DataError):
+        if not isinstance(fetched, UserError):
             if reads_late(accelerator):
                 self._like = tree_map(lambda tensor: torch.empty_like(tensor, device="meta"), fetched)
             return fetched
@@ -54,6 +55,14 @@ class Agreement:
         if failed:
             raise_on_all_ranks(accelerator, self.error)
         stop.agreed = stopped > 0
+
+
+def next_or_error(batches: Iterator[Any]) -> Any:
+    """The next batch, or as a value the error or the stop that all processes are to raise."""
+    try:
+        return next(batches)
+    except (DataError, Interrupted) as error:
+        return error
 
 
 def reads_late(accelerator: RankAccelerator) -> bool:

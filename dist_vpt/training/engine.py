@@ -7,7 +7,6 @@ A global batch of ``train.batch_size`` images is split over the processes x ``tr
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,14 +21,14 @@ from dist_vpt.data.augmentation import BatchAugmentation
 from dist_vpt.data.loaders import Batch, EvalBatches, TrainBatches
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_any_rank, stop_all_ranks
 from dist_vpt.distributed.signals import StopSignal
-from dist_vpt.errors import DataError, Interrupted, RunFailed
+from dist_vpt.errors import DataError, Interrupted, RunFailed, UserError
 from dist_vpt.methods.base import Method
 from dist_vpt.recipe.schema import Recipe
 from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.folder import RunFolder
 from dist_vpt.runs.progress import Progress, epoch_facts
 from dist_vpt.training.accelerator import steps_are_fused
-from dist_vpt.training.agreement import Agreement
+from dist_vpt.training.agreement import Agreement, next_or_error, reads_late
 from dist_vpt.training.averaging import WeightAverage, in_place
 from dist_vpt.training.checkpointing import States
 from dist_vpt.training.learning import Guessing, warning_of
@@ -109,7 +108,7 @@ class Training(ABC):
     @abstractmethod
     def start_epoch(self) -> None: ...
     @abstractmethod
-    def take_step(self, fetched: list[Batch] | DataError) -> None: ...
+    def take_step(self, fetched: list[Batch] | UserError) -> None: ...
     @abstractmethod
     def count_step(self, unread: Any) -> None: ...  # read, count and report it
     @abstractmethod
@@ -180,7 +179,7 @@ class TrainState(Training):
     def start_epoch(self) -> None:
         self.model.train()
 
-    def take_step(self, fetched: list[Batch] | DataError) -> None:
+    def take_step(self, fetched: list[Batch] | UserError) -> None:
         """Issue one optimizer step, with norms where the step will be logged."""
         self.unread.append(train_step(self, fetched, norms=(self.step + 1) % self.recipe.run.log_every == 0))
         self.progress.step += 1
@@ -232,7 +231,7 @@ class TrainState(Training):
         self.monitor.close()
 
 
-def train_step(t: TrainState, fetched: list[Batch] | DataError, *, norms: bool) -> UnreadStep:
+def train_step(t: TrainState, fetched: list[Batch] | UserError, *, norms: bool) -> UnreadStep:
     """Issue one optimizer step on this process's micro-batches of one global batch. A collective call."""
     accelerator, train = t.accelerator, t.recipe.train
     lr = learning_rate(t.recipe.optim, train, t.step, t.train.steps_per_epoch)
@@ -281,10 +280,16 @@ def fit(t: Training) -> None:
     started, every = time.monotonic() - t.seconds, t.recipe.run.save_every
     while not _finished(t):
         t.start_epoch()
+        # Where errors are read late, a step that lacks images would have been issued, and would spoil the state.
+        t.stop.ends_waiting = not reads_late(t.accelerator)
         batches = t.train.epoch(t.epoch, t.progress.step)
         while t.progress.step < t.train.steps_per_epoch and not t.ended:
             t.accelerator.status.set(f"step {t.step}", "reading images")
-            t.take_step(t.agreement.error or next_or_error(batches))
+            try:
+                t.take_step(t.agreement.error or next_or_error(batches))
+            except Interrupted:  # of any process that waited for images, raised on all, and no step was taken
+                t.stop.agreed = True
+                _stop_if_agreed(t)
             t.progress.seconds = time.monotonic() - started
             t.read_steps(but=1)  # while the device computes the one that was just issued
             _stop_if_agreed(t)
@@ -292,6 +297,7 @@ def fit(t: Training) -> None:
                 save(t)
         t.read_steps()
         _stop_if_agreed(t)
+        t.stop.ends_waiting = True
         try:
             t.end_epoch()
         except (DataError, Interrupted) as error:  # saved as of the epoch's last step: a resumed run scores val
@@ -356,20 +362,12 @@ def evaluate(
     for number in range(len(batches)):
         accelerator.status.set(f"batch {number} of a split to score", "reading images")
         fetched = next_or_error(unread)
-        raise_on_any_rank(accelerator, fetched if isinstance(fetched, DataError) else None, stop)
+        raise_on_any_rank(accelerator, fetched if isinstance(fetched, UserError) else None, stop)
         if stop is not None and stop.agreed:
             stop_all_ranks(accelerator, "stopped while scoring a split; run.resume=auto resumes from the newest state")
         batch = send_to_device(fetched, accelerator.device, non_blocking=True)
         scores.update(model(batch["images"]), batch["labels"], batch["weight"], batch["index"])
     return scores
-
-
-def next_or_error(batches: Iterator[Any]) -> Any:
-    """The next batch, or as a value the error that all processes are to raise."""
-    try:
-        return next(batches)
-    except DataError as error:
-        return error
 
 
 def _finished(t: Training) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_vpt.data.loaders import PADDING, Batch
 from dist_vpt.distributed.collectives import raise_on_any_rank, stop_all_ranks
-from dist_vpt.errors import DataError, Interrupted, UserError
+from dist_vpt.errors import Interrupted, UserError
 from dist_vpt.methods.fitted import FittedReader, Observed
 from dist_vpt.runs.scores import main_score
 from dist_vpt.training.metrics import no_readable_image
@@ -40,7 +40,7 @@ class FittedGroup(TrialGroup):
         return [trial.reader for trial in self.trials if isinstance(trial.reader, FittedReader)]
 
     @torch.no_grad()
-    def take_step(self, fetched: list[Batch] | DataError) -> None:
+    def take_step(self, fetched: list[Batch] | UserError) -> None:
         micro_batches, _ = weigh_global_batch(self.accelerator, fetched, self.class_weights, self.stop)
         self.accelerator.status.set(f"step {self.step}", "computing features", limited=True)
         for batch, weights_B in micro_batches:

@@ -22,7 +22,7 @@ from dist_vpt.data.loaders import Batch
 from dist_vpt.distributed.collectives import RankAccelerator, raise_on_all_ranks
 from dist_vpt.distributed.signals import StopSignal
 from dist_vpt.distributed.zero import held
-from dist_vpt.errors import DataError
+from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.prefetch import DeviceCopy
 from dist_vpt.recipe.schema import OptimConfig, TrainConfig
 from dist_vpt.training.agreement import Agreement
@@ -53,7 +53,7 @@ def weigh(batch: Batch, class_weights_K: Tensor) -> Tensor:
 
 def weigh_global_batch(
     accelerator: RankAccelerator,
-    fetched: list[Batch] | DataError,
+    fetched: list[Batch] | UserError,
     class_weights_K: Tensor,
     stop: StopSignal,
     *,
@@ -62,16 +62,16 @@ def weigh_global_batch(
 ) -> tuple[list[tuple[Batch, Tensor]], Tensor]:
     """This process's micro-batches on its device with the weight of each image, and the weight of the global batch, [].
 
-    A collective call, in which all processes also learn of a DataError, which is raised on all, and of a stop request.
+    A collective call, in which all processes also learn of an error, which is raised on all, and of a stop request.
     Several on GPUs learn of these when they read the flags that ``agreement`` gets. They and a single process read
     nothing from their devices here. To a GPU the micro-batches are copied beside the step before,
     which the device still computes. ``augment``: what is done to each there, given its index on the host, too.
     """
-    failed, late = isinstance(fetched, DataError), agreement is not None and agreement.is_late(accelerator)
+    failed, late = isinstance(fetched, UserError), agreement is not None and agreement.is_late(accelerator)
     if agreement is not None:
         batches = agreement.batches(accelerator, fetched)
     else:
-        batches = [] if isinstance(fetched, DataError) else fetched
+        batches = [] if isinstance(fetched, UserError) else fetched
     copies = [DeviceCopy(batch, accelerator.device, "batches") for batch in batches]
     on_device = [copy.arrived() for copy in copies]
     if augment is not None:
@@ -87,7 +87,7 @@ def weigh_global_batch(
         if agreement is not None:
             agreement.flags = torch.stack(flags) if late else None
     if any_failed:
-        raise_on_all_ranks(accelerator, fetched if isinstance(fetched, DataError) else None)
+        raise_on_all_ranks(accelerator, fetched if isinstance(fetched, UserError) else None)
     stop.agreed = stopped > 0
     # A batch that holds only unreadable images has no weight, and its loss is 0.
     return list(zip(on_device, weights, strict=True)), local.clamp_min(1e-12)

@@ -22,14 +22,15 @@ from torch import Tensor
 from dist_vpt.data.joined import Joined
 from dist_vpt.data.loaders import Batch, EvalBatches
 from dist_vpt.distributed.collectives import all_reduce_sum, raise_on_any_rank, stop_all_ranks
-from dist_vpt.errors import DataError
+from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput
 from dist_vpt.methods.base import Reader
 from dist_vpt.methods.stack import ReaderStack, Sources, by_shape
 from dist_vpt.runs.adapters import collect
 from dist_vpt.runs.scores import main_score
+from dist_vpt.training.agreement import next_or_error
 from dist_vpt.training.components import Components
-from dist_vpt.training.engine import Training, fit, next_or_error
+from dist_vpt.training.engine import Training, fit
 from dist_vpt.training.metrics import no_readable_image
 from dist_vpt.training.multi_label import AnyScores, scores_of
 from dist_vpt.training.step import image_losses, not_finite, right_answers, weigh_global_batch
@@ -119,7 +120,7 @@ class TrialGroup(Training):
         for trial in self.trials:
             trial.reader.train()
 
-    def take_step(self, fetched: list[Batch] | DataError) -> None:
+    def take_step(self, fetched: list[Batch] | UserError) -> None:
         step_trials(self, fetched)
         self.progress.step += 1
 
@@ -206,7 +207,7 @@ def fit_trials(group: TrialGroup) -> None:
     group.accelerator.status.progress = {}
 
 
-def step_trials(group: TrialGroup, fetched: list[Batch] | DataError) -> None:
+def step_trials(group: TrialGroup, fetched: list[Batch] | UserError) -> None:
     """Issue one optimizer step of every running trial on one global batch. A collective call."""
     stacks = group.restack()
     micro_batches, weight = weigh_global_batch(
@@ -353,7 +354,7 @@ def _read_split(
     unread = iter(batches)
     for _ in range(len(batches)):
         fetched = next_or_error(unread)
-        raise_on_any_rank(group.accelerator, fetched if isinstance(fetched, DataError) else None, group.stop)
+        raise_on_any_rank(group.accelerator, fetched if isinstance(fetched, UserError) else None, group.stop)
         if group.stop.agreed:
             stop_all_ranks(group.accelerator, f"{group.path}: stopped while scoring a split; the same command resumes")
         batch = send_to_device(fetched, group.accelerator.device, non_blocking=True)

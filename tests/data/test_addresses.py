@@ -2,10 +2,6 @@
 
 import io
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,34 +162,3 @@ def test_messages_hold_no_password() -> None:
     assert shown("s3://bucket/a.tar") == "s3://bucket/a.tar"
     assert shown("ftp://me:secret@host/a.tar") == "ftp://host/a.tar"
     assert shown("https://[me:secret/a.tar") == "https://..."
-
-
-def test_many_files_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(addresses, "REPORT_SECONDS", 0.05)
-    assert addresses.in_parallel(lambda i: time.sleep(i / 100) or -i, range(20), "reading files") == [
-        -i for i in range(20)
-    ]
-    assert "reading files: " in capsys.readouterr().err
-    with pytest.raises(DataError, match="the third"):
-        addresses.in_parallel(_third, range(8))
-    assert capsys.readouterr().err == ""
-
-
-def test_an_interruption_waits_for_no_server() -> None:
-    """Ctrl-C while files are indexed, and the end of the program after it, though requests get no answer."""
-    program = (
-        "import signal, threading, time\n"
-        "from dist_vpt.data.addresses import in_parallel\n"
-        "threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "in_parallel(time.sleep, [600] * 3)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == -signal.SIGINT
-    assert "KeyboardInterrupt" in ended.stderr
-
-
-def _third(i: int) -> int:
-    if i == 2:
-        raise DataError("the third")
-    return i

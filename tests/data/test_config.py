@@ -18,56 +18,56 @@ OWN = {"task": "mine", "root": "somewhere"}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "digit"}, "task 'digit' is not a known task \\(did you mean 'digits'\\?\\).*set format and root"),
+        ({"task": "digit"}, "task = 'digit': is not a known task \\(did you mean 'digits'\\?\\).*set format and root"),
         ({"task": "mine", "format": "hf"}, "root is missing: format 'hf' needs the folder of the dataset; set root"),
-        ({"root": "x"}, "root 'x': digits come with scikit-learn; remove root or set format"),
-        ({"task": "shapes_ori", "root": "x"}, "root 'x': shapes are drawn by the package; remove root or set format"),
-        ({"task": "shapes_loc", "exif": "ignore"}, "exif 'ignore': format 'shapes' has its images as published"),
+        ({"root": "x"}, "root = 'x': digits come with scikit-learn; remove root or set format"),
+        ({"task": "shapes_ori", "root": "x"}, "root = 'x': shapes are drawn by the package; remove root or set format"),
+        ({"task": "shapes_loc", "exif": "ignore"}, "exif = ignore: format 'shapes' has its images as published"),
         (
             {"task": "mine", "format": "shapes"},
-            "format 'shapes': task 'mine' is none of shapes_ori and shapes_loc; use",
+            "task = 'mine': format shapes has shapes_ori and shapes_loc alone; use",
         ),
-        ({"format": "shapes"}, "format 'shapes': task 'digits' is none of shapes_ori and shapes_loc; use one of them"),
+        ({"format": "shapes"}, "task = 'digits': format shapes has shapes_ori and shapes_loc alone; use one of them"),
         ({"mean": (0.5, 0.5, 0.5)}, "mean and std go together"),
         (
             {"mean": (0.5, 0.5, 0.5), "std": (1, 1, 1), "normalize": "vpt"},
-            "normalize 'vpt': mean and std replace it; set either",
+            "normalize = 'vpt': mean and std replace it; set either",
         ),
         ({"task": "dtd"}, "root is missing: format 'tfds' needs the folder of the dataset; set root"),
-        ({**OWN, "format": "tfds"}, "format 'tfds': task 'mine' is not in TensorFlow Datasets; "),
-        ({"task": "dtdd", "root": "x"}, "task 'dtdd' is not a known task \\(did you mean 'dtd'\\?\\)"),
-        ({"shots": 4, "fraction": 0.5}, "shots 4 and fraction 0.5: both say how much of train is used; set either"),
-        ({"tries": 3}, "tries 3: without shots or fraction nothing is drawn; set one of them, or remove tries"),
-        ({"try_index": 1}, "try_index 1: without shots or fraction nothing is drawn; set one of them, or remove try"),
+        ({**OWN, "format": "tfds"}, "task = 'mine': is not in TensorFlow Datasets; "),
+        ({"task": "dtdd", "root": "x"}, "task = 'dtdd': is not a known task \\(did you mean 'dtd'\\?\\)"),
+        ({"shots": 4, "fraction": 0.5}, "shots = 4, fraction = 0.5: both say how much of train is used; set either"),
+        ({"tries": 3}, "tries = 3: without shots or fraction nothing is drawn; set one of them, or remove tries"),
+        ({"try_index": 1}, "try_index = 1: without shots or fraction nothing is drawn; set one of them, or remove try"),
         (
             {"shots": 1, "tries": 3, "try_index": 2},
-            "tries 3 and try_index 2: several draws, or one of them; set either",
+            "tries = 3, try_index = 2: several draws, or one of them; set either",
         ),
         ({"shots": 0}, "shots\n.*greater than or equal to 1"),
         ({"fraction": 1.5}, "fraction\n.*less than or equal to 1"),
         ({"task": "cub", "root": "x", "fraction": 0.0}, "fraction\n.*greater than 0"),
         ({"mean": (0.5, 0.5, 0.5), "std": (1, 0, 1)}, "std.1\n.*greater than 0"),
-        ({"val_fraction": 0.3}, "val_fraction 0.3: format 'digits' has fixed splits; remove val_fraction"),
-        ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction 0.3: format 'fgvc_json' has"),
+        ({"val_fraction": 0.3}, "val_fraction = 0.3: format 'digits' has fixed splits; remove val_fraction"),
+        ({**OWN, "format": "fgvc_json", "test_fraction": 0.3}, "test_fraction = 0.3: format 'fgvc_json' has"),
         (
             {**OWN, "format": "image_folder", "val_fraction": 0.5, "test_fraction": 0.5},
-            "val_fraction 0.5 \\+ test_fraction 0.5: their sum must be below 1",
+            "val_fraction = 0.5, test_fraction = 0.5: their sum must be below 1",
         ),
         ({"hf": {"image": "x"}}, "hf: only format 'hf' uses it and the format is 'digits'"),
         ({"table": {"label": "x"}}, "table: only format 'table' uses it and the format is 'digits'"),
         (
             {"streaming": True},
-            r"streaming: only format 'hf' uses it and the format is 'digits'; remove streaming \(use hf\)",
+            r"streaming = true: only format hf uses it and the format is 'digits'; remove streaming \(use hf\)",
         ),
         (
             {"format": "webdataset", "root": "https://h/d", "streaming": True},
             r"the format is 'webdataset'; remove streaming \(shards behind addresses are streamed without it\)",
         ),
-        ({"streaming_shuffle": 5}, r"streaming_shuffle 5: nothing is streamed; set streaming=true \(format hf\), or"),
-        ({"streaming_disk_gib": 5}, "streaming_disk_gib 5.0: nothing is streamed; set streaming=true"),
+        ({"streaming_shuffle": 5}, r"streaming_shuffle = 5: nothing is streamed; set streaming=true \(format hf\), or"),
+        ({"streaming_disk_gib": 5}, "streaming_disk_gib = 5.0: nothing is streamed; set streaming=true"),
         (
             {"format": "hf", "root": "https://h/d"},
-            "root 'https://h/d': Parquet files behind an address are streamed, named for each split; set streaming",
+            "root = 'https://h/d': Parquet files behind an address are streamed, named for each split; set streaming",
         ),
         ({"webdataset": {"label": "x"}}, "webdataset: only format 'webdataset' uses it and the format is 'digits'"),
         ({"task": "mine", "format": "table"}, "root is missing: format 'table' needs the file of the table, or its fo"),
@@ -91,7 +91,7 @@ def test_fraction_that_is_not_read_does_not_count():
 def test_all_mistakes_are_reported_at_once():
     with pytest.raises(ValidationError) as caught:
         DataConfig(root="x", mean=(0, 0, 0), val_fraction=0.2)
-    assert all(word in str(caught.value) for word in ("root 'x'", "mean and std", "val_fraction 0.2"))
+    assert all(word in str(caught.value) for word in ("root = 'x'", "mean and std", "val_fraction = 0.2"))
 
 
 def test_dumped_recipe_loads_again():

@@ -116,7 +116,7 @@ def test_prediction_reads_images_as_training_does(tmp_path: Path) -> None:
     [
         ({"background": "brwn"}, "'brwn': must be none, the name of a color or #rrggbb; use white"),
         ({"background": "#00000000"}, "must be none, the name of a color or #rrggbb"),
-        ({"format": "tfds", "task": "dtd", "exif": "transpose"}, "exif 'transpose': format 'tfds' has its images as"),
+        ({"format": "tfds", "task": "dtd", "exif": "transpose"}, "exif = transpose: format 'tfds' has its images as"),
     ],
 )
 def test_mistakes(settings: dict[str, Any], message: str) -> None:

@@ -257,7 +257,7 @@ def test_a_suite_has_a_row_for_each_number_of_shots(
         ),
         (
             ["train", "data.shots=2", "data.fraction=0.5"],
-            "shots 2 and fraction 0.5: both say how much of train is",
+            "shots = 2, fraction = 0.5: both say how much of train is",
         ),
         (["train", "data.fraction=1.5"], "data.fraction = 1.5: must be less than or equal to 1"),
         (["train", "data.fraction=0"], "data.fraction = 0: must be greater than 0"),
@@ -267,7 +267,7 @@ def test_a_suite_has_a_row_for_each_number_of_shots(
         ),
         (
             ["sweep", "data.tries=2"],
-            "tries 2: without shots or fraction nothing is drawn; set one of",
+            "tries = 2: without shots or fraction nothing is drawn; set one of",
         ),
         (
             ["sweep", "data.shots=1", "data.tries=6"],

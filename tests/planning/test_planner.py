@@ -462,7 +462,7 @@ def test_a_plan_needs_no_data_of_a_known_task(
     assert main(["plan", "data.task=dtd", "--gpus", "4", "--nodes", "2", "--gpu-memory", "4GiB"]) == 0
     assert seen == [("dtd", 4, 2, 4 * GIB)]
     assert main(["plan", "data.task=mine", "data.format=image_folder"]) == 2
-    assert "data: root is missing: format 'image_folder' needs the folder of the dataset; set root" in (
+    assert "data.root is missing: format 'image_folder' needs the folder of the dataset; set root" in (
         capsys.readouterr().err
     )
     assert main(["plan", "data.task=dtd", "optim.lrr=1"]) == 2

@@ -358,11 +358,11 @@ def test_each_beta_has_its_bound() -> None:
         ),
         (
             ["optim.nesterov=true", "optim.name=adam"],
-            "optim: nesterov = true: needs name = sgd and momentum above 0, not name = adam",
+            "optim.nesterov = true: needs name = sgd and momentum above 0, not name = adam",
         ),
         (
             ["optim.nesterov=true", "optim.name=sgd", "optim.momentum=0"],
-            "optim: nesterov = true: needs name = sgd and momentum above 0, not name = sgd and momentum = 0.0",
+            "optim.nesterov = true: needs name = sgd and momentum above 0, not name = sgd and momentum = 0.0",
         ),
         (["method.deep=false", "method.layers=2"], "these need deep prompts"),
         (["method.deep=false", "method.shared=true"], "these need deep prompts"),

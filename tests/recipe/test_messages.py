@@ -280,7 +280,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["optim.options={betas: [0.9, 0.99]}"],
         [
             (
-                "command line: optim: options = {'betas': [0.9, 0.99]}: are arguments of timm's optimizers, and adamw "
+                "command line: optim.options = {'betas': [0.9, 0.99]}: are arguments of timm's optimizers, and adamw "
                 "is torch's; use momentum, nesterov, betas and eps, or leave them out"
             )
         ],
@@ -290,15 +290,15 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["optim.name=lion", "optim.betas=[0.9, 0.99]", "optim.momentum=0.5", "optim.options.lr=1"],
         [
             (
-                "command line: optim: momentum = 0.5: is for sgd, and lion is timm's; put it into options if timm's "
+                "command line: optim.momentum = 0.5: is for sgd, and lion is timm's; put it into options if timm's "
                 "lion has it, or leave it out"
             ),
             (
-                "command line: optim: betas = [0.9, 0.99]: is for adam and adamw, and lion is timm's; put it into "
+                "command line: optim.betas = [0.9, 0.99]: is for adam and adamw, and lion is timm's; put it into "
                 "options if timm's lion has it, or leave it out"
             ),
             (
-                "command line: optim: options.lr: is set by the recipe; use optim.lr and optim.weight_decay, and leave "
+                "command line: optim.options.lr: is set by the recipe; use optim.lr and optim.weight_decay, and leave "
                 "it out"
             ),
         ],
@@ -348,9 +348,9 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
             [f"data.rand_augment={value}"],
             [
                 (
-                    f"command line: data.rand_augment: {value!r}: must be rand and timm's settings: mN (magnitude), nN "
-                    "(operations), pP (probability of each), mstdS (deviation of the magnitude), mmaxN (its maximum), "
-                    "incI (1: operations that grow with it), joined by hyphens; use rand-m9-mstd0.5-inc1"
+                    f"command line: data.rand_augment = {value!r}: must be rand and timm's settings: mN (magnitude), "
+                    "nN (operations), pP (probability of each), mstdS (deviation of the magnitude), mmaxN (its "
+                    "maximum), incI (1: operations that grow with it), joined by hyphens; use rand-m9-mstd0.5-inc1"
                 )
             ],
         )
@@ -360,18 +360,18 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["train.mixup_prob=0.5", "train.mixup_switch_prob=0.1", "train.model_ema_warmup=true"],
         [
-            "command line: train: mixup_prob = 0.5: nothing is mixed; set mixup_alpha or cutmix_alpha, or leave it out",
+            "command line: train.mixup_prob = 0.5: nothing is mixed; set mixup_alpha or cutmix_alpha, or leave it out",
             (
-                "command line: train: mixup_switch_prob = 0.1: needs mixup and CutMix; set mixup_alpha and "
+                "command line: train.mixup_switch_prob = 0.1: needs mixup and CutMix; set mixup_alpha and "
                 "cutmix_alpha, or leave it out"
             ),
-            "command line: train: model_ema_warmup = true: there is no average; set model_ema_decay, or leave it out",
+            "command line: train.model_ema_warmup = true: there is no average; set model_ema_decay, or leave it out",
         ],
     ),
     (
         {},
         ["data.random_erasing_mode=const"],
-        [("command line: data: random_erasing_mode = const: nothing is erased; set random_erasing, or leave it out")],
+        [("command line: data.random_erasing_mode = const: nothing is erased; set random_erasing, or leave it out")],
     ),
     (
         {},
@@ -397,42 +397,71 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     ),
     ({}, ["run.dir=''"], ["command line: run.dir = '': must have at least 1 character; use null to leave it out"]),
     ({}, ["sweep.seeds=[]"], ["command line: sweep.seeds = []: must have at least 1 item, not 0; add a value"]),
-    ({}, ["sweep.seeds=[1, 1]"], ["command line: sweep: seeds = [1, 1]: must differ; give each once"]),
+    ({}, ["sweep.seeds=[1, 1]"], ["command line: sweep.seeds = [1, 1]: must differ; give each once"]),
     ({}, ["sweep.grid=3"], ["command line: sweep.grid = 3: must be an object; use {KEY: VALUE}"]),
-    ({}, ["sweep.grid.optim.lr=3"], ["command line: sweep: grid.optim.lr = 3: must be a list with at least one value"]),
+    ({}, ["sweep.grid.optim.lr=3"], ["command line: sweep.grid.optim.lr = 3: must be a list with at least one value"]),
     (
         {},
         ["sweep.grid.optim.lr=[]"],
-        ["command line: sweep: grid.optim.lr = []: must be a list with at least one value"],
+        ["command line: sweep.grid.optim.lr = []: must be a list with at least one value"],
     ),
     (
         {},
         ["sweep.grid.optim.lr=[1, 1]"],
-        ["command line: sweep: grid.optim.lr = [1, 1]: must be plain values, each given once"],
+        ["command line: sweep.grid.optim.lr = [1, 1]: must be plain values, each given once"],
     ),
     (
         {},
         ["sweep.search=halving", "sweep.grid.train.epochs=[5, 10]"],
-        ["command line: sweep: grid.train.epochs: is set by search = halving; leave it out, or use search=grid"],
+        ["command line: sweep.grid.train.epochs: is set by search = halving; leave it out, or use search=grid"],
     ),
     ({}, ["sweep.space=3"], ["command line: sweep.space = 3: must be an object; use {KEY: VALUE}"]),
     (
         {},
         ["sweep.space={}"],
-        ["command line: sweep: space = {}: has no keys; give ranges, or null for what grid spans"],
+        ["command line: sweep.space = {}: has no keys; give ranges, or null for what grid spans"],
+    ),
+    (  # each at the line of its own key
+        {"a.yaml": "data:\n  shots: 3\n  fraction: 0.5\n  val_fraction: 0.2"},
+        ["a.yaml", "data.normalize=vpt", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"],
+        [
+            "a.yaml:2: data.shots = 3, fraction = 0.5: both say how much of train is used; set either",
+            "command line: data.normalize = 'vpt': mean and std replace it; set either",
+            "a.yaml:4: data.val_fraction = 0.2: format 'digits' has fixed splits; remove val_fraction",
+        ],
+    ),
+    (
+        {},
+        ["data.task=digit", "stream.cache=disk", "method.name=lora", "method.targets=[q, q]"],
+        [
+            (
+                "command line: data.task = 'digit': is not a known task (did you mean 'digits'?); for your own "
+                "dataset, set format and root as well"
+            ),
+            "command line: method.targets = ['q', 'q']: each only once; remove the repeated one",
+            "command line: stream.cache = disk: needs a folder for its files; set stream.dir",
+        ],
+    ),
+    (
+        {},
+        ["data.format=image_folder", "data.std=[1, 1, 1]"],
+        [
+            "command line: data.root is missing: format 'image_folder' needs the folder of the dataset; set root",
+            "command line: data.mean and std go together: set both or neither",
+        ],
     ),
     (
         {},
         ["sweep.space={optim: {lr: {low: 0.1, high: 0.01}}}"],
         [
-            "command line: sweep: space.optim.lr = {'low': 0.1, 'high': 0.01}: low must be below high; swap them",
+            "command line: sweep.space.optim.lr = {'low': 0.1, 'high': 0.01}: low must be below high; swap them",
         ],
     ),
     (
         {},
         ["sweep.space.optim.lr={low: 0, high: 0.1, log: true}"],
         [
-            "command line: sweep: space.optim.lr = {'low': 0, 'high': 0.1, 'log': True}: log needs a low above 0; "
+            "command line: sweep.space.optim.lr = {'low': 0, 'high': 0.1, 'log': True}: log needs a low above 0; "
             "raise low, or leave log out",
         ],
     ),
@@ -440,7 +469,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["sweep.space.optim.lr={low: 0.1, step: 2}"],
         [
-            "command line: sweep: space.optim.lr = {'low': 0.1, 'step': 2}: step: a range has low, high and log alone; "
+            "command line: sweep.space.optim.lr = {'low': 0.1, 'step': 2}: step: a range has low, high and log alone; "
             "leave it out",
         ],
     ),
@@ -448,29 +477,29 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["sweep.space.optim.lr={low: 0.1, high: 0.1}"],
         [
-            "command line: sweep: space.optim.lr = {'low': 0.1, 'high': 0.1}: low must be below high; give a list of "
+            "command line: sweep.space.optim.lr = {'low': 0.1, 'high': 0.1}: low must be below high; give a list of "
             "values instead",
         ],
     ),
     (
         {},
         ["sweep.space.optim.lr={low: a, high: 0.1}"],
-        ["command line: sweep: space.optim.lr = {'low': 'a', 'high': 0.1}: low and high must be numbers; give both"],
+        ["command line: sweep.space.optim.lr = {'low': 'a', 'high': 0.1}: low and high must be numbers; give both"],
     ),
     (
         {},
         ["sweep.space.optim.lr=3"],
         [
-            "command line: sweep: space.optim.lr = 3: must be a range such as {low: 1e-4, high: 1e-1, log: true}, or a "
+            "command line: sweep.space.optim.lr = 3: must be a range such as {low: 1e-4, high: 1e-1, log: true}, or a "
             "list of values",
         ],
     ),
     (
         {},
         ["sweep.space.train.epochs=[5, 10]"],
-        ["command line: sweep: space.train.epochs: is set by the sweep; leave it out"],
+        ["command line: sweep.space.train.epochs: is set by the sweep; leave it out"],
     ),
-    ({}, ["sweep.grid.seed=[1]"], ["command line: sweep: grid.seed: is set by the sweep; leave it out"]),
+    ({}, ["sweep.grid.seed=[1]"], ["command line: sweep.grid.seed: is set by the sweep; leave it out"]),
     ({}, ["method.name=vppt"], ["command line: method.name = 'vppt': not a method; did you mean 'vpt'?"]),
     (
         {},
@@ -485,14 +514,14 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     (
         {},
         ["backbone.entry=ema"],
-        ["command line: backbone: entry 'ema': weights 'pretrained' are one model; remove entry"],
+        ["command line: backbone.entry = ema: weights = pretrained are one model; remove entry"],
     ),
     (
         {},
         ["backbone.name=swin_b_in22k", "backbone.position_resize=vpt"],
         [
             (
-                "command line: backbone: position_resize = vpt: name = swin_b_in22k has no learned positions, so none "
+                "command line: backbone.position_resize = vpt: name = swin_b_in22k has no learned positions, so none "
                 "are resampled; leave it out"
             )
         ],
@@ -502,7 +531,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["backbone.name=vit_small_patch16_dinov3.lvd1689m", "backbone.position_resize=timm"],
         [
             (
-                "command line: backbone: position_resize = timm: name = vit_small_patch16_dinov3.lvd1689m has no "
+                "command line: backbone.position_resize = timm: name = vit_small_patch16_dinov3.lvd1689m has no "
                 "learned positions, so none are resampled; leave it out"
             )
         ],
@@ -510,7 +539,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     (
         {},
         ["data.background=brwn", "data.format=image_folder", "data.root=x", "data.task=mine"],
-        ["command line: data.background: 'brwn': must be none, the name of a color or #rrggbb; use white"],
+        ["command line: data.background = 'brwn': must be none, the name of a color or #rrggbb; use white"],
     ),
     (
         {},
@@ -521,7 +550,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         {},
         ["data.task=x", "data.format=table", "data.root=x.csv", "data.labels=multiple", "data.extra_tests.a=x"],
         [
-            "command line: data: extra_tests: class folders have one label an image, and labels is 'multiple'; remove "
+            "command line: data.extra_tests: class folders have one label an image, and labels = multiple; remove "
             "extra_tests"
         ],
     ),
@@ -529,7 +558,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         (
             {},
             ["data.task=x", "data.format=webdataset", f"data.root={root}"],
-            [f"command line: data: root {shown!r}: {message}"],
+            [f"command line: data.root = {shown!r}: {message}"],
         )
         for root, shown, message in (
             ("https://me:secret@host/a", "https://host/a", LOGIN),
@@ -559,7 +588,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["data.table.encoding=utf9", "data.format=table", "data.root=x", "data.task=mine"],
         [
             (
-                "command line: data.table.encoding: 'utf9': is no encoding of text that Python knows; use utf-8, "
+                "command line: data.table.encoding = 'utf9': is no encoding of text that Python knows; use utf-8, "
                 "latin-1, cp1252 or utf-16"
             )
         ],
@@ -574,7 +603,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["runtime.activation_checkpointing=every"],
         [
             (
-                "command line: runtime.activation_checkpointing: 'every': must be none, mlp, block, every-N (such as "
+                "command line: runtime.activation_checkpointing = 'every': must be none, mlp, block, every-N (such as "
                 "every-2) or budget-F (budget-0.5)"
             )
         ],
@@ -584,7 +613,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
         ["optim.nesterov=true", "optim.name=adam"],
         [
             (
-                "command line: optim: nesterov = true: needs name = sgd and momentum above 0, not name = adam and "
+                "command line: optim.nesterov = true: needs name = sgd and momentum above 0, not name = adam and "
                 "momentum = 0.9; set them, or nesterov=false"
             )
         ],
@@ -930,7 +959,7 @@ MISTAKES: list[tuple[dict[str, str], list[str], list[str]]] = [
     (
         {},
         ["backbones=[demo, {name: x, entry: ema}]", "method.name=linear"],
-        ["command line: backbones.1: entry 'ema': weights 'pretrained' are one model; remove entry"],
+        ["command line: backbones.1.entry = ema: weights = pretrained are one model; remove entry"],
     ),
 ]
 

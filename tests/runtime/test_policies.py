@@ -197,7 +197,7 @@ def test_policies_of_a_recipe(policy: str) -> None:
 @pytest.mark.parametrize("policy", ["blok", "every-0", "every-", "budget-0", "budget-0.0", "budget-1.5", "budget-1"])
 def test_policies_that_are_none(policy: str) -> None:
     with pytest.raises(
-        RecipeError, match=r"command line: runtime.activation_checkpointing: '.*': must be none, mlp, block"
+        RecipeError, match=r"command line: runtime.activation_checkpointing = '.*': must be none, mlp, block"
     ):
         load_recipe([], [f"runtime.activation_checkpointing={policy}"])
 

@@ -1,6 +1,7 @@
 """The storage formats, and opening the splits of a recipe's task."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,7 @@ from dist_vpt.data.formats.files import Mistakes, alike_key, open_home, open_roo
 from dist_vpt.data.labels import class_counts
 from dist_vpt.data.splits import Splits, draw
 from dist_vpt.data.tasks import Format, Task
+from dist_vpt.data.waiting import stoppable
 from dist_vpt.errors import DataError
 
 # Storage format -> module:function that opens it, imported lazily.
@@ -36,7 +38,9 @@ def open_splits(recipe: DataConfig, task: Task | None = None) -> Splits:
     task = task or resolve(recipe)
     storage = stored_as(recipe, task)
     module, function = FORMATS[storage].split(":")
-    splits: Splits = getattr(import_module(module), function)(recipe, task)
+    open_stored: Callable[[DataConfig, Task], Splits] = getattr(import_module(module), function)
+    with stoppable() if recipe.streamed else nullcontext():
+        splits = open_stored(recipe, task)
     notes = (*splits.notes, *_beside(recipe, task, storage))
     remarks = (*splits.remarks, *_twins(splits.classes))
     splits = replace(splits, storage=splits.storage or storage, notes=notes, remarks=remarks)

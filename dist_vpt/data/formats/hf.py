@@ -20,7 +20,8 @@ from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
 from dist_vpt.data.splits import Source, Split, Splits, class_order, with_missing_splits
 from dist_vpt.data.spool import open_spool
 from dist_vpt.data.tasks import Task
-from dist_vpt.errors import DataError, UserError, nearest
+from dist_vpt.data.waiting import answer_to
+from dist_vpt.errors import DataError, Interrupted, UserError, nearest
 
 ENCODED = ("binary", "bytes and path")  # columns of encoded images that nobody has declared to be images
 SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder written by save_to_disk
@@ -155,7 +156,8 @@ def _streamed(recipe: DataConfig, datasets: Any) -> dict[str, Any]:
         )
     with _opening(recipe, folder):
         root = str(folder) if folder.is_dir() else recipe.root
-        builder = datasets.load_dataset_builder(root, name=recipe.hf.config, revision=recipe.hf.revision)
+        names = {"name": recipe.hf.config, "revision": recipe.hf.revision}
+        builder = answer_to(lambda: datasets.load_dataset_builder(root, **names), root)
     files = builder.config.data_files or {}
     other = next((str(file) for some in files.values() for file in some if not str(file).endswith(".parquet")), None)
     if other is not None or not files:
@@ -176,7 +178,7 @@ def _opening(recipe: DataConfig, folder: Path) -> Iterator[None]:
     """Say what to do where the library cannot open a dataset."""
     try:
         yield
-    except DataError:
+    except (DataError, Interrupted):
         raise
     except Exception as error:  # the library and its network clients raise errors of many families
         kind = "" if folder.is_dir() else "is not a folder, and as a dataset of the hub it "

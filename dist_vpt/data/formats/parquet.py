@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from dist_vpt.data.addresses import RangeReader, RemoteFile, check_unchanged, find_file, in_parallel, read_range
+from dist_vpt.data.addresses import RangeReader, RemoteFile, check_unchanged, find_file, read_range
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
 from dist_vpt.data.pieces import Pieces
 from dist_vpt.data.spool import Spool, cache_subfolder, keep
+from dist_vpt.data.waiting import in_parallel
 from dist_vpt.errors import DataError
 from dist_vpt.files import looks_like
 

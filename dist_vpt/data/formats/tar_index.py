@@ -1,7 +1,7 @@
 """Where the samples of a tar file are: found once by reading its headers, and kept in the cache folder.
 
 With it any sample is read on its own, so that shards are shuffled and resumed as exactly as a folder of images. A shard
-behind an address is read once for it, from its beginning to its end, and only the index is kept.
+behind an address is read once for it, from its beginning to its end; what the disk has room for is kept on the way.
 """
 
 import contextlib
@@ -19,14 +19,17 @@ import numpy as np
 
 from dist_vpt.data.addresses import RangeReader, RemoteFile, check_unchanged
 from dist_vpt.data.formats.files import Mistakes
+from dist_vpt.data.formats.tar_spans import SpanReader
 from dist_vpt.data.images import image_extensions
-from dist_vpt.data.spool import cache_subfolder, keep
+from dist_vpt.data.spool import Spool, cache_subfolder, keep
+from dist_vpt.data.waiting import locked_or_stopped
 from dist_vpt.distributed.caches import cache_folder
 from dist_vpt.errors import DataError, nearest
-from dist_vpt.files import first_bytes, locked, looks_like, printable, write_atomically
+from dist_vpt.files import first_bytes, looks_like, printable, write_atomically
 
 LAYOUT = 1  # of index files
 MAX_LABEL_BYTES = 2**20
+FIRST_BLOCK = 2**16  # bytes of a request while the first sample alone is read
 USUAL_FIELDS = ("label", "class", "cls", "category", "target", "class_name", "label_name")
 Shard = Path | RemoteFile
 
@@ -54,17 +57,20 @@ class TarIndex:
 ARRAYS = ("key_n", "offset_n", "size_n", "label_n")
 
 
-def read_index(shard: Shard, fields: Fields) -> TarIndex:
-    """The index of a shard, from the cache folder if it is there for this file as it is. Raises DataError."""
+def read_index(shard: Shard, fields: Fields, spool: Spool | None = None) -> TarIndex:
+    """The index of a shard, from the cache folder if it is there for this file as it is. Raises DataError.
+
+    ``spool``: where a shard behind an address is kept if it is read for this.
+    """
     kept = _kept(shard, fields)
     if kept is None:
-        return _scanned(shard, fields)
+        return _scanned(shard, fields, spool)
     # Processes of one run find out about a shard once.
-    with locked(kept.with_suffix(".lock"), "set XDG_CACHE_HOME to another folder", timeout=-1):
+    with locked_or_stopped(kept.with_suffix(".lock"), "set XDG_CACHE_HOME to another folder", shown_shard(shard)):
         if kept.is_file():
             with contextlib.suppress(Exception), np.load(kept, allow_pickle=False) as arrays:  # damaged: made anew
                 return TarIndex(**{field: arrays[field] for field in ARRAYS})
-        index, content = _scanned(shard, fields), io.BytesIO()
+        index, content = _scanned(shard, fields, spool), io.BytesIO()
         np.savez_compressed(content, **{field: getattr(index, field) for field in ARRAYS})
         with contextlib.suppress(OSError):  # on a full disk the next start scans again
             write_atomically(kept, content.getvalue())
@@ -107,7 +113,8 @@ def label_field(shard: Shard) -> str:
 
 
 def _found_label_field(shard: Shard) -> str:
-    sample = next(_samples(shard, "json"), None)
+    reader = RangeReader(shard, FIRST_BLOCK) if isinstance(shard, RemoteFile) else None
+    sample = next(_samples(shard, "json", reader), None)
     if sample is None:
         raise DataError(f"{shown_shard(shard)}: holds no sample; remove it, or write it again")
     key, members, content = sample
@@ -136,11 +143,12 @@ def read_member(shard: str | Path, offset: int, size: int) -> bytes:
         return os.pread(file.fileno(), size, offset)
 
 
-def _scanned(shard: Shard, fields: Fields) -> TarIndex:
+def _scanned(shard: Shard, fields: Fields, spool: Spool | None) -> TarIndex:
     keys, offsets, sizes, labels = list[bytes](), list[int](), list[int](), list[bytes]()
     mistakes = Mistakes()
     extension = "json" if fields.label.startswith("json.") else fields.label.lower()
-    for key, members, content in _samples(shard, extension):
+    reader = SpanReader(shard, spool) if spool is not None and isinstance(shard, RemoteFile) else None
+    for key, members, content in _samples(shard, extension, reader):
         try:
             image = members[_image_of(members, fields.image)]
             labels.append(_label_in(content, fields.label).encode() if extension in members else b"")
@@ -150,7 +158,11 @@ def _scanned(shard: Shard, fields: Fields) -> TarIndex:
         keys.append(key.encode(errors="surrogateescape"))
         offsets.append(image.offset_data)
         sizes.append(image.size)
+        if reader is not None:
+            reader.add(image.offset_data, image.size)
     mistakes.check()
+    if reader is not None:
+        reader.keep()
     if isinstance(shard, RemoteFile):
         check_unchanged(shard)
     return TarIndex(
@@ -158,7 +170,9 @@ def _scanned(shard: Shard, fields: Fields) -> TarIndex:
     )
 
 
-def _samples(shard: Shard, wanted: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bytes]]:
+def _samples(
+    shard: Shard, wanted: str, reader: RangeReader | None = None
+) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], bytes]]:
     """The key of each sample, its members by extension, and the beginning of the one with the extension ``wanted``.
 
     Reads forward alone. Raises DataError for a file that is no whole tar, and for a member that comes twice.
@@ -166,7 +180,7 @@ def _samples(shard: Shard, wanted: str) -> Iterator[tuple[str, dict[str, tarfile
     key, end, content = "", 0, b""
     members: dict[str, tarfile.TarInfo] = {}
     try:
-        with _opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with _opened(shard, reader) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # which would hold every header
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
@@ -198,8 +212,10 @@ def _samples(shard: Shard, wanted: str) -> Iterator[tuple[str, dict[str, tarfile
         yield key, members, content
 
 
-def _opened(shard: Shard) -> BinaryIO:
-    return io.BufferedReader(RangeReader(shard)) if isinstance(shard, RemoteFile) else open(shard, "rb")
+def _opened(shard: Shard, reader: RangeReader | None) -> BinaryIO:
+    if isinstance(shard, RemoteFile):
+        return io.BufferedReader(reader or RangeReader(shard))
+    return open(shard, "rb")
 
 
 def _no_tar(shard: Shard, error: Exception) -> str:

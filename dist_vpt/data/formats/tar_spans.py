@@ -3,18 +3,18 @@
 n samples of a split, G spans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 
 from dist_vpt.data.addresses import (
+    RangeReader,
     RemoteFile,
     check_unchanged,
     expand,
     find_file,
-    in_parallel,
     is_address,
     list_files,
     pinned,
@@ -24,6 +24,7 @@ from dist_vpt.data.addresses import (
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.pieces import Pieces
 from dist_vpt.data.spool import Spool
+from dist_vpt.data.waiting import in_parallel
 from dist_vpt.errors import DataError
 
 SPAN = 32 * 2**20  # bytes of a shard that are fetched together, about
@@ -60,7 +61,62 @@ class TarSpans:
             check_unchanged(file)
             sink.write(read_range(file, start, end))
 
-        return self.spool.open(f"tar {file.address} {file.size} {file.version} {start} {end}", end - start, write)
+        return self.spool.open(_piece_name(file, start, end), end - start, write)
+
+
+class SpanReader(RangeReader):
+    """A shard that is read forward for its index; the spans that it comes past are kept in the spool.
+
+    Bytes from the beginning of the span on are held until its end is known. Members that are skipped over, since they
+    are larger than a block, are not fetched: a span with such a one is left to be fetched when it is needed.
+    """
+
+    def __init__(self, file: RemoteFile, spool: Spool):
+        super().__init__(file, SPAN // 4)
+        self._spool, self._start, self._end = spool, 0, 0
+
+    def add(self, offset: int, size: int) -> None:
+        """The next image, which has been passed."""
+        if offset // SPAN != self._start // SPAN or not self._end:
+            self.keep()
+            self._start = offset
+        self._end = offset + size
+
+    def keep(self) -> None:
+        """Keep the span that ends with the last image."""
+        begin, size = self._start - self._first, self._end - self._start
+        if begin < 0 or not 0 < size <= len(self._kept) - begin:
+            return
+
+        def write(sink: BinaryIO) -> None:
+            check_unchanged(self._file)
+            sink.write(self._kept[begin : begin + size])
+
+        self._spool.open(_piece_name(self._file, self._start, self._end), size, write).close()
+
+    def _fetch(self, wanted: int) -> None:
+        last = self._first + len(self._kept)
+        if not last <= self._at <= last + self._block or last - self._start > 2 * SPAN:
+            super()._fetch(wanted)
+            return
+        del self._kept[: max(self._start - self._first, 0)]
+        self._first = last - len(self._kept)
+        self._kept += read_range(self._file, last, min(max(last + self._block, self._at + wanted), self._file.size))
+
+
+def within_budget(files: Iterable[RemoteFile], spool: Spool) -> set[RemoteFile]:
+    """The first of the files, as many as the spool has room for."""
+    kept, total = set(), 0
+    for file in files:
+        total += file.size
+        if total > spool.budget:
+            break
+        kept.add(file)
+    return kept
+
+
+def _piece_name(file: RemoteFile, start: int, end: int) -> str:
+    return f"tar {file.address} {file.size} {file.version} {start} {end}"
 
 
 def find_spans(  # noqa: PLR0917

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from dist_vpt.data.addresses import RemoteFile, in_parallel, is_address, read_text_of, shown
+from dist_vpt.data.addresses import RemoteFile, is_address, read_text_of, shown
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats.files import Mistakes, open_root, read_text
 from dist_vpt.data.formats.image_folder import SPLIT_NAMES, split_of
@@ -27,17 +27,19 @@ from dist_vpt.data.formats.tar_index import (
     read_member,
     shown_shard,
 )
-from dist_vpt.data.formats.tar_spans import TarSpans, find_addresses, find_files, find_spans
+from dist_vpt.data.formats.tar_spans import TarSpans, find_addresses, find_files, find_spans, within_budget
 from dist_vpt.data.images import AS_PUBLISHED, Decoding, decode
 from dist_vpt.data.pieces import Pieces
 from dist_vpt.data.splits import Split, Splits, class_order, with_missing_splits
-from dist_vpt.data.spool import open_spool
+from dist_vpt.data.spool import Spool, open_spool
 from dist_vpt.data.tasks import Task
+from dist_vpt.data.waiting import in_parallel
 from dist_vpt.errors import DataError, nearest
 from dist_vpt.files import printable
 
 Found = tuple[dict[str, list[Shard]], bool, list[str]]
 
+SCANNERS = 8  # shards that a process indexes at a time, each with as much as two spans in memory
 NO_TEST = "set train.test=false to train without it"
 
 
@@ -92,14 +94,16 @@ def open_splits(recipe: DataConfig, task: Task) -> Splits:
     streamed = is_address(recipe.root)
     root = shown(str(recipe.root)) if streamed else printable(open_root(recipe))
     shards, whole, remarks = _find_remote_shards(recipe) if streamed else find_shards(recipe)
+    spool = open_spool(recipe.streaming_disk_gib) if streamed else None
     settings = recipe.webdataset
     fields = Fields(settings.image, settings.label or label_field(shards["train"][0]))
     sources, texts = {}, {}
+    every = [file for files in shards.values() for file in files]
     for name, files in shards.items():
-        indexes = _indexes(files, fields, streamed=streamed)
+        indexes = _indexes(files, fields, spool, every)
         sources[name] = _source(files, indexes, Decoding.of(task))
-        if streamed:
-            sources[name] = _in_spans(sources[name], recipe)
+        if spool is not None:
+            sources[name] = _in_spans(sources[name], recipe.streaming_shuffle, spool)
         texts[name] = np.concatenate([index.label_n for index in indexes])
         if not len(texts[name]):
             raise DataError(f"{shown_shard(files[0])} and the other shards of {name}: hold no sample; write them again")
@@ -203,19 +207,25 @@ def _split_in(path: PurePath) -> str | None:
     return words.pop() if len(words) == 1 else None
 
 
-def _indexes(files: Sequence[Shard], fields: Fields, *, streamed: bool) -> list[TarIndex]:
-    if streamed:
-        return in_parallel(lambda file: read_index(file, fields), files, "reading shards for the index, which is kept")
-    return [read_index(file, fields) for file in files]
-
-
-def _in_spans(source: TarSource, recipe: DataConfig) -> TarSource:
-    """The source with its images fetched by spans."""
-    spool, files = (
-        open_spool(recipe.streaming_disk_gib),
-        [file for file in source.shards if isinstance(file, RemoteFile)],
+def _indexes(files: Sequence[Shard], fields: Fields, spool: Spool | None, every: Sequence[Shard]) -> list[TarIndex]:
+    """The indexes of a split's shards; of ``every`` shard of the splits, the spool keeps what it has room for."""
+    if spool is None:
+        return [read_index(file, fields) for file in files]
+    kept = within_budget(_remote(every), spool)
+    doing = "reading shards for the index, which is kept"
+    return in_parallel(
+        lambda file: read_index(file, fields, spool if file in kept else None), _remote(files), doing, readers=SCANNERS
     )
-    spans = find_spans(files, source.shard_n, source.offset_n, source.size_n, recipe.streaming_shuffle, spool)
+
+
+def _remote(shards: Sequence[Shard]) -> list[RemoteFile]:
+    return [shard for shard in shards if isinstance(shard, RemoteFile)]
+
+
+def _in_spans(source: TarSource, window: int, spool: Spool) -> TarSource:
+    """The source with its images fetched by spans."""
+    shards = _remote(source.shards)
+    spans = find_spans(shards, source.shard_n, source.offset_n, source.size_n, window, spool)
     return replace(source, spans=spans)
 
 

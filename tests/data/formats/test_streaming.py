@@ -17,6 +17,7 @@ from PIL import Image
 from dist_vpt.data import addresses
 from dist_vpt.data.config import DataConfig
 from dist_vpt.data.formats import check_root, open_splits, tar_spans
+from dist_vpt.data.formats.tar_index import FIRST_BLOCK
 from dist_vpt.data.loaders import EvalBatches, TrainBatches
 from dist_vpt.data.pieces import GIB, Pieces
 from dist_vpt.data.splits import Split, Splits
@@ -129,6 +130,12 @@ def pieces_folder(tmp_path: Path) -> Path:
     return tmp_path / "cache/dist_vpt/pieces"
 
 
+def remove_pieces(tmp_path: Path) -> None:
+    """Those that the index has kept."""
+    for file in pieces_folder(tmp_path).iterdir():
+        file.unlink()
+
+
 def taken(tmp_path: Path) -> int:
     folder, sizes = pieces_folder(tmp_path), []
     with locked(folder / "room.lock", "", timeout=-1):  # or a piece that gets its name meanwhile counts twice
@@ -152,20 +159,71 @@ def test_pictures_and_labels_are_those_of_the_files(opened: Callable[..., Splits
     assert len(pickle.dumps(splits.train)) < 8000
 
 
-def test_what_is_fetched(opened: Callable[..., Splits], storage: str, server: Server) -> None:
+def test_what_is_fetched(opened: Callable[..., Splits], storage: str, server: Server, tmp_path: Path) -> None:
     splits = opened()
     name = "d/train-0.parquet" if storage == "hf" else "d/train-0.tar"
     read = server.bytes_sent(name)
     if storage == "hf":  # the end of the file, and the labels
         assert read < 2**16 + 2000 < len(server.files[name]) / 3
-    else:  # the shard once, and its beginning for the name of the labels
-        assert read <= 2 * len(server.files[name])
+    else:  # the shard once, and its first sample for the name of the labels
+        assert read <= len(server.files[name]) + 2 * FIRST_BLOCK
     server.sent.clear()
     opened()
     assert server.sent == []
     pixels(splits.train)
+    if storage == "webdataset":  # kept while it was indexed
+        assert server.sent == []
+        remove_pieces(tmp_path)
+        pixels(splits.train)
     assert len(server.sent) == len(set(server.sent)) == len(np.unique(splits.train.source.pieces.piece_n))  # type: ignore[attr-defined]
     assert server.bytes_sent() < sum(len(content) for key, content in server.files.items() if "train" in key)
+
+
+def put_shards(server: Server) -> int:
+    """Shards that are larger than all that is fetched besides; returns their bytes."""
+    for name, first, count in (("train-0", 0, 300), ("train-1", 300, 200), ("val", 500, 60)):
+        each = ((f"{i}.png", encoded(i), f"{i}.cls", str(i % 2).encode()) for i in range(first, first + count))
+        server.put(f"d/{name}.tar", _packed([pair for a, b, c, d in each for pair in ((a, b), (c, d))]))
+    return sum(len(content) for content in server.files.values())
+
+
+SPLITS = {"train": "train-{0..1}.tar", "val": "val.tar"}
+
+
+def test_shards_that_fit_on_the_disk_are_fetched_once(server: Server) -> None:
+    """By the index and an epoch together."""
+    total = put_shards(server)
+    splits = open_splits(DataConfig(**keys("webdataset", server, webdataset={"splits": SPLITS})))
+    assert total < server.bytes_sent() < total + 2 * FIRST_BLOCK
+    for batches in (TrainBatches(splits.train, VIEW, batch_size=10), EvalBatches(splits["val"], PLAIN, 10)):
+        list(batches.epoch(0) if isinstance(batches, TrainBatches) else batches)
+    assert server.bytes_sent() < total + 2 * FIRST_BLOCK
+    assert np.array_equal(pixels(splits.train)[450], np.asarray(noise(450)))
+
+
+def test_shards_that_do_not_fit_are_kept_as_far_as_they_do(server: Server, tmp_path: Path) -> None:
+    total, first = put_shards(server), len(server.files["d/train-0.tar"])
+    budget = 1.1 * first
+    asked = keys("webdataset", server, webdataset={"splits": SPLITS}, streaming_shuffle=10)
+    splits = open_splits(DataConfig(**asked, streaming_disk_gib=budget / GIB))
+    assert total < server.bytes_sent() < total + 2 * FIRST_BLOCK
+    assert 0.9 * first < taken(tmp_path) < budget
+    server.sent.clear()
+    pixels(splits.train)
+    assert {name for name, _, _ in server.sent} == {"d/train-1.tar"}
+    assert taken(tmp_path) < budget
+
+
+def test_members_that_are_skipped_over(server: Server, tmp_path: Path) -> None:
+    """What is larger than a block is not fetched for the index; the images around it are fetched when they are read."""
+    members = [m for i in range(12) for m in ((f"{i}.png", encoded(i)), (f"{i}.cls", str(i % 2).encode()))]
+    members[8:8] = [("3.npy", bytes(100_000)), ("3.txt", b"x")]  # of the sample before
+    server.put("d/train.tar", _packed(members))
+    own = {"splits": {"train": "train.tar", "val": "train.tar"}, "image": "png"}
+    splits = open_splits(DataConfig(**keys("webdataset", server, webdataset=own)))
+    assert server.bytes_sent() < len(server.files["d/train.tar"]) - 60_000 + FIRST_BLOCK
+    assert taken(tmp_path) > 0
+    assert all(np.array_equal(found, np.asarray(noise(i))) for i, found in enumerate(pixels(splits.train)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -173,6 +231,7 @@ def test_an_epoch_fetches_each_piece_once_and_stays_within_its_room(
     workers: int, opened: Callable[..., Splits], server: Server, tmp_path: Path
 ) -> None:
     budget = 1.2 * max(part.source.pieces.at_once for part in [opened().train]) / GIB  # type: ignore[attr-defined]
+    remove_pieces(tmp_path)
     split = opened(streaming_disk_gib=budget).train
     pieces = split.source.pieces  # type: ignore[attr-defined]
     assert pieces.total > budget * GIB  # or nothing would ever be removed
@@ -246,9 +305,10 @@ def test_a_window_that_does_not_fit(opened: Callable[..., Splits]) -> None:
         opened(streaming_disk_gib=0.0001)
 
 
-def test_pieces_that_fail_are_no_broken_images(opened: Callable[..., Splits], server: Server) -> None:
+def test_pieces_that_fail_are_no_broken_images(opened: Callable[..., Splits], server: Server, tmp_path: Path) -> None:
     """data.on_decode_error=skip passes over images, not over a server that is gone."""
     split = opened().train
+    remove_pieces(tmp_path)
     server.gone = True
     batches = TrainBatches(split, VIEW, batch_size=8, on_decode_error="skip")
     with pytest.raises(SourceUnavailable, match=r"train-\d.* cannot be fetched after 2 attempts"):
@@ -256,9 +316,10 @@ def test_pieces_that_fail_are_no_broken_images(opened: Callable[..., Splits], se
 
 
 def test_a_file_that_changes_between_index_and_read(
-    opened: Callable[..., Splits], server: Server, storage: str
+    opened: Callable[..., Splits], server: Server, storage: str, tmp_path: Path
 ) -> None:
     split = opened().train
+    remove_pieces(tmp_path)
     name = "d/train-0.parquet" if storage == "hf" else "d/train-0.tar"
     server.files[name] = server.files[name] + b"x"
     with pytest.raises(SourceUnavailable, match=r"train-0.\w+: has changed since this run found it"):

@@ -222,7 +222,7 @@ def test_labels_that_name_several_classes_under_one_label_an_image(write: Write)
         ),
         (
             {"labels": "multiple", "shots": 4},
-            "shots 4: an image with several labels is of several classes at once; use",
+            "shots = 4: an image with several labels is of several classes at once; use",
         ),
         ({"table": {"separator": "pipe"}}, "table.separator: is of several labels an image; set data.labels=multiple"),
         ({"table": {"labels": ["a", "b"]}}, "table.labels: is of several labels an image; set data.labels=multiple"),

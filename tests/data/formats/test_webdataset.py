@@ -183,7 +183,7 @@ def test_an_index_is_kept_until_the_shard_changes(three: Path, monkeypatch: pyte
     opened(three)
     scanned = []
     scan = tar_index._scanned
-    monkeypatch.setattr(tar_index, "_scanned", lambda shard, fields: scanned.append(shard.name) or scan(shard, fields))
+    monkeypatch.setattr(tar_index, "_scanned", lambda shard, *more: scanned.append(shard.name) or scan(shard, *more))
     assert grays(opened(three).train) == list(range(12))
     assert scanned == []
     pack(three / "train-0001.tar", samples(range(40, 44)))
