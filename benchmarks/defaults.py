@@ -8,7 +8,8 @@
 The trials of a grid are a sweep's: a reader's are trained together, a writer's one after the other, with
 sweep.search=halving in rungs. A second call with the same OUT trains only what is missing. Where time is short, --rates
 and --weight-decays are taken alone out of those of the grid. --scale trains on a copy of the backbone whose tokens and
-features are larger by this factor, and which computes the same otherwise. --counting is a task: count 1 to 6 discs.
+features are larger by this factor, and which computes the same otherwise. --counting is a task: count 1 to 6 discs;
+--counting 4000 scores on so many images, and --counting-seed N draws others: both show what is luck of a few images.
 """
 
 import argparse
@@ -54,13 +55,21 @@ def main() -> None:
     parser.add_argument("--weight-decays", nargs="+", type=float, help="likewise")
     parser.add_argument("--defaults-only", action="store_true", help="train no published setting")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the backbone's tokens and features")
-    parser.add_argument("--counting", action="store_true", help="the task made by formula, written to OUT/counting")
+    parser.add_argument(
+        "--counting",
+        nargs="?",
+        type=int,
+        const=VAL,
+        metavar="IMAGES",
+        help=f"the task made by formula, written to OUT/counting, with so many images of val (not given: {VAL})",
+    )
+    parser.add_argument("--counting-seed", type=int, default=0, help="another number: other images of that task")
     parser.add_argument("recipe", nargs="+", help="recipes and overrides of all runs")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     shared = list(arguments.recipe)
-    if arguments.counting:
-        root = write_counting(arguments.out / "counting")
+    if arguments.counting is not None:
+        root = write_counting(arguments.out / "counting", arguments.counting, arguments.counting_seed)
         shared += ["vtab_folder", f"data.root={root}", "data.task=counting"]
     if arguments.scale != 1:
         shared.append(f"backbone.weights={write_scaled(arguments.out, shared, arguments.scale)}")
@@ -136,11 +145,15 @@ def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:
     return scores
 
 
-def write_counting(root: Path) -> Path:
-    """A vtab-1k folder: 1 to 6 discs of random colors, sizes and places; the class is how many there are."""
+def write_counting(root: Path, val: int, seed: int) -> Path:
+    """A vtab-1k folder: 1 to 6 discs of random colors, sizes and places; the class is how many there are.
+
+    ``val``: images of val. The first of them, and those of train, are the same whatever this number is. ``seed``: of
+    all that is random.
+    """
     (root / "images").mkdir(parents=True, exist_ok=True)
-    draw, lines = np.random.default_rng(0), []
-    for i in range(TRAIN + VAL):
+    draw, lines = np.random.default_rng(seed), []
+    for i in range(TRAIN + val):
         count = int(draw.integers(1, 7))
         image = Image.new("RGB", (4 * SIDE, 4 * SIDE), color(draw))
         canvas = ImageDraw.Draw(image)

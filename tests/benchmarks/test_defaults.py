@@ -39,12 +39,19 @@ def test_a_larger_backbone_computes_the_same(benchmark: ModuleType, tmp_path: Pa
 
 def test_discs_are_counted(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "TRAIN", 8)
-    monkeypatch.setattr(benchmark, "VAL", 4)
-    root = benchmark.write_counting(tmp_path)
+    root = benchmark.write_counting(tmp_path / "few", 4, 0)
     lines = (root / "train800val200.txt").read_text().splitlines()
     assert len(lines) == 12
     assert {int(line.split()[1]) for line in lines} <= set(range(6))
     assert Image.open(root / "images/0.png").size == (benchmark.SIDE, benchmark.SIDE)
+
+    more = benchmark.write_counting(tmp_path / "more", 9, 0)
+    assert len((more / "val200.txt").read_text().splitlines()) == 9
+    assert (more / "train800val200.txt").read_text().splitlines()[:12] == lines
+    assert all((more / f"images/{i}.png").read_bytes() == (root / f"images/{i}.png").read_bytes() for i in range(12))
+
+    others = benchmark.write_counting(tmp_path / "others", 4, 1)
+    assert (others / "images/0.png").read_bytes() != (root / "images/0.png").read_bytes()
 
 
 @pytest.mark.slow
