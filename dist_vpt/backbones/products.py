@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 
 # Not public, and what torch's own compiler computes linear layers with on CPUs. None: this torch has no oneDNN.
 ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-LEAST = 2**23  # multiplications, from which on oneDNN's longer way to a product is worth it
+# Numbers of a weight, from which on oneDNN's longer way to a product is worth it. Whatever the batch: else an image's
+# logits would depend on the images beside it.
+LEAST = 2**15
 
 _switch = {"onednn": False}
 
@@ -50,10 +52,10 @@ def _onednn_takes(x_XI: Tensor, weight_OI: Tensor) -> bool:
         _switch["onednn"]
         and x_XI.device.type == "cpu"
         and x_XI.dtype == weight_OI.dtype == torch.float32
-        and x_XI.numel() * len(weight_OI) >= LEAST
+        and weight_OI.numel() >= LEAST
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_compiling()  # nor exporting
     )
 
 

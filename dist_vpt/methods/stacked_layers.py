@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vpt.backbones.blocks import widened
-from dist_vpt.backbones.products import apply_linear
 from dist_vpt.methods.stack import ReaderStack, Sources
 
 Weights = Mapping[str, Tensor]
@@ -96,7 +95,7 @@ def linear(x_TXI: Tensor, weights: Weights, name: str) -> Tensor:
 def shared_linear(x_BNI: Tensor, weights: Weights, name: str) -> Tensor:
     """Of equal inputs for all readers, in one product: [T, B, N, O]."""
     weight_TOI, bias_TO = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    output_BNX = apply_linear(x_BNI, weight_TOI.flatten(0, 1), bias_TO.flatten())
+    output_BNX = F.linear(x_BNI, weight_TOI.flatten(0, 1), bias_TO.flatten())
     return output_BNX.unflatten(2, bias_TO.shape).permute(2, 0, 1, 3)
 
 

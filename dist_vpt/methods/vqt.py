@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_vpt.backbones.blocks import BlockParts, has_key_norm, keys_and_values, subtracts_mean, unpack_block, widened
-from dist_vpt.backbones.products import apply_linear
 from dist_vpt.backbones.vit import Backbone
 from dist_vpt.errors import UserError
 from dist_vpt.frozen_stream.observe import StreamOutput, StreamSpec
@@ -297,8 +296,10 @@ def _attend_absorbed(parts: BlockParts, n_BND: Tensor, scale_BNH: Tensor | None,
         q_QHE = q_QHE - q_QHE.mean(-1, keepdim=True) if subtracts_mean(parts.k_norm) else q_QHE
     u_QHD = _HeadLinear.apply(q_QHE, weight_ED.unflatten(0, (heads, -1)))
     u_XD = u_QHD.flatten(-3, -2)  # X = Q * H
-    # With queries that all images share one matrix product for all tokens.
-    scores_BXN = u_XD @ n_BND.transpose(1, 2) if per_image else apply_linear(n_BND, u_XD).transpose(1, 2)
+    if per_image:
+        scores_BXN = u_XD @ n_BND.transpose(1, 2)
+    else:  # one matrix product for all tokens
+        scores_BXN = (n_BND.flatten(0, 1) @ u_XD.T).unflatten(0, n_BND.shape[:2]).transpose(1, 2)
     if has_key_norm(parts):
         assert scale_BNH is not None
         scores_BXN = widened(scores_BXN)

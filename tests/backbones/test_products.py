@@ -128,14 +128,35 @@ def test_where_torch_s_own_products_stay(dtype: torch.dtype, device: str, contex
     assert device == "meta" or torch.equal(y, wanted)
 
 
-def test_small_products_and_a_switch_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(2, 64), torch.randn(32, 64)
-    for on, least, called in [(False, 0, 0), (True, 2 * 64 * 32 + 1, 0), (True, 2 * 64 * 32, 1)]:
+def test_small_weights_and_a_switch_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(32, 64)
+    for on, least, called in [(False, 0, 0), (True, 64 * 32 + 1, 0), (True, 64 * 32, 1)]:
         monkeypatch.setattr(products, "_switch", {"onednn": on})
         monkeypatch.setattr(products, "LEAST", least)
-        with counted() as calls:
-            apply_linear(x, weight)
-        assert len(calls) == called
+        for rows in (1, 1000):
+            with counted() as calls:
+                apply_linear(torch.randn(rows, 64), weight)
+            assert len(calls) == called
+
+
+@pytest.mark.usefixtures("onednn")
+def test_a_row_does_not_depend_on_those_beside_it() -> None:
+    """But for a row alone, with which torch's own products, too, are another kernel's."""
+    x, weight, bias = torch.randn(600, 192), torch.randn(768, 192), torch.randn(768)
+    wanted = apply_linear(x, weight, bias)
+    for rows in (2, 7, 64, 65, 300, 599):
+        assert torch.equal(apply_linear(x[:rows], weight, bias), wanted[:rows])
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_exported_has_torch_s_own_products_and_any_batch(strict: bool) -> None:
+    model = nn.Sequential(nn.Linear(96, 48))
+    take_over_linears(model)
+    rows = torch.export.Dim("rows", max=5000)
+    program = torch.export.export(model, (torch.randn(3, 96),), dynamic_shapes=({0: rows},), strict=strict)
+    assert "mkldnn" not in str(program.graph)
+    assert program.module()(torch.randn(7, 96)).shape == (7, 48)
 
 
 @pytest.mark.usefixtures("onednn")
