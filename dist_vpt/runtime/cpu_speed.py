@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,11 @@ import torch.nn.functional as F
 
 from dist_vpt.backbones.products import ONEDNN_LINEAR, onednn_product, use_onednn
 from dist_vpt.distributed.caches import cache_folder
-from dist_vpt.files import write_atomically
+from dist_vpt.errors import RunFolderError
+from dist_vpt.files import locked, write_atomically
 
 ROWS, WIDTH, REPEATS = 256, 768, 10  # of the product that is timed: a ViT-B's tokens times a square weight
+LOCK_SECONDS = 60.0  # far longer than a measurement
 SPEED_UP = 1.2  # of a matrix product, below which another way to it is not worth its rounding
 
 
@@ -46,21 +48,34 @@ def use_faster_products() -> str:
 def cpu_speed() -> CPUSpeed:
     """Of this machine."""
     folder = cache_folder()
-    file = None if folder is None else folder / "cpu_speed.json"
-    known: dict[str, dict[str, float]] = {}
-    with suppress(OSError, ValueError, AttributeError):  # none yet, or damaged: measured again
-        known = dict(json.loads(file.read_text()).items()) if file else {}
-    machine = _machine()
-    with suppress(TypeError):
-        speed = CPUSpeed(**known[machine]) if machine in known else None
-        if speed and all(isinstance(times, int | float) for times in asdict(speed).values()):
-            return speed
-    speed = _measure()
-    with suppress(OSError):
-        if file:
+    if folder is None:
+        return _measure()
+    file = folder / "cpu_speed.json"
+    if (speed := _kept(file).get(_machine())) is not None:
+        return speed
+    with ExitStack() as stack:
+        # Processes that start together would each measure, and might choose differently.
+        with suppress(OSError, RunFolderError):  # a folder that cannot be written
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(known | {machine: asdict(speed)}, indent=1) + "\n")
+            stack.enter_context(locked(file.with_suffix(".lock"), "", timeout=LOCK_SECONDS))
+        if (speed := _kept(file).get(_machine())) is not None:
+            return speed
+        kept = _kept(file) | {_machine(): (speed := _measure())}
+        with suppress(OSError):
+            write_atomically(file, json.dumps({kind: asdict(each) for kind, each in kept.items()}, indent=1) + "\n")
     return speed
+
+
+def _kept(file: Path) -> dict[str, CPUSpeed]:
+    """The speeds in the file by kind of machine; what is damaged is left out, and measured again."""
+    kept = {}
+    with suppress(OSError, ValueError, AttributeError):
+        for machine, times in json.loads(file.read_text()).items():
+            with suppress(TypeError):
+                speed = CPUSpeed(**times)
+                if all(isinstance(each, int | float) for each in asdict(speed).values()):
+                    kept[machine] = speed
+    return kept
 
 
 def _machine() -> str:
