@@ -83,7 +83,8 @@ def _machine() -> str:
     lines: set[str] = set()
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
-        lines = {line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))}
+        names = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # ARM's have no model name
+        lines = {line for line in text.splitlines() if line.startswith(names)}
     kind = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
     return f"{kind} torch {torch.__version__}"
 
