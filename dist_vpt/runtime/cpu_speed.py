@@ -5,6 +5,7 @@ Kept, so that all processes and all runs on a machine choose alike.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -23,6 +24,14 @@ from dist_vpt.files import locked, write_atomically
 ROWS, WIDTH, REPEATS = 256, 768, 10  # of the product that is timed: a ViT-B's tokens times a square weight
 LOCK_SECONDS = 60.0  # far longer than a measurement
 SPEED_UP = 1.2  # of a matrix product, below which another way to it is not worth its rounding
+# Variables that have MKL and oneDNN compute in other ways; what is measured with them is true of them alone.
+VARIABLES = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+)
 
 
 @dataclass(frozen=True)
@@ -79,12 +88,13 @@ def _kept(file: Path) -> dict[str, CPUSpeed]:
 
 
 def _machine() -> str:
-    """The kind of CPU, its instructions and this torch: a home may be shared by machines of many kinds."""
+    """The kind of CPU, its instructions, VARIABLES and this torch: a home may be shared by machines of many kinds."""
     lines: set[str] = set()
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
         names = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # ARM's have no model name
         lines = {line for line in text.splitlines() if line.startswith(names)}
+    lines |= {f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ}
     kind = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
     return f"{kind} torch {torch.__version__}"
 

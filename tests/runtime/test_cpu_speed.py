@@ -61,6 +61,15 @@ def test_a_machine_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert list(json.loads(cache.read_text()).values()) == [asdict(FAST), asdict(SLOW)]
 
 
+def test_what_is_measured_with_other_instructions_is_not_kept_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, SLOW)
+    with monkeypatch.context() as limited:
+        limited.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        assert cpu_speed() == SLOW
+    machine(monkeypatch, FAST)
+    assert cpu_speed() == FAST
+
+
 def test_processes_that_start_together_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([FAST, SLOW])
 
