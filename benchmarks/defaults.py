@@ -61,7 +61,7 @@ def main() -> None:
         type=int,
         const=VAL,
         metavar="IMAGES",
-        help=f"the task made by formula, written to OUT/counting, with so many images of val (not given: {VAL})",
+        help=f"the task made by formula, written below OUT, with so many images of val (not given: {VAL})",
     )
     parser.add_argument("--counting-seed", type=int, default=0, help="another number: other images of that task")
     parser.add_argument("recipe", nargs="+", help="recipes and overrides of all runs")
@@ -69,7 +69,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     shared = list(arguments.recipe)
     if arguments.counting is not None:
-        root = write_counting(arguments.out / "counting", arguments.counting, arguments.counting_seed)
+        name = f"counting-{arguments.counting}-{arguments.counting_seed}"
+        root = write_counting(arguments.out / name, arguments.counting, arguments.counting_seed)
         shared += ["vtab_folder", f"data.root={root}", "data.task=counting"]
     if arguments.scale != 1:
         shared.append(f"backbone.weights={write_scaled(arguments.out, shared, arguments.scale)}")
@@ -132,7 +133,10 @@ def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:
     """Val's scores after the last epoch of one run; 0 % and no loss where it diverged. Other errors are raised."""
     kept = folder / "scores.json"
     if kept.is_file():
-        return json.loads(kept.read_text())
+        found = json.loads(kept.read_text())
+        if (of := found.pop("recipe", recipe)) != [*recipe]:
+            raise SystemExit(f"{kept}: holds the scores of {' '.join(of)}; name another OUT")
+        return found
     names, overrides = split_arguments([*recipe, *KEPT, f"run.dir={folder}"])
     try:
         with redirect_stdout(io.StringIO()):  # its log is in its folder
@@ -141,7 +145,7 @@ def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:
         print(f"{folder}: {error}")
         return {"top1": 0.0, "loss": float("nan")}
     scores = {key: result["last"]["val"][key] for key in ("top1", "loss")}
-    kept.write_text(json.dumps(scores))
+    kept.write_text(json.dumps({**scores, "recipe": [*recipe]}))
     return scores
 
 

@@ -56,6 +56,8 @@ def _onednn_takes(x_XI: Tensor, weight_OI: Tensor) -> bool:
         and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()  # nor exporting
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()  # as torch's autograd.Function asks, which would refuse
     )
 
 

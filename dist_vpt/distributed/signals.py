@@ -14,6 +14,7 @@ from dist_vpt.distributed.launch_env import LaunchEnv
 from dist_vpt.errors import Interrupted
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -21,7 +22,9 @@ STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_SECONDS = 1.0
 NOTICE = b"\nstopping, and saving the state first; press Ctrl-C again to end at once\n"
 
-_flag: "Tensor | None" = None  # uint8 [1] in shared memory: whether stop_requested
+_shared: "Tensor | None" = None  # uint8 [1] in shared memory: whether stop_requested
+# The same memory. A signal may come while torch traces or compiles, which would record or refuse a write to a tensor.
+_flag: "np.ndarray | None" = None
 
 
 @contextmanager
@@ -40,24 +43,27 @@ def block_stop_signals() -> Iterator[None]:
 
 def stop_requested() -> bool:
     """Whether to wait no longer for a server, since a stop was asked for; in a worker, of its training process."""
-    return any(stop.requested and stop.ends_waiting for stop in StopSignal.entered) or bool(_flag)
+    return any(stop.requested and stop.ends_waiting for stop in StopSignal.entered) or (
+        _flag is not None and bool(_flag[0])
+    )
 
 
 def share_stop_flag() -> "Tensor":
     """``stop_requested`` as uint8 [1] in shared memory, for worker processes: they get no signals."""
-    global _flag  # noqa: PLW0603 (signals are the program's, too)
-    if _flag is None:
+    global _shared, _flag  # noqa: PLW0603 (signals are the program's, too)
+    if _shared is None or _flag is None:
         import torch
 
-        _flag = torch.zeros(1, dtype=torch.uint8).share_memory_()
+        _shared = torch.zeros(1, dtype=torch.uint8).share_memory_()
+        _flag = _shared.numpy()
     _flag[0] = stop_requested()
-    return _flag
+    return _shared
 
 
 def follow_stop_flag(flag: "Tensor | None") -> None:
     """In a worker process: have ``stop_requested`` tell what the training process shares."""
     global _flag  # noqa: PLW0603
-    _flag = flag
+    _flag = None if flag is None else flag.numpy()
 
 
 class StopSignal:

@@ -5,9 +5,10 @@ Kept, so that all processes and all runs on a machine choose alike.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,20 @@ import torch.nn.functional as F
 
 from dist_vpt.backbones.products import ONEDNN_LINEAR, onednn_product, use_onednn
 from dist_vpt.distributed.caches import cache_folder
-from dist_vpt.files import write_atomically
+from dist_vpt.errors import RunFolderError
+from dist_vpt.files import locked, write_atomically
 
 ROWS, WIDTH, REPEATS = 256, 768, 10  # of the product that is timed: a ViT-B's tokens times a square weight
+LOCK_SECONDS = 60.0  # far longer than a measurement
 SPEED_UP = 1.2  # of a matrix product, below which another way to it is not worth its rounding
+# Variables that have MKL and oneDNN compute in other ways; what is measured with them is true of them alone.
+VARIABLES = (
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+)
 
 
 @dataclass(frozen=True)
@@ -46,29 +57,44 @@ def use_faster_products() -> str:
 def cpu_speed() -> CPUSpeed:
     """Of this machine."""
     folder = cache_folder()
-    file = None if folder is None else folder / "cpu_speed.json"
-    known: dict[str, dict[str, float]] = {}
-    with suppress(OSError, ValueError, AttributeError):  # none yet, or damaged: measured again
-        known = dict(json.loads(file.read_text()).items()) if file else {}
-    machine = _machine()
-    with suppress(TypeError):
-        speed = CPUSpeed(**known[machine]) if machine in known else None
-        if speed and all(isinstance(times, int | float) for times in asdict(speed).values()):
-            return speed
-    speed = _measure()
-    with suppress(OSError):
-        if file:
+    if folder is None:
+        return _measure()
+    file = folder / "cpu_speed.json"
+    if (speed := _kept(file).get(_machine())) is not None:
+        return speed
+    with ExitStack() as stack:
+        # Processes that start together would each measure, and might choose differently.
+        with suppress(OSError, RunFolderError):  # a folder that cannot be written
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(known | {machine: asdict(speed)}, indent=1) + "\n")
+            stack.enter_context(locked(file.with_suffix(".lock"), "", timeout=LOCK_SECONDS))
+        if (speed := _kept(file).get(_machine())) is not None:
+            return speed
+        kept = _kept(file) | {_machine(): (speed := _measure())}
+        with suppress(OSError):
+            write_atomically(file, json.dumps({kind: asdict(each) for kind, each in kept.items()}, indent=1) + "\n")
     return speed
 
 
+def _kept(file: Path) -> dict[str, CPUSpeed]:
+    """The speeds in the file by kind of machine; what is damaged is left out, and measured again."""
+    kept = {}
+    with suppress(OSError, ValueError, AttributeError):
+        for machine, times in json.loads(file.read_text()).items():
+            with suppress(TypeError):
+                speed = CPUSpeed(**times)
+                if all(isinstance(each, int | float) for each in asdict(speed).values()):
+                    kept[machine] = speed
+    return kept
+
+
 def _machine() -> str:
-    """The kind of CPU, its instructions and this torch: a home may be shared by machines of many kinds."""
+    """The kind of CPU, its instructions, VARIABLES and this torch: a home may be shared by machines of many kinds."""
     lines: set[str] = set()
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text()
-        lines = {line for line in text.splitlines() if line.startswith(("model name", "flags", "Features"))}
+        names = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # ARM's have no model name
+        lines = {line for line in text.splitlines() if line.startswith(names)}
+    lines |= {f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ}
     kind = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
     return f"{kind} torch {torch.__version__}"
 

@@ -160,6 +160,19 @@ def test_what_is_exported_has_torch_s_own_products_and_any_batch(strict: bool) -
 
 
 @pytest.mark.usefixtures("onednn")
+@pytest.mark.filterwarnings("ignore")  # torch.jit is to go
+def test_traces_and_functional_transforms_have_torch_s_own_products() -> None:
+    layer, x = Linear(96, 48), torch.randn(3, 96)
+    wanted = nn.functional.linear(x, layer.weight, layer.bias)
+    with counted() as calls:
+        assert torch.allclose(torch.jit.trace(layer, x, check_trace=False)(x), wanted)
+        assert torch.allclose(torch.func.vmap(layer)(x), wanted, rtol=0, atol=1e-5)
+        of_x = torch.func.grad(lambda x: layer(x).sum())(x)
+    assert torch.allclose(of_x, layer.weight.sum(0).expand_as(x), rtol=0, atol=1e-5)
+    assert not calls
+
+
+@pytest.mark.usefixtures("onednn")
 def test_layers_of_a_model_are_taken_over_with_all_that_they_have() -> None:
     class Own(nn.Linear):
         pass

@@ -75,6 +75,8 @@ def test_a_line_compares_and_trains_nothing_twice(benchmark: ModuleType, tmp_pat
     wider = benchmark.grid_line(tmp_path, method, shared, {"lr": [0.5, 1.0], "weight_decay": [0.0, 0.01]})
     assert "of 4 at" in wider
     assert [path.stat().st_mtime_ns for path in (tmp_path / "default/result.json", *outcomes)] == written
+    with pytest.raises(SystemExit, match=r"holds the scores of base .*; name another OUT"):
+        benchmark.default_line(tmp_path, method, [*shared, "seed=1"])
 
 
 @pytest.mark.slow

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dist_vpt.data import waiting
 from dist_vpt.data.waiting import answer_to, in_parallel, locked_or_stopped, pause, raise_on_stop, stoppable
@@ -108,6 +111,21 @@ def test_worker_processes_see_a_stop_in_a_flag() -> None:
         assert stop_requested()
     finally:
         follow_stop_flag(None)
+
+
+def test_a_stop_while_torch_traces_is_no_part_of_what_it_traces() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        return x + 1
+
+    flag = share_stop_flag()
+    with StopSignal():
+        traced = make_fx(program)(torch.zeros(2))
+        assert [node.op for node in traced.graph.nodes] == ["placeholder", "call_function", "output"]
+        assert flag
+    with FakeTensorMode(), StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
 
 
 def test_many_files_at_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

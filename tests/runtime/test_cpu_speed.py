@@ -1,6 +1,8 @@
 """How fast a CPU multiplies: measured once for a machine, and what a run makes of it."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,6 +59,27 @@ def test_a_machine_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_machine", lambda: "another")
     assert cpu_speed() == SLOW
     assert list(json.loads(cache.read_text()).values()) == [asdict(FAST), asdict(SLOW)]
+
+
+def test_what_is_measured_with_other_instructions_is_not_kept_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, SLOW)
+    with monkeypatch.context() as limited:
+        limited.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+        assert cpu_speed() == SLOW
+    machine(monkeypatch, FAST)
+    assert cpu_speed() == FAST
+
+
+def test_processes_that_start_together_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([FAST, SLOW])
+
+    def slowly() -> CPUSpeed:
+        time.sleep(0.2)
+        return next(measured)
+
+    monkeypatch.setattr(module, "_measure", slowly)
+    with ThreadPoolExecutor() as threads:
+        assert list(threads.map(lambda _: cpu_speed(), range(2))) == [FAST, FAST]
 
 
 @pytest.mark.parametrize(
