@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 # Not public, and what torch's own compiler computes linear layers with on CPUs. None: this torch has no oneDNN.
 ONEDNN_LINEAR: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 # Numbers of a weight, from which on oneDNN's longer way to a product is worth it. Whatever the batch: else an image's
 # logits would depend on the images beside it.
 LEAST = 2**15
+PLAIN = (Tensor, nn.Parameter)  # tensors of other classes, such as quantized ones, have products of their own
 
 _switch = {"onednn": False}
 
@@ -50,6 +50,9 @@ def apply_linear(x_XI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
 def _onednn_takes(x_XI: Tensor, weight_OI: Tensor) -> bool:
     return (
         _switch["onednn"]
+        and type(x_XI) in PLAIN
+        and type(weight_OI) in PLAIN
+        and x_XI.layout == weight_OI.layout == torch.strided
         and x_XI.device.type == "cpu"
         and x_XI.dtype == weight_OI.dtype == torch.float32
         and weight_OI.numel() >= LEAST
@@ -76,12 +79,11 @@ class _OneDNNLinear(torch.autograd.Function):
         return onednn_product(x_XI, weight_OI, bias_O)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_XI, weight_OI = ctx.saved_tensors
         of_x = of_weight = of_bias = None
         if weight_OI is not None:
-            of_x = onednn_product(gradients[0], weight_OI.T)
+            of_x = apply_linear(gradients[0], weight_OI.T)  # which has a gradient, too
         if x_XI is not None:  # torch's own: oneDNN is faster in the other order alone, whose result needs a copy
             of_weight = _rows(gradients[0]).T @ _rows(x_XI)
         if ctx.needs_input_grad[2]:

@@ -84,6 +84,25 @@ def test_gradients_that_repeat_a_number() -> None:
 
 
 @pytest.mark.usefixtures("onednn")
+def test_gradients_of_gradients() -> None:
+    """As of a penalty on the size of a gradient, against torch's own in float64."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        x, weight = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((4, 96), (48, 96)))
+        (of_x,) = torch.autograd.grad(apply_linear(x, weight).square().sum(), x, create_graph=True)
+        of_x.square().sum().backward()
+        found.append([x.grad, weight.grad])
+    for ours, wanted in zip(*found, strict=True):
+        assert wanted is not None
+        assert_near(ours, wanted.numpy())
+
+
+class Own(Tensor):
+    """A class of tensors with products of its own, as quantized ones have."""
+
+
+@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize(
     ("trained", "kept", "calls"),
     [("", [], 1), ("x", ["weight"], 2), ("weight", ["x"], 1), ("bias", [], 1), ("x weight bias", ["x", "weight"], 2)],
@@ -137,6 +156,16 @@ def test_small_weights_and_a_switch_that_is_off(monkeypatch: pytest.MonkeyPatch)
             with counted() as calls:
                 apply_linear(torch.randn(rows, 64), weight)
             assert len(calls) == called
+
+
+@pytest.mark.usefixtures("onednn")
+def test_other_classes_and_layouts_of_tensors() -> None:
+    x, weight = torch.randn(3, 96), torch.randn(48, 96)
+    for own_x, own_weight in ((x.as_subclass(Own), weight), (x, weight.as_subclass(Own)), (x.to_sparse(), weight)):
+        with counted() as calls:
+            y = apply_linear(own_x, own_weight)
+        assert not calls
+        assert torch.allclose(y.as_subclass(Tensor), x @ weight.T, atol=1e-5)
 
 
 @pytest.mark.usefixtures("onednn")
