@@ -80,27 +80,21 @@ def test_how_the_batch_is_computed_changes_no_loss(
 @pytest.mark.distributed
 @pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_equal_one(strategy: str, alone: Path, data: tuple[str, ...], tmp_path: Path) -> None:
+def test_two_processes_equal_one(strategy: str, data: tuple[str, ...], tmp_path: Path) -> None:
     from tests.distributed.test_two_processes import forked
 
-    options = (*data, *ALL, "train.grad_accum_steps=2")
-    expected = alone
-    if strategy != "ddp":  # DeepSpeed steps with torch's optimizers alone, and ZeRO-3 keeps no average
-        average = "null" if strategy == "zero3" else "0.8"
-        changes = ("optim.name=adamw", f"train.model_ema_decay={average}")
-        options, expected = (*options, *changes), tmp_path / "one"
-        train(expected, *data, *ALL, *changes)
-    forks = forked(strategy, tmp_path / "run", *options)
+    # DeepSpeed steps with few of timm's optimizers. Adam divides a gradient that is 0 but for rounding by its own size:
+    # with this eps it stays small.
+    options = (*data, *ALL, "optim.name=adamw", "optim.eps=1e-5")
+    expected = tmp_path / "one"
+    train(expected, *options)
+    forks = forked(strategy, tmp_path / "run", *options, "train.grad_accum_steps=2")
     assert forks.finish() == [0, 0], forks.output[-3000:]
     assert step_losses(tmp_path / "run") == pytest.approx(step_losses(expected), abs=1e-4)
     for a, b in zip(metrics(expected), metrics(tmp_path / "run"), strict=True):
         assert b == pytest.approx(a, abs=1e-3)
     one, two = (read_adapters(run / "adapters.safetensors")[0] for run in (expected, tmp_path / "run"))
     for name in one:
-        if name.endswith(
-            "qkv.bias"
-        ):  # the gradient of keys' biases is 0 but for rounding, which Adam's step divides by
-            continue
         assert torch.allclose(one[name], two[name], atol=1e-4), name
 
 
