@@ -134,7 +134,7 @@ def score(folder: Path, recipe: Sequence[str]) -> dict[str, float]:
     kept = folder / "scores.json"
     if kept.is_file():
         found = json.loads(kept.read_text())
-        if (of := found.pop("recipe", recipe)) != [*recipe]:
+        if (of := found.pop("recipe", [*recipe])) != [*recipe]:
             raise SystemExit(f"{kept}: holds the scores of {' '.join(of)}; name another OUT")
         return found
     names, overrides = split_arguments([*recipe, *KEPT, f"run.dir={folder}"])

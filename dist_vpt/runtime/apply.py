@@ -33,8 +33,6 @@ def apply_runtime(
     cpu = runtime.device == "cpu" or not torch.accelerator.is_available()
     if not cpu:
         apply_tf32(backbone, runtime)
-    elif (products := use_faster_products()) and compute == torch.float32:
-        backbone.chosen["float32 products"] = products
     if runtime.quantize == "int8":
         from dist_vpt.runtime.int8 import apply_int8
 
@@ -46,6 +44,9 @@ def apply_runtime(
         compiles = not cpu and simple and is_worth_compiling(backbone, images)
     if compiles:
         apply_compile(backbone, cpu=cpu)
+    # What is compiled or quantized has products of its own.
+    if cpu and (products := use_faster_products()) and compute == torch.float32 and runtime.quantize == "none":
+        backbone.chosen |= {} if backbone.compiled else {"float32 products": products}
     apply_checkpointing(backbone, runtime.activation_checkpointing)
     if runtime.activation_checkpointing != "none":
         backbone.chosen["checkpointing"] = runtime.activation_checkpointing

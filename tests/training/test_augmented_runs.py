@@ -79,23 +79,26 @@ def test_how_the_batch_is_computed_changes_no_loss(
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("on_the_cpu")
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_equal_one(strategy: str, data: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "ddp with nadamw"])
+def test_two_processes_equal_one(strategy: str, alone: Path, data: tuple[str, ...], tmp_path: Path) -> None:
     from tests.distributed.test_two_processes import forked
 
-    # DeepSpeed steps with few of timm's optimizers. Adam divides a gradient that is 0 but for rounding by its own size:
-    # with this eps it stays small.
-    options = (*data, *ALL, "optim.name=adamw", "optim.eps=1e-5")
-    expected = tmp_path / "one"
-    train(expected, *options)
-    forks = forked(strategy, tmp_path / "run", *options, "train.grad_accum_steps=2")
+    options, expected = (*data, *ALL), alone
+    if own_eps := strategy in ("ddp", "zero2", "zero3"):
+        # Adam divides a gradient that is 0 but for rounding by its own size: with this eps it stays small.
+        options, expected = (*options, "optim.name=adamw", "optim.eps=1e-5"), tmp_path / "one"
+        train(expected, *options)
+    forks = forked(strategy.split(maxsplit=1)[0], tmp_path / "run", *options, "train.grad_accum_steps=2")
     assert forks.finish() == [0, 0], forks.output[-3000:]
     assert step_losses(tmp_path / "run") == pytest.approx(step_losses(expected), abs=1e-4)
     for a, b in zip(metrics(expected), metrics(tmp_path / "run"), strict=True):
         assert b == pytest.approx(a, abs=1e-3)
     one, two = (read_adapters(run / "adapters.safetensors")[0] for run in (expected, tmp_path / "run"))
     for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-4), name
+        if own_eps:
+            assert torch.allclose(one[name], two[name], atol=1e-4), name
+        elif not name.endswith("qkv.bias"):  # keys' biases have such a gradient, and of other tensors a number or two
+            assert (one[name] - two[name]).abs().mean() < 1e-6, name
 
 
 def test_a_batch_without_whole_pairs_is_refused_before_anything_is_written(tmp_path: Path) -> None:
